@@ -1,0 +1,51 @@
+"""Does a region have the colour its caption names?"""
+
+from collections.abc import Mapping
+
+import cv2
+import numpy as np
+
+from controlkit.metrics.arrays import as_mask, check_same_shape
+
+_DARKEST = 0.2  # below this share of light, rounding to 8 bits and decoding errors outweigh the colour
+
+
+def nearest_colour(
+    picture: np.ndarray,
+    mask: np.ndarray,
+    shade: np.ndarray,
+    palette: Mapping[str, tuple[int, int, int]],
+) -> str:
+    """Return the palette's name for the colour of a shaded region.
+
+    The light is divided out of the sRGB values as they are stored, because the bundled world's renderer
+    multiplies it into them (picture = colour * shade); the per-channel median over the region is then matched
+    to the palette by Euclidean distance in CIELAB (D65), where equal distances look about equal.
+
+    Args:
+        picture: uint8 (H, W, 3), RGB.
+        mask: bool (H, W), the region.
+        shade: float (H, W), the light that fell on each pixel, 1 = the colour itself. Pixels darker than 0.2
+            are left out unless the whole region is that dark.
+        palette: name -> (R, G, B) in 0 to 255.
+
+    Raises:
+        ValueError: the shapes differ, the mask selects nothing, or the palette is empty.
+    """
+    region = as_mask("nearest_colour", mask, picture.shape[:2])
+    check_same_shape("nearest_colour", shade, region)
+    if not palette:
+        raise ValueError("nearest_colour: the palette is empty")
+    lit = region & (shade >= _DARKEST)
+    region = lit if lit.any() else region
+    light = np.maximum(shade[region], 1 / 255)[:, None]
+    colour = np.clip(np.median(picture[region] / light, axis=0), 0, 255)
+    names = list(palette)
+    lab = _lab(np.array([colour, *(palette[name] for name in names)]))
+    return names[int(np.argmin(np.linalg.norm(lab[1:] - lab[0], axis=1)))]
+
+
+def _lab(rgb: np.ndarray) -> np.ndarray:
+    """sRGB (N, 3) in [0, 255] -> CIELAB (N, 3)."""
+    pixels = (rgb / 255).astype(np.float32)[None]  # (1, N, 3)
+    return np.asarray(cv2.cvtColor(pixels, cv2.COLOR_RGB2LAB)[0])

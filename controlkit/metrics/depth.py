@@ -1,0 +1,47 @@
+"""Is the depth of a generated picture the depth that was asked for?"""
+
+import numpy as np
+
+from controlkit.metrics.arrays import as_mask, check_same_shape
+
+
+def depth_rmse(pred: np.ndarray, true: np.ndarray, *, mask: np.ndarray | None = None) -> float:
+    """Root mean square error after the best scale and shift of `pred`, in the unit of `true`.
+
+    Monocular estimators predict inverse depth up to an unknown scale and shift; both are fitted by least
+    squares first, as in MiDaS (Ranftl et al. 2020, equations 3 and 4), except that the scale cannot be negative:
+    near and far exchanged is an error. The result is at most the standard deviation of `true`, which is what a
+    constant prediction gets.
+
+    Args:
+        pred: relative inverse depth, (H, W), near is large.
+        true: inverse depth, (H, W); finite wherever the mask selects (the sky's inverse depth is 0).
+        mask: bool (H, W), the pixels that count; all of them by default.
+
+    Raises:
+        ValueError: the shapes differ, the mask is empty, or a value that counts is not finite.
+    """
+    check_same_shape("depth_rmse", pred, true)
+    keep = np.ones(true.shape, dtype=bool) if mask is None else as_mask("depth_rmse", mask, true.shape)
+    x, y = pred[keep].astype(np.float64), true[keep].astype(np.float64)
+    for name, values in (("pred", x), ("true", y)):
+        if not np.isfinite(values).all():
+            raise ValueError(f"depth_rmse: {name} has values that are not finite; mask them out")
+    x, y = x - x.mean(), y - y.mean()  # the best shift
+    variance = float(x @ x)
+    scale = max(float(x @ y) / variance, 0.0) if variance > 0 else 0.0
+    return float(np.sqrt(np.mean((scale * x - y) ** 2)))
+
+
+def depth_rmse_255(pred_map: np.ndarray, true_map: np.ndarray) -> float:
+    """Root mean square difference of two depth maps in grey levels (0 to 255), as in ControlNet++.
+
+    Nothing is fitted: both are maps as the depth preprocessor makes them, (H, W) or (H, W, 3) with values in
+    [0, 255], so each has its own nearest point at 255 and its farthest at 0.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    check_same_shape("depth_rmse_255", pred_map, true_map)
+    difference = pred_map.astype(np.float64) - true_map.astype(np.float64)
+    return float(np.sqrt(np.mean(difference**2)))
