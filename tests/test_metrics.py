@@ -65,7 +65,9 @@ class TestDepth:
 
     def test_scale_and_shift_do_not_count(self) -> None:
         assert depth_rmse(7 * self.true - 4, self.true) == pytest.approx(0, abs=1e-12)
-        assert depth_rmse(-self.true, self.true) == pytest.approx(0, abs=1e-12)  # a sign is a scale
+
+    def test_near_and_far_exchanged_is_as_bad_as_a_constant(self) -> None:
+        assert depth_rmse(-self.true, self.true) == pytest.approx(np.sqrt(1.25))
 
     def test_a_constant_gets_the_standard_deviation(self) -> None:
         assert depth_rmse(np.full((2, 2), 9.0), self.true) == pytest.approx(np.sqrt(1.25))

@@ -9,9 +9,9 @@ def depth_rmse(pred: np.ndarray, true: np.ndarray, *, mask: np.ndarray | None = 
     """Root mean square error after the best scale and shift of `pred`, in the unit of `true`.
 
     Monocular estimators predict inverse depth up to an unknown scale and shift; both are fitted by least
-    squares first, as in MiDaS (Ranftl et al. 2020, equations 3 and 4), except that the scale cannot be negative:
-    near and far exchanged is an error. The result is at most the standard deviation of `true`, which is what a
-    constant prediction gets.
+    squares first, as in MiDaS (Ranftl et al. 2020, equations 3 and 4), except that the scale cannot be
+    negative: near and far exchanged is an error. The result is at most the standard deviation of `true`,
+    which is what a constant prediction gets.
 
     Args:
         pred: relative inverse depth, (H, W), near is large.

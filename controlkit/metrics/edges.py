@@ -23,10 +23,9 @@ class EdgeScore:
 def edge_f1(pred_map: np.ndarray, true_map: np.ndarray, *, tolerance: float = 2) -> EdgeScore:
     """Compare two binary edge maps, allowing edges to be `tolerance` pixels (Euclidean) out of place.
 
-    A pixel counts as matched if the other map has an edge within `tolerance`. This is the boundary measure of
-    the Berkeley segmentation benchmark (Martin, Fowlkes, Malik 2004) without its one-to-one assignment, so one
-    edge may vouch for several. `tolerance=0` is the strict pixel-wise F1 that ControlNet++ (Li et al. 2024)
-    reports.
+    A pixel counts as matched if the other map has an edge within `tolerance`. This is the boundary measure
+    of the Berkeley segmentation benchmark (Martin, Fowlkes, Malik 2004) without its one-to-one assignment, so
+    one edge may vouch for several. `tolerance=0` is the strict F1 that ControlNet++ (Li et al. 2024) reports.
 
     Args:
         pred_map: edges of the generated picture, (H, W) or (H, W, 3); anything above 0 is an edge.
