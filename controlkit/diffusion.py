@@ -6,9 +6,9 @@ Notation, with the code's name for each symbol:
 - ``x_0``: the clean sample (a latent), ``noise``: ε ~ N(0, I), ``x_t``: the noisy sample.
 - ``timesteps``: integers in [0, T-1], shape (B,). DDPM counts 1..T; index 0 here is its first step.
 
-Samples have shape (B, ...). Schedules are kept in float64; a coefficient is computed there and rounded once, to
-float32 (to float64 for float64 samples). The sample arithmetic runs in that precision and the result has the sample's
-dtype, so half-precision latents lose nothing to the schedule.
+Samples have shape (B, ...). Schedules are kept in float64; a coefficient is computed there and rounded
+once, to float32 (to float64 for float64 samples). The sample arithmetic runs in that precision and the
+result has the sample's dtype, so half-precision latents lose nothing to the schedule.
 
 Sources: DDPM, Ho et al. 2020, arXiv:2006.11239. Cosine schedule, Nichol & Dhariwal 2021, arXiv:2102.09672.
 v-prediction, Salimans & Ho 2022, arXiv:2202.00512. Min-SNR, Hang et al. 2023, arXiv:2303.09556.
@@ -40,9 +40,9 @@ def alphas_cumprod(
 ) -> Tensor:
     """ᾱ for every timestep: shape (T,), float64, strictly decreasing within (0, 1).
 
-    ``linear`` is DDPM's schedule (section 4; its paper uses 1e-4 to 0.02), ``scaled_linear`` is Stable Diffusion's
-    (√β is linear; the defaults are its values), ``cosine`` is Nichol & Dhariwal's and ignores the two betas.
-    ``zero_terminal_snr`` rescales the result so that the last step is pure noise.
+    ``linear`` is DDPM's schedule (section 4; its paper uses 1e-4 to 0.02), ``scaled_linear`` is Stable
+    Diffusion's (√β is linear; the defaults are its values), ``cosine`` is Nichol & Dhariwal's and ignores
+    the two betas. ``zero_terminal_snr`` rescales the result so that the last step is pure noise.
 
     Raises ValueError for an unknown schedule, less than two timesteps, or betas not in 0 < start <= end < 1.
     """
@@ -68,10 +68,10 @@ def _betas(schedule: str, steps: int, start: float, end: float) -> Tensor:
 
 
 def rescale_zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
-    """Shift and scale √ᾱ so that ᾱ_T = 0 and ᾱ_1 stays: Lin et al. 2023, algorithm 1. Shape and dtype are kept.
+    """Shift and scale √ᾱ so that ᾱ_T = 0 and ᾱ_1 stays: Lin et al. 2023, algorithm 1. Shape and dtype stay.
 
-    Training at the last step then sees no signal at all, as sampling does. Epsilon prediction is undefined there
-    (the input already is the noise): train with ``v_prediction`` or ``sample``.
+    Training at the last step then sees no signal at all, as sampling does. Epsilon prediction is undefined
+    there (the input already is the noise): train with ``v_prediction`` or ``sample``.
     """
     root = alphas_cumprod.sqrt()
     first, last = root[0], root[-1]
@@ -148,10 +148,10 @@ def snr(alphas_cumprod: Tensor, timesteps: Tensor) -> Tensor:
 
 
 def min_snr_weight(snr: Tensor, gamma: float, prediction_type: str) -> Tensor:
-    """The loss weight that makes the x_0 loss weight min(SNR, γ): Hang et al. 2023, section 3.4. Shape of ``snr``.
+    """The factor on the loss that weighs x_0's error by min(SNR, γ): Hang et al., section 3.4. Shape of ``snr``.
 
-    ``sample``: min(SNR, γ). ``epsilon``: min(SNR, γ) / SNR, written as min(1, γ / SNR) so that it is 1, its limit,
-    where the SNR is 0. ``v_prediction``: min(SNR, γ) / (SNR + 1). The paper's γ is 5.
+    ``sample``: min(SNR, γ). ``epsilon``: min(SNR, γ) / SNR, written as min(1, γ / SNR) so that it is 1, its
+    limit, where the SNR is 0. ``v_prediction``: min(SNR, γ) / (SNR + 1). The paper's γ is 5.
 
     Raises ValueError for γ <= 0 or not finite, or an unknown prediction type.
     """
@@ -175,10 +175,11 @@ def sample_timesteps(
 ) -> Tensor:
     """Draw ``n`` training timesteps: shape (n,), int64, on the CPU, each in [0, num_train_timesteps - 1].
 
-    ``uniform``: independent and uniform (DDPM, algorithm 1). ``stratified``: one draw, then equal spacing around the
-    circle, in random order: still uniform for each element, but a batch covers the whole range (Kingma et al. 2021,
-    arXiv:2107.00630, appendix I.1). ``cubic``: t = (1 - u³) T, more often noisy, where the layout that a control
-    decides is made (T2I-Adapter's non-uniform sampling, Mou et al. 2023, arXiv:2302.08453).
+    ``uniform``: independent and uniform (DDPM, algorithm 1). ``stratified``: one draw, then equal spacing
+    around the circle, in random order: still uniform for each element, but a batch covers the whole range
+    (Kingma et al. 2021, arXiv:2107.00630, appendix I.1). ``cubic``: t = (1 - u³) T, more often noisy, where
+    the layout that a control decides is made (T2I-Adapter's non-uniform sampling, Mou et al. 2023,
+    arXiv:2302.08453).
 
     Raises ValueError for an unknown kind.
     """

@@ -1,0 +1,296 @@
+"""The pair: a locked U-Net and a trainable copy of its encoder, joined by zero convolutions.
+
+For one block F with locked parameters Θ and trainable copy Θ_c, the paper's equation 2 is
+
+    y_c = F(x; Θ) + Z(F(x + Z(c; Θ_z1); Θ_c); Θ_z2)
+
+where c is the hint and Z a convolution whose weights and biases start at zero, so that y_c = F(x; Θ) before
+training (Zhang, Rao & Agrawala 2023, "Adding Conditional Control to Text-to-Image Diffusion Models",
+arXiv:2302.05543). For Stable Diffusion the copy is the whole encoder and the mid block. The hint enters it
+once, after its first convolution; each of its outputs passes its own zero convolution and is added to the
+locked U-Net's skip connection of the same place, or to its mid block's output.
+
+:func:`control_residuals` is the second term of that sum, :func:`predict` the whole. Both walk the blocks of
+diffusers' own model classes, and give bit for bit what those classes' ``forward`` gives.
+
+Shapes: ``noisy_latents`` (B, 4, h, w), where h and w are the picture's height and width divided by 8;
+``timesteps`` (B,); ``encoder_hidden_states`` (B, 77, D); ``controlnet_cond`` (B, C, 8h, 8w) in [0, 1].
+``added_cond`` is SDXL's ``{"text_embeds": (B, P), "time_ids": (B, 6)}`` and None for the other families.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from diffusers import ControlNetModel, UNet2DConditionModel
+
+    from controlkit.base import Base
+
+HINT_CHANNELS = (16, 32, 96, 256)
+
+# U-Net options that change the forward pass, and the values that the families of Stable Diffusion have.
+_KNOWN_STRUCTURE: Mapping[str, tuple[object, ...]] = {
+    "addition_embed_type": (None, "text_time"),
+    "attention_type": ("default",),
+    "center_input_sample": (False,),
+    "class_embed_type": (None,),
+    "conv_in_kernel": (3,),
+    "encoder_hid_dim": (None,),
+    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+    "num_class_embeds": (None,),
+    "time_cond_proj_dim": (None,),
+    "time_embedding_act_fn": (None,),
+    "time_embedding_dim": (None,),
+    "time_embedding_type": ("positional",),
+}
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+class Residuals(NamedTuple):
+    """What the control network adds: one tensor per skip connection of the U-Net, and one for its mid block.
+
+    ``down``: 12 tensors for SD1 and SD2, 9 for SDXL, from the shallowest (B, C_0, h, w) to the deepest;
+    ``mid``: (B, C_last, h/8, w/8), for SDXL (B, C_last, h/4, w/4). Models with ``global_pool_conditions``
+    have spatial size 1x1.
+    """
+
+    down: tuple[Tensor, ...]
+    mid: Tensor
+
+
+def from_base(
+    base_or_unet: Base | UNet2DConditionModel,
+    *,
+    conditioning_channels: int = 3,
+    hint_channels: Sequence[int] = HINT_CHANNELS,
+    seed: int | None = None,
+) -> ControlNetModel:
+    """The trainable copy of a base's encoder: weights copied, zero convolutions zero, hint encoder new.
+
+    ``conditioning_channels`` is the hint's number of channels. ``hint_channels`` are the hint encoder's
+    widths: each after the first halves the resolution, so four of them take pixels to latents at 1/8.
+    ``seed`` makes the hint encoder's random weights repeatable and leaves the global generator untouched;
+    None draws from it.
+
+    The copy is float32 whatever the base's precision, because it is there to be trained, and lies on the
+    same device. Raises ValueError for a U-Net that is none of SD1, SD2, SDXL, or for channel numbers below
+    1.
+    """
+    from diffusers import ControlNetModel
+
+    unet = getattr(base_or_unet, "unet", base_or_unet)
+    check_structure(unet.config)
+    if min(conditioning_channels, *hint_channels) < 1:
+        raise ValueError(
+            f"conditioning_channels {conditioning_channels} and hint_channels {tuple(hint_channels)}"
+            " must be 1 or more"
+        )
+    with _seeded(seed):
+        controlnet = ControlNetModel.from_unet(
+            unet,
+            conditioning_channels=conditioning_channels,
+            conditioning_embedding_out_channels=tuple(hint_channels),
+        )
+    return controlnet.to(unet.device)
+
+
+def encode_hint(controlnet: ControlNetModel, controlnet_cond: Tensor) -> Tensor:
+    """The hint encoder: (B, C, 8h, 8w) in [0, 1] -> (B, C_0, h, w), the precision of the control network.
+
+    It depends on nothing but the map, so one call serves every step of a generation. Raises ValueError when
+    the number of channels is not the control network's.
+    """
+    expected = controlnet.config.conditioning_channels
+    if controlnet_cond.dim() != 4 or controlnet_cond.shape[1] != expected:
+        raise ValueError(
+            f"the map has shape {tuple(controlnet_cond.shape)};"
+            f" this control network takes (batch, {expected}, height, width)"
+        )
+    if controlnet.config.controlnet_conditioning_channel_order == "bgr":
+        controlnet_cond = controlnet_cond.flip(1)
+    return controlnet.controlnet_cond_embedding(controlnet_cond.to(controlnet.device, controlnet.dtype))
+
+
+def control_residuals(
+    controlnet: ControlNetModel,
+    noisy_latents: Tensor,
+    timesteps: Tensor,
+    encoder_hidden_states: Tensor,
+    hint: Tensor,
+    *,
+    added_cond: Mapping[str, Tensor] | None = None,
+) -> Residuals:
+    """Z(F(x + hint; Θ_c)): what the trainable copy adds to the locked U-Net.
+
+    ``hint`` is :func:`encode_hint`'s output, (B, C_0, h, w) or (1, C_0, h, w) for one map shared by the
+    batch. Raises ValueError when its height and width are not those of the latents.
+    """
+    if hint.shape[-2:] != noisy_latents.shape[-2:]:
+        raise ValueError(
+            f"the encoded map is {tuple(hint.shape[-2:])} (height, width) but the latents are"
+            f" {tuple(noisy_latents.shape[-2:])}: give a map of the picture's size"
+        )
+    emb = _time_embedding(controlnet, noisy_latents, timesteps, added_cond)
+    x = controlnet.conv_in(noisy_latents) + hint  # (B, C_0, h, w)
+    x, skips = _encoder(controlnet, x, emb, encoder_hidden_states)
+    x = controlnet.mid_block(x, emb, encoder_hidden_states=encoder_hidden_states)
+
+    zero_convs = controlnet.controlnet_down_blocks
+    down = tuple(zero_conv(skip) for zero_conv, skip in zip(zero_convs, skips, strict=True))
+    residuals = Residuals(down, controlnet.controlnet_mid_block(x))
+    return _pool(residuals) if controlnet.config.global_pool_conditions else residuals
+
+
+def predict(
+    unet: UNet2DConditionModel,
+    noisy_latents: Tensor,
+    timesteps: Tensor,
+    encoder_hidden_states: Tensor,
+    *,
+    residuals: Residuals | None = None,
+    added_cond: Mapping[str, Tensor] | None = None,
+    sd_locked: bool = True,
+    only_mid_control: bool = False,
+) -> Tensor:
+    """The U-Net's output with the control network's residuals added: ``model_pred`` (B, 4, h, w).
+
+    With ``sd_locked`` the encoder and the mid block run without a graph: the residuals enter behind them,
+    so no gradient has to pass. The decoder keeps its graph, which is how the loss reaches the residuals.
+    Without it, the graph goes wherever ``requires_grad`` says. ``only_mid_control`` adds the mid residual
+    alone.
+    """
+    with torch.no_grad() if sd_locked else contextlib.nullcontext():
+        emb = _time_embedding(unet, noisy_latents, timesteps, added_cond)
+        x = unet.conv_in(noisy_latents)  # (B, C_0, h, w)
+        x, skips = _encoder(unet, x, emb, encoder_hidden_states)
+        x = unet.mid_block(x, emb, encoder_hidden_states=encoder_hidden_states)  # (B, C_last, h/8, w/8)
+
+    if residuals is not None:
+        x = x + residuals.mid
+        if not only_mid_control:
+            skips = [skip + residual for skip, residual in zip(skips, residuals.down, strict=True)]
+    x = _decoder(unet, x, skips, emb, encoder_hidden_states)
+    return unet.conv_out(unet.conv_act(unet.conv_norm_out(x)))
+
+
+def scale_residuals(residuals: Residuals, scale: float) -> Residuals:
+    """Every residual multiplied by one number: the strength of a control."""
+    return Residuals(tuple(residual * scale for residual in residuals.down), residuals.mid * scale)
+
+
+def add_residuals(first: Residuals, *others: Residuals) -> Residuals:
+    """The sum of several controls' residuals, term by term and in the order given (the order decides the
+    rounding)."""
+    for other in others:
+        down = tuple(a + b for a, b in zip(first.down, other.down, strict=True))
+        first = Residuals(down, first.mid + other.mid)
+    return first
+
+
+def lock(module: ModuleT) -> ModuleT:
+    """Evaluation mode and no gradients for any parameter. Returns the same module."""
+    return module.eval().requires_grad_(False)
+
+
+def trainable_parameters(
+    controlnet: ControlNetModel, unet: UNet2DConditionModel, *, sd_locked: bool = True
+) -> list[nn.Parameter]:
+    """Mark what training moves as requiring gradients, everything else as not, and return the former.
+
+    That is the control network, and with ``sd_locked=False`` the U-Net's decoder and output layers too
+    (they have no counterpart in the copy; unlocking them is the original project's option for data far from
+    the base's).
+    """
+    lock(unet)
+    trained: list[nn.Module] = [controlnet]
+    if not sd_locked:
+        trained += [unet.up_blocks, unet.conv_norm_out, unet.conv_out]
+    return [parameter.requires_grad_(True) for module in trained for parameter in module.parameters()]
+
+
+def check_structure(config: Mapping[str, Any]) -> None:
+    """Raise ValueError if a U-Net's ``config`` asks for a forward pass that this module does not walk.
+
+    Passed are the structures of SD1, SD2 and SDXL at any width and depth.
+    """
+    for option, known in _KNOWN_STRUCTURE.items():
+        value = config.get(option, known[0])
+        if value not in known:
+            raise ValueError(
+                f"this U-Net has {option} {value!r}; only the structures of SD1, SD2 and SDXL are known"
+            )
+
+
+def _time_embedding(
+    network: ControlNetModel | UNet2DConditionModel,
+    x: Tensor,
+    timesteps: Tensor,
+    added_cond: Mapping[str, Tensor] | None,
+) -> Tensor:
+    """(B, 4 C_0): the timestep's sinusoids through two linear layers, plus SDXL's pooled text and picture
+    sizes."""
+    timesteps = timesteps.to(x.device).reshape(-1).expand(x.shape[0])
+    sinusoids = network.time_proj(timesteps)  # (B, C_0), always float32
+    emb = network.time_embedding(sinusoids.to(x.dtype))
+    if network.config.addition_embed_type is None:
+        return emb
+    assert added_cond is not None, "SDXL's networks need added_cond: Base.added_cond makes it"
+    pooled, time_ids = added_cond["text_embeds"], added_cond["time_ids"]
+    sizes = network.add_time_proj(time_ids.flatten()).reshape(pooled.shape[0], -1)  # (B, 6 x 256)
+    return emb + network.add_embedding(torch.cat([pooled, sizes], dim=-1).to(emb.dtype))
+
+
+def _encoder(
+    network: ControlNetModel | UNet2DConditionModel, x: Tensor, emb: Tensor, encoder_hidden_states: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """The down blocks, which both networks share: the last output, and every skip from the shallowest on."""
+    skips = [x]
+    for block in network.down_blocks:
+        x, outputs = block(x, emb, **_text_for(block, encoder_hidden_states))
+        skips.extend(outputs)
+    return x, skips
+
+
+def _decoder(
+    unet: UNet2DConditionModel, x: Tensor, skips: Sequence[Tensor], emb: Tensor, encoder_hidden_states: Tensor
+) -> Tensor:
+    """The up blocks. Each takes its skips from the deep end and grows to the size of the next block's
+    skips."""
+    remaining = list(skips)
+    for block in unet.up_blocks:
+        taken = len(block.resnets)
+        block_skips, remaining = tuple(remaining[-taken:]), remaining[:-taken]
+        # Not always twice the size: odd latents were rounded up on the way down.
+        size = remaining[-1].shape[2:] if remaining else None
+        x = block(x, block_skips, emb, upsample_size=size, **_text_for(block, encoder_hidden_states))
+    return x
+
+
+def _text_for(block: nn.Module, encoder_hidden_states: Tensor) -> dict[str, Tensor]:
+    """The text, if the block attends to it; plain residual blocks do not take it."""
+    attends = getattr(block, "has_cross_attention", False)
+    return {"encoder_hidden_states": encoder_hidden_states} if attends else {}
+
+
+def _pool(residuals: Residuals) -> Residuals:
+    """Each residual's mean over the picture, (B, C, 1, 1): for controls that carry style but no layout."""
+    down = tuple(residual.mean(dim=(2, 3), keepdim=True) for residual in residuals.down)
+    return Residuals(down, residuals.mid.mean(dim=(2, 3), keepdim=True))
+
+
+@contextlib.contextmanager
+def _seeded(seed: int | None) -> Iterator[None]:
+    """Run with torch's CPU generator set to ``seed``, and put its state back; None changes nothing."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
