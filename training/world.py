@@ -1,0 +1,123 @@
+"""Scenes of the bundled world, rendered once and kept on disk for every training that uses them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+CHUNK = 250
+VERSION = 1  # raise when figures.py changes what it draws
+_ARRAYS = ("picture", "inverse_depth", "joints", "figure", "figure_height")
+
+
+def cache_folder() -> Path:
+    """Where rendered scenes are kept: $CONTROLKIT_CACHE, or controlkit/ in the user's cache folder."""
+    root = os.environ.get("CONTROLKIT_CACHE")
+    if root:
+        return Path(root)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "controlkit"
+
+
+@dataclass(frozen=True)
+class World:
+    """N rendered scenes of one split, seeds 0..N-1.
+
+    picture: uint8 N×S×S×3. inverse_depth: float16 N×S×S, 1/m. joints: float32 N×18×3 (x, y in pixels, visible).
+    figure: bool N×S×S, the figure's pixels. figure_height: float32 N, pixels. captions: N phrases.
+    """
+
+    picture: Sequence[NDArray[np.uint8]]
+    inverse_depth: Sequence[NDArray[np.float16]]
+    joints: NDArray[np.float32]
+    figure: Sequence[NDArray[np.bool_]]
+    figure_height: NDArray[np.float32]
+    captions: list[str]
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+
+class _Chunks(Sequence[Any]):
+    """Memory-mapped arrays of CHUNK rows each, indexed as one."""
+
+    def __init__(self, arrays: list[NDArray[Any]], length: int) -> None:
+        self._arrays, self._length = arrays, length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._arrays[index // CHUNK][index % CHUNK]
+
+
+def load_world(
+    split: str, count: int, *, size: int = 128, folder: Path | None = None, progress: Callable[[int, int], None] | None = None
+) -> World:
+    """The first `count` scenes of a split, rendering those that the cache lacks (about 25 ms each on one core).
+
+    Interrupted or repeated calls continue where the last one stopped; several processes may call it at once.
+    """
+    root = (folder or cache_folder()) / f"world-{VERSION}-{split}-{size}"
+    numbers = range((count + CHUNK - 1) // CHUNK)
+    for number in numbers:
+        if not (root / f"{number:05d}").is_dir():
+            _render_chunk(root, split, number, size)
+        if progress is not None:
+            progress(min((number + 1) * CHUNK, count), count)
+    return _open(root, numbers, count)
+
+
+def _open(root: Path, numbers: range, count: int) -> World:
+    def chunks(name: str) -> list[NDArray[Any]]:
+        return [np.load(root / f"{number:05d}" / f"{name}.npy", mmap_mode="r") for number in numbers]
+
+    captions: list[str] = []
+    for number in numbers:
+        captions += json.loads((root / f"{number:05d}" / "captions.json").read_text(encoding="utf-8"))
+    return World(
+        picture=_Chunks(chunks("picture"), count),
+        inverse_depth=_Chunks(chunks("inverse_depth"), count),
+        joints=np.concatenate(chunks("joints"))[:count],
+        figure=_Chunks(chunks("figure"), count),
+        figure_height=np.concatenate(chunks("figure_height"))[:count],
+        captions=captions[:count],
+    )
+
+
+def _render_chunk(root: Path, split: str, number: int, size: int) -> None:
+    """Render one chunk into a temporary folder, then move it into place, so that no chunk is ever half written."""
+    from controlkit.figures import render
+
+    scenes = [render(seed, size=size, split=split) for seed in range(number * CHUNK, (number + 1) * CHUNK)]
+    columns = {
+        "picture": np.stack([scene.picture for scene in scenes]),
+        "inverse_depth": np.stack([scene.inverse_depth for scene in scenes]).astype(np.float16),
+        "joints": np.stack([scene.joints for scene in scenes]).astype(np.float32),
+        "figure": np.stack([scene.masks["figure"] for scene in scenes]),
+        "figure_height": np.array([scene.figure_height for scene in scenes], dtype=np.float32),
+    }
+    assert set(columns) == set(_ARRAYS)
+    root.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=".rendering-", dir=root))
+    try:
+        for name, array in columns.items():
+            np.save(temporary / f"{name}.npy", array)
+        captions = [scene.caption for scene in scenes]
+        (temporary / "captions.json").write_text(json.dumps(captions), encoding="utf-8")
+        temporary.chmod(0o755)
+        try:
+            os.rename(temporary, root / f"{number:05d}")
+        except OSError:  # another process rendered the same chunk first
+            if not (root / f"{number:05d}").is_dir():
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
