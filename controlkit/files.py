@@ -1,0 +1,177 @@
+"""Writing files so that nothing is ever half-written, and saying in one line why it cannot be done.
+
+A file is written under a temporary name in its own folder and renamed when it is complete. Its mode is what
+the umask gives to any new file (``0o666 & ~umask``), because the kernel applies it to the file we create.
+Every failure that a user can cause (no such folder, no permission, full disk) is a one-line ``ValueError``.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import stat
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+PathLike = str | os.PathLike[str]
+
+_FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
+
+
+def write_bytes(path: PathLike, data: bytes) -> None:
+    """Write ``data`` to ``path`` atomically: afterwards the file is the old one or the new one, never a part.
+
+    A symbolic link stays and its target is replaced. A device or pipe is written directly.
+
+    Raises:
+        ValueError: the folder does not exist, is not writable, the disk is full, or ``path`` is a folder.
+    """
+    target = Path(os.path.realpath(path))
+    with _plain_errors(path):
+        _refuse_folder(target)
+        if target.exists() and not target.is_file():
+            target.write_bytes(data)
+            return
+        temporary = _temporary_beside(target)
+        try:
+            _write_new(temporary, data)
+            os.replace(temporary, target)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def write_text(path: PathLike, text: str) -> None:
+    """Write ``text`` as UTF-8 with ``\\n`` line ends; otherwise as :func:`write_bytes`."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: PathLike, obj: Any) -> None:
+    """Write ``obj`` as indented JSON with a final line end; otherwise as :func:`write_bytes`.
+
+    Not-a-number and infinities are refused (``ValueError``): they are not JSON, and readers choke on them.
+    """
+    write_text(path, json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+@contextmanager
+def replace_folder(path: PathLike) -> Iterator[Path]:
+    """Yield an empty folder beside ``path``; when the block succeeds it takes the place of ``path``.
+
+    A folder that was at ``path`` is moved away first and deleted last, contents and all: the caller decides
+    whether it may be. When the block fails the new folder is removed and the old one is untouched. All files
+    get the mode that the umask gives to new files, whatever their writer chose (safetensors writes 0600).
+
+    Raises:
+        ValueError: the parent does not exist or is not writable, the disk is full, or ``path`` is a file.
+    """
+    target = Path(os.path.realpath(path))
+    temporary = _temporary_beside(target)
+    with _plain_errors(path):
+        if target.exists() and not target.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "there is a file of that name", str(target))
+        temporary.mkdir()
+    try:
+        with _plain_errors(path, only=_FULL_DISK):
+            yield temporary
+        with _plain_errors(path):
+            _apply_umask(temporary)
+            _swap_in(temporary, target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def sha256_file(path: PathLike) -> str:
+    """Return the SHA-256 of a file's bytes, in hexadecimal. Raises OSError where it cannot be read."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_writable(path: PathLike, *, folder: bool = False) -> None:
+    """Fail now, not after minutes of work, if ``path`` cannot be written as a file (or as a ``folder``).
+
+    Tries it: creates and removes a file beside ``path``. Leaves nothing behind.
+
+    Raises:
+        ValueError: as :func:`write_bytes` or :func:`replace_folder` would.
+    """
+    target = Path(os.path.realpath(path))
+    with _plain_errors(path):
+        if folder and target.exists() and not target.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "there is a file of that name", str(target))
+        if not folder:
+            _refuse_folder(target)
+            if target.exists() and not target.is_file():
+                return
+        temporary = _temporary_beside(target)
+        _write_new(temporary, b"")
+        temporary.unlink()
+
+
+def _refuse_folder(target: Path) -> None:
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "it is a folder, a file name is wanted", str(target))
+
+
+def _temporary_beside(target: Path) -> Path:
+    return target.parent / f".{uuid.uuid4().hex}.tmp"
+
+
+def _write_new(path: Path, data: bytes) -> None:
+    # The kernel applies the umask to a new file of mode 0o666; to read the umask ourselves we would have to
+    # change it, for every thread.
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    with open(descriptor, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _apply_umask(folder: Path) -> None:
+    # mkdir made the folder 0o777 & ~umask, so its mode tells the umask.
+    file_mode = stat.S_IMODE(folder.stat().st_mode) & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(file_mode)
+
+
+def _swap_in(temporary: Path, target: Path) -> None:
+    old = _temporary_beside(target)
+    existed = target.exists()
+    if existed:
+        os.replace(target, old)
+    try:
+        os.replace(temporary, target)
+    except OSError:
+        if existed:
+            os.replace(old, target)
+        raise
+    if existed:
+        with suppress(OSError):  # the new folder is in place; what is left of the old one is hidden
+            shutil.rmtree(old)
+
+
+@contextmanager
+def _plain_errors(path: PathLike, *, only: set[int] | None = None) -> Iterator[None]:
+    """Turn an OSError (of the given error numbers, or any) into the one-line ValueError naming ``path``."""
+    try:
+        yield
+    except OSError as error:
+        if only is not None and error.errno not in only:
+            raise
+        raise ValueError(f"cannot write {os.fspath(path)}: {_reason(error, Path(path))}") from error
+
+
+def _reason(error: OSError, path: Path) -> str:
+    if error.errno in _FULL_DISK:
+        return "the disk is full"
+    if error.errno == errno.ENOENT:
+        return f"the folder {path.parent} does not exist"
+    if error.errno == errno.EACCES:
+        return "no permission"
+    return error.strerror or str(error)

@@ -1,0 +1,25 @@
+"""Names that users type: suggestions, and the one-line error for a name that does not exist."""
+
+import difflib
+from collections.abc import Iterable
+
+
+def did_you_mean(name: str, choices: Iterable[str]) -> str:
+    """Return ``" (did you mean 'x'?)"`` for the choice closest to ``name``, or ``""`` when none is close.
+
+    Case is ignored. Closeness is difflib's ratio, at least 0.6.
+    """
+    by_folded = {choice.casefold(): choice for choice in choices}
+    close = difflib.get_close_matches(name.casefold(), by_folded, n=1)
+    return f" (did you mean {by_folded[close[0]]!r}?)" if close else ""
+
+
+def unknown(what: str, name: str, choices: Iterable[str]) -> ValueError:
+    """Build (not raise) the error for a ``name`` that is none of ``choices``; ``what`` says what was named.
+
+    >>> str(unknown("control", "cany", ["canny", "depth"]))
+    "unknown control 'cany' (did you mean 'canny'?); choose from: canny, depth"
+    """
+    listed = sorted(choices)
+    suggestion = did_you_mean(name, listed)
+    return ValueError(f"unknown {what} {name!r}{suggestion}; choose from: {', '.join(listed)}")

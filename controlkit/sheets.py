@@ -1,0 +1,84 @@
+"""Contact sheets: labelled grids of pictures, for eyes."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from controlkit.images import resize
+
+Cell = tuple[np.ndarray, str]
+"""A picture, uint8 (H, W, 3), and its label ("" for none)."""
+
+_PAPER, _INK, _FRAME = (255, 255, 255), (32, 33, 36), (218, 220, 224)
+_GAP = 16
+
+
+def contact_sheet(rows: Sequence[Sequence[Cell]], *, title: str = "", cell: int = 256) -> np.ndarray:
+    """Return a labelled grid of pictures as one picture, uint8 (H, W, 3).
+
+    Every picture is fitted into a square of ``cell`` pixels with its aspect kept: small ones are enlarged by
+    whole factors without interpolation (pixels stay square and crisp), large ones are averaged down. Labels
+    stand below the pictures, shortened where they do not fit; rows may differ in length.
+
+    Raises:
+        ValueError: there is no picture at all, or ``cell`` is below 16.
+    """
+    if cell < 16:
+        raise ValueError(f"a contact sheet's cell of {cell} pixels is too small; at least 16")
+    columns = max((len(row) for row in rows), default=0)
+    if columns == 0:
+        raise ValueError("a contact sheet needs at least one picture")
+    font_size = max(11, cell // 17)
+    width = _GAP + columns * (cell + _GAP)
+    bands = [_title(title, width=width, font_size=round(font_size * 1.5))] if title else []
+    bands += [_row(row, width=width, cell=cell, font_size=font_size) for row in rows]
+    return np.concatenate([*bands, _paper(width, _GAP)])
+
+
+def _title(title: str, *, width: int, font_size: int) -> np.ndarray:
+    font = ImageFont.load_default(font_size)
+    band = Image.fromarray(_paper(width, _GAP + font_size + _GAP // 4))
+    text = _shorten(title, font, width - 2 * _GAP)
+    ImageDraw.Draw(band).text((_GAP, band.height), text, fill=_INK, font=font, anchor="ld")
+    return np.array(band)
+
+
+def _row(row: Sequence[Cell], *, width: int, cell: int, font_size: int) -> np.ndarray:
+    font = ImageFont.load_default(font_size)
+    caption_height = round(font_size * 1.6) if any(label for _, label in row) else 0
+    band = Image.fromarray(_paper(width, _GAP + cell + caption_height))
+    draw = ImageDraw.Draw(band)
+    for column, (picture, label) in enumerate(row):
+        left = _GAP + column * (cell + _GAP)
+        fitted = Image.fromarray(_fit(picture, cell))
+        x, y = left + (cell - fitted.width) // 2, _GAP + (cell - fitted.height) // 2
+        draw.rectangle((x - 1, y - 1, x + fitted.width, y + fitted.height), outline=_FRAME)
+        band.paste(fitted, (x, y))
+        middle = (left + cell / 2, _GAP + cell + caption_height * 0.6)
+        draw.text(middle, _shorten(label, font, cell), fill=_INK, font=font, anchor="mm")
+    return np.array(band)
+
+
+def _paper(width: int, height: int) -> np.ndarray:
+    return np.full((height, width, 3), _PAPER, np.uint8)
+
+
+def _fit(picture: np.ndarray, cell: int) -> np.ndarray:
+    """Scale a picture to fit into a square: up by a whole factor, or down by averaging."""
+    height, width = picture.shape[:2]
+    factor = cell // max(height, width)
+    if factor >= 1:
+        return picture.repeat(factor, axis=0).repeat(factor, axis=1)
+    shrink = cell / max(height, width)
+    return resize(picture, max(1, round(width * shrink)), max(1, round(height * shrink)))
+
+
+def _shorten(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    """Cut ``text``, with an ellipsis, to at most ``width`` pixels; line ends become blanks."""
+    text = " ".join(text.split())
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "...") > width:
+        text = text[:-1]
+    return text.rstrip() + "..."
