@@ -1,0 +1,222 @@
+"""The shape of the project: what is packed, what may import what, what an import costs."""
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import tomllib
+import venv
+import zipfile
+from collections.abc import Iterator
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = {
+    "controlkit": ROOT / "controlkit",
+    "controlkit.preprocessors": ROOT / "preprocessors",
+    "controlkit.training": ROOT / "training",
+}
+# The application modules may use everything; the rest of the core knows neither of the other two packages.
+APPLICATION = {"controlkit.cli", "controlkit.demo"}
+PREPROCESSORS_MAY_USE = {"controlkit.files", "controlkit.images", "controlkit.limits", "controlkit.naming"}
+
+
+def run_python(code: str, *, cwd: Path, python: str = sys.executable) -> str:
+    """Run `code` in a fresh interpreter started in `cwd`; return what it printed."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([python, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def modules() -> Iterator[tuple[str, Path]]:
+    """Every module of the project under the name it is imported by, once (the links are not followed)."""
+    for package, folder in FOLDERS.items():
+        for path in folder.rglob("*.py"):
+            parts = path.relative_to(folder).with_suffix("").parts
+            yield ".".join([package, *parts]).removesuffix(".__init__"), path
+
+
+def imports(name: str, path: Path) -> set[str]:
+    """The absolute names that a module imports, also inside functions, as `a.b.c` for `from a.b import c`."""
+    package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            found |= {f"{module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def within(name: str, packages: set[str]) -> bool:
+    return any(name == package or name.startswith(package + ".") for package in packages)
+
+
+def test_every_package_on_disk_is_listed() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    on_disk = {name for name, path in modules() if path.name == "__init__.py"}
+    assert sorted(listed) == sorted(on_disk)
+    without = {path.parent for _, path in modules() if not (path.parent / "__init__.py").exists()}
+    assert not without, "folders with modules and no __init__.py"
+
+
+@pytest.mark.parametrize("folder", ["preprocessors", "training"])
+def test_the_link_names_the_folder(folder: str) -> None:
+    link = ROOT / "controlkit" / folder
+    assert link.is_symlink()
+    assert os.readlink(link) == f"../{folder}"
+
+
+def test_dependencies_point_one_way() -> None:
+    outer = {"controlkit.preprocessors", "controlkit.training"} | APPLICATION
+    wrong = []
+    for name, path in modules():
+        for used in sorted(imports(name, path)):
+            if within(name, {"controlkit.preprocessors"}):
+                allowed = not within(used, {"controlkit"}) or within(
+                    used, PREPROCESSORS_MAY_USE | {"controlkit.preprocessors"}
+                )
+            elif within(name, {"controlkit.training"}):
+                allowed = not within(used, APPLICATION)
+            else:
+                allowed = name in APPLICATION or not within(used, outer)
+            if not allowed:
+                wrong.append(f"{name} imports {used}")
+    assert not wrong
+
+
+def test_the_short_names_are_used_nowhere() -> None:
+    short = {"preprocessors", "training"}
+    wrong = [
+        f"{name}: {used}" for name, path in modules() for used in imports(name, path) if within(used, short)
+    ]
+    assert not wrong
+
+
+def test_no_module_shadows_the_library_datasets() -> None:
+    assert not list((ROOT / "training").rglob("datasets.py"))
+
+
+def test_both_folders_refuse_their_short_name() -> None:
+    code = """
+import importlib
+for name in ("preprocessors", "training"):
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        print(error)
+"""
+    lines = run_python(code, cwd=ROOT).splitlines()
+    assert len(lines) == 2
+    assert "controlkit.preprocessors" in lines[0]
+    assert "controlkit.training" in lines[1]
+
+
+def test_importing_controlkit_loads_nothing_heavy(tmp_path: Path) -> None:
+    code = """
+import json, sys
+import controlkit, controlkit.cli, controlkit.images, controlkit.preprocessors
+assert "load_base" in dir(controlkit)
+print(json.dumps(sorted({"torch", "diffusers", "transformers", "accelerate", "scipy"} & set(sys.modules))))
+"""
+    assert json.loads(run_python(code, cwd=tmp_path)) == []
+
+
+def test_one_distribution_provides_cv2() -> None:
+    assert set(packages_distributions()["cv2"]) == {"opencv-python-headless"}
+
+
+def build(kind: str, source: Path, out: Path) -> Path:
+    """Build an sdist or a wheel from `source` with the setuptools that is installed, without a network."""
+    code = f"from setuptools import build_meta; build_meta.build_{kind}({str(out)!r})"
+    out.mkdir()
+    run_python(code, cwd=source)
+    (built,) = out.iterdir()
+    return built
+
+
+def contents(wheel: Path) -> dict[str, bytes]:
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        assert len(names) == len(set(names))
+        return {name: archive.read(name) for name in names}
+
+
+@pytest.fixture(scope="module")
+def wheels(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The wheel built from a clean copy of the checkout, and the one built from the sdist."""
+    temp = tmp_path_factory.mktemp("build")
+    copy = temp / "checkout"
+    clutter = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    for name in ("controlkit", "preprocessors", "training", "tests"):
+        shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=clutter)
+    for name in ("pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "MANIFEST.in"):
+        shutil.copy(ROOT / name, copy)
+    sdist = build("sdist", copy, temp / "sdist")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(temp / "unpacked", filter="data")
+    (unpacked,) = (temp / "unpacked").iterdir()
+    return build("wheel", copy, temp / "wheel"), build("wheel", unpacked, temp / "wheel-from-sdist")
+
+
+def test_the_wheel_holds_every_file_once(wheels: tuple[Path, Path]) -> None:
+    packed = {name for name in contents(wheels[0]) if ".dist-info/" not in name}
+    data = {
+        *(path for path in (ROOT / "controlkit" / "tiny").rglob("*") if path.is_file()),
+        *(ROOT / "training" / "recipes").glob("*.toml"),
+        ROOT / "controlkit" / "py.typed",
+    }
+    expected = {path for _, path in modules()} | data
+    names = set()
+    for path in expected:
+        relative = path.relative_to(ROOT).as_posix()
+        names.add(relative if relative.startswith("controlkit/") else f"controlkit/{relative}")
+    assert packed == names
+
+
+def test_the_wheel_from_the_sdist_is_the_same(wheels: tuple[Path, Path]) -> None:
+    assert contents(wheels[0]) == contents(wheels[1])
+
+
+def test_the_wheel_works_from_another_folder(wheels: tuple[Path, Path], tmp_path: Path) -> None:
+    home = tmp_path / "environment"
+    venv.create(home, with_pip=False)
+    site = Path(sysconfig.get_path("purelib", "venv", {"base": str(home), "platbase": str(home)}))
+    with zipfile.ZipFile(wheels[0]) as archive:  # a pure wheel is installed by unpacking it
+        archive.extractall(site)
+    # The libraries come from the present environment; its own editable controlkit does not: a folder that a
+    # .pth file adds is searched, but the .pth files in it are not read.
+    (site / "libraries.pth").write_text(sysconfig.get_path("purelib"))
+    code = """
+import sys
+from importlib.metadata import entry_points
+import controlkit, controlkit.metrics, controlkit.preprocessors, controlkit.training
+for module in (controlkit, controlkit.metrics, controlkit.preprocessors, controlkit.training):
+    print(module.__file__)
+(command,) = (entry for entry in entry_points(group="console_scripts", name="controlkit"))
+sys.argv = ["controlkit", "--help"]
+try:
+    command.load()()
+except SystemExit as stop:
+    assert stop.code == 0, stop.code
+"""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    lines = run_python(code, cwd=elsewhere, python=str(_python_of(home))).splitlines()
+    assert all(Path(line).is_relative_to(site / "controlkit") for line in lines[:4]), lines[:4]
+    assert any("generate" in line for line in lines[4:])
+
+
+def _python_of(home: Path) -> Path:
+    scripts = sysconfig.get_path("scripts", "venv", {"base": str(home), "platbase": str(home)})
+    return Path(scripts) / ("python.exe" if os.name == "nt" else "python")
