@@ -1,0 +1,38 @@
+"""ControlKit: ControlNet training and inference. The public names, imported when they are first used."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from controlkit.adapters import Adapter as Adapter
+    from controlkit.adapters import load_adapter as load_adapter
+    from controlkit.base import Base as Base
+    from controlkit.base import load_base as load_base
+    from controlkit.control import Control as Control
+    from controlkit.images import load_picture as load_picture
+    from controlkit.sampling import generate as generate
+
+    __version__: str
+
+_HOME = {
+    "Adapter": "adapters",
+    "Base": "base",
+    "Control": "control",
+    "generate": "sampling",
+    "load_adapter": "adapters",
+    "load_base": "base",
+    "load_picture": "images",
+}
+__all__ = [*_HOME, "__version__"]
+
+
+def __getattr__(name: str) -> object:
+    if name == "__version__":
+        return import_module("importlib.metadata").version("controlkit")
+    if name not in _HOME:
+        raise AttributeError(f"module 'controlkit' has no attribute {name!r}")
+    return getattr(import_module(f"controlkit.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

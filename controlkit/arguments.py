@@ -1,0 +1,104 @@
+"""The small grammars of the command line: KIND=PATH:SCALE, KIND=NAME, KEY=VALUE."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from controlkit.limits import check_scale
+
+
+@dataclass(frozen=True)
+class ControlArgument:
+    """One --control or --map: the kind of map, the file as it was written, the control's scale."""
+
+    kind: str
+    path: str
+    scale: float
+    is_map: bool
+
+
+def parse_control(text: str, *, is_map: bool) -> ControlArgument:
+    """Read KIND=PATH or KIND=PATH:SCALE.
+
+    The scale is whatever follows the last colon and reads as a number, so `canny=C:\\a.png` and
+    `canny=a:b.png` are paths alone; a file whose whole name ends in `:0.5` is that file if it exists.
+    Raises ValueError when a part is missing or the scale is outside its range.
+    """
+    option = "--map" if is_map else "--control"
+    kind, equals, rest = text.partition("=")
+    if not (kind and equals and rest):
+        raise ValueError(f"{option} {text!r} must be KIND=PICTURE or KIND=PICTURE:SCALE, as canny=a.jpg:0.8")
+    path, scale = _split_scale(rest)
+    if not path:
+        raise ValueError(f"{option} {text!r} names no picture: KIND=PICTURE or KIND=PICTURE:SCALE")
+    try:
+        check_scale(scale)
+    except ValueError as error:
+        raise ValueError(f"{option} {text!r}: {error}") from None
+    return ControlArgument(kind.strip(), path, scale, is_map)
+
+
+def parse_adapters(texts: Sequence[str]) -> dict[str, str]:
+    """Read several KIND=NAME_OR_PATH into a mapping.
+
+    Raises ValueError for a missing part, or two names for one kind.
+    """
+    adapters: dict[str, str] = {}
+    for text in texts:
+        kind, equals, name = text.partition("=")
+        if not (kind and equals and name):
+            raise ValueError(f"--adapter {text!r} must be KIND=NAME or KIND=FOLDER, as canny=run/controlnet")
+        kind = kind.strip()
+        if adapters.setdefault(kind, name) != name:
+            raise ValueError(f"--adapter gives two adapters for {kind}: {adapters[kind]} and {name}")
+    return adapters
+
+
+def parse_settings(texts: Sequence[str]) -> dict[str, int | float | str]:
+    """Read several KEY=VALUE into a mapping; a value that reads as a number becomes one.
+
+    Raises ValueError for a missing part or a key given twice.
+    """
+    settings: dict[str, int | float | str] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not (key and equals and value):
+            raise ValueError(f"{text!r} must be KEY=VALUE, as in low=50")
+        if key in settings:
+            raise ValueError(f"{key} is given twice")
+        settings[key] = _number_or_text(value)
+    return settings
+
+
+def numbered_outputs(output: str, count: int) -> list[Path]:
+    """Where `count` pictures go: `out.png` itself for one, else `out-1.png`, `out-2.png` ...
+
+    Raises ValueError unless the name ends in .png, the format that keeps the parameters.
+    """
+    path = Path(output)
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"the output {output} must end in .png, the format that keeps the parameters")
+    if count == 1:
+        return [path]
+    return [path.with_name(f"{path.stem}-{k}{path.suffix}") for k in range(1, count + 1)]
+
+
+def _split_scale(rest: str) -> tuple[str, float]:
+    path, colon, tail = rest.rpartition(":")
+    if not colon or Path(rest).exists():
+        return rest, 1.0
+    try:
+        return path, float(tail)
+    except ValueError:
+        return rest, 1.0
+
+
+def _number_or_text(value: str) -> int | float | str:
+    for number in (int, float):
+        try:
+            return number(value)
+        except ValueError:
+            continue
+    return value

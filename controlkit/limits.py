@@ -1,0 +1,78 @@
+"""The allowed range of every number a user can give: one plain line when it is outside.
+
+Needs neither torch nor numpy, so that a command can refuse a bad number before the slow imports.
+"""
+
+import math
+from collections.abc import Sequence
+from numbers import Integral
+
+MAX_STEPS = 1000  # Stable Diffusion's schedules have 1000 training timesteps
+MAX_SEED = 2**63 - 1
+MAX_GUIDANCE = 100.0
+MAX_COUNT = 1000
+SCALE_RANGE = (-10.0, 10.0)
+SIZE_RANGE = (16, 8192)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def check_steps(steps: int) -> None:
+    """Raise ValueError unless `steps` is a whole number from 1 to 1000."""
+    if not _is_whole(steps) or not 1 <= steps <= MAX_STEPS:
+        raise ValueError(f"steps must be a whole number from 1 to {MAX_STEPS}, not {steps}")
+
+
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Raise ValueError unless there is a seed and every seed is a whole number from 0 to 2^63 - 1."""
+    if not seeds:
+        raise ValueError("no seed given: one picture is made per seed")
+    for seed in seeds:
+        if not _is_whole(seed) or not 0 <= seed <= MAX_SEED:
+            raise ValueError(f"a seed must be a whole number from 0 to {MAX_SEED}, not {seed}")
+
+
+def check_guidance(guidance: float) -> None:
+    """Raise ValueError unless the classifier-free guidance scale is a number from 0 to 100 (1 is none)."""
+    if not (math.isfinite(guidance) and 0 <= guidance <= MAX_GUIDANCE):
+        raise ValueError(f"guidance must be a number from 0 to {MAX_GUIDANCE:g}, not {guidance}")
+
+
+def check_eta(eta: float) -> None:
+    """Raise ValueError unless DDIM's eta is a number from 0 (deterministic) to 1 (DDPM)."""
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta must be a number from 0 to 1, not {eta}")
+
+
+def check_scale(scale: float) -> None:
+    """Raise ValueError unless a control's scale is a finite number from -10 to 10 (1 is as trained)."""
+    low, high = SCALE_RANGE
+    if not (math.isfinite(scale) and low <= scale <= high):
+        raise ValueError(f"a control's scale must be a number from {low:g} to {high:g}, not {scale}")
+
+
+def check_window(start: float, end: float) -> None:
+    """Raise ValueError unless 0 <= start < end <= 1 (fractions of the denoising steps)."""
+    if not 0 <= start < end <= 1:
+        raise ValueError(f"a control needs 0 <= start < end <= 1, not start {start} and end {end}")
+
+
+def check_size(width: int | None, height: int | None) -> None:
+    """Raise ValueError unless each given side is a multiple of 8 from 16 to 8192 pixels."""
+    low, high = SIZE_RANGE
+    for name, side in (("width", width), ("height", height)):
+        if side is None:
+            continue
+        if not _is_whole(side) or side % 8 or not low <= side <= high:
+            nearest = min(max(round(side / 8) * 8, low), high)
+            raise ValueError(
+                f"{name} must be a multiple of 8 from {low} to {high}, not {side} (nearest: {nearest})"
+            )
+
+
+def check_count(count: int) -> None:
+    """Raise ValueError unless the number of pictures is from 1 to 1000."""
+    if not 1 <= count <= MAX_COUNT:
+        raise ValueError(f"the number of pictures must be from 1 to {MAX_COUNT}, not {count}")
