@@ -1,0 +1,79 @@
+"""The README's commands, links and code are true."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+FIRST_SCREEN = TEXT[: TEXT.index("\n## ")]
+
+
+def blocks(text: str, language: str) -> list[str]:
+    """The contents of the fenced code blocks of one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def controlkit_commands() -> list[list[str]]:
+    """Every `controlkit ...` that the README tells people to type, as arguments."""
+    script = "".join(blocks(TEXT, "bash")).replace("\\\n", " ")
+    lines = [part for line in script.splitlines() for part in line.split("&&")]
+    commands = [shlex.split(line) for line in lines]
+    return [words[words.index("controlkit") + 1 :] for words in commands if "controlkit" in words]
+
+
+def anchor(heading: str) -> str:
+    """The anchor that a heading gets on the web."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def test_the_first_screen_has_the_two_commands_and_no_other() -> None:
+    assert blocks(FIRST_SCREEN, "bash") == [
+        "pip install uv && uv run controlkit demo\n",
+        "uv run pytest\n",
+    ]
+
+
+def test_the_first_screen_shows_a_picture() -> None:
+    assert "![" in FIRST_SCREEN
+
+
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\(([^)\s]+)\)", TEXT))))
+def test_links_and_pictures_exist(target: str) -> None:
+    if target.startswith("#"):
+        assert target[1:] in {
+            anchor(heading) for heading in re.findall(r"^#+ (.+)$", TEXT, flags=re.MULTILINE)
+        }
+    elif not target.startswith("https://"):
+        assert (ROOT / target).exists()
+
+
+@pytest.mark.parametrize("path", re.findall(r"^\| `([\w./]+)` \|", TEXT, flags=re.MULTILINE))
+def test_the_modules_of_the_table_exist(path: str) -> None:
+    assert (ROOT / path).exists()
+
+
+@pytest.mark.parametrize("arguments", controlkit_commands(), ids=" ".join)
+def test_the_commands_are_understood(arguments: list[str]) -> None:
+    import typer.main
+
+    from controlkit.cli import app
+
+    # Raises on a command or an option that does not exist, or an argument too many or too few; runs nothing.
+    group = typer.main.get_command(app)
+    with group.make_context("controlkit", list(arguments)) as context:
+        name, command, rest = group.resolve_command(context, list(arguments))
+        with command.make_context(name, rest, parent=context) as parsed:
+            assert parsed.params
+
+
+def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from controlkit.images import load_picture
+
+    monkeypatch.chdir(tmp_path)
+    (example,) = blocks(TEXT, "python")
+    exec(compile(example, "README.md", "exec"), {})
+    (written,) = tmp_path.glob("*.png")
+    assert load_picture(written).std() > 10  # a picture, not one flat colour
