@@ -85,7 +85,7 @@ def from_base(
     """
     from diffusers import ControlNetModel
 
-    unet = getattr(base_or_unet, "unet", base_or_unet)
+    unet: UNet2DConditionModel = getattr(base_or_unet, "unet", base_or_unet)
     check_structure(unet.config)
     if min(conditioning_channels, *hint_channels) < 1:
         raise ValueError(
@@ -186,8 +186,7 @@ def scale_residuals(residuals: Residuals, scale: float) -> Residuals:
 
 
 def add_residuals(first: Residuals, *others: Residuals) -> Residuals:
-    """The sum of several controls' residuals, term by term and in the order given (the order decides the
-    rounding)."""
+    """The sum of several controls' residuals, in the order given (which decides the rounding)."""
     for other in others:
         down = tuple(a + b for a, b in zip(first.down, other.down, strict=True))
         first = Residuals(down, first.mid + other.mid)
@@ -212,7 +211,10 @@ def trainable_parameters(
     trained: list[nn.Module] = [controlnet]
     if not sd_locked:
         trained += [unet.up_blocks, unet.conv_norm_out, unet.conv_out]
-    return [parameter.requires_grad_(True) for module in trained for parameter in module.parameters()]
+    parameters = [parameter for module in trained for parameter in module.parameters()]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    return parameters
 
 
 def check_structure(config: Mapping[str, Any]) -> None:

@@ -148,7 +148,7 @@ def snr(alphas_cumprod: Tensor, timesteps: Tensor) -> Tensor:
 
 
 def min_snr_weight(snr: Tensor, gamma: float, prediction_type: str) -> Tensor:
-    """The factor on the loss that weighs x_0's error by min(SNR, γ): Hang et al., section 3.4. Shape of ``snr``.
+    """The loss factor that weighs x_0's error by min(SNR, γ): Hang et al., section 3.4. Shape of ``snr``.
 
     ``sample``: min(SNR, γ). ``epsilon``: min(SNR, γ) / SNR, written as min(1, γ / SNR) so that it is 1, its
     limit, where the SNR is 0. ``v_prediction``: min(SNR, γ) / (SNR + 1). The paper's γ is 5.

@@ -1,0 +1,322 @@
+"""The locked base: a Stable Diffusion (SD1, SD2 or SDXL) and what it needs to encode and decode.
+
+The parts are loaded one by one from a diffusers pipeline folder, by their classes, not through a pipeline:
+the pair's forward pass (``controlnet.py``) and the denoising loop (``sampling.py``) are ours. Locked means
+evaluation mode, no gradients, and the same bytes after any training: :meth:`Base.digest` tells.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from controlkit import diffusion
+from controlkit.controlnet import check_structure, lock
+from controlkit.hub import find_folder, load_part, quiet_libraries, read_json
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+BUNDLED: Mapping[str, Path] = {"tiny": Path(__file__).parent / "tiny" / "base"}
+ALIASES: Mapping[str, str] = {
+    "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "sd21": "stabilityai/stable-diffusion-2-1",
+    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+}
+FAMILY_TITLES: Mapping[str, str] = {"sd1": "SD1", "sd2": "SD2", "sdxl": "SDXL"}
+
+_ALWAYS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+_SECOND_TEXT = ("text_encoder_2", "tokenizer_2")
+_CLASSES: Mapping[str, tuple[str, ...]] = {
+    "unet": ("UNet2DConditionModel",),
+    "vae": ("AutoencoderKL",),
+    "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),
+    "text_encoder_2": ("CLIPTextModelWithProjection",),
+    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+    "tokenizer_2": ("CLIPTokenizer", "CLIPTokenizerFast"),
+}
+_HUB_FILES = (
+    "model_index.json",
+    *(f"{part}/{kind}" for part in _ALWAYS + _SECOND_TEXT for kind in ("*.json", "*.txt", "*.safetensors")),
+)
+_SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
+
+
+class Conditioning(NamedTuple):
+    """What the U-Net is told by text.
+
+    ``encoder_hidden_states``: (B, 77, D), one row per token. ``pooled``: (B, P), one vector per prompt, for
+    SDXL; None for the other families.
+    """
+
+    encoder_hidden_states: Tensor
+    pooled: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class Base:
+    """A locked Stable Diffusion. Build it with :func:`load_base`.
+
+    ``family`` is "sd1", "sd2" or "sdxl". ``prediction_type`` is what the U-Net outputs: "epsilon",
+    "v_prediction" or "sample". ``resolution`` is the side in pixels that it was trained for, ``vae_factor``
+    how many pixels make one latent (8). ``alphas_cumprod`` is its noise schedule, (T,) float64 on the CPU.
+    """
+
+    name: str
+    family: str
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    text_encoders: list[CLIPTextModel]
+    tokenizers: list[CLIPTokenizer]
+    scheduler_config: dict[str, Any]
+    alphas_cumprod: Tensor
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def prediction_type(self) -> str:
+        """What the U-Net was trained to output: a name of ``diffusion.PREDICTION_TYPES``."""
+        return str(self.scheduler_config.get("prediction_type", "epsilon"))
+
+    @property
+    def vae_factor(self) -> int:
+        """Pixels per latent along each side."""
+        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+
+    @property
+    def resolution(self) -> int:
+        """The side, in pixels, of the pictures that the U-Net was trained on."""
+        return int(self.unet.config.sample_size) * self.vae_factor
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """Encode prompts: row k depends on prompt k alone, bit for bit, whatever else is in the list.
+
+        Each distinct prompt is encoded once, by itself: a batch would round differently on most devices.
+        Warns when a prompt is longer than the 77 tokens that the text encoder reads. Raises ValueError for
+        an empty list.
+        """
+        if not prompts:
+            raise ValueError("no prompts given")
+        encoded = {prompt: self._encode_prompt(prompt) for prompt in dict.fromkeys(prompts)}
+        hidden = torch.cat([encoded[prompt].encoder_hidden_states for prompt in prompts])
+        pooled = [row for prompt in prompts if (row := encoded[prompt].pooled) is not None]
+        return Conditioning(hidden, torch.cat(pooled) if pooled else None)
+
+    def added_cond(self, pooled: Tensor | None, *, height: int, width: int) -> dict[str, Tensor] | None:
+        """SDXL's extra conditioning for pictures of ``height`` x ``width`` pixels, uncropped; None otherwise.
+
+        ``text_embeds`` is ``pooled`` (B, P); ``time_ids`` (B, 6) holds original size, crop corner and
+        target size, each as height, width (Podell et al. 2023, arXiv:2307.01952, section 2.2).
+        """
+        if self.family != "sdxl":
+            return None
+        assert pooled is not None, "SDXL needs the pooled text: encode_prompts gives it"
+        sizes = torch.tensor([height, width, 0, 0, height, width], dtype=pooled.dtype, device=pooled.device)
+        return {"text_embeds": pooled, "time_ids": sizes.expand(len(pooled), -1)}
+
+    @torch.no_grad()
+    def encode_pictures(self, pixel_values: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """Pictures (B, 3, H, W) in [-1, 1] to latents (B, 4, H/8, W/8), scaled to about unit variance.
+
+        Without a ``generator`` the result is the mean of the encoder's distribution; with one (a CPU
+        generator gives the same latents on every device) it is a draw from it.
+        """
+        posterior = self.vae.encode(pixel_values.to(self.vae.device, self.vae.dtype)).latent_dist
+        latents = posterior.mode() if generator is None else posterior.sample(generator)
+        return (latents * self.vae.config.scaling_factor).to(self.dtype)
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Latents (B, 4, h, w) to pixels (B, 3, 8h, 8w), float32, in [-1, 1] but for a little overshoot."""
+        unscaled = latents.to(self.vae.device, self.vae.dtype) / self.vae.config.scaling_factor
+        return self.vae.decode(unscaled).sample.float()
+
+    def digest(self) -> str:
+        """SHA-256 over every weight and buffer with its name, type and shape: equal digests, equal bytes."""
+        total = hashlib.sha256()
+        for index, module in enumerate([self.unet, self.vae, *self.text_encoders]):
+            for key, tensor in sorted(module.state_dict().items()):
+                total.update(f"{index}.{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+                flat = tensor.detach().cpu().contiguous().reshape(-1)
+                total.update(flat.view(torch.uint8).numpy().data)
+        return total.hexdigest()
+
+    def _encode_prompt(self, prompt: str) -> Conditioning:
+        outputs = [
+            encoder(**self._tokens(prompt, tokenizer, encoder), output_hidden_states=True)
+            for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True)
+        ]
+        if self.family != "sdxl":
+            return Conditioning(outputs[0].last_hidden_state.to(self.dtype), None)
+        # SDXL reads the layer before the last of both encoders; the second one's projection is the pooled text.
+        hidden = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)  # (1, 77, D1 + D2)
+        return Conditioning(hidden.to(self.dtype), outputs[1].text_embeds.to(self.dtype))
+
+    def _tokens(self, prompt: str, tokenizer: CLIPTokenizer, encoder: CLIPTextModel) -> dict[str, Tensor]:
+        """The prompt's token ids (1, 77), padded or cut; the padding's mask only where the encoder wants
+        it."""
+        length = tokenizer.model_max_length
+        if len(tokenizer(prompt).input_ids) > length:
+            warnings.warn(f"the prompt has more than {length} tokens; the rest is ignored", stacklevel=5)
+        tokens = tokenizer(
+            prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        )
+        wanted = ["input_ids"]
+        if getattr(encoder.config, "use_attention_mask", False):
+            wanted.append("attention_mask")
+        return {key: tokens[key].to(self.device) for key in wanted}
+
+
+def load_base(
+    name_or_path: str = "tiny", *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> Base:
+    """Load a locked base: a bundled name, a short name in ``ALIASES``, a diffusers pipeline folder, or a
+    hub id.
+
+    SDXL's VAE stays float32 when ``dtype`` is float16, whose range its activations exceed (its
+    configuration's ``force_upcast``).
+
+    Raises ValueError, one line within about 5 seconds, for an unknown name, a hub id that is neither cached
+    nor reachable, a missing or broken part, a base that is none of SD1, SD2, SDXL, or a device that is not
+    there.
+    """
+    device = check_device(device)
+    folder = find_folder(
+        name_or_path,
+        what="base",
+        needs=("model_index.json",),
+        files=_HUB_FILES,
+        bundled=BUNDLED,
+        aliases=ALIASES,
+    )
+    unet_config = read_json(_part(folder, "unet") / "config.json")
+    family = _family(folder, unet_config)
+    _check_parts(folder, family)
+    scheduler_config = read_json(folder / "scheduler" / "scheduler_config.json")
+    alphas_cumprod = noise_schedule(scheduler_config)
+    unet, vae, text_encoders = _load_models(folder, family, dtype=dtype)
+    return Base(
+        name=name_or_path,
+        family=family,
+        unet=lock(unet).to(device),
+        vae=lock(vae).to(device),
+        text_encoders=[lock(encoder).to(device) for encoder in text_encoders],
+        tokenizers=_load_tokenizers(folder, family),
+        scheduler_config=scheduler_config,
+        alphas_cumprod=alphas_cumprod,
+        device=device,
+        dtype=dtype,
+    )
+
+
+def family_of(config: Mapping[str, Any]) -> str:
+    """The family of a U-Net's or ControlNet's configuration, by its structure: "sd1", "sd2" or "sdxl".
+
+    SDXL conditions on sizes and pooled text; SD2 projects its attention's input with linear layers; SD1
+    with 1x1 convolutions.
+    """
+    if config.get("addition_embed_type") == "text_time":
+        return "sdxl"
+    return "sd2" if config.get("use_linear_projection") else "sd1"
+
+
+def noise_schedule(scheduler_config: Mapping[str, Any]) -> Tensor:
+    """ᾱ for every training timestep, (T,) float64, from a diffusers scheduler's configuration.
+
+    Raises ValueError for a schedule that is none of linear, scaled_linear and squaredcos_cap_v2 (the cosine).
+    """
+    name = scheduler_config.get("beta_schedule", "linear")
+    if name not in _SCHEDULES or scheduler_config.get("trained_betas") is not None:
+        raise ValueError(
+            f"scheduler_config.json: beta_schedule {name!r} is not one of {', '.join(_SCHEDULES)}"
+        )
+    return diffusion.alphas_cumprod(
+        _SCHEDULES[name],
+        num_train_timesteps=scheduler_config.get("num_train_timesteps", 1000),
+        beta_start=scheduler_config.get("beta_start", 0.0001),  # diffusers' defaults
+        beta_end=scheduler_config.get("beta_end", 0.02),
+        zero_terminal_snr=scheduler_config.get("rescale_betas_zero_snr", False),
+    )
+
+
+def check_device(device: str | torch.device) -> torch.device:
+    """The device, if torch can use it here. Raises ValueError in one line if not."""
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"unknown device {device!r}: use cpu, cuda, cuda:0 or mps") from error
+    missing_cuda = found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count()
+    if missing_cuda or (found.type == "mps" and not torch.backends.mps.is_available()):
+        raise ValueError(f"device {str(device)!r} is not available here: use cpu")
+    return found
+
+
+def _part(folder: Path, part: str) -> Path:
+    """The folder of one part. Raises ValueError when it, or the pipeline's index, is not there."""
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(f"{folder} is not a diffusers pipeline folder: it has no model_index.json")
+    if not (folder / part).is_dir():
+        raise ValueError(f"{folder} has no {part}/: this part of the base is missing")
+    return folder / part
+
+
+def _family(folder: Path, unet_config: Mapping[str, Any]) -> str:
+    try:
+        check_structure(unet_config)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+    latent_channels = read_json(_part(folder, "vae") / "config.json").get("latent_channels", 4)
+    if unet_config.get("in_channels", 4) != latent_channels:
+        raise ValueError(
+            f"{folder}: its U-Net takes {unet_config['in_channels']} channels and its VAE makes {latent_channels}:"
+            " inpainting and editing bases are not supported"
+        )
+    return family_of(unet_config)
+
+
+def _check_parts(folder: Path, family: str) -> None:
+    """Raise ValueError unless every part is there and is of a class that we know."""
+    index = read_json(folder / "model_index.json")
+    for part in _ALWAYS + (_SECOND_TEXT if family == "sdxl" else ()):
+        _part(folder, part)
+        entry = index.get(part) or [None, None]
+        if part in _CLASSES and entry[1] not in _CLASSES[part]:
+            raise ValueError(
+                f"{folder}/model_index.json: {part} is {entry[1]}, not {' or '.join(_CLASSES[part])}"
+            )
+
+
+def _load_models(
+    folder: Path, family: str, *, dtype: torch.dtype
+) -> tuple[UNet2DConditionModel, AutoencoderKL, list[CLIPTextModel]]:
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    upcast = read_json(folder / "vae" / "config.json").get("force_upcast", True)
+    overflows = family == "sdxl" and dtype == torch.float16 and upcast
+    vae = load_part(AutoencoderKL, folder / "vae", dtype=torch.float32 if overflows else dtype)
+    text_encoders = [load_part(CLIPTextModel, folder / "text_encoder", dtype=dtype)]
+    if family == "sdxl":
+        text_encoders.append(load_part(CLIPTextModelWithProjection, folder / "text_encoder_2", dtype=dtype))
+    return load_part(UNet2DConditionModel, folder / "unet", dtype=dtype), vae, text_encoders
+
+
+def _load_tokenizers(folder: Path, family: str) -> list[CLIPTokenizer]:
+    from transformers import CLIPTokenizer
+
+    tokenizers = []
+    for part in ("tokenizer", "tokenizer_2") if family == "sdxl" else ("tokenizer",):
+        if not any((folder / part / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+            raise ValueError(f"{folder / part} has neither tokenizer.json nor vocab.json")
+        with quiet_libraries():
+            tokenizers.append(CLIPTokenizer.from_pretrained(str(folder / part), local_files_only=True))
+    return tokenizers
