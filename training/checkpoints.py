@@ -1,0 +1,75 @@
+"""Checkpoints: a folder per step, written whole or not at all, verified before it is trusted.
+
+`checkpoints/step-000500/` holds `weights.safetensors` (modules, moving average), `optimizer.safetensors`,
+`state.json` and `manifest.json` (size and SHA-256 of each file). No pickle anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from controlkit.files import replace_folder, sha256_file
+
+_NAME = re.compile(r"step-(\d{6,})")
+Tensors = dict[str, torch.Tensor]
+
+
+def save_checkpoint(folder: Path, step: int, *, weights: Tensors, optimizer: Tensors, state: dict[str, Any]) -> Path:
+    """Write `folder/step-NNNNNN` atomically, then remove all but the two newest. Returns the new folder."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"step-{step:06d}"
+    with replace_folder(target) as temporary:
+        save_file({k: v.contiguous() for k, v in weights.items()}, temporary / "weights.safetensors")
+        save_file({k: v.contiguous() for k, v in optimizer.items()}, temporary / "optimizer.safetensors")
+        (temporary / "state.json").write_text(json.dumps({"step": step, **state}), encoding="utf-8")
+        files = sorted(temporary.iterdir())
+        manifest = {file.name: {"size": file.stat().st_size, "sha256": sha256_file(file)} for file in files}
+        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    for _, old in _listed(folder)[:-2]:
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def load_latest(folder: Path) -> tuple[tuple[Tensors, Tensors, dict[str, Any]] | None, list[str]]:
+    """The newest checkpoint that verifies, as (weights, optimizer, state), or None; and why others were passed over."""
+    from safetensors.torch import load_file
+
+    refused: list[str] = []
+    for _, path in reversed(_listed(folder)):
+        fault = _fault(path)
+        if fault is None:
+            state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+            return (load_file(path / "weights.safetensors"), load_file(path / "optimizer.safetensors"), state), refused
+        refused.append(f"{path.name}: {fault}")
+    return None, refused
+
+
+def _listed(folder: Path) -> list[tuple[int, Path]]:
+    """Checkpoint folders by step; foreign names and temporary folders are not checkpoints."""
+    if not folder.is_dir():
+        return []
+    found = [(match, path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name)) and path.is_dir()]
+    return sorted((int(match[1]), path) for match, path in found)
+
+
+def _fault(path: Path) -> str | None:
+    """What is wrong with a checkpoint folder, or None."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return "no readable manifest.json"
+    for name, entry in manifest.items():
+        file = path / name
+        if not file.is_file() or file.stat().st_size != entry["size"]:
+            return f"{name} is missing or has another size than the manifest says"
+        if sha256_file(file) != entry["sha256"]:
+            return f"{name} does not match its checksum"
+    return None

@@ -1,0 +1,77 @@
+"""From a recipe's name to a finished run: builds the task, trains, measures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from controlkit.training.config import (
+    BaseRecipe,
+    ControlNetRecipe,
+    DepthRecipe,
+    PoseRecipe,
+    Recipe,
+    TextRecipe,
+    VaeRecipe,
+    load_recipe,
+)
+from controlkit.training.loop import Progress, Task, device_name, train
+from controlkit.training.world import World, load_world
+
+VALIDATION_SCENES = 250  # rendered for samples and scores; a chunk of the cache
+RESULT = {"controlnet": "controlnet"}  # folder of the result within the run, by task; "result" for the others
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished training left: the run's folder, the result's folder, scores by name, lines to show."""
+
+    folder: Path
+    result: Path
+    scores: dict[str, float] = field(default_factory=dict)
+    lines: list[str] = field(default_factory=list)
+
+
+def train_recipe(
+    name_or_path: str, overrides: Sequence[str] = (), *, progress: Callable[[Progress], None] = lambda _: None
+) -> Result:
+    """Train what a recipe describes, in its `out` folder; a run that was stopped goes on where it was.
+
+    Raises ValueError, one line, for whatever the recipe or the folder makes impossible.
+    """
+    recipe = load_recipe(name_or_path, overrides)
+    if recipe.threads:
+        import torch
+
+        torch.set_num_threads(recipe.threads)
+    folder = Path(recipe.out)
+    task = build_task(recipe, progress)
+    name = RESULT.get(recipe.task, "result")
+    train(task, recipe, folder, progress=progress, result=name)
+    return Result(folder, folder / name)
+
+
+def build_task(recipe: Recipe, progress: Callable[[Progress], None]) -> Task:
+    """The task of a recipe, its data loaded (and rendered, where the cache lacks it)."""
+    import torch
+
+    device = torch.device(device_name(recipe))
+    world, validation = worlds(recipe, progress)
+    if isinstance(recipe, VaeRecipe):
+        from controlkit.training.vae import VaeTask
+
+        return VaeTask(recipe, world, validation, device)
+    raise AssertionError(f"no task for {type(recipe)}")
+
+
+def worlds(recipe: Recipe, progress: Callable[[Progress], None]) -> tuple[World, World]:
+    """The recipe's training scenes and the scenes held out for samples and scores."""
+
+    def report(done: int, total: int) -> None:
+        if done == total or done % 1000 == 0:
+            message = f"scenes of the bundled world: {done} of {total}"
+            progress(Progress(0, recipe.steps, math.nan, 0.0, math.nan, message))
+
+    return load_world("train", recipe.scenes, progress=report), load_world("validation", VALIDATION_SCENES)
