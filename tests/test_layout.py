@@ -14,6 +14,7 @@ import zipfile
 from collections.abc import Iterator
 from importlib.metadata import packages_distributions
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -141,8 +142,8 @@ def build(kind: str, source: Path, out: Path) -> Path:
     code = f"from setuptools import build_meta; build_meta.build_{kind}({str(out)!r})"
     out.mkdir()
     run_python(code, cwd=source)
-    (built,) = out.iterdir()
-    return built
+    (file,) = out.iterdir()
+    return file
 
 
 def contents(wheel: Path) -> dict[str, bytes]:
@@ -152,9 +153,16 @@ def contents(wheel: Path) -> dict[str, bytes]:
         return {name: archive.read(name) for name in names}
 
 
+class Built(NamedTuple):
+    """What was built from a clean copy of the checkout."""
+
+    sdist: Path
+    wheel: Path
+    wheel_from_sdist: Path
+
+
 @pytest.fixture(scope="module")
-def wheels(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The wheel built from a clean copy of the checkout, and the one built from the sdist."""
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     temp = tmp_path_factory.mktemp("build")
     copy = temp / "checkout"
     clutter = shutil.ignore_patterns("__pycache__", "*.egg-info")
@@ -166,11 +174,27 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     with tarfile.open(sdist) as archive:
         archive.extractall(temp / "unpacked", filter="data")
     (unpacked,) = (temp / "unpacked").iterdir()
-    return build("wheel", copy, temp / "wheel"), build("wheel", unpacked, temp / "wheel-from-sdist")
+    return Built(
+        sdist, build("wheel", copy, temp / "wheel"), build("wheel", unpacked, temp / "wheel-from-sdist")
+    )
 
 
-def test_the_wheel_holds_every_file_once(wheels: tuple[Path, Path]) -> None:
-    packed = {name for name in contents(wheels[0]) if ".dist-info/" not in name}
+def test_the_sdist_holds_the_linked_folders_once(built: Built) -> None:
+    with tarfile.open(built.sdist) as archive:
+        inside = {name.partition("/")[2] for name in archive.getnames()}
+    assert {
+        "preprocessors/__init__.py",
+        "training/__init__.py",
+        "tests/conftest.py",
+        "CHANGELOG.md",
+    } <= inside
+    assert not [
+        name for name in inside if name.startswith(("controlkit/preprocessors", "controlkit/training"))
+    ]
+
+
+def test_the_wheel_holds_every_file_once(built: Built) -> None:
+    packed = {name for name in contents(built.wheel) if ".dist-info/" not in name}
     data = {
         *(path for path in (ROOT / "controlkit" / "tiny").rglob("*") if path.is_file()),
         *(ROOT / "training" / "recipes").glob("*.toml"),
@@ -184,15 +208,15 @@ def test_the_wheel_holds_every_file_once(wheels: tuple[Path, Path]) -> None:
     assert packed == names
 
 
-def test_the_wheel_from_the_sdist_is_the_same(wheels: tuple[Path, Path]) -> None:
-    assert contents(wheels[0]) == contents(wheels[1])
+def test_the_wheel_from_the_sdist_is_the_same(built: Built) -> None:
+    assert contents(built.wheel) == contents(built.wheel_from_sdist)
 
 
-def test_the_wheel_works_from_another_folder(wheels: tuple[Path, Path], tmp_path: Path) -> None:
+def test_the_wheel_works_from_another_folder(built: Built, tmp_path: Path) -> None:
     home = tmp_path / "environment"
     venv.create(home, with_pip=False)
     site = Path(sysconfig.get_path("purelib", "venv", {"base": str(home), "platbase": str(home)}))
-    with zipfile.ZipFile(wheels[0]) as archive:  # a pure wheel is installed by unpacking it
+    with zipfile.ZipFile(built.wheel) as archive:  # a pure wheel is installed by unpacking it
         archive.extractall(site)
     # The libraries come from the present environment; its own editable controlkit does not: a folder that a
     # .pth file adds is searched, but the .pth files in it are not read.
