@@ -25,8 +25,14 @@ FOLDERS = {
     "controlkit.training": ROOT / "training",
 }
 # The application modules may use everything; the rest of the core knows neither of the other two packages.
-APPLICATION = {"controlkit.cli", "controlkit.demo"}
-PREPROCESSORS_MAY_USE = {"controlkit.files", "controlkit.images", "controlkit.limits", "controlkit.naming"}
+APPLICATION = {"controlkit.cli", "controlkit.demo", "controlkit.generate_job"}
+PREPROCESSORS_MAY_USE = {
+    "controlkit.files",
+    "controlkit.hub",
+    "controlkit.images",
+    "controlkit.limits",
+    "controlkit.naming",
+}
 
 
 def run_python(code: str, *, cwd: Path, python: str = sys.executable) -> str:
