@@ -57,12 +57,14 @@ def test_the_modules_of_the_table_exist(path: str) -> None:
 
 @pytest.mark.parametrize("arguments", controlkit_commands(), ids=" ".join)
 def test_the_commands_are_understood(arguments: list[str]) -> None:
+    import typer.core
     import typer.main
 
     from controlkit.cli import app
 
     # Raises on a command or an option that does not exist, or an argument too many or too few; runs nothing.
     group = typer.main.get_command(app)
+    assert isinstance(group, typer.core.TyperGroup)
     with group.make_context("controlkit", list(arguments)) as context:
         name, command, rest = group.resolve_command(context, list(arguments))
         with command.make_context(name, rest, parent=context) as parsed:
