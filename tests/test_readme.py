@@ -67,6 +67,7 @@ def test_the_commands_are_understood(arguments: list[str]) -> None:
     assert isinstance(group, typer.core.TyperGroup)
     with group.make_context("controlkit", list(arguments)) as context:
         name, command, rest = group.resolve_command(context, list(arguments))
+        assert command is not None
         with command.make_context(name, rest, parent=context) as parsed:
             assert parsed.params
 
