@@ -19,7 +19,7 @@ from torch import Tensor
 
 from controlkit import diffusion
 from controlkit.controlnet import check_structure, lock
-from controlkit.hub import find_folder, load_part, quiet_libraries, read_json
+from controlkit.folders import find_folder, load_part, quiet_libraries, read_json
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -157,13 +157,12 @@ class Base:
         ]
         if self.family != "sdxl":
             return Conditioning(outputs[0].last_hidden_state.to(self.dtype), None)
-        # SDXL reads the layer before the last of both encoders; the second one's projection is the pooled text.
+        # SDXL reads both encoders' last layer but one; the second encoder's projection is the pooled text.
         hidden = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)  # (1, 77, D1 + D2)
         return Conditioning(hidden.to(self.dtype), outputs[1].text_embeds.to(self.dtype))
 
     def _tokens(self, prompt: str, tokenizer: CLIPTokenizer, encoder: CLIPTextModel) -> dict[str, Tensor]:
-        """The prompt's token ids (1, 77), padded or cut; the padding's mask only where the encoder wants
-        it."""
+        """The prompt's token ids (1, 77), padded or cut; with the padding's mask if the encoder wants it."""
         length = tokenizer.model_max_length
         if len(tokenizer(prompt).input_ids) > length:
             warnings.warn(f"the prompt has more than {length} tokens; the rest is ignored", stacklevel=5)
@@ -193,7 +192,7 @@ def load_base(
     folder = find_folder(
         name_or_path,
         what="base",
-        needs=("model_index.json",),
+        needs=("model_index.json", "unet/*.safetensors", "vae/*.safetensors", "text_encoder/*.safetensors"),
         files=_HUB_FILES,
         bundled=BUNDLED,
         aliases=ALIASES,
@@ -277,8 +276,8 @@ def _family(folder: Path, unet_config: Mapping[str, Any]) -> str:
     latent_channels = read_json(_part(folder, "vae") / "config.json").get("latent_channels", 4)
     if unet_config.get("in_channels", 4) != latent_channels:
         raise ValueError(
-            f"{folder}: its U-Net takes {unet_config['in_channels']} channels and its VAE makes {latent_channels}:"
-            " inpainting and editing bases are not supported"
+            f"{folder}: its U-Net takes {unet_config['in_channels']} channels but its VAE makes"
+            f" {latent_channels}: inpainting and editing bases are not supported"
         )
     return family_of(unet_config)
 

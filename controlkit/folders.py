@@ -12,9 +12,12 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from controlkit.naming import did_you_mean
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _CONNECT_SECONDS = 3.0  # for the hub to answer; with name resolution never more than _GIVE_UP_SECONDS
@@ -33,8 +36,9 @@ def find_folder(
 ) -> Path:
     """The local folder of a model: bundled, given as a path, in the hub's cache, or downloaded into it.
 
-    ``what`` names the kind of model in messages ("base"); ``needs`` are files without which a cached copy is
-    incomplete; ``files`` are the patterns to download; ``aliases`` maps short names to hub ids.
+    ``what`` names the kind of model in messages ("base"); ``needs`` are patterns of files without which a
+    cached copy is incomplete; ``files`` are the patterns to download; ``aliases`` maps short names to hub
+    ids.
 
     Raises ValueError, one line within about 5 seconds, when there is no such model: it names the id, the
     cache's path and why the hub could not help.
@@ -55,7 +59,7 @@ def find_folder(
             f" give one of {', '.join(known)}, an existing folder, or a hub id (owner/name)"
         )
     cached = _cached_folder(repo_id, files)
-    if cached is not None and all((cached / file).is_file() for file in needs):
+    if cached is not None and all(any(cached.glob(pattern)) for pattern in needs):
         return cached
     return _download(repo_id, files, what=what, partial=cached is not None)
 
@@ -91,13 +95,28 @@ def check_weights(folder: Path) -> str | None:
     Returns their variant: None, or "fp16" if there is only that one. Raises ValueError, naming the file, when
     there is none, or when one is empty, cut short, a Git LFS pointer, a web page or something else.
     """
-    for variant in (None, "fp16"):
+    files = weight_files(folder)
+    for file in files:
+        read_header(file)
+    return "fp16" if ".fp16" in files[0].suffixes else None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of the model in ``folder``, several if it is sharded; half precision if there
+    is no other.
+
+    Raises ValueError if it has none.
+    """
+    for variant in ("", ".fp16"):
         for stem in ("diffusion_pytorch_model", "model"):
-            files = _weight_files(folder, stem, variant)
-            for file in files:
-                read_header(file)
-            if files:
-                return variant
+            single = folder / f"{stem}{variant}.safetensors"
+            index = folder / f"{stem}.safetensors.index{variant}.json"
+            if single.is_file():
+                return [single]
+            if index.is_file():
+                return [
+                    folder / shard for shard in sorted(set(read_json(index).get("weight_map", {}).values()))
+                ]
     if any(folder.glob("*.bin")):
         raise ValueError(
             f"{folder} has pickled weights only (.bin), which can run code: convert to safetensors"
@@ -144,6 +163,25 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{file} does not hold a JSON object")
     return value
+
+
+def write_weights(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file whose bytes depend on its arguments alone.
+
+    The library writes the metadata in a random order, so the header is put in order afterwards, in place:
+    same entries, same length. Write to a temporary folder (``files.replace_folder``): this is not atomic by
+    itself.
+    """
+    from safetensors.torch import save_file
+
+    save_file(dict(tensors), file, metadata=dict(metadata))
+    header = read_header(file)
+    header["__metadata__"] = dict(sorted(metadata.items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    with file.open("r+b") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        assert len(text) <= length, "the header, put in order, is longer than it was"
+        stream.write(text.ljust(length))
 
 
 @contextmanager
@@ -238,18 +276,6 @@ def _network_errors() -> tuple[type[Exception], ...]:
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
     return (OSError, HTTPError)
-
-
-def _weight_files(folder: Path, stem: str, variant: str | None) -> list[Path]:
-    """The files of one set of weights, sharded or not; empty if the folder has no such set."""
-    middle = f".{variant}" if variant else ""
-    single = folder / f"{stem}{middle}.safetensors"
-    if single.is_file():
-        return [single]
-    index = folder / f"{stem}.safetensors.index{middle}.json"
-    if not index.is_file():
-        return []
-    return [folder / shard for shard in sorted(set(read_json(index).get("weight_map", {}).values()))]
 
 
 def _refuse_impostor(file: Path, start: bytes) -> None:
