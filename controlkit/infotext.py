@@ -133,4 +133,4 @@ def _pairs(fields: Mapping[str, object]) -> str:
 
 
 def _quoted(value: str) -> str:
-    return json.dumps(value, ensure_ascii=False) if any(sign in value for sign in ',:\n') else value
+    return json.dumps(value, ensure_ascii=False) if any(sign in value for sign in ",:\n") else value

@@ -1,0 +1,270 @@
+"""The denoising loop against diffusers' own pipelines, on random weights of the real classes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+
+from controlkit import sampling
+from controlkit.base import Base, load_base
+from controlkit.control import Control, encode_controls
+from controlkit.controlnet import from_base
+from controlkit.infotext import SAMPLER_NAMES
+
+# diffusers' Euler schedulers hand torch tensors to numpy in a way that numpy 2 will drop (diffusers 0.42.1).
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:diffusers")
+
+SIZE = 64  # pixels; latents of 8x8
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Base]:
+    """Bases by family, each built and loaded once."""
+    loaded: dict[str, Base] = {}
+
+    def load(family: str) -> Base:
+        if family not in loaded:
+            folder = tiny_models.build(tmp_path_factory.mktemp(family), family, sample_size=SIZE // 8)
+            loaded[family] = load_base(str(folder))
+        return loaded[family]
+
+    return load
+
+
+@pytest.fixture(scope="module")
+def sd1(load: Callable[[str], Base]) -> Base:
+    return load("sd1")
+
+
+def controlnet_of(base: Base, *, seed: int = 0) -> Any:
+    """A control network that does something: its zero convolutions are random."""
+    return (
+        tiny_models.randomize_zero_convs(from_base(base, seed=seed), seed=seed).eval().requires_grad_(False)
+    )
+
+
+def cond(seed: int = 0, *, batch: int = 1) -> torch.Tensor:
+    return torch.rand((batch, 3, SIZE, SIZE), generator=torch.Generator().manual_seed(seed))
+
+
+def our_latents(
+    base: Base, controls: list[Control], *, seed: int, steps: int, scheduler: str, **rest: Any
+) -> torch.Tensor:
+    """What `generate` computes before it decodes."""
+    guidance = rest.pop("guidance", 5.0)
+    generators = [torch.Generator().manual_seed(seed)]
+    return sampling.denoise(
+        base,
+        sampling.encode_text(base, "a red cube", rest.pop("negative_prompt", ""), guidance=guidance),
+        sampling.draw_noise(base, generators, width=SIZE, height=SIZE),
+        controls=encode_controls(controls, width=SIZE, height=SIZE, pictures=1),
+        scheduler=sampling.make_scheduler(scheduler, base),
+        steps=steps,
+        guidance=guidance,
+        generators=generators,
+        **rest,
+    )
+
+
+def their_latents(
+    base: Base, controls: list[Control], *, seed: int, steps: int, scheduler: str, **rest: Any
+) -> torch.Tensor:
+    """diffusers' pipeline on the same weights."""
+    from diffusers import StableDiffusionControlNetPipeline, StableDiffusionXLControlNetPipeline
+
+    parts: dict[str, Any] = {
+        "vae": base.vae,
+        "unet": base.unet,
+        "text_encoder": base.text_encoders[0],
+        "tokenizer": base.tokenizers[0],
+        "scheduler": sampling.make_scheduler(scheduler, base),
+        "controlnet": [control.controlnet for control in controls],
+    }
+    if base.family == "sdxl":
+        parts |= {"text_encoder_2": base.text_encoders[1], "tokenizer_2": base.tokenizers[1]}
+        pipeline = StableDiffusionXLControlNetPipeline(**parts, add_watermarker=False)
+    else:
+        pipeline = StableDiffusionControlNetPipeline(
+            **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(
+        "a red cube",
+        image=[control.controlnet_cond for control in controls],
+        controlnet_conditioning_scale=[control.scale for control in controls],
+        control_guidance_start=[control.start for control in controls],
+        control_guidance_end=[control.end for control in controls],
+        num_inference_steps=steps,
+        guidance_scale=rest.pop("guidance", 5.0),
+        generator=torch.Generator().manual_seed(seed),
+        output_type="latent",
+        return_dict=False,
+        **rest,
+    )[0]
+
+
+def assert_same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    assert ours.shape == theirs.shape
+    assert theirs.std() > 0.1
+    assert (ours - theirs).abs().max() < 1e-4 * max(1.0, float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+def test_latents_equal_the_pipeline(load: Callable[[str], Base], family: str) -> None:
+    base = load(family)
+    controls = [Control(controlnet_of(base), cond(), scale=0.8, start=0.0, end=0.75)]
+    request: dict[str, Any] = {"seed": 7, "steps": 4, "scheduler": "ddim"}
+    ours = our_latents(base, controls, **request)
+    assert_same(ours, their_latents(base, controls, **request))
+    without = our_latents(base, [], **request)
+    assert (ours - without).abs().max() > 1e-2, "the control does nothing, so the comparison says nothing"
+
+
+def test_a_negative_prompt_and_no_guidance_equal_the_pipeline(load: Callable[[str], Base]) -> None:
+    base = load("sdxl")
+    controls = [Control(controlnet_of(base), cond())]
+    for rest in ({"negative_prompt": "blue"}, {"guidance": 1.0}):
+        request: dict[str, Any] = {"seed": 3, "steps": 2, "scheduler": "euler", **rest}
+        assert_same(our_latents(base, controls, **request), their_latents(base, controls, **request))
+
+
+@pytest.mark.parametrize("scheduler", sampling.SCHEDULERS)
+def test_every_scheduler_equals_the_pipeline(sd1: Base, scheduler: str) -> None:
+    controls = [Control(controlnet_of(sd1), cond(), start=0.2)]
+    request: dict[str, Any] = {"seed": 5, "steps": 5, "scheduler": scheduler}
+    assert_same(our_latents(sd1, controls, **request), their_latents(sd1, controls, **request))
+
+
+def test_eta_draws_the_same_noise_as_the_pipeline(sd1: Base) -> None:
+    request: dict[str, Any] = {"seed": 5, "steps": 4, "scheduler": "ddim", "eta": 1.0}
+    controls = [Control(controlnet_of(sd1), cond())]
+    assert_same(our_latents(sd1, controls, **request), their_latents(sd1, controls, **request))
+
+
+def test_several_controls_sum_like_the_pipeline(sd1: Base) -> None:
+    first = Control(controlnet_of(sd1, seed=1), cond(1), scale=0.5)
+    second = Control(controlnet_of(sd1, seed=2), cond(2), scale=0.9, end=0.5)
+    request: dict[str, Any] = {"seed": 2, "steps": 4, "scheduler": "ddim"}
+    assert_same(our_latents(sd1, [first, second], **request), their_latents(sd1, [first, second], **request))
+
+
+def test_the_window_is_the_pipelines_gate() -> None:
+    control = Control(torch.nn.Identity(), cond(), start=0.25, end=0.5)
+    assert [i for i in range(20) if control.active(i, 20)] == [5, 6, 7, 8, 9]
+    half = Control(torch.nn.Identity(), cond(), end=0.5)
+    assert sum(half.active(i, 20) for i in range(20)) == 10
+    off = Control(torch.nn.Identity(), cond(), scale=0.0)
+    assert not any(off.active(i, 20) for i in range(20))
+
+
+def test_what_is_not_needed_is_not_run(sd1: Base) -> None:
+    controlnet = controlnet_of(sd1)
+    calls = {"hint": 0, "net": 0}
+    parts = {"hint": controlnet.controlnet_cond_embedding, "net": controlnet.mid_block}
+
+    def count(name: str) -> None:
+        calls[name] += 1
+
+    hooks = [part.register_forward_hook(lambda *_, name=name: count(name)) for name, part in parts.items()]
+    hints = [Control(controlnet, cond(), end=0.5), Control(controlnet, cond(), scale=0.0)]
+    sampling.generate(sd1, "x", controls=hints[:1], steps=4, seeds=(0, 1))
+    assert calls == {"hint": 1, "net": 2 * 2}
+    sampling.generate(sd1, "x", controls=hints[1:], steps=4)
+    for hook in hooks:
+        hook.remove()
+    assert calls["net"] == 4, "a control of scale 0 was run"
+
+
+def test_picture_k_of_several_is_picture_k_alone(sd1: Base) -> None:
+    maps = [Control(controlnet_of(sd1), cond(batch=3))]
+    several = sampling.generate(sd1, "x", controls=maps, steps=3, scheduler="euler-a", seeds=(11, 12, 13))
+    assert len({picture.tobytes() for picture in several}) == 3
+    one_map = Control(maps[0].adapter, cond(batch=3)[1:2])
+    alone = sampling.generate(sd1, "x", controls=[one_map], steps=3, scheduler="euler-a", seeds=(12,))
+    assert np.array_equal(several[1], alone[0])
+    batched = sampling.generate(
+        sd1, "x", controls=maps, steps=3, scheduler="euler-a", seeds=(11, 12, 13), batch_size=2
+    )
+    difference = np.abs(np.stack(batched).astype(int) - np.stack(several)).max()
+    assert difference <= 1, "batched kernels may round differently, no more"
+
+
+def test_pictures_have_the_size_of_the_map(sd1: Base) -> None:
+    image = np.zeros((72, 56, 3), np.uint8)
+    (picture,) = sampling.generate(sd1, "x", controls=[Control(controlnet_of(sd1), image)], steps=1)
+    assert picture.shape == (72, 56, 3)
+    assert picture.dtype == np.uint8
+    (wide,) = sampling.generate(sd1, "x", controls=[Control(controlnet_of(sd1), image)], steps=1, width=80)
+    assert wide.shape == (72, 80, 3)
+
+
+def test_the_default_size(sd1: Base) -> None:
+    assert sampling.picture_size(sd1, None) == (64, 64)
+    assert sampling.picture_size(sd1, (60, 70)) == (64, 72)  # near the native area: its own size, to /8
+    assert sampling.picture_size(sd1, (4000, 3900)) == (64, 64)  # far: its shape, to the coarsest cell
+    assert sampling.picture_size(sd1, (640, 160)) == (128, 64)
+    assert sampling.picture_size(sd1, None, width=32) == (32, 64)
+
+
+def test_steps_are_counted_over_all_pictures(sd1: Base) -> None:
+    seen: list[tuple[int, int]] = []
+    sampling.generate(
+        sd1, "x", steps=2, seeds=(0, 1), callback=lambda done, total, latents: seen.append((done, total))
+    )
+    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+def test_damaged_weights_are_an_error_that_names_the_step(sd1: Base) -> None:
+    controlnet = controlnet_of(sd1)
+    controlnet.controlnet_mid_block.bias.fill_(float("nan"))
+    control = Control(controlnet, cond(), start=0.5)
+    with pytest.raises(ValueError, match=r"stopped being finite at step 3 of 4: .*damaged weights"):
+        sampling.generate(sd1, "x", controls=[control], steps=4)
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ({"steps": 0}, "steps must be a whole number from 1 to 1000, not 0"),
+        ({"steps": 1001}, "from 1 to 1000"),
+        ({"guidance": float("nan")}, "guidance must be a number from 0 to 100, not nan"),
+        ({"width": 60}, r"width must be a multiple of 8 .* not 60 \(nearest: 64\)"),
+        ({"height": 0}, "height must be a multiple of 8"),
+        ({"seeds": (-1,)}, "a seed must be a whole number from 0"),
+        ({"seeds": ()}, "no seed given"),
+        ({"eta": 2.0}, "eta must be a number from 0 to 1"),
+        ({"scheduler": "dim"}, "unknown scheduler 'dim' .did you mean 'ddim'"),
+    ],
+)
+def test_numbers_outside_their_range(sd1: Base, request_: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sampling.generate(sd1, "x", **request_)
+
+
+def test_controls_outside_their_range(sd1: Base) -> None:
+    controlnet = controlnet_of(sd1)
+    with pytest.raises(ValueError, match="scale must be a number from -10 to 10, not nan"):
+        Control(controlnet, cond(), scale=float("nan"))
+    with pytest.raises(ValueError, match="start < end"):
+        Control(controlnet, cond(), start=0.5, end=0.5)
+    with pytest.raises(ValueError, match="is uint8"):
+        Control(controlnet, np.zeros((8, 8, 3)))
+    with pytest.raises(ValueError, match="must be float"):
+        Control(controlnet, torch.zeros(3, 8, 8))
+    with pytest.raises(ValueError, match="must have the size of the picture, 64x64, not 32x64"):
+        sampling.generate(sd1, "x", controls=[Control(controlnet, cond()[..., :32])], width=64)
+    with pytest.raises(ValueError, match="2 maps for 3 pictures"):
+        sampling.generate(sd1, "x", controls=[Control(controlnet, cond(batch=2))], seeds=(0, 1, 2))
+
+
+def test_a_control_of_another_family_is_refused_with_the_sizes(load: Callable[[str], Base]) -> None:
+    stranger = Control(controlnet_of(load("sdxl")), cond())
+    with pytest.raises(ValueError, match="SDXL"):
+        sampling.generate(load("sd1"), "x", controls=[stranger])
+
+
+def test_every_scheduler_has_a_name_in_the_infotext() -> None:
+    assert set(sampling.SCHEDULERS) == set(SAMPLER_NAMES)
