@@ -1,0 +1,295 @@
+"""The command line: `controlkit demo | generate | preprocess | train`. The only module that prints.
+
+Results go to stdout, everything else to stderr. A mistake of the user is a ValueError anywhere below: it
+becomes one line on stderr and exit code 2. Ctrl-C is 130. Nothing heavy is imported before a command has
+said what it does.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from controlkit.training.loop import Progress as Step
+
+PLAIN_SECONDS = 5.0  # between progress lines where there is no terminal to draw a bar in
+
+
+class _Commands(TyperGroup):
+    """The group of commands; turns what a user can cause into one line and exit code 2."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().main(*args, **kwargs)
+        except ValueError as error:
+            message = " ".join(str(error).split())
+            typer.echo(f"error: {message}", err=True)
+            sys.exit(2)
+        finally:
+            _flush_stdout()
+
+
+def _flush_stdout() -> None:
+    """Write out what is buffered; a reader that has gone away (`| head`) is no error."""
+    if sys.stdout is None:  # closed before we started
+        return
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+app = typer.Typer(
+    cls=_Commands,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Pictures that follow an edge map, a pose or a depth map: make them, and train the models that do.",
+    epilog="Start with:  controlkit demo",
+)
+
+
+class Terminal:
+    """Status lines and progress on stderr: a bar in a terminal, now and then a line elsewhere."""
+
+    def __init__(self) -> None:
+        self._bar: Progress | None = None
+        self._first: tuple[float, int] | None = None  # when the first progress came, and how far it was
+        self._last = time.monotonic()
+
+    def status(self, text: str) -> None:
+        """Say what happens now; the next progress is that of something new."""
+        self.close()
+        typer.echo(f"{text} ...", err=True)
+
+    def note(self, text: str) -> None:
+        """Say something without interrupting the progress."""
+        if self._bar is None:
+            typer.echo(text, err=True)
+        else:
+            self._bar.console.print(text, markup=False, highlight=False)
+
+    def progress(self, done: int, total: int, note: str = "") -> None:
+        """Show how far it is: the count, the rate, the time left, and a note."""
+        now = time.monotonic()
+        self._first = self._first or (now, done)
+        seconds = (now - self._first[0]) / max(done - self._first[1], 1)  # for one step
+        rate = "" if not seconds else f"{1 / seconds:.1f}/s" if seconds < 1 else f"{seconds:.1f} s each"
+        left = f"{seconds * (total - done):.0f} s left" if seconds and done < total else ""
+        if sys.stderr is not None and sys.stderr.isatty():
+            self._draw(done, total, "  ".join(part for part in (rate, left, note) if part))
+        elif done == total or now - self._last >= PLAIN_SECONDS:
+            self._last = now
+            typer.echo("  ".join(part for part in (f"  {done}/{total}", rate, left, note) if part), err=True)
+
+    def close(self) -> None:
+        """Finish the bar."""
+        if self._bar is not None:
+            self._bar.stop()
+        self._bar = self._first = None
+
+    def _draw(self, done: int, total: int, text: str) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+        if self._bar is None:
+            columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}", markup=False))
+            self._bar = Progress(*columns, console=Console(stderr=True))
+            self._bar.add_task("", total=total, text="")
+            self._bar.start()
+        self._bar.update(self._bar.task_ids[0], completed=done, total=total, text=text)
+
+
+@contextmanager
+def _terminal() -> Iterator[Terminal]:
+    """A terminal for one command: its bar is closed at the end, and warnings become one-line notes."""
+    terminal = Terminal()
+    before = warnings.showwarning
+    warnings.showwarning = lambda message, *_, **__: terminal.note(f"note: {message}")
+    try:
+        yield terminal
+    finally:
+        warnings.showwarning = before
+        terminal.close()
+
+
+_SIZE_HELP = "A multiple of 8.  [default: the first map's, or the base's]"
+Output = Annotated[str, typer.Option("-o", "--output", metavar="FILE", help="Where to write it.")]
+Settings = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings to change.", show_default=False)
+]
+
+
+@app.command(epilog="Example:  controlkit demo --seed 3 -o demo.png")
+def demo(
+    seed: Annotated[int, typer.Option(metavar="N", help="Which scene.")] = 0,
+    output: Output = "demo.png",
+) -> None:
+    """Make a scene, its three maps, and pictures that follow them. Needs no network and no GPU."""
+    from controlkit import demo as demo_module
+    from controlkit.arguments import numbered_outputs
+    from controlkit.files import check_writable
+    from controlkit.images import write_png
+    from controlkit.limits import check_seeds
+
+    check_seeds([seed])
+    (path,) = numbered_outputs(output, 1)
+    check_writable(path)
+    with _terminal() as terminal:
+        result = demo_module.run_demo(seed, report=terminal)
+        write_png(path, result.sheet)
+    for line in result.table():
+        print(line)
+    print(f"\nwrote {path} in {result.seconds:.0f} s: look at it, then try")
+    print('  controlkit generate "a red figure next to a blue cube" --control canny=PICTURE')
+    print(f"  controlkit demo --seed {seed + 1}")
+
+
+@app.command(epilog='Example:  controlkit generate "a red figure" --control canny=photo.jpg -n 4 -o out.png')
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="What the picture shows.", show_default=False)] = None,
+    control: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KIND=PICTURE[:SCALE]", help="Follow the map of this picture: canny=photo.jpg:0.8."
+        ),
+    ] = None,
+    map_: Annotated[
+        list[str] | None,
+        typer.Option("--map", metavar="KIND=MAP[:SCALE]", help="Follow this file, which is a map already."),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="tiny, sd15, sd21, sdxl, a folder or a hub id.  [default: tiny]"),
+    ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KIND=NAME", help="Another ControlNet for this kind: a folder or a hub id."),
+    ] = None,
+    negative: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="What the picture should not show.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(metavar="N", help="Denoising steps, 1 to 1000.  [default: 20]")
+    ] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(metavar="X", help="How much the prompt counts, 0 to 100.  [default: the base's]"),
+    ] = None,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="ddim, ddpm, pndm, euler, euler-a, dpm++, unipc, heun or lms.  [default: ddim]",
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", help="Seed of the first picture.  [default: 0]")
+    ] = None,
+    count: Annotated[
+        int, typer.Option("-n", "--count", metavar="N", help="How many pictures, with consecutive seeds.")
+    ] = 1,
+    output: Output = "out.png",
+    width: Annotated[int | None, typer.Option(metavar="PIXELS", help=_SIZE_HELP)] = None,
+    height: Annotated[int | None, typer.Option(metavar="PIXELS", help=_SIZE_HELP)] = None,
+    device: Annotated[
+        str | None, typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:1 or mps.  [default: auto]")
+    ] = None,
+    like: Annotated[
+        str | None, typer.Option(metavar="PICTURE", help="Repeat this picture; other options change it.")
+    ] = None,
+) -> None:
+    """Make pictures that follow a prompt and the edges, pose or depth of another picture."""
+    from controlkit import generate_job
+
+    given = {
+        "prompt": prompt,
+        "negative_prompt": negative,
+        "base": base,
+        "steps": steps,
+        "guidance": guidance,
+        "scheduler": scheduler,
+        "seed": seed,
+        "count": count,
+        "width": width,
+        "height": height,
+        "device": device,
+    }
+    plan = generate_job.plan(
+        {name: value for name, value in given.items() if value is not None},
+        controls=control or (),
+        maps=map_ or (),
+        adapters=adapter or (),
+        output=output,
+        like=like,
+    )
+    started = time.monotonic()
+    with _terminal() as terminal:
+        for note in plan.notes:
+            terminal.note(f"note: {note}")
+        records = generate_job.run(plan, terminal)
+    for path, record in zip(plan.outputs, records, strict=True):
+        print(f"wrote {path} ({record.width}x{record.height}, seed {record.seed})")
+    print(f"in {time.monotonic() - started:.0f} s; the same with other seeds:")
+    print(f"  controlkit generate --like {plan.outputs[0]} --seed {records[-1].seed + 1} -n 4 -o more.png")
+
+
+@app.command(epilog="Example:  controlkit preprocess canny photo.jpg -o edges.png low=50 high=150")
+def preprocess(
+    kind: Annotated[str, typer.Argument(help="canny, openpose or depth.")],
+    picture: Annotated[str, typer.Argument(help="The picture to read.")],
+    settings: Settings = None,
+    output: Output = "map.png",
+) -> None:
+    """Extract the edge map, the pose or the depth map of a picture."""
+    from controlkit import preprocess_job
+
+    plan = preprocess_job.plan(kind, picture, settings or (), output=output)
+    with _terminal() as terminal:
+        written = preprocess_job.run(plan, terminal)
+    for path in written:
+        print(f"wrote {path}")
+    print("follow it with:")
+    print(f'  controlkit generate "a red figure" --map {kind}={written[0]}')
+
+
+@app.command(epilog="Example:  controlkit train tiny-canny out=my-run steps=200")
+def train(
+    recipe: Annotated[str, typer.Argument(help="A recipe's name or its .toml file.")],
+    settings: Settings = None,
+) -> None:
+    """Train a ControlNet from a recipe; what it learned lies in OUT/controlnet."""
+    with _terminal() as terminal:
+        terminal.status("loading the libraries")
+        from controlkit.training import train_recipe
+
+        def show(step: Step) -> None:
+            if step.message:
+                terminal.note(step.message)
+            terminal.progress(step.step, step.steps, f"loss {step.loss:.4f}")
+
+        result = train_recipe(recipe, settings or [], progress=show)
+    for line in result.lines:
+        print(line)
+    folder = Path(result.folder)
+    print(f"\nwrote {folder}; use it with:")
+    adapter = folder / "controlnet"
+    print(f'  controlkit generate "a red figure" --control KIND=PICTURE --adapter KIND={adapter}')
+
+
+def main() -> None:
+    """The `controlkit` command."""
+    app()

@@ -1,0 +1,294 @@
+"""`controlkit generate`: from what was asked for to files. Two stages, so that mistakes cost no waiting.
+
+`plan` checks everything that can be checked without the models: numbers, names, pictures, the output. `run`
+loads the models, extracts the maps, generates and writes. The torch-based modules are imported by `run` only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from controlkit import arguments, files, images, infotext, limits, naming, preprocessors
+from controlkit.infotext import ControlRecord, PictureRecord
+
+if TYPE_CHECKING:
+    import torch
+
+    from controlkit.base import Base
+    from controlkit.control import Control
+
+
+PRECISIONS = ("float32", "float16", "bfloat16")
+
+
+class Report(Protocol):
+    """How a job tells what it is doing; the command line shows it."""
+
+    def status(self, text: str) -> None:
+        """What happens now, in one line."""
+
+    def progress(self, done: int, total: int, note: str = "") -> None:
+        """How far the current part is."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is asked for, with the defaults. None: decided by the base, the map or the device.
+
+    seed: of the first picture; picture k of `count` has seed + k.
+    """
+
+    prompt: str = ""
+    negative_prompt: str = ""
+    base: str = "tiny"
+    steps: int = 20
+    guidance: float | None = None
+    scheduler: str = "ddim"
+    seed: int = 0
+    count: int = 1
+    width: int | None = None
+    height: int | None = None
+    device: str = "auto"
+    dtype: str | None = None
+
+    def check(self) -> None:
+        """Raise ValueError for the first number outside its range, or an unknown scheduler."""
+        if self.scheduler not in infotext.SAMPLER_NAMES:
+            raise naming.unknown("scheduler", self.scheduler, infotext.SAMPLER_NAMES)
+        limits.check_steps(self.steps)
+        limits.check_count(self.count)
+        limits.check_seeds([self.seed, self.seed + self.count - 1])
+        limits.check_size(self.width, self.height)
+        if self.guidance is not None:
+            limits.check_guidance(self.guidance)
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """One control's file: how it is recorded, and its picture, uint8 (H, W, 3).
+
+    `record.adapter` is "" until the base is known and decides it.
+    """
+
+    record: ControlRecord
+    picture: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Everything that `run` needs, checked."""
+
+    options: Options
+    sources: tuple[Source, ...]
+    outputs: tuple[Path, ...]
+    notes: tuple[str, ...] = ()
+
+
+def plan(
+    given: Mapping[str, Any],
+    *,
+    controls: Sequence[str] = (),
+    maps: Sequence[str] = (),
+    adapters: Sequence[str] = (),
+    output: str,
+    like: str | None = None,
+) -> Plan:
+    """Check a request and read its pictures.
+
+    given: the fields of `Options` that were given. like: a picture made before, whose parameters fill in
+    whatever is not given. controls, maps, adapters: as on the command line; controls or maps replace
+    those of `like`.
+    Raises ValueError for anything that can be known to be wrong before the models are loaded.
+    """
+    remembered = None if like is None else infotext.parse(images.read_png_text(like), source=like)
+    if remembered is None and "prompt" not in given:
+        raise ValueError('give a prompt, as in: controlkit generate "a red figure" --control canny=photo.jpg')
+    options = Options(**{**_options_of(remembered), **given})
+    options.check()
+    wanted = [arguments.parse_control(text, is_map=False) for text in controls]
+    wanted += [arguments.parse_control(text, is_map=True) for text in maps]
+    if wanted or remembered is None:
+        sources = [_source(argument) for argument in wanted]
+    else:
+        sources = [_source_again(record, like=Path(str(like))) for record in remembered.controls]
+    sources = _with_adapters(sources, arguments.parse_adapters(adapters))
+    outputs = arguments.numbered_outputs(output, options.count)
+    _check_outputs(outputs, sources)
+    notes = () if remembered is None else _version_notes(remembered)
+    return Plan(options, tuple(sources), tuple(outputs), notes)
+
+
+def run(job: Plan, report: Report) -> list[PictureRecord]:
+    """Generate and write the pictures of a checked plan; returns what was recorded in each file."""
+    report.status(f"loading the libraries and the base {job.options.base}")
+    from controlkit import sampling
+    from controlkit.base import load_base
+
+    device, dtype = pick_device(job.options.device, job.options.dtype, base=job.options.base)
+    base = load_base(job.options.base, device=device, dtype=dtype)
+    first, sources = _decided(job, base)
+    controls = [_control(source, base, first.width, first.height, report) for source in sources]
+    seeds = [first.seed + k for k in range(job.options.count)]
+    report.status(f"generating {len(seeds)} x {first.width}x{first.height}, {first.steps} steps, on {device}")
+    pictures = sampling.generate(
+        base,
+        first.prompt,
+        negative_prompt=first.negative_prompt,
+        controls=controls,
+        steps=first.steps,
+        guidance=first.guidance,
+        scheduler=first.scheduler,
+        seeds=seeds,
+        width=first.width,
+        height=first.height,
+        callback=lambda done, total, _: report.progress(done, total),
+    )
+    records = [replace(first, seed=seed) for seed in seeds]
+    for path, picture, record in zip(job.outputs, pictures, records, strict=True):
+        images.write_png(path, picture, text=infotext.chunks(record))
+    return records
+
+
+def pick_device(name: str, dtype: str | None, *, base: str) -> tuple[str, torch.dtype]:
+    """The device and precision to use.
+
+    name: "auto" (a CUDA GPU if there is one, else the CPU) or a torch device. dtype: one of `PRECISIONS`;
+    None is float32 on the CPU and for bundled models, else float16. Raises ValueError for another precision.
+    """
+    import torch
+
+    from controlkit.base import BUNDLED
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype is None:
+        dtype = "float32" if name == "cpu" or base in BUNDLED else "float16"
+    if dtype not in PRECISIONS:
+        raise naming.unknown("precision", dtype, PRECISIONS)
+    return name, getattr(torch, dtype)
+
+
+def extractor_options(kind: str, *, bundled: bool) -> dict[str, str]:
+    """Which model a preprocessor uses beside a base: the bundled one for a bundled base, else its default."""
+    return {"model": "tiny"} if bundled and kind in ("openpose", "depth") else {}
+
+
+def _options_of(record: PictureRecord | None) -> dict[str, Any]:
+    """The options that repeat a recorded picture."""
+    if record is None:
+        return {}
+    return {name: value for name, value in vars(record).items() if name in Options.__dataclass_fields__}
+
+
+def _source(argument: arguments.ControlArgument) -> Source:
+    if not argument.is_map and argument.kind not in preprocessors.names():
+        preprocessors.get(argument.kind)  # raises, with the kinds there are
+    picture = images.load_picture(argument.path)
+    record = ControlRecord(
+        kind=argument.kind,
+        path=argument.path,
+        sha256=files.sha256_file(argument.path),
+        is_map=argument.is_map,
+        adapter="",
+        scale=argument.scale,
+    )
+    return Source(record, picture)
+
+
+def _source_again(record: ControlRecord, *, like: Path) -> Source:
+    """The source of an earlier picture, found where it was or beside that picture, and unchanged."""
+    places = [Path(record.path), like.parent / Path(record.path).name]
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        raise ValueError(f"{like} was made from {record.path}, which is gone: put it back, or use --control")
+    if files.sha256_file(found) != record.sha256:
+        raise ValueError(
+            f"{like} was made from {found}, which has changed since; to use it as it is now, add "
+            f"{'--map' if record.is_map else '--control'} {record.kind}={found}"
+        )
+    return Source(record, images.load_picture(found))
+
+
+def _with_adapters(sources: Sequence[Source], adapters: Mapping[str, str]) -> list[Source]:
+    kinds = {source.record.kind for source in sources}
+    for kind, name in adapters.items():
+        if kind not in kinds:
+            raise ValueError(f"--adapter {kind}={name} has no --control or --map {kind} to belong to")
+    return [_adapted(source, adapters.get(source.record.kind, source.record.adapter)) for source in sources]
+
+
+def _adapted(source: Source, adapter: str) -> Source:
+    return Source(replace(source.record, adapter=adapter), source.picture)
+
+
+def _check_outputs(outputs: Sequence[Path], sources: Sequence[Source]) -> None:
+    inputs = {Path(source.record.path).resolve() for source in sources}
+    for output in outputs:
+        if output.resolve() in inputs:
+            raise ValueError(f"the output {output} would overwrite the picture it is made from")
+        files.check_writable(output)
+
+
+def _decided(job: Plan, base: Base) -> tuple[PictureRecord, list[Source]]:
+    """The first picture's record and the sources, with all that the base and the map's size decide."""
+    from controlkit import sampling
+    from controlkit.adapters import default_adapter
+
+    sources = [
+        source if source.record.adapter else _adapted(source, default_adapter(source.record.kind, base))
+        for source in job.sources
+    ]
+    options = job.options
+    map_size = (sources[0].picture.shape[1], sources[0].picture.shape[0]) if sources else None
+    width, height = sampling.picture_size(base, map_size, options.width, options.height)
+    record = PictureRecord(
+        prompt=options.prompt,
+        negative_prompt=options.negative_prompt,
+        base=options.base,
+        controls=tuple(source.record for source in sources),
+        steps=options.steps,
+        guidance=sampling.default_guidance(base) if options.guidance is None else options.guidance,
+        scheduler=options.scheduler,
+        seed=options.seed,
+        width=width,
+        height=height,
+        device=str(base.device),
+        dtype=str(base.dtype).removeprefix("torch."),
+        versions=_versions(),
+    )
+    return record, sources
+
+
+def _control(source: Source, base: Base, width: int, height: int, report: Report) -> Control:
+    """The control of one source: its map extracted where it is a photo, its adapter loaded."""
+    from controlkit.adapters import load_adapter
+    from controlkit.base import BUNDLED
+    from controlkit.control import Control
+
+    record, image = source.record, source.picture
+    report.status(f"loading the {record.kind} adapter {record.adapter}")
+    adapter = load_adapter(record.adapter, base=base, device=base.device, dtype=base.dtype)
+    if not record.is_map:
+        report.status(f"extracting the {record.kind} map from {record.path}")
+        options = extractor_options(record.kind, bundled=base.name in BUNDLED)
+        extract = preprocessors.get(record.kind, **options)
+        image = extract(images.cover(image, width, height)).image
+    return Control(adapter, image, scale=record.scale, start=record.start, end=record.end)
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("controlkit", "diffusers", "torch", "transformers")}
+
+
+def _version_notes(record: PictureRecord) -> tuple[str, ...]:
+    here = _versions()
+    then = record.versions
+    other = [f"{name} {then[name]} (here {here.get(name)})" for name in then if here.get(name) != then[name]]
+    return (f"made with {', '.join(other)}: the picture may differ slightly",) if other else ()

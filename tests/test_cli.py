@@ -1,0 +1,313 @@
+"""The commands, in process: what they write, what they say, and how they fail."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_models
+from typer.testing import CliRunner
+
+from controlkit import infotext
+from controlkit.adapters import MAPS, AdapterInfo, save_adapter
+from controlkit.arguments import parse_control
+from controlkit.base import load_base
+from controlkit.cli import app
+from controlkit.controlnet import from_base
+from controlkit.images import load_picture, read_png_text, write_png
+
+Run = Callable[..., "Outcome"]
+
+
+class Outcome:
+    """What one command did: exit code, stdout, stderr."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+    def refused(self) -> str:
+        """The error's text; fails unless it is one plain line on stderr with exit code 2 and no result."""
+        assert self.code == 2, (self.code, self.err)
+        assert self.out == ""
+        (line,) = [line for line in self.err.splitlines() if not line.endswith(" ...")]
+        assert line.startswith("error: ")
+        return line.removeprefix("error: ")
+
+    def done(self) -> str:
+        """What was printed; fails unless it worked."""
+        assert self.code == 0, self.err
+        return self.out
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with random-weight bases sd1/ and sdxl/ of 64 pixels, and a canny adapter for each."""
+    folder = tmp_path_factory.mktemp("models")
+    for family in ("sd1", "sdxl"):
+        base = load_base(str(tiny_models.build(folder / family, family, sample_size=8)))
+        controlnet = tiny_models.randomize_zero_convs(from_base(base, seed=1), seed=1)
+        save_adapter(
+            controlnet, folder / f"canny-{family}", info=AdapterInfo(map=MAPS["canny"], family=family)
+        )
+    return folder
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    """A picture with edges, in a place whose name is not easy."""
+    path = tmp_path / "mein Bild #1 – été.png"
+    picture = np.full((64, 64, 3), 40, np.uint8)
+    picture[16:48, 20:44] = (200, 60, 90)
+    write_png(path, picture)
+    return path
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run a command in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> Outcome:
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        if result.exception and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return Outcome(result.exit_code, result.stdout, result.stderr)
+
+    return run
+
+
+@pytest.fixture
+def generate(run: Run, models: Path, photo: Path) -> Run:
+    """`controlkit generate` with the random SD1 base, one canny control and two steps, and more arguments."""
+    adapter = f"canny={models / 'canny-sd1'}"
+    fixed = [
+        "generate",
+        "a cube",
+        "--base",
+        models / "sd1",
+        "--control",
+        f"canny={photo}",
+        "--adapter",
+        adapter,
+    ]
+    return lambda *more: run(*fixed, "--steps", 2, *more)
+
+
+def test_generate_writes_a_picture_that_says_how_it_was_made(
+    generate: Run, photo: Path, models: Path
+) -> None:
+    outcome = generate("--seed", 7, "-o", "out.png")
+    assert "wrote out.png (64x64, seed 7)" in outcome.done()
+    assert "--like out.png --seed 8" in outcome.out
+    assert outcome.err.startswith("loading"), "the first thing said comes before the slow imports"
+    assert load_picture("out.png").shape == (64, 64, 3)
+    text = read_png_text("out.png")
+    lines = text["parameters"].splitlines()
+    assert lines[0] == "a cube"
+    assert lines[-1].startswith("Steps: 2, Sampler: DDIM, CFG scale: 7.5, Seed: 7, Size: 64x64, Model: ")
+    assert 'ControlNet 0: "Module: canny, Model: ' in lines[-1]
+    recorded = json.loads(text["controlkit"])
+    assert recorded["controls"][0]["path"] == str(photo)
+    assert recorded["controls"][0]["adapter"] == str(models / "canny-sd1")
+    assert recorded["seed"] == 7
+
+
+def test_like_repeats_a_picture_byte_for_byte(generate: Run, run: Run) -> None:
+    generate("--seed", 3, "-n", 2, "--negative", "blue, Ünïcode", "-o", "out.png").done()
+    assert sorted(path.name for path in Path().glob("*.png") if "out" in path.name) == [
+        "out-1.png",
+        "out-2.png",
+    ]
+    run("generate", "--like", "out-2.png", "-o", "again.png").done()
+    assert Path("again.png").read_bytes() == Path("out-2.png").read_bytes()
+    run("generate", "--like", "out-2.png", "--seed", 3, "-o", "first.png").done()
+    assert Path("first.png").read_bytes() == Path("out-1.png").read_bytes()
+
+
+def test_like_finds_a_picture_that_moved_along(generate: Run, run: Run, photo: Path, tmp_path: Path) -> None:
+    generate("-o", "out.png").done()
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    shutil.move("out.png", moved)
+    shutil.move(photo, moved)
+    run("generate", "--like", moved / "out.png", "-o", "again.png").done()
+    assert Path("again.png").read_bytes() == (moved / "out.png").read_bytes()
+
+
+def test_like_says_what_is_gone_or_changed(generate: Run, run: Run, photo: Path) -> None:
+    generate("-o", "out.png").done()
+    write_png(photo, np.zeros((64, 64, 3), np.uint8))
+    changed = run("generate", "--like", "out.png", "-o", "again.png").refused()
+    assert f"was made from {photo}, which has changed since" in changed
+    photo.unlink()
+    gone = run("generate", "--like", "out.png", "-o", "again.png").refused()
+    assert f"was made from {photo}, which is gone" in gone
+    write_png("plain.png", np.zeros((8, 8, 3), np.uint8))
+    assert "carries no parameters" in run("generate", "--like", "plain.png", "-o", "again.png").refused()
+    write_png("broken.png", np.zeros((8, 8, 3), np.uint8), text={"controlkit": '{"prompt": 3}'})
+    assert (
+        "broken.png: its parameters cannot be read: prompt:"
+        in run("generate", "--like", "broken.png", "-o", "again.png").refused()
+    )
+    assert not Path("again.png").exists()
+
+
+def test_a_map_is_used_as_it_is(generate: Run, run: Run, photo: Path, models: Path) -> None:
+    run("preprocess", "canny", photo, "-o", "edges.png").done()
+    assert set(np.unique(load_picture("edges.png"))) == {0, 255}
+    generate("-o", "from-photo.png").done()
+    request = ["generate", "a cube", "--base", models / "sd1", "--steps", 2, "--map", "canny=edges.png"]
+    run(*request, "--adapter", f"canny={models / 'canny-sd1'}", "-o", "from-map.png").done()
+    assert np.array_equal(load_picture("from-photo.png"), load_picture("from-map.png"))
+    run(*request[:6], "-o", "free.png").done()
+    assert not np.array_equal(load_picture("from-photo.png"), load_picture("free.png"))
+
+
+BAD_OPTIONS = [
+    (("--steps", 0), "steps must be a whole number from 1 to 1000, not 0"),
+    (("--steps", -1), "not -1"),
+    (("--steps", 1001), "not 1001"),
+    (("--guidance", "nan"), "guidance must be a number from 0 to 100, not nan"),
+    (("--width", 60), "width must be a multiple of 8 from 16 to 8192, not 60 (nearest: 64)"),
+    (("--height", 0), "height must be a multiple of 8"),
+    (("--seed", -1), "a seed must be a whole number from 0 to"),
+    (("-n", 0), "the number of pictures must be from 1 to 1000, not 0"),
+    (("--scheduler", "dimm"), "unknown scheduler 'dimm' (did you mean 'ddim'?)"),
+    (("--device", "cudda"), "unknown device 'cudda'"),
+    (("--control", "canny"), "must be KIND=PICTURE"),
+    (("--control", "canny=nowhere.png"), "nowhere.png does not exist"),
+    (("--control", "cany=nowhere.png"), "unknown map 'cany' (did you mean 'canny'?)"),
+    (("--control", "canny=nowhere.png:nan"), "a control's scale must be a number from -10 to 10, not nan"),
+    (("--adapter", "depth=x"), "has no --control or --map depth to belong to"),
+    (("--adapter", "canny=x"), "--adapter gives two adapters for canny"),
+    (("-o", "no/folder/out.png"), "the folder no/folder does not exist"),
+    (("-o", "out.jpg"), "must end in .png"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_OPTIONS, ids=lambda value: str(value))
+def test_a_bad_option_is_one_plain_line(generate: Run, options: tuple[object, ...], message: str) -> None:
+    before = sorted(os.listdir())
+    assert message in generate("-o", "out.png", *options).refused()
+    assert sorted(os.listdir()) == before
+
+
+def test_bad_models_are_one_plain_line(run: Run, models: Path, photo: Path) -> None:
+    def attempt(*more: object) -> str:
+        return run("generate", "x", "--control", f"canny={photo}", "-o", "out.png", *more).refused()
+
+    assert "no base called 'tinny' (did you mean 'tiny'?)" in attempt("--base", "tinny")
+    assert "no model_index.json" in attempt("--base", models / "canny-sd1") or "model_index" in attempt(
+        "--base", models
+    )
+    sd1 = ("--base", models / "sd1")
+    assert "no adapter called 'cany' (did you mean 'canny'?)" in attempt(*sd1, "--adapter", "canny=cany")
+    other_family = attempt(*sd1, "--adapter", f"canny={models / 'canny-sdxl'}")
+    assert "cross_attention_dim 64" in other_family
+    assert "cross_attention_dim 32" in other_family
+    assert not Path("out.png").exists()
+
+
+def test_bad_files_are_one_plain_line(run: Run, models: Path, photo: Path, tmp_path: Path) -> None:
+    Path("text.png").write_text("not a picture")
+    Path("empty.png").touch()
+    Path("cut.png").write_bytes(photo.read_bytes()[:60])
+    for name in ("text.png", "empty.png", "cut.png", "nowhere.png", "."):
+        for command in (["generate", "x", "--control", f"canny={name}"], ["preprocess", "canny", name]):
+            line = run(*command, "-o", "out.png").refused()
+            assert line.startswith(name)
+    assert (
+        "would overwrite the picture"
+        in run("generate", "x", "--control", f"canny={photo}", "-o", photo).refused()
+    )
+    assert "would overwrite the picture" in run("preprocess", "canny", photo, "-o", photo).refused()
+    assert "give a prompt" in run("generate").refused()
+    assert (
+        "it is a folder" in run("preprocess", "canny", photo, "-o", _folder(tmp_path / "map.png")).refused()
+    )
+    assert "unknown canny option 'lo'" in run("preprocess", "canny", photo, "lo=3", "-o", "out.png").refused()
+    assert not Path("out.png").exists()
+
+
+def _folder(path: Path) -> Path:
+    path.mkdir()
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "scale"),
+    [
+        ("canny=a.png", "a.png", 1.0),
+        ("canny=a.png:0.7", "a.png", 0.7),
+        ("canny=C:\\pictures\\a.png", "C:\\pictures\\a.png", 1.0),
+        ("canny=C:\\pictures\\a.png:-1", "C:\\pictures\\a.png", -1.0),
+        ("canny=D:a b#c=é.png:1e-1", "D:a b#c=é.png", 0.1),
+        ("canny=a:b.png", "a:b.png", 1.0),
+    ],
+)
+def test_the_scale_is_what_reads_as_a_number(text: str, path: str, scale: float) -> None:
+    argument = parse_control(text, is_map=False)
+    assert (argument.kind, argument.path, argument.scale) == ("canny", path, scale)
+
+
+def test_a_file_may_end_like_a_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("take:2").touch()
+    assert parse_control("canny=take:2", is_map=True).path == "take:2"
+    assert parse_control("canny=take:2:0.5", is_map=True).scale == 0.5
+
+
+def test_infotext_quotes_what_would_break_the_line() -> None:
+    record = infotext.PictureRecord(
+        prompt="a, b: c",
+        negative_prompt="d",
+        base="folder, with comma",
+        controls=(),
+        steps=20,
+        guidance=4.0,
+        scheduler="dpm++",
+        seed=1,
+        width=64,
+        height=72,
+        device="cpu",
+        dtype="float32",
+        versions={"controlkit": "0.1.0"},
+    )
+    assert infotext.infotext(record) == (
+        "a, b: c\nNegative prompt: d\n"
+        'Steps: 20, Sampler: DPM++ 2M, CFG scale: 4, Seed: 1, Size: 64x72, Model: "folder, with comma", '
+        "Version: controlkit 0.1.0"
+    )
+    assert infotext.parse(infotext.chunks(record), source="x.png") == record
+
+
+def test_every_command_has_help_with_an_example(run: Run) -> None:
+    for command in ("demo", "generate", "preprocess", "train"):
+        assert f"Example:  controlkit {command}" in run(command, "--help").done()
+    assert "Start with:  controlkit demo" in run("--help").done()
+
+
+def test_usage_errors_exit_with_2(run: Run) -> None:
+    outcome = run("generate", "x", "--stepz", 3)
+    assert outcome.code == 2
+    assert "--steps" in outcome.err
+
+
+def test_a_closed_stdout_is_no_traceback(photo: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "controlkit", "preprocess", "canny", str(photo), "-o", "map.png"]
+    closed = ["sh", "-c", 'exec "$@" >&-', "sh", *command]
+    assert "Traceback" not in subprocess.run(closed, cwd=tmp_path, capture_output=True, text=True).stderr
+    assert load_picture(tmp_path / "map.png").shape == (64, 64, 3)
+    (tmp_path / "map.png").unlink()
+    reader, writer = os.pipe()
+    os.close(reader)  # as when `| head` has seen enough
+    done = subprocess.run(command, cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert "BrokenPipe" not in done.stderr
+    assert "Traceback" not in done.stderr
+    assert load_picture(tmp_path / "map.png").shape == (64, 64, 3)
