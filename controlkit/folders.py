@@ -165,7 +165,7 @@ def read_json(file: Path) -> dict[str, Any]:
     return value
 
 
-def write_weights(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def write_weights(file: Path, tensors: "Mapping[str, Tensor]", metadata: Mapping[str, str]) -> None:
     """Write a safetensors file whose bytes depend on its arguments alone.
 
     The library writes the metadata in a random order, so the header is put in order afterwards, in place:
