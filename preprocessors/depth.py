@@ -1,0 +1,104 @@
+"""Depth maps: near is white, the nearest point of a picture 255 and the farthest 0."""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from controlkit.images import load_picture, resize
+from controlkit.preprocessors.maps import Map
+from controlkit.preprocessors.weights import find_model, load_model, load_processor
+
+if TYPE_CHECKING:
+    from controlkit.images import Source
+
+MODELS = {
+    "depth-anything-v2-small": "depth-anything/Depth-Anything-V2-Small-hf",
+    "dpt-hybrid": "Intel/dpt-hybrid-midas",
+}
+"""Short names of depth models on the hub, Apache-2.0; sd-controlnet-depth learned from dpt-hybrid's maps."""
+
+_METRIC_TYPES = {"depth_pro", "glpn", "zoedepth"}  # models that predict metres, large where it is far
+_LARGEST_ASPECT = 8  # networks keep a picture's aspect, and fail on a picture of 3000 x 2 pixels
+
+
+class Depth:
+    """The depth of a picture, estimated by any network that transformers' AutoModelForDepthEstimation loads.
+
+    ``model`` is "depth-anything-v2-small" (the default; downloaded once), "dpt-hybrid", "tiny" (bundled;
+    only for pictures of the bundled world), a hub id or a transformers folder; ``device`` is torch's name.
+    Networks that predict metric depth are inverted, so near is always white.
+
+    Raises:
+        ValueError: one line: an unknown name, missing or damaged weights.
+    """
+
+    kind = "depth"
+
+    def __init__(self, *, model: str = "depth-anything-v2-small", device: str = "cpu") -> None:
+        """Load the network."""
+        from transformers import AutoModelForDepthEstimation
+
+        folder = find_model("depth", model, MODELS)
+        self.model = model
+        self._network = load_model(AutoModelForDepthEstimation, folder, device=device)
+        self._processor = load_processor(folder)
+        self._device = device
+
+    def __call__(self, image: "Source") -> Map:
+        """Return the depth map of a picture."""
+        picture = load_picture(image)
+        return Map(
+            image=depth_to_map(self.inverse_depth(picture)),
+            kind=self.kind,
+            polarity="near-is-white",
+            model=self.model,
+        )
+
+    def inverse_depth(self, picture: np.ndarray) -> np.ndarray:
+        """Return the estimated inverse depth of a uint8 (H, W, 3) picture: float32 (H, W), larger is nearer.
+
+        Up to a scale and a shift that the network leaves open.
+        """
+        import torch
+
+        height, width = picture.shape[:2]
+        inputs = self._processor(_tame(picture), input_data_format="channels_last", return_tensors="pt").to(
+            self._device
+        )
+        with torch.no_grad():
+            outputs = self._network(**inputs)
+        options: dict[str, Any] = {"target_sizes": [(height, width)]}
+        if self._network.config.model_type == "zoedepth":  # its processor pads, and must know what to cut off
+            options["source_sizes"] = options["target_sizes"]
+        post = self._processor.post_process_depth_estimation(outputs, **options)
+        depth = post[0]["predicted_depth"].float().cpu().numpy().reshape(height, width)  # it drops axes of 1
+        return 1.0 / np.maximum(depth, 1e-6) if _is_metric(self._network.config) else depth
+
+
+def depth_to_map(inverse_depth: np.ndarray) -> np.ndarray:
+    """Return inverse depth, float (H, W), larger is nearer, as a map: uint8 (H, W, 3), near is white.
+
+    The smallest value becomes 0 and the largest 255, linearly between them, as MiDaS maps have it
+    (lllyasviel's annotator; rounded to the nearest level here). Constant depth gives a black map.
+
+    Raises:
+        ValueError: a value is not finite.
+    """
+    low, high = float(inverse_depth.min()), float(inverse_depth.max())
+    if not np.isfinite(high - low):
+        raise ValueError("the depth has values that are not finite (NaN or infinity)")
+    span = high - low
+    levels = (inverse_depth.astype(np.float64) - low) * (255.0 / span if span > 0 else 0.0)
+    return np.rint(levels).astype(np.uint8)[:, :, None].repeat(3, axis=2)
+
+
+def _is_metric(config: Any) -> bool:
+    relative = getattr(config, "depth_estimation_type", "relative") == "relative"
+    return config.model_type in _METRIC_TYPES or not relative
+
+
+def _tame(picture: np.ndarray) -> np.ndarray:
+    """Squeeze a picture of an extreme aspect to at most 8 : 1; all others pass unchanged."""
+    height, width = picture.shape[:2]
+    least_height, least_width = -(-width // _LARGEST_ASPECT), -(-height // _LARGEST_ASPECT)
+    return resize(picture, max(width, least_width), max(height, least_height))
