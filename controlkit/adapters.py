@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -156,6 +156,8 @@ def load_adapter(
             f" {base.prediction_type}: it may follow its map less well",
             stacklevel=2,
         )
+    if not info.map.kind:
+        info = replace(info, map=_published_map(name_or_path) or info.map)
     controlnet = _load_network(folder, dtype=dtype or base.dtype)
     return Adapter(lock(controlnet).to(device or base.device), info, name_or_path)
 
@@ -246,6 +248,12 @@ def _adapter_config(folder: Path) -> dict[str, Any]:
     if config.get("_class_name") != "ControlNetModel":
         raise ValueError(f"{folder} holds a {config.get('_class_name')}, not a ControlNetModel")
     return config
+
+
+def _published_map(repo_id: str) -> MapSpec | None:
+    """The map of a default adapter, whose file does not describe it; None for any other name."""
+    kinds = {name: kind for names in DEFAULT_ADAPTERS.values() for kind, name in names.items()}
+    return MAPS[kinds[repo_id]] if repo_id in kinds else None
 
 
 def _load_network(folder: Path, *, dtype: torch.dtype) -> ControlNetModel:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from controlkit import diffusion
 from controlkit.controlnet import check_structure, lock
 from controlkit.folders import find_folder, load_part, quiet_libraries, read_json
+from controlkit.naming import unknown
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -72,12 +73,12 @@ class Base:
 
     name: str
     family: str
-    unet: UNet2DConditionModel
-    vae: AutoencoderKL
-    text_encoders: list[CLIPTextModel]
-    tokenizers: list[CLIPTokenizer]
-    scheduler_config: dict[str, Any]
-    alphas_cumprod: Tensor
+    unet: UNet2DConditionModel = field(repr=False)
+    vae: AutoencoderKL = field(repr=False)
+    text_encoders: list[CLIPTextModel] = field(repr=False)
+    tokenizers: list[CLIPTokenizer] = field(repr=False)
+    scheduler_config: dict[str, Any] = field(repr=False)
+    alphas_cumprod: Tensor = field(repr=False)
     device: torch.device
     dtype: torch.dtype
 
@@ -200,8 +201,7 @@ def load_base(
     unet_config = read_json(_part(folder, "unet") / "config.json")
     family = _family(folder, unet_config)
     _check_parts(folder, family)
-    scheduler_config = read_json(folder / "scheduler" / "scheduler_config.json")
-    alphas_cumprod = noise_schedule(scheduler_config)
+    scheduler_config, alphas_cumprod = _read_scheduler(folder / "scheduler" / "scheduler_config.json")
     unet, vae, text_encoders = _load_models(folder, family, dtype=dtype)
     return Base(
         name=name_or_path,
@@ -235,9 +235,7 @@ def noise_schedule(scheduler_config: Mapping[str, Any]) -> Tensor:
     """
     name = scheduler_config.get("beta_schedule", "linear")
     if name not in _SCHEDULES or scheduler_config.get("trained_betas") is not None:
-        raise ValueError(
-            f"scheduler_config.json: beta_schedule {name!r} is not one of {', '.join(_SCHEDULES)}"
-        )
+        raise ValueError(f"beta_schedule {name!r} is not one of {', '.join(_SCHEDULES)}")
     return diffusion.alphas_cumprod(
         _SCHEDULES[name],
         num_train_timesteps=scheduler_config.get("num_train_timesteps", 1000),
@@ -292,6 +290,19 @@ def _check_parts(folder: Path, family: str) -> None:
             raise ValueError(
                 f"{folder}/model_index.json: {part} is {entry[1]}, not {' or '.join(_CLASSES[part])}"
             )
+
+
+def _read_scheduler(file: Path) -> tuple[dict[str, Any], Tensor]:
+    """The scheduler's configuration and its ᾱ. Raises ValueError, naming the file, for what we do not
+    know."""
+    config = read_json(file)
+    prediction_type = config.get("prediction_type", "epsilon")
+    try:
+        if prediction_type not in diffusion.PREDICTION_TYPES:
+            raise unknown("prediction type", prediction_type, diffusion.PREDICTION_TYPES)
+        return config, noise_schedule(config)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
 
 
 def _load_models(

@@ -9,7 +9,7 @@ import json
 import re
 import struct
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,7 +61,7 @@ def find_folder(
     cached = _cached_folder(repo_id, files)
     if cached is not None and all(any(cached.glob(pattern)) for pattern in needs):
         return cached
-    return _download(repo_id, files, what=what, partial=cached is not None)
+    return _download(repo_id, files, what=what, partial=cached is not None, bundled=bundled)
 
 
 def load_part(cls: type, folder: Path, *, dtype: Any) -> Any:
@@ -72,19 +72,26 @@ def load_part(cls: type, folder: Path, *, dtype: Any) -> Any:
     """
     read_json(folder / "config.json")
     variant = check_weights(folder)
-    argument = "dtype" if cls.__module__.startswith("transformers") else "torch_dtype"
+    # The libraries differ in a name, and in which of them can report misshapen weights instead of raising.
+    options = (
+        {"dtype": dtype, "ignore_mismatched_sizes": True}
+        if cls.__module__.startswith("transformers")
+        else {"torch_dtype": dtype}
+    )
     with quiet_libraries():
         try:
             model, report = cls.from_pretrained(  # type: ignore[attr-defined]
                 str(folder),
-                **{argument: dtype},
+                **options,
                 variant=variant,
                 use_safetensors=True,
                 local_files_only=True,
                 output_loading_info=True,
             )
         except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
-            raise ValueError(f"cannot build {cls.__name__} from {folder}: {_first_line(error)}") from error
+            raise ValueError(
+                f"cannot build {cls.__name__} from {folder}: {_first_sentence(error)}"
+            ) from error
     _check_report(folder, report)
     return model.eval()
 
@@ -222,7 +229,9 @@ def _cached_folder(repo_id: str, files: Sequence[str]) -> Path | None:
         return None
 
 
-def _download(repo_id: str, files: Sequence[str], *, what: str, partial: bool) -> Path:
+def _download(
+    repo_id: str, files: Sequence[str], *, what: str, partial: bool, bundled: Iterable[str]
+) -> Path:
     from huggingface_hub import constants, snapshot_download
 
     reason = _why_unreachable(repo_id)
@@ -232,9 +241,12 @@ def _download(repo_id: str, files: Sequence[str], *, what: str, partial: bool) -
                 snapshot_download(repo_id, allow_patterns=list(files), ignore_patterns=list(_UNWANTED_FILES))
             )
         except _network_errors() as error:
-            reason = f"the download failed: {_first_line(error)}"
+            reason = f"the download failed: {_first_sentence(error)}"
     state = "only a part of it is" if partial else "it is not"
-    raise ValueError(f"no {what} {repo_id!r}: {state} in the cache {constants.HF_HUB_CACHE} and {reason}")
+    raise ValueError(
+        f"no {what} {repo_id!r}: {state} in the cache {constants.HF_HUB_CACHE} and {reason};"
+        f" without a download there is {', '.join(bundled)}"
+    )
 
 
 def _why_unreachable(repo_id: str) -> str | None:
@@ -265,7 +277,7 @@ def _ask_hub(repo_id: str) -> str | None:
     except OfflineModeIsEnabled:
         return "the hub is switched off (HF_HUB_OFFLINE)"
     except HfHubHTTPError as error:
-        return f"the hub answers with an error: {_first_line(error)}"
+        return f"the hub answers with an error: {_first_sentence(error)}"
     except _network_errors():
         return "the hub cannot be reached (no network?)"
     return None
@@ -297,6 +309,6 @@ def _check_report(folder: Path, report: Mapping[str, Any]) -> None:
             raise ValueError(f"the weights in {folder} {problem} {names[0]}{more}")
 
 
-def _first_line(error: BaseException) -> str:
+def _first_sentence(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return re.split(r"\. (?=[A-Z])", lines[0])[0] if lines else type(error).__name__

@@ -1,0 +1,291 @@
+"""The locked base against diffusers' own pipelines, and every way in which loading one can fail."""
+
+import json
+import shutil
+import socket
+import time
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+from huggingface_hub import constants
+
+from controlkit import base as bases
+from controlkit import controlnet as pair
+from controlkit.base import Base, load_base
+from controlkit.folders import quiet_libraries
+
+PROMPTS = ["a red figure", "", "Héllo 世界 👋", "a red figure"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("bases")
+    return {family: tiny_models.build(root / family, family) for family in tiny_models.FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def loaded(folders: dict[str, Path]) -> dict[str, Base]:
+    return {family: load_base(str(folder)) for family, folder in folders.items()}
+
+
+@pytest.fixture
+def broken(folders: dict[str, Path], tmp_path: Path) -> Path:
+    """A copy of the SD1 folder, to be damaged."""
+    return Path(shutil.copytree(folders["sd1"], tmp_path / "base"))
+
+
+def pipeline(folder: Path, family: str):
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+
+    cls = StableDiffusionXLPipeline if family == "sdxl" else StableDiffusionPipeline
+    with quiet_libraries():
+        pipe = cls.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def rewrite(file: Path, **changes: object) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def message_of(folder: Path | str, **options: object) -> str:
+    """The error of loading a folder: a ValueError of one line, within five seconds."""
+    start = time.monotonic()
+    with pytest.raises(ValueError, match=r"^[^\n]+$") as error:
+        load_base(str(folder), **options)
+    assert time.monotonic() - start < 5
+    return str(error.value)
+
+
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+def test_what_a_base_knows_of_itself(family: str, loaded: dict[str, Base]) -> None:
+    base = loaded[family]
+    assert base.family == family
+    assert base.prediction_type == tiny_models.PREDICTION_TYPES[family]
+    assert (base.resolution, base.vae_factor) == (128, 8)
+    assert base.alphas_cumprod.dtype == torch.float64
+    assert base.alphas_cumprod[-1].item() == pytest.approx(0.0046600, rel=1e-4)  # Stable Diffusion's
+
+
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+def test_it_encodes_and_decodes_as_the_pipeline_does(
+    family: str, folders: dict[str, Path], loaded: dict[str, Base]
+) -> None:
+    base, pipe = loaded[family], pipeline(folders[family], family)
+    options = {"device": "cpu", "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+    for prompt in PROMPTS:
+        text = base.encode_prompts([prompt])
+        with torch.no_grad():
+            theirs = pipe.encode_prompt(prompt, **options)
+        assert torch.equal(text.encoder_hidden_states, theirs[0])
+        assert text.encoder_hidden_states.shape[:2] == (1, 77)
+        assert (text.pooled is None) == (family != "sdxl")
+        if text.pooled is not None:
+            assert torch.equal(text.pooled, theirs[2])
+
+    pixels = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        posterior = pipe.vae.encode(pixels).latent_dist
+        scale = pipe.vae.config.scaling_factor
+        drawn = base.encode_pictures(pixels, generator=torch.Generator().manual_seed(1))
+        assert torch.equal(drawn, posterior.sample(torch.Generator().manual_seed(1)) * scale)
+        latents = base.encode_pictures(pixels)
+        assert torch.equal(latents, posterior.mean * scale)
+        assert torch.equal(base.decode_latents(latents), pipe.vae.decode(latents / scale).sample)
+    assert latents.shape == (1, 4, 8, 12)
+
+
+def test_sdxl_conditioning_is_the_pipelines(folders: dict[str, Path], loaded: dict[str, Base]) -> None:
+    base, pipe = loaded["sdxl"], pipeline(folders["sdxl"], "sdxl")
+    pooled = base.encode_prompts(["a", "b"]).pooled
+    added = base.added_cond(pooled, height=64, width=96)
+    theirs = pipe._get_add_time_ids((64, 96), (0, 0), (64, 96), torch.float32, 32)
+    assert added is not None
+    assert torch.equal(added["time_ids"], theirs.expand(2, -1))
+    assert torch.equal(added["text_embeds"], pooled)
+    assert loaded["sd1"].added_cond(None, height=64, width=96) is None
+
+
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+def test_a_prompt_is_encoded_alike_alone_and_in_company(family: str, loaded: dict[str, Base]) -> None:
+    together = loaded[family].encode_prompts(PROMPTS)
+    assert len(together.encoder_hidden_states) == len(PROMPTS)
+    for row, prompt in enumerate(PROMPTS):
+        alone = loaded[family].encode_prompts([prompt])
+        assert torch.equal(together.encoder_hidden_states[row : row + 1], alone.encoder_hidden_states)
+        if alone.pooled is not None and together.pooled is not None:
+            assert torch.equal(together.pooled[row : row + 1], alone.pooled)
+
+
+def test_a_long_prompt_is_cut_with_a_warning(loaded: dict[str, Base]) -> None:
+    long = "word " * 100
+    with pytest.warns(UserWarning, match="more than 77 tokens; the rest is ignored"):
+        text = loaded["sd1"].encode_prompts([long])
+    assert text.encoder_hidden_states.shape == (1, 77, 32)
+    with pytest.raises(ValueError, match="no prompts"):
+        loaded["sd1"].encode_prompts([])
+
+
+def test_locked_means_the_same_bytes_after_training(folders: dict[str, Path]) -> None:
+    base = load_base(str(folders["sd1"]))
+    modules = [base.unet, base.vae, *base.text_encoders]
+    assert not any(p.requires_grad for module in modules for p in module.parameters())
+    assert not any(module.training for module in modules)
+    before = base.digest()
+
+    def train(*, sd_locked: bool) -> None:
+        controlnet = tiny_models.randomize_zero_convs(pair.from_base(base, seed=0))
+        optimizer = torch.optim.AdamW(pair.trainable_parameters(controlnet, base.unet, sd_locked=sd_locked))
+        text = base.encode_prompts(["a"]).encoder_hidden_states
+        latents = base.encode_pictures(torch.zeros(1, 3, 64, 64))
+        hint = pair.encode_hint(controlnet, torch.ones(1, 3, 64, 64))
+        given = (latents, torch.tensor([500]), text)
+        residuals = pair.control_residuals(controlnet, *given, hint)
+        pair.predict(base.unet, *given, residuals=residuals).square().mean().backward()
+        optimizer.step()
+
+    train(sd_locked=True)
+    assert base.digest() == before
+    train(sd_locked=False)
+    assert base.digest() != before
+
+
+def test_half_precision_keeps_sdxls_vae_in_float32(folders: dict[str, Path]) -> None:
+    base = load_base(str(folders["sdxl"]), dtype=torch.float16)
+    assert base.unet.dtype == torch.float16
+    assert base.vae.dtype == torch.float32
+    assert base.encode_pictures(torch.zeros(1, 3, 64, 64)).dtype == torch.float16
+    assert load_base(str(folders["sd1"]), dtype=torch.bfloat16).vae.dtype == torch.bfloat16
+
+
+def test_float16_files_are_loaded_in_the_precision_asked_for(tmp_path: Path, loaded: dict[str, Base]) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = tiny_models.build(tmp_path / "half", "sd1")
+    for file in folder.rglob("*.safetensors"):
+        save_file({key: tensor.half() for key, tensor in load_file(file).items()}, file)
+        file.rename(file.with_suffix(".fp16.safetensors"))
+    base = load_base(str(folder))
+    weight = base.unet.conv_in.weight
+    assert weight.dtype == torch.float32
+    assert torch.equal(weight, loaded["sd1"].unet.conv_in.weight.half().float())
+
+
+def test_loading_is_silent(folders: dict[str, Path], capfd: pytest.CaptureFixture[str]) -> None:
+    from transformers.utils import logging
+
+    had_bar = logging.is_progress_bar_enabled()
+    load_base(str(folders["sdxl"]))
+    assert capfd.readouterr() == ("", "")
+    assert logging.is_progress_bar_enabled() == had_bar
+
+
+def test_wrong_folders(tmp_path: Path, broken: Path) -> None:
+    assert "no model_index.json" in message_of(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"x")
+    assert "this is a file; give the folder" in message_of(file)
+    assert "give one of tiny, sd15, sd21, sdxl, an existing folder" in message_of(
+        tmp_path / "none" / "at" / "all"
+    )
+    shutil.rmtree(broken / "tokenizer")
+    assert "has no tokenizer/" in message_of(broken)
+
+
+def test_missing_parts_and_files(broken: Path) -> None:
+    (broken / "tokenizer" / "tokenizer.json").unlink()
+    assert "neither tokenizer.json nor vocab.json" in message_of(broken)
+    (broken / "text_encoder" / "model.safetensors").unlink()
+    assert f"{broken / 'text_encoder'} has no weights" in message_of(broken)
+    (broken / "text_encoder" / "pytorch_model.bin").write_bytes(b"anything")
+    assert "pickled weights only" in message_of(broken)
+    (broken / "scheduler" / "scheduler_config.json").unlink()
+    assert "scheduler_config.json is missing" in message_of(broken)
+    (broken / "unet" / "config.json").write_text("{ not json")
+    assert "unet/config.json is not valid JSON" in message_of(broken)
+    (broken / "unet" / "config.json").unlink()
+    assert "unet/config.json is missing" in message_of(broken)
+    shutil.rmtree(broken / "vae")
+    (broken / "unet" / "config.json").write_text("{}")
+    assert "has no vae/" in message_of(broken)
+
+
+def test_bases_of_another_kind(broken: Path) -> None:
+    rewrite(broken / "unet" / "config.json", in_channels=9)
+    assert "takes 9 channels but its VAE makes 4: inpainting" in message_of(broken)
+    rewrite(broken / "unet" / "config.json", in_channels=4, time_cond_proj_dim=256)
+    assert "has time_cond_proj_dim 256" in message_of(broken)
+    rewrite(broken / "unet" / "config.json", time_cond_proj_dim=None)
+    rewrite(broken / "scheduler" / "scheduler_config.json", beta_schedule="sigmoid")
+    assert "beta_schedule 'sigmoid' is not one of linear, scaled_linear" in message_of(broken)
+    rewrite(broken / "scheduler" / "scheduler_config.json", prediction_type="flow_prediction")
+    assert "scheduler_config.json: unknown prediction type 'flow_prediction'" in message_of(broken)
+    rewrite(broken / "model_index.json", text_encoder=["transformers", "T5EncoderModel"])
+    assert "text_encoder is T5EncoderModel, not CLIPTextModel" in message_of(broken)
+
+
+def test_weights_that_do_not_fit_their_configuration(broken: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    for part, name, key in (
+        ("unet", "diffusion_pytorch_model", "conv_in.weight"),
+        ("text_encoder", "model", "final_layer_norm.weight"),
+    ):
+        file = broken / part / f"{name}.safetensors"
+        whole = load_file(file)
+        key = next(known for known in whole if known.endswith(key))
+        save_file({known: tensor for known, tensor in whole.items() if known != key}, file)
+        assert f"the weights in {broken / part} lack" in message_of(broken)
+        save_file(whole | {key: torch.zeros(3)}, file)
+        message = message_of(broken)
+        assert str(broken / part) in message
+        assert key in message
+        save_file(whole, file)
+    load_base(str(broken))
+
+
+def test_names_that_lead_nowhere() -> None:
+    assert "did you mean 'tiny'?" in message_of("tinny")
+    cache = constants.HF_HUB_CACHE
+    for name, repo_id in (("sd15", bases.ALIASES["sd15"]), ("nobody/nothing", "nobody/nothing")):
+        message = message_of(name)
+        assert f"no base '{repo_id}': it is not in the cache {cache}" in message
+        assert "HF_HUB_OFFLINE" in message
+
+
+@pytest.mark.parametrize("seconds", [0, 6])
+def test_a_hub_that_cannot_be_reached(seconds: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Name resolution fails at once, or hangs for longer than anybody wants to wait."""
+
+    def resolve(*_: object, **__: object) -> None:
+        time.sleep(seconds)
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    message = message_of("nobody/nothing")
+    assert constants.HF_HUB_CACHE in message
+    assert "no network?" in message
+
+
+def test_a_cached_copy_is_used_without_the_network(folders: dict[str, Path]) -> None:
+    repo = Path(constants.HF_HUB_CACHE) / "models--someone--something"
+    snapshot = repo / "snapshots" / ("0" * 40)
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text("0" * 40)
+    try:
+        (snapshot / "unet").mkdir(parents=True)
+        (snapshot / "model_index.json").write_text("{}")
+        assert "only a part of it is in the cache" in message_of("someone/something")
+        shutil.rmtree(snapshot)
+        shutil.copytree(folders["sd2"], snapshot)
+        assert load_base("someone/something").family == "sd2"
+    finally:
+        shutil.rmtree(repo)
+
+
+def test_devices_that_are_not_there(folders: dict[str, Path]) -> None:
+    assert "unknown device 'gpu'" in message_of(folders["sd1"], device="gpu")
+    assert "device 'cuda:99' is not available here" in message_of(folders["sd1"], device="cuda:99")
