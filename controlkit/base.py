@@ -101,7 +101,7 @@ class Base:
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """Encode prompts: row k depends on prompt k alone, bit for bit, whatever else is in the list.
 
-        Each distinct prompt is encoded once, by itself: a batch would round differently on most devices.
+        Each distinct prompt is encoded once, by itself: a batch would round differently.
         Warns when a prompt is longer than the 77 tokens that the text encoder reads. Raises ValueError for
         an empty list.
         """
@@ -179,8 +179,7 @@ class Base:
 def load_base(
     name_or_path: str = "tiny", *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> Base:
-    """Load a locked base: a bundled name, a short name in ``ALIASES``, a diffusers pipeline folder, or a
-    hub id.
+    """Load a locked base by its bundled name, short name (``ALIASES``), diffusers pipeline folder, or hub id.
 
     SDXL's VAE stays float32 when ``dtype`` is float16, whose range its activations exceed (its
     configuration's ``force_upcast``).
@@ -293,8 +292,7 @@ def _check_parts(folder: Path, family: str) -> None:
 
 
 def _read_scheduler(file: Path) -> tuple[dict[str, Any], Tensor]:
-    """The scheduler's configuration and its ᾱ. Raises ValueError, naming the file, for what we do not
-    know."""
+    """The scheduler's configuration and its ᾱ. Raises ValueError, naming the file, for unknown values."""
     config = read_json(file)
     prediction_type = config.get("prediction_type", "epsilon")
     try:

@@ -80,8 +80,9 @@ def from_base(
     None draws from it.
 
     The copy is float32 whatever the base's precision, because it is there to be trained, and lies on the
-    same device. Raises ValueError for a U-Net that is none of SD1, SD2, SDXL, or for channel numbers below
-    1.
+    same device.
+
+    Raises ValueError for a U-Net that is none of SD1, SD2, SDXL, or for channel numbers below 1.
     """
     from diffusers import ControlNetModel
 
@@ -163,8 +164,9 @@ def predict(
 
     With ``sd_locked`` the encoder and the mid block run without a graph: the residuals enter behind them,
     so no gradient has to pass. The decoder keeps its graph, which is how the loss reaches the residuals.
-    Without it, the graph goes wherever ``requires_grad`` says. ``only_mid_control`` adds the mid residual
-    alone.
+    Without it, the graph goes wherever ``requires_grad`` says.
+
+    ``only_mid_control`` adds the mid residual alone and leaves the skips as they are.
     """
     with torch.no_grad() if sd_locked else contextlib.nullcontext():
         emb = _time_embedding(unet, noisy_latents, timesteps, added_cond)
@@ -236,8 +238,7 @@ def _time_embedding(
     timesteps: Tensor,
     added_cond: Mapping[str, Tensor] | None,
 ) -> Tensor:
-    """(B, 4 C_0): the timestep's sinusoids through two linear layers, plus SDXL's pooled text and picture
-    sizes."""
+    """(B, 4 C_0): the timestep's sinusoids through two layers, plus SDXL's pooled text and picture sizes."""
     timesteps = timesteps.to(x.device).reshape(-1).expand(x.shape[0])
     sinusoids = network.time_proj(timesteps)  # (B, C_0), always float32
     emb = network.time_embedding(sinusoids.to(x.dtype))

@@ -9,7 +9,7 @@ import json
 import re
 import struct
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,9 +36,9 @@ def find_folder(
 ) -> Path:
     """The local folder of a model: bundled, given as a path, in the hub's cache, or downloaded into it.
 
-    ``what`` names the kind of model in messages ("base"); ``needs`` are patterns of files without which a
-    cached copy is incomplete; ``files`` are the patterns to download; ``aliases`` maps short names to hub
-    ids.
+    ``what`` names the kind of model in messages ("base"). ``needs`` are the patterns without which a cached
+    copy is incomplete; the first is the name of a file at its top. ``files`` are the patterns to download.
+    ``aliases`` maps short names to hub ids.
 
     Raises ValueError, one line within about 5 seconds, when there is no such model: it names the id, the
     cache's path and why the hub could not help.
@@ -58,7 +58,7 @@ def find_folder(
             f"no {what} called {name_or_path!r}{did_you_mean(name_or_path, known)};"
             f" give one of {', '.join(known)}, an existing folder, or a hub id (owner/name)"
         )
-    cached = _cached_folder(repo_id, files)
+    cached = _cached_folder(repo_id, needs[0])
     if cached is not None and all(any(cached.glob(pattern)) for pattern in needs):
         return cached
     return _download(repo_id, files, what=what, partial=cached is not None, bundled=bundled)
@@ -109,10 +109,9 @@ def check_weights(folder: Path) -> str | None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of the model in ``folder``, several if it is sharded; half precision if there
-    is no other.
+    """The safetensors files of the model in ``folder``: several if it is sharded.
 
-    Raises ValueError if it has none.
+    Full precision comes before half. Raises ValueError if there is neither.
     """
     for variant in ("", ".fp16"):
         for stem in ("diffusion_pytorch_model", "model"):
@@ -120,10 +119,8 @@ def weight_files(folder: Path) -> list[Path]:
             index = folder / f"{stem}.safetensors.index{variant}.json"
             if single.is_file():
                 return [single]
-            if index.is_file():
-                return [
-                    folder / shard for shard in sorted(set(read_json(index).get("weight_map", {}).values()))
-                ]
+            if index.is_file() and (shards := set(read_json(index).get("weight_map", {}).values())):
+                return [folder / shard for shard in sorted(shards)]
     if any(folder.glob("*.bin")):
         raise ValueError(
             f"{folder} has pickled weights only (.bin), which can run code: convert to safetensors"
@@ -219,18 +216,15 @@ def _bundled_folder(what: str, name: str, folder: Path) -> Path:
     return folder
 
 
-def _cached_folder(repo_id: str, files: Sequence[str]) -> Path | None:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import EntryNotFoundError
+def _cached_folder(repo_id: str, top_file: str) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
 
-    try:
-        return Path(snapshot_download(repo_id, allow_patterns=list(files), local_files_only=True))
-    except EntryNotFoundError:
-        return None
+    found = try_to_load_from_cache(repo_id, top_file)
+    return Path(found).parent if isinstance(found, str) else None
 
 
 def _download(
-    repo_id: str, files: Sequence[str], *, what: str, partial: bool, bundled: Iterable[str]
+    repo_id: str, files: Sequence[str], *, what: str, partial: bool, bundled: Collection[str]
 ) -> Path:
     from huggingface_hub import constants, snapshot_download
 
@@ -243,9 +237,10 @@ def _download(
         except _network_errors() as error:
             reason = f"the download failed: {_first_sentence(error)}"
     state = "only a part of it is" if partial else "it is not"
+    offline = f"; bundled: {', '.join(bundled)}" if bundled else ""
     raise ValueError(
-        f"no {what} {repo_id!r}: {state} in the cache {constants.HF_HUB_CACHE} and {reason};"
-        f" without a download there is {', '.join(bundled)}"
+        f"no {what} {repo_id!r}: there is no such folder, {state} in the cache {constants.HF_HUB_CACHE}"
+        f" and {reason}{offline}"
     )
 
 
@@ -300,8 +295,7 @@ def _refuse_impostor(file: Path, start: bytes) -> None:
 
 
 def _check_report(folder: Path, report: Mapping[str, Any]) -> None:
-    """Refuse a model some of whose weights were not in the files: the libraries would make them up at
-    random."""
+    """Refuse a model that lacks weights or has misshapen ones: the libraries make such up at random."""
     for key, problem in (("missing_keys", "lack"), ("mismatched_keys", "have the wrong shape for")):
         names = sorted(entry if isinstance(entry, str) else entry[0] for entry in report.get(key, ()))
         if names:

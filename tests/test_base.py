@@ -1,8 +1,10 @@
 """The locked base against diffusers' own pipelines, and every way in which loading one can fail."""
 
+import http.server
 import json
 import shutil
 import socket
+import threading
 import time
 from pathlib import Path
 
@@ -251,7 +253,7 @@ def test_names_that_lead_nowhere() -> None:
     cache = constants.HF_HUB_CACHE
     for name, repo_id in (("sd15", bases.ALIASES["sd15"]), ("nobody/nothing", "nobody/nothing")):
         message = message_of(name)
-        assert f"no base '{repo_id}': it is not in the cache {cache}" in message
+        assert f"no base '{repo_id}': there is no such folder, it is not in the cache {cache}" in message
         assert "HF_HUB_OFFLINE" in message
 
 
@@ -268,6 +270,33 @@ def test_a_hub_that_cannot_be_reached(seconds: int, monkeypatch: pytest.MonkeyPa
     message = message_of("nobody/nothing")
     assert constants.HF_HUB_CACHE in message
     assert "no network?" in message
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "words"),
+    [
+        (404, "RepoNotFound", "the hub knows no such model"),
+        (403, "GatedRepo", "asks you to accept its terms"),
+        (500, "", "the hub answers with an error"),
+    ],
+)
+def test_a_hub_that_says_no(status: int, code: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refuse(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.send_header("X-Error-Code", code)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            """Keep standard error clean."""
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refuse) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        assert words in message_of("nobody/nothing")
+        server.shutdown()
 
 
 def test_a_cached_copy_is_used_without_the_network(folders: dict[str, Path]) -> None:
