@@ -289,7 +289,7 @@ def _opened(
     source: PathLike | bytes, *, max_pixels: int, formats: Sequence[str] = _FORMATS
 ) -> Iterator[tuple[Image.Image, str]]:
     """Read a picture file's header, refuse what is no picture or too large; yield picture and name."""
-    name = "the bytes given" if isinstance(source, bytes) else os.fspath(source)
+    name = "the data given" if isinstance(source, bytes) else os.fspath(source)
     file = io.BytesIO(source) if isinstance(source, bytes) else _open_file(name)
     with file:
         image = _read_header(file, name, formats)

@@ -1,0 +1,176 @@
+"""Files: written whole or not at all, with the mode the umask gives, and plain errors."""
+
+import json
+import os
+import resource
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from controlkit import files
+
+
+@contextmanager
+def umask(mask: int) -> Iterator[None]:
+    before = os.umask(mask)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Let the kernel refuse to write more than `size` bytes to any file."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@pytest.mark.parametrize(("mask", "expected"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_new_files_have_the_mode_of_the_umask(tmp_path: Path, mask: int, expected: int) -> None:
+    with umask(mask):
+        files.write_text(tmp_path / "a.txt", "hello")
+        with files.replace_folder(tmp_path / "model") as folder:
+            (folder / "weights").write_bytes(b"1")
+            (folder / "weights").chmod(0o600)  # as safetensors does
+    assert mode(tmp_path / "a.txt") == expected
+    assert mode(tmp_path / "model" / "weights") == expected
+    assert mode(tmp_path / "model") == 0o777 & ~mask
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+    files.write_bytes(path, b"old")
+    with largest_file(1000), pytest.raises(ValueError, match=r"cannot write .*a\.bin: File too large"):
+        files.write_bytes(path, b"x" * 5000)
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["a.bin"]
+    files.write_bytes(path, b"new")
+    assert path.read_bytes() == b"new"
+
+
+def test_a_full_disk_is_said_in_plain_words() -> None:
+    with pytest.raises(ValueError, match=r"^cannot write /dev/full: the disk is full$"):
+        files.write_bytes("/dev/full", b"x")
+
+
+def test_a_device_is_written_and_not_replaced() -> None:
+    files.write_bytes("/dev/null", b"x")
+    files.check_writable("/dev/null")
+    assert Path("/dev/null").is_char_device()
+
+
+def test_a_link_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "real.txt").write_text("old")
+    (tmp_path / "link.txt").symlink_to("real.txt")
+    files.write_text(tmp_path / "link.txt", "new")
+    assert (tmp_path / "link.txt").is_symlink()
+    assert (tmp_path / "real.txt").read_text() == "new"
+
+
+def test_places_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    cases = {
+        tmp_path / "missing" / "a.png": "the folder .*missing does not exist",
+        tmp_path: "it is a folder",
+        tmp_path / "file" / "a.png": "Not a directory",
+        tmp_path / ("n" * 300): "File name too long",
+    }
+    for path, reason in cases.items():
+        with pytest.raises(ValueError, match=f"^cannot write .*: {reason}") as caught:
+            files.write_bytes(path, b"x")
+        assert "\n" not in str(caught.value)
+        with pytest.raises(ValueError, match=f"^cannot write .*: {reason}"):
+            files.check_writable(path)
+    assert sorted(os.listdir(tmp_path)) == ["file"]
+
+
+def test_check_writable_leaves_nothing_and_changes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "old.txt").write_text("old")
+    files.check_writable(tmp_path / "new.txt")
+    files.check_writable(tmp_path / "old.txt")
+    files.check_writable(tmp_path / "run", folder=True)
+    files.check_writable(tmp_path, folder=True)
+    assert os.listdir(tmp_path) == ["old.txt"]
+    assert (tmp_path / "old.txt").read_text() == "old"
+    with pytest.raises(ValueError, match="there is a file of that name"):
+        files.check_writable(tmp_path / "old.txt", folder=True)
+
+
+def test_json_is_readable_and_refuses_not_a_number(tmp_path: Path) -> None:
+    files.write_json(tmp_path / "a.json", {"ü": [1, 2.5, None]})
+    text = (tmp_path / "a.json").read_text(encoding="utf-8")
+    assert json.loads(text) == {"ü": [1, 2.5, None]}
+    assert "ü" in text
+    assert text.endswith("}\n")
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        files.write_json(tmp_path / "b.json", float("nan"))
+    assert not (tmp_path / "b.json").exists()
+
+
+def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    for content in ("one", "two"):
+        with files.replace_folder(target) as folder:
+            assert folder.parent == tmp_path
+            (folder / content).mkdir()
+            (folder / content / "weights").write_text(content)
+    assert [p.name for p in target.iterdir()] == ["two"]
+    assert os.listdir(tmp_path) == ["model"]
+
+
+def test_a_failed_folder_leaves_the_old_one(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    with files.replace_folder(target) as folder:
+        (folder / "weights").write_text("old")
+
+    def fail() -> None:
+        with files.replace_folder(target) as folder:
+            (folder / "weights").write_text("half")
+            raise KeyError("stop")
+
+    with pytest.raises(KeyError):
+        fail()
+    assert (target / "weights").read_text() == "old"
+    assert os.listdir(tmp_path) == ["model"]
+
+
+def test_a_full_disk_inside_a_folder_names_the_folder(tmp_path: Path) -> None:
+    with (
+        pytest.raises(ValueError, match=r"cannot write .*model: the disk is full"),
+        files.replace_folder(tmp_path / "model"),
+    ):
+        Path("/dev/full").write_text("x")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_does_not_replace_a_file(tmp_path: Path) -> None:
+    (tmp_path / "model").write_text("precious")
+    with (
+        pytest.raises(ValueError, match="there is a file of that name"),
+        files.replace_folder(tmp_path / "model"),
+    ):
+        raise AssertionError("not reached")
+    with (
+        pytest.raises(ValueError, match=r"the folder .* does not exist"),
+        files.replace_folder(tmp_path / "no" / "model"),
+    ):
+        raise AssertionError("not reached")
+    assert (tmp_path / "model").read_text() == "precious"
+
+
+def test_sha256(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"abc")  # FIPS 180-2, appendix B.1
+    expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert files.sha256_file(tmp_path / "a") == expected
