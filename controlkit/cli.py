@@ -8,12 +8,12 @@ said what it does.
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -154,11 +154,12 @@ def demo(
     for line in result.table():
         print(line)
     print(f"\nwrote {path} in {result.seconds:.0f} s: look at it, then try")
-    print('  controlkit generate "a red figure next to a blue cube" --control canny=PICTURE')
     print(f"  controlkit demo --seed {seed + 1}")
+    print('  controlkit generate "a red figure next to a blue cube on a white floor under a green sky" -n 4')
+    print("  controlkit train tiny-canny")
 
 
-@app.command(epilog='Example:  controlkit generate "a red figure" --control canny=photo.jpg -n 4 -o out.png')
+@app.command(epilog='Example:  controlkit generate "a cube" --control canny=photo.jpg -o out.png')
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="What the picture shows.", show_default=False)] = None,
     control: Annotated[
@@ -244,7 +245,8 @@ def generate(
     for path, record in zip(plan.outputs, records, strict=True):
         print(f"wrote {path} ({record.width}x{record.height}, seed {record.seed})")
     print(f"in {time.monotonic() - started:.0f} s; the same with other seeds:")
-    print(f"  controlkit generate --like {plan.outputs[0]} --seed {records[-1].seed + 1} -n 4 -o more.png")
+    first = shlex.quote(str(plan.outputs[0]))
+    print(f"  controlkit generate --like {first} --seed {records[-1].seed + 1} -n 4 -o more.png")
 
 
 @app.command(epilog="Example:  controlkit preprocess canny photo.jpg -o edges.png low=50 high=150")
@@ -263,7 +265,7 @@ def preprocess(
     for path in written:
         print(f"wrote {path}")
     print("follow it with:")
-    print(f'  controlkit generate "a red figure" --map {kind}={written[0]}')
+    print(f'  controlkit generate "a red figure" --map {shlex.quote(f"{kind}={written[0]}")}')
 
 
 @app.command(epilog="Example:  controlkit train tiny-canny out=my-run steps=200")
@@ -279,15 +281,16 @@ def train(
         def show(step: Step) -> None:
             if step.message:
                 terminal.note(step.message)
-            terminal.progress(step.step, step.steps, f"loss {step.loss:.4f}")
+            if step.step:
+                terminal.progress(step.step, step.steps, f"loss {step.loss:.4f}")
 
         result = train_recipe(recipe, settings or [], progress=show)
     for line in result.lines:
         print(line)
-    folder = Path(result.folder)
-    print(f"\nwrote {folder}; use it with:")
-    adapter = folder / "controlnet"
-    print(f'  controlkit generate "a red figure" --control KIND=PICTURE --adapter KIND={adapter}')
+    print(f"\nwrote {result.result}")
+    if result.result.name == "controlnet":
+        print("use it with, for canny:")
+        print(f'  controlkit generate "a red figure" --control canny=PICTURE --adapter canny={result.result}')
 
 
 def main() -> None:

@@ -190,7 +190,13 @@ def _cells(
     pictures: Sequence[np.ndarray],
     prompts: Sequence[str],
 ) -> list[sheets.Cell]:
-    """One row of the sheet: the picture, its map or maps, the samples with the start of their prompts."""
-    shown = np.concatenate([maps[kind].image for kind in row], axis=1)
-    samples = [(sample, prompt) for sample, prompt in zip(pictures, prompts, strict=True)]
-    return [(picture, "picture"), (shown, f"{' + '.join(row)} map"), *samples]
+    """One row of the sheet: the picture, its map (two as one, the second dimmed), the samples."""
+    first, *others = (maps[kind].image for kind in row)
+    shown = np.max([first, *(image // 2 for image in others)], axis=0)
+    samples = [(sample, _things(prompt)) for sample, prompt in zip(pictures, prompts, strict=True)]
+    return [(picture, "picture"), (shown, " + ".join(row)), *samples]
+
+
+def _things(prompt: str) -> str:
+    """The start of a caption as a label: "red figure, blue cube"."""
+    return ", ".join(re.findall(r"\ban? (\w+ \w+)", prompt)[:2])

@@ -173,9 +173,11 @@ def pick_device(name: str, dtype: str | None, *, base: str) -> tuple[str, torch.
     return name, getattr(torch, dtype)
 
 
-def extractor_options(kind: str, *, bundled: bool) -> dict[str, str]:
-    """Which model a preprocessor uses beside a base: the bundled one for a bundled base, else its default."""
-    return {"model": "tiny"} if bundled and kind in ("openpose", "depth") else {}
+def extractor_options(kind: str, *, bundled: bool, device: str = "cpu") -> dict[str, str]:
+    """How a preprocessor is set up beside a base: the bundled model for a bundled base, on its device."""
+    if kind not in ("openpose", "depth"):
+        return {}
+    return {"device": device, **({"model": "tiny"} if bundled else {})}
 
 
 def _options_of(record: PictureRecord | None) -> dict[str, Any]:
@@ -275,7 +277,8 @@ def _control(source: Source, base: Base, width: int, height: int, report: Report
     adapter = load_adapter(record.adapter, base=base, device=base.device, dtype=base.dtype)
     if not record.is_map:
         report.status(f"extracting the {record.kind} map from {record.path}")
-        options = extractor_options(record.kind, bundled=base.name in BUNDLED)
+        bundled = base.name in BUNDLED
+        options = extractor_options(record.kind, bundled=bundled, device=str(base.device))
         extract = preprocessors.get(record.kind, **options)
         image = extract(images.cover(image, width, height)).image
     return Control(adapter, image, scale=record.scale, start=record.start, end=record.end)

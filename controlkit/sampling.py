@@ -203,7 +203,7 @@ def denoise(
     pooled = None if text.pooled is None else text.pooled.repeat_interleave(pictures, dim=0)
     added_cond = base.added_cond(pooled, height=h * base.vae_factor, width=w * base.vae_factor)
 
-    scheduler.set_timesteps(steps, device=noise.device)
+    _set_timesteps(scheduler, steps, device=noise.device)
     options = _step_options(scheduler, eta=eta, generators=generators)
     n = len(scheduler.timesteps)  # more than `steps` where the scheduler evaluates twice
     latents = noise * scheduler.init_noise_sigma
@@ -262,6 +262,14 @@ def _check_request(
     limits.check_eta(eta)
     for control in controls:
         check_fits(control.controlnet, base)
+
+
+def _set_timesteps(scheduler: Any, steps: int, *, device: torch.device) -> None:
+    """Set the scheduler to `steps`; raise ValueError where its spacing runs past the trained timesteps."""
+    scheduler.set_timesteps(steps, device=device)
+    trained = scheduler.config.num_train_timesteps
+    if scheduler.timesteps.max() > trained - 1:  # "leading" spacing plus an offset of 1
+        raise ValueError(f"{steps} steps do not fit into the base's {trained} timesteps: take fewer")
 
 
 def _step_options(

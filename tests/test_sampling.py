@@ -138,6 +138,13 @@ def test_every_scheduler_equals_the_pipeline(sd1: Base, scheduler: str) -> None:
     assert_same(our_latents(sd1, controls, **request), their_latents(sd1, controls, **request))
 
 
+@pytest.mark.parametrize("scheduler", sampling.SCHEDULERS)
+@pytest.mark.parametrize("steps", [1, 2])
+def test_every_scheduler_takes_few_steps(sd1: Base, scheduler: str, steps: int) -> None:
+    latents = our_latents(sd1, [], seed=1, steps=steps, scheduler=scheduler)
+    assert torch.isfinite(latents).all()
+
+
 def test_eta_draws_the_same_noise_as_the_pipeline(sd1: Base) -> None:
     request: dict[str, Any] = {"seed": 5, "steps": 4, "scheduler": "ddim", "eta": 1.0}
     controls = [Control(controlnet_of(sd1), cond())]
@@ -223,6 +230,12 @@ def test_damaged_weights_are_an_error_that_names_the_step(sd1: Base) -> None:
     control = Control(controlnet, cond(), start=0.5)
     with pytest.raises(ValueError, match=r"stopped being finite at step 3 of 4: .*damaged weights"):
         sampling.generate(sd1, "x", controls=[control], steps=4)
+
+
+def test_as_many_steps_as_were_trained_do_not_fit_behind_an_offset(sd1: Base) -> None:
+    assert sd1.scheduler_config["steps_offset"] == 1
+    with pytest.raises(ValueError, match="1000 steps do not fit into the base's 1000 timesteps"):
+        sampling.generate(sd1, "x", steps=1000)
 
 
 @pytest.mark.parametrize(
