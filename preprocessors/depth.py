@@ -18,6 +18,7 @@ MODELS = {
 """Short names of depth models on the hub, Apache-2.0; sd-controlnet-depth learned from dpt-hybrid's maps."""
 
 _METRIC_TYPES = {"depth_pro", "glpn", "zoedepth"}  # models that predict metres, large where it is far
+_NEAREST_M = 0.1  # nearer counts as this near; else one pixel at 0 m would take the whole range of the map
 _LARGEST_ASPECT = 8  # networks keep a picture's aspect, and fail on a picture of 3000 x 2 pixels
 
 
@@ -72,7 +73,7 @@ class Depth:
             options["source_sizes"] = options["target_sizes"]
         post = self._processor.post_process_depth_estimation(outputs, **options)
         depth = post[0]["predicted_depth"].float().cpu().numpy().reshape(height, width)  # it drops axes of 1
-        return 1.0 / np.maximum(depth, 1e-6) if _is_metric(self._network.config) else depth
+        return 1.0 / np.maximum(depth, _NEAREST_M) if _is_metric(self._network.config) else depth
 
 
 def depth_to_map(inverse_depth: np.ndarray) -> np.ndarray:

@@ -92,7 +92,7 @@ class VitPose:
         normalised = (levels - np.array(self._input.mean, np.float32)) / np.array(self._input.std, np.float32)
         pixel_values = torch.from_numpy(normalised).permute(0, 3, 1, 2).contiguous().to(self._device)
         options: dict[str, Any] = {}
-        if self._model.config.backbone_config.num_experts > 1:  # ViTPose++: expert 0 is COCO's
+        if self._model.config.backbone_config.num_experts > 1:  # ViTPose++: data set 0 is COCO
             options["dataset_index"] = torch.zeros(len(pictures), dtype=torch.long, device=self._device)
         with torch.no_grad():
             heatmaps = self._model(pixel_values, **options).heatmaps

@@ -33,6 +33,29 @@ def save_pose_model(
     return folder
 
 
+def save_spot_finder(folder: Path) -> Path:
+    """Save a VitPoseForPoseEstimation whose 17 heatmaps peak at 1.1 in the middle of one bright patch.
+
+    Its blocks add nothing: whether a patch of 16 x 16 is bright passes straight from the embedding to the
+    head. On a black picture the heatmaps are zero.
+    """
+    import torch
+    from transformers import VitPoseForPoseEstimation
+
+    save_pose_model(folder)
+    model = VitPoseForPoseEstimation.from_pretrained(folder)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        tensors = dict(model.named_parameters())
+        tensors["backbone.embeddings.patch_embeddings.projection.weight"][0] = 1e-3
+        tensors["backbone.embeddings.patch_embeddings.projection.bias"][0] = 0.5  # so that black is negative
+        tensors["backbone.layernorm.weight"][0] = 0.2
+        tensors["head.conv.weight"][:, 0, 1, 1] = 1.0
+    model.save_pretrained(folder)
+    return folder
+
+
 def save_depth_model(folder: Path, *, kind: str = "relative") -> Path:
     """Save a DepthAnythingForDepthEstimation with patches of 8 and an input of about 128 x 128 pixels."""
     import torch
@@ -74,8 +97,8 @@ def save_depth_model(folder: Path, *, kind: str = "relative") -> Path:
     return folder
 
 
-def save_person_detector(folder: Path) -> Path:
-    """Save an RTDetrForObjectDetection with two labels, of which 1 is "person"."""
+def save_person_detector(folder: Path, *, labels: tuple[str, str] = ("cat", "person")) -> Path:
+    """Save an RTDetrForObjectDetection with two labels."""
     import torch
     from transformers import RTDetrConfig, RTDetrForObjectDetection, RTDetrResNetConfig
 
@@ -99,8 +122,8 @@ def save_person_detector(folder: Path) -> Path:
         decoder_ffn_dim=32,
         decoder_attention_heads=2,
         decoder_layers=2,
-        id2label={0: "cat", 1: "person"},
-        label2id={"cat": 0, "person": 1},
+        id2label=dict(enumerate(labels)),
+        label2id={label: index for index, label in enumerate(labels)},
     )
     RTDetrForObjectDetection(config).save_pretrained(folder)
     processor = {"image_processor_type": "RTDetrImageProcessor", "size": {"height": 128, "width": 128}}
