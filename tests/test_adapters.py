@@ -270,6 +270,7 @@ def test_published_adapters_are_known_by_their_names(folder: Path, bases: dict[s
 def test_default_adapters(bases: dict[str, Base]) -> None:
     assert adapters.default_adapter("canny", bases["sd1"]) == "lllyasviel/sd-controlnet-canny"
     assert adapters.default_adapter("depth", bases["sdxl"]) == "diffusers/controlnet-depth-sdxl-1.0"
+    assert adapters.default_adapter("depth", replace(bases["sd2"], name="tiny")) == "depth"
     with pytest.raises(
         ValueError, match=r"unknown control for the base .* 'dept' \(did you mean 'depth'\?\)"
     ):

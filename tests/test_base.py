@@ -175,6 +175,19 @@ def test_float16_files_are_loaded_in_the_precision_asked_for(tmp_path: Path, loa
     assert torch.equal(weight, loaded["sd1"].unet.conv_in.weight.half().float())
 
 
+def test_sharded_weights_are_loaded_and_a_missing_shard_is_named(
+    broken: Path, loaded: dict[str, Base]
+) -> None:
+    (broken / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    with quiet_libraries():
+        loaded["sd1"].unet.save_pretrained(broken / "unet", max_shard_size="1MB")
+    shards = sorted((broken / "unet").glob("*-of-*.safetensors"))
+    assert len(shards) > 1
+    assert load_base(str(broken)).digest() == loaded["sd1"].digest()
+    shards[1].unlink()
+    assert f"{shards[1]} is missing" in message_of(broken)
+
+
 def test_loading_is_silent(folders: dict[str, Path], capfd: pytest.CaptureFixture[str]) -> None:
     from transformers.utils import logging
 

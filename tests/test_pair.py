@@ -176,6 +176,21 @@ def test_sd_locked_builds_no_graph_for_encoder_and_mid_but_gives_the_same_gradie
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
+def test_gradient_checkpointing_in_both_networks_gives_the_same_gradient() -> None:
+    given, controlnet = inputs("sd1"), trained("sd1").train()
+    unet = tiny_models.tiny_unet("sd1")
+    parameters = pair.trainable_parameters(controlnet, unet)
+    loss_of(controlnet, unet, given).backward()
+    plain = [p.grad.clone() for p in parameters]
+    controlnet.zero_grad()
+    for network in (controlnet, unet):
+        network.enable_gradient_checkpointing()
+    unet.train()  # the libraries checkpoint in training mode only
+    assert unet.is_gradient_checkpointing
+    loss_of(controlnet, unet, given).backward()
+    assert all(torch.equal(a, p.grad) for a, p in zip(plain, parameters, strict=True))
+
+
 @pytest.mark.parametrize("sd_locked", [True, False])
 def test_what_training_moves(sd_locked: bool) -> None:
     given, unet, controlnet = inputs("sd1"), tiny_models.tiny_unet("sd1"), trained("sd1")
