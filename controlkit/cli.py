@@ -73,6 +73,7 @@ class Terminal:
     def status(self, text: str) -> None:
         """Say what happens now; the next progress is that of something new."""
         self.close()
+        self._last = time.monotonic()
         typer.echo(f"{text} ...", err=True)
 
     def note(self, text: str) -> None:
@@ -121,6 +122,10 @@ def _terminal() -> Iterator[Terminal]:
     warnings.showwarning = lambda message, *_, **__: terminal.note(f"note: {message}")
     try:
         yield terminal
+    except KeyboardInterrupt:
+        terminal.close()
+        terminal.note("interrupted")
+        raise
     finally:
         warnings.showwarning = before
         terminal.close()

@@ -25,7 +25,7 @@ FOLDERS = {
     "controlkit.training": ROOT / "training",
 }
 # The application modules may use everything; the rest of the core knows neither of the other two packages.
-APPLICATION = {"controlkit.cli", "controlkit.demo", "controlkit.generate_job"}
+APPLICATION = {f"controlkit.{name}" for name in ("__main__", "cli", "demo", "generate_job", "preprocess_job")}
 PREPROCESSORS_MAY_USE = {
     "controlkit.files",
     "controlkit.hub",
