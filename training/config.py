@@ -66,8 +66,9 @@ class VaeRecipe(Recipe):
     """An AutoencoderKL folder to start from; needed by train = "decoder"."""
     block_out_channels: tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt] = (16, 16, 48, 96)
     layers_per_block: PositiveInt = 1
-    norm_num_groups: PositiveInt = 8
-    edge_weight: Weight = 1.0
+    norm_num_groups: PositiveInt = 2
+    """Few groups: a group of two channels, normalised over the picture, would forget the picture's colour."""
+    edge_weight: Weight = 0.5
     """Weight of the difference between neighbouring pixels' differences: sharp edges, which control needs."""
     kl_weight: Weight = 5e-4
     """Weight of the divergence from a unit normal, per latent element."""
@@ -89,13 +90,15 @@ class BaseRecipe(Recipe):
 
     task: Literal["base"]
     vae: str
-    """AutoencoderKL folder."""
+    """AutoencoderKL folder; its encoder makes the latents."""
+    decoder: str | None = None
+    """AutoencoderKL folder that goes into the result instead, if its decoder was trained further."""
     text: str
     """Folder with text_encoder/ and tokenizer/."""
-    block_out_channels: tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt] = (48, 80, 112, 112)
+    block_out_channels: tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt] = (64, 80, 96, 96)
     attention_levels: tuple[bool, bool, bool, bool] = (False, True, True, False)
     heads: PositiveInt = 4
-    norm_num_groups: PositiveInt = 16
+    norm_num_groups: PositiveInt = 8
     caption_dropout: Probability = 0.1
     """Share of visits with an empty caption, so that classifier-free guidance works."""
 

@@ -58,20 +58,40 @@ def build_task(recipe: Recipe, progress: Callable[[Progress], None]) -> Task:
     import torch
 
     device = torch.device(device_name(recipe))
-    world, validation = worlds(recipe, progress)
+
+    def report(message: str) -> None:
+        progress(Progress(0, recipe.steps, math.nan, 0.0, math.nan, message))
+
+    world, validation = worlds(recipe, report)
     if isinstance(recipe, VaeRecipe):
         from controlkit.training.vae import VaeTask
 
         return VaeTask(recipe, world, validation, device)
+    if isinstance(recipe, TextRecipe):
+        from controlkit.training.text import TextTask
+
+        return TextTask(recipe, world, validation, device)
+    if isinstance(recipe, BaseRecipe):
+        from controlkit.training.base_model import BaseTask
+
+        return BaseTask(recipe, world, validation, device, report)
+    if isinstance(recipe, PoseRecipe):
+        from controlkit.training.estimators import PoseTask
+
+        return PoseTask(recipe, world, validation, device)
+    if isinstance(recipe, DepthRecipe):
+        from controlkit.training.estimators import DepthTask
+
+        return DepthTask(recipe, world, validation, device)
+    if isinstance(recipe, ControlNetRecipe):
+        from controlkit.training.adapter import ControlNetTask
+
+        return ControlNetTask(recipe, world, validation, device, report)
     raise AssertionError(f"no task for {type(recipe)}")
 
 
-def worlds(recipe: Recipe, progress: Callable[[Progress], None]) -> tuple[World, World]:
+
+def worlds(recipe: Recipe, report: Callable[[str], None]) -> tuple[World, World]:
     """The recipe's training scenes and the scenes held out for samples and scores."""
-
-    def report(done: int, total: int) -> None:
-        if done == total or done % 1000 == 0:
-            message = f"scenes of the bundled world: {done} of {total}"
-            progress(Progress(0, recipe.steps, math.nan, 0.0, math.nan, message))
-
-    return load_world("train", recipe.scenes, progress=report), load_world("validation", VALIDATION_SCENES)
+    train_scenes = load_world("train", recipe.scenes, report=report)
+    return train_scenes, load_world("validation", VALIDATION_SCENES, report=report)

@@ -60,7 +60,12 @@ class _Chunks(Sequence[Any]):
 
 
 def load_world(
-    split: str, count: int, *, size: int = 128, folder: Path | None = None, progress: Callable[[int, int], None] | None = None
+    split: str,
+    count: int,
+    *,
+    size: int = 128,
+    folder: Path | None = None,
+    report: Callable[[str], None] = lambda _: None,
 ) -> World:
     """The first `count` scenes of a split, rendering those that the cache lacks (about 25 ms each on one core).
 
@@ -71,8 +76,7 @@ def load_world(
     for number in numbers:
         if not (root / f"{number:05d}").is_dir():
             _render_chunk(root, split, number, size)
-        if progress is not None:
-            progress(min((number + 1) * CHUNK, count), count)
+            report(f"rendering scenes of the bundled world: {min((number + 1) * CHUNK, count)} of {count}")
     return _open(root, numbers, count)
 
 

@@ -1,0 +1,90 @@
+"""Latents and text embeddings of the bundled world, computed once and kept on disk by content."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from controlkit import images
+from controlkit.training.world import VERSION, World, cache_folder
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+_BATCH = 32
+Report = Callable[[str], None]
+
+
+def cached_latents(world: World, vae: AutoencoderKL, *, report: Report) -> Tensor:
+    """Scaled latent means of every scene: float16 (N, 4, S/8, S/8). The spread around them is below the rounding
+    of a picture's bytes for the bundled autoencoder, so the mean stands for the distribution."""
+
+    def encode(rows: range) -> NDArray[np.float16]:
+        pixel_values = images.picture_to_tensor([world.picture[i] for i in rows]).to(vae.device)
+        latents = vae.encode(pixel_values).latent_dist.mean * vae.config.scaling_factor
+        return cast("NDArray[np.float16]", latents.cpu().numpy().astype(np.float16))
+
+    weights = [vae.encoder, vae.quant_conv]
+    key = _key("latents", VERSION, len(world), vae.config.scaling_factor, _digest(weights), world.captions[0])
+    return _cached(f"latents-{key}", len(world), encode, report, "encoding pictures")
+
+
+def cached_text(
+    captions: Sequence[str], encoder: CLIPTextModel, tokenizer: CLIPTokenizer, *, report: Report
+) -> Tensor:
+    """Last hidden states of each caption, and of "" in the row after the last: float16 (N + 1, 77, D)."""
+    texts = [*captions, ""]
+
+    def encode(rows: range) -> NDArray[np.float16]:
+        tokens = tokenizer(
+            [texts[i] for i in rows], padding="max_length", max_length=77, truncation=True, return_tensors="pt"
+        ).input_ids
+        hidden = encoder(tokens.to(encoder.device)).last_hidden_state
+        return cast("NDArray[np.float16]", hidden.cpu().numpy().astype(np.float16))
+
+    vocabulary = json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    key = _key("text", _digest([encoder]), vocabulary, *texts)
+    return _cached(f"text-{key}", len(texts), encode, report, "encoding captions")
+
+
+def _key(*parts: object) -> str:
+    return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:20]
+
+
+def _digest(modules: Iterable[nn.Module]) -> str:
+    digest = hashlib.sha256()
+    for module in modules:
+        for name, tensor in sorted(module.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def _cached(
+    name: str, count: int, encode: Callable[[range], NDArray[np.float16]], report: Report, doing: str
+) -> Tensor:
+    """The rows that `encode` gives, from the cache's file or computed and put there (atomically)."""
+    path: Path = cache_folder() / f"{name}.npy"
+    if not path.is_file():
+        parts: list[NDArray[Any]] = []
+        for start in range(0, count, _BATCH):
+            parts.append(encode(range(start, min(start + _BATCH, count))))
+            if start // _BATCH % 50 == 49:
+                report(f"{doing}: {start + _BATCH} of {count}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{uuid.uuid4().hex}.npy")
+        np.save(temporary, np.concatenate(parts))
+        os.replace(temporary, path)
+    return torch.from_numpy(np.load(path))

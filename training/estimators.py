@@ -1,0 +1,214 @@
+"""Training the bundled estimators, of the classes that the real detectors load: pose (ViTPose) and depth.
+
+They look at the whole picture, so that maps come from pictures of the bundled world by the same code path as from
+photographs with the published models.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from controlkit.metrics import depth_rmse, pck
+from controlkit.preprocessors.heatmaps import decode_heatmaps
+from controlkit.preprocessors.skeleton import coco17_to_openpose18
+from controlkit.training.config import DepthRecipe, PoseRecipe
+from controlkit.training.draws import Draws
+from controlkit.training.world import World
+
+if TYPE_CHECKING:
+    from transformers import DepthAnythingForDepthEstimation, VitPoseForPoseEstimation
+
+_SIZE = 128
+_MEAN = _STD = 0.5
+_SCORED = 200
+# OpenPose's index of each of COCO's 17 keypoints (nose, eyes, ears, shoulders, elbows, wrists, hips, knees, ankles;
+# left before right).
+COCO_FROM_OPENPOSE = [0, 15, 14, 17, 16, 5, 2, 6, 3, 7, 4, 11, 8, 12, 9, 13, 10]
+_SPREAD = 1.2  # of a joint's Gaussian, in heatmap cells
+_RELIEF = 12.0  # weight of a joint's cells over the empty ones, which are 50 times as many
+
+
+def _pixel_values(world: World, indices: list[int], device: torch.device) -> Tensor:
+    """Pictures as both networks take them: (B, 3, 128, 128), (level / 255 - 0.5) / 0.5."""
+    levels = torch.from_numpy(np.stack([world.picture[i] for i in indices])).to(device)
+    return ((levels.float() / 255.0 - _MEAN) / _STD).permute(0, 3, 1, 2).contiguous()
+
+
+def _write_processor(folder: Path, kind: str, **options: Any) -> None:
+    processor = {
+        "image_processor_type": kind,
+        "size": {"height": _SIZE, "width": _SIZE},
+        "image_mean": [_MEAN] * 3,
+        "image_std": [_STD] * 3,
+        **options,
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n", encoding="utf-8")
+
+
+def _save(model: Any, folder: Path, **processor: Any) -> None:
+    import copy
+
+    copy.deepcopy(model).half().save_pretrained(folder)
+    _write_processor(folder, processor.pop("kind"), **processor)
+
+
+class PoseTask:
+    """Heatmaps of COCO's 17 keypoints: a Gaussian where a joint is seen, nothing where it is not."""
+
+    def __init__(self, recipe: PoseRecipe, world: World, validation: World, device: torch.device) -> None:
+        self.recipe, self.world, self.validation, self.device = recipe, world, validation, device
+        torch.manual_seed(recipe.seed)
+        self.model = _build_pose(recipe).to(device)
+        self.joints = torch.from_numpy(world.joints[:, COCO_FROM_OPENPOSE])
+
+    def modules(self) -> dict[str, nn.Module]:
+        return {"pose": self.model}
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return [{"params": list(self.model.parameters()), "rate": 1.0}]
+
+    def loss(self, draws: Draws) -> Tensor:
+        indices = draws.indices(len(self.world), self.recipe.batch_size)
+        heatmaps = self.model(_pixel_values(self.world, indices, self.device)).heatmaps.float()
+        target = _gaussians(self.joints[indices].to(self.device), heatmaps.shape[-1])
+        return ((1.0 + _RELIEF * target) * (heatmaps - target).square()).mean()
+
+    def sample(self) -> NDArray[np.uint8]:
+        """Pictures above the joints that were found in them."""
+        from controlkit.preprocessors.drawing import draw_poses
+
+        pictures = [self.validation.picture[i] for i in range(8)]
+        poses = [draw_poses([self._find(i)], _SIZE, _SIZE) for i in range(8)]
+        return np.vstack([np.hstack(pictures), np.hstack(poses)])
+
+    @torch.no_grad()
+    def _find(self, index: int) -> NDArray[np.float64]:
+        heatmaps = self.model(_pixel_values(self.validation, [index], self.device)).heatmaps[0].float().cpu().numpy()
+        joints = decode_heatmaps(heatmaps)
+        joints[:, :2] = (joints[:, :2] + 0.5) * _SIZE / heatmaps.shape[-1]
+        joints[joints[:, 2] < 0.3] = 0.0
+        return coco17_to_openpose18(joints)
+
+    def export(self, folder: Path) -> None:
+        _save(self.model, folder, kind="VitPoseImageProcessor", do_affine_transform=False)
+        scores = [
+            pck(self._find(i), self.validation.joints[i], size=float(self.validation.figure_height[i]))
+            for i in range(min(_SCORED, len(self.validation)))
+        ]
+        _write_quality(folder, {"PCK at 0.1 of the figure's height": float(np.mean(scores)), "scenes": len(scores)})
+
+
+def _gaussians(joints: Tensor, cells: int) -> Tensor:
+    """(B, 17, 3) joints in pixels -> (B, 17, cells, cells) targets; the centre of cell j is (j + 0.5) cells."""
+    centres = torch.arange(cells, device=joints.device) + 0.5
+    at = joints[..., :2] * cells / _SIZE
+    dx = (centres - at[..., :1]).square()  # (B, 17, cells)
+    dy = (centres - at[..., 1:2]).square()
+    squared = dy[..., :, None] + dx[..., None, :]
+    return (-0.5 * squared / _SPREAD**2).exp() * joints[..., 2, None, None]
+
+
+def _build_pose(recipe: PoseRecipe) -> VitPoseForPoseEstimation:
+    from transformers import VitPoseBackboneConfig, VitPoseConfig, VitPoseForPoseEstimation
+
+    backbone = VitPoseBackboneConfig(
+        image_size=(_SIZE, _SIZE),
+        patch_size=(recipe.patch_size, recipe.patch_size),
+        hidden_size=recipe.hidden_size,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.heads,
+        mlp_ratio=2,
+        out_indices=[recipe.layers],
+    )
+    return VitPoseForPoseEstimation(
+        VitPoseConfig(backbone_config=backbone, num_labels=17, scale_factor=2, use_simple_decoder=True)
+    )
+
+
+class DepthTask:
+    """Relative inverse depth: 0 at a picture's farthest point, 1 at its nearest."""
+
+    def __init__(self, recipe: DepthRecipe, world: World, validation: World, device: torch.device) -> None:
+        self.recipe, self.world, self.validation, self.device = recipe, world, validation, device
+        torch.manual_seed(recipe.seed)
+        self.model = _build_depth(recipe).to(device)
+
+    def modules(self) -> dict[str, nn.Module]:
+        return {"depth": self.model}
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return [{"params": list(self.model.parameters()), "rate": 1.0}]
+
+    def loss(self, draws: Draws) -> Tensor:
+        indices = draws.indices(len(self.world), self.recipe.batch_size)
+        predicted = self.model(_pixel_values(self.world, indices, self.device)).predicted_depth.float()
+        target = torch.from_numpy(np.stack([self.world.inverse_depth[i] for i in indices])).float().to(self.device)
+        low, high = target.amin(dim=(1, 2), keepdim=True), target.amax(dim=(1, 2), keepdim=True)
+        error = predicted - (target - low) / (high - low)
+        slopes = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+        return error.abs().mean() + error.square().mean() + 0.5 * slopes
+
+    def sample(self) -> NDArray[np.uint8]:
+        """Pictures above their estimated depth."""
+        from controlkit.preprocessors import depth_to_map
+
+        pictures = [self.validation.picture[i] for i in range(8)]
+        return np.vstack([np.hstack(pictures), np.hstack([depth_to_map(self._estimate(i)) for i in range(8)])])
+
+    @torch.no_grad()
+    def _estimate(self, index: int) -> NDArray[np.float32]:
+        predicted = self.model(_pixel_values(self.validation, [index], self.device)).predicted_depth
+        return np.asarray(predicted[0].float().cpu().numpy())
+
+    def export(self, folder: Path) -> None:
+        _save(
+            self.model,
+            folder,
+            kind="DPTImageProcessor",
+            keep_aspect_ratio=True,
+            ensure_multiple_of=self.recipe.patch_size,
+        )
+        count = min(_SCORED, len(self.validation))
+        errors = [
+            depth_rmse(self._estimate(i), self.validation.inverse_depth[i].astype(np.float32)) for i in range(count)
+        ]
+        _write_quality(folder, {"RMSE after scale and shift, 1/m": float(np.mean(errors)), "scenes": count})
+
+
+def _write_quality(folder: Path, quality: dict[str, float]) -> None:
+    (folder / "quality.json").write_text(json.dumps(quality, indent=2) + "\n", encoding="utf-8")
+
+
+def _build_depth(recipe: DepthRecipe) -> DepthAnythingForDepthEstimation:
+    from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation, Dinov2Config
+
+    width, fusion = recipe.hidden_size, recipe.fusion_size
+    backbone = Dinov2Config(
+        image_size=_SIZE,
+        patch_size=recipe.patch_size,
+        hidden_size=width,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.heads,
+        mlp_ratio=2,
+        layerscale_value=1.0,
+        out_indices=list(range(recipe.layers - 3, recipe.layers + 1)),
+        reshape_hidden_states=False,
+    )
+    return DepthAnythingForDepthEstimation(
+        DepthAnythingConfig(
+            backbone_config=backbone,
+            patch_size=recipe.patch_size,
+            reassemble_hidden_size=width,
+            reassemble_factors=[4, 2, 1, 0.5],
+            neck_hidden_sizes=[fusion // 2, fusion, fusion, fusion],
+            fusion_hidden_size=fusion,
+            head_hidden_size=fusion // 2,
+        )
+    )
