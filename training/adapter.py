@@ -27,19 +27,6 @@ _SHOWN = 4
 _NEW_PARTS = ("controlnet_cond_embedding", "controlnet_down_blocks", "controlnet_mid_block")
 
 
-def exact_map(kind: str, world: World, index: int) -> NDArray[np.uint8]:
-    """The map of a scene as the world itself knows it: edges of the picture, true joints, true depth."""
-    from controlkit.preprocessors import depth_to_map, draw_poses, get
-
-    picture = world.picture[index]
-    if kind == "canny":
-        return get("canny")(picture).image
-    if kind == "openpose":
-        return draw_poses([world.joints[index].astype(np.float64)], picture.shape[1], picture.shape[0])
-    assert kind == "depth"
-    return depth_to_map(world.inverse_depth[index].astype(np.float32))
-
-
 class ControlNetTask:
     """The pair on the bundled world: the base's loss, with the trainable copy told the map."""
 
@@ -85,7 +72,7 @@ class ControlNetTask:
 
     def _map(self, index: int, draws: Draws) -> NDArray[np.uint8]:
         """The exact map, for depth blurred now and then: estimators draw softer outlines than the renderer."""
-        image = exact_map(self.recipe.map, self.world, index)
+        image = self.world.map(self.recipe.map, index)
         if self.recipe.map == "depth" and draws.numpy.random() < 0.5:
             import cv2
 
@@ -96,7 +83,7 @@ class ControlNetTask:
         """Rows of map, picture, and two samples under control, for held-out scenes."""
         columns = []
         for index in range(_SHOWN):
-            image = exact_map(self.recipe.map, self.validation, index)
+            image = self.validation.map(self.recipe.map, index)
             control = Control(self.controlnet, image)
             samples = generate(self.base, self.validation.captions[index], controls=[control], seeds=[0, 1])
             columns.append(np.vstack([image, self.validation.picture[index], *samples]))

@@ -45,6 +45,24 @@ class World:
     def __len__(self) -> int:
         return len(self.captions)
 
+    def map(self, kind: str, index: int) -> NDArray[np.uint8]:
+        """The exact map of a scene, uint8 S×S×3: see `exact_map`."""
+        return exact_map(kind, self.picture[index], self.joints[index], self.inverse_depth[index])
+
+
+def exact_map(
+    kind: str, picture: NDArray[np.uint8], joints: NDArray[Any], inverse_depth: NDArray[Any]
+) -> NDArray[np.uint8]:
+    """A scene's map as the world itself knows it: the picture's edges, its true joints, its true depth."""
+    from controlkit.preprocessors import depth_to_map, draw_poses, get
+
+    if kind == "canny":
+        return get("canny")(picture).image
+    if kind == "openpose":
+        return draw_poses([joints.astype(np.float64)], picture.shape[1], picture.shape[0])
+    assert kind == "depth", kind
+    return depth_to_map(inverse_depth.astype(np.float32))
+
 
 class _Chunks(Sequence[Any]):
     """Memory-mapped arrays of CHUNK rows each, indexed as one."""

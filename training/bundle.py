@@ -1,0 +1,133 @@
+"""Putting trained models into the package: `controlkit/tiny/`, each with its recipe, and a card that says how good.
+
+`python -m controlkit.training.bundle RUNS` copies the results of the `bundled-*` recipes from a folder of runs;
+`controlkit measure --card` then measures them and writes the card.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from controlkit import files
+from controlkit.training.quality import FOLLOWS, KINDS, LOWER_IS_BETTER, Examination
+
+TINY = Path(__file__).resolve().parents[1] / "controlkit" / "tiny"
+# folder in controlkit/tiny: (run, result's folder in it, what it is)
+PARTS: Mapping[str, tuple[str, str, str]] = {
+    "base": ("bundled-base", "result", "Stable Diffusion pipeline folder (v-prediction, 128×128)"),
+    "controlnet-canny": ("bundled-canny", "controlnet", "ControlNet for edge maps"),
+    "controlnet-openpose": ("bundled-openpose", "controlnet", "ControlNet for poses"),
+    "controlnet-depth": ("bundled-depth", "controlnet", "ControlNet for depth maps"),
+    "pose": ("bundled-pose-estimator", "result", "pose estimator, ViTPose classes"),
+    "depth": ("bundled-depth-estimator", "result", "depth estimator, Depth Anything classes"),
+}
+_ALSO = ("bundled-vae", "bundled-vae-decoder", "bundled-text")  # runs whose results are inside `base`
+CARD, QUALITY = "README.md", "quality.json"
+
+
+def collect(runs: Path, target: Path = TINY) -> None:
+    """Copy each part's result and the recipe that made it. Raises ValueError for a run that has no result."""
+    target.mkdir(exist_ok=True)
+    for name, (run, result, _) in PARTS.items():
+        source = runs / run / result
+        if not (source / "config.json").is_file() and not (source / "model_index.json").is_file():
+            raise ValueError(f"no trained model in {source}: run `controlkit train {run}` first")
+        with files.replace_folder(target / name) as folder:
+            shutil.copytree(source, folder, dirs_exist_ok=True)
+    (target / "recipes").mkdir(exist_ok=True)
+    for run in (*_ALSO, *(run for run, _, _ in PARTS.values())):
+        files.write_bytes(target / "recipes" / f"{run}.toml", (runs / run / "config.toml").read_bytes())
+
+
+def write_card(examination: Examination, target: Path = TINY) -> None:
+    """Write what was measured: numbers for machines (quality.json), a page for people (README.md)."""
+    files.write_json(target / QUALITY, {"scenes": examination.scenes, "scores": dict(examination.scores)})
+    sections = [_introduction(), _parts_table(target), _heading(examination), *quality_table(examination), _footnotes(target)]
+    files.write_text(target / CARD, "\n\n".join("\n".join(s) if isinstance(s, list) else s for s in sections) + "\n")
+
+
+def quality_table(examination: Examination) -> list[str]:
+    """The examination as Markdown tables: how maps are followed, and colours of the captions."""
+    rows = ["| score | floor | ceiling | true picture | adapter | of the ceiling |", "|---|---|---|---|---|---|"]
+    for kind in (kind for kind in KINDS if kind in examination.scores):
+        for score in (FOLLOWS[kind], "silhouette IoU"):
+            values = [examination.scores[row][score] for row in ("floor", "ceiling", "true", kind)]
+            share = f"{examination.of_ceiling(kind, score):.2f}"
+            note = " (less is better)" if score in LOWER_IS_BETTER else ""
+            rows.append(f"| {kind}: {score}{note} | " + " | ".join(f"{v:.3f}" for v in values) + f" | {share} |")
+    colours = [name for name in examination.scores["floor"] if name.startswith("colour")]
+    table = [f"| colours right | {' | '.join(name.removeprefix('colour of ') for name in colours)} |"]
+    table.append("|---" * (len(colours) + 1) + "|")
+    for row in ("floor", *(kind for kind in KINDS if kind in examination.scores), "ceiling"):
+        label = {"floor": "no control", "ceiling": "true picture through the autoencoder"}.get(row, row)
+        table.append(f"| {label} | " + " | ".join(f"{examination.scores[row][c]:.1%}" for c in colours) + " |")
+    return ["\n".join(rows), "\n".join(table)]
+
+
+def _introduction() -> str:
+    return (
+        "# The bundled models\n\n"
+        "A tiny Stable Diffusion with its real architecture and real classes, three ControlNets and two estimators, "
+        "trained by this project's own code on pictures that `controlkit.figures` renders. They know that world and "
+        "nothing else: twelve colours, four kinds of object, one figure. Other software loads the folders as they "
+        "are (diffusers, transformers). Weights are half precision; compute with them in float32."
+    )
+
+
+def _parts_table(target: Path) -> list[str]:
+    rows = ["| folder | what | parameters | MB | recipe | seed | steps |", "|---|---|---|---|---|---|---|"]
+    total = 0.0
+    for name, (run, _, what) in PARTS.items():
+        weights = list((target / name).rglob("*.safetensors"))
+        megabytes = sum(path.stat().st_size for path in weights) / 1e6
+        total += megabytes
+        recipe = _recipe(target, run)
+        count = sum(_parameters(path) for path in weights) / 1e6
+        link = f"[{run}](../../training/recipes/{run}.toml)"
+        rows.append(
+            f"| `{name}/` | {what} | {count:.2f} M | {megabytes:.1f} | {link} | {recipe['seed']} | {recipe['steps']} |"
+        )
+    return [*rows, f"| all | | | {total:.1f} | | | |"]
+
+
+def _recipe(target: Path, run: str) -> dict[str, object]:
+    import tomllib
+
+    return tomllib.loads((target / "recipes" / f"{run}.toml").read_text(encoding="utf-8"))
+
+
+def _parameters(path: Path) -> int:
+    """Number of weights in a safetensors file, from its header."""
+    from math import prod
+
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return sum(prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+
+
+def _heading(examination: Examination) -> str:
+    return (
+        f"## Measured quality\n\nOn {examination.scenes} held-out scenes (seeds 0 to {examination.scenes - 1} of the "
+        '"validation" split), DDIM, 20 steps, the usual guidance, one picture per scene and adapter, by '
+        f"`controlkit measure -n {examination.scenes} --card`. Floor: the same prompts and seeds without control. "
+        "Ceiling: the true picture passed through the autoencoder. Scores as `controlkit.training.quality` defines them; "
+        "maps are exact (the picture's edges, the renderer's joints and depth)."
+    )
+
+
+def _footnotes(target: Path) -> str:
+    also = ", ".join(f"[{run}](../../training/recipes/{run}.toml)" for run in _ALSO)
+    lines = [f"`base/` also holds what {also} made: the autoencoder, its decoder trained on, and the text encoder."]
+    for part in ("pose", "depth"):
+        quality = json.loads((target / part / QUALITY).read_text(encoding="utf-8"))
+        lines.append(f"`{part}/` on true held-out pictures: " + ", ".join(f"{k}: {v:.3g}" for k, v in quality.items()) + ".")
+    lines.append("`recipes/` holds the complete settings of each training as it was run.")
+    return "\n\n".join(lines)
+
+
+if __name__ == "__main__":
+    collect(Path(sys.argv[1] if len(sys.argv) > 1 else "runs"))
