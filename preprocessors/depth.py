@@ -63,14 +63,13 @@ class Depth:
         import torch
 
         height, width = picture.shape[:2]
-        inputs = self._processor(_tame(picture), input_data_format="channels_last", return_tensors="pt").to(
-            self._device
-        )
+        seen = _tame(picture)
+        inputs = self._processor(seen, input_data_format="channels_last", return_tensors="pt")
         with torch.no_grad():
-            outputs = self._network(**inputs)
+            outputs = self._network(**inputs.to(self._device))
         options: dict[str, Any] = {"target_sizes": [(height, width)]}
         if self._network.config.model_type == "zoedepth":  # its processor pads, and must know what to cut off
-            options["source_sizes"] = options["target_sizes"]
+            options["source_sizes"] = [seen.shape[:2]]
         post = self._processor.post_process_depth_estimation(outputs, **options)
         depth = post[0]["predicted_depth"].float().cpu().numpy().reshape(height, width)  # it drops axes of 1
         return 1.0 / np.maximum(depth, _NEAREST_M) if _is_metric(self._network.config) else depth
@@ -88,9 +87,8 @@ def depth_to_map(inverse_depth: np.ndarray) -> np.ndarray:
     low, high = float(inverse_depth.min()), float(inverse_depth.max())
     if not np.isfinite(high - low):
         raise ValueError("the depth has values that are not finite (NaN or infinity)")
-    span = high - low
-    levels = (inverse_depth.astype(np.float64) - low) * (255.0 / span if span > 0 else 0.0)
-    return np.rint(levels).astype(np.uint8)[:, :, None].repeat(3, axis=2)
+    share = (inverse_depth.astype(np.float64) - low) / ((high - low) or 1.0)  # in [0, 1]
+    return np.rint(share * 255.0).astype(np.uint8)[:, :, None].repeat(3, axis=2)
 
 
 def _is_metric(config: Any) -> bool:

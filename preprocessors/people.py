@@ -1,7 +1,5 @@
 """Finding the people in a picture, for pose networks that look at one person at a time."""
 
-from pathlib import Path
-
 import numpy as np
 
 from controlkit.preprocessors.weights import find_model, load_model, load_processor
@@ -25,7 +23,7 @@ class PersonDetector:
         """Load the network."""
         from transformers import AutoModelForObjectDetection
 
-        folder: Path = find_model("person", name, {})
+        folder = find_model("person", name, {})
         self._model = load_model(AutoModelForObjectDetection, folder, device=device)
         self._processor = load_processor(folder)
         self._device = device
@@ -42,11 +40,9 @@ class PersonDetector:
         import torch
 
         height, width = picture.shape[:2]
-        inputs = self._processor(picture, input_data_format="channels_last", return_tensors="pt").to(
-            self._device
-        )
+        inputs = self._processor(picture, input_data_format="channels_last", return_tensors="pt")
         with torch.no_grad():
-            outputs = self._model(**inputs)
+            outputs = self._model(**inputs.to(self._device))
         found = self._processor.post_process_object_detection(
             outputs, threshold=_THRESHOLD, target_sizes=[(height, width)]
         )[0]

@@ -67,22 +67,27 @@ class VitPose:
         person; a network that wants no boxes takes none and returns N = 1.
         """
         assert self.wants_boxes == (boxes is not None)
-        height, width = picture.shape[:2]
         size = (self._input.width, self._input.height)
         if boxes is None:
-            heatmaps = self._heatmaps([resize(picture, *size)])
-            joints = np.stack([decode_heatmaps(one) for one in heatmaps])
-            cells = np.array([heatmaps.shape[3], heatmaps.shape[2]])
+            joints, cells = self._joints([resize(picture, *size)])
+            height, width = picture.shape[:2]
             joints[..., :2] = (joints[..., :2] + 0.5) * np.array([width, height]) / cells
             return joints
         if len(boxes) == 0:
             return np.zeros((0, 17, 3))
         parts = np.stack([_widen(box, aspect=size[0] / size[1]) for box in boxes])
-        heatmaps = self._heatmaps([_cut(picture, part, *size) for part in parts])
-        joints = np.stack([decode_heatmaps(one) for one in heatmaps])
-        cells = np.array([heatmaps.shape[3], heatmaps.shape[2]])
+        joints, cells = self._joints([_cut(picture, part, *size) for part in parts])
         joints[..., :2] = parts[:, None, :2] + joints[..., :2] * parts[:, None, 2:] / (cells - 1)
         return joints
+
+    def _joints(self, pictures: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """Return what the network sees in pictures of its input size.
+
+        The joints (N, 17, 3) of x, y in cells and score, and the heatmaps' width and height in cells, (2,).
+        """
+        heatmaps = self._heatmaps(pictures)
+        joints = np.stack([decode_heatmaps(of_one_picture) for of_one_picture in heatmaps])
+        return joints, np.array([heatmaps.shape[3], heatmaps.shape[2]])
 
     def _heatmaps(self, pictures: list[np.ndarray]) -> np.ndarray:
         """Return the network's heatmaps (N, 17, h, w) of pictures of its input size."""
