@@ -1,7 +1,8 @@
-"""The bundled world: pictures of a posed figure beside an object, with exact depth, joints, masks and a caption.
+"""The bundled world: pictures of a posed figure beside an object, with exact depth, joints, masks and a
+caption.
 
-Everything follows from a split's name and a seed; the same pair gives the same bytes everywhere. Splits draw from
-different random streams, so training, validation and demonstration scenes never coincide.
+Everything follows from a split's name and a seed; the same pair gives the same bytes everywhere. Splits
+draw from different random streams, so training, validation and demonstration scenes never coincide.
 """
 
 from __future__ import annotations
@@ -38,21 +39,32 @@ COLOURS: Final[dict[str, tuple[int, int, int]]] = {
 }
 OBJECTS: Final = ("cube", "ball", "cylinder", "cone")
 
-_PHRASES: Final = {"standing": ("", " standing"), "walking": (" walking",), "sitting": (" sitting",), "raising": (" with raised arms",)}
+_PHRASES: Final = {
+    "standing": ("", " standing"),
+    "walking": (" walking",),
+    "sitting": (" sitting",),
+    "raising": (" with raised arms",),
+}
 _AMBIENT, _DIFFUSE, _SHADOW = 0.46, 0.54, 0.52
 _FACE_LIGHTENING, _EYE_COLOUR = 0.5, (30.0, 28.0, 36.0)
-_LEAST_PIXELS = {"figure": 0.035, "object": 0.012, "object2": 0.008, "sky": 0.08, "floor": 0.15}  # of the picture
+_LEAST_PIXELS = {
+    "figure": 0.035,
+    "object": 0.012,
+    "object2": 0.008,
+    "sky": 0.08,
+    "floor": 0.15,
+}  # of the picture
 
 
 @dataclass(frozen=True)
 class Scene:
     """One rendered scene of size×size pixels.
 
-    picture: uint8 H×W×3, RGB. caption: one English phrase. depth: float32 H×W, metres along the view axis, inf in
-    the sky. joints: float64 18×3 (x, y in pixels, 1 where visible else 0), OpenPose order. masks: bool H×W for
-    "figure", "object", sometimes "object2", "floor" and "sky"; they partition the picture. colours: colour name of
-    each mask. shade: float32 H×W, the light on each pixel (picture ≈ colour × shade). action: one of
-    `mannequin.ACTIONS`.
+    picture: uint8 H×W×3, RGB. caption: one English phrase. depth: float32 H×W, metres along the view axis,
+    inf in the sky. joints: float64 18×3 (x, y in pixels, 1 where visible else 0), OpenPose order. masks:
+    bool H×W for "figure", "object", sometimes "object2", "floor" and "sky"; they partition the picture.
+    colours: colour name of each mask. shade: float32 H×W, the light on each pixel (picture ≈ colour ×
+    shade). action: one of `mannequin.ACTIONS`.
     """
 
     picture: NDArray[np.uint8]
@@ -78,7 +90,9 @@ class Scene:
 
 @dataclass(frozen=True)
 class _Prop:
-    """An object of the scene: what it is called, its solid in view space, and capsules that stand in for its shadow."""
+    """An object of the scene: what it is called, its solid in view space, and capsules that stand in for
+    its shadow.
+    """
 
     kind: str
     shape: Shape
@@ -113,8 +127,8 @@ class _Layout:
 def render(seed: int, *, size: int = 128, split: str = "demo") -> Scene:
     """The scene of a seed in a split, at size×size pixels.
 
-    Raises ValueError for an unknown split, a seed outside 0..2³²-1 or a size outside 16..4096. The layout does not
-    depend on the size: a larger picture shows the same scene, sharper.
+    Raises ValueError for an unknown split, a seed outside 0..2³²-1 or a size outside 16..4096. The layout
+    does not depend on the size: a larger picture shows the same scene, sharper.
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r} of the bundled world: use one of {', '.join(SPLITS)}")
@@ -182,14 +196,32 @@ def _random_layout(rng: random.Random) -> _Layout:
     for number, kind in enumerate(kinds):
         sign = side if number == 0 else -side
         reach = uniform(0.2, 0.36) * distance / focal
-        props.append(_prop(kind, (x + sign * reach, 0.0, distance + uniform(-0.16, 0.3) * distance), uniform, view_point, view_direction))
+        props.append(
+            _prop(
+                kind,
+                (x + sign * reach, 0.0, distance + uniform(-0.16, 0.3) * distance),
+                uniform,
+                view_point,
+                view_direction,
+            )
+        )
     names = list(COLOURS)
     parts = ["figure", *("object", "object2")[: len(kinds)], "floor", "sky"]
     colours = {part: names.pop(int(rng.random() * len(names))) for part in parts}
     light = unit(view_direction((uniform(-0.8, 0.8), uniform(0.9, 1.6), uniform(-1.0, -0.25))))
     caption = _caption(action, kinds, colours, choose(_PHRASES[action]))
     up = view_direction((0.0, 1.0, 0.0))
-    return _Layout(action, body.moved(place, lambda v: view_direction(turned(v))), props, colours, caption, up, light, focal, camera_height)
+    return _Layout(
+        action,
+        body.moved(place, lambda v: view_direction(turned(v))),
+        props,
+        colours,
+        caption,
+        up,
+        light,
+        focal,
+        camera_height,
+    )
 
 
 def _prop(
@@ -209,7 +241,10 @@ def _prop(
 
     shape: Shape
     if kind == "ball":
-        shape, shadow = raycast.Sphere(view_point((at[0], radius, at[2])), radius), [column(radius, radius, radius * 1.01)]
+        shape, shadow = (
+            raycast.Sphere(view_point((at[0], radius, at[2])), radius),
+            [column(radius, radius, radius * 1.01)],
+        )
     elif kind == "cube":
         half = radius * 0.9
         axes = (
@@ -232,7 +267,9 @@ def _caption(action: str, kinds: list[str], colours: dict[str, str], phrase: str
     def a(colour: str, noun: str) -> str:
         return f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {noun}"
 
-    objects = " and ".join(a(colours[part], kind) for part, kind in zip(("object", "object2"), kinds, strict=False))
+    objects = " and ".join(
+        a(colours[part], kind) for part, kind in zip(("object", "object2"), kinds, strict=False)
+    )
     return (
         f"{a(colours['figure'], 'figure')}{phrase} next to {objects} "
         f"on {a(colours['floor'], 'floor')} under {a(colours['sky'], 'sky')}"
@@ -272,7 +309,9 @@ def _draw(layout: _Layout, size: int) -> Scene:
 
 def _albedo(layout: _Layout, frame: Frame) -> NDArray[np.float64]:
     """Colour of each pixel before light, H×W×3; the head gets a lighter face and two dark eyes."""
-    table = np.array([COLOURS[layout.colours[part]] for part in (*layout.owners, "floor", "sky")], dtype=np.float64)
+    table = np.array(
+        [COLOURS[layout.colours[part]] for part in (*layout.owners, "floor", "sky")], dtype=np.float64
+    )
     albedo = table[frame.index]
     left, up, forward = layout.body.head_axes
     nx, ny, nz = frame.normal
@@ -284,13 +323,17 @@ def _albedo(layout: _Layout, frame: Frame) -> NDArray[np.float64]:
     face = head & (along(forward) > 0.45)
     albedo[face] = albedo[face] * (1.0 - _FACE_LIGHTENING) + 255.0 * _FACE_LIGHTENING
     for sign in (-1.0, 1.0):
-        eye = unit(add(add((0.9 * forward[0], 0.9 * forward[1], 0.9 * forward[2]), up, 0.22), left, 0.38 * sign))
+        eye = unit(
+            add(add((0.9 * forward[0], 0.9 * forward[1], 0.9 * forward[2]), up, 0.22), left, 0.38 * sign)
+        )
         albedo[head & (along(eye) > 0.97)] = _EYE_COLOUR
     return albedo
 
 
 def _shade(layout: _Layout, frame: Frame) -> NDArray[np.float64]:
-    """Light on each pixel: Lambert's law with an ambient term, soft shadows on the floor, a gradient in the sky."""
+    """Light on each pixel: Lambert's law with an ambient term, soft shadows on the floor, a gradient in the
+    sky.
+    """
     nx, ny, nz = frame.normal
     lit = nx * layout.light[0] + ny * layout.light[1] + nz * layout.light[2]
     shade = _AMBIENT + _DIFFUSE * np.maximum(lit, 0.0)
@@ -303,7 +346,9 @@ def _shade(layout: _Layout, frame: Frame) -> NDArray[np.float64]:
 
 
 def _floor_shadow(layout: _Layout, points: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
-    """How dark N floor points are, 0 to 1: each capsule's shadow, cast along the light, with a blurred rim."""
+    """How dark N floor points are, 0 to 1: each capsule's shadow, cast along the light, with a blurred
+    rim.
+    """
     px, py, pz = points
     east = unit(add((1.0, 0.0, 0.0), layout.up, -layout.up[0]))
     north = (
@@ -315,7 +360,9 @@ def _floor_shadow(layout: _Layout, points: Sequence[NDArray[np.float64]]) -> NDA
     v = px * north[0] + py * north[1] + pz * north[2]
     rise = dot(layout.light, layout.up)
     lu, lv = dot(layout.light, east) / rise, dot(layout.light, north) / rise
-    stretch = float(np.sqrt(1.0 + lu * lu + lv * lv))  # a ball's shadow is an ellipse, this long for its width
+    stretch = float(
+        np.sqrt(1.0 + lu * lu + lv * lv)
+    )  # a ball's shadow is an ellipse, this long for its width
     shadow = np.zeros(px.shape)
     for capsule in _shadow_casters(layout):
         ends = []
@@ -346,7 +393,9 @@ def _distance(
     slant: tuple[float, float],
     stretch: float,
 ) -> NDArray[np.float64]:
-    """Distance of floor points (u, v) to a cast segment, shortened along the light so that balls cast ellipses."""
+    """Distance of floor points (u, v) to a cast segment, shortened along the light so that balls cast
+    ellipses.
+    """
     length = float(np.sqrt(slant[0] * slant[0] + slant[1] * slant[1])) or 1.0
     cu, cv = slant[0] / length, slant[1] / length
 

@@ -18,9 +18,10 @@ ACTIONS = ("standing", "walking", "sitting", "raising")
 
 # OpenPose's 18 joints in its order; "Right" is the person's right.
 JOINTS = (
-    "nose neck right_shoulder right_elbow right_wrist left_shoulder left_elbow left_wrist right_hip right_knee "
-    "right_ankle left_hip left_knee left_ankle right_eye left_eye right_ear left_ear"
-).split()
+    *("nose", "neck", "right_shoulder", "right_elbow", "right_wrist", "left_shoulder", "left_elbow"),
+    *("left_wrist", "right_hip", "right_knee", "right_ankle", "left_hip", "left_knee", "left_ankle"),
+    *("right_eye", "left_eye", "right_ear", "left_ear"),
+)
 
 HEAD_RADIUS = 0.125
 LIMB_RADIUS = {"arm": 0.058, "forearm": 0.05, "thigh": 0.085, "shank": 0.066}
@@ -76,7 +77,9 @@ class Body:
 
 
 def _swing(forward: float, outward: float, side: float) -> Vector:
-    """Direction of a limb hanging down, swung `forward` and then `outward` by degrees; side is +1 for left."""
+    """Direction of a limb hanging down, swung `forward` and then `outward` by degrees; side is +1 for
+    left.
+    """
     return (
         side * sine(outward),
         -cosine(forward) * cosine(outward),
@@ -129,13 +132,17 @@ def _legs(action: str, stride: float, uniform: Uniform) -> tuple[_Leg, _Leg]:
             _Leg(raise_ + uniform(-10, 6), uniform(3, 20), uniform(60, 118)) for _ in range(2)
         )
     if action == "walking":
-        front, back = _Leg(abs(stride), uniform(1, 5), uniform(2, 18)), _Leg(-abs(stride) * 0.8, uniform(1, 5), uniform(10, 50))
+        front, back = (
+            _Leg(abs(stride), uniform(1, 5), uniform(2, 18)),
+            _Leg(-abs(stride) * 0.8, uniform(1, 5), uniform(10, 50)),
+        )
         return (front, back) if stride > 0 else (back, front)
     return tuple(_Leg(uniform(-8, 10), uniform(2, 14), uniform(0, 10)) for _ in range(2))  # type: ignore[return-value]
 
 
 def pose(action: str, uniform: Uniform) -> Body:
-    """A random body doing `action` (one of `ACTIONS`), its lowest point on the floor y = 0, pelvis over the origin.
+    """A random body doing `action` (one of `ACTIONS`), its lowest point on the floor y = 0, pelvis over the
+    origin.
 
     `uniform(low, high)` draws the angles; the same draws give the same body.
     """
@@ -151,7 +158,9 @@ def pose(action: str, uniform: Uniform) -> Body:
         joints[f"{side}_hip"] = hip = add((0.0, 0.0, 0.0), across, 0.1 * sign)
         joints[f"{side}_knee"] = knee = add(hip, _swing(leg.forward, leg.outward, sign), 0.42)
         joints[f"{side}_ankle"] = ankle = add(knee, _swing(leg.forward - leg.bend, leg.outward, sign), 0.41)
-        joints[f"{side}_toe"] = add(ankle, _swing(max(leg.forward - leg.bend, -30) + 85, leg.outward, sign), 0.13)
+        joints[f"{side}_toe"] = add(
+            ankle, _swing(max(leg.forward - leg.bend, -30) + 85, leg.outward, sign), 0.13
+        )
         joints[f"{side}_shoulder"] = shoulder = add(add(neck, across, 0.185 * sign), spine, -0.04)
         joints[f"{side}_elbow"] = elbow = add(shoulder, _swing(arm.forward + lean, arm.outward, sign), 0.29)
         direction = _swing(arm.forward + lean + arm.bend, arm.outward * 0.7, sign)
@@ -174,7 +183,9 @@ def _with_head(joints: dict[str, Vector], neck: Vector, spine: Vector, uniform: 
     axes = (left, up, forward)
 
     def on_head(left_: float, up_: float, forward_: float) -> Vector:
-        direction = unit(add(add((left_ * left[0], left_ * left[1], left_ * left[2]), up, up_), forward, forward_))
+        direction = unit(
+            add(add((left_ * left[0], left_ * left[1], left_ * left[2]), up, up_), forward, forward_)
+        )
         return add(head, direction, HEAD_RADIUS)
 
     joints["nose"] = on_head(0.0, -0.1, 1.0)
@@ -202,9 +213,7 @@ def _lowest(shape: Shape) -> float:
 
 def extent(body: Body) -> tuple[float, float]:
     """Lowest and highest y of the body's solids."""
-    tops = [
-        -_lowest(_mirrored(shape)) for shape in body.solids()
-    ]
+    tops = [-_lowest(_mirrored(shape)) for shape in body.solids()]
     return min(_lowest(shape) for shape in body.solids()), max(tops)
 
 

@@ -3,8 +3,9 @@
 View space: the camera sits at the origin and looks along +z; x points right, y up; lengths are metres.
 A ray is `(x, y, 1)`, so the ray parameter of a hit *is* the depth along the view axis.
 
-Only `+ - * /`, `sqrt` and comparisons touch pixel arrays. IEEE 754 rounds each of them correctly, so the same
-scene gives the same bytes on every machine (matrix products and `sin` would not: their rounding is the library's).
+Only `+ - * /`, `sqrt` and comparisons touch pixel arrays. IEEE 754 rounds each of them correctly, so the
+same scene gives the same bytes on every machine (matrix products and `sin` would not: their rounding is the
+library's).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ FLOOR = -2
 
 
 def dot(a: Vector, b: Vector) -> float:
+    """a · b."""
     return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
 
 
@@ -32,6 +34,7 @@ def add(a: Vector, b: Vector, scale: float = 1.0) -> Vector:
 
 
 def unit(a: Vector) -> Vector:
+    """a / |a|."""
     length = float(np.sqrt(dot(a, a)))
     return (a[0] / length, a[1] / length, a[2] / length)
 
@@ -67,7 +70,9 @@ class Shape(Protocol):
 
 
 def _first_root(a: Array, b: Array, c: Array | float) -> Array:
-    """Smaller root of a t² - 2 b t + c = 0 for a > 0; inf where there is none or it lies behind the camera."""
+    """Smaller root of a t² - 2 b t + c = 0 for a > 0; inf where there is none or it lies behind the
+    camera.
+    """
     discriminant = b * b - a * c
     t = (b - np.sqrt(np.maximum(discriminant, 0.0))) / a
     return np.where((discriminant > 0.0) & (t > 0.0), t, np.inf)
@@ -85,6 +90,8 @@ def _points(rays: Rays, z: Array) -> tuple[Array, Array, Array]:
 
 @dataclass(frozen=True)
 class Sphere:
+    """A ball."""
+
     centre: Vector
     radius: float
 
@@ -123,7 +130,9 @@ class Capsule:
             z = np.minimum(z, _sphere_root(rays, cap, self.radius))
         px, py, pz = _points(rays, z)
         s = np.clip((px * axis[0] + py * axis[1] + pz * axis[2] - axis_start) / axis2, 0.0, 1.0)
-        return Hits(z, (px - start[0] - s * axis[0], py - start[1] - s * axis[1], pz - start[2] - s * axis[2]))
+        return Hits(
+            z, (px - start[0] - s * axis[0], py - start[1] - s * axis[1], pz - start[2] - s * axis[2])
+        )
 
 
 @dataclass(frozen=True)
@@ -178,7 +187,9 @@ class Cylinder:
         height = np.where(np.isfinite(side), side, 0.0) * along - base_along
         side = np.where((height >= 0.0) & (height <= self.height), side, np.inf)
         top = (base_along + self.height) / np.where(np.abs(along) < 1e-12, 1e-12, along)
-        tx, ty, tz = (p - q for p, q in zip(_points(rays, top), add(self.base, self.axis, self.height), strict=True))
+        tx, ty, tz = (
+            p - q for p, q in zip(_points(rays, top), add(self.base, self.axis, self.height), strict=True)
+        )
         inside = tx * tx + ty * ty + tz * tz <= self.radius * self.radius
         top = np.where(inside & (top > 0.0), top, np.inf)
         z = np.minimum(side, top)
@@ -205,7 +216,9 @@ class Cone:
 
     def hit(self, rays: Rays) -> Hits:
         tip = add(self.base, self.axis, self.height)
-        k = self.height * self.height / (self.height * self.height + self.radius * self.radius)  # cos² of half angle
+        k = (
+            self.height * self.height / (self.height * self.height + self.radius * self.radius)
+        )  # cos² of half angle
         along, tip_along = rays.dot(self.axis), dot(tip, self.axis)
         a = along * along - k * rays.squared()
         b = along * tip_along - k * rays.dot(tip)

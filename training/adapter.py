@@ -62,16 +62,22 @@ class ControlNetTask:
         controlnet_cond = images.map_to_cond([self._map(row, draws) for row in rows]).to(self.device)
         indices = torch.tensor(rows)
         dropped = draws.chosen(len(rows), self.recipe.caption_dropout)
-        encoder_hidden_states = self.text[torch.where(dropped, len(self.text) - 1, indices)].float().to(self.device)
+        encoder_hidden_states = (
+            self.text[torch.where(dropped, len(self.text) - 1, indices)].float().to(self.device)
+        )
         latents = self.latents[indices].float().to(self.device)
         noisy_latents, timesteps, target = noised(latents, draws, self.base)
         hint = encode_hint(self.controlnet, controlnet_cond)
         residuals = control_residuals(self.controlnet, noisy_latents, timesteps, encoder_hidden_states, hint)
-        model_pred = predict(self.base.unet, noisy_latents, timesteps, encoder_hidden_states, residuals=residuals)
+        model_pred = predict(
+            self.base.unet, noisy_latents, timesteps, encoder_hidden_states, residuals=residuals
+        )
         return nn.functional.mse_loss(model_pred.float(), target)
 
     def _map(self, index: int, draws: Draws) -> NDArray[np.uint8]:
-        """The exact map, for depth blurred now and then: estimators draw softer outlines than the renderer."""
+        """The exact map, for depth blurred now and then: estimators draw softer outlines than the
+        renderer.
+        """
         image = self.world.map(self.recipe.map, index)
         if self.recipe.map == "depth" and draws.numpy.random() < 0.5:
             import cv2

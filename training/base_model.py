@@ -1,4 +1,6 @@
-"""Training the bundled base: a U-Net on frozen latents and frozen text, saved as a diffusers pipeline folder."""
+"""Training the bundled base: a U-Net on frozen latents and frozen text, saved as a diffusers pipeline
+folder.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ SCHEDULER: dict[str, Any] = {
 
 
 class BaseTask:
-    """v-prediction (Salimans & Ho 2022) on the bundled world's latents, with captions dropped now and then."""
+    """v-prediction (Salimans & Ho 2022) on the bundled world's latents, with captions dropped now and
+    then.
+    """
 
     def __init__(
         self,
@@ -55,7 +59,9 @@ class BaseTask:
 
         self.recipe, self.device = recipe, device
         vae = lock(AutoencoderKL.from_pretrained(recipe.vae, local_files_only=True)).to(device)
-        encoder = lock(CLIPTextModel.from_pretrained(f"{recipe.text}/text_encoder", local_files_only=True)).to(device)
+        encoder = lock(
+            CLIPTextModel.from_pretrained(f"{recipe.text}/text_encoder", local_files_only=True)
+        ).to(device)
         tokenizer = CLIPTokenizer.from_pretrained(f"{recipe.text}/tokenizer", local_files_only=True)
         self.latents = cached_latents(world, vae, report=report)
         self.text = cached_text(world.captions, encoder, tokenizer, report=report)
@@ -83,7 +89,9 @@ class BaseTask:
     def loss(self, draws: Draws) -> Tensor:
         indices = torch.tensor(draws.indices(len(self.latents), self.recipe.batch_size))
         dropped = draws.chosen(len(indices), self.recipe.caption_dropout)
-        encoder_hidden_states = self.text[torch.where(dropped, len(self.text) - 1, indices)].float().to(self.device)
+        encoder_hidden_states = (
+            self.text[torch.where(dropped, len(self.text) - 1, indices)].float().to(self.device)
+        )
         latents = self.latents[indices].float().to(self.device)
         noisy_latents, timesteps, target = noised(latents, draws, self.base)
         model_pred = self.base.unet(noisy_latents, timesteps, encoder_hidden_states).sample
@@ -103,7 +111,9 @@ class BaseTask:
 
 
 def noised(latents: Tensor, draws: Draws, base: Base) -> tuple[Tensor, Tensor, Tensor]:
-    """Noisy latents, timesteps and the regression target of one batch: DDPM's forward process (Ho et al. 2020)."""
+    """Noisy latents, timesteps and the regression target of one batch: DDPM's forward process (Ho et al.
+    2020).
+    """
     noise = draws.normal(*latents.shape).to(latents.device)
     timesteps = draws.timesteps(len(latents), len(base.alphas_cumprod)).to(latents.device)
     noisy_latents = diffusion.q_sample(latents, noise, timesteps, base.alphas_cumprod)
@@ -131,7 +141,9 @@ def _build(recipe: BaseRecipe, text_width: int, side: int) -> UNet2DConditionMod
 
 
 def save_pipeline(base: Base, folder: Path, *, vae: nn.Module) -> None:
-    """Write a Stable Diffusion pipeline folder in half precision: `StableDiffusionPipeline` loads it as it is."""
+    """Write a Stable Diffusion pipeline folder in half precision: `StableDiffusionPipeline` loads it as it
+    is.
+    """
     import copy
 
     from diffusers import __version__
@@ -163,7 +175,9 @@ def _write(path: Path, value: dict[str, Any]) -> None:
 
 
 def _restore_text_prefix(path: Path) -> None:
-    """Store keys under `text_model.`: transformers before 5.6 fills a model saved without it with random weights."""
+    """Store keys under `text_model.`: transformers before 5.6 fills a model saved without it with random
+    weights.
+    """
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(path)

@@ -1,7 +1,8 @@
-"""Putting trained models into the package: `controlkit/tiny/`, each with its recipe, and a card that says how good.
+"""Putting trained models into the package: `controlkit/tiny/`, each with its recipe, and a card that says
+how good.
 
-`python -m controlkit.training.bundle RUNS` copies the results of the `bundled-*` recipes from a folder of runs;
-`controlkit measure --card` then measures them and writes the card.
+`python -m controlkit.training.bundle RUNS` copies the results of the `bundled-*` recipes from a folder of
+runs; `controlkit measure --card` then measures them and writes the card.
 """
 
 from __future__ import annotations
@@ -46,35 +47,50 @@ def collect(runs: Path, target: Path = TINY) -> None:
 def write_card(examination: Examination, target: Path = TINY) -> None:
     """Write what was measured: numbers for machines (quality.json), a page for people (README.md)."""
     files.write_json(target / QUALITY, {"scenes": examination.scenes, "scores": dict(examination.scores)})
-    sections = [_introduction(), _parts_table(target), _heading(examination), *quality_table(examination), _footnotes(target)]
-    files.write_text(target / CARD, "\n\n".join("\n".join(s) if isinstance(s, list) else s for s in sections) + "\n")
+    sections = [
+        _introduction(),
+        _parts_table(target),
+        _heading(examination),
+        *quality_table(examination),
+        _footnotes(target),
+    ]
+    files.write_text(
+        target / CARD, "\n\n".join("\n".join(s) if isinstance(s, list) else s for s in sections) + "\n"
+    )
 
 
 def quality_table(examination: Examination) -> list[str]:
     """The examination as Markdown tables: how maps are followed, and colours of the captions."""
-    rows = ["| score | floor | ceiling | true picture | adapter | of the ceiling |", "|---|---|---|---|---|---|"]
+    rows = [
+        "| score | floor | ceiling | true picture | adapter | of the ceiling |",
+        "|---|---|---|---|---|---|",
+    ]
     for kind in (kind for kind in KINDS if kind in examination.scores):
         for score in (FOLLOWS[kind], "silhouette IoU"):
             values = [examination.scores[row][score] for row in ("floor", "ceiling", "true", kind)]
             share = f"{examination.of_ceiling(kind, score):.2f}"
             note = " (less is better)" if score in LOWER_IS_BETTER else ""
-            rows.append(f"| {kind}: {score}{note} | " + " | ".join(f"{v:.3f}" for v in values) + f" | {share} |")
+            rows.append(
+                f"| {kind}: {score}{note} | " + " | ".join(f"{v:.3f}" for v in values) + f" | {share} |"
+            )
     colours = [name for name in examination.scores["floor"] if name.startswith("colour")]
     table = [f"| colours right | {' | '.join(name.removeprefix('colour of ') for name in colours)} |"]
     table.append("|---" * (len(colours) + 1) + "|")
     for row in ("floor", *(kind for kind in KINDS if kind in examination.scores), "ceiling"):
         label = {"floor": "no control", "ceiling": "true picture through the autoencoder"}.get(row, row)
-        table.append(f"| {label} | " + " | ".join(f"{examination.scores[row][c]:.1%}" for c in colours) + " |")
+        table.append(
+            f"| {label} | " + " | ".join(f"{examination.scores[row][c]:.1%}" for c in colours) + " |"
+        )
     return ["\n".join(rows), "\n".join(table)]
 
 
 def _introduction() -> str:
     return (
         "# The bundled models\n\n"
-        "A tiny Stable Diffusion with its real architecture and real classes, three ControlNets and two estimators, "
-        "trained by this project's own code on pictures that `controlkit.figures` renders. They know that world and "
-        "nothing else: twelve colours, four kinds of object, one figure. Other software loads the folders as they "
-        "are (diffusers, transformers). Weights are half precision; compute with them in float32."
+        "A tiny Stable Diffusion with its real architecture and real classes, three ControlNets and two"
+        " estimators, trained by this project's own code on pictures that `controlkit.figures` renders. They know"
+        " that world and nothing else: twelve colours, four kinds of object, one figure. Other software loads the"
+        " folders as they are (diffusers, transformers). Weights are half precision; compute with them in float32."
     )
 
 
@@ -88,9 +104,16 @@ def _parts_table(target: Path) -> list[str]:
         recipe = _recipe(target, run)
         count = sum(_parameters(path) for path in weights) / 1e6
         link = f"[{run}](../../training/recipes/{run}.toml)"
-        rows.append(
-            f"| `{name}/` | {what} | {count:.2f} M | {megabytes:.1f} | {link} | {recipe['seed']} | {recipe['steps']} |"
+        cells = (
+            f"`{name}/`",
+            what,
+            f"{count:.2f} M",
+            f"{megabytes:.1f}",
+            link,
+            recipe["seed"],
+            recipe["steps"],
         )
+        rows.append(f"| {' | '.join(map(str, cells))} |")
     return [*rows, f"| all | | | {total:.1f} | | | |"]
 
 
@@ -110,21 +133,28 @@ def _parameters(path: Path) -> int:
 
 
 def _heading(examination: Examination) -> str:
+    n = examination.scenes
     return (
-        f"## Measured quality\n\nOn {examination.scenes} held-out scenes (seeds 0 to {examination.scenes - 1} of the "
-        '"validation" split), DDIM, 20 steps, the usual guidance, one picture per scene and adapter, by '
-        f"`controlkit measure -n {examination.scenes} --card`. Floor: the same prompts and seeds without control. "
-        "Ceiling: the true picture passed through the autoencoder. Scores as `controlkit.training.quality` defines them; "
-        "maps are exact (the picture's edges, the renderer's joints and depth)."
+        f'## Measured quality\n\nOn {n} held-out scenes (seeds 0 to {n - 1} of the "validation" split), DDIM, 20'
+        f" steps, the usual guidance, one picture per scene and adapter, by `controlkit measure -n {n} --card`."
+        " Floor: the same prompts and seeds without control. Ceiling: the true picture passed through the"
+        " autoencoder. Scores as `controlkit.training.quality` defines them; maps are exact (the picture's edges,"
+        " the renderer's joints and depth)."
     )
 
 
 def _footnotes(target: Path) -> str:
     also = ", ".join(f"[{run}](../../training/recipes/{run}.toml)" for run in _ALSO)
-    lines = [f"`base/` also holds what {also} made: the autoencoder, its decoder trained on, and the text encoder."]
+    lines = [
+        f"`base/` also holds what {also} made: the autoencoder, its decoder trained on, and the text encoder."
+    ]
     for part in ("pose", "depth"):
         quality = json.loads((target / part / QUALITY).read_text(encoding="utf-8"))
-        lines.append(f"`{part}/` on true held-out pictures: " + ", ".join(f"{k}: {v:.3g}" for k, v in quality.items()) + ".")
+        lines.append(
+            f"`{part}/` on true held-out pictures: "
+            + ", ".join(f"{k}: {v:.3g}" for k, v in quality.items())
+            + "."
+        )
     lines.append("`recipes/` holds the complete settings of each training as it was run.")
     return "\n\n".join(lines)
 

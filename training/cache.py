@@ -27,8 +27,9 @@ Report = Callable[[str], None]
 
 
 def cached_latents(world: World, vae: AutoencoderKL, *, report: Report) -> Tensor:
-    """Scaled latent means of every scene: float16 (N, 4, S/8, S/8). The spread around them is below the rounding
-    of a picture's bytes for the bundled autoencoder, so the mean stands for the distribution."""
+    """Scaled latent means of every scene: float16 (N, 4, S/8, S/8). The spread around them is below the
+    rounding of a picture's bytes for the bundled autoencoder, so the mean stands for the distribution.
+    """
 
     def encode(rows: range) -> NDArray[np.float16]:
         pixel_values = images.picture_to_tensor([world.picture[i] for i in rows]).to(vae.device)
@@ -48,7 +49,11 @@ def cached_text(
 
     def encode(rows: range) -> NDArray[np.float16]:
         tokens = tokenizer(
-            [texts[i] for i in rows], padding="max_length", max_length=77, truncation=True, return_tensors="pt"
+            [texts[i] for i in rows],
+            padding="max_length",
+            max_length=77,
+            truncation=True,
+            return_tensors="pt",
         ).input_ids
         hidden = encoder(tokens.to(encoder.device)).last_hidden_state
         return cast("NDArray[np.float16]", hidden.cpu().numpy().astype(np.float16))

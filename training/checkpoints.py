@@ -20,7 +20,9 @@ _NAME = re.compile(r"step-(\d{6,})")
 Tensors = dict[str, torch.Tensor]
 
 
-def save_checkpoint(folder: Path, step: int, *, weights: Tensors, optimizer: Tensors, state: dict[str, Any]) -> Path:
+def save_checkpoint(
+    folder: Path, step: int, *, weights: Tensors, optimizer: Tensors, state: dict[str, Any]
+) -> Path:
     """Write `folder/step-NNNNNN` atomically, then remove all but the two newest. Returns the new folder."""
     from safetensors.torch import save_file
 
@@ -39,7 +41,9 @@ def save_checkpoint(folder: Path, step: int, *, weights: Tensors, optimizer: Ten
 
 
 def load_latest(folder: Path) -> tuple[tuple[Tensors, Tensors, dict[str, Any]] | None, list[str]]:
-    """The newest checkpoint that verifies, as (weights, optimizer, state), or None; and why others were passed over."""
+    """The newest checkpoint that verifies, as (weights, optimizer, state), or None; and why others were
+    passed over.
+    """
     from safetensors.torch import load_file
 
     refused: list[str] = []
@@ -47,7 +51,11 @@ def load_latest(folder: Path) -> tuple[tuple[Tensors, Tensors, dict[str, Any]] |
         fault = _fault(path)
         if fault is None:
             state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-            return (load_file(path / "weights.safetensors"), load_file(path / "optimizer.safetensors"), state), refused
+            return (
+                load_file(path / "weights.safetensors"),
+                load_file(path / "optimizer.safetensors"),
+                state,
+            ), refused
         refused.append(f"{path.name}: {fault}")
     return None, refused
 
@@ -56,7 +64,9 @@ def _listed(folder: Path) -> list[tuple[int, Path]]:
     """Checkpoint folders by step; foreign names and temporary folders are not checkpoints."""
     if not folder.is_dir():
         return []
-    found = [(match, path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name)) and path.is_dir()]
+    found = [
+        (match, path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name)) and path.is_dir()
+    ]
     return sorted((int(match[1]), path) for match, path in found)
 
 

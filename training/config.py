@@ -1,7 +1,7 @@
 """Recipes: the complete, typed description of a training, read from TOML.
 
-A recipe is found by path or by the name of a bundled one (`training/recipes/NAME.toml`); `key=value` overrides any
-top-level key. Every default stands here and nowhere else.
+A recipe is found by path or by the name of a bundled one (`training/recipes/NAME.toml`); `key=value`
+overrides any top-level key. Every default stands here and nowhere else.
 """
 
 from __future__ import annotations
@@ -73,7 +73,9 @@ class VaeRecipe(Recipe):
     kl_weight: Weight = 5e-4
     """Weight of the divergence from a unit normal, per latent element."""
     latent_noise: Weight = 0.0
-    """Spread of the noise added to frozen latents (of unit variance), so that the decoder forgives small errors."""
+    """Spread of the noise added to frozen latents (of unit variance), so that the decoder forgives small
+    errors.
+    """
 
 
 class TextRecipe(Recipe):
@@ -86,7 +88,9 @@ class TextRecipe(Recipe):
 
 
 class BaseRecipe(Recipe):
-    """The U-Net, on frozen latents and a frozen text encoder; the result is a whole diffusers pipeline folder."""
+    """The U-Net, on frozen latents and a frozen text encoder; the result is a whole diffusers pipeline
+    folder.
+    """
 
     task: Literal["base"]
     vae: str
@@ -171,7 +175,8 @@ def find_recipe(name_or_path: str) -> Path:
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe and apply `key=value` overrides (values as in TOML; bare words are strings).
 
-    Raises ValueError, one line, for a missing file, broken TOML, an unknown key or task, or a value out of range.
+    Raises ValueError, one line, for a missing file, broken TOML, an unknown key or task, or a value out of
+    range.
     """
     path = find_recipe(name_or_path)
     try:

@@ -1,7 +1,7 @@
 """Every random choice of a training, as a function of (seed, step) alone.
 
-Nothing carries over from step to step, so a run that stops and resumes draws what the uninterrupted run draws,
-whatever happened in between.
+Nothing carries over from step to step, so a run that stops and resumes draws what the uninterrupted run
+draws, whatever happened in between.
 """
 
 from __future__ import annotations

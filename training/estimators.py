@@ -1,7 +1,7 @@
 """Training the bundled estimators, of the classes that the real detectors load: pose (ViTPose) and depth.
 
-They look at the whole picture, so that maps come from pictures of the bundled world by the same code path as from
-photographs with the published models.
+They look at the whole picture, so that maps come from pictures of the bundled world by the same code path
+as from photographs with the published models.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 _SIZE = 128
 _MEAN = _STD = 0.5
 _SCORED = 200
-# OpenPose's index of each of COCO's 17 keypoints (nose, eyes, ears, shoulders, elbows, wrists, hips, knees, ankles;
+# OpenPose's index of each of COCO's 17 keypoints (nose, eyes, ears, shoulders, elbows, wrists, hips, knees,
+# ankles;
 # left before right).
 COCO_FROM_OPENPOSE = [0, 15, 14, 17, 16, 5, 2, 6, 3, 7, 4, 11, 8, 12, 9, 13, 10]
 _SPREAD = 1.2  # of a joint's Gaussian, in heatmap cells
@@ -90,7 +91,9 @@ class PoseTask:
 
     @torch.no_grad()
     def _find(self, index: int) -> NDArray[np.float64]:
-        heatmaps = self.model(_pixel_values(self.validation, [index], self.device)).heatmaps[0].float().cpu().numpy()
+        heatmaps = (
+            self.model(_pixel_values(self.validation, [index], self.device)).heatmaps[0].float().cpu().numpy()
+        )
         joints = decode_heatmaps(heatmaps)
         joints[:, :2] = (joints[:, :2] + 0.5) * _SIZE / heatmaps.shape[-1]
         joints[joints[:, 2] < 0.3] = 0.0
@@ -102,11 +105,15 @@ class PoseTask:
             pck(self._find(i), self.validation.joints[i], size=float(self.validation.figure_height[i]))
             for i in range(min(_SCORED, len(self.validation)))
         ]
-        _write_quality(folder, {"PCK at 0.1 of the figure's height": float(np.mean(scores)), "scenes": len(scores)})
+        _write_quality(
+            folder, {"PCK at 0.1 of the figure's height": float(np.mean(scores)), "scenes": len(scores)}
+        )
 
 
 def _gaussians(joints: Tensor, cells: int) -> Tensor:
-    """(B, 17, 3) joints in pixels -> (B, 17, cells, cells) targets; the centre of cell j is (j + 0.5) cells."""
+    """(B, 17, 3) joints in pixels -> (B, 17, cells, cells) targets; the centre of cell j is (j + 0.5)
+    cells.
+    """
     centres = torch.arange(cells, device=joints.device) + 0.5
     at = joints[..., :2] * cells / _SIZE
     dx = (centres - at[..., :1]).square()  # (B, 17, cells)
@@ -149,7 +156,9 @@ class DepthTask:
     def loss(self, draws: Draws) -> Tensor:
         indices = draws.indices(len(self.world), self.recipe.batch_size)
         predicted = self.model(_pixel_values(self.world, indices, self.device)).predicted_depth.float()
-        target = torch.from_numpy(np.stack([self.world.inverse_depth[i] for i in indices])).float().to(self.device)
+        target = (
+            torch.from_numpy(np.stack([self.world.inverse_depth[i] for i in indices])).float().to(self.device)
+        )
         low, high = target.amin(dim=(1, 2), keepdim=True), target.amax(dim=(1, 2), keepdim=True)
         error = predicted - (target - low) / (high - low)
         slopes = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
@@ -160,7 +169,9 @@ class DepthTask:
         from controlkit.preprocessors import depth_to_map
 
         pictures = [self.validation.picture[i] for i in range(8)]
-        return np.vstack([np.hstack(pictures), np.hstack([depth_to_map(self._estimate(i)) for i in range(8)])])
+        return np.vstack(
+            [np.hstack(pictures), np.hstack([depth_to_map(self._estimate(i)) for i in range(8)])]
+        )
 
     @torch.no_grad()
     def _estimate(self, index: int) -> NDArray[np.float32]:
@@ -177,7 +188,8 @@ class DepthTask:
         )
         count = min(_SCORED, len(self.validation))
         errors = [
-            depth_rmse(self._estimate(i), self.validation.inverse_depth[i].astype(np.float32)) for i in range(count)
+            depth_rmse(self._estimate(i), self.validation.inverse_depth[i].astype(np.float32))
+            for i in range(count)
         ]
         _write_quality(folder, {"RMSE after scale and shift, 1/m": float(np.mean(errors)), "scenes": count})
 

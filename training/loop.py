@@ -74,8 +74,8 @@ def train(
 ) -> Run:
     """Train until `recipe.steps`, resuming from the newest checkpoint; write the result to `folder/result`.
 
-    Raises ValueError where a step's loss or gradient is not finite (before any weight changes), or where the folder
-    holds a run of another recipe.
+    Raises ValueError where a step's loss or gradient is not finite (before any weight changes), or where
+    the folder holds a run of another recipe.
     """
     run = open_run(task, recipe, folder, progress)
     watch = _Watch(run, progress)
@@ -104,8 +104,9 @@ def train_step(run: Run) -> None:
     run.grad_norm = float(norm)
     if not (math.isfinite(run.losses[-1]) and math.isfinite(run.grad_norm)):
         raise ValueError(
-            f"training stopped before step {run.step + 1}: the loss is {run.losses[-1]:.4g} and its gradient's norm "
-            f"{run.grad_norm:.4g}; no weight was changed, the last checkpoint is good; try a lower learning_rate"
+            f"training stopped before step {run.step + 1}: the loss is {run.losses[-1]:.4g} and the norm of its"
+            f" gradient {run.grad_norm:.4g}; no weight was changed and the last checkpoint is good; try a lower"
+            " learning_rate"
         )
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
@@ -129,7 +130,9 @@ def learning_rate(recipe: Recipe, step: int) -> float:
     if recipe.schedule == "constant":
         return recipe.learning_rate
     done = (step - recipe.warmup) / max(recipe.steps - recipe.warmup, 1)
-    return recipe.learning_rate * (_LAST_RATE + (1 - _LAST_RATE) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
+    return recipe.learning_rate * (
+        _LAST_RATE + (1 - _LAST_RATE) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+    )
 
 
 def open_run(task: Task, recipe: Recipe, folder: Path, progress: Callable[[Progress], None]) -> Run:
@@ -160,7 +163,9 @@ def device_name(recipe: Recipe) -> str:
     if recipe.device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if recipe.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device {recipe.device!r} was asked for, but torch finds no CUDA device; use device=cpu")
+        raise ValueError(
+            f"device {recipe.device!r} was asked for, but torch finds no CUDA device; use device=cpu"
+        )
     return recipe.device
 
 
@@ -179,7 +184,9 @@ def _check_same_recipe(recipe: Recipe, folder: Path) -> None:
     changed = [key for key in changed if key not in _MAY_CHANGE]
     if changed:
         listed = ", ".join(f"{key} {old.get(key)} -> {new.get(key)}" for key in changed)
-        raise ValueError(f"{folder} holds a run of another recipe ({listed}): choose another folder with out=FOLDER")
+        raise ValueError(
+            f"{folder} holds a run of another recipe ({listed}): choose another folder with out=FOLDER"
+        )
 
 
 def _named(task: Task) -> Iterable[tuple[str, nn.Parameter]]:
@@ -195,7 +202,9 @@ def _trained(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 def _update_average(run: Run) -> None:
-    """Exponential moving average; a young average follows quickly: decay min(ema, (1 + step) / (10 + step))."""
+    """Exponential moving average; a young average follows quickly: decay min(ema, (1 + step) / (10 +
+    step)).
+    """
     if not run.average:
         return
     decay = min(run.recipe.ema, (1 + run.step) / (10 + run.step))
@@ -243,7 +252,11 @@ def _save(run: Run) -> None:
     for parameter, state in run.optimizer.state.items():
         optimizer |= {f"{names[id(parameter)]}/{key}": torch.as_tensor(value) for key, value in state.items()}
     save_checkpoint(
-        run.folder / "checkpoints", run.step, weights=weights, optimizer=optimizer, state={"task": run.recipe.task}
+        run.folder / "checkpoints",
+        run.step,
+        weights=weights,
+        optimizer=optimizer,
+        state={"task": run.recipe.task},
     )
 
 
@@ -254,9 +267,12 @@ def _restore(run: Run, weights: Tensors, optimizer: Tensors, state: dict[str, An
         keys = [key for key in optimizer if key.rpartition("/")[0] == name]
         run.optimizer.state[parameter] = {
             # AdamW keeps its step count on the CPU unless it is fused on a CUDA device
-            key.rpartition("/")[2]: optimizer[key].to(parameter.device) for key in keys
+            key.rpartition("/")[2]: optimizer[key].to(parameter.device)
+            for key in keys
         }
-    run.average = {name: weights[f"average.{name}"].to(p.device) for name, p in _named(run.task)} if run.average else {}
+    run.average = (
+        {name: weights[f"average.{name}"].to(p.device) for name, p in _named(run.task)} if run.average else {}
+    )
 
 
 class _Watch:

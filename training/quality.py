@@ -1,8 +1,8 @@
 """How well pictures follow their maps and captions on held-out scenes of the bundled world.
 
-Each adapter is measured between a floor (the same prompts and seeds without control) and a ceiling (the true picture
-passed through the autoencoder), on seeds 0 to N-1 of the "validation" split, which no training sees. Maps are the
-world's own: edges of the picture, true joints, true depth.
+Each adapter is measured between a floor (the same prompts and seeds without control) and a ceiling (the
+true picture passed through the autoencoder), on seeds 0 to N-1 of the "validation" split, which no training
+sees. Maps are the world's own: edges of the picture, true joints, true depth.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ Scores = dict[str, float]
 
 @dataclass(frozen=True)
 class Examination:
-    """Mean scores by what was looked at: "floor", "ceiling", "true" (the picture itself) and each adapter's kind."""
+    """Mean scores by what was looked at: "floor", "ceiling", "true" (the picture itself) and each adapter's
+    kind.
+    """
 
     scenes: int
     scores: Mapping[str, Scores]
@@ -72,10 +74,11 @@ class Examiner:
     def scores(self, picture: NDArray[np.uint8], scene: Scene, kinds: Iterable[str] = KINDS) -> Scores:
         """Scores of a picture that should show `scene`, each in [0, 1] except the depth error (1/m).
 
-        "edge F1": between the edges of both pictures, tolerance 2 pixels. "joints": share of the visible joints
-        found within a tenth of the figure's height. "depth RMSE": of the estimated inverse depth, after scale and
-        shift. "silhouette IoU": of the pixels that have the figure's colour. "colours": share of the parts (figure,
-        objects, floor, sky) whose colour, read where the scene has them, is the caption's.
+        "edge F1": between the edges of both pictures, tolerance 2 pixels. "joints": share of the visible
+        joints found within a tenth of the figure's height. "depth RMSE": of the estimated inverse depth,
+        after scale and shift. "silhouette IoU": of the pixels that have the figure's colour. "colours":
+        share of the parts (figure, objects, floor, sky) whose colour, read where the scene has them, is the
+        caption's.
         """
         found: Scores = {"silhouette IoU": iou(silhouette(picture, scene), scene.masks["figure"])}
         right = colours_right(picture, scene)
@@ -104,7 +107,9 @@ def colours_right(picture: NDArray[np.uint8], scene: Scene) -> dict[str, bool]:
 
 
 def silhouette(picture: NDArray[np.uint8], scene: Scene) -> NDArray[np.bool_]:
-    """Pixels nearer to the figure's colour, at any light from dim to full, than to any other part's colour."""
+    """Pixels nearer to the figure's colour, at any light from dim to full, than to any other part's
+    colour.
+    """
     pixels = picture.astype(np.float64)
     distances = {}
     for part, name in scene.colours.items():
@@ -124,9 +129,9 @@ def examine(
 ) -> Examination:
     """Generate under each adapter for held-out scenes and score the pictures against floor and ceiling.
 
-    Scene k is generated with seed k, DDIM, 20 steps and the base's usual guidance. Every score needs its estimator:
-    with one adapter only that adapter's own kind is scored. Raises ValueError for fewer than 1 or more than 2³²
-    scenes.
+    Scene k is generated with seed k, DDIM, 20 steps and the base's usual guidance. Every score needs its
+    estimator: with one adapter only that adapter's own kind is scored. Raises ValueError for fewer than 1
+    or more than 2³² scenes.
     """
     if not 1 <= scenes <= 2**32:
         raise ValueError(f"{scenes} scenes: examine between 1 and 2^32 of them")

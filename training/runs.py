@@ -90,7 +90,6 @@ def build_task(recipe: Recipe, progress: Callable[[Progress], None]) -> Task:
     raise AssertionError(f"no task for {type(recipe)}")
 
 
-
 def worlds(recipe: Recipe, report: Callable[[str], None]) -> tuple[World, World]:
     """The recipe's training scenes and the scenes held out for samples and scores."""
     train_scenes = load_world("train", recipe.scenes, report=report)

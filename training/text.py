@@ -1,8 +1,9 @@
 """Training the bundled text encoder and its tokenizer's vocabulary.
 
-Stable Diffusion's U-Net reads a caption by cross-attention to the last hidden states, so those are taught directly:
-small attention heads, one per attribute (colour of the figure, kind of the object, ...), read them and classify.
-The heads are thrown away; what remains is a text encoder that binds "red" to "figure" before the U-Net ever sees it.
+Stable Diffusion's U-Net reads a caption by cross-attention to the last hidden states, so those are taught
+directly: small attention heads, one per attribute (colour of the figure, kind of the object, ...), read
+them and classify. The heads are thrown away; what remains is a text encoder that binds "red" to "figure"
+before the U-Net ever sees it.
 """
 
 from __future__ import annotations
@@ -55,8 +56,9 @@ def attributes(caption: str) -> list[int]:
 def build_tokenizer(captions: list[str]) -> CLIPTokenizer:
     """A CLIP tokenizer whose merges are learned from `captions`; any other UTF-8 text falls back to bytes.
 
-    Byte-pair encoding as in CLIP: 256 bytes, the same 256 at a word's end, merges, then the two special tokens, so
-    that their ids are the last two, as in CLIP's own vocabulary. 77 positions, padded with the end token.
+    Byte-pair encoding as in CLIP: 256 bytes, the same 256 at a word's end, merges, then the two special
+    tokens, so that their ids are the last two, as in CLIP's own vocabulary. 77 positions, padded with the
+    end token.
     """
     from tokenizers import Tokenizer, pre_tokenizers
     from tokenizers.models import BPE
@@ -136,12 +138,17 @@ class TextTask:
     def export(self, folder: Path) -> None:
         self.encoder.save_pretrained(folder / "text_encoder")
         self.tokenizer.save_pretrained(folder / "tokenizer")
-        (folder / "quality.json").write_text(json.dumps({"attribute accuracy": self.accuracy()}), encoding="utf-8")
+        (folder / "quality.json").write_text(
+            json.dumps({"attribute accuracy": self.accuracy()}), encoding="utf-8"
+        )
 
 
 def _tokens(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
     return cast(
-        Tensor, tokenizer(captions, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+        Tensor,
+        tokenizer(
+            captions, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
+        ).input_ids,
     )
 
 

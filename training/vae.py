@@ -79,7 +79,9 @@ def _build(recipe: VaeRecipe) -> AutoencoderKL:
     if recipe.init is not None:
         return cast("AutoencoderKL", AutoencoderKL.from_pretrained(recipe.init, local_files_only=True))
     if recipe.train == "decoder":
-        raise ValueError('train = "decoder" needs init, the folder of the autoencoder whose decoder is trained')
+        raise ValueError(
+            'train = "decoder" needs init, the folder of the autoencoder whose decoder is trained'
+        )
     torch.manual_seed(recipe.seed)
     levels = len(recipe.block_out_channels)
     vae = AutoencoderKL(
@@ -129,7 +131,9 @@ def _start_linear(vae: AutoencoderKL) -> None:
 
 
 def _haar(conv: nn.Conv2d) -> None:
-    """The first quarter of the channels to their four 2x2 Haar bands, averages first; a little noise on all."""
+    """The first quarter of the channels to their four 2x2 Haar bands, averages first; a little noise on
+    all.
+    """
     bands = torch.tensor([[1, 1, 1, 1], [1, 1, -1, -1], [1, -1, 1, -1], [1, -1, -1, 1]]) * 0.5
     quarter = conv.out_channels // 4
     conv.weight.copy_(torch.randn_like(conv.weight) * 0.02)
@@ -159,5 +163,7 @@ def normalise_latents(vae: AutoencoderKL, pictures: list[NDArray[np.uint8]], dev
     bias[channels:] -= 2.0 * std.log()  # the log variance shrinks with the mean
     encode.weight.copy_(weight)
     encode.bias.copy_(bias)
-    decode.bias.copy_(decode.bias.double() + (decode.weight.double() * mean[None, :, None, None]).sum(dim=(1, 2, 3)))
+    decode.bias.copy_(
+        decode.bias.double() + (decode.weight.double() * mean[None, :, None, None]).sum(dim=(1, 2, 3))
+    )
     decode.weight.copy_(decode.weight.double() * std[None, :, None, None])

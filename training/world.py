@@ -31,8 +31,9 @@ def cache_folder() -> Path:
 class World:
     """N rendered scenes of one split, seeds 0..N-1.
 
-    picture: uint8 N×S×S×3. inverse_depth: float16 N×S×S, 1/m. joints: float32 N×18×3 (x, y in pixels, visible).
-    figure: bool N×S×S, the figure's pixels. figure_height: float32 N, pixels. captions: N phrases.
+    picture: uint8 N×S×S×3. inverse_depth: float16 N×S×S, 1/m. joints: float32 N×18×3 (x, y in pixels,
+    visible). figure: bool N×S×S, the figure's pixels. figure_height: float32 N, pixels. captions: N
+    phrases.
     """
 
     picture: Sequence[NDArray[np.uint8]]
@@ -85,7 +86,8 @@ def load_world(
     folder: Path | None = None,
     report: Callable[[str], None] = lambda _: None,
 ) -> World:
-    """The first `count` scenes of a split, rendering those that the cache lacks (about 25 ms each on one core).
+    """The first `count` scenes of a split, rendering those that the cache lacks (about 25 ms each on one
+    core).
 
     Interrupted or repeated calls continue where the last one stopped; several processes may call it at once.
     """
@@ -116,7 +118,9 @@ def _open(root: Path, numbers: range, count: int) -> World:
 
 
 def _render_chunk(root: Path, split: str, number: int, size: int) -> None:
-    """Render one chunk into a temporary folder, then move it into place, so that no chunk is ever half written."""
+    """Render one chunk into a temporary folder, then move it into place, so that no chunk is ever half
+    written.
+    """
     from controlkit.figures import render
 
     scenes = [render(seed, size=size, split=split) for seed in range(number * CHUNK, (number + 1) * CHUNK)]
