@@ -85,6 +85,14 @@ def numbered_outputs(output: str, count: int) -> list[Path]:
     return [path.with_name(f"{path.stem}-{k}{path.suffix}") for k in range(1, count + 1)]
 
 
+def check_not_input(output: Path, inputs: Sequence[str]) -> None:
+    """Raise ValueError if `output` is one of the files that it is made from."""
+    if output.resolve() in {Path(path).resolve() for path in inputs}:
+        raise ValueError(
+            f"the output {output} would overwrite the picture it is made from: choose another -o"
+        )
+
+
 def _split_scale(rest: str) -> tuple[str, float]:
     path, colon, tail = rest.rpartition(":")
     if not colon or Path(rest).exists():

@@ -7,6 +7,7 @@ said what it does.
 
 from __future__ import annotations
 
+import io
 import os
 import shlex
 import sys
@@ -31,6 +32,7 @@ class _Commands(TyperGroup):
     """The group of commands; turns what a user can cause into one line and exit code 2."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
+        _tolerate_any_name()
         try:
             return super().main(*args, **kwargs)
         except ValueError as error:
@@ -39,6 +41,13 @@ class _Commands(TyperGroup):
             sys.exit(2)
         finally:
             _flush_stdout()
+
+
+def _tolerate_any_name() -> None:
+    """Let a file's name be printed where the terminal's encoding lacks its letters."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _flush_stdout() -> None:

@@ -118,7 +118,7 @@ def plan(
         sources = [_source_again(record, like=Path(str(like))) for record in remembered.controls]
     sources = _with_adapters(sources, arguments.parse_adapters(adapters))
     outputs = arguments.numbered_outputs(output, options.count)
-    _check_outputs(outputs, sources)
+    _check_outputs(outputs, [*(source.record.path for source in sources), *([like] if like else [])])
     notes = () if remembered is None else _version_notes(remembered)
     return Plan(options, tuple(sources), tuple(outputs), notes)
 
@@ -228,11 +228,9 @@ def _adapted(source: Source, adapter: str) -> Source:
     return Source(replace(source.record, adapter=adapter), source.picture)
 
 
-def _check_outputs(outputs: Sequence[Path], sources: Sequence[Source]) -> None:
-    inputs = {Path(source.record.path).resolve() for source in sources}
+def _check_outputs(outputs: Sequence[Path], inputs: Sequence[str]) -> None:
     for output in outputs:
-        if output.resolve() in inputs:
-            raise ValueError(f"the output {output} would overwrite the picture it is made from")
+        arguments.check_not_input(output, inputs)
         files.check_writable(output)
 
 

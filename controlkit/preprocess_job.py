@@ -33,9 +33,9 @@ def plan(kind: str, picture: str, settings: Sequence[str], *, output: str) -> Pl
     options = arguments.parse_settings(settings)
     (path,) = arguments.numbered_outputs(output, 1)
     image = images.load_picture(picture)
-    if path.resolve() == Path(picture).resolve():
-        raise ValueError(f"the output {output} would overwrite the picture it is made from")
-    files.check_writable(path)
+    arguments.check_not_input(path, [picture])
+    for written in (path, path.with_suffix(".json")) if kind == "openpose" else (path,):
+        files.check_writable(written)
     return Plan(kind, image, options, path)
 
 

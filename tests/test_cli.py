@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_detectors
 import tiny_models
 from typer.testing import CliRunner
 
@@ -20,6 +21,7 @@ from controlkit.base import load_base
 from controlkit.cli import app
 from controlkit.controlnet import from_base
 from controlkit.images import load_picture, read_png_text, write_png
+from controlkit.preprocessors import draw_poses, read_poses
 
 Run = Callable[..., "Outcome"]
 
@@ -125,6 +127,7 @@ def test_like_repeats_a_picture_byte_for_byte(generate: Run, run: Run) -> None:
     ]
     run("generate", "--like", "out-2.png", "-o", "again.png").done()
     assert Path("again.png").read_bytes() == Path("out-2.png").read_bytes()
+    assert "would overwrite" in run("generate", "--like", "out-2.png", "-o", "out-2.png").refused()
     run("generate", "--like", "out-2.png", "--seed", 3, "-o", "first.png").done()
     assert Path("first.png").read_bytes() == Path("out-1.png").read_bytes()
 
@@ -296,6 +299,40 @@ def test_usage_errors_exit_with_2(run: Run) -> None:
     outcome = run("generate", "x", "--stepz", 3)
     assert outcome.code == 2
     assert "--steps" in outcome.err
+
+
+def test_a_terminal_without_the_names_letters_is_no_traceback(photo: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "controlkit", "preprocess", "canny", str(photo), "-o", "Kanten – é.png"]
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=ascii_only)
+    assert done.returncode == 0, done.stderr
+    assert "wrote Kanten \\u2013 \\xe9.png" in done.stdout
+
+
+def test_preprocess_writes_the_joints_beside_the_map(run: Run, photo: Path, tmp_path: Path) -> None:
+    model = tiny_detectors.save_pose_model(tmp_path / "pose")
+    out = run("preprocess", "openpose", photo, f"model={model}", "threshold=0.0", "-o", "pose.png").done()
+    assert out.splitlines()[:2] == ["wrote pose.png", "wrote pose.json"]
+    poses = read_poses("pose.json")
+    assert len(poses.people) == 1
+    assert np.array_equal(draw_poses(poses.people, 64, 64), load_picture("pose.png"))
+    taken = run("preprocess", "openpose", photo, "-o", _folder(tmp_path / "x.json").with_suffix(".png"))
+    assert "it is a folder" in taken.refused()
+
+
+def test_a_depth_map_is_extracted_for_a_control(run: Run, models: Path, photo: Path, tmp_path: Path) -> None:
+    model = tiny_detectors.save_depth_model(tmp_path / "depth")
+    run("preprocess", "depth", photo, f"model={model}", "-o", "depth.png").done()
+    depth = load_picture("depth.png")
+    assert depth.shape == (64, 64, 3)
+    assert depth.min() == 0
+    assert depth.max() == 255
+
+
+def test_bad_recipes_are_one_plain_line(run: Run) -> None:
+    assert "did you mean" in run("train", "tiny-cany").refused()
+    assert "did you mean 'steps'" in run("train", "tiny-canny", "stepz=3").refused()
+    assert sorted(os.listdir()) == []
 
 
 def test_a_closed_stdout_is_no_traceback(photo: Path, tmp_path: Path) -> None:
