@@ -140,8 +140,17 @@ def _terminal() -> Iterator[Terminal]:
         terminal.close()
 
 
+def _option(metavar: str, text: str, *names: str) -> Any:
+    """An option: what stands for its value in the help, the help, and its names if not the parameter's."""
+    return typer.Option(*names, metavar=metavar, help=text)
+
+
+Text = str | None
+Texts = list[str] | None
+Whole = int | None
 _SIZE_HELP = "A multiple of 8.  [default: the first map's, or the base's]"
-Output = Annotated[str, typer.Option("-o", "--output", metavar="FILE", help="Where to write it.")]
+_SCHEDULER_HELP = "ddim, ddpm, pndm, euler, euler-a, dpm++, unipc, heun or lms.  [default: ddim]"
+Output = Annotated[str, _option("FILE", "Where to write it; an older file is replaced.", "-o", "--output")]
 Settings = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings to change.", show_default=False)
 ]
@@ -149,7 +158,7 @@ Settings = Annotated[
 
 @app.command(epilog="Example:  controlkit demo --seed 3 -o demo.png")
 def demo(
-    seed: Annotated[int, typer.Option(metavar="N", help="Which scene.")] = 0,
+    seed: Annotated[int, _option("N", "Which scene.")] = 0,
     output: Output = "demo.png",
 ) -> None:
     """Make a scene, its three maps, and pictures that follow them. Needs no network and no GPU."""
@@ -176,56 +185,25 @@ def demo(
 @app.command(epilog='Example:  controlkit generate "a cube" --control canny=photo.jpg -o out.png')
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="What the picture shows.", show_default=False)] = None,
-    control: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="KIND=PICTURE[:SCALE]", help="Follow the map of this picture: canny=photo.jpg:0.8."
-        ),
-    ] = None,
-    map_: Annotated[
-        list[str] | None,
-        typer.Option("--map", metavar="KIND=MAP[:SCALE]", help="Follow this file, which is a map already."),
-    ] = None,
+    control: Annotated[Texts, _option("KIND=PICTURE[:SCALE]", "Follow this picture's map.")] = None,
+    map_: Annotated[Texts, _option("KIND=MAP[:SCALE]", "Follow this file, a map already.", "--map")] = None,
     base: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="tiny, sd15, sd21, sdxl, a folder or a hub id.  [default: tiny]"),
+        Text, _option("NAME", "tiny, sd15, sd21, sdxl, folder or hub id.  [default: tiny]")
     ] = None,
-    adapter: Annotated[
-        list[str] | None,
-        typer.Option(metavar="KIND=NAME", help="Another ControlNet for this kind: a folder or a hub id."),
-    ] = None,
-    negative: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="What the picture should not show.")
-    ] = None,
-    steps: Annotated[
-        int | None, typer.Option(metavar="N", help="Denoising steps, 1 to 1000.  [default: 20]")
-    ] = None,
+    adapter: Annotated[Texts, _option("KIND=NAME", "Another ControlNet: a folder or a hub id.")] = None,
+    negative: Annotated[Text, _option("TEXT", "What the picture should not show.")] = None,
+    steps: Annotated[Whole, _option("N", "Denoising steps, 1 to 1000.  [default: 20]")] = None,
     guidance: Annotated[
-        float | None,
-        typer.Option(metavar="X", help="How much the prompt counts, 0 to 100.  [default: the base's]"),
+        float | None, _option("X", "How much the prompt counts.  [default: the base's]")
     ] = None,
-    scheduler: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="ddim, ddpm, pndm, euler, euler-a, dpm++, unipc, heun or lms.  [default: ddim]",
-        ),
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option(metavar="N", help="Seed of the first picture.  [default: 0]")
-    ] = None,
-    count: Annotated[
-        int, typer.Option("-n", "--count", metavar="N", help="How many pictures, with consecutive seeds.")
-    ] = 1,
+    scheduler: Annotated[Text, _option("NAME", _SCHEDULER_HELP)] = None,
+    seed: Annotated[Whole, _option("N", "Seed of the first picture.  [default: 0]")] = None,
+    count: Annotated[int, _option("N", "How many pictures, with consecutive seeds.", "-n", "--count")] = 1,
     output: Output = "out.png",
-    width: Annotated[int | None, typer.Option(metavar="PIXELS", help=_SIZE_HELP)] = None,
-    height: Annotated[int | None, typer.Option(metavar="PIXELS", help=_SIZE_HELP)] = None,
-    device: Annotated[
-        str | None, typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:1 or mps.  [default: auto]")
-    ] = None,
-    like: Annotated[
-        str | None, typer.Option(metavar="PICTURE", help="Repeat this picture; other options change it.")
-    ] = None,
+    width: Annotated[Whole, _option("PIXELS", _SIZE_HELP)] = None,
+    height: Annotated[Whole, _option("PIXELS", _SIZE_HELP)] = None,
+    device: Annotated[Text, _option("NAME", "auto, cpu, cuda, cuda:1 or mps.  [default: auto]")] = None,
+    like: Annotated[Text, _option("PICTURE", "Repeat this picture; other options change it.")] = None,
 ) -> None:
     """Make pictures that follow a prompt and the edges, pose or depth of another picture."""
     from controlkit import generate_job
