@@ -88,9 +88,10 @@ def _introduction() -> str:
     return (
         "# The bundled models\n\n"
         "A tiny Stable Diffusion with its real architecture and real classes, three ControlNets and two"
-        " estimators, trained by this project's own code on pictures that `controlkit.figures` renders. They know"
-        " that world and nothing else: twelve colours, four kinds of object, one figure. Other software loads the"
-        " folders as they are (diffusers, transformers). Weights are half precision; compute with them in float32."
+        " estimators, trained by this project's own code on pictures that `controlkit.figures` renders. They"
+        " know that world and nothing else: twelve colours, four kinds of object, one figure. Other software"
+        " loads the folders as they are (diffusers, transformers). Weights are half precision; compute with"
+        " them in float32."
     )
 
 
@@ -135,11 +136,12 @@ def _parameters(path: Path) -> int:
 def _heading(examination: Examination) -> str:
     n = examination.scenes
     return (
-        f'## Measured quality\n\nOn {n} held-out scenes (seeds 0 to {n - 1} of the "validation" split), DDIM, 20'
-        f" steps, the usual guidance, one picture per scene and adapter, by `controlkit measure -n {n} --card`."
-        " Floor: the same prompts and seeds without control. Ceiling: the true picture passed through the"
-        " autoencoder. Scores as `controlkit.training.quality` defines them; maps are exact (the picture's edges,"
-        " the renderer's joints and depth)."
+        f'## Measured quality\n\nOn {n} held-out scenes (seeds 0 to {n - 1} of the "validation" split), DDIM,'
+        f" 20 steps, the usual guidance, one picture per scene and adapter,"
+        f" by `controlkit measure -n {n} --card`. Floor: the same prompts and seeds without control. Ceiling:"
+        " the true picture passed through the autoencoder. Scores as `controlkit.training.quality` defines"
+        " them; maps are exact (the picture's"
+        " edges, the renderer's joints and depth)."
     )
 
 

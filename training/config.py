@@ -68,6 +68,8 @@ class VaeRecipe(Recipe):
     layers_per_block: PositiveInt = 1
     norm_num_groups: PositiveInt = 2
     """Few groups: a group of two channels, normalised over the picture, would forget the picture's colour."""
+    crop: Annotated[int, Field(ge=0, le=128, multiple_of=8)] = 0
+    """Side of the squares that are trained on, mostly cut around the figure; 0 takes whole pictures."""
     edge_weight: Weight = 0.5
     """Weight of the difference between neighbouring pixels' differences: sharp edges, which control needs."""
     kl_weight: Weight = 5e-4

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from controlkit import files, images
+from controlkit.folders import quiet_libraries
 from controlkit.training.checkpoints import Tensors, load_latest, save_checkpoint
 from controlkit.training.config import Recipe, to_toml
 from controlkit.training.draws import Draws
@@ -88,7 +89,7 @@ def train(
             _write_sample(run)
         if run.step % recipe.checkpoint_every == 0 or run.step == recipe.steps:
             _save(run)
-    with averaged(run), files.replace_folder(folder / result) as target:
+    with averaged(run), quiet_libraries(), files.replace_folder(folder / result) as target:
         task.export(target)
     return run
 
@@ -104,8 +105,8 @@ def train_step(run: Run) -> None:
     run.grad_norm = float(norm)
     if not (math.isfinite(run.losses[-1]) and math.isfinite(run.grad_norm)):
         raise ValueError(
-            f"training stopped before step {run.step + 1}: the loss is {run.losses[-1]:.4g} and the norm of its"
-            f" gradient {run.grad_norm:.4g}; no weight was changed and the last checkpoint is good; try a lower"
+            f"training stopped before step {run.step + 1}: the loss is {run.losses[-1]:.4g}, the norm of its"
+            f" gradient {run.grad_norm:.4g}; no weight was changed, the last checkpoint is good; try a lower"
             " learning_rate"
         )
     run.optimizer.step()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from controlkit.folders import quiet_libraries
 from controlkit.training.config import (
     BaseRecipe,
     ControlNetRecipe,
@@ -47,7 +48,8 @@ def train_recipe(
 
         torch.set_num_threads(recipe.threads)
     folder = Path(recipe.out)
-    task = build_task(recipe, progress)
+    with quiet_libraries():
+        task = build_task(recipe, progress)
     name = RESULT.get(recipe.task, "result")
     train(task, recipe, folder, progress=progress, result=name)
     return Result(folder, folder / name)

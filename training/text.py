@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -60,23 +62,46 @@ def build_tokenizer(captions: list[str]) -> CLIPTokenizer:
     tokens, so that their ids are the last two, as in CLIP's own vocabulary. 77 positions, padded with the
     end token.
     """
-    from tokenizers import Tokenizer, pre_tokenizers
-    from tokenizers.models import BPE
-    from tokenizers.trainers import BpeTrainer
+    from tokenizers import pre_tokenizers
     from transformers import CLIPTokenizer
 
-    learner = Tokenizer(BPE(end_of_word_suffix="</w>"))
-    learner.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
-    trainer = BpeTrainer(  # type: ignore[call-arg]
-        vocab_size=_MOST_MERGES, initial_alphabet=[], end_of_word_suffix="</w>", show_progress=False
-    )
-    learner.train_from_iterator(captions, trainer)
-    learned = json.loads(learner.to_str())["model"]["merges"]
-    merges = [tuple(pair) if isinstance(pair, list) else tuple(pair.split(" ")) for pair in learned]
+    merges = learn_merges(captions, most=_MOST_MERGES)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*alphabet, *(letter + "</w>" for letter in alphabet), *(a + b for a, b in merges), *_SPECIAL]
     vocabulary = {token: number for number, token in enumerate(dict.fromkeys(tokens))}
     return cast("CLIPTokenizer", CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=77))
+
+
+def learn_merges(captions: list[str], *, most: int) -> list[tuple[str, str]]:
+    """The commonest neighbours, merged one pair after the other: Sennrich et al. 2016, algorithm 1.
+
+    Ties go to the pair that sorts first, so that the same captions give the same merges; the tokenizers
+    library's trainer breaks them by the order of a hash table, which differs from run to run.
+    """
+    counts = Counter(word for caption in captions for word in caption.lower().split())
+    words = {(*word[:-1], word[-1] + "</w>"): count for word, count in counts.items()}
+    merges: list[tuple[str, str]] = []
+    while len(merges) < most:
+        pairs: Counter[tuple[str, str]] = Counter()
+        for parts, count in words.items():
+            for pair in pairwise(parts):
+                pairs[pair] += count
+        if not pairs:
+            break
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(best)
+        words = {_merged(parts, best): count for parts, count in words.items()}
+    return merges
+
+
+def _merged(parts: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
+    result: list[str] = []
+    for part in parts:
+        if result and (result[-1], part) == pair:
+            result[-1] += part
+        else:
+            result.append(part)
+    return tuple(result)
 
 
 class _Readers(nn.Module):

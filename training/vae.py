@@ -40,7 +40,8 @@ class VaeTask:
 
     def loss(self, draws: Draws) -> Tensor:
         indices = draws.indices(len(self.world), self.recipe.batch_size)
-        pixel_values = images.picture_to_tensor([self.world.picture[i] for i in indices]).to(self.device)
+        pictures = [self._cut(i, draws) for i in indices]
+        pixel_values = images.picture_to_tensor(pictures).to(self.device)
         if self.recipe.train == "decoder":
             with torch.no_grad():
                 latents = self.vae.encode(pixel_values).latent_dist.mean.float()
@@ -54,6 +55,22 @@ class VaeTask:
         # KL(N(mean, var) || N(0, 1)) per latent element: Kingma & Welling 2013, appendix B
         kl = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).mean()
         return self._reconstruction_loss(reconstruction, pixel_values) + self.recipe.kl_weight * kl
+
+    def _cut(self, index: int, draws: Draws) -> NDArray[np.uint8]:
+        """A scene's picture, or a square of it on the grid of latents: three times in four around the
+        figure.
+        """
+        picture, side = self.world.picture[index], self.recipe.crop
+        if not side:
+            return picture
+        height, width = picture.shape[:2]
+        rows, columns = np.nonzero(self.world.figure[index])
+        at = draws.numpy.integers(len(rows))
+        y, x = int(rows[at]) - side // 2, int(columns[at]) - side // 2
+        if draws.numpy.random() < 0.25:
+            y, x = draws.numpy.integers(height - side + 1), draws.numpy.integers(width - side + 1)
+        y, x = (8 * round(np.clip(v, 0, size - side) / 8) for v, size in ((y, height), (x, width)))
+        return picture[y : y + side, x : x + side]
 
     def _reconstruction_loss(self, reconstruction: Tensor, pixel_values: Tensor) -> Tensor:
         error = reconstruction - pixel_values

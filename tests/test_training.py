@@ -1,0 +1,311 @@
+"""Training: recipes, draws, checkpoints and the loop, on real tasks at a few steps."""
+
+import json
+import math
+import tomllib
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from controlkit.training import train_recipe
+from controlkit.training.checkpoints import load_latest, save_checkpoint
+from controlkit.training.config import (
+    VaeRecipe,
+    find_recipe,
+    load_recipe,
+    parse_recipe,
+    recipe_names,
+    to_toml,
+)
+from controlkit.training.draws import Draws
+from controlkit.training.loop import learning_rate
+from controlkit.training.text import ATTRIBUTES, attributes, build_tokenizer
+from controlkit.training.world import load_world
+
+TEXT = (
+    'task = "text"\nout = "{out}"\nsteps = 8\nbatch_size = 4\nlearning_rate = 1e-3\nscenes = 60\nema = 0.9\n'
+)
+TEXT += (
+    "warmup = 2\nlog_every = 1\ncheckpoint_every = 3\nhidden_size = 16\nlayers = 1\nheads = 2\nthreads = 1\n"
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def world_cache(tmp_path_factory):
+    """Scenes are rendered once for this module, outside the user's cache."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("CONTROLKIT_CACHE", str(tmp_path_factory.mktemp("cache")))
+    yield
+    patch.undo()
+
+
+@pytest.fixture
+def text_recipe(tmp_path):
+    path = tmp_path / "text.toml"
+    path.write_text(TEXT.format(out=tmp_path / "run"))
+    return path
+
+
+def losses(folder):
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+# --- recipes ----
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_bundled_recipes_parse_and_repeat_themselves(name):
+    recipe = load_recipe(name)
+    assert parse_recipe(tomllib.loads(to_toml(recipe)), where="x") == recipe
+    assert f"controlkit train {name}\n" in find_recipe(name).read_text()
+
+
+def test_overrides_are_typed_like_toml():
+    recipe = load_recipe("tiny-canny", ["steps=3", "learning_rate = 1e-5", "out=a=b c", "base=some/folder"])
+    assert (recipe.steps, recipe.learning_rate, recipe.out, recipe.base) == (3, 1e-5, "a=b c", "some/folder")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("step=3", r"unknown key 'step' \(did you mean 'steps'\?\)"),
+        ("steps=0", "steps: input should be greater than 0, not 0"),
+        ("steps=many", "steps: .* not 'many'"),
+        ("learning_rate=nan", "learning_rate"),
+        ("learning_rate=-1", "learning_rate"),
+        ("caption_dropout=1.5", "caption_dropout"),
+        ("map=cany", "map: .* not 'cany'"),
+        ("steps", "key=value"),
+        ("task=controlnets", "did you mean 'controlnet'"),
+        ("seed=-1", "seed"),
+    ],
+)
+def test_bad_overrides_are_one_plain_line(override, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        load_recipe("tiny-canny", [override])
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_and_broken_recipes(tmp_path):
+    with pytest.raises(ValueError, match="did you mean 'tiny-canny'"):
+        load_recipe("tiny-cany")
+    with pytest.raises(ValueError, match="no recipe file"):
+        load_recipe(str(tmp_path / "none.toml"))
+    broken = tmp_path / "broken.toml"
+    broken.write_text("steps = [")
+    with pytest.raises(ValueError, match="not valid TOML"):
+        load_recipe(str(broken))
+    broken.write_text("")
+    with pytest.raises(ValueError, match="task"):
+        load_recipe(str(broken))
+
+
+# --- draws ----
+
+
+def test_each_epoch_visits_each_item_once_in_its_own_order():
+    batches = [Draws(5, step).indices(10, 4) for step in range(5)]  # two epochs of ten
+    flat = [index for batch in batches for index in batch]
+    assert sorted(flat[:10]) == sorted(flat[10:]) == list(range(10))
+    assert flat[:10] != flat[10:]
+    assert Draws(6, 0).indices(10, 4) != batches[0]
+
+
+def test_draws_depend_on_seed_and_step_alone():
+    first, again = Draws(1, 7), Draws(1, 7)
+    torch.randn(3)
+    assert torch.equal(first.normal(2, 3), again.normal(2, 3))
+    assert torch.equal(first.timesteps(5, 1000), again.timesteps(5, 1000))
+    assert not torch.equal(Draws(1, 8).normal(2, 3), Draws(1, 7).normal(2, 3))
+    assert Draws(1, 0).chosen(20000, 0.1).float().mean() == pytest.approx(0.1, abs=0.01)
+
+
+def test_learning_rate_warms_up_and_falls():
+    recipe = VaeRecipe(task="vae", out="x", steps=110, batch_size=1, learning_rate=1e-3, warmup=10)
+    assert learning_rate(recipe, 0) == pytest.approx(1e-4)
+    assert learning_rate(recipe, 10) == pytest.approx(1e-3)
+    assert learning_rate(recipe, 60) == pytest.approx(1e-3 * 0.51)
+    assert learning_rate(recipe, 110) == pytest.approx(2e-5)
+    constant = recipe.model_copy(update={"schedule": "constant"})
+    assert learning_rate(constant, 109) == 1e-3
+
+
+# --- checkpoints ----
+
+
+def checkpoint(folder, step):
+    tensors = {"a": torch.full((3,), float(step))}
+    return save_checkpoint(folder, step, weights=tensors, optimizer=tensors, state={})
+
+
+def test_the_newest_good_checkpoint_is_loaded(tmp_path):
+    for step in (5, 10, 15):
+        checkpoint(tmp_path, step)
+    (tmp_path / "step-final").mkdir()
+    (tmp_path / "step-000099.tmp").mkdir()
+    assert sorted(path.name for path in tmp_path.glob("step-0000??")) == ["step-000010", "step-000015"]
+    (weights, _, state), refused = load_latest(tmp_path)
+    assert (state["step"], weights["a"].tolist(), refused) == (15, [15.0] * 3, [])
+
+
+@pytest.mark.parametrize(
+    "name", ["weights.safetensors", "optimizer.safetensors", "state.json", "manifest.json"]
+)
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path, name, damage):
+    checkpoint(tmp_path, 5)
+    path = checkpoint(tmp_path, 10) / name
+    data = bytearray(path.read_bytes())
+    if damage == "remove":
+        path.unlink()
+    elif damage == "cut":
+        path.write_bytes(data[: len(data) // 2])
+    else:
+        data[-2] ^= 64
+        path.write_bytes(data)
+    (_, _, state), refused = load_latest(tmp_path)
+    assert state["step"] == 5
+    assert len(refused) == 1
+    assert "step-000010" in refused[0]
+
+
+def test_no_checkpoint_at_all(tmp_path):
+    assert load_latest(tmp_path / "none") == (None, [])
+
+
+# --- the loop ----
+
+
+def test_a_stopped_run_equals_an_uninterrupted_one(tmp_path, text_recipe):
+    whole = train_recipe(str(text_recipe), [f"out={tmp_path / 'whole'}"])
+
+    class Stop(Exception):
+        pass
+
+    def stop_at_five(step):
+        if step.step == 5:
+            raise Stop
+
+    parts = tmp_path / "parts"
+    with pytest.raises(Stop):
+        train_recipe(str(text_recipe), [f"out={parts}"], progress=stop_at_five)
+    messages = []
+    train_recipe(str(text_recipe), [f"out={parts}"], progress=lambda step: messages.append(step.message))
+    assert "resumed at step 3" in messages
+    assert losses(parts) == losses(whole.folder)
+    result = "result/text_encoder/model.safetensors"
+    mine, theirs = load_file(parts / result), load_file(whole.folder / result)
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+    optimizer = "checkpoints/step-000008/optimizer.safetensors"
+    assert (parts / optimizer).read_bytes() == (whole.folder / optimizer).read_bytes()
+
+
+def test_the_run_folder_is_complete_and_repeats_itself(text_recipe, tmp_path):
+    run = train_recipe(str(text_recipe)).folder
+    assert sorted(path.name for path in run.iterdir()) == [
+        "checkpoints",
+        "config.toml",
+        "metrics.jsonl",
+        "result",
+    ]
+    again = train_recipe(str(run / "config.toml"), [f"out={tmp_path / 'again'}"]).folder
+    assert losses(again) == losses(run)
+    before = (run / "metrics.jsonl").read_text()
+    train_recipe(str(text_recipe))  # a finished run is not trained further
+    assert (run / "metrics.jsonl").read_text() == before
+
+
+def test_a_folder_of_another_recipe_is_refused(text_recipe):
+    train_recipe(str(text_recipe), ["steps=2"])
+    with pytest.raises(ValueError, match=r"another recipe \(learning_rate 0.001 -> 0.002, steps 2 -> 3\)"):
+        train_recipe(str(text_recipe), ["steps=3", "learning_rate=2e-3"])
+
+
+def test_a_loss_that_is_not_finite_changes_no_weight(text_recipe, tmp_path, monkeypatch):
+    from controlkit.training.text import TextTask
+
+    train_recipe(str(text_recipe), ["steps=8", f"out={tmp_path / 'good'}"])
+    real, seen = TextTask.loss, {}
+
+    def overflow_at_five(self, draws):
+        seen["weights"] = {k: v.clone() for k, v in self.encoder.state_dict().items()}
+        seen["task"] = self
+        return real(self, draws) * (math.inf if draws.step == 5 else 1.0)
+
+    monkeypatch.setattr(TextTask, "loss", overflow_at_five)
+    with pytest.raises(ValueError, match="stopped before step 6: the loss is inf"):
+        train_recipe(str(text_recipe))
+    after = seen["task"].encoder.state_dict()
+    assert all(torch.equal(value, after[key]) for key, value in seen["weights"].items())
+
+
+def test_cuda_without_cuda_is_said_before_anything_is_loaded(text_recipe):
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    with pytest.raises(ValueError, match="device=cpu"):
+        train_recipe(str(text_recipe), ["device=cuda"])
+
+
+# --- the world's text ----
+
+
+def test_the_tokenizer_takes_any_text_and_words_of_the_world_whole():
+    captions = load_world("train", 250).captions
+    tokenizer = build_tokenizer(captions)
+    assert len(tokenizer.tokenize(captions[0])) == len(captions[0].split())
+    for text in ("héllo 世界 42!", "مرحبا", "🙂 ok", "zürich"):
+        tokens = tokenizer(text).input_ids
+        assert tokenizer.unk_token_id not in tokens[1:-1] or tokenizer.unk_token == tokenizer.eos_token
+        assert tokenizer.decode(tokens, skip_special_tokens=True).replace(" ", "") == text.replace(" ", "")
+    empty = tokenizer("", padding="max_length", max_length=77).input_ids
+    assert empty == [len(tokenizer) - 2] + [len(tokenizer) - 1] * 76
+
+
+def test_attributes_read_a_caption():
+    caption = "an orange figure with raised arms next to a red cube and a blue ball on a grey floor under a pink sky"
+    names = {
+        key: choices[k] for (key, choices), k in zip(ATTRIBUTES.items(), attributes(caption), strict=True)
+    }
+    assert names == {
+        "figure": "orange",
+        "action": "with raised arms",
+        "colour": "red",
+        "object": "cube",
+        "colour2": "blue",
+        "object2": "ball",
+        "floor": "grey",
+        "sky": "pink",
+    }
+
+
+# --- the autoencoder ----
+
+
+def test_normalised_latents_decode_to_the_same_picture():
+    from controlkit import images
+    from controlkit.training.vae import _build, normalise_latents
+
+    recipe = VaeRecipe(
+        task="vae", out="x", steps=1, batch_size=1, learning_rate=1e-3, block_out_channels=(8, 8, 16, 16)
+    )
+    vae = _build(recipe).eval()
+    pictures = [load_world("train", 250).picture[i] for i in range(40)]
+    x = images.picture_to_tensor(pictures[:4])
+    with torch.no_grad():
+        before, logvar = vae.encode(x).latent_dist.mean, vae.encode(x).latent_dist.logvar
+        decoded = vae.decode(before).sample
+        normalise_latents(vae, pictures, torch.device("cpu"))
+        after = vae.encode(x).latent_dist
+        again = vae.decode(after.mean).sample
+        latents = torch.cat([vae.encode(images.picture_to_tensor([p])).latent_dist.mean for p in pictures])
+    np.testing.assert_allclose(latents.mean(dim=(0, 2, 3)), 0, atol=1e-4)
+    np.testing.assert_allclose(latents.std(dim=(0, 2, 3)), 1, atol=1e-4)
+    torch.testing.assert_close(again, decoded, atol=1e-4, rtol=1e-4)
+    spread, unscaled = (0.5 * after.logvar).exp(), (0.5 * logvar).exp()
+    ratio = (before - before.mean(dim=(0, 2, 3), keepdim=True)).std(dim=(0, 2, 3)) / after.mean.std(
+        dim=(0, 2, 3)
+    )
+    torch.testing.assert_close(spread * ratio[None, :, None, None], unscaled, rtol=0.02, atol=1e-6)
