@@ -19,6 +19,7 @@ from torch import Tensor
 
 from controlkit import diffusion
 from controlkit.controlnet import check_structure, lock
+from controlkit.devices import check_device
 from controlkit.folders import find_folder, load_part, quiet_libraries, read_json
 from controlkit.naming import unknown
 
@@ -242,18 +243,6 @@ def noise_schedule(scheduler_config: Mapping[str, Any]) -> Tensor:
         beta_end=scheduler_config.get("beta_end", 0.02),
         zero_terminal_snr=scheduler_config.get("rescale_betas_zero_snr", False),
     )
-
-
-def check_device(device: str | torch.device) -> torch.device:
-    """The device, if torch can use it here. Raises ValueError in one line if not."""
-    try:
-        found = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"unknown device {device!r}: use cpu, cuda, cuda:0 or mps") from error
-    missing_cuda = found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count()
-    if missing_cuda or (found.type == "mps" and not torch.backends.mps.is_available()):
-        raise ValueError(f"device {str(device)!r} is not available here: use cpu")
-    return found
 
 
 def _part(folder: Path, part: str) -> Path:

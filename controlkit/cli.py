@@ -1,4 +1,4 @@
-"""The command line: `controlkit demo | generate | preprocess | train`. The only module that prints.
+"""The command line: `controlkit demo | generate | preprocess | train | measure`. The only module that prints.
 
 Results go to stdout, everything else to stderr. A mistake of the user is a ValueError anywhere below: it
 becomes one line on stderr and exit code 2. Ctrl-C is 130. Nothing heavy is imported before a command has
@@ -283,6 +283,40 @@ def train(
     if result.result.name == "controlnet":
         print("use it with, for canny:")
         print(f'  controlkit generate "a red figure" --control canny=PICTURE --adapter canny={result.result}')
+
+
+@app.command(epilog="Example:  controlkit measure -n 50 --adapter canny=runs/tiny-canny/controlnet")
+def measure(
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KIND=NAME", help="Measure this ControlNet instead of the bundled three."),
+    ] = None,
+    count: Annotated[int, typer.Option("-n", "--count", metavar="N", help="Held-out scenes.")] = 50,
+    base: Annotated[str, typer.Option(metavar="NAME", help="A base of the bundled world.")] = "tiny",
+    card: Annotated[
+        bool, typer.Option("--card", help="Write the bundled models' page, controlkit/tiny/README.md.")
+    ] = False,
+) -> None:
+    """Measure on the bundled world how well pictures follow their maps and captions."""
+    from controlkit.arguments import parse_adapters
+
+    names = parse_adapters(adapter or ())
+    with _terminal() as terminal:
+        terminal.status("loading the libraries and models")
+        from controlkit.adapters import load_adapter
+        from controlkit.base import load_base
+        from controlkit.training import bundle, quality
+
+        locked = load_base(base)
+        adapters = {
+            kind: load_adapter(name, base=locked)
+            for kind, name in (names or {kind: kind for kind in quality.KINDS}).items()
+        }
+        terminal.status(f"measuring on {count} held-out scenes")
+        examination = quality.examine(locked, adapters, scenes=count, progress=terminal.progress)
+        if card:
+            bundle.write_card(examination)
+    print("\n\n".join(bundle.quality_table(examination)))
 
 
 def main() -> None:

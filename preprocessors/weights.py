@@ -46,7 +46,7 @@ def load_model(model_class: Any, folder: Path, *, device: str) -> Any:
     """
     import torch
 
-    from controlkit.base import check_device
+    from controlkit.devices import check_device
 
     target = check_device(device)
     return load_part(model_class, folder, dtype=torch.float32).to(target).requires_grad_(False)

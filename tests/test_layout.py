@@ -27,8 +27,9 @@ FOLDERS = {
 # The application modules may use everything; the rest of the core knows neither of the other two packages.
 APPLICATION = {f"controlkit.{name}" for name in ("__main__", "cli", "demo", "generate_job", "preprocess_job")}
 PREPROCESSORS_MAY_USE = {
+    "controlkit.devices",
     "controlkit.files",
-    "controlkit.hub",
+    "controlkit.folders",
     "controlkit.images",
     "controlkit.limits",
     "controlkit.naming",

@@ -265,7 +265,8 @@ def test_the_tokenizer_takes_any_text_and_words_of_the_world_whole():
 
 
 def test_attributes_read_a_caption():
-    caption = "an orange figure with raised arms next to a red cube and a blue ball on a grey floor under a pink sky"
+    caption = "an orange figure with raised arms next to a red cube and a blue ball"
+    caption += " on a grey floor under a pink sky"
     names = {
         key: choices[k] for (key, choices), k in zip(ATTRIBUTES.items(), attributes(caption), strict=True)
     }

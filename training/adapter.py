@@ -82,7 +82,7 @@ class ControlNetTask:
         if self.recipe.map == "depth" and draws.numpy.random() < 0.5:
             import cv2
 
-            image = cv2.GaussianBlur(image, (0, 0), float(draws.numpy.uniform(0.4, 2.0)))
+            return np.asarray(cv2.GaussianBlur(image, (0, 0), float(draws.numpy.uniform(0.4, 2.0))))
         return image
 
     def sample(self) -> NDArray[np.uint8]:

@@ -13,10 +13,11 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+import controlkit
 from controlkit import files
 from controlkit.training.quality import FOLLOWS, KINDS, LOWER_IS_BETTER, Examination
 
-TINY = Path(__file__).resolve().parents[1] / "controlkit" / "tiny"
+TINY = Path(controlkit.__file__).parent / "tiny"
 # folder in controlkit/tiny: (run, result's folder in it, what it is)
 PARTS: Mapping[str, tuple[str, str, str]] = {
     "base": ("bundled-base", "result", "Stable Diffusion pipeline folder (v-prediction, 128×128)"),
@@ -54,9 +55,7 @@ def write_card(examination: Examination, target: Path = TINY) -> None:
         *quality_table(examination),
         _footnotes(target),
     ]
-    files.write_text(
-        target / CARD, "\n\n".join("\n".join(s) if isinstance(s, list) else s for s in sections) + "\n"
-    )
+    files.write_text(target / CARD, "\n\n".join(sections) + "\n")
 
 
 def quality_table(examination: Examination) -> list[str]:
@@ -95,7 +94,7 @@ def _introduction() -> str:
     )
 
 
-def _parts_table(target: Path) -> list[str]:
+def _parts_table(target: Path) -> str:
     rows = ["| folder | what | parameters | MB | recipe | seed | steps |", "|---|---|---|---|---|---|---|"]
     total = 0.0
     for name, (run, _, what) in PARTS.items():
@@ -115,7 +114,7 @@ def _parts_table(target: Path) -> list[str]:
             recipe["steps"],
         )
         rows.append(f"| {' | '.join(map(str, cells))} |")
-    return [*rows, f"| all | | | {total:.1f} | | | |"]
+    return "\n".join([*rows, f"| all | | | {total:.1f} | | | |"])
 
 
 def _recipe(target: Path, run: str) -> dict[str, object]:

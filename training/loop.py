@@ -120,7 +120,7 @@ def forward_backward(run: Run) -> Tensor:
     draws = Draws(run.recipe.seed, run.step)
     with torch.autocast(run.device.type, dtype=torch.bfloat16, enabled=run.recipe.precision == "bf16"):
         loss = run.task.loss(draws)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     return loss.detach()
 
 

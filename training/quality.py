@@ -20,6 +20,7 @@ from controlkit.base import Base
 from controlkit.control import Control
 from controlkit.figures import COLOURS, Scene, render
 from controlkit.metrics import depth_rmse, edge_f1, iou, nearest_colour, pck
+from controlkit.naming import unknown
 from controlkit.sampling import generate
 from controlkit.training.world import exact_map
 
@@ -131,10 +132,13 @@ def examine(
 
     Scene k is generated with seed k, DDIM, 20 steps and the base's usual guidance. Every score needs its
     estimator: with one adapter only that adapter's own kind is scored. Raises ValueError for fewer than 1
-    or more than 2³² scenes.
+    or more than 2³² scenes, or an unknown kind.
     """
     if not 1 <= scenes <= 2**32:
         raise ValueError(f"{scenes} scenes: examine between 1 and 2^32 of them")
+    for kind in adapters:
+        if kind not in KINDS:
+            raise unknown("kind of map", kind, KINDS)
     examiner, rows = Examiner(), []
     for number in range(scenes):
         scene = render(number, split="validation", size=base.resolution)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from controlkit import files
 from controlkit.folders import quiet_libraries
 from controlkit.training.config import (
     BaseRecipe,
@@ -52,7 +53,31 @@ def train_recipe(
         task = build_task(recipe, progress)
     name = RESULT.get(recipe.task, "result")
     train(task, recipe, folder, progress=progress, result=name)
+    if isinstance(recipe, ControlNetRecipe) and recipe.score_scenes:
+        return _scored(recipe, folder, folder / name, progress)
     return Result(folder, folder / name)
+
+
+def _scored(
+    recipe: ControlNetRecipe, folder: Path, result: Path, progress: Callable[[Progress], None]
+) -> Result:
+    """Measure a trained adapter on held-out scenes, write scores.json, and say it in lines."""
+    from controlkit.adapters import load_adapter
+    from controlkit.base import load_base
+    from controlkit.training.quality import FOLLOWS, examine
+
+    message = f"measuring on {recipe.score_scenes} held-out scenes"
+    progress(Progress(recipe.steps, recipe.steps, math.nan, 0.0, math.nan, message))
+    base = load_base(recipe.base, device=device_name(recipe))
+    adapter = load_adapter(str(result), base=base)
+    examination = examine(base, {recipe.map: adapter}, scenes=recipe.score_scenes)
+    files.write_json(folder / "scores.json", {"scenes": examination.scenes, **examination.scores})
+    shown = (FOLLOWS[recipe.map], "silhouette IoU", "colours")
+    lines = [f"on {examination.scenes} held-out scenes:  no control -> this adapter  (ceiling)"]
+    for score in shown:
+        floor, ours, ceiling = (examination.scores[row][score] for row in ("floor", recipe.map, "ceiling"))
+        lines.append(f"  {score:<15} {floor:.3f} -> {ours:.3f}  ({ceiling:.3f})")
+    return Result(folder, result, dict(examination.scores[recipe.map]), lines)
 
 
 def build_task(recipe: Recipe, progress: Callable[[Progress], None]) -> Task:

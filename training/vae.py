@@ -154,7 +154,7 @@ def _haar(conv: nn.Conv2d) -> None:
     bands = torch.tensor([[1, 1, 1, 1], [1, 1, -1, -1], [1, -1, 1, -1], [1, -1, -1, 1]]) * 0.5
     quarter = conv.out_channels // 4
     conv.weight.copy_(torch.randn_like(conv.weight) * 0.02)
-    nn.init.zeros_(conv.bias)
+    nn.init.zeros_(cast(Tensor, conv.bias))
     for channel in range(4 * quarter):
         band, source = divmod(channel, quarter)
         conv.weight[channel, source, :2, :2] += bands[band].reshape(2, 2)

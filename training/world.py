@@ -124,7 +124,7 @@ def _render_chunk(root: Path, split: str, number: int, size: int) -> None:
     from controlkit.figures import render
 
     scenes = [render(seed, size=size, split=split) for seed in range(number * CHUNK, (number + 1) * CHUNK)]
-    columns = {
+    columns: dict[str, NDArray[Any]] = {
         "picture": np.stack([scene.picture for scene in scenes]),
         "inverse_depth": np.stack([scene.inverse_depth for scene in scenes]).astype(np.float16),
         "joints": np.stack([scene.joints for scene in scenes]).astype(np.float32),
