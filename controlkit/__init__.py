@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from controlkit.images import load_picture as load_picture
     from controlkit.sampling import generate as generate
 
-    __version__: str
+__version__ = "0.1.0"
 
 _HOME = {
     "Adapter": "adapters",
@@ -27,8 +27,6 @@ __all__ = [*_HOME, "__version__"]
 
 
 def __getattr__(name: str) -> object:
-    if name == "__version__":
-        return import_module("importlib.metadata").version("controlkit")
     if name not in _HOME:
         raise AttributeError(f"module 'controlkit' has no attribute {name!r}")
     return getattr(import_module(f"controlkit.{_HOME[name]}"), name)

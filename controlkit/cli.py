@@ -170,15 +170,19 @@ def demo(
 
     check_seeds([seed])
     (path,) = numbered_outputs(output, 1)
-    check_writable(path)
+    scene = path.with_name(f"{path.stem}-scene.png")
+    for file in (path, scene):
+        check_writable(file)
     with _terminal() as terminal:
         result = demo_module.run_demo(seed, report=terminal)
         write_png(path, result.sheet)
+        write_png(scene, result.picture)
     for line in result.table():
         print(line)
-    print(f"\nwrote {path} in {result.seconds:.0f} s: look at it, then try")
-    print(f"  controlkit demo --seed {seed + 1}")
-    print('  controlkit generate "a red figure next to a blue cube on a white floor under a green sky" -n 4')
+    print(f"\nwrote {path} in {result.seconds:.0f} s: look at it")
+    print(f"wrote {scene}, its picture: try")
+    quoted = shlex.quote(f"canny={scene}")
+    print(f'  controlkit generate "a red figure on a white floor under a green sky" --control {quoted} -n 4')
     print("  controlkit train tiny-canny")
 
 

@@ -49,9 +49,14 @@ class Score:
 
 @dataclass(frozen=True, eq=False)
 class DemoResult:
-    """sheet: uint8 (H, W, 3), one row per map. seconds: for everything, imports included."""
+    """sheet: uint8 (H, W, 3), one row per map. picture: the scene's, uint8 (128, 128, 3). caption: its own.
+
+    seconds: for everything, imports included.
+    """
 
     sheet: np.ndarray
+    picture: np.ndarray
+    caption: str
     scores: tuple[Score, ...]
     seconds: float
 
@@ -101,7 +106,7 @@ def run_demo(seed: int, *, report: Report) -> DemoResult:
     sheet = sheets.contact_sheet(
         cells, title=f"Each row: a picture, its map, and {SAMPLES} pictures that follow the map"
     )
-    return DemoResult(sheet, scores, time.monotonic() - started)
+    return DemoResult(sheet, scene.picture, scene.caption, scores, time.monotonic() - started)
 
 
 def _controls(base: Base, maps: Mapping[str, Map], row: Sequence[str]) -> list[Control]:

@@ -35,7 +35,13 @@ def test_labels_name_the_things() -> None:
 
 
 def test_the_table_is_in_columns() -> None:
-    result = DemoResult(render(0).picture, (Score("canny", MEASURES["canny"], 0.914, 0.2),), 12.0)
+    result = DemoResult(
+        render(0).picture,
+        render(0).picture,
+        "a figure",
+        (Score("canny", MEASURES["canny"], 0.914, 0.2),),
+        12.0,
+    )
     head, row = result.table()
     assert head.endswith("with map   without")
     assert row.startswith("canny ")

@@ -105,7 +105,7 @@ class BaseTask:
         from diffusers import AutoencoderKL
 
         vae = self.base.vae
-        if self.recipe.decoder is not None:
+        if self.recipe.decoder:
             vae = AutoencoderKL.from_pretrained(self.recipe.decoder, local_files_only=True)
         save_pipeline(self.base, folder, vae=vae)
 

@@ -142,7 +142,7 @@ class DepthRecipe(Recipe):
     layers: PositiveInt = 4
     heads: PositiveInt = 4
     patch_size: PositiveInt = 8
-    fusion_size: PositiveInt = 32
+    fusion_size: PositiveInt = 16
 
 
 _TASKS: dict[str, type[Recipe]] = {

@@ -170,7 +170,7 @@ def device_name(recipe: Recipe) -> str:
     return recipe.device
 
 
-_MAY_CHANGE = {"out", "checkpoint_every", "sample_every", "log_every", "threads", "device"}
+_MAY_CHANGE = {"out", "checkpoint_every", "sample_every", "log_every", "threads", "device", "decoder"}
 
 
 def _check_same_recipe(recipe: Recipe, folder: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -93,10 +95,7 @@ def load_world(
     """
     root = (folder or cache_folder()) / f"world-{VERSION}-{split}-{size}"
     numbers = range((count + CHUNK - 1) // CHUNK)
-    for number in numbers:
-        if not (root / f"{number:05d}").is_dir():
-            _render_chunk(root, split, number, size)
-            report(f"rendering scenes of the bundled world: {min((number + 1) * CHUNK, count)} of {count}")
+    _render_missing(root, split, [n for n in numbers if not (root / f"{n:05d}").is_dir()], size, report)
     return _open(root, numbers, count)
 
 
@@ -115,6 +114,27 @@ def _open(root: Path, numbers: range, count: int) -> World:
         figure_height=np.concatenate(chunks("figure_height"))[:count],
         captions=captions[:count],
     )
+
+
+def _render_missing(
+    root: Path, split: str, missing: list[int], size: int, report: Callable[[str], None]
+) -> None:
+    """Render chunks on every core: this process takes its share, and further interpreters take the rest."""
+    shares = min(os.cpu_count() or 1, len(missing))
+    if not shares:
+        return
+    command = [sys.executable, "-m", "controlkit.training.world", str(root), split, str(size)]
+    others = [subprocess.Popen([*command, *map(str, missing[k::shares])]) for k in range(1, shares)]
+    try:
+        for done, number in enumerate(missing[::shares]):
+            report(f"rendering {len(missing) * CHUNK} scenes: {done * shares * CHUNK} done")
+            _render_chunk(root, split, number, size)
+        failed = [process.returncode for process in others if process.wait() != 0]
+    finally:
+        for process in others:
+            process.terminate()
+    if failed:
+        raise ValueError(f"rendering scenes into {root} failed: is there space, and may it be written?")
 
 
 def _render_chunk(root: Path, split: str, number: int, size: int) -> None:
@@ -147,3 +167,9 @@ def _render_chunk(root: Path, split: str, number: int, size: int) -> None:
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    _root, _split, _size, *_numbers = sys.argv[1:]
+    for _number in _numbers:
+        _render_chunk(Path(_root), _split, int(_number), int(_size))
