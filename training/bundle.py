@@ -27,7 +27,12 @@ PARTS: Mapping[str, tuple[str, str, str]] = {
     "pose": ("bundled-pose-estimator", "result", "pose estimator, ViTPose classes"),
     "depth": ("bundled-depth-estimator", "result", "depth estimator, Depth Anything classes"),
 }
-_ALSO = ("bundled-vae", "bundled-vae-decoder", "bundled-text")  # runs whose results are inside `base`
+_ALSO = (
+    "bundled-vae",
+    "bundled-vae-details",
+    "bundled-vae-decoder",
+    "bundled-text",
+)  # runs whose results are inside `base`
 CARD, QUALITY = "README.md", "quality.json"
 
 
