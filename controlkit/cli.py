@@ -285,8 +285,12 @@ def train(
         print(line)
     print(f"\nwrote {result.result}")
     if result.result.name == "controlnet":
-        print("use it with, for canny:")
-        print(f'  controlkit generate "a red figure" --control canny=PICTURE --adapter canny={result.result}')
+        from controlkit.adapters import read_info
+
+        kind = read_info(result.result).map.kind
+        named = shlex.quote(f"{kind}={result.result}")
+        print("use it with:")
+        print(f'  controlkit generate "a red figure" --control {kind}=PICTURE --adapter {named}')
 
 
 @app.command(epilog="Example:  controlkit measure -n 50 --adapter canny=runs/tiny-canny/controlnet")
