@@ -8,7 +8,7 @@ draw from different random streams, so training, validation and demonstration sc
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final
@@ -88,6 +88,37 @@ class Scene:
         return float(rows[-1] - rows[0] + 1)
 
 
+class _Dice:
+    """Random choices whose arithmetic stands here: `random` promises the same bits for `random()` alone."""
+
+    def __init__(self, seed: str) -> None:
+        self.random = random.Random(seed).random
+
+    def uniform(self, low: float, high: float) -> float:
+        return low + (high - low) * self.random()
+
+    def choose(self, options: Sequence[str]) -> str:
+        return options[int(self.random() * len(options))]
+
+
+@dataclass(frozen=True)
+class _Camera:
+    """A camera `height` metres above the floor's origin, looking `pitch` degrees down: floor space (as body
+    space, but z away from the camera) to view space.
+    """
+
+    focal: float
+    pitch: float
+    height: float
+
+    def direction(self, v: Vector) -> Vector:
+        c, s = cosine(self.pitch), sine(self.pitch)
+        return (v[0], v[1] * c + v[2] * s, v[2] * c - v[1] * s)
+
+    def point(self, p: Vector) -> Vector:
+        return self.direction((p[0], p[1] - self.height, p[2]))
+
+
 @dataclass(frozen=True)
 class _Prop:
     """An object of the scene: what it is called, its solid in view space, and capsules that stand in for
@@ -143,8 +174,7 @@ def render(seed: int, *, size: int = 128, split: str = "demo") -> Scene:
 def _layout(split: str, seed: int) -> _Layout:
     """Draw layouts until every part of the scene can be seen well enough."""
     for attempt in range(200):
-        rng = random.Random(f"controlkit/figures/1/{split}/{seed}/{attempt}")
-        layout = _random_layout(rng)
+        layout = _random_layout(_Dice(f"controlkit/figures/1/{split}/{seed}/{attempt}"))
         if _well_seen(layout):
             return layout
     raise AssertionError(f"no visible layout for {split} {seed}")
@@ -160,105 +190,87 @@ def _well_seen(layout: _Layout) -> bool:
     return not (figure[0].any() or figure[-1].any() or figure[:, 0].any() or figure[:, -1].any())
 
 
-def _random_layout(rng: random.Random) -> _Layout:
-    def uniform(low: float, high: float) -> float:
-        return low + (high - low) * rng.random()
-
-    def choose(options: tuple[str, ...]) -> str:
-        return options[int(rng.random() * len(options))]
-
-    action = choose(mannequin.ACTIONS)
-    body = mannequin.pose(action, uniform)
-    _, top = mannequin.extent(body)
-    focal, pitch, fill = uniform(1.25, 1.6), uniform(2, 13), uniform(0.46, 0.8)
-    distance = top * focal / fill
-    aim = pitch + uniform(-4, 1.5)  # a figure a little below the middle leaves room for the sky
-    camera_height = 0.5 * top + distance * sine(aim) / cosine(aim)
-    x = uniform(-0.16, 0.16) * distance / focal
-    yaw = uniform(0, 360)
-
-    def view_direction(v: Vector) -> Vector:
-        return (v[0], v[1] * cosine(pitch) + v[2] * sine(pitch), v[2] * cosine(pitch) - v[1] * sine(pitch))
-
-    def view_point(p: Vector) -> Vector:
-        return view_direction((p[0], p[1] - camera_height, p[2]))
-
-    def turned(v: Vector) -> Vector:  # a yaw of 0 faces the camera: the person's left is the picture's right
-        return (v[0] * cosine(yaw) + v[2] * sine(yaw), v[1], v[0] * sine(yaw) - v[2] * cosine(yaw))
-
-    def place(p: Vector) -> Vector:
-        q = turned(p)
-        return view_point((q[0] + x, q[1], q[2] + distance))
-
-    kinds = [choose(OBJECTS) for _ in range(2 if rng.random() < 0.3 else 1)]
-    side = 1.0 if x < 0 else -1.0
+def _random_layout(dice: _Dice) -> _Layout:
+    action = dice.choose(mannequin.ACTIONS)
+    body = mannequin.pose(action, dice.uniform)
+    camera, distance = _random_camera(dice, mannequin.extent(body)[1])
+    x = dice.uniform(-0.16, 0.16) * distance / camera.focal
+    body = _placed(body, (x, 0.0, distance), dice.uniform(0, 360), camera)
+    kinds = [dice.choose(OBJECTS) for _ in range(2 if dice.random() < 0.3 else 1)]
+    side = 1.0 if x < 0 else -1.0  # the first object stands where there is more room
     props = []
-    for number, kind in enumerate(kinds):
-        sign = side if number == 0 else -side
-        reach = uniform(0.2, 0.36) * distance / focal
-        props.append(
-            _prop(
-                kind,
-                (x + sign * reach, 0.0, distance + uniform(-0.16, 0.3) * distance),
-                uniform,
-                view_point,
-                view_direction,
-            )
-        )
-    names = list(COLOURS)
-    parts = ["figure", *("object", "object2")[: len(kinds)], "floor", "sky"]
-    colours = {part: names.pop(int(rng.random() * len(names))) for part in parts}
-    light = unit(view_direction((uniform(-0.8, 0.8), uniform(0.9, 1.6), uniform(-1.0, -0.25))))
-    caption = _caption(action, kinds, colours, choose(_PHRASES[action]))
-    up = view_direction((0.0, 1.0, 0.0))
+    for kind, sign in zip(kinds, (side, -side), strict=False):
+        reach = dice.uniform(0.2, 0.36) * distance / camera.focal
+        at = (x + sign * reach, 0.0, distance + dice.uniform(-0.16, 0.3) * distance)
+        props.append(_prop(kind, at, dice.uniform, camera))
+    colours = _random_colours(dice, ["figure", *("object", "object2")[: len(kinds)], "floor", "sky"])
+    light = (dice.uniform(-0.8, 0.8), dice.uniform(0.9, 1.6), dice.uniform(-1.0, -0.25))
     return _Layout(
-        action,
-        body.moved(place, lambda v: view_direction(turned(v))),
-        props,
-        colours,
-        caption,
-        up,
-        light,
-        focal,
-        camera_height,
+        action=action,
+        body=body,
+        props=props,
+        colours=colours,
+        caption=_caption(action, kinds, colours, dice.choose(_PHRASES[action])),
+        up=camera.direction((0.0, 1.0, 0.0)),
+        light=unit(camera.direction(light)),
+        focal=camera.focal,
+        camera_height=camera.height,
     )
 
 
-def _prop(
-    kind: str,
-    at: Vector,
-    uniform: Uniform,
-    view_point: Callable[[Vector], Vector],
-    view_direction: Callable[[Vector], Vector],
-) -> _Prop:
-    """An object of a random size and turn, standing on the floor at `at` (body units, metres)."""
+def _random_camera(dice: _Dice, top: float) -> tuple[_Camera, float]:
+    """A camera, and how far from it a figure `top` metres high fills a random share of the picture."""
+    focal, pitch, fill = dice.uniform(1.25, 1.6), dice.uniform(2, 13), dice.uniform(0.46, 0.8)
+    distance = top * focal / fill
+    aim = pitch + dice.uniform(-4, 1.5)  # a figure a little below the middle leaves room for the sky
+    return _Camera(focal, pitch, 0.5 * top + distance * sine(aim) / cosine(aim)), distance
+
+
+def _placed(body: Body, at: Vector, yaw: float, camera: _Camera) -> Body:
+    """The body on the floor at `at`, in view space. A yaw of 0 faces the camera: the person's left is the
+    picture's right.
+    """
+    c, s = cosine(yaw), sine(yaw)
+
+    def turned(v: Vector) -> Vector:
+        return (v[0] * c + v[2] * s, v[1], v[0] * s - v[2] * c)
+
+    return body.moved(lambda p: camera.point(add(turned(p), at)), lambda v: camera.direction(turned(v)))
+
+
+def _random_colours(dice: _Dice, parts: Sequence[str]) -> dict[str, str]:
+    """A colour for each part, all different."""
+    names = list(COLOURS)
+    return {part: names.pop(int(dice.random() * len(names))) for part in parts}
+
+
+def _prop(kind: str, at: Vector, uniform: Uniform, camera: _Camera) -> _Prop:
+    """An object of a random size and turn, standing on the floor at `at` (floor space, metres)."""
     scale = at[2] / 4.4  # bigger where the camera is farther, so that it is seen
     radius, height = uniform(0.26, 0.4) * scale, uniform(0.6, 1.0) * scale
-    angle, up = uniform(0, 90), view_direction((0.0, 1.0, 0.0))
+    angle, up = uniform(0, 90), camera.direction((0.0, 1.0, 0.0))
 
     def column(radius_: float, low: float, high: float) -> raycast.Capsule:
-        return raycast.Capsule(view_point((at[0], low, at[2])), view_point((at[0], high, at[2])), radius_)
+        return raycast.Capsule(camera.point((at[0], low, at[2])), camera.point((at[0], high, at[2])), radius_)
 
     shape: Shape
     if kind == "ball":
-        shape, shadow = (
-            raycast.Sphere(view_point((at[0], radius, at[2])), radius),
-            [column(radius, radius, radius * 1.01)],
-        )
+        shape = raycast.Sphere(camera.point((at[0], radius, at[2])), radius)
+        shadow = [column(radius, radius, radius * 1.01)]
     elif kind == "cube":
         half = radius * 0.9
         axes = (
-            view_direction((cosine(angle), 0.0, sine(angle))),
+            camera.direction((cosine(angle), 0.0, sine(angle))),
             up,
-            view_direction((-sine(angle), 0.0, cosine(angle))),
+            camera.direction((-sine(angle), 0.0, cosine(angle))),
         )
-        shape = raycast.Box(view_point((at[0], half, at[2])), axes, (half, half, half))
+        shape = raycast.Box(camera.point((at[0], half, at[2])), axes, (half, half, half))
         shadow = [column(half * 1.15, 0.0, half * 1.7)]
     elif kind == "cylinder":
-        shape = raycast.Cylinder(view_point(at), up, height, radius * 0.8)
+        shape = raycast.Cylinder(camera.point(at), up, height, radius * 0.8)
         shadow = [column(radius * 0.8, 0.0, height)]
     else:
-        shape = raycast.Cone(view_point(at), up, height * 1.15, radius * 1.05)
+        shape = raycast.Cone(camera.point(at), up, height * 1.15, radius * 1.05)
         shadow = [column(radius * part, 0.0, height * 1.15 * (1.0 - part)) for part in (0.9, 0.6, 0.3)]
     return _Prop(kind, shape, shadow)
 
@@ -283,8 +295,8 @@ def _trace(layout: _Layout, size: int) -> Frame:
 
 
 def _masks(layout: _Layout, frame: Frame) -> dict[str, NDArray[np.bool_]]:
-    owners = np.array([*layout.owners, "floor", "sky"])  # FLOOR is -2 and SKY -1: they index from the end
-    owner = owners[frame.index]
+    owners = [*layout.owners, "floor", "sky"]  # FLOOR is -2 and SKY -1: they index from the end
+    owner = np.array(owners)[frame.index]
     return {name: owner == name for name in dict.fromkeys(owners)}
 
 
@@ -413,7 +425,8 @@ def _distance(
 def _project_joints(layout: _Layout, frame: Frame, size: int) -> NDArray[np.float64]:
     """Pixel positions of the 18 joints; visible = in the picture and not behind another surface.
 
-    A joint lies inside its limb, so the surface in front of it may be up to a limb's thickness nearer.
+    A joint lies inside its limb, so the surface in front of it may be up to a limb's thickness nearer; nose,
+    eyes and ears lie on the head's surface.
     """
     joints = np.zeros((len(JOINTS), 3))
     for row, name in enumerate(JOINTS):
@@ -422,6 +435,6 @@ def _project_joints(layout: _Layout, frame: Frame, size: int) -> NDArray[np.floa
         py = (0.5 - y / z * layout.focal) * size
         joints[row, :2] = px, py
         if 0.0 <= px < size and 0.0 <= py < size:
-            margin = 0.03 if name in ("nose",) or name.endswith(("_eye", "_ear")) else 0.17
+            margin = 0.03 if name.endswith(("nose", "_eye", "_ear")) else 0.17
             joints[row, 2] = float(frame.z[int(py), int(px)] > z - margin)
     return joints

@@ -9,11 +9,10 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from controlkit.raycast import Capsule, Shape, Sphere, Vector, add, dot, unit
+from controlkit.raycast import Capsule, Shape, Sphere, Vector, add, unit
 
 Uniform = Callable[[float, float], float]
 
-HEIGHT = 1.7
 ACTIONS = ("standing", "walking", "sitting", "raising")
 
 # OpenPose's 18 joints in its order; "Right" is the person's right.
@@ -113,6 +112,12 @@ def _arms(action: str, stride: float, uniform: Uniform) -> tuple[_Arm, _Arm]:
     def aside() -> _Arm:
         return _Arm(uniform(-10, 30), uniform(60, 92), uniform(0, 60))
 
+    def loose() -> _Arm:
+        return _Arm(uniform(-25, 45), uniform(8, 30), uniform(5, 60))
+
+    def standing() -> _Arm:
+        return aside() if uniform(0, 1) < 0.25 else hanging(0.0)
+
     if action == "raising":
         both = uniform(0, 1) < 0.5
         arms = (raised(), raised() if both else hanging(0.0))
@@ -120,24 +125,27 @@ def _arms(action: str, stride: float, uniform: Uniform) -> tuple[_Arm, _Arm]:
     if action == "walking":
         return hanging(-stride), hanging(stride)
     if action == "sitting":
-        return tuple(_Arm(uniform(-25, 45), uniform(8, 30), uniform(5, 60)) for _ in range(2))  # type: ignore[return-value]
-    return tuple(aside() if uniform(0, 1) < 0.25 else hanging(0.0) for _ in range(2))  # type: ignore[return-value]
+        return loose(), loose()
+    return standing(), standing()
 
 
 def _legs(action: str, stride: float, uniform: Uniform) -> tuple[_Leg, _Leg]:
     """Right and left leg for an action; a positive stride puts the right leg in front."""
+
+    def raised(height: float) -> _Leg:
+        return _Leg(height + uniform(-10, 6), uniform(3, 20), uniform(60, 118))
+
+    def standing() -> _Leg:
+        return _Leg(uniform(-8, 10), uniform(2, 14), uniform(0, 10))
+
     if action == "sitting":
-        raise_ = uniform(95, 128)
-        return tuple(  # type: ignore[return-value]
-            _Leg(raise_ + uniform(-10, 6), uniform(3, 20), uniform(60, 118)) for _ in range(2)
-        )
+        height = uniform(95, 128)
+        return raised(height), raised(height)
     if action == "walking":
-        front, back = (
-            _Leg(abs(stride), uniform(1, 5), uniform(2, 18)),
-            _Leg(-abs(stride) * 0.8, uniform(1, 5), uniform(10, 50)),
-        )
+        front = _Leg(abs(stride), uniform(1, 5), uniform(2, 18))
+        back = _Leg(-abs(stride) * 0.8, uniform(1, 5), uniform(10, 50))
         return (front, back) if stride > 0 else (back, front)
-    return tuple(_Leg(uniform(-8, 10), uniform(2, 14), uniform(0, 10)) for _ in range(2))  # type: ignore[return-value]
+    return standing(), standing()
 
 
 def pose(action: str, uniform: Uniform) -> Body:
@@ -211,24 +219,14 @@ def _lowest(shape: Shape) -> float:
     return min(shape.start[1], shape.end[1]) - shape.radius
 
 
+def _highest(shape: Shape) -> float:
+    if isinstance(shape, Sphere):
+        return shape.centre[1] + shape.radius
+    assert isinstance(shape, Capsule)
+    return max(shape.start[1], shape.end[1]) + shape.radius
+
+
 def extent(body: Body) -> tuple[float, float]:
     """Lowest and highest y of the body's solids."""
-    tops = [-_lowest(_mirrored(shape)) for shape in body.solids()]
-    return min(_lowest(shape) for shape in body.solids()), max(tops)
-
-
-def _mirrored(shape: Shape) -> Shape:
-    """The shape upside down, so that its lowest point is minus the highest of the original."""
-
-    def flip(p: Vector) -> Vector:
-        return (p[0], -p[1], p[2])
-
-    if isinstance(shape, Sphere):
-        return Sphere(flip(shape.centre), shape.radius)
-    assert isinstance(shape, Capsule)
-    return Capsule(flip(shape.start), flip(shape.end), shape.radius)
-
-
-def faces(body: Body, direction: Vector) -> float:
-    """Cosine between where the head looks and `direction`."""
-    return dot(body.head_axes[2], direction)
+    solids = body.solids()
+    return min(map(_lowest, solids)), max(map(_highest, solids))

@@ -47,9 +47,11 @@ class Rays:
     y: Array
 
     def dot(self, v: Vector) -> Array:
+        """direction · v."""
         return self.x * v[0] + self.y * v[1] + v[2]
 
     def squared(self) -> Array:
+        """direction · direction."""
         return self.x * self.x + self.y * self.y + 1.0
 
 
@@ -64,9 +66,11 @@ class Hits:
 class Shape(Protocol):
     """A solid that knows a sphere around it and where rays from the origin first enter it."""
 
-    def bounds(self) -> tuple[Vector, float]: ...
+    def bounds(self) -> tuple[Vector, float]:
+        """Centre and radius of a sphere that holds the solid."""
 
-    def hit(self, rays: Rays) -> Hits: ...
+    def hit(self, rays: Rays) -> Hits:
+        """Where each ray first enters the solid."""
 
 
 def _first_root(a: Array, b: Array, c: Array | float) -> Array:
@@ -167,7 +171,7 @@ class Box:
 
 @dataclass(frozen=True)
 class Cylinder:
-    """A solid cylinder on `base` along the unit vector `axis`."""
+    """A solid cylinder on `base` along the unit vector `axis`; its underside, on the floor, is never met."""
 
     base: Vector
     axis: Vector
@@ -203,7 +207,9 @@ class Cylinder:
 
 @dataclass(frozen=True)
 class Cone:
-    """A solid cone on `base` whose tip lies `height` along the unit vector `axis`."""
+    """A solid cone on `base` whose tip lies `height` along the unit vector `axis`; its underside, on the
+    floor, is never met.
+    """
 
     base: Vector
     axis: Vector
@@ -216,9 +222,8 @@ class Cone:
 
     def hit(self, rays: Rays) -> Hits:
         tip = add(self.base, self.axis, self.height)
-        k = (
-            self.height * self.height / (self.height * self.height + self.radius * self.radius)
-        )  # cos² of half angle
+        # cos² of the half angle
+        k = self.height * self.height / (self.height * self.height + self.radius * self.radius)
         along, tip_along = rays.dot(self.axis), dot(tip, self.axis)
         a = along * along - k * rays.squared()
         b = along * tip_along - k * rays.dot(tip)
@@ -246,6 +251,7 @@ class Frame:
     normal: tuple[Array, Array, Array] = field(repr=False)
 
     def points(self) -> tuple[Array, Array, Array]:
+        """What the rays met, in view space; the origin where they met the sky."""
         return _points(self.rays, self.z)
 
 
