@@ -7,6 +7,7 @@ import json
 import os
 import uuid
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -30,7 +31,6 @@ def cached_latents(world: World, vae: AutoencoderKL, *, report: Report) -> Tenso
     """Scaled latent means of every scene: float16 (N, 4, S/8, S/8). The spread around them is below the
     rounding of a picture's bytes for the bundled autoencoder, so the mean stands for the distribution.
     """
-
     vae = vae.to(memory_format=torch.channels_last)
 
     def encode(rows: range) -> NDArray[np.float16]:
@@ -91,8 +91,20 @@ def _cached(
             parts.append(encode(range(start, min(start + _BATCH, count))))
             if (start // _BATCH + 1) % 400 == 0:
                 report(f"{doing}: {start + _BATCH} of {count}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{uuid.uuid4().hex}.npy")
-        np.save(temporary, np.concatenate(parts))
-        os.replace(temporary, path)
+        _write(path, np.concatenate(parts))
     return torch.from_numpy(np.load(path))
+
+
+def _write(path: Path, rows: NDArray[np.float16]) -> None:
+    temporary = path.with_name(f".{uuid.uuid4().hex}.npy")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(temporary, rows)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise ValueError(
+            f"cannot write {path}: {error.strerror or error} (CONTROLKIT_CACHE names another folder)"
+        ) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()

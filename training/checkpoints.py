@@ -17,13 +17,17 @@ import torch
 from controlkit.files import replace_folder, sha256_file
 
 _NAME = re.compile(r"step-(\d{6,})")
+_FILES = ("weights.safetensors", "optimizer.safetensors", "state.json")
 Tensors = dict[str, torch.Tensor]
 
 
 def save_checkpoint(
     folder: Path, step: int, *, weights: Tensors, optimizer: Tensors, state: dict[str, Any]
 ) -> Path:
-    """Write `folder/step-NNNNNN` atomically, then remove all but the two newest. Returns the new folder."""
+    """Write `folder/step-NNNNNN` atomically, then remove all but it and the newest before it. Returns it.
+
+    Folders of later steps stay: a run comes to an earlier step only when it passed them over as damaged.
+    """
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -32,10 +36,11 @@ def save_checkpoint(
         save_file({k: v.contiguous() for k, v in weights.items()}, temporary / "weights.safetensors")
         save_file({k: v.contiguous() for k, v in optimizer.items()}, temporary / "optimizer.safetensors")
         (temporary / "state.json").write_text(json.dumps({"step": step, **state}), encoding="utf-8")
-        files = sorted(temporary.iterdir())
+        files = [temporary / name for name in _FILES]
         manifest = {file.name: {"size": file.stat().st_size, "sha256": sha256_file(file)} for file in files}
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    for _, old in _listed(folder)[:-2]:
+    until_now = [path for number, path in _listed(folder) if number <= step]
+    for old in until_now[:-2]:
         shutil.rmtree(old, ignore_errors=True)
     return target
 
@@ -74,12 +79,15 @@ def _fault(path: Path) -> str | None:
     """What is wrong with a checkpoint folder, or None."""
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        listed = {name: (manifest[name]["size"], manifest[name]["sha256"]) for name in _FILES}
+    except (OSError, ValueError, KeyError, TypeError):
         return "no readable manifest.json"
-    for name, entry in manifest.items():
-        file = path / name
-        if not file.is_file() or file.stat().st_size != entry["size"]:
-            return f"{name} is missing or has another size than the manifest says"
-        if sha256_file(file) != entry["sha256"]:
-            return f"{name} does not match its checksum"
+    try:
+        for name, (size, sha256) in listed.items():
+            if (path / name).stat().st_size != size:
+                return f"{name} has another size than the manifest says"
+            if sha256_file(path / name) != sha256:
+                return f"{name} does not match its checksum"
+    except OSError as error:
+        return f"{name} cannot be read: {error.strerror}"
     return None

@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +77,8 @@ class _Chunks(Sequence[Any]):
         return self._length
 
     def __getitem__(self, index: Any) -> Any:
-        return self._arrays[index // CHUNK][index % CHUNK]
+        number, row = divmod(range(self._length)[index], CHUNK)  # the range refuses what lies outside
+        return self._arrays[number][row]
 
 
 def load_world(
@@ -92,11 +93,18 @@ def load_world(
     core).
 
     Interrupted or repeated calls continue where the last one stopped; several processes may call it at once.
+    Raises ValueError, one line, where the scenes cannot be kept.
     """
     root = (folder or cache_folder()) / f"world-{VERSION}-{split}-{size}"
     numbers = range((count + CHUNK - 1) // CHUNK)
-    _render_missing(root, split, [n for n in numbers if not (root / f"{n:05d}").is_dir()], size, report)
-    return _open(root, numbers, count)
+    try:
+        _render_missing(root, split, [n for n in numbers if not (root / f"{n:05d}").is_dir()], size, report)
+        return _open(root, numbers, count)
+    except OSError as error:
+        raise ValueError(
+            f"cannot keep rendered scenes in {root}: {error.strerror or error}"
+            " (CONTROLKIT_CACHE names another folder)"
+        ) from error
 
 
 def _open(root: Path, numbers: range, count: int) -> World:
@@ -119,22 +127,31 @@ def _open(root: Path, numbers: range, count: int) -> World:
 def _render_missing(
     root: Path, split: str, missing: list[int], size: int, report: Callable[[str], None]
 ) -> None:
-    """Render chunks on every core: this process takes its share, and further interpreters take the rest."""
+    """Render chunks on every core: this process takes its share, and further interpreters take the rest.
+
+    What they could not do is done here in the end, so that it is this process that says why not.
+    """
     shares = min(os.cpu_count() or 1, len(missing))
     if not shares:
         return
     command = [sys.executable, "-m", "controlkit.training.world", str(root), split, str(size)]
-    others = [subprocess.Popen([*command, *map(str, missing[k::shares])]) for k in range(1, shares)]
+    others = [
+        subprocess.Popen([*command, *map(str, missing[k::shares])], stderr=subprocess.DEVNULL)
+        for k in range(1, shares)
+    ]
     try:
         for done, number in enumerate(missing[::shares]):
             report(f"rendering {len(missing) * CHUNK} scenes: {done * shares * CHUNK} done")
             _render_chunk(root, split, number, size)
-        failed = [process.returncode for process in others if process.wait() != 0]
+        for process in others:
+            process.wait()
     finally:
         for process in others:
             process.terminate()
-    if failed:
-        raise ValueError(f"rendering scenes into {root} failed: is there space, and may it be written?")
+            process.wait()
+    for number in missing:
+        if not (root / f"{number:05d}").is_dir():
+            _render_chunk(root, split, number, size)
 
 
 def _render_chunk(root: Path, split: str, number: int, size: int) -> None:
@@ -153,13 +170,13 @@ def _render_chunk(root: Path, split: str, number: int, size: int) -> None:
     }
     assert set(columns) == set(_ARRAYS)
     root.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".rendering-", dir=root))
+    temporary = root / f".rendering-{uuid.uuid4().hex}"
+    temporary.mkdir()
     try:
         for name, array in columns.items():
             np.save(temporary / f"{name}.npy", array)
         captions = [scene.caption for scene in scenes]
         (temporary / "captions.json").write_text(json.dumps(captions), encoding="utf-8")
-        temporary.chmod(0o755)
         try:
             os.rename(temporary, root / f"{number:05d}")
         except OSError:  # another process rendered the same chunk first
