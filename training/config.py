@@ -6,6 +6,7 @@ overrides any top-level key. Every default stands here and nowhere else.
 
 from __future__ import annotations
 
+import json
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ RECIPES = Path(__file__).parent / "recipes"
 Rate = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
 Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+PatchSize = Literal[4, 8, 16, 32]  # of an estimator: divides the side of its pictures, 128
 
 
 class Recipe(BaseModel):
@@ -28,7 +30,7 @@ class Recipe(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
     task: str
-    out: str
+    out: Annotated[str, Field(min_length=1)]
     """Run folder: config.toml, metrics.jsonl, checkpoints/, samples/ and the result."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 1
     """Decides initial weights, the order of the scenes, noise, timesteps and dropout."""
@@ -115,9 +117,9 @@ class ControlNetRecipe(Recipe):
     task: Literal["controlnet"]
     map: Literal["canny", "openpose", "depth"]
     base: str = "tiny"
-    hint_channels: tuple[PositiveInt, ...] = (8, 16, 48, 96)
+    hint_channels: tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt] = (8, 16, 48, 96)
     """Widths of the hint encoder; the last three halve the map's size."""
-    zero_convolution_rate: Annotated[float, Field(gt=0)] = 10.0
+    zero_convolution_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 10.0
     """Learning rate of zero convolutions and hint encoder, in units of learning_rate."""
     caption_dropout: Probability = 0.1
     score_scenes: Annotated[int, Field(ge=0)] = 24
@@ -131,7 +133,7 @@ class PoseRecipe(Recipe):
     hidden_size: PositiveInt = 96
     layers: PositiveInt = 4
     heads: PositiveInt = 4
-    patch_size: PositiveInt = 8
+    patch_size: PatchSize = 8
 
 
 class DepthRecipe(Recipe):
@@ -139,10 +141,11 @@ class DepthRecipe(Recipe):
 
     task: Literal["depth"]
     hidden_size: PositiveInt = 96
-    layers: PositiveInt = 4
+    layers: Annotated[int, Field(ge=3)] = 4
+    """Depth is read from the last four of the patches' embedding and the layers."""
     heads: PositiveInt = 4
-    patch_size: PositiveInt = 8
-    fusion_size: PositiveInt = 16
+    patch_size: PatchSize = 8
+    fusion_size: Annotated[int, Field(ge=2)] = 16
 
 
 _TASKS: dict[str, type[Recipe]] = {
@@ -182,30 +185,40 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = find_recipe(name_or_path)
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not valid TOML: {error}") from error
+    except OSError as error:
+        raise ValueError(f"cannot read the recipe {path}: {error.strerror}") from error
     for override in overrides:
         key, separator, value = override.partition("=")
         if not separator or not key.strip():
             raise ValueError(f"cannot read {override!r}: write overrides as key=value, such as steps=200")
-        table[key.strip()] = _value(value.strip())
+        table[key.strip()] = _value(key.strip(), value.strip())
     return parse_recipe(table, where=str(path))
 
 
-def _value(text: str) -> Any:
+def _value(key: str, text: str) -> Any:
     try:
-        return tomllib.loads(f"v = {text}")["v"]
+        value = tomllib.loads(f"v = {text}")["v"]
     except tomllib.TOMLDecodeError:
         return text
+    return text if key in _texts() and not isinstance(value, str) else value  # out=2026 is a folder
+
+
+def _texts() -> set[str]:
+    """Keys whose values are texts in every recipe that has them."""
+    fields = [item for kind in _TASKS.values() for item in kind.model_fields.items()]
+    return {name for name, field in fields if field.annotation in (str, str | None)}
 
 
 def parse_recipe(table: dict[str, Any], *, where: str) -> Recipe:
     """Check a recipe's table. Raises ValueError naming `where`, the key and what is allowed."""
-    task = table.get("task")
-    if task not in _TASKS:
-        raise unknown(f"task in {where}:", str(task), _TASKS)
-    kind = _TASKS[task]
+    if "task" not in table:
+        raise ValueError(f"{where}: no task: a recipe says what to train, one of {', '.join(sorted(_TASKS))}")
+    kind = _TASKS.get(str(table["task"]))
+    if kind is None:
+        raise unknown(f"task in {where}:", str(table["task"]), _TASKS)
     try:
         return kind.model_validate(table)
     except ValidationError as error:
@@ -225,9 +238,8 @@ def to_toml(recipe: Recipe) -> str:
             return "true" if value else "false"
         if isinstance(value, (tuple, list)):
             return "[" + ", ".join(written(item) for item in value) + "]"
-        if isinstance(value, str):
-            escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-            return f'"{escaped}"'
+        if isinstance(value, str):  # TOML's escapes are JSON's
+            return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
         return repr(value)
 
     lines = [f"{key} = {written(value)}" for key, value in recipe.model_dump().items() if value is not None]

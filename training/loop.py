@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterable
+import tomllib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,9 +15,11 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from controlkit import files, images
+from controlkit.devices import check_device
 from controlkit.folders import quiet_libraries
 from controlkit.training.checkpoints import Tensors, load_latest, save_checkpoint
 from controlkit.training.config import Recipe, to_toml
@@ -75,23 +79,31 @@ def train(
 ) -> Run:
     """Train until `recipe.steps`, resuming from the newest checkpoint; write the result to `folder/result`.
 
-    Raises ValueError where a step's loss or gradient is not finite (before any weight changes), or where
-    the folder holds a run of another recipe.
+    Raises ValueError where a step's loss or gradient is not finite (before any weight changes), where the
+    folder cannot be written or holds a run of another recipe, and where a checkpoint does not fit the task.
     """
-    run = open_run(task, recipe, folder, progress)
-    watch = _Watch(run, progress)
-    for module in task.modules().values():
+    check_folder(recipe, folder, result=result)
+    try:
+        run = open_run(task, recipe, folder, progress)
+        _train_steps(run, _Watch(run, progress))
+        with averaged(run), quiet_libraries(), files.replace_folder(folder / result) as target:
+            task.export(target)
+    except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
+        raise ValueError(f"the training in {folder} stopped, its checkpoints are good: {error}") from error
+    return run
+
+
+def _train_steps(run: Run, watch: _Watch) -> None:
+    for module in run.task.modules().values():
         module.train()
-    while run.step < recipe.steps:
+    while run.step < run.recipe.steps:
         train_step(run)
         watch.after_step()
-        if run.step % recipe.sample_every == 0 or run.step == recipe.steps:
+        last = run.step == run.recipe.steps
+        if run.step % run.recipe.checkpoint_every == 0 or last:
+            _save(run)  # first: a picture that cannot be made or written costs no steps
+        if run.step % run.recipe.sample_every == 0 or last:
             _write_sample(run)
-        if run.step % recipe.checkpoint_every == 0 or run.step == recipe.steps:
-            _save(run)
-    with averaged(run), quiet_libraries(), files.replace_folder(folder / result) as target:
-        task.export(target)
-    return run
 
 
 def train_step(run: Run) -> None:
@@ -106,8 +118,8 @@ def train_step(run: Run) -> None:
     if not (math.isfinite(run.losses[-1]) and math.isfinite(run.grad_norm)):
         raise ValueError(
             f"training stopped before step {run.step + 1}: the loss is {run.losses[-1]:.4g}, the norm of its"
-            f" gradient {run.grad_norm:.4g}; no weight was changed, the last checkpoint is good; try a lower"
-            " learning_rate"
+            f" gradient {run.grad_norm:.4g}; no weight was changed, checkpoints are good; try a lower"
+            " learning_rate, in another folder (out=FOLDER)"
         )
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
@@ -137,9 +149,8 @@ def learning_rate(recipe: Recipe, step: int) -> float:
 
 
 def open_run(task: Task, recipe: Recipe, folder: Path, progress: Callable[[Progress], None]) -> Run:
-    """A fresh run, or the one in `folder` at its newest good checkpoint."""
-    files.check_writable(folder / "config.toml") if folder.is_dir() else folder.mkdir(parents=True)
-    _check_same_recipe(recipe, folder)
+    """A fresh run, or the one in `folder` (see `check_folder`) at its newest good checkpoint."""
+    folder.mkdir(parents=True, exist_ok=True)
     device = torch.device(device_name(recipe))
     groups = [
         {"params": group["params"], "rate": group["rate"], "lr": recipe.learning_rate}
@@ -153,33 +164,67 @@ def open_run(task: Task, recipe: Recipe, folder: Path, progress: Callable[[Progr
     for line in refused:
         progress(Progress(0, recipe.steps, math.nan, 0.0, math.nan, f"passed over checkpoint {line}"))
     if checkpoint is not None:
-        _restore(run, *checkpoint)
+        try:
+            _restore(run, *checkpoint)
+        except (KeyError, RuntimeError) as error:  # a model that the recipe names by its path has changed
+            raise ValueError(
+                f"the checkpoint of step {run.step} in {folder} does not fit the model that the recipe now"
+                " makes: choose another folder with out=FOLDER"
+            ) from error
         progress(Progress(run.step, recipe.steps, math.nan, 0.0, math.nan, f"resumed at step {run.step}"))
     files.write_text(folder / "config.toml", to_toml(recipe))
     return run
 
 
 def device_name(recipe: Recipe) -> str:
-    """The recipe's device, "auto" resolved. Raises ValueError where it is asked for and absent."""
+    """The recipe's device, "auto" resolved. Raises ValueError where it is unknown or absent."""
     if recipe.device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if recipe.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(
-            f"device {recipe.device!r} was asked for, but torch finds no CUDA device; use device=cpu"
-        )
-    return recipe.device
+    try:
+        return str(check_device(recipe.device))
+    except ValueError as error:
+        raise ValueError(f"{error} (device=cpu)") from error
 
 
-_MAY_CHANGE = {"out", "checkpoint_every", "sample_every", "log_every", "threads", "device", "decoder"}
+# What may differ when a run goes on: where and how it runs, what it shows, what is done with the result.
+_MAY_CHANGE = {"out", "checkpoint_every", "sample_every", "log_every", "threads", "device"}
+_MAY_CHANGE |= {"decoder", "score_scenes"}
+
+
+def check_folder(recipe: Recipe, folder: Path, *, result: str = "result") -> None:
+    """Refuse a run folder before any work: one that cannot be written, or that holds something else.
+
+    Raises ValueError for a file, no permission, a run of another recipe, and a folder that is no run's but
+    has a folder of the result's name, which the result would replace. Leaves nothing behind.
+    """
+    try:
+        if not folder.is_dir():
+            first = folder  # the first folder that would have to be made
+            while not first.parent.exists():
+                first = first.parent
+            files.check_writable(first, folder=True)
+            return
+        files.check_writable(folder / "config.toml")
+        if (folder / "config.toml").is_file():
+            _check_same_recipe(recipe, folder)
+        elif (folder / result).exists():
+            raise ValueError(
+                f"{folder} has {result} in it but no config.toml, so it is not the folder of a run:"
+                " choose another with out=FOLDER"
+            )
+    except OSError as error:
+        raise ValueError(f"cannot use {folder} as the run's folder: {error.strerror or error}") from error
 
 
 def _check_same_recipe(recipe: Recipe, folder: Path) -> None:
     path = folder / "config.toml"
-    if not path.is_file():
-        return
-    import tomllib
-
-    old = tomllib.loads(path.read_text(encoding="utf-8"))
+    try:
+        old = tomllib.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{path}, the recipe of the run in this folder, is damaged ({error}):"
+            " choose another folder with out=FOLDER"
+        ) from error
     new = tomllib.loads(to_toml(recipe))
     changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     changed = [key for key in changed if key not in _MAY_CHANGE]
@@ -214,26 +259,25 @@ def _update_average(run: Run) -> None:
         torch._foreach_lerp_([a for a, _ in pairs], [p for _, p in pairs], 1 - decay)
 
 
-class averaged:
+@contextmanager
+def averaged(run: Run) -> Iterator[None]:
     """Within the block the task's modules hold the averaged weights, in evaluation mode."""
-
-    def __init__(self, run: Run) -> None:
-        self.run = run
-
-    def __enter__(self) -> None:
-        for module in self.run.task.modules().values():
-            module.eval()
-        self._swap()
-
-    def __exit__(self, *_: object) -> None:
-        self._swap()
-        for module in self.run.task.modules().values():
+    modules = run.task.modules().values()
+    for module in modules:
+        module.eval()
+    _swap_average(run)
+    try:
+        yield
+    finally:
+        _swap_average(run)
+        for module in modules:
             module.train()
 
-    def _swap(self) -> None:
-        for name, parameter in _named(self.run.task):
-            if name in self.run.average:
-                parameter.data, self.run.average[name] = self.run.average[name], parameter.data
+
+def _swap_average(run: Run) -> None:
+    for name, parameter in _named(run.task):
+        if name in run.average:
+            parameter.data, run.average[name] = run.average[name], parameter.data
 
 
 def _write_sample(run: Run) -> None:
@@ -257,12 +301,13 @@ def _save(run: Run) -> None:
         run.step,
         weights=weights,
         optimizer=optimizer,
-        state={"task": run.recipe.task},
+        state={"task": run.recipe.task, "losses": run.losses},
     )
 
 
 def _restore(run: Run, weights: Tensors, optimizer: Tensors, state: dict[str, Any]) -> None:
     run.step = int(state["step"])
+    run.losses = list(state.get("losses", []))  # those since the last row of metrics.jsonl
     for name, parameter in _named(run.task):
         parameter.data.copy_(weights[f"model.{name}"])
         keys = [key for key in optimizer if key.rpartition("/")[0] == name]
@@ -307,9 +352,12 @@ class _Watch:
 
 
 def _truncate_after(log: Path, step: int) -> None:
-    """Drop rows of steps that a resumed run will repeat."""
+    """Drop rows of steps that a resumed run will repeat, and a row that was cut short."""
     if not log.is_file():
         return
-    rows = [line for line in log.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-    kept = [line for line in rows if json.loads(line)["step"] <= step]
-    files.write_text(log, "".join(line + "\n" for line in kept))
+    kept = []
+    for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
+        with suppress(ValueError, KeyError, TypeError):
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+    files.write_text(log, "".join(kept))

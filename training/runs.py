@@ -19,7 +19,7 @@ from controlkit.training.config import (
     VaeRecipe,
     load_recipe,
 )
-from controlkit.training.loop import Progress, Task, device_name, train
+from controlkit.training.loop import Progress, Task, check_folder, device_name, train
 from controlkit.training.world import World, load_world
 
 VALIDATION_SCENES = 250  # rendered for samples and scores; a chunk of the cache
@@ -48,10 +48,10 @@ def train_recipe(
         import torch
 
         torch.set_num_threads(recipe.threads)
-    folder = Path(recipe.out)
+    folder, name = Path(recipe.out), RESULT.get(recipe.task, "result")
+    check_folder(recipe, folder, result=name)
     with quiet_libraries():
         task = build_task(recipe, progress)
-    name = RESULT.get(recipe.task, "result")
     train(task, recipe, folder, progress=progress, result=name)
     if isinstance(recipe, ControlNetRecipe) and recipe.score_scenes:
         return _scored(recipe, folder, folder / name, progress)
