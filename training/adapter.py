@@ -40,6 +40,10 @@ class ControlNetTask:
     ) -> None:
         self.recipe, self.world, self.validation, self.device = recipe, world, validation, device
         self.base = load_base(recipe.base, device=device)
+        if self.base.family == "sdxl":
+            raise ValueError(
+                f"base {recipe.base!r} is an SDXL: adapters can be trained for SD1 and SD2 so far"
+            )
         self.latents = cached_latents(world, self.base.vae, report=report)
         self.text = cached_text(
             world.captions, self.base.text_encoders[0], self.base.tokenizers[0], report=report
@@ -75,9 +79,7 @@ class ControlNetTask:
         return nn.functional.mse_loss(model_pred.float(), target)
 
     def _map(self, index: int, draws: Draws) -> NDArray[np.uint8]:
-        """The exact map, for depth blurred now and then: estimators draw softer outlines than the
-        renderer.
-        """
+        """The exact map, for depth half the time blurred: estimators draw softer outlines than renderers."""
         image = self.world.map(self.recipe.map, index)
         if self.recipe.map == "depth" and draws.numpy.random() < 0.5:
             import cv2
@@ -103,7 +105,7 @@ class ControlNetTask:
             prediction_type=self.base.prediction_type,
             base=recipe.base if recipe.base == "tiny" else "",
             resolution=self.base.resolution,
-            title=f"{recipe.map} for the bundled base",
+            title=f"{recipe.map} for the bundled base" if recipe.base == "tiny" else recipe.map,
             training={"recipe": recipe.model_dump(mode="json", exclude={"out", "device", "threads", "base"})},
         )
         save_adapter(self.controlnet, folder, info=info)

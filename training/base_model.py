@@ -1,10 +1,7 @@
-"""Training the bundled base: a U-Net on frozen latents and frozen text, saved as a diffusers pipeline
-folder.
-"""
+"""Training the bundled base: a U-Net on frozen latents and text, saved as a diffusers pipeline folder."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -14,9 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from controlkit import diffusion
+from controlkit import diffusion, files
 from controlkit.base import Base, noise_schedule
 from controlkit.controlnet import lock
+from controlkit.folders import check_weights, load_part
 from controlkit.sampling import generate
 from controlkit.training.cache import cached_latents, cached_text
 from controlkit.training.config import BaseRecipe
@@ -25,6 +23,7 @@ from controlkit.training.world import World
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
+    from transformers import CLIPTokenizer
 
 _SHOWN = 8
 SCHEDULER: dict[str, Any] = {
@@ -55,14 +54,15 @@ class BaseTask:
         report: Callable[[str], None],
     ) -> None:
         from diffusers import AutoencoderKL
-        from transformers import CLIPTextModel, CLIPTokenizer
+        from transformers import CLIPTextModel
 
         self.recipe, self.device = recipe, device
-        vae = lock(AutoencoderKL.from_pretrained(recipe.vae, local_files_only=True)).to(device)
-        encoder = lock(
-            CLIPTextModel.from_pretrained(f"{recipe.text}/text_encoder", local_files_only=True)
-        ).to(device)
-        tokenizer = CLIPTokenizer.from_pretrained(f"{recipe.text}/tokenizer", local_files_only=True)
+        if recipe.decoder:
+            check_weights(Path(recipe.decoder))  # now, not at the export
+        vae = lock(load_part(AutoencoderKL, Path(recipe.vae), dtype=torch.float32)).to(device)
+        text = load_part(CLIPTextModel, Path(recipe.text) / "text_encoder", dtype=torch.float32)
+        encoder = lock(text).to(device)
+        tokenizer = _load_tokenizer(Path(recipe.text) / "tokenizer")
         self.latents = cached_latents(world, vae, report=report)
         self.text = cached_text(world.captions, encoder, tokenizer, report=report)
         torch.manual_seed(recipe.seed)
@@ -106,7 +106,7 @@ class BaseTask:
 
         vae = self.base.vae
         if self.recipe.decoder:
-            vae = AutoencoderKL.from_pretrained(self.recipe.decoder, local_files_only=True)
+            vae = load_part(AutoencoderKL, Path(self.recipe.decoder), dtype=torch.float32)
         save_pipeline(self.base, folder, vae=vae)
 
 
@@ -119,6 +119,14 @@ def noised(latents: Tensor, draws: Draws, base: Base) -> tuple[Tensor, Tensor, T
     noisy_latents = diffusion.q_sample(latents, noise, timesteps, base.alphas_cumprod)
     target = diffusion.target(base.prediction_type, latents, noise, timesteps, base.alphas_cumprod)
     return noisy_latents, timesteps, target
+
+
+def _load_tokenizer(folder: Path) -> CLIPTokenizer:
+    from transformers import CLIPTokenizer
+
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        raise ValueError(f"{folder} has neither tokenizer.json nor vocab.json")
+    return cast("CLIPTokenizer", CLIPTokenizer.from_pretrained(str(folder), local_files_only=True))
 
 
 def _build(recipe: BaseRecipe, text_width: int, side: int) -> UNet2DConditionModel:
@@ -154,7 +162,8 @@ def save_pipeline(base: Base, folder: Path, *, vae: nn.Module) -> None:
     _restore_text_prefix(folder / "text_encoder" / "model.safetensors")
     base.tokenizers[0].save_pretrained(folder / "tokenizer")
     (folder / "scheduler").mkdir()
-    _write(folder / "scheduler" / "scheduler_config.json", {**SCHEDULER, "_diffusers_version": __version__})
+    scheduler = {**SCHEDULER, "_diffusers_version": __version__}
+    files.write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     index = {
         "_class_name": "StableDiffusionPipeline",
         "_diffusers_version": __version__,
@@ -167,11 +176,7 @@ def save_pipeline(base: Base, folder: Path, *, vae: nn.Module) -> None:
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
-    _write(folder / "model_index.json", index)
-
-
-def _write(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    files.write_json(folder / "model_index.json", index)
 
 
 def _restore_text_prefix(path: Path) -> None:

@@ -6,7 +6,7 @@ as from photographs with the published models.
 
 from __future__ import annotations
 
-import json
+import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from controlkit import files
 from controlkit.metrics import depth_rmse, pck
 from controlkit.preprocessors.heatmaps import decode_heatmaps
 from controlkit.preprocessors.skeleton import coco17_to_openpose18
@@ -28,9 +29,8 @@ if TYPE_CHECKING:
 _SIZE = 128
 _MEAN = _STD = 0.5
 _SCORED = 200
-# OpenPose's index of each of COCO's 17 keypoints (nose, eyes, ears, shoulders, elbows, wrists, hips, knees,
-# ankles;
-# left before right).
+# OpenPose's index of each of COCO's 17 keypoints: nose, eyes, ears, shoulders, elbows, wrists, hips, knees,
+# ankles, left before right.
 COCO_FROM_OPENPOSE = [0, 15, 14, 17, 16, 5, 2, 6, 3, 7, 4, 11, 8, 12, 9, 13, 10]
 _SPREAD = 1.2  # of a joint's Gaussian, in heatmap cells
 _RELIEF = 12.0  # weight of a joint's cells over the empty ones, which are 50 times as many
@@ -42,22 +42,17 @@ def _pixel_values(world: World, indices: list[int], device: torch.device) -> Ten
     return ((levels.float() / 255.0 - _MEAN) / _STD).permute(0, 3, 1, 2).contiguous()
 
 
-def _write_processor(folder: Path, kind: str, **options: Any) -> None:
-    processor = {
-        "image_processor_type": kind,
+def _save(model: Any, folder: Path, processor: str, **options: Any) -> None:
+    """Write a transformers folder in half precision, with the configuration of its image processor."""
+    copy.deepcopy(model).half().save_pretrained(folder)
+    described = {
+        "image_processor_type": processor,
         "size": {"height": _SIZE, "width": _SIZE},
         "image_mean": [_MEAN] * 3,
         "image_std": [_STD] * 3,
         **options,
     }
-    (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n", encoding="utf-8")
-
-
-def _save(model: Any, folder: Path, **processor: Any) -> None:
-    import copy
-
-    copy.deepcopy(model).half().save_pretrained(folder)
-    _write_processor(folder, processor.pop("kind"), **processor)
+    files.write_json(folder / "preprocessor_config.json", described)
 
 
 class PoseTask:
@@ -100,14 +95,13 @@ class PoseTask:
         return coco17_to_openpose18(joints)
 
     def export(self, folder: Path) -> None:
-        _save(self.model, folder, kind="VitPoseImageProcessor", do_affine_transform=False)
+        _save(self.model, folder, "VitPoseImageProcessor", do_affine_transform=False)
         scores = [
             pck(self._find(i), self.validation.joints[i], size=float(self.validation.figure_height[i]))
             for i in range(min(_SCORED, len(self.validation)))
         ]
-        _write_quality(
-            folder, {"PCK at 0.1 of the figure's height": float(np.mean(scores)), "scenes": len(scores)}
-        )
+        quality = {"PCK at 0.1 of the figure's height": float(np.mean(scores)), "scenes": len(scores)}
+        files.write_json(folder / "quality.json", quality)
 
 
 def _gaussians(joints: Tensor, cells: int) -> Tensor:
@@ -182,7 +176,7 @@ class DepthTask:
         _save(
             self.model,
             folder,
-            kind="DPTImageProcessor",
+            "DPTImageProcessor",
             keep_aspect_ratio=True,
             ensure_multiple_of=self.recipe.patch_size,
         )
@@ -191,11 +185,8 @@ class DepthTask:
             depth_rmse(self._estimate(i), self.validation.inverse_depth[i].astype(np.float32))
             for i in range(count)
         ]
-        _write_quality(folder, {"RMSE after scale and shift, 1/m": float(np.mean(errors)), "scenes": count})
-
-
-def _write_quality(folder: Path, quality: dict[str, float]) -> None:
-    (folder / "quality.json").write_text(json.dumps(quality, indent=2) + "\n", encoding="utf-8")
+        quality = {"RMSE after scale and shift, 1/m": float(np.mean(errors)), "scenes": count}
+        files.write_json(folder / "quality.json", quality)
 
 
 def _build_depth(recipe: DepthRecipe) -> DepthAnythingForDepthEstimation:

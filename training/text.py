@@ -8,7 +8,6 @@ before the U-Net ever sees it.
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from itertools import pairwise
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from controlkit import files
 from controlkit.figures import COLOURS, OBJECTS
 from controlkit.training.config import TextRecipe
 from controlkit.training.draws import Draws
@@ -151,7 +151,7 @@ class TextTask:
         return cast(list[Tensor], self.readers(self.encoder(tokens.to(self.device)).last_hidden_state))
 
     def sample(self) -> None:
-        return None
+        """There is nothing to show."""
 
     @torch.no_grad()
     def accuracy(self) -> float:
@@ -163,9 +163,7 @@ class TextTask:
     def export(self, folder: Path) -> None:
         self.encoder.save_pretrained(folder / "text_encoder")
         self.tokenizer.save_pretrained(folder / "tokenizer")
-        (folder / "quality.json").write_text(
-            json.dumps({"attribute accuracy": self.accuracy()}), encoding="utf-8"
-        )
+        files.write_json(folder / "quality.json", {"attribute accuracy": self.accuracy()})
 
 
 def _tokens(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:

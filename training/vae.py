@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from controlkit import images
+from controlkit.folders import load_part
 from controlkit.training.config import VaeRecipe
 from controlkit.training.draws import Draws
 from controlkit.training.world import World
@@ -94,7 +95,7 @@ def _build(recipe: VaeRecipe) -> AutoencoderKL:
     from diffusers import AutoencoderKL
 
     if recipe.init is not None:
-        return cast("AutoencoderKL", AutoencoderKL.from_pretrained(recipe.init, local_files_only=True))
+        return cast("AutoencoderKL", load_part(AutoencoderKL, Path(recipe.init), dtype=torch.float32))
     if recipe.train == "decoder":
         raise ValueError(
             'train = "decoder" needs init, the folder of the autoencoder whose decoder is trained'
