@@ -44,3 +44,5 @@ def test_shares_of_the_ceiling_know_errors_from_scores():
     examination = Examination(1, scores)
     assert examination.of_ceiling("canny", "edge F1") == pytest.approx(0.5)
     assert examination.of_ceiling("canny", "depth RMSE") == pytest.approx(0.5)
+    blind = Examination(1, {"canny": {"edge F1": 0.4}, "ceiling": {"edge F1": 0.0}})
+    assert np.isnan(blind.of_ceiling("canny", "edge F1"))

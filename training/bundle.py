@@ -8,13 +8,16 @@ runs; `controlkit measure --card` then measures them and writes the card.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 
 import controlkit
 from controlkit import files
+from controlkit.folders import read_header
 from controlkit.training.quality import FOLLOWS, KINDS, LOWER_IS_BETTER, Examination
 
 TINY = Path(controlkit.__file__).parent / "tiny"
@@ -27,24 +30,27 @@ PARTS: Mapping[str, tuple[str, str, str]] = {
     "pose": ("bundled-pose-estimator", "result", "pose estimator, ViTPose classes"),
     "depth": ("bundled-depth-estimator", "result", "depth estimator, Depth Anything classes"),
 }
-_ALSO = (
-    "bundled-vae",
-    "bundled-vae-details",
-    "bundled-vae-decoder",
-    "bundled-text",
-)  # runs whose results are inside `base`
+# runs whose results are inside `base`
+_ALSO = ("bundled-vae", "bundled-vae-details", "bundled-vae-decoder", "bundled-text")
 CARD, QUALITY = "README.md", "quality.json"
 
 
 def collect(runs: Path, target: Path = TINY) -> None:
-    """Copy each part's result and the recipe that made it. Raises ValueError for a run that has no result."""
-    target.mkdir(exist_ok=True)
-    for name, (run, result, _) in PARTS.items():
+    """Copy each part's result and the recipe that made it.
+
+    Raises ValueError, before anything is copied, for a run that has no result or is missing.
+    """
+    for run in (*_ALSO, *(run for run, _, _ in PARTS.values())):
+        if not (runs / run / "config.toml").is_file():
+            raise ValueError(f"no run in {runs / run}: run `controlkit train {run}` first")
+    for run, result, _ in PARTS.values():
         source = runs / run / result
         if not (source / "config.json").is_file() and not (source / "model_index.json").is_file():
             raise ValueError(f"no trained model in {source}: run `controlkit train {run}` first")
+    target.mkdir(exist_ok=True)
+    for name, (run, result, _) in PARTS.items():
         with files.replace_folder(target / name) as folder:
-            shutil.copytree(source, folder, dirs_exist_ok=True)
+            shutil.copytree(runs / run / result, folder, dirs_exist_ok=True)
     (target / "recipes").mkdir(exist_ok=True)
     for run in (*_ALSO, *(run for run, _, _ in PARTS.values())):
         files.write_bytes(target / "recipes" / f"{run}.toml", (runs / run / "config.toml").read_bytes())
@@ -123,18 +129,13 @@ def _parts_table(target: Path) -> str:
 
 
 def _recipe(target: Path, run: str) -> dict[str, object]:
-    import tomllib
-
     return tomllib.loads((target / "recipes" / f"{run}.toml").read_text(encoding="utf-8"))
 
 
 def _parameters(path: Path) -> int:
     """Number of weights in a safetensors file, from its header."""
-    from math import prod
-
-    with path.open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    return sum(prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+    entries = [entry for name, entry in read_header(path).items() if name != "__metadata__"]
+    return sum(math.prod(entry["shape"]) for entry in entries)
 
 
 def _heading(examination: Examination) -> str:
@@ -166,4 +167,7 @@ def _footnotes(target: Path) -> str:
 
 
 if __name__ == "__main__":
-    collect(Path(sys.argv[1] if len(sys.argv) > 1 else "runs"))
+    try:
+        collect(Path(sys.argv[1] if len(sys.argv) > 1 else "runs"))
+    except ValueError as error:
+        sys.exit(f"error: {error}")

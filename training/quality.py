@@ -7,6 +7,7 @@ sees. Maps are the world's own: edges of the picture, true joints, true depth.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -46,9 +47,13 @@ class Examination:
     scores: Mapping[str, Scores]
 
     def of_ceiling(self, kind: str, score: str) -> float:
-        """A score of an adapter in units of the ceiling's; for an error, the ceiling's in units of it."""
+        """A score of an adapter in units of the ceiling's; for an error, the ceiling's in units of it.
+
+        Not a number where that divides by zero.
+        """
         ours, ceiling = self.scores[kind][score], self.scores["ceiling"][score]
-        return ceiling / ours if score in LOWER_IS_BETTER else ours / ceiling
+        part, whole = (ceiling, ours) if score in LOWER_IS_BETTER else (ours, ceiling)
+        return part / whole if whole else math.nan
 
 
 class Examiner:
@@ -130,8 +135,8 @@ def examine(
 ) -> Examination:
     """Generate under each adapter for held-out scenes and score the pictures against floor and ceiling.
 
-    Scene k is generated with seed k, DDIM, 20 steps and the base's usual guidance. Every score needs its
-    estimator: with one adapter only that adapter's own kind is scored. Raises ValueError for fewer than 1
+    Scene k is generated with seed k, DDIM, 20 steps and the base's usual guidance. Of the scores that need an
+    estimator only those of the given adapters' kinds are measured. Raises ValueError for fewer than 1
     or more than 2³² scenes, or an unknown kind.
     """
     if not 1 <= scenes <= 2**32:
