@@ -65,6 +65,13 @@ def test_bundled_recipes_parse_and_repeat_themselves(name):
 def test_overrides_are_typed_like_toml():
     recipe = load_recipe("tiny-canny", ["steps=3", "learning_rate = 1e-5", "out=a=b c", "base=some/folder"])
     assert (recipe.steps, recipe.learning_rate, recipe.out, recipe.base) == (3, 1e-5, "a=b c", "some/folder")
+    assert load_recipe("tiny-canny", ["out=2026-11-20"]).out == "2026-11-20"  # no date: a folder
+
+
+@pytest.mark.parametrize("text", ['a "quoted" \\ name', "two\nlines\ttab", "Zürich\x7f\x00"])
+def test_any_text_survives_the_run_folders_recipe(text):
+    recipe = load_recipe("tiny-canny").model_copy(update={"out": text})
+    assert parse_recipe(tomllib.loads(to_toml(recipe)), where="x") == recipe
 
 
 @pytest.mark.parametrize(
@@ -79,6 +86,10 @@ def test_overrides_are_typed_like_toml():
         ("map=cany", "map: .* not 'cany'"),
         ("steps", "key=value"),
         ("task=controlnets", "did you mean 'controlnet'"),
+        ("task=[1]", "unknown task"),
+        ("out=", "out: "),
+        ("hint_channels=[8,16,32]", "hint_channels"),
+        ("zero_convolution_rate=inf", "zero_convolution_rate"),
         ("seed=-1", "seed"),
     ],
 )
@@ -171,6 +182,24 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path, name, damage):
     assert "step-000010" in refused[0]
 
 
+def test_the_checkpoint_just_written_outlives_damaged_later_ones(tmp_path):
+    for step in (10, 15):
+        (checkpoint(tmp_path, step) / "manifest.json").write_text("{}")
+    checkpoint(tmp_path, 3)
+    (_, _, state), refused = load_latest(tmp_path)
+    assert state["step"] == 3
+    assert len(refused) == 2
+    checkpoint(tmp_path, 6)
+    checkpoint(tmp_path, 9)
+    assert sorted(path.name[-2:] for path in tmp_path.iterdir()) == ["06", "09", "10", "15"]
+
+
+@pytest.mark.parametrize("manifest", ["[]", "3", '{"weights.safetensors": 5}', "null"])
+def test_a_manifest_that_says_nothing_is_a_fault(tmp_path, manifest):
+    (checkpoint(tmp_path, 5) / "manifest.json").write_text(manifest)
+    assert load_latest(tmp_path) == (None, ["step-000005: no readable manifest.json"])
+
+
 def test_no_checkpoint_at_all(tmp_path):
     assert load_latest(tmp_path / "none") == (None, [])
 
@@ -224,6 +253,65 @@ def test_a_folder_of_another_recipe_is_refused(text_recipe):
         train_recipe(str(text_recipe), ["steps=3", "learning_rate=2e-3"])
 
 
+def test_losses_that_were_not_yet_logged_survive_a_stop(tmp_path, text_recipe):
+    whole = train_recipe(str(text_recipe), [f"out={tmp_path / 'whole'}", "log_every=4"])
+    parts = tmp_path / "parts"
+
+    def stop_at_four(step):
+        if step.step == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_recipe(str(text_recipe), [f"out={parts}", "log_every=4"], progress=stop_at_four)
+    train_recipe(str(text_recipe), [f"out={parts}", "log_every=4"])  # goes on at step 3
+    assert losses(parts) == losses(whole.folder)
+    assert len(losses(parts)) == 2
+
+
+@pytest.mark.parametrize(
+    ("prepare", "out", "message"),
+    [
+        (lambda folder: (folder / "run").write_text(""), "run", "there is a file of that name"),
+        (lambda folder: (folder / "run").write_text(""), "run/deeper", "(?i)not a directory"),
+        (lambda folder: (folder / "mine" / "result").mkdir(parents=True), "mine", "not the folder of a run"),
+        (lambda folder: (folder / "config.toml").write_text("= 3"), ".", r"config\.toml.* is damaged"),
+    ],
+)
+def test_a_folder_that_cannot_hold_the_run_is_refused_before_any_work(
+    tmp_path, text_recipe, monkeypatch, prepare, out, message
+):
+    monkeypatch.setattr("controlkit.training.runs.build_task", lambda *_: pytest.fail("the task was built"))
+    place = tmp_path / "place"
+    place.mkdir()
+    prepare(place)
+    before = sorted(place.rglob("*"))
+    with pytest.raises(ValueError, match=message) as caught:
+        train_recipe(str(text_recipe), [f"out={place / out}"])
+    assert "\n" not in str(caught.value)
+    assert sorted(place.rglob("*")) == before
+
+
+def test_a_full_disk_stops_with_a_plain_line(text_recipe, monkeypatch):
+    from controlkit.training import loop
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(loop, "save_checkpoint", full)
+    with pytest.raises(ValueError, match=r"its checkpoints are good: .*No space left on device"):
+        train_recipe(str(text_recipe))
+
+
+def test_missing_parts_are_named_before_training(tmp_path):
+    recipe = tmp_path / "base.toml"
+    lines = ['task = "base"', f'out = "{tmp_path / "run"}"', "steps = 1", "batch_size = 1", "scenes = 2"]
+    lines += ["learning_rate = 1e-3", f'vae = "{tmp_path / "vae"}"', f'text = "{tmp_path / "text"}"']
+    recipe.write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=r"vae/config\.json is missing"):
+        train_recipe(str(recipe))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_loss_that_is_not_finite_changes_no_weight(text_recipe, tmp_path, monkeypatch):
     from controlkit.training.text import TextTask
 
@@ -262,6 +350,21 @@ def test_the_tokenizer_takes_any_text_and_words_of_the_world_whole():
         assert tokenizer.decode(tokens, skip_special_tokens=True).replace(" ", "") == text.replace(" ", "")
     empty = tokenizer("", padding="max_length", max_length=77).input_ids
     assert empty == [len(tokenizer) - 2] + [len(tokenizer) - 1] * 76
+
+
+def test_scenes_end_where_they_were_asked_to():
+    world = load_world("train", 60)
+    assert len(list(world.picture)) == len(world) == 60
+    np.testing.assert_array_equal(world.picture[-1], world.picture[59])
+    with pytest.raises(IndexError):
+        world.picture[60]
+
+
+def test_scenes_that_cannot_be_kept_are_a_plain_line(tmp_path):
+    (tmp_path / "cache").write_text("")
+    with pytest.raises(ValueError, match=r"cannot keep rendered scenes .*CONTROLKIT_CACHE") as caught:
+        load_world("train", 1, folder=tmp_path / "cache")
+    assert "\n" not in str(caught.value)
 
 
 def test_attributes_read_a_caption():

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 
 CHUNK = 250
 VERSION = 1  # raise when figures.py changes what it draws
-_ARRAYS = ("picture", "inverse_depth", "joints", "figure", "figure_height")
 
 
 def cache_folder() -> Path:
@@ -155,28 +154,12 @@ def _render_missing(
 
 
 def _render_chunk(root: Path, split: str, number: int, size: int) -> None:
-    """Render one chunk into a temporary folder, then move it into place, so that no chunk is ever half
-    written.
-    """
-    from controlkit.figures import render
-
-    scenes = [render(seed, size=size, split=split) for seed in range(number * CHUNK, (number + 1) * CHUNK)]
-    columns: dict[str, NDArray[Any]] = {
-        "picture": np.stack([scene.picture for scene in scenes]),
-        "inverse_depth": np.stack([scene.inverse_depth for scene in scenes]).astype(np.float16),
-        "joints": np.stack([scene.joints for scene in scenes]).astype(np.float32),
-        "figure": np.stack([scene.masks["figure"] for scene in scenes]),
-        "figure_height": np.array([scene.figure_height for scene in scenes], dtype=np.float32),
-    }
-    assert set(columns) == set(_ARRAYS)
+    """Render one chunk into a temporary folder, then move it into place, so that none is half written."""
     root.mkdir(parents=True, exist_ok=True)
     temporary = root / f".rendering-{uuid.uuid4().hex}"
-    temporary.mkdir()
+    temporary.mkdir()  # before the work, which is for nothing where this fails
     try:
-        for name, array in columns.items():
-            np.save(temporary / f"{name}.npy", array)
-        captions = [scene.caption for scene in scenes]
-        (temporary / "captions.json").write_text(json.dumps(captions), encoding="utf-8")
+        _write_scenes(temporary, split, range(number * CHUNK, (number + 1) * CHUNK), size)
         try:
             os.rename(temporary, root / f"{number:05d}")
         except OSError:  # another process rendered the same chunk first
@@ -184,6 +167,23 @@ def _render_chunk(root: Path, split: str, number: int, size: int) -> None:
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_scenes(folder: Path, split: str, seeds: range, size: int) -> None:
+    from controlkit.figures import render
+
+    scenes = [render(seed, size=size, split=split) for seed in seeds]
+    columns: dict[str, NDArray[Any]] = {
+        "picture": np.stack([scene.picture for scene in scenes]),
+        "inverse_depth": np.stack([scene.inverse_depth for scene in scenes]).astype(np.float16),
+        "joints": np.stack([scene.joints for scene in scenes]).astype(np.float32),
+        "figure": np.stack([scene.masks["figure"] for scene in scenes]),
+        "figure_height": np.array([scene.figure_height for scene in scenes], dtype=np.float32),
+    }
+    for name, array in columns.items():
+        np.save(folder / f"{name}.npy", array)
+    captions = [scene.caption for scene in scenes]
+    (folder / "captions.json").write_text(json.dumps(captions), encoding="utf-8")
 
 
 if __name__ == "__main__":
