@@ -59,6 +59,9 @@ class Control:
                     "a map given as a tensor must be float (B, C, H, W) in [0, 1], "
                     f"not {cond.dtype} {tuple(cond.shape)}"
                 )
+        elif not isinstance(cond, np.ndarray):
+            given = type(cond).__name__
+            raise ValueError(f"a map is an array or a tensor, not {given}: see images.load_picture")
         elif cond.ndim != 3 or cond.dtype != np.uint8:
             raise ValueError(f"a map given as an array is uint8 (H, W, 3), not {cond.dtype} {cond.shape}")
 

@@ -44,6 +44,7 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {  # our name -> (diffusers'
     "lms": ("LMSDiscreteScheduler", {}),
 }
 GUIDANCE = {"tiny": 4.0, "sd1": 7.5, "sd2": 7.5, "sdxl": 5.0}  # by bundled name or family
+DEVICE_BATCH = 4  # pictures at once on a GPU: each one more needs more memory
 AREA_FACTOR = 2.0  # a map whose area is within this factor of the base's native area keeps its size
 
 Callback = Callable[[int, int, torch.Tensor], None]
@@ -80,8 +81,8 @@ def picture_size(
     map_size: width and height of the first map, None without one. A given width or height is kept; the
     rest comes from the map: its own size, to multiples of 8, when its area is within a factor of 2 of the
     base's native area, else its shape at the native area, to multiples of the U-Net's coarsest cell (64
-    pixels). Without a map the picture is the native square. Raises ValueError for a given side that is no
-    multiple of 8.
+    pixels); never a side outside `limits.SIZE_RANGE`, however thin the map is. Without a map the picture is
+    the native square. Raises ValueError for a given side that is no multiple of 8.
     """
     limits.check_size(width, height)
     native = base.resolution
@@ -91,7 +92,10 @@ def picture_size(
         ratio, cell = 1.0, base.vae_factor
     else:
         cell = base.vae_factor * 2 ** (len(base.unet.config.block_out_channels) - 1)
-    free_width, free_height = (max(round(side * ratio / cell), 1) * cell for side in (map_width, map_height))
+    low, high = limits.SIZE_RANGE
+    free_width, free_height = (
+        min(max(round(side * ratio / cell) * cell, cell, low), high) for side in (map_width, map_height)
+    )
     return width or free_width, height or free_height
 
 
@@ -119,7 +123,7 @@ def generate(
     usual value. scheduler: one of `SCHEDULERS`. eta: 0 to 1, DDIM's share of fresh noise.
     height, width: multiples of 8.
     callback: see `Callback`; steps are counted over all pictures.
-    batch_size: pictures denoised at once, by default one on the CPU and all of them elsewhere. On the CPU
+    batch_size: pictures denoised at once, by default one on the CPU and up to four elsewhere. On the CPU
     one at a time makes picture k of several equal, bit for bit, picture k alone; batched kernels round
     differently.
 
@@ -131,7 +135,7 @@ def generate(
     width, height = picture_size(base, controls[0].size if controls else None, width, height)
     text = encode_text(base, prompt, negative_prompt, guidance=guidance)
     encoded = encode_controls(controls, width=width, height=height, pictures=len(seeds))
-    batch_size = batch_size or (1 if base.device.type == "cpu" else len(seeds))
+    batch_size = batch_size or (1 if base.device.type == "cpu" else DEVICE_BATCH)
 
     pictures: list[np.ndarray] = []
     for first in range(0, len(seeds), batch_size):

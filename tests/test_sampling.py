@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
+from PIL import Image
 
 from controlkit import sampling
 from controlkit.base import Base, load_base
@@ -214,6 +215,9 @@ def test_the_default_size(sd1: Base) -> None:
     assert sampling.picture_size(sd1, (4000, 3900)) == (64, 64)  # far: its shape, to the coarsest cell
     assert sampling.picture_size(sd1, (640, 160)) == (128, 64)
     assert sampling.picture_size(sd1, None, width=32) == (32, 64)
+    assert sampling.picture_size(sd1, (30_000, 20)) == (2496, 64)
+    assert sampling.picture_size(sd1, (1_000_000, 1)) == (8192, 64)
+    assert sampling.picture_size(sd1, (2048, 2)) == (2048, 16), "sides that `limits.check_size` would refuse"
 
 
 def test_steps_are_counted_over_all_pictures(sd1: Base) -> None:
@@ -265,6 +269,8 @@ def test_controls_outside_their_range(sd1: Base) -> None:
         Control(controlnet, cond(), start=0.5, end=0.5)
     with pytest.raises(ValueError, match="is uint8"):
         Control(controlnet, np.zeros((8, 8, 3)))
+    with pytest.raises(ValueError, match="a map is an array or a tensor, not Image"):
+        Control(controlnet, Image.new("RGB", (8, 8)))
     with pytest.raises(ValueError, match="must be float"):
         Control(controlnet, torch.zeros(3, 8, 8))
     with pytest.raises(ValueError, match="must have the size of the picture, 64x64, not 32x64"):
