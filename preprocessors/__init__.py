@@ -5,6 +5,7 @@ and one whose libraries are missing does not disturb the others.
 """
 
 import inspect
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,8 @@ def names() -> list[str]:
 def get(kind: str, **options: Any) -> "Preprocessor":
     """Return the preprocessor for a kind of map; called with any picture, it returns a :class:`Map`.
 
+    A number may be given as text, as a command line has it.
+
     Options: canny ``low``, ``high``; openpose ``model``, ``threshold``, ``style``, ``device``; depth
     ``model``, ``device``. What each means and allows stands in the class's docstring. Weights are loaded
     here, not at the first picture.
@@ -58,11 +61,25 @@ def get(kind: str, **options: Any) -> "Preprocessor":
     module, name = _KINDS[kind]
     make = getattr(import_module(f"controlkit.preprocessors.{module}"), name)
     known = inspect.signature(make).parameters
-    for option in options:
+    for option, value in options.items():
         if option not in known:
             raise unknown(f"{kind} option", option, known)
+        options[option] = _of_type(known[option].annotation, value, f"{kind}'s {option}")
     preprocessor: Preprocessor = make(**options)
     return preprocessor
+
+
+def _of_type(wanted: type, value: object, name: str) -> float | str:
+    """Return an option as the type that its class declares, float or str."""
+    assert wanted in (float, str), wanted
+    if wanted is str and isinstance(value, (str, os.PathLike)):
+        return str(value)
+    try:
+        if wanted is float and isinstance(value, (int, float, str)):
+            return float(value)
+    except (ValueError, OverflowError):
+        pass
+    raise ValueError(f"{name} is {value!r}; it must be {'a number' if wanted is float else 'text'}")
 
 
 def __getattr__(name: str) -> object:

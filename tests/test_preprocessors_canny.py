@@ -66,12 +66,22 @@ def test_the_map_says_what_it_is() -> None:
         ({"low": -1}, "low threshold is -1"),
         ({"high": float("inf")}, "high threshold is inf"),
         ({"low": float("nan")}, "low threshold is nan"),
+        ({"low": "50x"}, "canny's low is '50x'; it must be a number"),
+        ({"low": None}, "canny's low is None; it must be a number"),
+        ({"high": 10**400}, "it must be a number"),
+        ({"high": "1" * 400}, "high threshold is inf"),
         ({"lo": 3}, r"unknown canny option 'lo' \(did you mean 'low'\?\); choose from: high, low"),
     ],
 )
-def test_bad_options_are_refused(options: dict[str, float], message: str) -> None:
+def test_bad_options_are_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         preprocessors.get("canny", **options)
+
+
+def test_numbers_may_be_text_but_text_is_no_number() -> None:
+    assert preprocessors.get("canny", low="50", high="1e2")(data.cat()).params == {"low": 50, "high": 100}
+    with pytest.raises(ValueError, match="openpose's style is 3; it must be text"):
+        preprocessors.get("openpose", style=3)
 
 
 def test_unknown_kinds_are_refused() -> None:
