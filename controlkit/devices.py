@@ -16,7 +16,12 @@ def check_device(device: str | torch.device) -> torch.device:
         found = torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"unknown device {device!r}: use cpu, cuda, cuda:0 or mps") from error
-    missing_cuda = found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count()
-    if missing_cuda or (found.type == "mps" and not torch.backends.mps.is_available()):
+    available = {
+        "cpu": True,
+        "cuda": (found.index or 0) < torch.cuda.device_count(),
+        "mps": torch.backends.mps.is_available(),
+        "xpu": torch.xpu.is_available(),
+    }
+    if not available.get(found.type, False):  # torch knows more types than it can compute on
         raise ValueError(f"device {str(device)!r} is not available here: use cpu")
     return found

@@ -6,6 +6,7 @@ are silenced here, and what matters in them (missing or misshapen weights) becom
 """
 
 import json
+import os
 import re
 import struct
 import threading
@@ -46,10 +47,10 @@ def find_folder(
     aliases = aliases or {}
     if name_or_path in bundled:
         return _bundled_folder(what, name_or_path, bundled[name_or_path])
-    path = Path(name_or_path).expanduser()
-    if path.is_dir():
-        return path
-    if path.is_file():
+    path = os.path.expanduser(name_or_path)  # pathlib raises for unknown users and long names
+    if os.path.isdir(path):
+        return Path(path)
+    if os.path.isfile(path):
         raise ValueError(f"{what} {name_or_path}: this is a file; give the folder that holds the model")
     repo_id = aliases.get(name_or_path, name_or_path)
     if not _HUB_ID.fullmatch(repo_id):
