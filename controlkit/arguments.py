@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,19 +57,19 @@ def parse_adapters(texts: Sequence[str]) -> dict[str, str]:
     return adapters
 
 
-def parse_settings(texts: Sequence[str]) -> dict[str, int | float | str]:
-    """Read several KEY=VALUE into a mapping; a value that reads as a number becomes one.
+def parse_settings(texts: Sequence[str]) -> dict[str, str]:
+    """Read several KEY=VALUE into a mapping.
 
     Raises ValueError for a missing part or a key given twice.
     """
-    settings: dict[str, int | float | str] = {}
+    settings: dict[str, str] = {}
     for text in texts:
         key, equals, value = text.partition("=")
         if not (key and equals and value):
             raise ValueError(f"{text!r} must be KEY=VALUE, as in low=50")
         if key in settings:
             raise ValueError(f"{key} is given twice")
-        settings[key] = _number_or_text(value)
+        settings[key] = value
     return settings
 
 
@@ -85,9 +86,9 @@ def numbered_outputs(output: str, count: int) -> list[Path]:
     return [path.with_name(f"{path.stem}-{k}{path.suffix}") for k in range(1, count + 1)]
 
 
-def check_not_input(output: Path, inputs: Sequence[str]) -> None:
+def check_not_input(output: Path, inputs: Sequence[Path]) -> None:
     """Raise ValueError if `output` is one of the files that it is made from."""
-    if output.resolve() in {Path(path).resolve() for path in inputs}:
+    if output.resolve() in {path.resolve() for path in inputs}:
         raise ValueError(
             f"the output {output} would overwrite the picture it is made from: choose another -o"
         )
@@ -95,18 +96,9 @@ def check_not_input(output: Path, inputs: Sequence[str]) -> None:
 
 def _split_scale(rest: str) -> tuple[str, float]:
     path, colon, tail = rest.rpartition(":")
-    if not colon or Path(rest).exists():
+    if not colon or os.path.exists(rest):  # Path.exists raises for a name that is too long
         return rest, 1.0
     try:
         return path, float(tail)
     except ValueError:
         return rest, 1.0
-
-
-def _number_or_text(value: str) -> int | float | str:
-    for number in (int, float):
-        try:
-            return number(value)
-        except ValueError:
-            continue
-    return value

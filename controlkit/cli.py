@@ -7,6 +7,7 @@ said what it does.
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import shlex
@@ -15,7 +16,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -36,11 +37,23 @@ class _Commands(TyperGroup):
         try:
             return super().main(*args, **kwargs)
         except ValueError as error:
-            message = " ".join(str(error).split())
-            typer.echo(f"error: {message}", err=True)
-            sys.exit(2)
+            _fail(str(error))
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            _fail("the disk is full")
+        except RuntimeError as error:
+            if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+                raise
+            _fail("the device's memory is full: ask for smaller pictures or batches")
         finally:
             _flush_stdout()
+
+
+def _fail(message: str) -> NoReturn:
+    """One line on stderr, exit code 2."""
+    typer.echo(f"error: {' '.join(message.split())}", err=True)
+    sys.exit(2)
 
 
 def _tolerate_any_name() -> None:
@@ -56,8 +69,10 @@ def _flush_stdout() -> None:
         return
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
+    except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            _fail(f"cannot print the results: {error.strerror}")
 
 
 app = typer.Typer(

@@ -6,6 +6,8 @@ loads the models, extracts the maps, generates and writes. The torch-based modul
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -70,13 +72,14 @@ class Options:
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """One control's file: how it is recorded, and its picture, uint8 (H, W, 3).
+    """One control's file: how it is recorded, its picture, uint8 (H, W, 3), and where that was found.
 
     `record.adapter` is "" until the base is known and decides it.
     """
 
     record: ControlRecord
     picture: np.ndarray
+    file: Path
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,8 +120,9 @@ def plan(
     else:
         sources = [_source_again(record, like=Path(str(like))) for record in remembered.controls]
     sources = _with_adapters(sources, arguments.parse_adapters(adapters))
+    _check_text(options, sources)
     outputs = arguments.numbered_outputs(output, options.count)
-    _check_outputs(outputs, [*(source.record.path for source in sources), *([like] if like else [])])
+    _check_outputs(outputs, [*(source.file for source in sources), *([Path(like)] if like else [])])
     notes = () if remembered is None else _version_notes(remembered)
     return Plan(options, tuple(sources), tuple(outputs), notes)
 
@@ -180,6 +184,12 @@ def extractor_options(kind: str, *, bundled: bool, device: str = "cpu") -> dict[
     return {"device": device, **({"model": "tiny"} if bundled else {})}
 
 
+def warn_if_black(image: np.ndarray, name: str) -> None:
+    """Warn of a map that tells a network nothing: no edge, nobody, or one depth everywhere."""
+    if not image.any():
+        warnings.warn(f"{name} is black: nothing was found that a picture could follow", stacklevel=2)
+
+
 def _options_of(record: PictureRecord | None) -> dict[str, Any]:
     """The options that repeat a recorded picture."""
     if record is None:
@@ -199,13 +209,13 @@ def _source(argument: arguments.ControlArgument) -> Source:
         adapter="",
         scale=argument.scale,
     )
-    return Source(record, picture)
+    return Source(record, picture, Path(argument.path))
 
 
 def _source_again(record: ControlRecord, *, like: Path) -> Source:
     """The source of an earlier picture, found where it was or beside that picture, and unchanged."""
     places = [Path(record.path), like.parent / Path(record.path).name]
-    found = next((place for place in places if place.is_file()), None)
+    found = next((place for place in places if os.path.isfile(place)), None)
     if found is None:
         raise ValueError(f"{like} was made from {record.path}, which is gone: put it back, or use --control")
     if files.sha256_file(found) != record.sha256:
@@ -213,7 +223,7 @@ def _source_again(record: ControlRecord, *, like: Path) -> Source:
             f"{like} was made from {found}, which has changed since; to use it as it is now, add "
             f"{'--map' if record.is_map else '--control'} {record.kind}={found}"
         )
-    return Source(record, images.load_picture(found))
+    return Source(record, images.load_picture(found), found)
 
 
 def _with_adapters(sources: Sequence[Source], adapters: Mapping[str, str]) -> list[Source]:
@@ -221,17 +231,32 @@ def _with_adapters(sources: Sequence[Source], adapters: Mapping[str, str]) -> li
     for kind, name in adapters.items():
         if kind not in kinds:
             raise ValueError(f"--adapter {kind}={name} has no --control or --map {kind} to belong to")
+    for source in sources:
+        kind = source.record.kind
+        if not (kind in preprocessors.names() or kind in adapters or source.record.adapter):
+            raise ValueError(f"{naming.unknown('map', kind, preprocessors.names())}, or name its --adapter")
     return [_adapted(source, adapters.get(source.record.kind, source.record.adapter)) for source in sources]
 
 
 def _adapted(source: Source, adapter: str) -> Source:
-    return Source(replace(source.record, adapter=adapter), source.picture)
+    return replace(source, record=replace(source.record, adapter=adapter))
 
 
-def _check_outputs(outputs: Sequence[Path], inputs: Sequence[str]) -> None:
+def _check_outputs(outputs: Sequence[Path], inputs: Sequence[Path]) -> None:
     for output in outputs:
         arguments.check_not_input(output, inputs)
         files.check_writable(output)
+
+
+def _check_text(options: Options, sources: Sequence[Source]) -> None:
+    """Raise ValueError for a text that no PNG could record, as a file's name that is not Unicode."""
+    texts = [options.prompt, options.negative_prompt, options.base]
+    texts += [text for source in sources for text in (source.record.path, source.record.adapter)]
+    for text in texts:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{text!r} is not valid Unicode and cannot be recorded in the PNG") from error
 
 
 def _decided(job: Plan, base: Base) -> tuple[PictureRecord, list[Source]]:
@@ -268,17 +293,23 @@ def _control(source: Source, base: Base, width: int, height: int, report: Report
     """The control of one source: its map extracted where it is a photo, its adapter loaded."""
     from controlkit.adapters import load_adapter
     from controlkit.base import BUNDLED
-    from controlkit.control import Control
+    from controlkit.control import SHARP_KINDS, Control
 
     record, image = source.record, source.picture
     report.status(f"loading the {record.kind} adapter {record.adapter}")
     adapter = load_adapter(record.adapter, base=base, device=base.device, dtype=base.dtype)
+    learned = adapter.info.map.kind
+    if learned not in ("", record.kind):
+        warnings.warn(
+            f"adapter {record.adapter} learned to follow {learned} maps, not {record.kind}", stacklevel=2
+        )
+    image = images.cover(image, width, height, nearest=record.is_map and record.kind in SHARP_KINDS)
     if not record.is_map:
         report.status(f"extracting the {record.kind} map from {record.path}")
         bundled = base.name in BUNDLED
         options = extractor_options(record.kind, bundled=bundled, device=str(base.device))
-        extract = preprocessors.get(record.kind, **options)
-        image = extract(images.cover(image, width, height)).image
+        image = preprocessors.get(record.kind, **options)(image).image
+        warn_if_black(image, f"the {record.kind} map of {record.path}")
     return Control(adapter, image, scale=record.scale, start=record.start, end=record.end)
 
 

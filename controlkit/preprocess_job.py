@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from controlkit import arguments, files, images, naming, preprocessors
-from controlkit.generate_job import Report
+from controlkit.generate_job import Report, warn_if_black
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,7 +18,7 @@ class Plan:
 
     kind: str
     picture: np.ndarray
-    settings: dict[str, int | float | str]
+    settings: dict[str, str]
     output: Path
 
 
@@ -33,7 +33,7 @@ def plan(kind: str, picture: str, settings: Sequence[str], *, output: str) -> Pl
     options = arguments.parse_settings(settings)
     (path,) = arguments.numbered_outputs(output, 1)
     image = images.load_picture(picture)
-    arguments.check_not_input(path, [picture])
+    arguments.check_not_input(path, [Path(picture)])
     for written in (path, path.with_suffix(".json")) if kind == "openpose" else (path,):
         files.check_writable(written)
     return Plan(kind, image, options, path)
@@ -44,6 +44,7 @@ def run(job: Plan, report: Report) -> list[Path]:
     report.status(f"loading the {job.kind} preprocessor")
     extract = preprocessors.get(job.kind, **job.settings)
     result = extract(job.picture)
+    warn_if_black(result.image, f"the {job.kind} map")
     images.write_png(job.output, result.image)
     if result.poses is None:
         return [job.output]

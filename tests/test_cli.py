@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import tiny_detectors
 import tiny_models
+import torch
 from typer.testing import CliRunner
 
-from controlkit import infotext
+from controlkit import generate_job, infotext
 from controlkit.adapters import MAPS, AdapterInfo, save_adapter
 from controlkit.arguments import parse_control
 from controlkit.base import load_base
@@ -140,6 +141,10 @@ def test_like_finds_a_picture_that_moved_along(generate: Run, run: Run, photo: P
     shutil.move(photo, moved)
     run("generate", "--like", moved / "out.png", "-o", "again.png").done()
     assert Path("again.png").read_bytes() == (moved / "out.png").read_bytes()
+    kept = (moved / photo.name).read_bytes()
+    onto = run("generate", "--like", moved / "out.png", "-o", moved / photo.name).refused()
+    assert "would overwrite the picture it is made from" in onto
+    assert (moved / photo.name).read_bytes() == kept
 
 
 def test_like_says_what_is_gone_or_changed(generate: Run, run: Run, photo: Path) -> None:
@@ -182,8 +187,13 @@ BAD_OPTIONS = [
     (("-n", 0), "the number of pictures must be from 1 to 1000, not 0"),
     (("--scheduler", "dimm"), "unknown scheduler 'dimm' (did you mean 'ddim'?)"),
     (("--device", "cudda"), "unknown device 'cudda'"),
+    (("--device", "meta"), "device 'meta' is not available here"),
     (("--control", "canny"), "must be KIND=PICTURE"),
+    (("--negative", "caf\udce9"), "'caf\\udce9' is not valid Unicode and cannot be recorded in the PNG"),
     (("--control", "canny=nowhere.png"), "nowhere.png does not exist"),
+    (("--control", f"canny={'n' * 300}.png:0.5"), ".png cannot be read: File name too long"),
+    (("--base", "~nobody-of-that-name/models"), "no base called '~nobody-of-that-name/models'"),
+    (("--base", "n" * 300), "give one of tiny, sd15, sd21, sdxl, an existing folder"),
     (("--control", "cany=nowhere.png"), "unknown map 'cany' (did you mean 'canny'?)"),
     (("--control", "canny=nowhere.png:nan"), "a control's scale must be a number from -10 to 10, not nan"),
     (("--adapter", "depth=x"), "has no --control or --map depth to belong to"),
@@ -289,6 +299,26 @@ def test_infotext_quotes_what_would_break_the_line() -> None:
     assert infotext.parse(infotext.chunks(record), source="x.png") == record
 
 
+def test_a_map_of_an_unknown_kind_is_refused_before_the_base_is_loaded(run: Run, photo: Path) -> None:
+    line = run(
+        "generate", "x", "--base", "nobody/nothing", "--map", f"cany={photo}", "-o", "out.png"
+    ).refused()
+    assert line.startswith("unknown map 'cany' (did you mean 'canny'?)")
+    assert line.endswith("or name its --adapter")
+
+
+@pytest.mark.filterwarnings("default")  # the command shows them as notes
+def test_a_control_that_cannot_work_is_noted(generate: Run, run: Run, models: Path, photo: Path) -> None:
+    as_pose = ["generate", "x", "--base", models / "sd1", "--steps", 1, "--map", f"openpose={photo}"]
+    outcome = run(*as_pose, "--adapter", f"openpose={models / 'canny-sd1'}", "-o", "out.png")
+    outcome.done()
+    assert "learned to follow canny maps, not openpose" in outcome.err
+    write_png("plain.png", np.full((64, 64, 3), 90, np.uint8))
+    outcome = run("preprocess", "canny", "plain.png", "-o", "edges.png")
+    outcome.done()
+    assert "note: the canny map is black: nothing was found" in outcome.err
+
+
 def test_every_command_has_help_with_an_example(run: Run) -> None:
     for command in ("demo", "generate", "preprocess", "train"):
         assert f"Example:  controlkit {command}" in run(command, "--help").done()
@@ -327,6 +357,28 @@ def test_a_depth_map_is_extracted_for_a_control(run: Run, models: Path, photo: P
     assert depth.shape == (64, 64, 3)
     assert depth.min() == 0
     assert depth.max() == 255
+
+
+def test_a_full_device_is_one_plain_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def plan(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(generate_job, "plan", plan)
+    assert "memory is full" in run("generate", "x").refused()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_behind_stdout_is_one_plain_line(photo: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "controlkit", "preprocess", "canny", str(photo), "-o", "map.png"]
+    for unbuffered in ("", "1"):  # found when all is flushed at the end, or by the first print
+        environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(
+                command, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True, env=environment
+            )
+        assert done.returncode == 2
+        assert done.stderr.splitlines()[-1].startswith("error: ")
+        assert "Traceback" not in done.stderr
 
 
 def test_bad_recipes_are_one_plain_line(run: Run) -> None:
