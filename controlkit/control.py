@@ -126,7 +126,10 @@ def encode_controls(
         if len(cond) not in (1, pictures):
             raise ValueError(f"{len(cond)} maps for {pictures} pictures: give one map, or one per picture")
         cond = cond.to(device=controlnet.device, dtype=controlnet.dtype)
-        encoded.append(EncodedControl(control, encode_hint(controlnet, cond)))
+        # one map at a time, so that a picture's hint does not depend on its neighbours in the batch
+        encoded.append(
+            EncodedControl(control, torch.cat([encode_hint(controlnet, row[None]) for row in cond]))
+        )
     return encoded
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from controlkit import arguments, files, images, infotext, limits, naming, preprocessors
+from controlkit import __version__, arguments, files, images, infotext, limits, naming, preprocessors
 from controlkit.infotext import ControlRecord, PictureRecord
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def plan(
 
 
 def run(job: Plan, report: Report) -> list[PictureRecord]:
-    """Generate and write the pictures of a checked plan; returns what was recorded in each file."""
+    """Generate the pictures of a checked plan, each written when it is made; returns the records in them."""
     report.status(f"loading the libraries and the base {job.options.base}")
     from controlkit import sampling
     from controlkit.base import load_base
@@ -139,7 +139,12 @@ def run(job: Plan, report: Report) -> list[PictureRecord]:
     controls = [_control(source, base, first.width, first.height, report) for source in sources]
     seeds = [first.seed + k for k in range(job.options.count)]
     report.status(f"generating {len(seeds)} x {first.width}x{first.height}, {first.steps} steps, on {device}")
-    pictures = sampling.generate(
+    records = [replace(first, seed=seed) for seed in seeds]
+
+    def write(k: int, picture: np.ndarray) -> None:
+        images.write_png(job.outputs[k], picture, text=infotext.chunks(records[k]))
+
+    sampling.generate(
         base,
         first.prompt,
         negative_prompt=first.negative_prompt,
@@ -151,10 +156,8 @@ def run(job: Plan, report: Report) -> list[PictureRecord]:
         width=first.width,
         height=first.height,
         callback=lambda done, total, _: report.progress(done, total),
+        finished=write,
     )
-    records = [replace(first, seed=seed) for seed in seeds]
-    for path, picture, record in zip(job.outputs, pictures, records, strict=True):
-        images.write_png(path, picture, text=infotext.chunks(record))
     return records
 
 
@@ -316,7 +319,8 @@ def _control(source: Source, base: Base, width: int, height: int, report: Report
 def _versions() -> dict[str, str]:
     from importlib.metadata import version
 
-    return {name: version(name) for name in ("controlkit", "diffusers", "torch", "transformers")}
+    libraries = {name: version(name) for name in ("diffusers", "torch", "transformers")}
+    return {"controlkit": __version__, **libraries}
 
 
 def _version_notes(record: PictureRecord) -> tuple[str, ...]:

@@ -114,6 +114,7 @@ def generate(
     width: int | None = None,
     eta: float = 0.0,
     callback: Callback | None = None,
+    finished: Callable[[int, np.ndarray], None] | None = None,
     batch_size: int | None = None,
 ) -> list[np.ndarray]:
     """Pictures of a prompt that follow the controls' maps, one per seed: uint8 (height, width, 3) RGB each.
@@ -122,7 +123,8 @@ def generate(
     steps: 1 to 1000. guidance: 0 to 100; at 1 or below the negative prompt is not used; None is the family's
     usual value. scheduler: one of `SCHEDULERS`. eta: 0 to 1, DDIM's share of fresh noise.
     height, width: multiples of 8.
-    callback: see `Callback`; steps are counted over all pictures.
+    callback: see `Callback`; steps are counted over all pictures. finished: called with the index and the
+    pixels of each picture as soon as it is made, so that an interruption loses only what is unfinished.
     batch_size: pictures denoised at once, by default one on the CPU and up to four elsewhere. On the CPU
     one at a time makes picture k of several equal, bit for bit, picture k alone; batched kernels round
     differently.
@@ -154,7 +156,10 @@ def generate(
             generators=generators,
             callback=_counting(callback, batch=first // batch_size, batches=-(-len(seeds) // batch_size)),
         )
-        pictures += images.tensor_to_pictures(base.decode_latents(latents))
+        for picture in images.tensor_to_pictures(base.decode_latents(latents)):
+            pictures.append(picture)
+            if finished is not None:
+                finished(len(pictures) - 1, picture)
     return pictures
 
 

@@ -287,3 +287,18 @@ def test_a_control_of_another_family_is_refused_with_the_sizes(load: Callable[[s
 
 def test_every_scheduler_has_a_name_in_the_infotext() -> None:
     assert set(sampling.SCHEDULERS) == set(SAMPLER_NAMES)
+
+
+def test_pictures_are_handed_over_as_they_are_made(sd1: Base) -> None:
+    made: list[tuple[int, int]] = []
+    steps: list[int] = []
+    pictures = sampling.generate(
+        sd1,
+        "a cube",
+        steps=2,
+        seeds=[3, 4],
+        callback=lambda done, total, latents: steps.append(done),
+        finished=lambda index, picture: made.append((index, len(steps))),
+    )
+    assert made == [(0, 2), (1, 4)]
+    assert len(pictures) == 2
