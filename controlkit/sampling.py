@@ -43,7 +43,7 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {  # our name -> (diffusers'
     "heun": ("HeunDiscreteScheduler", {}),
     "lms": ("LMSDiscreteScheduler", {}),
 }
-GUIDANCE = {"tiny": 4.0, "sd1": 7.5, "sd2": 7.5, "sdxl": 5.0}  # by bundled name or family
+GUIDANCE = {"tiny": 2.0, "sd1": 7.5, "sd2": 7.5, "sdxl": 5.0}  # by bundled name or family
 DEVICE_BATCH = 4  # pictures at once on a GPU: each one more needs more memory
 AREA_FACTOR = 2.0  # a map whose area is within this factor of the base's native area keeps its size
 
