@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from controlkit import diffusion, files
 from controlkit.base import Base, noise_schedule
 from controlkit.controlnet import lock
-from controlkit.folders import check_weights, load_part, read_json
+from controlkit.folders import check_weights, load_part
 from controlkit.sampling import generate
 from controlkit.training.cache import cached_latents, cached_text
 from controlkit.training.config import BaseRecipe
 from controlkit.training.draws import Draws
+from controlkit.training.exporting import save_half
 from controlkit.training.world import World
 
 if TYPE_CHECKING:
@@ -152,14 +153,11 @@ def save_pipeline(base: Base, folder: Path, *, vae: nn.Module) -> None:
     """Write a Stable Diffusion pipeline folder in half precision: `StableDiffusionPipeline` loads it as it
     is.
     """
-    import copy
-
     from diffusers import __version__
 
     half = {"unet": base.unet, "vae": vae, "text_encoder": base.text_encoders[0]}
     for name, module in half.items():
-        cast(Any, copy.deepcopy(module).half()).save_pretrained(folder / name)
-        _forget_path(folder / name / "config.json")
+        save_half(module, folder / name)
     _restore_text_prefix(folder / "text_encoder" / "model.safetensors")
     base.tokenizers[0].save_pretrained(folder / "tokenizer")
     (folder / "scheduler").mkdir()
@@ -178,13 +176,6 @@ def save_pipeline(base: Base, folder: Path, *, vae: nn.Module) -> None:
         "vae": ["diffusers", "AutoencoderKL"],
     }
     files.write_json(folder / "model_index.json", index)
-
-
-def _forget_path(config: Path) -> None:
-    """Drop the folder that a part was loaded from, which diffusers writes into its configuration."""
-    described = read_json(config)
-    described.pop("_name_or_path", None)
-    files.write_json(config, described)
 
 
 def _restore_text_prefix(path: Path) -> None:

@@ -6,7 +6,6 @@ as from photographs with the published models.
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +20,7 @@ from controlkit.preprocessors.heatmaps import decode_heatmaps
 from controlkit.preprocessors.skeleton import coco17_to_openpose18
 from controlkit.training.config import DepthRecipe, PoseRecipe
 from controlkit.training.draws import Draws
+from controlkit.training.exporting import save_half
 from controlkit.training.world import World
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def _pixel_values(world: World, indices: list[int], device: torch.device) -> Ten
 
 def _save(model: Any, folder: Path, processor: str, **options: Any) -> None:
     """Write a transformers folder in half precision, with the configuration of its image processor."""
-    copy.deepcopy(model).half().save_pretrained(folder)
+    save_half(model, folder)
     described = {
         "image_processor_type": processor,
         "size": {"height": _SIZE, "width": _SIZE},
