@@ -1,4 +1,4 @@
-"""Writing trained models as other software reads them: half-precision folders of diffusers and transformers."""
+"""Writing trained models as other software reads them: diffusers and transformers folders, half precision."""
 
 from __future__ import annotations
 
