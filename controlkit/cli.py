@@ -292,7 +292,7 @@ def train(
         def show(step: Step) -> None:
             if step.message:
                 terminal.note(step.message)
-            if step.step:
+            else:
                 terminal.progress(step.step, step.steps, f"loss {step.loss:.4f}")
 
         result = train_recipe(recipe, settings or [], progress=show)
