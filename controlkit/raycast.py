@@ -169,6 +169,11 @@ class Box:
         return Hits(z, (normal[0], normal[1], normal[2]))
 
 
+def _column_bounds(base: Vector, axis: Vector, height: float, radius: float) -> tuple[Vector, float]:
+    """The sphere around a cylinder, which holds the cone of the same base and height, too."""
+    return add(base, axis, 0.5 * height), float(np.sqrt(0.25 * height * height + radius * radius))
+
+
 @dataclass(frozen=True)
 class Cylinder:
     """A solid cylinder on `base` along the unit vector `axis`; its underside, on the floor, is never met."""
@@ -179,8 +184,7 @@ class Cylinder:
     radius: float
 
     def bounds(self) -> tuple[Vector, float]:
-        reach = float(np.sqrt(0.25 * self.height * self.height + self.radius * self.radius))
-        return add(self.base, self.axis, 0.5 * self.height), reach
+        return _column_bounds(self.base, self.axis, self.height, self.radius)
 
     def hit(self, rays: Rays) -> Hits:
         along, base_along = rays.dot(self.axis), dot(self.base, self.axis)
@@ -217,8 +221,7 @@ class Cone:
     radius: float
 
     def bounds(self) -> tuple[Vector, float]:
-        reach = float(np.sqrt(0.25 * self.height * self.height + self.radius * self.radius))
-        return add(self.base, self.axis, 0.5 * self.height), reach
+        return _column_bounds(self.base, self.axis, self.height, self.radius)
 
     def hit(self, rays: Rays) -> Hits:
         tip = add(self.base, self.axis, self.height)
