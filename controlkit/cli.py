@@ -29,13 +29,22 @@ if TYPE_CHECKING:
 PLAIN_SECONDS = 5.0  # between progress lines where there is no terminal to draw a bar in
 
 
+_UsageError: Any = typer.BadParameter.__bases__[0]  # typer's copy of click has it, and no public name for it
+
+
 class _Commands(TyperGroup):
     """The group of commands; turns what a user can cause into one line and exit code 2."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         _tolerate_any_name()
         try:
-            return super().main(*args, **kwargs)
+            sys.exit(super().main(*args, **{**kwargs, "standalone_mode": False}))
+        except _UsageError as error:
+            message = error.format_message()
+            if "\n" in message:  # the help, for want of a command
+                typer.echo(message, err=True)
+                sys.exit(2)
+            _fail(f"{message[:1].lower()}{message[1:].rstrip('.')}{_see_help(error.ctx)}")
         except ValueError as error:
             _fail(str(error))
         except OSError as error:
@@ -54,6 +63,10 @@ def _fail(message: str) -> NoReturn:
     """One line on stderr, exit code 2."""
     typer.echo(f"error: {' '.join(message.split())}", err=True)
     sys.exit(2)
+
+
+def _see_help(context: Any) -> str:
+    return "" if context is None else f"; see {context.command_path} --help"
 
 
 def _tolerate_any_name() -> None:

@@ -111,7 +111,7 @@ def plan(
     remembered = None if like is None else infotext.parse(images.read_png_text(like), source=like)
     if remembered is None and "prompt" not in given:
         raise ValueError('give a prompt, as in: controlkit generate "a red figure" --control canny=photo.jpg')
-    options = Options(**{**_options_of(remembered), **given})
+    options = Options(**{**_options_of(remembered, given), **given})
     options.check()
     wanted = [arguments.parse_control(text, is_map=False) for text in controls]
     wanted += [arguments.parse_control(text, is_map=True) for text in maps]
@@ -119,6 +119,8 @@ def plan(
         sources = [_source(argument) for argument in wanted]
     else:
         sources = [_source_again(record, like=Path(str(like))) for record in remembered.controls]
+        if options.base != remembered.base:
+            sources = [_adapted(source, "") for source in sources]  # the new base decides
     sources = _with_adapters(sources, arguments.parse_adapters(adapters))
     _check_text(options, sources)
     outputs = arguments.numbered_outputs(output, options.count)
@@ -193,11 +195,17 @@ def warn_if_black(image: np.ndarray, name: str) -> None:
         warnings.warn(f"{name} is black: nothing was found that a picture could follow", stacklevel=2)
 
 
-def _options_of(record: PictureRecord | None) -> dict[str, Any]:
-    """The options that repeat a recorded picture."""
+def _options_of(record: PictureRecord | None, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that repeat a recorded picture, without those that another base or device decides anew."""
     if record is None:
         return {}
-    return {name: value for name, value in vars(record).items() if name in Options.__dataclass_fields__}
+    dropped: set[str] = set()
+    if given.get("base", record.base) != record.base:
+        dropped |= {"guidance", "width", "height", "dtype"}
+    if given.get("device", record.device) != record.device:
+        dropped |= {"dtype"}
+    kept = Options.__dataclass_fields__.keys() - dropped
+    return {name: value for name, value in vars(record).items() if name in kept}
 
 
 def _source(argument: arguments.ControlArgument) -> Source:

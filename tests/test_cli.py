@@ -133,6 +133,18 @@ def test_like_repeats_a_picture_byte_for_byte(generate: Run, run: Run) -> None:
     assert Path("first.png").read_bytes() == Path("out-1.png").read_bytes()
 
 
+def test_another_base_chooses_its_own_adapter_size_and_guidance_again(
+    generate: Run, run: Run, models: Path
+) -> None:
+    generate("-o", "out.png").done()
+    again = ("generate", "--like", "out.png", "-o", "again.png")
+    run(*again, "--base", "tiny").done()
+    recorded = json.loads(read_png_text("again.png")["controlkit"])
+    assert (recorded["base"], recorded["controls"][0]["adapter"]) == ("tiny", "canny")
+    assert (recorded["width"], recorded["guidance"], recorded["steps"]) == (128, 2.0, 2)
+    assert "diffusers/controlnet-canny-sdxl-1.0" in run(*again, "--base", models / "sdxl").refused()
+
+
 def test_like_finds_a_picture_that_moved_along(generate: Run, run: Run, photo: Path, tmp_path: Path) -> None:
     generate("-o", "out.png").done()
     moved = tmp_path / "elsewhere"
@@ -200,6 +212,10 @@ BAD_OPTIONS = [
     (("--adapter", "canny=x"), "--adapter gives two adapters for canny"),
     (("-o", "no/folder/out.png"), "the folder no/folder does not exist"),
     (("-o", "out.jpg"), "must end in .png"),
+    (("--steps", "abc"), "invalid value for '--steps': "),
+    (("--steps",), "requires an argument; see"),
+    (("--stepz", 3), "no such option: --stepz"),
+    (("one", "more"), "unexpected extra argument"),
 ]
 
 

@@ -3,12 +3,14 @@
 import json
 import math
 import tomllib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import controlkit
 from controlkit.training import train_recipe
 from controlkit.training.checkpoints import load_latest, save_checkpoint
 from controlkit.training.config import (
@@ -413,3 +415,87 @@ def test_normalised_latents_decode_to_the_same_picture():
         dim=(0, 2, 3)
     )
     torch.testing.assert_close(spread * ratio[None, :, None, None], unscaled, rtol=0.02, atol=1e-6)
+
+
+# --- training on from what there is ----
+
+
+def started(init, **lines):
+    """A recipe of one step so small that half precision does not see it."""
+    return "\n".join(
+        f"{key} = {json.dumps(value)}"
+        for key, value in {
+            "init": str(init),
+            "steps": 1,
+            "batch_size": 2,
+            "scenes": 4,
+            "learning_rate": 1e-9,
+            "warmup": 0,
+            "weight_decay": 0.0,
+            "sample_every": 99,
+            **lines,
+        }.items()
+    )
+
+
+TINY = Path(controlkit.__file__).parent / "tiny"
+STARTS = {
+    "base": {"vae": str(TINY / "base" / "vae"), "text": str(TINY / "base")},
+    "controlnet": {"map": "canny", "score_scenes": 0},
+    "pose": {"autoencoder": "tiny"},
+    "depth": {},
+}
+
+
+@pytest.mark.parametrize(
+    ("task", "init", "weights"),
+    [
+        ("base", "base", "unet/diffusion_pytorch_model.safetensors"),
+        ("controlnet", "controlnet-canny", "diffusion_pytorch_model.safetensors"),
+        ("pose", "pose", "model.safetensors"),
+        ("depth", "depth", "model.safetensors"),
+    ],
+)
+def test_a_training_goes_on_from_the_weights_of_init(tmp_path, task, init, weights):
+    (tmp_path / "recipe.toml").write_text(
+        started(TINY / init, task=task, out=str(tmp_path / "run"), **STARTS[task])
+    )
+    result = train_recipe(str(tmp_path / "recipe.toml")).result
+    before, after = load_file(TINY / init / weights), load_file(result / weights)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[key]) for key, tensor in before.items())
+
+
+def test_a_base_to_go_on_from_must_fit_the_text(tmp_path):
+    from diffusers import UNet2DConditionModel
+
+    from controlkit.training.base_model import _build
+
+    recipe = load_recipe("bundled-base")
+    assert isinstance(_build(recipe, 64, 16), UNet2DConditionModel)
+    _build(recipe, 64, 16).save_pretrained(tmp_path / "other" / "unet")
+    (tmp_path / "recipe.toml").write_text(
+        started(tmp_path / "other", task="base", out=str(tmp_path / "run"), **STARTS["base"])
+    )
+    with pytest.raises(ValueError, match="text of width 64; here latents have 4 and the text 96"):
+        train_recipe(str(tmp_path / "recipe.toml"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_pictures_passed_through_the_autoencoder_are_kept_and_stay_the_same_scenes(monkeypatch):
+    from controlkit import load_base
+    from controlkit.training import cache
+
+    world, vae = load_world("train", 6), load_base("tiny").vae
+    clean = cache.cached_passed(world, vae, latent_noise=0.0, report=print)
+    noisy = cache.cached_passed(world, vae, latent_noise=0.3, report=print)
+    true = np.stack([world.picture[i] for i in range(6)]).astype(float)
+    far, farther, other = (
+        np.abs(a.astype(float) - b).mean()
+        for a, b in ((clean, true), (noisy, true), (np.roll(clean, 1, axis=0), true))
+    )
+    assert 0 < far < 8 < other
+    assert far < farther < other / 2
+    monkeypatch.setattr(type(vae), "decode", None)  # the second time nothing is decoded
+    again = cache.cached_passed(world, vae, latent_noise=0.3, report=print)
+    np.testing.assert_array_equal(again, noisy)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from controlkit import images
-from controlkit.adapters import MAPS, AdapterInfo, save_adapter
+from controlkit.adapters import MAPS, AdapterInfo, load_adapter, save_adapter
 from controlkit.base import load_base
 from controlkit.control import Control
 from controlkit.controlnet import control_residuals, encode_hint, from_base, predict, trainable_parameters
@@ -48,7 +48,10 @@ class ControlNetTask:
         self.text = cached_text(
             world.captions, self.base.text_encoders[0], self.base.tokenizers[0], report=report
         )
-        self.controlnet = from_base(self.base, hint_channels=recipe.hint_channels, seed=recipe.seed)
+        if recipe.init is None:
+            self.controlnet = from_base(self.base, hint_channels=recipe.hint_channels, seed=recipe.seed)
+        else:
+            self.controlnet = load_adapter(recipe.init, base=self.base, dtype=torch.float32).controlnet
         trainable_parameters(self.controlnet, self.base.unet)
 
     def modules(self) -> dict[str, nn.Module]:
@@ -99,6 +102,7 @@ class ControlNetTask:
 
     def export(self, folder: Path) -> None:
         recipe = self.recipe
+        told = recipe.model_dump(mode="json", exclude={"out", "device", "threads", "base", "init"})
         info = AdapterInfo(
             map=MAPS[recipe.map],
             family=self.base.family,
@@ -106,6 +110,6 @@ class ControlNetTask:
             base=recipe.base if recipe.base == "tiny" else "",
             resolution=self.base.resolution,
             title=f"{recipe.map} for the bundled base" if recipe.base == "tiny" else recipe.map,
-            training={"recipe": recipe.model_dump(mode="json", exclude={"out", "device", "threads", "base"})},
+            training={"recipe": told},
         )
         save_adapter(self.controlnet, folder, info=info)

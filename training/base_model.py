@@ -70,7 +70,7 @@ class BaseTask:
         self.base = Base(
             name="tiny",
             family="sd2",
-            unet=_build(recipe, encoder.config.hidden_size, self.latents.shape[-1]).to(device),
+            unet=_start(recipe, encoder.config.hidden_size, self.latents.shape[-1]).to(device),
             vae=vae,
             text_encoders=[encoder],
             tokenizers=[tokenizer],
@@ -128,6 +128,22 @@ def _load_tokenizer(folder: Path) -> CLIPTokenizer:
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         raise ValueError(f"{folder} has neither tokenizer.json nor vocab.json")
     return cast("CLIPTokenizer", CLIPTokenizer.from_pretrained(str(folder), local_files_only=True))
+
+
+def _start(recipe: BaseRecipe, text_width: int, side: int) -> UNet2DConditionModel:
+    """A new U-Net, or the one that the recipe trains on. Raises ValueError where that one does not fit."""
+    from diffusers import UNet2DConditionModel
+
+    if recipe.init is None:
+        return _build(recipe, text_width, side)
+    folder = Path(recipe.init) / "unet"
+    unet = cast("UNet2DConditionModel", load_part(UNet2DConditionModel, folder, dtype=torch.float32))
+    if (unet.config.in_channels, unet.config.cross_attention_dim) != (4, text_width):
+        raise ValueError(
+            f"init: {folder} takes {unet.config.in_channels} channels and text of width"
+            f" {unet.config.cross_attention_dim}; here latents have 4 and the text {text_width}"
+        )
+    return unet.requires_grad_(True)
 
 
 def _build(recipe: BaseRecipe, text_width: int, side: int) -> UNet2DConditionModel:

@@ -1,4 +1,6 @@
-"""Latents and text embeddings of the bundled world, computed once and kept on disk by content."""
+"""Latents, decoded pictures and text embeddings of the bundled world, computed once and kept on disk by
+content.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from controlkit import images
+from controlkit.training.draws import derived_seed
 from controlkit.training.world import VERSION, World, cache_folder
 
 if TYPE_CHECKING:
@@ -41,7 +44,28 @@ def cached_latents(world: World, vae: AutoencoderKL, *, report: Report) -> Tenso
 
     weights = [vae.encoder, vae.quant_conv]
     key = _key("latents", VERSION, len(world), vae.config.scaling_factor, _digest(weights), world.captions[0])
-    return _cached(f"latents-{key}", len(world), encode, report, "encoding pictures")
+    path = _computed(f"latents-{key}", len(world), encode, report, "encoding pictures")
+    return torch.from_numpy(np.load(path))
+
+
+def cached_passed(
+    world: World, vae: AutoencoderKL, *, latent_noise: float, report: Report
+) -> NDArray[np.uint8]:
+    """Every scene's picture through the autoencoder, with Gaussian noise of the given spread on its scaled
+    latents: uint8 (N, S, S, 3), mapped from disk.
+    """
+    latents = cached_latents(world, vae, report=report)
+
+    def decode(rows: range) -> NDArray[np.uint8]:
+        generator = torch.Generator().manual_seed(derived_seed("passed", rows.start))
+        noise = torch.randn(latents[rows.start : rows.stop].shape, generator=generator)
+        noisy = (latents[rows.start : rows.stop].float() + latent_noise * noise).to(vae.device)
+        noisy = (noisy / vae.config.scaling_factor).contiguous(memory_format=torch.channels_last)
+        return np.stack(images.tensor_to_pictures(vae.decode(noisy).sample))
+
+    key = _key("passed", VERSION, len(world), latent_noise, _digest([vae]), world.captions[0])
+    path = _computed(f"passed-{key}", len(world), decode, report, "decoding pictures")
+    return cast("NDArray[np.uint8]", np.load(path, mmap_mode="r"))
 
 
 def cached_text(
@@ -63,7 +87,8 @@ def cached_text(
 
     vocabulary = json.dumps(tokenizer.get_vocab(), sort_keys=True)
     key = _key("text", _digest([encoder]), vocabulary, *texts)
-    return _cached(f"text-{key}", len(texts), encode, report, "encoding captions")
+    path = _computed(f"text-{key}", len(texts), encode, report, "encoding captions")
+    return torch.from_numpy(np.load(path))
 
 
 def _key(*parts: object) -> str:
@@ -80,22 +105,22 @@ def _digest(modules: Iterable[nn.Module]) -> str:
 
 
 @torch.no_grad()
-def _cached(
-    name: str, count: int, encode: Callable[[range], NDArray[np.float16]], report: Report, doing: str
-) -> Tensor:
-    """The rows that `encode` gives, from the cache's file or computed and put there (atomically)."""
+def _computed(
+    name: str, count: int, compute: Callable[[range], NDArray[Any]], report: Report, doing: str
+) -> Path:
+    """The cache's file of the rows that `compute` gives, made (atomically) where it is not there yet."""
     path: Path = cache_folder() / f"{name}.npy"
     if not path.is_file():
         parts: list[NDArray[Any]] = []
         for start in range(0, count, _BATCH):
-            parts.append(encode(range(start, min(start + _BATCH, count))))
+            parts.append(compute(range(start, min(start + _BATCH, count))))
             if (start // _BATCH + 1) % 400 == 0:
                 report(f"{doing}: {start + _BATCH} of {count}")
         _write(path, np.concatenate(parts))
-    return torch.from_numpy(np.load(path))
+    return path
 
 
-def _write(path: Path, rows: NDArray[np.float16]) -> None:
+def _write(path: Path, rows: NDArray[Any]) -> None:
     temporary = path.with_name(f".{uuid.uuid4().hex}.npy")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

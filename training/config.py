@@ -103,6 +103,8 @@ class BaseRecipe(Recipe):
     """AutoencoderKL folder that goes into the result instead, if its decoder was trained further."""
     text: str
     """Folder with text_encoder/ and tokenizer/."""
+    init: str | None = None
+    """Pipeline folder whose U-Net is trained on; its shape then holds. None: a new U-Net."""
     block_out_channels: tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt] = (64, 80, 96, 96)
     attention_levels: tuple[bool, bool, bool, bool] = (False, True, True, False)
     heads: PositiveInt = 4
@@ -117,6 +119,8 @@ class ControlNetRecipe(Recipe):
     task: Literal["controlnet"]
     map: Literal["canny", "openpose", "depth"]
     base: str = "tiny"
+    init: str | None = None
+    """Adapter (bundled name or folder) that is trained on. None: a fresh copy of the base's encoder."""
     hint_channels: tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt] = (8, 16, 48, 96)
     """Widths of the hint encoder; the last three halve the map's size."""
     zero_convolution_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 10.0
@@ -126,25 +130,37 @@ class ControlNetRecipe(Recipe):
     """Held-out scenes on which the scores at the end are measured; 0 skips them."""
 
 
-class PoseRecipe(Recipe):
+class EstimatorRecipe(Recipe):
+    """What both estimators share: a vision transformer that looks at the whole picture."""
+
+    init: str | None = None
+    """Folder of an estimator that is trained on; its shape then holds. None: a new one."""
+    hidden_size: PositiveInt = 96
+    heads: PositiveInt = 4
+    patch_size: PatchSize = 8
+    autoencoder: str | None = None
+    """Base (bundled name or folder) through whose autoencoder some pictures pass, so that the estimator
+    reads generated pictures too. None: true pictures only.
+    """
+    passed: Probability = 0.5
+    """Share of visits that take the passed picture, with an autoencoder."""
+    latent_noise: Weight = 0.2
+    """Spread of the noise on the latents (of unit variance) between encoder and decoder."""
+
+
+class PoseRecipe(EstimatorRecipe):
     """The pose estimator (VitPoseForPoseEstimation, 17 COCO joints)."""
 
     task: Literal["pose"]
-    hidden_size: PositiveInt = 96
     layers: PositiveInt = 4
-    heads: PositiveInt = 4
-    patch_size: PatchSize = 8
 
 
-class DepthRecipe(Recipe):
+class DepthRecipe(EstimatorRecipe):
     """The depth estimator (DepthAnythingForDepthEstimation, relative inverse depth)."""
 
     task: Literal["depth"]
-    hidden_size: PositiveInt = 96
     layers: Annotated[int, Field(ge=3)] = 4
     """Depth is read from the last four of the patches' embedding and the layers."""
-    heads: PositiveInt = 4
-    patch_size: PatchSize = 8
     fusion_size: Annotated[int, Field(ge=2)] = 16
 
 

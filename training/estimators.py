@@ -6,8 +6,9 @@ as from photographs with the published models.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -15,10 +16,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from controlkit import files
+from controlkit.base import load_base
+from controlkit.folders import load_part
 from controlkit.metrics import depth_rmse, pck
 from controlkit.preprocessors.heatmaps import decode_heatmaps
 from controlkit.preprocessors.skeleton import coco17_to_openpose18
-from controlkit.training.config import DepthRecipe, PoseRecipe
+from controlkit.training.cache import cached_passed
+from controlkit.training.config import DepthRecipe, EstimatorRecipe, PoseRecipe
 from controlkit.training.draws import Draws
 from controlkit.training.exporting import save_half
 from controlkit.training.world import World
@@ -36,9 +40,27 @@ _SPREAD = 1.2  # of a joint's Gaussian, in heatmap cells
 _RELIEF = 12.0  # weight of a joint's cells over the empty ones, which are 50 times as many
 
 
-def _pixel_values(world: World, indices: list[int], device: torch.device) -> Tensor:
+class _Pictures:
+    """The training pictures: true ones and, where the recipe names an autoencoder, passed through it."""
+
+    def __init__(
+        self, recipe: EstimatorRecipe, world: World, device: torch.device, report: Callable[[str], None]
+    ) -> None:
+        self.recipe, self.world, self.device = recipe, world, device
+        self.passed: NDArray[np.uint8] | None = None
+        if recipe.autoencoder is not None:
+            vae = load_base(recipe.autoencoder, device=device).vae
+            self.passed = cached_passed(world, vae, latent_noise=recipe.latent_noise, report=report)
+
+    def pixel_values(self, indices: list[int], draws: Draws) -> Tensor:
+        passed = draws.chosen(len(indices), self.recipe.passed).tolist()
+        sources = [self.world.picture if self.passed is None or not p else self.passed for p in passed]
+        return _pixel_values([source[i] for source, i in zip(sources, indices, strict=True)], self.device)
+
+
+def _pixel_values(pictures: list[NDArray[np.uint8]], device: torch.device) -> Tensor:
     """Pictures as both networks take them: (B, 3, 128, 128), (level / 255 - 0.5) / 0.5."""
-    levels = torch.from_numpy(np.stack([world.picture[i] for i in indices])).to(device)
+    levels = torch.from_numpy(np.stack(pictures)).to(device)
     return ((levels.float() / 255.0 - _MEAN) / _STD).permute(0, 3, 1, 2).contiguous()
 
 
@@ -58,8 +80,16 @@ def _save(model: Any, folder: Path, processor: str, **options: Any) -> None:
 class PoseTask:
     """Heatmaps of COCO's 17 keypoints: a Gaussian where a joint is seen, nothing where it is not."""
 
-    def __init__(self, recipe: PoseRecipe, world: World, validation: World, device: torch.device) -> None:
+    def __init__(
+        self,
+        recipe: PoseRecipe,
+        world: World,
+        validation: World,
+        device: torch.device,
+        report: Callable[[str], None],
+    ) -> None:
         self.recipe, self.world, self.validation, self.device = recipe, world, validation, device
+        self.pictures = _Pictures(recipe, world, device, report)
         torch.manual_seed(recipe.seed)
         self.model = _build_pose(recipe).to(device)
         self.joints = torch.from_numpy(world.joints[:, COCO_FROM_OPENPOSE])
@@ -72,7 +102,7 @@ class PoseTask:
 
     def loss(self, draws: Draws) -> Tensor:
         indices = draws.indices(len(self.world), self.recipe.batch_size)
-        heatmaps = self.model(_pixel_values(self.world, indices, self.device)).heatmaps.float()
+        heatmaps = self.model(self.pictures.pixel_values(indices, draws)).heatmaps.float()
         target = _gaussians(self.joints[indices].to(self.device), heatmaps.shape[-1])
         return ((1.0 + _RELIEF * target) * (heatmaps - target).square()).mean()
 
@@ -87,7 +117,11 @@ class PoseTask:
     @torch.no_grad()
     def _find(self, index: int) -> NDArray[np.float64]:
         heatmaps = (
-            self.model(_pixel_values(self.validation, [index], self.device)).heatmaps[0].float().cpu().numpy()
+            self.model(_pixel_values([self.validation.picture[index]], self.device))
+            .heatmaps[0]
+            .float()
+            .cpu()
+            .numpy()
         )
         joints = decode_heatmaps(heatmaps)
         joints[:, :2] = (joints[:, :2] + 0.5) * _SIZE / heatmaps.shape[-1]
@@ -119,6 +153,9 @@ def _gaussians(joints: Tensor, cells: int) -> Tensor:
 def _build_pose(recipe: PoseRecipe) -> VitPoseForPoseEstimation:
     from transformers import VitPoseBackboneConfig, VitPoseConfig, VitPoseForPoseEstimation
 
+    if recipe.init is not None:
+        model = load_part(VitPoseForPoseEstimation, Path(recipe.init), dtype=torch.float32)
+        return cast("VitPoseForPoseEstimation", model)
     backbone = VitPoseBackboneConfig(
         image_size=(_SIZE, _SIZE),
         patch_size=(recipe.patch_size, recipe.patch_size),
@@ -136,8 +173,16 @@ def _build_pose(recipe: PoseRecipe) -> VitPoseForPoseEstimation:
 class DepthTask:
     """Relative inverse depth: 0 at a picture's farthest point, 1 at its nearest."""
 
-    def __init__(self, recipe: DepthRecipe, world: World, validation: World, device: torch.device) -> None:
+    def __init__(
+        self,
+        recipe: DepthRecipe,
+        world: World,
+        validation: World,
+        device: torch.device,
+        report: Callable[[str], None],
+    ) -> None:
         self.recipe, self.world, self.validation, self.device = recipe, world, validation, device
+        self.pictures = _Pictures(recipe, world, device, report)
         torch.manual_seed(recipe.seed)
         self.model = _build_depth(recipe).to(device)
 
@@ -149,7 +194,7 @@ class DepthTask:
 
     def loss(self, draws: Draws) -> Tensor:
         indices = draws.indices(len(self.world), self.recipe.batch_size)
-        predicted = self.model(_pixel_values(self.world, indices, self.device)).predicted_depth.float()
+        predicted = self.model(self.pictures.pixel_values(indices, draws)).predicted_depth.float()
         target = (
             torch.from_numpy(np.stack([self.world.inverse_depth[i] for i in indices])).float().to(self.device)
         )
@@ -169,7 +214,7 @@ class DepthTask:
 
     @torch.no_grad()
     def _estimate(self, index: int) -> NDArray[np.float32]:
-        predicted = self.model(_pixel_values(self.validation, [index], self.device)).predicted_depth
+        predicted = self.model(_pixel_values([self.validation.picture[index]], self.device)).predicted_depth
         return np.asarray(predicted[0].float().cpu().numpy())
 
     def export(self, folder: Path) -> None:
@@ -192,6 +237,9 @@ class DepthTask:
 def _build_depth(recipe: DepthRecipe) -> DepthAnythingForDepthEstimation:
     from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation, Dinov2Config
 
+    if recipe.init is not None:
+        model = load_part(DepthAnythingForDepthEstimation, Path(recipe.init), dtype=torch.float32)
+        return cast("DepthAnythingForDepthEstimation", model)
     width, fusion = recipe.hidden_size, recipe.fusion_size
     backbone = Dinov2Config(
         image_size=_SIZE,

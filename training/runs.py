@@ -105,11 +105,11 @@ def build_task(recipe: Recipe, progress: Callable[[Progress], None]) -> Task:
     if isinstance(recipe, PoseRecipe):
         from controlkit.training.estimators import PoseTask
 
-        return PoseTask(recipe, world, validation, device)
+        return PoseTask(recipe, world, validation, device, report)
     if isinstance(recipe, DepthRecipe):
         from controlkit.training.estimators import DepthTask
 
-        return DepthTask(recipe, world, validation, device)
+        return DepthTask(recipe, world, validation, device, report)
     if isinstance(recipe, ControlNetRecipe):
         from controlkit.training.adapter import ControlNetTask
 
