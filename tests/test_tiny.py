@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import tomllib
 from pathlib import Path
 
@@ -14,12 +15,11 @@ from controlkit import Control, generate, load_adapter, load_base
 from controlkit.figures import render
 from controlkit.preprocessors import get
 from controlkit.training import train_recipe
-from controlkit.training.bundle import PARTS, quality_table
+from controlkit.training.bundle import all_runs, collect, quality_table
 from controlkit.training.config import load_recipe, parse_recipe
 from controlkit.training.quality import FOLLOWS, KINDS, Examination, examine
 
 TINY = Path(controlkit.__file__).parent / "tiny"
-IN_BASE = ("bundled-vae", "bundled-vae-details", "bundled-vae-decoder", "bundled-text")
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +49,39 @@ def test_every_weight_is_half_precision_and_finite():
             assert not tensor.is_floating_point() or tensor.isfinite().all(), (path, name)
 
 
-@pytest.mark.parametrize("run", [*IN_BASE, *(run for run, _, _ in PARTS.values())])
+@pytest.mark.parametrize("run", all_runs())
 def test_the_recipe_beside_the_weights_is_the_committed_one(run):
     beside = parse_recipe(tomllib.loads((TINY / "recipes" / f"{run}.toml").read_text()), where=run)
     free = {"out", "device", "threads", "log_every", "sample_every", "checkpoint_every", "score_scenes"}
     assert beside.model_dump(exclude=free) == load_recipe(run).model_dump(exclude=free)
+
+
+def test_collecting_takes_the_last_results_or_nothing(tmp_path):
+    runs, target = tmp_path / "runs", tmp_path / "tiny"
+    for run in all_runs():
+        shutil.copytree(TINY / "pose", runs / run / "result")
+        shutil.copytree(TINY / "pose", runs / run / "controlnet")
+        (runs / run / "config.toml").write_text(f'out = "{run}"')
+    (runs / "bundled-depth-longer" / "controlnet" / "config.json").unlink()
+    with pytest.raises(
+        ValueError, match=r"no trained model in .*run `controlkit train bundled-depth-longer`"
+    ):
+        collect(runs, target)
+    with pytest.raises(ValueError, match=r"unknown part 'bas' \(did you mean 'base'\?\)"):
+        collect(runs, target, parts=["bas"])
+    assert not target.exists()
+    (runs / "bundled-base-longer" / "result" / "config.json").write_text('{"part": "second"}')
+    collect(runs, target, parts=["base", "depth"])
+    assert sorted(path.name for path in target.iterdir()) == ["base", "depth", "recipes"]
+    assert json.loads((target / "base" / "config.json").read_text()) == {"part": "second"}
+    kept = {path.stem for path in (target / "recipes").iterdir()}
+    assert {"bundled-vae", "bundled-base", "bundled-base-longer", "bundled-depth-estimator"} < kept
+    assert "bundled-depth" not in kept
+    (runs / "bundled-text" / "config.toml").unlink()
+    with pytest.raises(
+        ValueError, match=r"no run in .*bundled-text: run `controlkit train bundled-text` first"
+    ):
+        collect(runs, target, parts=["base"])
 
 
 def test_the_card_says_what_was_measured(quality):
@@ -61,7 +89,7 @@ def test_the_card_says_what_was_measured(quality):
     for table in quality_table(quality):
         assert table in card
     assert quality.scenes >= 200
-    for run in (*IN_BASE, *(run for run, _, _ in PARTS.values())):
+    for run in all_runs():
         assert f"{run}.toml" in card
 
 

@@ -1,8 +1,8 @@
 """Putting trained models into the package: `controlkit/tiny/`, each with its recipe, and a card that says
 how good.
 
-`python -m controlkit.training.bundle RUNS` copies the results of the `bundled-*` recipes from a folder of
-runs; `controlkit measure --card` then measures them and writes the card.
+`python -m controlkit.training.bundle RUNS [PART ...]` copies the results of the `bundled-*` recipes from a
+folder of runs; `controlkit measure --card` then measures them and writes the card.
 """
 
 from __future__ import annotations
@@ -12,47 +12,81 @@ import math
 import shutil
 import sys
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import controlkit
 from controlkit import files
 from controlkit.folders import read_header
+from controlkit.naming import unknown
 from controlkit.training.quality import FOLLOWS, KINDS, LOWER_IS_BETTER, Examination
 
 TINY = Path(controlkit.__file__).parent / "tiny"
-# folder in controlkit/tiny: (run, result's folder in it, what it is)
-PARTS: Mapping[str, tuple[str, str, str]] = {
-    "base": ("bundled-base", "result", "Stable Diffusion pipeline folder (v-prediction, 128×128)"),
-    "controlnet-canny": ("bundled-canny", "controlnet", "ControlNet for edge maps"),
-    "controlnet-openpose": ("bundled-openpose", "controlnet", "ControlNet for poses"),
-    "controlnet-depth": ("bundled-depth", "controlnet", "ControlNet for depth maps"),
-    "pose": ("bundled-pose-estimator", "result", "pose estimator, ViTPose classes"),
-    "depth": ("bundled-depth-estimator", "result", "depth estimator, Depth Anything classes"),
+# folder in controlkit/tiny: (runs, each begun where the one before ended; result's folder; what it is)
+PARTS: Mapping[str, tuple[tuple[str, ...], str, str]] = {
+    "base": (
+        ("bundled-base", "bundled-base-longer"),
+        "result",
+        "Stable Diffusion pipeline folder (v-prediction, 128×128)",
+    ),
+    "controlnet-canny": (("bundled-canny", "bundled-canny-longer"), "controlnet", "ControlNet for edge maps"),
+    "controlnet-openpose": (
+        ("bundled-openpose", "bundled-openpose-longer"),
+        "controlnet",
+        "ControlNet for poses",
+    ),
+    "controlnet-depth": (
+        ("bundled-depth", "bundled-depth-longer"),
+        "controlnet",
+        "ControlNet for depth maps",
+    ),
+    "pose": (
+        ("bundled-pose-estimator", "bundled-pose-estimator-longer"),
+        "result",
+        "pose estimator, ViTPose classes",
+    ),
+    "depth": (
+        ("bundled-depth-estimator", "bundled-depth-estimator-longer"),
+        "result",
+        "depth estimator, Depth Anything classes",
+    ),
 }
 # runs whose results are inside `base`
 _ALSO = ("bundled-vae", "bundled-vae-details", "bundled-vae-decoder", "bundled-text")
 CARD, QUALITY = "README.md", "quality.json"
 
 
-def collect(runs: Path, target: Path = TINY) -> None:
-    """Copy each part's result and the recipe that made it.
+def all_runs() -> list[str]:
+    """Every run that the bundled models come from, in the order in which they can be repeated."""
+    first = [runs[0] for runs, _, _ in PARTS.values()]
+    return [*_ALSO, *first, *(run for runs, _, _ in PARTS.values() for run in runs[1:])]
 
-    Raises ValueError, before anything is copied, for a run that has no result or is missing.
+
+def collect(runs: Path, target: Path = TINY, *, parts: Sequence[str] = ()) -> None:
+    """Copy the result of each part, or of the named ones, and the recipes that made it.
+
+    The base goes first and alone (`parts=["base"]`): adapters are trained beside the one that is bundled.
+    Raises ValueError, before anything is copied, for an unknown part and for a run that has no result or is
+    missing.
     """
-    for run in (*_ALSO, *(run for run, _, _ in PARTS.values())):
+    for name in parts:
+        if name not in PARTS:
+            raise unknown("part", name, PARTS)
+    chosen = {name: part for name, part in PARTS.items() if name in (parts or PARTS)}
+    needed = [run for names, _, _ in chosen.values() for run in names]
+    needed += _ALSO if "base" in chosen else ()
+    for run in needed:
         if not (runs / run / "config.toml").is_file():
             raise ValueError(f"no run in {runs / run}: run `controlkit train {run}` first")
-    for run, result, _ in PARTS.values():
+    for (*_, run), result, _ in chosen.values():
         source = runs / run / result
         if not (source / "config.json").is_file() and not (source / "model_index.json").is_file():
             raise ValueError(f"no trained model in {source}: run `controlkit train {run}` first")
-    target.mkdir(exist_ok=True)
-    for name, (run, result, _) in PARTS.items():
+    (target / "recipes").mkdir(parents=True, exist_ok=True)
+    for name, ((*_, run), result, _) in chosen.items():
         with files.replace_folder(target / name) as folder:
             shutil.copytree(runs / run / result, folder, dirs_exist_ok=True)
-    (target / "recipes").mkdir(exist_ok=True)
-    for run in (*_ALSO, *(run for run, _, _ in PARTS.values())):
+    for run in needed:
         files.write_bytes(target / "recipes" / f"{run}.toml", (runs / run / "config.toml").read_bytes())
 
 
@@ -108,21 +142,20 @@ def _introduction() -> str:
 def _parts_table(target: Path) -> str:
     rows = ["| folder | what | parameters | MB | recipe | seed | steps |", "|---|---|---|---|---|---|---|"]
     total = 0.0
-    for name, (run, _, what) in PARTS.items():
+    for name, (runs, _, what) in PARTS.items():
         weights = list((target / name).rglob("*.safetensors"))
         megabytes = sum(path.stat().st_size for path in weights) / 1e6
         total += megabytes
-        recipe = _recipe(target, run)
+        recipes = [_recipe(target, run) for run in runs]
         count = sum(_parameters(path) for path in weights) / 1e6
-        link = f"[{run}](../../training/recipes/{run}.toml)"
         cells = (
             f"`{name}/`",
             what,
             f"{count:.2f} M",
             f"{megabytes:.1f}",
-            link,
-            recipe["seed"],
-            recipe["steps"],
+            ", ".join(f"[{run}](../../training/recipes/{run}.toml)" for run in runs),
+            ", ".join(str(recipe["seed"]) for recipe in recipes),
+            " + ".join(str(recipe["steps"]) for recipe in recipes),
         )
         rows.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join([*rows, f"| all | | | {total:.1f} | | | |"])
@@ -168,6 +201,6 @@ def _footnotes(target: Path) -> str:
 
 if __name__ == "__main__":
     try:
-        collect(Path(sys.argv[1] if len(sys.argv) > 1 else "runs"))
+        collect(Path(sys.argv[1] if len(sys.argv) > 1 else "runs"), parts=sys.argv[2:])
     except ValueError as error:
         sys.exit(f"error: {error}")
