@@ -176,7 +176,7 @@ def _option(metavar: str, text: str, *names: str) -> Any:
 Text = str | None
 Texts = list[str] | None
 Whole = int | None
-_SIZE_HELP = "A multiple of 8.  [default: the first map's, or the base's]"
+_SIZE_HELP = "A multiple of 8.  [default: in the first map's shape, or the base's]"
 _SCHEDULER_HELP = "ddim, ddpm, pndm, euler, euler-a, dpm++, unipc, heun or lms.  [default: ddim]"
 Output = Annotated[str, _option("FILE", "Where to write it; an older file is replaced.", "-o", "--output")]
 Settings = Annotated[

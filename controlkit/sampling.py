@@ -78,13 +78,18 @@ def picture_size(
 ) -> tuple[int, int]:
     """Width and height to generate, in pixels.
 
-    map_size: width and height of the first map, None without one. A given width or height is kept; the
-    rest comes from the map: its own size, to multiples of 8, when its area is within a factor of 2 of the
-    base's native area, else its shape at the native area, to multiples of the U-Net's coarsest cell (64
-    pixels); never a side outside `limits.SIZE_RANGE`, however thin the map is. Without a map the picture is
-    the native square. Raises ValueError for a given side that is no multiple of 8.
+    map_size: width and height of the first map, None without one. A given width or height is kept, and one
+    that is given alone brings the other in the map's shape, to a multiple of 8. With neither given the map
+    decides: its own size, to multiples of 8, when its area is within a factor of 2 of the base's native area,
+    else its shape at the native area, to multiples of the U-Net's coarsest cell (64 pixels). Never a side
+    outside `limits.SIZE_RANGE`, however thin the map is. Without a map the picture is the native square.
+    Raises ValueError for a given side that is no multiple of 8.
     """
     limits.check_size(width, height)
+    if map_size and width and not height:
+        return width, _allowed_side(width * map_size[1] / map_size[0], base.vae_factor)
+    if map_size and height and not width:
+        return _allowed_side(height * map_size[0] / map_size[1], base.vae_factor), height
     native = base.resolution
     map_width, map_height = map_size or (native, native)
     ratio = (native * native / (map_width * map_height)) ** 0.5  # factor to the native area, per side
@@ -92,11 +97,14 @@ def picture_size(
         ratio, cell = 1.0, base.vae_factor
     else:
         cell = base.vae_factor * 2 ** (len(base.unet.config.block_out_channels) - 1)
-    low, high = limits.SIZE_RANGE
-    free_width, free_height = (
-        min(max(round(side * ratio / cell) * cell, cell, low), high) for side in (map_width, map_height)
-    )
+    free_width, free_height = (_allowed_side(side * ratio, cell) for side in (map_width, map_height))
     return width or free_width, height or free_height
+
+
+def _allowed_side(side: float, cell: int) -> int:
+    """The multiple of `cell` nearest to a side, in pixels, within what is allowed."""
+    low, high = limits.SIZE_RANGE
+    return min(max(round(side / cell) * cell, cell, low), high)
 
 
 @torch.no_grad()

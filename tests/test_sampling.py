@@ -215,6 +215,10 @@ def test_the_default_size(sd1: Base) -> None:
     assert sampling.picture_size(sd1, (4000, 3900)) == (64, 64)  # far: its shape, to the coarsest cell
     assert sampling.picture_size(sd1, (640, 160)) == (128, 64)
     assert sampling.picture_size(sd1, None, width=32) == (32, 64)
+    assert sampling.picture_size(sd1, (640, 480), width=96) == (96, 72), "in the map's shape"
+    assert sampling.picture_size(sd1, (640, 480), height=96) == (128, 96)
+    assert sampling.picture_size(sd1, (640, 480), width=96, height=32) == (96, 32)
+    assert sampling.picture_size(sd1, (9000, 3), width=96) == (96, 16)
     assert sampling.picture_size(sd1, (30_000, 20)) == (2496, 64)
     assert sampling.picture_size(sd1, (1_000_000, 1)) == (8192, 64)
     assert sampling.picture_size(sd1, (2048, 2)) == (2048, 16), "sides that `limits.check_size` would refuse"
