@@ -206,7 +206,7 @@ def test_pictures_have_the_size_of_the_map(sd1: Base) -> None:
     assert picture.shape == (72, 56, 3)
     assert picture.dtype == np.uint8
     (wide,) = sampling.generate(sd1, "x", controls=[Control(controlnet_of(sd1), image)], steps=1, width=80)
-    assert wide.shape == (72, 80, 3)
+    assert wide.shape == (104, 80, 3)
 
 
 def test_the_default_size(sd1: Base) -> None:
