@@ -22,7 +22,8 @@ from controlkit import files
 from controlkit.base import BUNDLED as BUNDLED_BASES
 from controlkit.base import FAMILY_TITLES, Base, family_of
 from controlkit.controlnet import lock
-from controlkit.folders import find_folder, load_part, read_header, read_json, weight_files, write_weights
+from controlkit.folders import is_pickle, load_part, read_header, read_json, weight_files, write_weights
+from controlkit.hub import check_exists, find_folder
 from controlkit.naming import unknown
 
 if TYPE_CHECKING:
@@ -52,7 +53,13 @@ WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 METADATA_KEY = "controlkit"
 FORMAT_VERSION = 1
 
-_HUB_FILES = ("config.json", "diffusion_pytorch_model*.safetensors", "diffusion_pytorch_model*.index.json")
+_HUB_FILES = (
+    "config.json",
+    "diffusion_pytorch_model*.safetensors",
+    "diffusion_pytorch_model*.bin",
+    "diffusion_pytorch_model*.index.*json",
+)
+_PLACES: Mapping[str, Any] = {"what": "adapter", "top_file": "config.json", "bundled": BUNDLED_ADAPTERS}
 _SIZES = ("in_channels", "block_out_channels", "cross_attention_dim", "layers_per_block", "down_block_types")
 _SPEC_ARCHITECTURES = {
     "sd1": "stable-diffusion-v1",
@@ -140,13 +147,7 @@ def load_adapter(
     something else, damaged or non-finite weights, or a network whose sizes are not the base's (both are
     named).
     """
-    folder = find_folder(
-        name_or_path,
-        what="adapter",
-        needs=("config.json", "*.safetensors"),
-        files=_HUB_FILES,
-        bundled=BUNDLED_ADAPTERS,
-    )
+    folder = find_folder(name_or_path, complete=_is_complete, files=_HUB_FILES, **_PLACES)
     config = _adapter_config(folder)
     _check_sizes(config, base, name=name_or_path)  # before minutes of loading
     info = read_info(folder)
@@ -162,6 +163,19 @@ def load_adapter(
     return Adapter(lock(controlnet).to(device or base.device), info, name_or_path)
 
 
+def check_adapter(name_or_path: str) -> None:
+    """Raise `load_adapter`'s ValueError for a name that leads nowhere, without loading or downloading."""
+    check_exists(name_or_path, **_PLACES)
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether a cached copy has all of its files."""
+    try:
+        return all(file.is_file() for file in weight_files(folder))
+    except ValueError:
+        return False
+
+
 def read_info(folder: Path) -> AdapterInfo:
     """What the adapter in ``folder`` says of itself; a file by other software leaves all but the structure
     open.
@@ -170,7 +184,8 @@ def read_info(folder: Path) -> AdapterInfo:
     """
     config = read_json(folder / "config.json")
     file = weight_files(folder)[0]
-    text = read_header(file).get("__metadata__", {}).get(METADATA_KEY)
+    header = {} if is_pickle(file) else read_header(file)
+    text = header.get("__metadata__", {}).get(METADATA_KEY)
     if text is None:
         return AdapterInfo(
             map=MapSpec(channels=config.get("conditioning_channels", 3)), family=family_of(config)

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -20,7 +20,8 @@ from torch import Tensor
 from controlkit import diffusion
 from controlkit.controlnet import check_structure, lock
 from controlkit.devices import check_device
-from controlkit.folders import find_folder, load_part, quiet_libraries, read_json
+from controlkit.folders import load_part, quiet_libraries, read_json, weight_files
+from controlkit.hub import check_exists, find_folder, first_sentence
 from controlkit.naming import unknown
 
 if TYPE_CHECKING:
@@ -35,6 +36,12 @@ ALIASES: Mapping[str, str] = {
 }
 FAMILY_TITLES: Mapping[str, str] = {"sd1": "SD1", "sd2": "SD2", "sdxl": "SDXL"}
 
+_PLACES: Mapping[str, Any] = {
+    "what": "base",
+    "top_file": "model_index.json",
+    "bundled": BUNDLED,
+    "aliases": ALIASES,
+}
 _ALWAYS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 _SECOND_TEXT = ("text_encoder_2", "tokenizer_2")
 _CLASSES: Mapping[str, tuple[str, ...]] = {
@@ -45,10 +52,12 @@ _CLASSES: Mapping[str, tuple[str, ...]] = {
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
     "tokenizer_2": ("CLIPTokenizer", "CLIPTokenizerFast"),
 }
+_HUB_KINDS = ("*.json", "*.txt", "*.safetensors", "*pytorch_model*.bin")
 _HUB_FILES = (
     "model_index.json",
-    *(f"{part}/{kind}" for part in _ALWAYS + _SECOND_TEXT for kind in ("*.json", "*.txt", "*.safetensors")),
+    *(f"{part}/{kind}" for part in _ALWAYS + _SECOND_TEXT for kind in _HUB_KINDS),
 )
+_SAMPLE_SIZE = {"sd1": 64, "sd2": 64, "sdxl": 128}  # where a U-Net does not say
 _SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
 
 
@@ -70,6 +79,8 @@ class Base:
     ``family`` is "sd1", "sd2" or "sdxl". ``prediction_type`` is what the U-Net outputs: "epsilon",
     "v_prediction" or "sample". ``resolution`` is the side in pixels that it was trained for, ``vae_factor``
     how many pixels make one latent (8). ``alphas_cumprod`` is its noise schedule, (T,) float64 on the CPU.
+    ``zeros_for_empty_negative``: an SDXL that was trained with zeros for no text, not with the encoding of
+    "" (diffusers' ``force_zeros_for_empty_prompt``).
     """
 
     name: str
@@ -82,6 +93,7 @@ class Base:
     alphas_cumprod: Tensor = field(repr=False)
     device: torch.device
     dtype: torch.dtype
+    zeros_for_empty_negative: bool = True
 
     @property
     def prediction_type(self) -> str:
@@ -96,7 +108,8 @@ class Base:
     @property
     def resolution(self) -> int:
         """The side, in pixels, of the pictures that the U-Net was trained on."""
-        return int(self.unet.config.sample_size) * self.vae_factor
+        size = self.unet.config.sample_size or _SAMPLE_SIZE[self.family]
+        return int(max(size) if isinstance(size, list | tuple) else size) * self.vae_factor
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
@@ -165,8 +178,8 @@ class Base:
 
     def _tokens(self, prompt: str, tokenizer: CLIPTokenizer, encoder: CLIPTextModel) -> dict[str, Tensor]:
         """The prompt's token ids (1, 77), padded or cut; with the padding's mask if the encoder wants it."""
-        length = tokenizer.model_max_length
-        if len(tokenizer(prompt).input_ids) > length:
+        length = encoder.config.max_position_embeddings  # the tokenizer's own limit is a setting, often wrong
+        if len(tokenizer(prompt, verbose=False).input_ids) > length:
             warnings.warn(f"the prompt has more than {length} tokens; the rest is ignored", stacklevel=5)
         tokens = tokenizer(
             prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
@@ -190,14 +203,7 @@ def load_base(
     there.
     """
     device = check_device(device)
-    folder = find_folder(
-        name_or_path,
-        what="base",
-        needs=("model_index.json", "unet/*.safetensors", "vae/*.safetensors", "text_encoder/*.safetensors"),
-        files=_HUB_FILES,
-        bundled=BUNDLED,
-        aliases=ALIASES,
-    )
+    folder = find_folder(name_or_path, complete=_is_complete, files=_HUB_FILES, **_PLACES)
     unet_config = read_json(_part(folder, "unet") / "config.json")
     family = _family(folder, unet_config)
     _check_parts(folder, family)
@@ -209,12 +215,20 @@ def load_base(
         unet=lock(unet).to(device),
         vae=lock(vae).to(device),
         text_encoders=[lock(encoder).to(device) for encoder in text_encoders],
-        tokenizers=_load_tokenizers(folder, family),
+        tokenizers=[
+            load_tokenizer(folder / part) for part in ("tokenizer", "tokenizer_2")[: len(text_encoders)]
+        ],
         scheduler_config=scheduler_config,
         alphas_cumprod=alphas_cumprod,
         device=device,
         dtype=dtype,
+        zeros_for_empty_negative=_zeros_for_empty_negative(folder),
     )
+
+
+def check_base(name_or_path: str) -> None:
+    """Raise `load_base`'s ValueError for a name that leads nowhere, without loading or downloading."""
+    check_exists(name_or_path, **_PLACES)
 
 
 def family_of(config: Mapping[str, Any]) -> str:
@@ -237,16 +251,26 @@ def noise_schedule(scheduler_config: Mapping[str, Any]) -> Tensor:
     scheduler = str(scheduler_config.get("_class_name", ""))
     if scheduler.startswith(("EDM", "FlowMatch")):
         raise ValueError(f"the model was trained for {scheduler}, which has no beta_schedule")
+    if scheduler_config.get("trained_betas") is not None:
+        raise ValueError("trained_betas, a noise schedule of its own, is not supported")
     name = scheduler_config.get("beta_schedule", "linear")
-    if name not in _SCHEDULES or scheduler_config.get("trained_betas") is not None:
+    if name not in _SCHEDULES:
         raise ValueError(f"beta_schedule {name!r} is not one of {', '.join(_SCHEDULES)}")
     return diffusion.alphas_cumprod(
         _SCHEDULES[name],
-        num_train_timesteps=scheduler_config.get("num_train_timesteps", 1000),
-        beta_start=scheduler_config.get("beta_start", 0.0001),  # diffusers' defaults
-        beta_end=scheduler_config.get("beta_end", 0.02),
-        zero_terminal_snr=scheduler_config.get("rescale_betas_zero_snr", False),
+        num_train_timesteps=int(_number(scheduler_config, "num_train_timesteps", 1000)),
+        beta_start=_number(scheduler_config, "beta_start", 0.0001),  # diffusers' defaults
+        beta_end=_number(scheduler_config, "beta_end", 0.02),
+        zero_terminal_snr=bool(scheduler_config.get("rescale_betas_zero_snr", False)),
     )
+
+
+def _number(config: Mapping[str, Any], key: str, default: float) -> float:
+    """A number of a configuration. Raises ValueError where something else stands in its place."""
+    value = config.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{key} must be a number, not {value!r}")
+    return value
 
 
 def _part(folder: Path, part: str) -> Path:
@@ -263,13 +287,58 @@ def _family(folder: Path, unet_config: Mapping[str, Any]) -> str:
         check_structure(unet_config)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
-    latent_channels = read_json(_part(folder, "vae") / "config.json").get("latent_channels", 4)
+    vae_config = read_json(_part(folder, "vae") / "config.json")
+    latent_channels = vae_config.get("latent_channels", 4)
+    _check_numbers(folder, unet_config, vae_config)
     if unet_config.get("in_channels", 4) != latent_channels:
         raise ValueError(
             f"{folder}: its U-Net takes {unet_config['in_channels']} channels but its VAE makes"
             f" {latent_channels}: inpainting and editing bases are not supported"
         )
     return family_of(unet_config)
+
+
+def _check_numbers(folder: Path, unet_config: Mapping[str, Any], vae_config: Mapping[str, Any]) -> None:
+    """Raise ValueError for a size or a factor, read long after loading, that is none."""
+    size = unet_config.get("sample_size")
+    sides = size if isinstance(size, list) and size else [size]
+    if size is not None and not all(isinstance(side, int) and side > 0 for side in sides):
+        raise ValueError(f"{folder}/unet/config.json: sample_size must be a number of latents, not {size!r}")
+    try:
+        _number(vae_config, "scaling_factor", 0.18215)
+    except ValueError as error:
+        raise ValueError(f"{folder}/vae/config.json: {error}") from error
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether a cached copy has every part that its index names, with all of its files."""
+    try:
+        index = read_json(folder / "model_index.json")
+        optional = [part for part in _SECOND_TEXT if index.get(part) not in (None, [None, None])]
+        return all(file.is_file() for part in (*_ALWAYS, *optional) for file in _files_of(folder / part))
+    except ValueError:
+        return False
+
+
+def _files_of(part: Path) -> list[Path]:
+    """The files without which a part of a pipeline is not whole. Raises ValueError where it has none."""
+    if part.name == "scheduler":
+        return [part / "scheduler_config.json"]
+    if part.name.startswith("tokenizer"):
+        return [_vocabulary(part)]
+    return [part / "config.json", *weight_files(part)]
+
+
+def _vocabulary(folder: Path) -> Path:
+    """The file with a tokenizer's words. Raises ValueError where there is none."""
+    found = [folder / name for name in ("tokenizer.json", "vocab.json") if (folder / name).is_file()]
+    if not found:
+        raise ValueError(f"{folder} has neither tokenizer.json nor vocab.json")
+    return found[0]
+
+
+def _zeros_for_empty_negative(folder: Path) -> bool:
+    return bool(read_json(folder / "model_index.json").get("force_zeros_for_empty_prompt", True))
 
 
 def _check_parts(folder: Path, family: str) -> None:
@@ -290,7 +359,8 @@ def _read_scheduler(file: Path) -> tuple[dict[str, Any], Tensor]:
     prediction_type = config.get("prediction_type", "epsilon")
     try:
         if prediction_type not in diffusion.PREDICTION_TYPES:
-            raise unknown("prediction type", prediction_type, diffusion.PREDICTION_TYPES)
+            raise unknown("prediction type", str(prediction_type), diffusion.PREDICTION_TYPES)
+        _number(config, "steps_offset", 0)
         return config, noise_schedule(config)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
@@ -311,13 +381,13 @@ def _load_models(
     return load_part(UNet2DConditionModel, folder / "unet", dtype=dtype), vae, text_encoders
 
 
-def _load_tokenizers(folder: Path, family: str) -> list[CLIPTokenizer]:
+def load_tokenizer(folder: Path) -> CLIPTokenizer:
+    """A tokenizer from its folder. Raises ValueError, naming the folder, for missing or damaged files."""
     from transformers import CLIPTokenizer
 
-    tokenizers = []
-    for part in ("tokenizer", "tokenizer_2") if family == "sdxl" else ("tokenizer",):
-        if not any((folder / part / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-            raise ValueError(f"{folder / part} has neither tokenizer.json nor vocab.json")
-        with quiet_libraries():
-            tokenizers.append(CLIPTokenizer.from_pretrained(str(folder / part), local_files_only=True))
-    return tokenizers
+    _vocabulary(folder)
+    with quiet_libraries():
+        try:
+            return cast("CLIPTokenizer", CLIPTokenizer.from_pretrained(str(folder), local_files_only=True))
+        except Exception as error:  # the library below, written in Rust, raises nothing more precise
+            raise ValueError(f"cannot read the tokenizer in {folder}: {first_sentence(error)}") from error

@@ -239,6 +239,7 @@ def generate(
 ) -> None:
     """Make pictures that follow a prompt and the edges, pose or depth of another picture."""
     from controlkit import generate_job
+    from controlkit.limits import MAX_SEED
 
     given = {
         "prompt": prompt,
@@ -253,16 +254,16 @@ def generate(
         "height": height,
         "device": device,
     }
-    plan = generate_job.plan(
-        {name: value for name, value in given.items() if value is not None},
-        controls=control or (),
-        maps=map_ or (),
-        adapters=adapter or (),
-        output=output,
-        like=like,
-    )
     started = time.monotonic()
     with _terminal() as terminal:
+        plan = generate_job.plan(
+            {name: value for name, value in given.items() if value is not None},
+            controls=control or (),
+            maps=map_ or (),
+            adapters=adapter or (),
+            output=output,
+            like=like,
+        )
         for note in plan.notes:
             terminal.note(f"note: {note}")
         records = generate_job.run(plan, terminal)
@@ -270,7 +271,8 @@ def generate(
         print(f"wrote {path} ({record.width}x{record.height}, seed {record.seed})")
     print(f"in {time.monotonic() - started:.0f} s; the same with other seeds:")
     first = shlex.quote(str(plan.outputs[0]))
-    print(f"  controlkit generate --like {first} --seed {records[-1].seed + 1} -n 4 -o more.png")
+    seed = min(records[-1].seed + 1, MAX_SEED - 3)
+    print(f"  controlkit generate --like {first} --seed {seed} -n 4 -o more.png")
 
 
 @app.command(epilog="Example:  controlkit preprocess canny photo.jpg -o edges.png low=50 high=150")
@@ -283,8 +285,8 @@ def preprocess(
     """Extract the edge map, the pose or the depth map of a picture."""
     from controlkit import preprocess_job
 
-    plan = preprocess_job.plan(kind, picture, settings or (), output=output)
     with _terminal() as terminal:
+        plan = preprocess_job.plan(kind, picture, settings or (), output=output)
         written = preprocess_job.run(plan, terminal)
     for path in written:
         print(f"wrote {path}")

@@ -141,22 +141,39 @@ def summed_residuals(
     *,
     step: int,
     steps: int,
+    branches: int = 1,
     added_cond: Mapping[str, torch.Tensor] | None = None,
 ) -> Residuals | None:
     """The residuals of all controls active in this step, scaled and summed; None when there are none.
 
-    noisy_latents is (R, C, h, w), where R is the number of pictures, or twice that under classifier-free
-    guidance (all unconditional rows first); a hint of several rows is repeated to R.
+    noisy_latents is (R, C, h, w), where R is the number of pictures times `branches`: 2 under classifier-free
+    guidance, with all unconditional rows first. A hint of several rows is repeated to R. A network that pools
+    its residuals (`global_pool_conditions`, as "shuffle") acts on the conditional rows alone, as in
+    diffusers' pipelines.
     """
     terms = []
     for encoded in controls:
         control, hint = encoded.control, encoded.hint
         if not control.active(step, steps):
             continue
+        controlnet, rows = control.controlnet, len(noisy_latents)
+        skipped = rows // 2 if branches == 2 and controlnet.config.global_pool_conditions else 0
         if len(hint) > 1:
-            hint = hint.repeat(len(noisy_latents) // len(hint), 1, 1, 1)
+            hint = hint.repeat((rows - skipped) // len(hint), 1, 1, 1)
         residuals = control_residuals(
-            control.controlnet, noisy_latents, timesteps, encoder_hidden_states, hint, added_cond=added_cond
+            controlnet,
+            noisy_latents[skipped:],
+            timesteps,
+            encoder_hidden_states[skipped:],
+            hint,
+            added_cond=None if added_cond is None else {k: v[skipped:] for k, v in added_cond.items()},
         )
+        if skipped:
+            residuals = Residuals(tuple(map(_after_zeros, residuals.down)), _after_zeros(residuals.mid))
         terms.append(scale_residuals(residuals, control.scale))
     return add_residuals(*terms) if terms else None
+
+
+def _after_zeros(residual: torch.Tensor) -> torch.Tensor:
+    """Rows of zeros for the unconditional branch, then the residual of the conditional one."""
+    return torch.cat([torch.zeros_like(residual), residual])

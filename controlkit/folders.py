@@ -1,68 +1,22 @@
-"""Model folders: where they are, whether their files are whole, and one plain line when they are not.
+"""Model folders: whether their files are whole, and one plain line when they are not.
 
-A name is a bundled model, a folder, or a hub id (``owner/name``, kept in the Hugging Face cache). Only
-safetensors are read: they hold numbers and cannot run code. The libraries' progress bars and load reports
-are silenced here, and what matters in them (missing or misshapen weights) becomes an error.
+Weights are read from safetensors, which hold numbers and cannot run code, or, where there are none, from a
+pickle by a reader that accepts tensors and nothing else. The libraries' progress bars and load reports are
+silenced here, and what matters in them (missing or misshapen weights) becomes an error.
 """
 
 import json
-import os
-import re
+import pickle
 import struct
-import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from controlkit.naming import did_you_mean
+from controlkit.hub import first_sentence
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_CONNECT_SECONDS = 3.0  # for the hub to answer; with name resolution never more than _GIVE_UP_SECONDS
-_GIVE_UP_SECONDS = 4.0
-_UNWANTED_FILES = ("*.fp16.*", "*.non_ema.*", "*.bin", "*.msgpack", "*.onnx*")
-
-
-def find_folder(
-    name_or_path: str,
-    *,
-    what: str,
-    needs: Sequence[str],
-    files: Sequence[str],
-    bundled: Mapping[str, Path],
-    aliases: Mapping[str, str] | None = None,
-) -> Path:
-    """The local folder of a model: bundled, given as a path, in the hub's cache, or downloaded into it.
-
-    ``what`` names the kind of model in messages ("base"). ``needs`` are the patterns without which a cached
-    copy is incomplete; the first is the name of a file at its top. ``files`` are the patterns to download.
-    ``aliases`` maps short names to hub ids.
-
-    Raises ValueError, one line within about 5 seconds, when there is no such model: it names the id, the
-    cache's path and why the hub could not help.
-    """
-    aliases = aliases or {}
-    if name_or_path in bundled:
-        return _bundled_folder(what, name_or_path, bundled[name_or_path])
-    path = os.path.expanduser(name_or_path)  # pathlib raises for unknown users and long names
-    if os.path.isdir(path):
-        return Path(path)
-    if os.path.isfile(path):
-        raise ValueError(f"{what} {name_or_path}: this is a file; give the folder that holds the model")
-    repo_id = aliases.get(name_or_path, name_or_path)
-    if not _HUB_ID.fullmatch(repo_id):
-        known = [*bundled, *aliases]
-        raise ValueError(
-            f"no {what} called {name_or_path!r}{did_you_mean(name_or_path, known)};"
-            f" give one of {', '.join(known)}, an existing folder, or a hub id (owner/name)"
-        )
-    cached = _cached_folder(repo_id, needs[0])
-    if cached is not None and all(any(cached.glob(pattern)) for pattern in needs):
-        return cached
-    return _download(repo_id, files, what=what, partial=cached is not None, bundled=bundled)
 
 
 def load_part(cls: type, folder: Path, *, dtype: Any) -> Any:
@@ -85,34 +39,49 @@ def load_part(cls: type, folder: Path, *, dtype: Any) -> Any:
                 str(folder),
                 **options,
                 variant=variant,
-                use_safetensors=True,
+                use_safetensors=not is_pickle(weight_files(folder)[0]),
                 local_files_only=True,
                 output_loading_info=True,
             )
-        except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
-            raise ValueError(
-                f"cannot build {cls.__name__} from {folder}: {_first_sentence(error)}"
-            ) from error
+        except _build_errors() as error:
+            raise ValueError(f"cannot build {cls.__name__} from {folder}: {first_sentence(error)}") from error
     _check_report(folder, report)
     return model.eval()
 
 
+def _build_errors() -> tuple[type[Exception], ...]:
+    """What building a model from other people's files raises: the libraries check little, and late."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    of_python = (OSError, ValueError, RuntimeError, TypeError, LookupError, AttributeError)
+    return (*of_python, ArithmeticError, AssertionError, pickle.UnpicklingError, StrictDataclassError)
+
+
 def check_weights(folder: Path) -> str | None:
-    """Check that the safetensors files in ``folder`` are whole, by their headers and sizes.
+    """Check that the weight files in ``folder`` are whole; of safetensors, by their headers and sizes.
 
     Returns their variant: None, or "fp16" if there is only that one. Raises ValueError, naming the file, when
     there is none, or when one is empty, cut short, a Git LFS pointer, a web page or something else.
     """
     files = weight_files(folder)
     for file in files:
-        read_header(file)
-    return "fp16" if ".fp16" in files[0].suffixes else None
+        if is_pickle(file):
+            with file.open("rb") as stream:
+                _refuse_impostor(file, stream.read(512))
+        else:
+            read_header(file)
+    return "fp16" if ".fp16" in files[0].name else None
+
+
+def is_pickle(file: Path) -> bool:
+    """Whether a weight file is a pickle, which says nothing about itself before it is loaded."""
+    return file.suffix == ".bin"
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of the model in ``folder``: several if it is sharded.
+    """The weight files of the model in ``folder``: several if it is sharded.
 
-    Full precision comes before half. Raises ValueError if there is neither.
+    Full precision comes before half, and safetensors before a pickle. Raises ValueError if there is none.
     """
     for variant in ("", ".fp16"):
         for stem in ("diffusion_pytorch_model", "model"):
@@ -122,10 +91,10 @@ def weight_files(folder: Path) -> list[Path]:
                 return [single]
             if index.is_file() and (shards := set(read_json(index).get("weight_map", {}).values())):
                 return [folder / shard for shard in sorted(shards)]
-    if any(folder.glob("*.bin")):
-        raise ValueError(
-            f"{folder} has pickled weights only (.bin), which can run code: convert to safetensors"
-        )
+    for variant in ("", ".fp16"):
+        for stem in ("diffusion_pytorch_model", "pytorch_model"):
+            if (pickle := folder / f"{stem}{variant}.bin").is_file():
+                return [pickle]
     raise ValueError(f"{folder} has no weights (diffusion_pytorch_model.safetensors or model.safetensors)")
 
 
@@ -209,83 +178,6 @@ def quiet_libraries() -> Iterator[None]:
                 library.enable_progress_bar()
 
 
-def _bundled_folder(what: str, name: str, folder: Path) -> Path:
-    if not folder.is_dir():
-        raise ValueError(
-            f"the bundled {what} {name!r} is not part of this installation ({folder} is missing)"
-        )
-    return folder
-
-
-def _cached_folder(repo_id: str, top_file: str) -> Path | None:
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(repo_id, top_file)
-    return Path(found).parent if isinstance(found, str) else None
-
-
-def _download(
-    repo_id: str, files: Sequence[str], *, what: str, partial: bool, bundled: Collection[str]
-) -> Path:
-    from huggingface_hub import constants, snapshot_download
-
-    reason = _why_unreachable(repo_id)
-    if reason is None:
-        try:
-            return Path(
-                snapshot_download(repo_id, allow_patterns=list(files), ignore_patterns=list(_UNWANTED_FILES))
-            )
-        except _network_errors() as error:
-            reason = f"the download failed: {_first_sentence(error)}"
-    state = "only a part of it is" if partial else "it is not"
-    offline = f"; bundled: {', '.join(bundled)}" if bundled else ""
-    raise ValueError(
-        f"no {what} {repo_id!r}: there is no such folder, {state} in the cache {constants.HF_HUB_CACHE}"
-        f" and {reason}{offline}"
-    )
-
-
-def _why_unreachable(repo_id: str) -> str | None:
-    """None if the hub has this model for us, else why not, in words. Waits no longer than a few seconds."""
-    answers: list[str | None] = []
-    # A thread, because name resolution has no timeout of its own. A daemon, so that it never delays the exit.
-    asking = threading.Thread(target=lambda: answers.append(_ask_hub(repo_id)), daemon=True)
-    asking.start()
-    asking.join(_GIVE_UP_SECONDS)
-    return answers[0] if answers else "the hub does not answer (no network?)"
-
-
-def _ask_hub(repo_id: str) -> str | None:
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-    )
-
-    try:
-        HfApi().model_info(repo_id, timeout=_CONNECT_SECONDS)
-    except GatedRepoError:
-        return "the hub asks you to accept its terms and to log in first (hf auth login)"
-    except RepositoryNotFoundError:
-        return "the hub knows no such model (or it is private: hf auth login)"
-    except OfflineModeIsEnabled:
-        return "the hub is switched off (HF_HUB_OFFLINE)"
-    except HfHubHTTPError as error:
-        return f"the hub answers with an error: {_first_sentence(error)}"
-    except _network_errors():
-        return "the hub cannot be reached (no network?)"
-    return None
-
-
-def _network_errors() -> tuple[type[Exception], ...]:
-    """What a failing connection raises: OSError, or an error of the HTTP library that the hub client uses."""
-    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
-
-    return (OSError, HTTPError)
-
-
 def _refuse_impostor(file: Path, start: bytes) -> None:
     if not start:
         raise ValueError(f"{file} is empty (0 bytes); fetch it again")
@@ -302,8 +194,3 @@ def _check_report(folder: Path, report: Mapping[str, Any]) -> None:
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise ValueError(f"the weights in {folder} {problem} {names[0]}{more}")
-
-
-def _first_sentence(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return re.split(r"\. (?=[A-Z])", lines[0])[0] if lines else type(error).__name__

@@ -1,7 +1,8 @@
 """`controlkit generate`: from what was asked for to files. Two stages, so that mistakes cost no waiting.
 
-`plan` checks everything that can be checked without the models: numbers, names, pictures, the output. `run`
-loads the models, extracts the maps, generates and writes. The torch-based modules are imported by `run` only.
+`plan` checks everything that can be checked without the models' libraries: numbers, kinds, pictures, the
+output. `run` checks the models' names, loads them, extracts the maps, generates and writes. The torch-based
+modules are imported by `run` only.
 """
 
 from __future__ import annotations
@@ -133,8 +134,13 @@ def run(job: Plan, report: Report) -> list[PictureRecord]:
     """Generate the pictures of a checked plan, each written when it is made; returns the records in them."""
     report.status(f"loading the libraries and the base {job.options.base}")
     from controlkit import sampling
-    from controlkit.base import load_base
+    from controlkit.adapters import check_adapter
+    from controlkit.base import check_base, load_base
 
+    check_base(job.options.base)
+    for source in job.sources:
+        if source.record.adapter:
+            check_adapter(source.record.adapter)  # before gigabytes of base are downloaded or loaded
     device, dtype = pick_device(job.options.device, job.options.dtype, base=job.options.base)
     base = load_base(job.options.base, device=device, dtype=dtype)
     first, sources = _decided(job, base)

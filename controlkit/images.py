@@ -49,7 +49,16 @@ _LOOKALIKES = {
     b"%pdf": "a PDF",
 }
 # What Pillow raises on damaged files, gathered from its decoders.
-_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, struct.error)
+_DECODE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    LookupError,
+    TypeError,
+    RuntimeError,  # AVIF
+    struct.error,
+)
 # Guards warnings.catch_warnings, which changes state that all threads share.
 _opening = threading.Lock()
 

@@ -181,12 +181,12 @@ def draw_noise(base: Base, generators: Sequence[torch.Generator], *, width: int,
 def encode_text(base: Base, prompt: str, negative_prompt: str, *, guidance: float) -> Conditioning:
     """The text as `denoise` takes it: rows [negative prompt, prompt], or only the prompt when guidance <= 1.
 
-    SDXL takes an absent negative prompt as zeros, not as the encoding of "", as it was trained.
+    An SDXL takes an absent negative prompt as zeros, where it was trained so, not as the encoding of "".
     """
     if guidance <= 1:
         return base.encode_prompts([prompt])
     text = base.encode_prompts([negative_prompt, prompt])
-    if base.family != "sdxl" or negative_prompt:
+    if base.family != "sdxl" or negative_prompt or not base.zeros_for_empty_negative:
         return text
     assert text.pooled is not None, "SDXL's text encoders give a pooled vector"
     keep = torch.tensor([0.0, 1.0], device=text.pooled.device, dtype=text.pooled.dtype)[:, None]
@@ -228,7 +228,14 @@ def denoise(
     for i, t in enumerate(scheduler.timesteps):
         noisy_latents = scheduler.scale_model_input(torch.cat([latents] * branches), t).to(base.dtype)
         residuals = summed_residuals(
-            controls, noisy_latents, t, encoder_hidden_states, step=i, steps=n, added_cond=added_cond
+            controls,
+            noisy_latents,
+            t,
+            encoder_hidden_states,
+            step=i,
+            steps=n,
+            branches=branches,
+            added_cond=added_cond,
         )
         model_pred = predict(
             base.unet, noisy_latents, t, encoder_hidden_states, residuals=residuals, added_cond=added_cond

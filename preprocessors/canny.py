@@ -12,6 +12,7 @@ from controlkit.preprocessors.maps import Map
 if TYPE_CHECKING:
     from controlkit.images import Source
 
+_HIGHEST = 2041.0  # |dx| + |dy| of a 3 x 3 Sobel gradient ends at 2040
 _STRIP_ROWS = 64  # the gradients of one strip stay in the processor's cache
 
 
@@ -63,7 +64,8 @@ def canny_edges(picture: np.ndarray, *, low: float, high: float) -> np.ndarray:
         strip_dx, strip_dy = _strongest_gradient(picture[top - above : bottom + below])
         inner = slice(above, above + bottom - top)
         dx[top:bottom], dy[top:bottom] = strip_dx[inner], strip_dy[inner]
-    return cv2.Canny(dx, dy, low, high)
+    # OpenCV turns larger thresholds into negative ones; no gradient passes the highest
+    return cv2.Canny(dx, dy, min(low, _HIGHEST), min(high, _HIGHEST))
 
 
 def _strongest_gradient(strip: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -5,7 +5,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from controlkit.folders import find_folder, load_part, quiet_libraries, read_json
+from controlkit.folders import load_part, quiet_libraries, read_json
+from controlkit.hub import find_folder
 
 BUNDLED = "tiny"
 """The name under which a detector finds its bundled model."""
@@ -29,7 +30,13 @@ def find_model(kind: str, name: str, aliases: Mapping[str, str]) -> Path:
     bundled = {} if kind == "person" else {BUNDLED: here}
     try:
         return find_folder(
-            name, what=f"{kind} model", needs=_FILES, files=_FILES, bundled=bundled, aliases=aliases
+            name,
+            what=f"{kind} model",
+            top_file=_FILES[0],
+            complete=lambda folder: all((folder / file).is_file() for file in _FILES),
+            files=_FILES,
+            bundled=bundled,
+            aliases=aliases,
         )
     except ValueError as error:
         if bundled and (name in aliases or name.count("/") == 1):  # a hub id

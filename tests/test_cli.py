@@ -15,6 +15,7 @@ import tiny_models
 import torch
 from typer.testing import CliRunner
 
+from controlkit import base as base_module
 from controlkit import generate_job, infotext
 from controlkit.adapters import MAPS, AdapterInfo, save_adapter
 from controlkit.arguments import parse_control
@@ -226,16 +227,20 @@ def test_a_bad_option_is_one_plain_line(generate: Run, options: tuple[object, ..
     assert sorted(os.listdir()) == before
 
 
-def test_bad_models_are_one_plain_line(run: Run, models: Path, photo: Path) -> None:
+def test_bad_models_are_one_plain_line(
+    run: Run, models: Path, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def attempt(*more: object) -> str:
         return run("generate", "x", "--control", f"canny={photo}", "-o", "out.png", *more).refused()
 
     assert "no base called 'tinny' (did you mean 'tiny'?)" in attempt("--base", "tinny")
-    assert "no model_index.json" in attempt("--base", models / "canny-sd1") or "model_index" in attempt(
-        "--base", models
-    )
+    for folder in (models / "canny-sd1", models):
+        assert "is not a diffusers pipeline folder: it has no model_index.json" in attempt("--base", folder)
     sd1 = ("--base", models / "sd1")
+    before = base_module.load_part
+    monkeypatch.setattr(base_module, "load_part", None)  # a name is checked before anything is loaded
     assert "no adapter called 'cany' (did you mean 'canny'?)" in attempt(*sd1, "--adapter", "canny=cany")
+    monkeypatch.setattr(base_module, "load_part", before)
     other_family = attempt(*sd1, "--adapter", f"canny={models / 'canny-sdxl'}")
     assert "cross_attention_dim 64" in other_family
     assert "cross_attention_dim 32" in other_family
@@ -397,7 +402,15 @@ def test_a_full_disk_behind_stdout_is_one_plain_line(photo: Path, tmp_path: Path
         assert "Traceback" not in done.stderr
 
 
-def test_bad_recipes_are_one_plain_line(run: Run) -> None:
+def test_bad_recipes_are_one_plain_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from controlkit.training import runs
+
+    monkeypatch.setattr(runs, "load_world", None)  # no scene is rendered for a recipe that cannot run
+    assert "no base called 'tinny'" in run("train", "tiny-canny", "base=tinny", "out=run").refused()
+    assert "no adapter called 'cany'" in run("train", "tiny-canny", "init=cany", "out=run").refused()
+    assert "nowhere/config.json is missing" in run("train", "bundled-vae", "init=nowhere").refused()
+    assert "nowhere/unet/config.json is missing" in run("train", "bundled-base", "init=nowhere").refused()
+    assert "no base called" in run("train", "bundled-pose-estimator", "autoencoder=x").refused()
     assert "did you mean" in run("train", "tiny-cany").refused()
     assert "did you mean 'steps'" in run("train", "tiny-canny", "stepz=3").refused()
     assert sorted(os.listdir()) == []

@@ -4,6 +4,7 @@ import io
 import struct
 import time
 import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,17 @@ def test_files_that_are_no_pictures_are_refused_in_one_line(tmp_path: Path) -> N
                 images.load_picture(source)
             assert str(caught.value).startswith(name)
             assert "\n" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
+def test_no_damaged_byte_is_a_traceback() -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    for kind in ("AVIF", "PNG", "WEBP", "TIFF", "GIF"):
+        whole = encoded(noise, kind)
+        for at in range(0, min(len(whole), 400), 3):
+            damaged = whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :]
+            with suppress(ValueError):  # a byte of a pixel may change without harm
+                assert images.load_picture(damaged).ndim == 3
 
 
 def test_missing_files_and_folders(tmp_path: Path) -> None:

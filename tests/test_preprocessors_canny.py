@@ -78,6 +78,14 @@ def test_bad_options_are_refused(options: dict[str, object], message: str) -> No
         preprocessors.get("canny", **options)
 
 
+@pytest.mark.parametrize("high", [2039, 2040, 3000, 2**31, 1e300])
+def test_no_edge_is_stronger_than_the_strongest(high: float) -> None:
+    black_and_white = np.zeros((40, 40, 3), np.uint8)
+    black_and_white[:, 20:] = 255
+    black_and_white[20:, 20:] = 0
+    assert not preprocessors.get("canny", low=high, high=high)(black_and_white).image.any()
+
+
 def test_numbers_may_be_text_but_text_is_no_number() -> None:
     assert preprocessors.get("canny", low="50", high="1e2")(data.cat()).params == {"low": 50, "high": 100}
     with pytest.raises(ValueError, match="openpose's style is 3; it must be text"):

@@ -1,6 +1,7 @@
 """The denoising loop against diffusers' own pipelines, on random weights of the real classes."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -86,6 +87,7 @@ def their_latents(
     }
     if base.family == "sdxl":
         parts |= {"text_encoder_2": base.text_encoders[1], "tokenizer_2": base.tokenizers[1]}
+        parts["force_zeros_for_empty_prompt"] = base.zeros_for_empty_negative
         pipeline = StableDiffusionXLControlNetPipeline(**parts, add_watermarker=False)
     else:
         pipeline = StableDiffusionControlNetPipeline(
@@ -129,6 +131,29 @@ def test_a_negative_prompt_and_no_guidance_equal_the_pipeline(load: Callable[[st
     controls = [Control(controlnet_of(base), cond())]
     for rest in ({"negative_prompt": "blue"}, {"guidance": 1.0}):
         request: dict[str, Any] = {"seed": 3, "steps": 2, "scheduler": "euler", **rest}
+        assert_same(our_latents(base, controls, **request), their_latents(base, controls, **request))
+
+
+def test_an_sdxl_that_encodes_an_empty_negative_prompt_equals_the_pipeline(
+    load: Callable[[str], Base],
+) -> None:
+    base = replace(load("sdxl"), zeros_for_empty_negative=False)
+    request: dict[str, Any] = {"seed": 3, "steps": 2, "scheduler": "ddim"}
+    controls = [Control(controlnet_of(base), cond())]
+    ours = our_latents(base, controls, **request)
+    assert_same(ours, their_latents(base, controls, **request))
+    assert (ours - our_latents(load("sdxl"), controls, **request)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_a_network_that_pools_acts_on_the_prompt_alone_as_in_the_pipeline(
+    load: Callable[[str], Base], family: str
+) -> None:
+    base, controlnet = load(family), controlnet_of(load(family))
+    controlnet.register_to_config(global_pool_conditions=True)
+    controls = [Control(controlnet, cond(), scale=0.7)]
+    for rest in ({}, {"guidance": 1.0}):
+        request: dict[str, Any] = {"seed": 3, "steps": 2, "scheduler": "ddim", **rest}
         assert_same(our_latents(base, controls, **request), their_latents(base, controls, **request))
 
 

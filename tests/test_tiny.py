@@ -175,7 +175,9 @@ def test_an_adapter_trains_on_a_locked_base_and_loads_everywhere(tmp_path, monke
     result = train_recipe("tiny-canny", options)
     assert loaded[0].digest() == before
     assert (tmp_path / "run" / "samples" / "step-000003.png").is_file()
-    assert result.scores["edge F1"] >= 0
+    written = json.loads((tmp_path / "run" / "scores.json").read_text())
+    assert written["canny"] == result.scores
+    assert 0 < result.scores["edge F1"] < written["ceiling"]["edge F1"]
     assert any("edge F1" in line for line in result.lines)
     base = load_base("tiny")
     mine = load_adapter(str(result.result), base=base)

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from controlkit import diffusion, files
-from controlkit.base import Base, noise_schedule
+from controlkit.base import Base, load_tokenizer, noise_schedule
 from controlkit.controlnet import lock
-from controlkit.folders import check_weights, load_part
+from controlkit.folders import load_part
 from controlkit.sampling import generate
 from controlkit.training.cache import cached_latents, cached_text
 from controlkit.training.config import BaseRecipe
@@ -24,7 +24,6 @@ from controlkit.training.world import World
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
-    from transformers import CLIPTokenizer
 
 _SHOWN = 8
 SCHEDULER: dict[str, Any] = {
@@ -58,12 +57,10 @@ class BaseTask:
         from transformers import CLIPTextModel
 
         self.recipe, self.device = recipe, device
-        if recipe.decoder:
-            check_weights(Path(recipe.decoder))  # now, not at the export
         vae = lock(load_part(AutoencoderKL, Path(recipe.vae), dtype=torch.float32)).to(device)
         text = load_part(CLIPTextModel, Path(recipe.text) / "text_encoder", dtype=torch.float32)
         encoder = lock(text).to(device)
-        tokenizer = _load_tokenizer(Path(recipe.text) / "tokenizer")
+        tokenizer = load_tokenizer(Path(recipe.text) / "tokenizer")
         self.latents = cached_latents(world, vae, report=report)
         self.text = cached_text(world.captions, encoder, tokenizer, report=report)
         torch.manual_seed(recipe.seed)
@@ -120,14 +117,6 @@ def noised(latents: Tensor, draws: Draws, base: Base) -> tuple[Tensor, Tensor, T
     noisy_latents = diffusion.q_sample(latents, noise, timesteps, base.alphas_cumprod)
     target = diffusion.target(base.prediction_type, latents, noise, timesteps, base.alphas_cumprod)
     return noisy_latents, timesteps, target
-
-
-def _load_tokenizer(folder: Path) -> CLIPTokenizer:
-    from transformers import CLIPTokenizer
-
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        raise ValueError(f"{folder} has neither tokenizer.json nor vocab.json")
-    return cast("CLIPTokenizer", CLIPTokenizer.from_pretrained(str(folder), local_files_only=True))
 
 
 def _start(recipe: BaseRecipe, text_width: int, side: int) -> UNet2DConditionModel:

@@ -42,7 +42,7 @@ class Recipe(BaseModel):
     schedule: Literal["constant", "cosine"] = "cosine"
     """After the warmup: constant, or a half cosine down to a fiftieth of the rate at the last step."""
     weight_decay: Weight = 0.01
-    clip: Annotated[float, Field(gt=0)] = 1.0
+    clip: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """Largest gradient norm; larger gradients are scaled down to it."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Decay of the moving average of the weights that becomes the result; 0 takes the last weights."""
@@ -50,7 +50,7 @@ class Recipe(BaseModel):
     """bf16: forward pass under autocast, weights and optimizer in fp32."""
     device: str = "auto"
     """"auto" is cuda where there is one, else cpu."""
-    threads: Annotated[int, Field(ge=0)] = 0
+    threads: Annotated[int, Field(ge=0, le=1024)] = 0
     """CPU threads; 0 leaves torch's choice."""
     checkpoint_every: PositiveInt = 250
     sample_every: PositiveInt = 250

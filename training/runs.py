@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from controlkit import files
-from controlkit.folders import quiet_libraries
+from controlkit.folders import check_weights, quiet_libraries, read_json
 from controlkit.training.config import (
     BaseRecipe,
     ControlNetRecipe,
     DepthRecipe,
+    EstimatorRecipe,
     PoseRecipe,
     Recipe,
     TextRecipe,
@@ -50,12 +51,37 @@ def train_recipe(
         torch.set_num_threads(recipe.threads)
     folder, name = Path(recipe.out), RESULT.get(recipe.task, "result")
     check_folder(recipe, folder, result=name)
+    check_models(recipe)
     with quiet_libraries():
         task = build_task(recipe, progress)
     train(task, recipe, folder, progress=progress, result=name)
     if isinstance(recipe, ControlNetRecipe) and recipe.score_scenes:
         return _scored(recipe, folder, folder / name, progress)
     return Result(folder, folder / name)
+
+
+def check_models(recipe: Recipe) -> None:
+    """Refuse a recipe that names a model that is not there, before scenes are rendered for it.
+
+    Raises ValueError, one line within about 5 seconds. Nothing is downloaded.
+    """
+    from controlkit.adapters import check_adapter
+    from controlkit.base import check_base
+
+    if isinstance(recipe, ControlNetRecipe):
+        check_base(recipe.base)
+        if recipe.init is not None:
+            check_adapter(recipe.init)
+        return
+    parts = {name: getattr(recipe, name, None) for name in ("init", "vae", "decoder")}
+    if isinstance(recipe, BaseRecipe):
+        parts |= {"init": recipe.init and f"{recipe.init}/unet", "text": f"{recipe.text}/text_encoder"}
+    for part in parts.values():
+        if part is not None:
+            read_json(Path(part) / "config.json")
+            check_weights(Path(part))
+    if isinstance(recipe, EstimatorRecipe) and recipe.autoencoder is not None:
+        check_base(recipe.autoencoder)
 
 
 def _scored(

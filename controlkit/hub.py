@@ -1,0 +1,191 @@
+"""Where a model's folder is: bundled, given as a path, in the Hugging Face cache, or on the hub.
+
+A name is a bundled model, a folder, or a hub id (``owner/name``). Of a repository only the files that are
+needed are downloaded, and of each part only one kind of weights.
+"""
+
+import os
+import re
+import threading
+from collections.abc import Callable, Collection, Mapping, Sequence
+from fnmatch import fnmatch
+from pathlib import Path, PurePosixPath
+
+from controlkit.naming import did_you_mean
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_CONNECT_SECONDS = 3.0  # for the hub to answer; with name resolution never more than _GIVE_UP_SECONDS
+_GIVE_UP_SECONDS = 4.0
+_WEIGHTS = (".safetensors", ".bin")
+
+
+def find_folder(
+    name_or_path: str,
+    *,
+    what: str,
+    top_file: str,
+    complete: Callable[[Path], bool],
+    files: Sequence[str],
+    bundled: Mapping[str, Path],
+    aliases: Mapping[str, str] | None = None,
+) -> Path:
+    """The local folder of a model: bundled, given as a path, in the hub's cache, or downloaded into it.
+
+    ``what`` names the kind of model in messages ("base"). ``top_file`` is a file at the top of its folder.
+    ``complete`` says whether a cached copy has all that is needed; the rest of an incomplete one is
+    downloaded. ``files`` are the patterns to download. ``aliases`` maps short names to hub ids.
+
+    Raises ValueError, one line within about 5 seconds, when there is no such model: it names the id, the
+    cache's path and why the hub could not help.
+    """
+    place = _place(name_or_path, what=what, bundled=bundled, aliases=aliases or {})
+    if isinstance(place, Path):
+        return place
+    cached = _cached_folder(place, top_file)
+    if cached is not None and complete(cached):
+        return cached
+    return _download(place, files, what=what, partial=cached is not None, bundled=bundled)
+
+
+def check_exists(
+    name_or_path: str,
+    *,
+    what: str,
+    top_file: str,
+    bundled: Mapping[str, Path],
+    aliases: Mapping[str, str] | None = None,
+) -> None:
+    """Raise the error of `find_folder` for a name that leads nowhere, and download nothing."""
+    place = _place(name_or_path, what=what, bundled=bundled, aliases=aliases or {})
+    if not isinstance(place, Path) and _cached_folder(place, top_file) is None:
+        answer = _ask_briefly(place)
+        if isinstance(answer, str):
+            raise _no_model(place, answer, what=what, partial=False, bundled=bundled)
+
+
+def _place(
+    name_or_path: str, *, what: str, bundled: Mapping[str, Path], aliases: Mapping[str, str]
+) -> Path | str:
+    """The folder of a model that is here, or the hub id of one that need not be."""
+    if name_or_path in bundled:
+        return _bundled_folder(what, name_or_path, bundled[name_or_path])
+    path = os.path.expanduser(name_or_path)  # pathlib raises for unknown users and long names
+    if os.path.isdir(path):
+        return Path(path)
+    if os.path.isfile(path):
+        raise ValueError(f"{what} {name_or_path}: this is a file; give the folder that holds the model")
+    repo_id = aliases.get(name_or_path, name_or_path)
+    if not _HUB_ID.fullmatch(repo_id):
+        known = [*bundled, *aliases]
+        raise ValueError(
+            f"no {what} called {name_or_path!r}{did_you_mean(name_or_path, known)};"
+            f" give one of {', '.join(known)}, an existing folder, or a hub id (owner/name)"
+        )
+    return repo_id
+
+
+def wanted_files(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
+    """Of a repository's files those that match a pattern and, in each folder, one kind of weights.
+
+    safetensors come before pickles (.bin) and full precision before half; of "non_ema" weights there are
+    always others.
+    """
+    matching = [name for name in names if any(fnmatch(name, pattern) for pattern in patterns)]
+    weights = [name for name in matching if name.endswith(_WEIGHTS) and ".non_ema" not in name]
+    best: dict[PurePosixPath, int] = {}
+    for name in weights:
+        folder = PurePosixPath(name).parent
+        best[folder] = min(best.get(folder, 99), _rank(name))
+    chosen = {name for name in weights if _rank(name) == best[PurePosixPath(name).parent]}
+    return [name for name in matching if name in chosen or not name.endswith(_WEIGHTS)]
+
+
+def _rank(name: str) -> int:
+    return 2 * name.endswith(".bin") + (".fp16" in name)
+
+
+def _bundled_folder(what: str, name: str, folder: Path) -> Path:
+    if not folder.is_dir():
+        raise ValueError(
+            f"the bundled {what} {name!r} is not part of this installation ({folder} is missing)"
+        )
+    return folder
+
+
+def _cached_folder(repo_id: str, top_file: str) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(repo_id, top_file)
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def _download(
+    repo_id: str, files: Sequence[str], *, what: str, partial: bool, bundled: Collection[str]
+) -> Path:
+    from huggingface_hub import snapshot_download
+
+    answer = _ask_briefly(repo_id)
+    if not isinstance(answer, str):
+        try:
+            return Path(snapshot_download(repo_id, allow_patterns=wanted_files(answer, files)))
+        except _network_errors() as error:
+            answer = f"the download failed: {first_sentence(error)}"
+    raise _no_model(repo_id, answer, what=what, partial=partial, bundled=bundled)
+
+
+def _no_model(repo_id: str, reason: str, *, what: str, partial: bool, bundled: Collection[str]) -> ValueError:
+    from huggingface_hub import constants
+
+    state = "only a part of it is" if partial else "it is not"
+    offline = f"; bundled: {', '.join(bundled)}" if bundled else ""
+    return ValueError(
+        f"no {what} {repo_id!r}: there is no such folder, {state} in the cache {constants.HF_HUB_CACHE}"
+        f" and {reason}{offline}"
+    )
+
+
+def _ask_briefly(repo_id: str) -> list[str] | str:
+    """The files of a repository, or why they cannot be had, in words. Waits no longer than a few seconds."""
+    answers: list[list[str] | str] = []
+    # A thread, because name resolution has no timeout of its own. A daemon, so that it never delays the exit.
+    asking = threading.Thread(target=lambda: answers.append(_ask_hub(repo_id)), daemon=True)
+    asking.start()
+    asking.join(_GIVE_UP_SECONDS)
+    return answers[0] if answers else "the hub does not answer (no network?)"
+
+
+def _ask_hub(repo_id: str) -> list[str] | str:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        info = HfApi().model_info(repo_id, timeout=_CONNECT_SECONDS)
+    except GatedRepoError:
+        return "the hub asks you to accept its terms and to log in first (hf auth login)"
+    except RepositoryNotFoundError:
+        return "the hub knows no such model (or it is private: hf auth login)"
+    except OfflineModeIsEnabled:
+        return "the hub is switched off (HF_HUB_OFFLINE)"
+    except HfHubHTTPError as error:
+        return f"the hub answers with an error: {first_sentence(error)}"
+    except _network_errors():
+        return "the hub cannot be reached (no network?)"
+    return [file.rfilename for file in info.siblings or ()]
+
+
+def _network_errors() -> tuple[type[Exception], ...]:
+    """What a failing connection raises: OSError, or an error of the HTTP library that the hub client uses."""
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
+
+    return (OSError, HTTPError)
+
+
+def first_sentence(error: BaseException) -> str:
+    """The first sentence of an error's text, or its class where it has none."""
+    lines = str(error).strip().splitlines()
+    return re.split(r"\. (?=[A-Z])", lines[0])[0] if lines else type(error).__name__
