@@ -214,7 +214,7 @@ BAD_OPTIONS = [
     (("-o", "no/folder/out.png"), "the folder no/folder does not exist"),
     (("-o", "out.jpg"), "must end in .png"),
     (("--steps", "abc"), "invalid value for '--steps': "),
-    (("--steps",), "requires an argument; see"),
+    (("--steps",), "option '--steps' requires an argument"),
     (("--stepz", 3), "no such option: --stepz"),
     (("one", "more"), "unexpected extra argument"),
 ]
@@ -411,6 +411,7 @@ def test_bad_recipes_are_one_plain_line(run: Run, monkeypatch: pytest.MonkeyPatc
     assert "nowhere/config.json is missing" in run("train", "bundled-vae", "init=nowhere").refused()
     assert "nowhere/unet/config.json is missing" in run("train", "bundled-base", "init=nowhere").refused()
     assert "no base called" in run("train", "bundled-pose-estimator", "autoencoder=x").refused()
+    assert 'train = "decoder" needs init' in run("train", "bundled-vae", "train=decoder").refused()
     assert "did you mean" in run("train", "tiny-cany").refused()
     assert "did you mean 'steps'" in run("train", "tiny-canny", "stepz=3").refused()
     assert sorted(os.listdir()) == []

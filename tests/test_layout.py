@@ -18,6 +18,8 @@ from typing import NamedTuple
 
 import pytest
 
+from controlkit.images import load_picture
+
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {
     "controlkit": ROOT / "controlkit",
@@ -30,6 +32,7 @@ PREPROCESSORS_MAY_USE = {
     "controlkit.devices",
     "controlkit.files",
     "controlkit.folders",
+    "controlkit.hub",
     "controlkit.images",
     "controlkit.limits",
     "controlkit.naming",
@@ -219,7 +222,7 @@ def test_the_wheel_from_the_sdist_is_the_same(built: Built) -> None:
     assert contents(built.wheel) == contents(built.wheel_from_sdist)
 
 
-def test_the_wheel_works_from_another_folder(built: Built, tmp_path: Path) -> None:
+def test_the_demonstration_runs_from_the_wheel_in_another_folder(built: Built, tmp_path: Path) -> None:
     home = tmp_path / "environment"
     venv.create(home, with_pip=False)
     site = Path(sysconfig.get_path("purelib", "venv", {"base": str(home), "platbase": str(home)}))
@@ -235,17 +238,18 @@ import controlkit, controlkit.metrics, controlkit.preprocessors, controlkit.trai
 for module in (controlkit, controlkit.metrics, controlkit.preprocessors, controlkit.training):
     print(module.__file__)
 (command,) = (entry for entry in entry_points(group="console_scripts", name="controlkit"))
-sys.argv = ["controlkit", "--help"]
+sys.argv = ["controlkit", "demo", "-o", "sheet.png"]
 try:
     command.load()()
 except SystemExit as stop:
-    assert stop.code == 0, stop.code
+    assert not stop.code, stop.code
 """
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     lines = run_python(code, cwd=elsewhere, python=str(_python_of(home))).splitlines()
     assert all(Path(line).is_relative_to(site / "controlkit") for line in lines[:4]), lines[:4]
-    assert any("generate" in line for line in lines[4:])
+    assert any(line.startswith("openpose + depth") for line in lines[4:]), lines[4:]
+    assert load_picture(elsewhere / "sheet.png").ndim == 3
 
 
 def _python_of(home: Path) -> Path:

@@ -303,7 +303,7 @@ def test_controls_outside_their_range(sd1: Base) -> None:
     with pytest.raises(ValueError, match="must be float"):
         Control(controlnet, torch.zeros(3, 8, 8))
     with pytest.raises(ValueError, match="must have the size of the picture, 64x64, not 32x64"):
-        sampling.generate(sd1, "x", controls=[Control(controlnet, cond()[..., :32])], width=64)
+        sampling.generate(sd1, "x", controls=[Control(controlnet, cond()[..., :32])], width=64, height=64)
     with pytest.raises(ValueError, match="2 maps for 3 pictures"):
         sampling.generate(sd1, "x", controls=[Control(controlnet, cond(batch=2))], seeds=(0, 1, 2))
 

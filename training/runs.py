@@ -73,6 +73,10 @@ def check_models(recipe: Recipe) -> None:
         if recipe.init is not None:
             check_adapter(recipe.init)
         return
+    if isinstance(recipe, VaeRecipe) and recipe.train == "decoder" and recipe.init is None:
+        raise ValueError(
+            'train = "decoder" needs init, the folder of the autoencoder whose decoder is trained'
+        )
     parts = {name: getattr(recipe, name, None) for name in ("init", "vae", "decoder")}
     if isinstance(recipe, BaseRecipe):
         parts |= {"init": recipe.init and f"{recipe.init}/unet", "text": f"{recipe.text}/text_encoder"}
