@@ -99,6 +99,24 @@ app = typer.Typer(
 )
 
 
+def _say_version(asked: bool) -> None:
+    if asked:
+        from controlkit import __version__
+
+        print(f"controlkit {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Say which version this is.", callback=_say_version, is_eager=True),
+    ] = False,
+) -> None:
+    """What stands before the command."""
+
+
 class Terminal:
     """Status lines and progress on stderr: a bar in a terminal, now and then a line elsewhere."""
 

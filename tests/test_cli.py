@@ -15,6 +15,7 @@ import tiny_models
 import torch
 from typer.testing import CliRunner
 
+import controlkit
 from controlkit import base as base_module
 from controlkit import generate_job, infotext
 from controlkit.adapters import MAPS, AdapterInfo, save_adapter
@@ -187,6 +188,18 @@ def test_a_map_is_used_as_it_is(generate: Run, run: Run, photo: Path, models: Pa
     assert np.array_equal(load_picture("from-photo.png"), load_picture("from-map.png"))
     run(*request[:6], "-o", "free.png").done()
     assert not np.array_equal(load_picture("from-photo.png"), load_picture("free.png"))
+
+
+def test_the_version_and_the_help(run: Run) -> None:
+    assert run("--version").done() == f"controlkit {controlkit.__version__}\n"
+    helped = run("--help").done()
+    assert "Pictures that follow an edge map, a pose or a depth map" in helped
+    assert "Start with:  controlkit demo" in helped
+    assert "KIND=PICTURE[:SCALE]" in run("generate", "--help").done()
+    bare = run()
+    assert (bare.code, bare.out) == (2, "")
+    assert bare.err.startswith("Usage: ")
+    assert "no such command 'gnerate'" in run("gnerate").refused()
 
 
 BAD_OPTIONS = [
