@@ -53,8 +53,10 @@ class _Pictures:
             self.passed = cached_passed(world, vae, latent_noise=recipe.latent_noise, report=report)
 
     def pixel_values(self, indices: list[int], draws: Draws) -> Tensor:
-        passed = draws.chosen(len(indices), self.recipe.passed).tolist()
-        sources = [self.world.picture if self.passed is None or not p else self.passed for p in passed]
+        if self.passed is None:
+            return _pixel_values([self.world.picture[i] for i in indices], self.device)
+        chosen = draws.chosen(len(indices), self.recipe.passed).tolist()
+        sources = [self.passed if passed else self.world.picture for passed in chosen]
         return _pixel_values([source[i] for source, i in zip(sources, indices, strict=True)], self.device)
 
 
@@ -116,13 +118,8 @@ class PoseTask:
 
     @torch.no_grad()
     def _find(self, index: int) -> NDArray[np.float64]:
-        heatmaps = (
-            self.model(_pixel_values([self.validation.picture[index]], self.device))
-            .heatmaps[0]
-            .float()
-            .cpu()
-            .numpy()
-        )
+        pixel_values = _pixel_values([self.validation.picture[index]], self.device)
+        heatmaps = self.model(pixel_values).heatmaps[0].float().cpu().numpy()
         joints = decode_heatmaps(heatmaps)
         joints[:, :2] = (joints[:, :2] + 0.5) * _SIZE / heatmaps.shape[-1]
         joints[joints[:, 2] < 0.3] = 0.0
