@@ -9,9 +9,13 @@ if TYPE_CHECKING:
 
 
 def check_device(device: str | torch.device) -> torch.device:
-    """The device, if torch can use it here. Raises ValueError in one line if not."""
+    """The device, if torch can use it here; "auto" is the best there is. Raises ValueError in one line if not."""
     import torch
 
+    if device == "auto":
+        return torch.device(
+            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        )
     try:
         found = torch.device(device)
     except RuntimeError as error:

@@ -63,6 +63,38 @@ def check_exists(
             raise _no_model(place, answer, what=what, partial=False, bundled=bundled)
 
 
+def find_file(source: str, name: str) -> Path:
+    """The path of one file: in a folder, or of a hub repository (``owner/name``), downloaded where needed.
+
+    Raises ValueError, one line within about 5 seconds, when it is not to be had: it names the file, the
+    repository, the folder where it could be put, and why the hub could not help.
+    """
+    folder = os.path.expanduser(source)
+    if os.path.isdir(folder):
+        if not os.path.isfile(os.path.join(folder, name)):
+            raise ValueError(f"{name} is missing in {source}")
+        return Path(folder, name)
+    if not _HUB_ID.fullmatch(source):
+        raise ValueError(
+            f"there is no folder {source!r}; give one that holds {name}, or a hub id (owner/name)"
+        )
+    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+
+    cached = try_to_load_from_cache(source, name)
+    if isinstance(cached, str):
+        return Path(cached)
+    answer = _ask_briefly(source)
+    if not isinstance(answer, str):
+        try:
+            return Path(hf_hub_download(source, name))
+        except _network_errors() as error:
+            answer = f"the download failed: {first_sentence(error)}"
+    raise ValueError(
+        f"{name} of {source} is needed: it is not in the cache {constants.HF_HUB_CACHE} and {answer}; "
+        f"download it elsewhere into a folder and give model=FOLDER"
+    )
+
+
 def _place(
     name_or_path: str, *, what: str, bundled: Mapping[str, Path], aliases: Mapping[str, str]
 ) -> Path | str:

@@ -24,7 +24,7 @@ import warnings
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -92,6 +92,26 @@ def load_picture(source: "Source", *, max_pixels: int = DEFAULT_MAX_PIXELS) -> n
         return _image_to_rgb(image, name)
 
 
+def load_pictures(sources: "Source | Sequence[Source]") -> "tuple[list[np.ndarray], bool]":
+    """Return one picture or a batch as a list of pictures, and whether it was a batch.
+
+    A batch is a list or tuple of what :func:`load_picture` takes, an array (N, H, W, C), or a tensor
+    (N, C, H, W); it may be empty.
+
+    Raises:
+        ValueError: as :func:`load_picture`; for a batch, with the number of the picture in it.
+    """
+    if not isinstance(sources, (list, tuple)) and getattr(sources, "ndim", 0) != 4:
+        return [load_picture(cast("Source", sources))], False
+    pictures = []
+    for index, source in enumerate(cast(Sequence[Any], sources)):
+        try:
+            pictures.append(load_picture(source))
+        except ValueError as error:
+            raise ValueError(f"picture {index} of the batch: {error}") from error
+    return pictures, True
+
+
 def resize(image: np.ndarray, width: int, height: int, *, nearest: bool = False) -> np.ndarray:
     """Return ``image`` (H, W) or (H, W, C), uint8 or float32, as (height, width) or (height, width, C).
 
@@ -117,6 +137,35 @@ def resize(image: np.ndarray, width: int, height: int, *, nearest: bool = False)
     if smaller != (width, height):
         image = cv2.resize(image, (width, height), interpolation=cv2.INTER_CUBIC)
     return image
+
+
+def at_resolution(image: np.ndarray, resolution: int) -> np.ndarray:
+    """Return ``image`` (H, W[, C]) with its shorter side brought to ``resolution`` pixels, its aspect kept.
+
+    The longer side grows to eight times the original at most, so that a 3000 x 2 strip stays manageable.
+    """
+    height, width = image.shape[:2]
+    scale = min(resolution / min(height, width), 8.0)
+    return resize(image, max(1, round(width * scale)), max(1, round(height * scale)))
+
+
+def resize_lines(image: np.ndarray, width: int, height: int) -> np.ndarray:
+    """Return a binary map, uint8 (H, W[, C]) of 0 and 255 in equal channels, at another size, still binary.
+
+    It is resampled smoothly and cut at half. One-pixel lines, which that would break up or thicken, are traced
+    anew: their ridges, one pixel wide, are what stays. (The A1111 extension's high_quality_resize does the
+    same with other filters.)
+    """
+    if image.shape[:2] == (height, width):
+        return image
+    import cv2
+
+    mask = image if image.ndim == 2 else np.ascontiguousarray(image[..., 0])
+    if _has_thin_lines(mask):
+        lines = _trace_ridges(mask, width, height)
+    else:
+        lines = (resize(mask, width, height) >= 128).astype(np.uint8) * np.uint8(255)
+    return lines if image.ndim == 2 else cv2.merge([lines] * image.shape[2])
 
 
 def cover(image: np.ndarray, width: int, height: int, *, nearest: bool = False) -> np.ndarray:
@@ -221,6 +270,42 @@ def write_png(path: PathLike, image: np.ndarray, *, text: Mapping[str, str] | No
     """
     write_bytes(path, encode_png(image, text=text))
 
+
+# --- lines ---
+
+
+def _has_thin_lines(mask: np.ndarray) -> bool:
+    """Whether hardly any white pixel has nothing but white around it, as in maps of edges."""
+    import cv2
+
+    solid = cv2.erode(mask, np.ones((3, 3), np.uint8))
+    return bool(np.count_nonzero(solid) < 0.05 * np.count_nonzero(mask))
+
+
+def _trace_ridges(mask: np.ndarray, width: int, height: int) -> np.ndarray:
+    """Return the one-pixel ridges of a binary map of thin lines at another size, uint8 (height, width)."""
+    import cv2
+
+    smooth = resize(mask.astype(np.float32), width, height)
+    smooth = cv2.GaussianBlur(smooth, (0, 0), max(1.0, 0.5 * width / mask.shape[1]))
+    # A line keeps its strength per length: a pixel of it spreads over the scale's width.
+    floor = 0.25 * float(smooth.max(initial=0.0))
+    ridges = np.zeros(smooth.shape, np.uint8)
+    for kernel in _LINE_KERNELS:
+        across = cv2.dilate(smooth, kernel)
+        ridges[(across == smooth) & (smooth > floor)] = 255
+    return ridges
+
+
+_LINE_KERNELS = [
+    np.array(rows, np.uint8)
+    for rows in (
+        [[0, 0, 0], [1, 1, 1], [0, 0, 0]],
+        [[0, 1, 0], [0, 1, 0], [0, 1, 0]],
+        [[1, 0, 0], [0, 1, 0], [0, 0, 1]],
+        [[0, 0, 1], [0, 1, 0], [1, 0, 0]],
+    )
+]
 
 # --- arrays and tensors ---
 

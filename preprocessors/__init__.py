@@ -4,8 +4,7 @@ Importing this package costs nothing: a preprocessor and what it needs are impor
 and one whose libraries are missing does not disturb the others.
 """
 
-import inspect
-import os
+import builtins
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +24,11 @@ if TYPE_CHECKING:
     from controlkit.preprocessors.skeleton import coco17_to_openpose18 as coco17_to_openpose18
 
 # kind: (module, class); the class's keyword arguments are the options.
-_KINDS = {"canny": ("canny", "Canny"), "depth": ("depth", "Depth"), "openpose": ("openpose", "OpenPose")}
+_KINDS = {
+    "canny": ("canny", "Canny"),
+    "depth": ("depth", "Depth"),
+    "openpose": ("openpose", "OpenPose"),
+}
 _HOME = {
     "Map": "maps",
     "Poses": "skeleton",
@@ -36,50 +39,49 @@ _HOME = {
     "read_poses": "posejson",
     "write_poses": "posejson",
 }
-__all__ = [*_HOME, "get", "names"]
+__all__ = [*_HOME, "get", "list", "names", "options"]
 
 
-def names() -> list[str]:
+def names() -> builtins.list[str]:
     """Return the kinds of maps that :func:`get` knows, sorted."""
     return sorted(_KINDS)
+
+
+def list() -> builtins.list[str]:
+    """Return the kinds of maps that :func:`get` knows, sorted; the same as :func:`names`."""
+    return names()
 
 
 def get(kind: str, **options: Any) -> "Preprocessor":
     """Return the preprocessor for a kind of map; called with any picture, it returns a :class:`Map`.
 
-    A number may be given as text, as a command line has it.
-
-    Options: canny ``low``, ``high``; openpose ``model``, ``threshold``, ``style``, ``device``; depth
-    ``model``, ``device``. What each means and allows stands in the class's docstring. Weights are loaded
-    here, not at the first picture.
+    Called with a batch (a list of pictures, an array (N, H, W, C), a tensor (N, C, H, W)), it returns a list.
+    An option may be given as text, as a command line has it: ``low="50"``. :func:`options` lists the options
+    of a kind; what each means and allows stands in its class's docstring. Weights are loaded here, not at
+    the first picture.
 
     Raises:
         ValueError: an unknown kind or option (with a suggestion), a value out of range, missing weights.
     """
-    if kind not in _KINDS:
-        raise unknown("map", kind, _KINDS)
-    module, name = _KINDS[kind]
-    make = getattr(import_module(f"controlkit.preprocessors.{module}"), name)
-    known = inspect.signature(make).parameters
-    for option, value in options.items():
-        if option not in known:
-            raise unknown(f"{kind} option", option, known)
-        options[option] = _of_type(known[option].annotation, value, f"{kind}'s {option}")
-    preprocessor: Preprocessor = make(**options)
+    make = _find(kind)
+    from controlkit.preprocessors.options import checked_options
+
+    preprocessor: Preprocessor = make(**checked_options(make, options, kind=kind))
     return preprocessor
 
 
-def _of_type(wanted: type, value: object, name: str) -> float | str:
-    """Return an option as the type that its class declares, float or str."""
-    assert wanted in (float, str), wanted
-    if wanted is str and isinstance(value, (str, os.PathLike)):
-        return str(value)
-    try:
-        if wanted is float and isinstance(value, (int, float, str)):
-            return float(value)
-    except (ValueError, OverflowError):
-        pass
-    raise ValueError(f"{name} is {value!r}; it must be {'a number' if wanted is float else 'text'}")
+def options(kind: str) -> builtins.list[str]:
+    """Return the names of the options that :func:`get` takes for a kind. Raises ValueError: unknown kind."""
+    from controlkit.preprocessors.options import known_options
+
+    return [*known_options(_find(kind))]
+
+
+def _find(kind: str) -> Any:
+    if kind not in _KINDS:
+        raise unknown("map", kind, _KINDS)
+    module, name = _KINDS[kind]
+    return getattr(import_module(f"controlkit.preprocessors.{module}"), name)
 
 
 def __getattr__(name: str) -> object:
@@ -88,5 +90,5 @@ def __getattr__(name: str) -> object:
     return getattr(import_module(f"controlkit.preprocessors.{_HOME[name]}"), name)
 
 
-def __dir__() -> list[str]:
+def __dir__() -> builtins.list[str]:
     return sorted(__all__)

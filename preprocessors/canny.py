@@ -1,22 +1,18 @@
 """Canny edges, byte-equal to ``cv2.Canny`` on the RGB picture, at about half its cost."""
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
 
-from controlkit.images import load_picture
-from controlkit.preprocessors.maps import Map
-
-if TYPE_CHECKING:
-    from controlkit.images import Source
+from controlkit.preprocessors.maps import Map, Preprocessor
 
 _HIGHEST = 2041.0  # |dx| + |dy| of a 3 x 3 Sobel gradient ends at 2040
 _STRIP_ROWS = 64  # the gradients of one strip stay in the processor's cache
 
 
-class Canny:
+class Canny(Preprocessor):
     """White edges on black, as ``cv2.Canny(rgb, low, high)`` draws them (aperture 3, L1 norm).
 
     ``low`` and ``high`` are the hysteresis thresholds on the gradient |dx| + |dy| of 8-bit levels, which
@@ -29,8 +25,9 @@ class Canny:
 
     kind = "canny"
 
-    def __init__(self, *, low: float = 100, high: float = 200) -> None:
+    def __init__(self, *, low: float = 100, high: float = 200, resolution: int = 0) -> None:
         """Check and keep the thresholds."""
+        super().__init__(resolution=resolution)
         for name, value in (("low", low), ("high", high)):
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"canny's {name} threshold is {value:g}; it must be finite and not negative")
@@ -38,9 +35,12 @@ class Canny:
             raise ValueError(f"canny's low threshold {low:g} is above its high threshold {high:g}")
         self.low, self.high = low, high
 
-    def __call__(self, image: "Source") -> Map:
+    def _extract(self, pictures: Sequence[np.ndarray]) -> list[Map]:
+        return [self._map(picture) for picture in pictures]
+
+    def _map(self, picture: np.ndarray) -> Map:
         """Return the edges of a picture: every value is 0 or 255, the three channels are equal."""
-        edges = canny_edges(load_picture(image), low=self.low, high=self.high)
+        edges = canny_edges(picture, low=self.low, high=self.high)
         return Map(
             image=cv2.merge([edges, edges, edges]),
             kind=self.kind,

@@ -1,15 +1,13 @@
 """Depth maps: near is white, the nearest point of a picture 255 and the farthest 0."""
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from controlkit.images import load_picture, resize
-from controlkit.preprocessors.maps import Map
+from controlkit.images import resize
+from controlkit.preprocessors.maps import Map, Preprocessor
 from controlkit.preprocessors.weights import find_model, load_model, load_processor
-
-if TYPE_CHECKING:
-    from controlkit.images import Source
 
 MODELS = {
     "depth-anything-v2-small": "depth-anything/Depth-Anything-V2-Small-hf",
@@ -22,7 +20,7 @@ _NEAREST_M = 0.1  # nearer counts as this near; else one pixel at 0 m would take
 _LARGEST_ASPECT = 8  # networks keep a picture's aspect, and fail on a picture of 3000 x 2 pixels
 
 
-class Depth:
+class Depth(Preprocessor):
     """The depth of a picture, estimated by any network that transformers' AutoModelForDepthEstimation loads.
 
     ``model`` is "depth-anything-v2-small" (the default; downloaded once), "dpt-hybrid", "tiny" (bundled;
@@ -35,24 +33,30 @@ class Depth:
 
     kind = "depth"
 
-    def __init__(self, *, model: str = "depth-anything-v2-small", device: str = "cpu") -> None:
+    def __init__(
+        self, *, model: str = "depth-anything-v2-small", device: str = "auto", resolution: int = 0
+    ) -> None:
         """Load the network."""
+        super().__init__(resolution=resolution)
         from transformers import AutoModelForDepthEstimation
 
         folder = find_model("depth", model, MODELS)
         self.model = model
         self._network = load_model(AutoModelForDepthEstimation, folder, device=device)
         self._processor = load_processor(folder)
-        self._device = device
 
-    def __call__(self, image: "Source") -> Map:
+    def _extract(self, pictures: Sequence[np.ndarray]) -> list[Map]:
+        return [self._map(picture) for picture in pictures]
+
+    def _map(self, picture: np.ndarray) -> Map:
         """Return the depth map of a picture."""
-        picture = load_picture(image)
+        depth = self.inverse_depth(picture)
         return Map(
-            image=depth_to_map(self.inverse_depth(picture)),
+            image=depth_to_map(depth),
             kind=self.kind,
             polarity="near-is-white",
             model=self.model,
+            depth=depth,
         )
 
     def inverse_depth(self, picture: np.ndarray) -> np.ndarray:
@@ -66,7 +70,7 @@ class Depth:
         seen = _tame(picture)
         inputs = self._processor(seen, input_data_format="channels_last", return_tensors="pt")
         with torch.no_grad():
-            outputs = self._network(**inputs.to(self._device))
+            outputs = self._network(**inputs.to(self._network.device))
         options: dict[str, Any] = {"target_sizes": [(height, width)]}
         if self._network.config.model_type == "zoedepth":  # its processor pads, and must know what to cut off
             options["source_sizes"] = [seen.shape[:2]]

@@ -1,14 +1,25 @@
 """What every preprocessor returns, and what it is."""
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, ClassVar, overload
 
 import numpy as np
 
+from controlkit.images import at_resolution, load_pictures, resize, resize_lines
 from controlkit.preprocessors.skeleton import Poses
 
 if TYPE_CHECKING:
     from controlkit.images import Source
+
+POLARITIES = (
+    "white-on-black",  # lines: canny, soft edges, scribbles, line art
+    "near-is-white",  # depth
+    "openpose-18",  # poses
+    "normals",  # red: left, green: top, blue: to the viewer
+    "colours",  # a rearranged picture
+)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -18,23 +29,81 @@ class Map:
     image: np.ndarray
     """uint8 (H, W, 3) RGB, exactly the size of its picture."""
     kind: str
-    """"canny", "depth" or "openpose"."""
+    """What :func:`controlkit.preprocessors.get` was asked for: "canny", "depth", "openpose" ..."""
     polarity: str
-    """How values are to be read: "white-on-black", "near-is-white" or "openpose-18"."""
+    """How values are to be read: one of ``POLARITIES``."""
     params: dict[str, float | str] = field(default_factory=dict)
     """The options that were in force, defaults included."""
     model: str | None = None
     """The network's name, hub id or folder, as it was asked for; None where there is none."""
     poses: Poses | None = None
     """For poses, the joints that were drawn."""
+    depth: np.ndarray | None = None
+    """For depth, what the map was made from: float32 (H, W) inverse depth, larger is nearer."""
 
-
-class Preprocessor(Protocol):
-    """Makes one kind of map from any picture that :func:`controlkit.images.load_picture` reads."""
+    def __post_init__(self) -> None:
+        """Hold the contract."""
+        assert self.image.dtype == np.uint8, self.image.dtype
+        assert self.image.ndim == 3, self.image.shape
+        assert self.image.shape[2] == 3, self.image.shape
+        assert self.polarity in POLARITIES, self.polarity
 
     @property
-    def kind(self) -> str:
-        """The kind of map, as :func:`controlkit.preprocessors.get` knows it."""
+    def is_binary(self) -> bool:
+        """Whether every value is 0 or 255."""
+        return bool(((self.image == 0) | (self.image == 255)).all())
 
-    def __call__(self, image: "Source") -> Map:
-        """Return the map of a picture. Raises ValueError where it cannot be read as one."""
+
+class Preprocessor(ABC):
+    """Makes one kind of map from any picture that :func:`controlkit.images.load_picture` reads.
+
+    ``resolution`` (0: off) is the shorter side, in pixels, at which a map is computed; it is then brought to
+    its picture's size. Detectors see other things at other scales: small ones give coarse structure.
+    """
+
+    kind: ClassVar[str]
+    """The kind of map, as :func:`controlkit.preprocessors.get` knows it."""
+
+    def __init__(self, *, resolution: int = 0) -> None:
+        """Check and keep the resolution."""
+        if resolution and not 16 <= resolution <= 8192:
+            raise ValueError(
+                f"{self.kind}'s resolution is {resolution}; it must be 0 (the picture's own) or 16 to 8192"
+            )
+        self.resolution = resolution
+
+    @overload  # a str is a Source and a Sequence[str]: one picture, as the first says
+    def __call__(self, image: "Source") -> Map: ...  # type: ignore[overload-overlap]
+    @overload
+    def __call__(self, image: "Sequence[Source]") -> list[Map]: ...
+    def __call__(self, image: "Source | Sequence[Source]") -> Map | list[Map]:
+        """Return the map of a picture, or a list with the map of each picture of a batch.
+
+        A batch is a list or tuple of pictures, an array (N, H, W, C) or a tensor (N, C, H, W).
+
+        Raises:
+            ValueError: a picture cannot be read as one.
+        """
+        pictures, is_batch = load_pictures(image)
+        maps = self.extract(pictures)
+        return maps if is_batch else maps[0]
+
+    def extract(self, pictures: Sequence[np.ndarray]) -> list[Map]:
+        """Return the map of each picture, uint8 (H, W, 3) of any sizes: what a call does after loading."""
+        if not self.resolution:
+            return self._extract(pictures)
+        maps = self._extract([at_resolution(picture, self.resolution) for picture in pictures])
+        return [
+            self._resized(made, picture.shape[1], picture.shape[0])
+            for made, picture in zip(maps, pictures, strict=True)
+        ]
+
+    @abstractmethod
+    def _extract(self, pictures: Sequence[np.ndarray]) -> list[Map]:
+        """Return the map of each picture at the picture's own size."""
+
+    def _resized(self, made: Map, width: int, height: int) -> Map:
+        """Return a map at another size: binary maps stay binary, others are resampled smoothly."""
+        change = resize_lines if made.is_binary else resize
+        params = made.params | {"resolution": self.resolution}
+        return replace(made, image=change(made.image, width, height), params=params)

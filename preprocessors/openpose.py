@@ -1,26 +1,22 @@
 """OpenPose maps: the joints of the people in a picture, found by a ViTPose network and drawn."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import numpy as np
 
-from controlkit.images import load_picture
 from controlkit.naming import unknown
 from controlkit.preprocessors.drawing import STYLES, draw_poses
-from controlkit.preprocessors.maps import Map
+from controlkit.preprocessors.maps import Map, Preprocessor
 from controlkit.preprocessors.people import DETECTOR, PersonDetector
 from controlkit.preprocessors.skeleton import Poses, coco17_to_openpose18
 from controlkit.preprocessors.vitpose import VitPose
 from controlkit.preprocessors.weights import find_model
 
-if TYPE_CHECKING:
-    from controlkit.images import Source
-
 MODELS = {"vitpose": "usyd-community/vitpose-base-simple"}
 """Short names of pose models on the hub; ViTPose-B has 75.8 AP on COCO and an Apache-2.0 licence."""
 
 
-class OpenPose:
+class OpenPose(Preprocessor):
     """Poses of the people in a picture, drawn in OpenPose's 18-joint form; the joints travel with the map.
 
     ``model`` is "vitpose" (the default; photographs, downloaded once), "tiny" (bundled; only for pictures
@@ -42,9 +38,11 @@ class OpenPose:
         threshold: float = 0.3,
         style: str = "v1.1",
         detector: str = DETECTOR,
-        device: str = "cpu",
+        device: str = "auto",
+        resolution: int = 0,
     ) -> None:
         """Check the options and load the networks."""
+        super().__init__(resolution=resolution)
         if not 0 <= threshold <= 1:
             raise ValueError(f"openpose's threshold is {threshold:g}; it must lie in [0, 1]")
         if style not in STYLES:
@@ -53,9 +51,11 @@ class OpenPose:
         self._network = VitPose(find_model("pose", model, MODELS), device=device)
         self._people = PersonDetector(detector, device=device) if self._network.wants_boxes else None
 
-    def __call__(self, image: "Source") -> Map:
+    def _extract(self, pictures: Sequence[np.ndarray]) -> list[Map]:
+        return [self._map(picture) for picture in pictures]
+
+    def _map(self, picture: np.ndarray) -> Map:
         """Return the poses of a picture and their drawing; a picture without people gives a black map."""
-        picture = load_picture(image)
         height, width = picture.shape[:2]
         poses = Poses(self._find(picture), width, height)
         return Map(

@@ -26,7 +26,6 @@ class PersonDetector:
         folder = find_model("person", name, {})
         self._model = load_model(AutoModelForObjectDetection, folder, device=device)
         self._processor = load_processor(folder)
-        self._device = device
         labels = {label.lower(): index for index, label in self._model.config.id2label.items()}
         if "person" not in labels:
             raise ValueError(f"the detector {name} has no label 'person'")
@@ -42,7 +41,7 @@ class PersonDetector:
         height, width = picture.shape[:2]
         inputs = self._processor(picture, input_data_format="channels_last", return_tensors="pt")
         with torch.no_grad():
-            outputs = self._model(**inputs.to(self._device))
+            outputs = self._model(**inputs.to(self._model.device))
         found = self._processor.post_process_object_detection(
             outputs, threshold=_THRESHOLD, target_sizes=[(height, width)]
         )[0]

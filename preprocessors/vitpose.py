@@ -50,7 +50,6 @@ class VitPose:
 
         self._input = _read_input(folder)
         self._model = load_model(VitPoseForPoseEstimation, folder, device=device)
-        self._device = device
         labels = self._model.config.num_labels
         if labels != 17:
             raise ValueError(f"the pose model in {folder} has {labels} keypoints; COCO's 17 are wanted")
@@ -95,10 +94,10 @@ class VitPose:
 
         levels = np.stack(pictures).astype(np.float32) / 255.0
         normalised = (levels - np.array(self._input.mean, np.float32)) / np.array(self._input.std, np.float32)
-        pixel_values = torch.from_numpy(normalised).permute(0, 3, 1, 2).contiguous().to(self._device)
+        pixel_values = torch.from_numpy(normalised).permute(0, 3, 1, 2).contiguous().to(self._model.device)
         options: dict[str, Any] = {}
         if self._model.config.backbone_config.num_experts > 1:  # ViTPose++: data set 0 is COCO
-            options["dataset_index"] = torch.zeros(len(pictures), dtype=torch.long, device=self._device)
+            options["dataset_index"] = torch.zeros(len(pictures), dtype=torch.long, device=self._model.device)
         with torch.no_grad():
             heatmaps = self._model(pixel_values, **options).heatmaps
         return heatmaps.float().cpu().numpy()
