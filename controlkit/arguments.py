@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import glob
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from controlkit.limits import check_scale
+
+_SETTING = re.compile(r"[a-z][a-z_0-9]*(\.[a-z][a-z_0-9]*)?=")
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,32 @@ def parse_settings(texts: Sequence[str]) -> dict[str, str]:
             raise ValueError(f"{key} is given twice")
         settings[key] = value
     return settings
+
+
+def split_settings(texts: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Tell files from KEY=VALUE among several arguments; a file whose name looks like a setting is a file.
+
+    Raises ValueError as `parse_settings`.
+    """
+    is_setting = [bool(_SETTING.match(text)) and not os.path.exists(text) for text in texts]
+    paths = [text for text, setting in zip(texts, is_setting, strict=True) if not setting]
+    settings = [text for text, setting in zip(texts, is_setting, strict=True) if setting]
+    return paths, parse_settings(settings)
+
+
+def is_one_map(kinds: Sequence[str], paths: Sequence[str], output: str | None) -> bool:
+    """Whether a picture's one map is asked for, and not a folder of maps.
+
+    Raises ValueError for several maps whose output is the name of a picture.
+    """
+    one = len(kinds) == len(paths) == 1 and not os.path.isdir(paths[0])
+    one = one and (os.path.exists(paths[0]) or not glob.has_magic(paths[0]))
+    is_file = output is not None and output.lower().endswith(".png") and not os.path.isdir(output)
+    if is_file and len(paths) == 1 and os.path.isdir(paths[0]):
+        raise ValueError(f"{paths[0]} is a folder: its maps go into a folder, which -o names, not {output}")
+    if is_file and not one:
+        raise ValueError(f"there are several maps, and {output} is one picture: -o must name a folder")
+    return one and (is_file or output is None)
 
 
 def numbered_outputs(output: str, count: int) -> list[Path]:

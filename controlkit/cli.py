@@ -24,6 +24,7 @@ from typer.core import TyperGroup
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+    from controlkit.preprocess_job import Beside
     from controlkit.training.loop import Progress as Step
 
 PLAIN_SECONDS = 5.0  # between progress lines where there is no terminal to draw a bar in
@@ -293,18 +294,90 @@ def generate(
     print(f"  controlkit generate --like {first} --seed {seed} -n 4 -o more.png")
 
 
-@app.command(epilog="Example:  controlkit preprocess canny photo.jpg -o edges.png low=50 high=150")
+def _list_kinds(asked: bool) -> None:
+    if asked:
+        from controlkit import preprocessors
+
+        for kind in preprocessors.names():
+            print(f"{kind}: {preprocessors.summary(kind)}")
+            print(f"    {', '.join(preprocessors.options_of(kind))}")
+        raise typer.Exit()
+
+
+@app.command(
+    epilog="Example:  controlkit preprocess canny photo.jpg -o edges.png low=50 high=150\n\n"
+    "Many:  controlkit preprocess canny,openpose,depth photos/ -o dataset --sheet canny.auto=true"
+)
 def preprocess(
-    kind: Annotated[str, typer.Argument(help="canny, openpose or depth.")],
-    picture: Annotated[str, typer.Argument(help="The picture to read.")],
-    settings: Settings = None,
-    output: Output = "map.png",
+    kinds: Annotated[
+        str, typer.Argument(metavar="KINDS", help="canny, openpose, depth ...; several with commas.")
+    ],
+    pictures: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="PICTURE...", help="Files, folders, patterns; and KEY=VALUE options of the maps."
+        ),
+    ],
+    output: Annotated[
+        str | None,
+        _option("PATH", "For one map its .png, else a folder.  [default: map.png or maps]", "-o", "--output"),
+    ] = None,
+    workers: Annotated[Whole, _option("N", "Threads that read and write.  [default: one per core]")] = None,
+    batch: Annotated[Whole, _option("N", "Pictures that a network sees at once.  [default: 4]")] = None,
+    device: Annotated[
+        Text, _option("NAME", "Where networks run: auto, cpu, cuda, mps.  [default: auto]")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Make maps anew that are there.")] = False,
+    sheet: Annotated[bool, typer.Option("--sheet", help="In a folder, also write a contact sheet.")] = False,
+    npy: Annotated[bool, typer.Option("--npy", help="Of depth, also write the values as .npy.")] = False,
+    png16: Annotated[bool, typer.Option("--png16", help="Of depth, also write a 16-bit PNG.")] = False,
+    list_: Annotated[
+        bool,
+        typer.Option("--list", help="List the kinds and their options.", callback=_list_kinds, is_eager=True),
+    ] = False,
 ) -> None:
-    """Extract the edge map, the pose or the depth map of a picture."""
+    """Extract the edges, the pose, the depth ... of pictures; of many, as a data set."""
+    from controlkit import arguments, preprocess_job
+
+    paths, settings = arguments.split_settings(pictures)
+    names = [name.strip() for name in kinds.split(",")]
+    options = preprocess_job.settings_of_kinds(names, settings, device=device)
+    beside = preprocess_job.Beside(npy=npy, png16=png16)
+    if not paths:
+        raise ValueError("name a picture, a folder or a pattern")
+    if arguments.is_one_map(names, paths, output):
+        _preprocess_one(names[0], paths[0], options[names[0]], output or "map.png", beside)
+        return
+    from controlkit import folder_job
+
+    with _terminal() as terminal:
+        job = folder_job.plan(
+            names,
+            paths,
+            settings,
+            output=output or "maps",
+            workers=workers,
+            batch=batch,
+            device=device,
+            overwrite=overwrite,
+            sheet=sheet,
+            beside=beside,
+        )
+        result = folder_job.run(job, terminal)
+    if not result.is_mine:
+        return
+    for path in result.written:
+        print(f"wrote {path}")
+    print(result.summary())
+    if result.failed:
+        raise typer.Exit(1)
+
+
+def _preprocess_one(kind: str, picture: str, options: dict[str, str], output: str, beside: Beside) -> None:
     from controlkit import preprocess_job
 
     with _terminal() as terminal:
-        plan = preprocess_job.plan(kind, picture, settings or (), output=output)
+        plan = preprocess_job.plan(kind, picture, options, output=output, beside=beside)
         written = preprocess_job.run(plan, terminal)
     for path in written:
         print(f"wrote {path}")

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def check_device(device: str | torch.device) -> torch.device:
-    """The device, if torch can use it here; "auto" is the best there is. Raises ValueError in one line if not."""
+    """The device, if torch can use it here; "auto" is the best here. Raises ValueError in one line if not."""
     import torch
 
     if device == "auto":

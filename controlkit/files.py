@@ -22,10 +22,12 @@ PathLike = str | os.PathLike[str]
 _FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
 
 
-def write_bytes(path: PathLike, data: bytes) -> None:
+def write_bytes(path: PathLike, data: bytes, *, durable: bool = True) -> None:
     """Write ``data`` to ``path`` atomically: afterwards the file is the old one or the new one, never a part.
 
-    A symbolic link stays and its target is replaced. A device or pipe is written directly.
+    A symbolic link stays and its target is replaced. A device or pipe is written directly. ``durable`` waits
+    until the disk has the data, so that this holds when the power fails, too; without it a new file may then
+    be empty.
 
     Raises:
         ValueError: the folder does not exist, is not writable, the disk is full, or ``path`` is a folder.
@@ -38,7 +40,7 @@ def write_bytes(path: PathLike, data: bytes) -> None:
             return
         temporary = _temporary_beside(target)
         try:
-            _write_new(temporary, data)
+            _write_new(temporary, data, durable=durable)
             os.replace(temporary, target)
         except BaseException:
             temporary.unlink(missing_ok=True)
@@ -122,14 +124,15 @@ def _temporary_beside(target: Path) -> Path:
     return target.parent / f".{uuid.uuid4().hex}.tmp"
 
 
-def _write_new(path: Path, data: bytes) -> None:
+def _write_new(path: Path, data: bytes, *, durable: bool = True) -> None:
     # The kernel applies the umask to a new file of mode 0o666; to read the umask ourselves we would have to
     # change it, for every thread.
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     with open(descriptor, "wb") as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def _apply_umask(folder: Path) -> None:

@@ -67,7 +67,7 @@ def check_weights(folder: Path) -> str | None:
     for file in files:
         if is_pickle(file):
             with file.open("rb") as stream:
-                _refuse_impostor(file, stream.read(512))
+                refuse_impostor(file, stream.read(512))
         else:
             read_header(file)
     return "fp16" if ".fp16" in files[0].name else None
@@ -108,7 +108,7 @@ def read_header(file: Path) -> dict[str, Any]:
     size = file.stat().st_size
     with file.open("rb") as stream:
         start = stream.read(512)
-        _refuse_impostor(file, start)
+        refuse_impostor(file, start)
         (length,) = struct.unpack("<Q", start[:8].ljust(8, b"\0"))
         if length > size - 8:
             raise ValueError(f"{file} is cut short or is not a safetensors file ({size} bytes)")
@@ -178,7 +178,8 @@ def quiet_libraries() -> Iterator[None]:
                 library.enable_progress_bar()
 
 
-def _refuse_impostor(file: Path, start: bytes) -> None:
+def refuse_impostor(file: Path, start: bytes) -> None:
+    """Raise ValueError for a file whose first bytes tell that it is empty, a pointer or a page instead."""
     if not start:
         raise ValueError(f"{file} is empty (0 bytes); fetch it again")
     if start.startswith(b"version https://git-lfs"):

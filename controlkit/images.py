@@ -24,6 +24,7 @@ import warnings
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -40,6 +41,9 @@ DEFAULT_MAX_PIXELS = 89_478_485
 """Pictures of more pixels are refused before they are decoded; Pillow starts to warn at the same size."""
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+# Pillow imports all of its plugins, a tenth of a second, when it is asked for any other.
+_QUICK_FORMATS = ("PNG", "JPEG", "GIF", "BMP", "PPM")
+_ORIENTATION = 0x0112  # EXIF's tag
 _LOOKALIKES = {
     b"<svg": "an SVG drawing",
     b"<?xml": "an XML file (an SVG drawing?)",
@@ -90,6 +94,16 @@ def load_picture(source: "Source", *, max_pixels: int = DEFAULT_MAX_PIXELS) -> n
         raise ValueError(f"a picture is a path, bytes, a PIL image, an array or a tensor, not {given}")
     with _opened(source, max_pixels=max_pixels) as (image, name):
         return _image_to_rgb(image, name)
+
+
+def check_picture(path: PathLike, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> tuple[int, int]:
+    """Return a picture file's width and height from its header, before EXIF turns it; decodes nothing.
+
+    Raises:
+        ValueError: as :func:`load_picture`, but for damage that only decoding shows.
+    """
+    with _opened(path, max_pixels=max_pixels) as (image, _):
+        return image.size
 
 
 def load_pictures(sources: "Source | Sequence[Source]") -> "tuple[list[np.ndarray], bool]":
@@ -152,9 +166,8 @@ def at_resolution(image: np.ndarray, resolution: int) -> np.ndarray:
 def resize_lines(image: np.ndarray, width: int, height: int) -> np.ndarray:
     """Return a binary map, uint8 (H, W[, C]) of 0 and 255 in equal channels, at another size, still binary.
 
-    It is resampled smoothly and cut at half. One-pixel lines, which that would break up or thicken, are traced
-    anew: their ridges, one pixel wide, are what stays. (The A1111 extension's high_quality_resize does the
-    same with other filters.)
+    It is resampled smoothly and cut at half. One-pixel lines, which that would break up or thicken, are
+    drawn anew, one pixel wide. (The A1111 extension does the same, by other means, in high_quality_resize.)
     """
     if image.shape[:2] == (height, width):
         return image
@@ -162,7 +175,7 @@ def resize_lines(image: np.ndarray, width: int, height: int) -> np.ndarray:
 
     mask = image if image.ndim == 2 else np.ascontiguousarray(image[..., 0])
     if _has_thin_lines(mask):
-        lines = _trace_ridges(mask, width, height)
+        lines = _redraw_lines(mask, width, height)
     else:
         lines = (resize(mask, width, height) >= 128).astype(np.uint8) * np.uint8(255)
     return lines if image.ndim == 2 else cv2.merge([lines] * image.shape[2])
@@ -230,22 +243,39 @@ def tensor_to_pictures(x: "torch.Tensor") -> list[np.ndarray]:
     return list(levels.permute(0, 2, 3, 1).contiguous().numpy())
 
 
-def encode_png(image: np.ndarray, *, text: Mapping[str, str] | None = None) -> bytes:
+def encode_png(image: np.ndarray, *, text: Mapping[str, str] | None = None, plain: bool = False) -> bytes:
     """Return a picture or map, uint8 (H, W, 3), as the bytes of a PNG file; the same input, the same bytes.
 
     ``text`` becomes tEXt chunks, or iTXt where a value is not Latin-1 (what A1111 and Pillow read and write),
-    in the mapping's order, before the pixels. OpenCV compresses: several times as fast as Pillow.
+    in the mapping's order, before the pixels. OpenCV compresses: several times as fast as Pillow. ``plain``
+    is for lines and strokes on black: the runs of one colour are coded and nothing else, which is quicker
+    still and smaller there; the pixels are the same.
 
     Raises:
         ValueError: not uint8 RGB, or a keyword that PNG does not allow (1 to 79 Latin-1 characters).
     """
-    import cv2
-
-    ok, encoded = cv2.imencode(".png", cv2.cvtColor(_rgb(image), cv2.COLOR_RGB2BGR))
-    assert ok, "OpenCV encodes every uint8 RGB picture"
-    data = encoded.tobytes()
+    data = _encode_runs(_rgb(image)) if plain else _encode(_rgb(image))
     chunks = b"".join(_text_chunk(keyword, value) for keyword, value in (text or {}).items())
     return data[:_PNG_HEADER_END] + chunks + data[_PNG_HEADER_END:]
+
+
+def _encode(image: np.ndarray) -> bytes:
+    import cv2
+
+    ok, encoded = cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
+    assert ok, "OpenCV encodes every uint8 RGB picture"
+    return encoded.tobytes()
+
+
+def _encode_runs(image: np.ndarray) -> bytes:
+    height, width = image.shape[:2]
+    rows = np.zeros((height, 1 + 3 * width), np.uint8)  # each begins with its filter, 0 for none
+    rows[:, 1:] = image.reshape(height, 3 * width)
+    packer = zlib.compressobj(1, zlib.DEFLATED, zlib.MAX_WBITS, zlib.DEF_MEM_LEVEL, zlib.Z_RLE)
+    packed = packer.compress(rows.tobytes()) + packer.flush()
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)  # 8 bits, RGB
+    chunks = _chunk(b"IHDR", header) + _chunk(b"IDAT", packed) + _chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunks
 
 
 def read_png_text(path: PathLike) -> dict[str, str]:
@@ -262,13 +292,20 @@ def read_png_text(path: PathLike) -> dict[str, str]:
         return {str(key): str(value) for key, value in getattr(image, "text", {}).items()}
 
 
-def write_png(path: PathLike, image: np.ndarray, *, text: Mapping[str, str] | None = None) -> None:
-    """Write :func:`encode_png`'s bytes to ``path``, atomically.
+def write_png(
+    path: PathLike,
+    image: np.ndarray,
+    *,
+    text: Mapping[str, str] | None = None,
+    plain: bool = False,
+    durable: bool = True,
+) -> None:
+    """Write :func:`encode_png`'s bytes to ``path``, atomically; ``durable`` as in ``files.write_bytes``.
 
     Raises:
         ValueError: as :func:`encode_png` and :func:`controlkit.files.write_bytes`.
     """
-    write_bytes(path, encode_png(image, text=text))
+    write_bytes(path, encode_png(image, text=text, plain=plain), durable=durable)
 
 
 # --- lines ---
@@ -282,30 +319,63 @@ def _has_thin_lines(mask: np.ndarray) -> bool:
     return bool(np.count_nonzero(solid) < 0.05 * np.count_nonzero(mask))
 
 
-def _trace_ridges(mask: np.ndarray, width: int, height: int) -> np.ndarray:
-    """Return the one-pixel ridges of a binary map of thin lines at another size, uint8 (height, width)."""
+def _redraw_lines(mask: np.ndarray, width: int, height: int) -> np.ndarray:
+    """Return a binary map of thin lines at another size, one pixel wide, uint8 (height, width).
+
+    Along an axis that shrinks, a pixel is white where any that fall into it are, so that no line breaks; one
+    that grows is smoothed. Then lines are thinned.
+    """
     import cv2
 
-    smooth = resize(mask.astype(np.float32), width, height)
-    smooth = cv2.GaussianBlur(smooth, (0, 0), max(1.0, 0.5 * width / mask.shape[1]))
-    # A line keeps its strength per length: a pixel of it spreads over the scale's width.
-    floor = 0.25 * float(smooth.max(initial=0.0))
-    ridges = np.zeros(smooth.shape, np.uint8)
-    for kernel in _LINE_KERNELS:
-        across = cv2.dilate(smooth, kernel)
-        ridges[(across == smooth) & (smooth > floor)] = 255
-    return ridges
+    source_height, source_width = mask.shape
+    smaller = np.zeros((min(height, source_height), min(width, source_width)), np.uint8)
+    rows, columns = np.nonzero(mask)
+    smaller[rows * smaller.shape[0] // source_height, columns * smaller.shape[1] // source_width] = 255
+    if smaller.shape != (height, width):
+        growth_x, growth_y = width / smaller.shape[1], height / smaller.shape[0]
+        smaller = cv2.resize(smaller, (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
+        smooth = cv2.GaussianBlur(smaller, (0, 0), 0.5 * growth_x, sigmaY=0.5 * growth_y)
+        smaller = (smooth > _BESIDE_A_LINE).astype(np.uint8) * np.uint8(255)
+    return thin(smaller)
 
 
-_LINE_KERNELS = [
-    np.array(rows, np.uint8)
-    for rows in (
-        [[0, 0, 0], [1, 1, 1], [0, 0, 0]],
-        [[0, 1, 0], [0, 1, 0], [0, 1, 0]],
-        [[1, 0, 0], [0, 1, 0], [0, 0, 1]],
-        [[0, 0, 1], [0, 1, 0], [1, 0, 0]],
-    )
-]
+def thin(mask: np.ndarray) -> np.ndarray:
+    """Return a binary mask, uint8 (H, W) of 0 and 255, with its lines thinned to one pixel.
+
+    What is connected stays connected and ends stay where they are. (Zhang and Suen 1984, "A fast parallel
+    algorithm for thinning digital patterns".)
+    """
+    import cv2
+
+    image = cv2.copyMakeBorder(mask, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=0) // 255
+    tables = _thinning_tables()
+    while True:
+        before = np.count_nonzero(image)
+        for removable in tables:
+            neighbours = cv2.filter2D(image, cv2.CV_8U, _NEIGHBOUR_BITS, borderType=cv2.BORDER_CONSTANT)
+            image[(cv2.LUT(neighbours, removable) != 0) & (image != 0)] = 0
+        if np.count_nonzero(image) == before:
+            return image[1:-1, 1:-1] * np.uint8(255)
+
+
+@cache
+def _thinning_tables() -> tuple[np.ndarray, np.ndarray]:
+    """For each of the two passes, whether a pixel with the neighbours of a bit pattern goes, uint8 (256,).
+
+    Bit i is the i-th neighbour clockwise from the one above.
+    """
+    ring = (np.arange(256)[:, None] >> np.arange(8)) & 1
+    count = ring.sum(axis=1)
+    rises = ((ring == 0) & (np.roll(ring, -1, axis=1) == 1)).sum(axis=1)
+    edge = (count >= 2) & (count <= 6) & (rises == 1)
+    up, right, down, left = ring[:, 0], ring[:, 2], ring[:, 4], ring[:, 6]
+    first = edge & (up * right * down == 0) & (right * down * left == 0)
+    second = edge & (up * right * left == 0) & (up * down * left == 0)
+    return first.astype(np.uint8), second.astype(np.uint8)
+
+
+_NEIGHBOUR_BITS = np.array([[128, 1, 2], [64, 0, 4], [32, 16, 8]], np.float32)
+_BESIDE_A_LINE = 100  # a little below half of white, so that steps of an enlarged diagonal join
 
 # --- arrays and tensors ---
 
@@ -408,7 +478,10 @@ def _read_header(file: io.BytesIO | io.BufferedReader, name: str, formats: Seque
     try:
         with _opening, warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit follows
-            return Image.open(file, formats=list(formats))
+            try:
+                return Image.open(file, formats=[name for name in formats if name in _QUICK_FORMATS])
+            except UnidentifiedImageError:
+                return Image.open(file, formats=list(formats))
     except UnidentifiedImageError as error:
         raise ValueError(f"{name} {_what_it_is(file, formats)}") from error
     except Image.DecompressionBombError as error:
@@ -432,7 +505,8 @@ def _what_it_is(file: io.BytesIO | io.BufferedReader, formats: Sequence[str]) ->
 def _image_to_rgb(image: Image.Image, name: str) -> np.ndarray:
     try:
         image.load()
-        return _upright_to_rgb(ImageOps.exif_transpose(image), name)
+        turned = image.getexif().get(_ORIENTATION, 1) != 1
+        return _upright_to_rgb(ImageOps.exif_transpose(image) if turned else image, name)
     except _PictureRefused:
         raise
     except _DECODE_ERRORS as error:

@@ -5,6 +5,7 @@ and one whose libraries are missing does not disturb the others.
 """
 
 import builtins
+import inspect
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +16,13 @@ from controlkit.naming import unknown
 
 if TYPE_CHECKING:
     from controlkit.preprocessors.depth import depth_to_map as depth_to_map
+    from controlkit.preprocessors.depthfiles import read_depth as read_depth
+    from controlkit.preprocessors.depthfiles import write_depth_npy as write_depth_npy
+    from controlkit.preprocessors.depthfiles import write_depth_png16 as write_depth_png16
     from controlkit.preprocessors.drawing import draw_poses as draw_poses
     from controlkit.preprocessors.maps import Map as Map
     from controlkit.preprocessors.maps import Preprocessor as Preprocessor
+    from controlkit.preprocessors.normal import normal_from_depth as normal_from_depth
     from controlkit.preprocessors.posejson import read_poses as read_poses
     from controlkit.preprocessors.posejson import write_poses as write_poses
     from controlkit.preprocessors.skeleton import Poses as Poses
@@ -27,8 +32,23 @@ if TYPE_CHECKING:
 _KINDS = {
     "canny": ("canny", "Canny"),
     "depth": ("depth", "Depth"),
+    "hed": ("auxlines", "Hed"),
+    "leres": ("auxdepth", "Leres"),
+    "lineart": ("auxlines", "Lineart"),
+    "lineart_anime": ("auxlines", "LineartAnime"),
+    "lineart_standard": ("auxlines", "LineartStandard"),
+    "midas": ("auxdepth", "Midas"),
+    "mlsd": ("auxlines", "Mlsd"),
+    "normal": ("normal", "Normal"),
+    "normalbae": ("auxdepth", "NormalBae"),
     "openpose": ("openpose", "OpenPose"),
+    "pidinet": ("auxlines", "PidiNet"),
+    "scribble": ("strokes", "Scribble"),
+    "softedge": ("strokes", "SoftEdge"),
+    "shuffle": ("shuffle", "Shuffle"),
+    "zoe": ("auxdepth", "Zoe"),
 }
+_DEPTH_KINDS = {"depth", "midas", "normal"}
 _HOME = {
     "Map": "maps",
     "Poses": "skeleton",
@@ -36,10 +56,14 @@ _HOME = {
     "coco17_to_openpose18": "skeleton",
     "depth_to_map": "depth",
     "draw_poses": "drawing",
+    "normal_from_depth": "normal",
+    "read_depth": "depthfiles",
     "read_poses": "posejson",
+    "write_depth_npy": "depthfiles",
+    "write_depth_png16": "depthfiles",
     "write_poses": "posejson",
 }
-__all__ = [*_HOME, "get", "list", "names", "options"]
+__all__ = [*_HOME, "get", "gives_depth", "list", "names", "options_of", "summary"]
 
 
 def names() -> builtins.list[str]:
@@ -56,9 +80,9 @@ def get(kind: str, **options: Any) -> "Preprocessor":
     """Return the preprocessor for a kind of map; called with any picture, it returns a :class:`Map`.
 
     Called with a batch (a list of pictures, an array (N, H, W, C), a tensor (N, C, H, W)), it returns a list.
-    An option may be given as text, as a command line has it: ``low="50"``. :func:`options` lists the options
-    of a kind; what each means and allows stands in its class's docstring. Weights are loaded here, not at
-    the first picture.
+    An option may be given as text, as a command line has it: ``low="50"``. :func:`options_of` lists a kind's
+    options; what each means and allows stands in its class's docstring. Weights are loaded here, not at the
+    first picture.
 
     Raises:
         ValueError: an unknown kind or option (with a suggestion), a value out of range, missing weights.
@@ -70,11 +94,22 @@ def get(kind: str, **options: Any) -> "Preprocessor":
     return preprocessor
 
 
-def options(kind: str) -> builtins.list[str]:
+def options_of(kind: str) -> builtins.list[str]:
     """Return the names of the options that :func:`get` takes for a kind. Raises ValueError: unknown kind."""
     from controlkit.preprocessors.options import known_options
 
     return [*known_options(_find(kind))]
+
+
+def summary(kind: str) -> str:
+    """Return what a kind of map is, in a sentence. Raises ValueError: unknown kind."""
+    text = inspect.getdoc(_find(kind)) or ""
+    return " ".join(text.split("\n\n")[0].split()).replace("``", "")
+
+
+def gives_depth(kind: str) -> bool:
+    """Return whether a kind's maps carry depth values (:attr:`Map.depth`)."""
+    return kind in _DEPTH_KINDS
 
 
 def _find(kind: str) -> Any:

@@ -1,61 +1,145 @@
 """Canny edges, byte-equal to ``cv2.Canny`` on the RGB picture, at about half its cost."""
 
 import math
+import zlib
 from collections.abc import Sequence
 
 import cv2
 import numpy as np
 
 from controlkit.preprocessors.maps import Map, Preprocessor
+from controlkit.preprocessors.options import Range
+
+LOW, HIGH = 100.0, 200.0
+"""The thresholds that lllyasviel's ControlNets were trained with, version 1.1 excepted (random ones)."""
 
 _HIGHEST = 2041.0  # |dx| + |dy| of a 3 x 3 Sobel gradient ends at 2040
 _STRIP_ROWS = 64  # the gradients of one strip stay in the processor's cache
+_AUTO_SHARE, _AUTO_RATIO, _AUTO_FLOOR = 0.9, 0.4, 40.0
+_FARTHEST_THRESHOLD = 1e6  # beyond any gradient, within OpenCV's integers
 
 
 class Canny(Preprocessor):
-    """White edges on black, as ``cv2.Canny(rgb, low, high)`` draws them (aperture 3, L1 norm).
+    """White edges on black, as ``cv2.Canny(rgb, low, high, apertureSize=aperture, L2gradient=l2)``.
 
     ``low`` and ``high`` are the hysteresis thresholds on the gradient |dx| + |dy| of 8-bit levels, which
-    reaches 2040: a pixel above ``high`` is an edge, and so is one above ``low`` that touches an edge. 100
-    and 200 are what lllyasviel's ControlNets were trained with.
+    reaches 2040 at aperture 3: a pixel above ``high`` is an edge, and so is one above ``low`` that touches an
+    edge. Each may be a range, ``(50, 150)`` or ``"50..150"``, from which a number is drawn, uniformly, for
+    each picture: adapters that are to follow any map (ControlNet 1.1) are trained so. The draw depends on
+    ``seed`` and the picture's pixels alone, so it repeats in any order and on any machine.
+
+    ``auto`` chooses both from the picture: ``high`` is what a tenth of its gradients exceed (40 at least, so
+    that noise is no edge), ``low`` is 0.4 of that (the ratio of MATLAB's ``edge``). ``aperture`` is the Sobel
+    kernel's size, 3, 5 or 7; ``l2`` takes sqrt(dx^2 + dy^2) instead of the sum; ``blur`` is the sigma, in
+    pixels, of a Gaussian before anything else (0: none). The thresholds in force are in the map's ``params``.
 
     Raises:
-        ValueError: a threshold is negative or not finite, or ``low`` is above ``high``.
+        ValueError: a threshold is negative or not finite, ``low`` is above ``high``, thresholds are given
+            beside ``auto``, or another option is out of its range.
     """
 
     kind = "canny"
 
-    def __init__(self, *, low: float = 100, high: float = 200, resolution: int = 0) -> None:
-        """Check and keep the thresholds."""
+    def __init__(
+        self,
+        *,
+        low: float | Range = LOW,
+        high: float | Range = HIGH,
+        auto: bool = False,
+        aperture: int = 3,
+        l2: bool = False,
+        blur: float = 0.0,
+        seed: int = 0,
+        resolution: int = 0,
+    ) -> None:
+        """Check and keep the options."""
         super().__init__(resolution=resolution)
-        for name, value in (("low", low), ("high", high)):
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"canny's {name} threshold is {value:g}; it must be finite and not negative")
-        if low > high:
-            raise ValueError(f"canny's low threshold {low:g} is above its high threshold {high:g}")
-        self.low, self.high = low, high
+        self._low, self._high = _ends("low", low), _ends("high", high)
+        for at, end in enumerate(("low", "high")):
+            if self._low[at] > self._high[at]:
+                which = "" if low == self._low[0] and high == self._high[0] else f" at its range's {end} end"
+                raise ValueError(
+                    f"canny's low threshold {self._low[at]:g} is above its high threshold "
+                    f"{self._high[at]:g}{which}"
+                )
+        if auto and (low, high) != (LOW, HIGH):
+            raise ValueError("canny's auto chooses the thresholds itself: leave low and high out")
+        if aperture not in (3, 5, 7):
+            raise ValueError(f"canny's aperture is {aperture}; it must be 3, 5 or 7")
+        if auto and (aperture != 3 or l2):
+            raise ValueError("canny's auto is defined for aperture 3 without l2")
+        if not (math.isfinite(blur) and 0 <= blur <= 100):
+            raise ValueError(f"canny's blur is {blur:g}; it must be a sigma from 0 to 100 pixels")
+        if seed < 0:
+            raise ValueError(f"canny's seed is {seed}; it must not be negative")
+        self._auto, self._aperture, self._l2, self._blur, self._seed = auto, aperture, l2, blur, seed
 
     def _extract(self, pictures: Sequence[np.ndarray]) -> list[Map]:
         return [self._map(picture) for picture in pictures]
 
     def _map(self, picture: np.ndarray) -> Map:
         """Return the edges of a picture: every value is 0 or 255, the three channels are equal."""
-        edges = canny_edges(picture, low=self.low, high=self.high)
+        if self._blur:
+            picture = cv2.GaussianBlur(picture, (0, 0), self._blur)
+        low, high = auto_thresholds(picture) if self._auto else self._draw(picture)
+        edges = canny_edges(picture, low=low, high=high, aperture=self._aperture, l2=self._l2)
+        params: dict[str, float | str] = {"low": low, "high": high}
+        changed = {"auto": self._auto, "blur": self._blur, "l2": self._l2}
+        params |= {name: value for name, value in changed.items() if value}
+        if self._aperture != 3:
+            params["aperture"] = self._aperture
         return Map(
-            image=cv2.merge([edges, edges, edges]),
-            kind=self.kind,
-            polarity="white-on-black",
-            params={"low": self.low, "high": self.high},
+            image=cv2.merge([edges, edges, edges]), kind=self.kind, polarity="white-on-black", params=params
         )
 
+    def _draw(self, picture: np.ndarray) -> tuple[float, float]:
+        """Return the thresholds for a picture; two draws may come in the wrong order, and are exchanged."""
+        if self._low[0] == self._low[1] and self._high[0] == self._high[1]:
+            return self._low[0], self._high[0]
+        rng = np.random.default_rng([self._seed, zlib.crc32(picture.tobytes())])
+        low, high = sorted(round(float(rng.uniform(*ends)), 1) for ends in (self._low, self._high))
+        return low, high
 
-def canny_edges(picture: np.ndarray, *, low: float, high: float) -> np.ndarray:
+
+def _ends(name: str, threshold: float | Range) -> tuple[float, float]:
+    """Return the ends of a threshold's range; of a single number, twice that."""
+    ends = threshold if isinstance(threshold, tuple) else (threshold, threshold)
+    for value in ends:
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"canny's {name} threshold is {value:g}; it must be finite and not negative")
+    if ends[0] > ends[1]:
+        raise ValueError(f"canny's {name} threshold has the range {ends[0]:g}..{ends[1]:g}: it goes upwards")
+    return ends
+
+
+def auto_thresholds(picture: np.ndarray) -> tuple[float, float]:
+    """Return the thresholds (low, high) that :class:`Canny` chooses for a uint8 (H, W, 3) picture."""
+    dx, dy = _strongest_gradients(picture)
+    gradient = cv2.add(np.abs(dx), np.abs(dy))
+    high = max(_AUTO_FLOOR, float(np.quantile(gradient, _AUTO_SHARE)))
+    return round(_AUTO_RATIO * high, 1), round(high, 1)
+
+
+def canny_edges(
+    picture: np.ndarray, *, low: float, high: float, aperture: int = 3, l2: bool = False
+) -> np.ndarray:
     """Return ``cv2.Canny(picture, low, high)`` of a uint8 (H, W, 3) picture: uint8 (H, W), 0 or 255.
 
     At each pixel OpenCV follows the channel with the largest |dx| + |dy|, the first one on ties. Doing that
     with its vectorised gradient and arithmetic, and handing the chosen gradients to ``cv2.Canny(dx, dy)``,
-    gives the same bytes faster than its own loop over interleaved channels.
+    gives the same bytes faster than its own loop over interleaved channels. With another aperture or the
+    other norm, OpenCV does it all.
     """
+    if aperture != 3 or l2:
+        low, high = min(low, _FARTHEST_THRESHOLD), min(high, _FARTHEST_THRESHOLD)
+        return cv2.Canny(np.ascontiguousarray(picture), low, high, apertureSize=aperture, L2gradient=l2)
+    dx, dy = _strongest_gradients(picture)
+    # OpenCV turns larger thresholds into negative ones; no gradient passes the highest
+    return cv2.Canny(dx, dy, min(low, _HIGHEST), min(high, _HIGHEST))
+
+
+def _strongest_gradients(picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return (dx, dy), int16 (H, W), of each pixel's strongest channel, computed in strips."""
     height, width = picture.shape[:2]
     dx, dy = np.empty((height, width), np.int16), np.empty((height, width), np.int16)
     for top in range(0, height, _STRIP_ROWS):
@@ -64,8 +148,7 @@ def canny_edges(picture: np.ndarray, *, low: float, high: float) -> np.ndarray:
         strip_dx, strip_dy = _strongest_gradient(picture[top - above : bottom + below])
         inner = slice(above, above + bottom - top)
         dx[top:bottom], dy[top:bottom] = strip_dx[inner], strip_dy[inner]
-    # OpenCV turns larger thresholds into negative ones; no gradient passes the highest
-    return cv2.Canny(dx, dy, min(low, _HIGHEST), min(high, _HIGHEST))
+    return dx, dy
 
 
 def _strongest_gradient(strip: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -74,10 +157,11 @@ def _strongest_gradient(strip: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         cv2.spatialGradient(channel, ksize=3, borderType=cv2.BORDER_REPLICATE) for channel in cv2.split(strip)
     ]
     best = cv2.add(np.abs(best_dx), np.abs(best_dy))
-    for dx, dy in others:
+    for left, (dx, dy) in zip((1, 0), others, strict=True):
         strength = cv2.add(np.abs(dx), np.abs(dy))
         stronger = cv2.compare(strength, best, cv2.CMP_GT)
         cv2.copyTo(dx, stronger, best_dx)
         cv2.copyTo(dy, stronger, best_dy)
-        best = cv2.max(best, strength)
+        if left:  # a channel is to come that is compared
+            best = cv2.max(best, strength)
     return best_dx, best_dy

@@ -1,89 +1,130 @@
 """Depth maps: near is white, the nearest point of a picture 255 and the farthest 0."""
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from controlkit.images import resize
+from controlkit.preprocessors.depthfiles import read_depth
+from controlkit.preprocessors.depthnet import DepthNetwork
+from controlkit.preprocessors.depthtiles import tiled_depth
 from controlkit.preprocessors.maps import Map, Preprocessor
-from controlkit.preprocessors.weights import find_model, load_model, load_processor
 
-MODELS = {
-    "depth-anything-v2-small": "depth-anything/Depth-Anything-V2-Small-hf",
-    "dpt-hybrid": "Intel/dpt-hybrid-midas",
-}
-"""Short names of depth models on the hub, Apache-2.0; sd-controlnet-depth learned from dpt-hybrid's maps."""
+if TYPE_CHECKING:
+    from controlkit.images import Source
 
-_METRIC_TYPES = {"depth_pro", "glpn", "zoedepth"}  # models that predict metres, large where it is far
-_NEAREST_M = 0.1  # nearer counts as this near; else one pixel at 0 m would take the whole range of the map
-_LARGEST_ASPECT = 8  # networks keep a picture's aspect, and fail on a picture of 3000 x 2 pixels
+FROM_FILE = "file"
+"""The model name that says: the picture given is depth already."""
 
 
 class Depth(Preprocessor):
-    """The depth of a picture, estimated by any network that transformers' AutoModelForDepthEstimation loads.
+    """The depth of a picture, estimated by a network, or read from a file that holds depth.
 
-    ``model`` is "depth-anything-v2-small" (the default; downloaded once), "dpt-hybrid", "tiny" (bundled;
-    only for pictures of the bundled world), a hub id or a transformers folder; ``device`` is torch's name.
-    Networks that predict metric depth are inverted, so near is always white.
+    ``model`` is one of ``depthnet.MODELS``: "depth-anything-v2-small" (the default; downloaded once),
+    "depth-anything-v2-base" and "-large" (their weights are CC-BY-NC-4.0, not for commercial use),
+    "depth-anything-small", "dpt", "dpt-hybrid" (what sd-controlnet-depth learned from), "zoedepth",
+    "depth-pro" (Apple's terms, for research); or "tiny" (bundled; only for pictures of the bundled world), a
+    hub id or a transformers folder. Networks that predict metres are inverted, so near is always white.
+    ``device`` is torch's name; ``precision`` "auto" (fp16 on CUDA, else fp32), "fp32", "fp16" or "bf16".
+
+    ``clip`` is a percentage: 1 makes the nearest and the farthest hundredth of a picture white and black, so
+    that single pixels do not take the range. ``tile`` (0: off) is the side, in pixels, of the tiles by which
+    a large picture is refined (:func:`controlkit.preprocessors.depthtiles.tiled_depth`).
+
+    With ``model="file"`` nothing is estimated: the picture is depth from a sensor or a renderer, read by
+    :func:`controlkit.preprocessors.read_depth` in all its bits. ``metric=True`` says that its values grow
+    with the distance (metres, millimetres); without it they grow towards the viewer (disparity, and what
+    :func:`controlkit.preprocessors.write_depth_png16` writes).
 
     Raises:
-        ValueError: one line: an unknown name, missing or damaged weights.
+        ValueError: one line: an unknown name, missing or damaged weights, an option out of range.
     """
 
     kind = "depth"
 
     def __init__(
-        self, *, model: str = "depth-anything-v2-small", device: str = "auto", resolution: int = 0
+        self,
+        *,
+        model: str = "depth-anything-v2-small",
+        device: str = "auto",
+        precision: str = "auto",
+        clip: float = 0.0,
+        tile: int = 0,
+        metric: bool = False,
+        resolution: int = 0,
     ) -> None:
         """Load the network."""
         super().__init__(resolution=resolution)
-        from transformers import AutoModelForDepthEstimation
-
-        folder = find_model("depth", model, MODELS)
+        if not 0 <= clip < 50:
+            raise ValueError(f"depth's clip is {clip:g}; it must be a percentage from 0 (off) to below 50")
+        if tile and not 64 <= tile <= 8192:
+            raise ValueError(f"depth's tile is {tile}; it must be 0 (off) or 64 to 8192 pixels")
+        if metric and model != FROM_FILE:
+            raise ValueError(
+                "depth's metric is for model=file: of networks it is known whether they say metres"
+            )
         self.model = model
-        self._network = load_model(AutoModelForDepthEstimation, folder, device=device)
-        self._processor = load_processor(folder)
+        self._options: dict[str, float | str] = {"clip": clip}
+        self._options |= {"metric": metric} if model == FROM_FILE else {"tile": tile, "precision": precision}
+        self._clip, self._tile, self._metric = clip, tile, metric
+        self._network = None
+        if model != FROM_FILE:
+            self._network = DepthNetwork(model, device=device, precision=precision)
 
-    def _extract(self, pictures: Sequence[np.ndarray]) -> list[Map]:
-        return [self._map(picture) for picture in pictures]
-
-    def _map(self, picture: np.ndarray) -> Map:
-        """Return the depth map of a picture."""
-        depth = self.inverse_depth(picture)
-        return Map(
-            image=depth_to_map(depth),
-            kind=self.kind,
-            polarity="near-is-white",
-            model=self.model,
-            depth=depth,
-        )
+    def load(self, image: "Source | Sequence[Source]") -> tuple[list[np.ndarray], bool]:
+        """Return pictures, uint8 (H, W, 3); or for ``model="file"`` inverse depth, float32 (H, W)."""
+        if self._network is not None:
+            return super().load(image)
+        is_batch = isinstance(image, (list, tuple)) or getattr(image, "ndim", 0) == 4
+        sources: Sequence[Any] = image if is_batch else [image]  # type: ignore[assignment]
+        return [read_depth(source, metric=self._metric) for source in sources], is_batch
 
     def inverse_depth(self, picture: np.ndarray) -> np.ndarray:
         """Return the estimated inverse depth of a uint8 (H, W, 3) picture: float32 (H, W), larger is nearer.
 
         Up to a scale and a shift that the network leaves open.
         """
-        import torch
+        (depth,) = self._inverse_depths([picture])
+        return depth
 
-        height, width = picture.shape[:2]
-        seen = _tame(picture)
-        inputs = self._processor(seen, input_data_format="channels_last", return_tensors="pt")
-        with torch.no_grad():
-            outputs = self._network(**inputs.to(self._network.device))
-        options: dict[str, Any] = {"target_sizes": [(height, width)]}
-        if self._network.config.model_type == "zoedepth":  # its processor pads, and must know what to cut off
-            options["source_sizes"] = [seen.shape[:2]]
-        post = self._processor.post_process_depth_estimation(outputs, **options)
-        depth = post[0]["predicted_depth"].float().cpu().numpy().reshape(height, width)  # it drops axes of 1
-        return 1.0 / np.maximum(depth, _NEAREST_M) if _is_metric(self._network.config) else depth
+    def _inverse_depths(self, pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
+        if self._network is None:
+            return [
+                picture if picture.dtype == np.float32 else read_depth(picture, metric=self._metric)
+                for picture in pictures
+            ]
+        if self._tile:
+            return [tiled_depth(self._network.inverse_depth, picture, self._tile) for picture in pictures]
+        return self._network.inverse_depth(pictures)
+
+    def _extract(self, pictures: Sequence[np.ndarray]) -> list[Map]:
+        return [
+            Map(
+                image=depth_to_map(depth, clip=self._clip),
+                kind=self.kind,
+                polarity="near-is-white",
+                params=self._options,
+                model=self.model,
+                depth=depth,
+            )
+            for depth in self._inverse_depths(pictures)
+        ]
+
+    def _resized(self, made: Map, width: int, height: int) -> Map:
+        """Bring the depth to the other size, and make the map of it anew: its range stays exact."""
+        resized = super()._resized(made, width, height)
+        assert resized.depth is not None
+        return replace(resized, image=depth_to_map(resized.depth, clip=self._clip))
 
 
-def depth_to_map(inverse_depth: np.ndarray) -> np.ndarray:
+def depth_to_map(inverse_depth: np.ndarray, *, clip: float = 0.0) -> np.ndarray:
     """Return inverse depth, float (H, W), larger is nearer, as a map: uint8 (H, W, 3), near is white.
 
     The smallest value becomes 0 and the largest 255, linearly between them, as MiDaS maps have it
-    (lllyasviel's annotator; rounded to the nearest level here). Constant depth gives a black map.
+    (lllyasviel's annotator; rounded to the nearest level here). Constant depth gives a black map. With
+    ``clip``, in percent, the range is from that percentile to 100 minus it (from the smallest to the largest
+    value where those two are equal), and what lies outside is cut off.
 
     Raises:
         ValueError: a value is not finite.
@@ -91,17 +132,10 @@ def depth_to_map(inverse_depth: np.ndarray) -> np.ndarray:
     low, high = float(inverse_depth.min()), float(inverse_depth.max())
     if not np.isfinite(high - low):
         raise ValueError("the depth has values that are not finite (NaN or infinity)")
-    share = (inverse_depth.astype(np.float64) - low) / ((high - low) or 1.0)  # in [0, 1]
-    return np.rint(share * 255.0).astype(np.uint8)[:, :, None].repeat(3, axis=2)
-
-
-def _is_metric(config: Any) -> bool:
-    relative = getattr(config, "depth_estimation_type", "relative") == "relative"
-    return config.model_type in _METRIC_TYPES or not relative
-
-
-def _tame(picture: np.ndarray) -> np.ndarray:
-    """Squeeze a picture of an extreme aspect to at most 8 : 1; all others pass unchanged."""
-    height, width = picture.shape[:2]
-    least_height, least_width = -(-width // _LARGEST_ASPECT), -(-height // _LARGEST_ASPECT)
-    return resize(picture, max(width, least_width), max(height, least_height))
+    if clip:
+        inner_low, inner_high = (float(value) for value in np.percentile(inverse_depth, (clip, 100 - clip)))
+        if inner_high > inner_low:
+            low, high = inner_low, inner_high
+    share = (inverse_depth.astype(np.float64) - low) / ((high - low) or 1.0)
+    levels = np.rint(np.clip(share, 0.0, 1.0) * 255.0).astype(np.uint8)
+    return levels[:, :, None].repeat(3, axis=2)

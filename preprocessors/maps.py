@@ -84,9 +84,17 @@ class Preprocessor(ABC):
         Raises:
             ValueError: a picture cannot be read as one.
         """
-        pictures, is_batch = load_pictures(image)
+        pictures, is_batch = self.load(image)
         maps = self.extract(pictures)
         return maps if is_batch else maps[0]
+
+    def load(self, image: "Source | Sequence[Source]") -> tuple[list[np.ndarray], bool]:
+        """Return what :meth:`extract` takes for a picture or a batch, and whether it was a batch.
+
+        Raises:
+            ValueError: a picture cannot be read as one.
+        """
+        return load_pictures(image)
 
     def extract(self, pictures: Sequence[np.ndarray]) -> list[Map]:
         """Return the map of each picture, uint8 (H, W, 3) of any sizes: what a call does after loading."""
@@ -106,4 +114,5 @@ class Preprocessor(ABC):
         """Return a map at another size: binary maps stay binary, others are resampled smoothly."""
         change = resize_lines if made.is_binary else resize
         params = made.params | {"resolution": self.resolution}
-        return replace(made, image=change(made.image, width, height), params=params)
+        depth = None if made.depth is None else resize(made.depth, width, height)
+        return replace(made, image=change(made.image, width, height), params=params, depth=depth)

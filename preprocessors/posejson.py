@@ -9,34 +9,67 @@ import numpy as np
 from controlkit.files import PathLike, write_json
 from controlkit.preprocessors.skeleton import Poses
 
+_BODY, _FACE = "pose_keypoints_2d", "face_keypoints_2d"
+_HANDS = ("hand_left_keypoints_2d", "hand_right_keypoints_2d")
+# BODY_25 has the middle of the hips after the wrists, and the feet at its end.
+_BODY_25 = (*range(8), *range(9, 19))
+_PUPILS = (14, 15)
+
 
 def poses_to_json(poses: Poses) -> dict[str, Any]:
-    """Return poses as a JSON object: per person 54 numbers x, y, score, and the canvas's size in pixels."""
-    return {
-        "people": [{"pose_keypoints_2d": person.ravel().tolist()} for person in poses.people],
-        "canvas_width": poses.width,
-        "canvas_height": poses.height,
-    }
+    """Return poses as a JSON object: per person 54 numbers x, y, score, and the canvas's size in pixels.
+
+    Hands (63 numbers each) and faces (210) are written where there are any.
+    """
+    people = []
+    for body, hands, face in zip(poses.people, poses.hands, poses.faces, strict=True):
+        parts = {_BODY: body, _HANDS[0]: hands[0], _HANDS[1]: hands[1], _FACE: face}
+        people.append(
+            {key: points.ravel().tolist() for key, points in parts.items() if key == _BODY or points.any()}
+        )
+    return {"people": people, "canvas_width": poses.width, "canvas_height": poses.height}
 
 
-def poses_from_json(obj: Any, *, name: str = "the pose JSON") -> Poses:
+def poses_from_json(
+    obj: Any, *, name: str = "the pose JSON", width: int | None = None, height: int | None = None
+) -> Poses:
     """Return the poses of a JSON object in OpenPose's format, or of a list with one such object.
 
-    Coordinates are in pixels of the canvas; hands and faces are ignored.
+    Read are bodies of 18 joints and of 25 (BODY_25, what OpenPose itself writes; its middle hip and feet are
+    dropped), hands of 21 points and faces of 70 or 68; null, an empty list or no key means that a part is
+    absent. Coordinates are in pixels of the canvas; where all of a file lie in [0, 1], and not all are whole,
+    they are fractions of it. ``width`` and ``height`` say how large the canvas is where the JSON does not
+    (OpenPose's does not).
 
     Raises:
-        ValueError: one line with ``name``: a key is missing, a person has not 18 joints, a number is none.
+        ValueError: one line with ``name``: a key is missing, a part has another number of points, a number is
+            none, or the size is not known.
     """
-    if isinstance(obj, list) and len(obj) == 1:
-        obj = obj[0]
+    if isinstance(obj, list):
+        if len(obj) > 1:
+            raise ValueError(f"{name} holds {len(obj)} pictures; one with its 'people' is wanted")
+        obj = obj[0] if obj else None
     if not isinstance(obj, dict) or not isinstance(obj.get("people"), list):
         raise ValueError(f"{name} is not in OpenPose's format: an object with a list 'people' is wanted")
-    people = [_person(person, f"{name}, people[{i}]") for i, person in enumerate(obj["people"])]
-    return Poses(
-        np.array(people, dtype=np.float64).reshape(len(people), 18, 3),
-        _size(obj, "canvas_width", name),
-        _size(obj, "canvas_height", name),
+    bodies, hands, faces = [], [], []
+    for i, person in enumerate(obj["people"]):
+        where = f"{name}, people[{i}]"
+        if not isinstance(person, dict) or not isinstance(person.get(_BODY, 0), (list, type(None))):
+            raise ValueError(f"{where} has no list '{_BODY}'")
+        bodies.append(_body(person, where))
+        hands.append([_points(person, key, (21,), where) for key in _HANDS])
+        faces.append(_face(person, bodies[-1], where))
+    count = len(bodies)
+    parts = (
+        np.array(bodies).reshape(count, 18, 3),
+        np.array(hands).reshape(count, 2, 21, 3),
+        np.array(faces).reshape(count, 70, 3),
     )
+    wide = _size(obj, "canvas_width", width, name)
+    high = _size(obj, "canvas_height", height, name)
+    if _are_fractions(parts):
+        parts = tuple(points * [wide, high, 1] for points in parts)  # type: ignore[assignment]
+    return Poses(parts[0], wide, high, hands=parts[1], faces=parts[2])
 
 
 def write_poses(path: PathLike, poses: Poses) -> None:
@@ -48,8 +81,8 @@ def write_poses(path: PathLike, poses: Poses) -> None:
     write_json(path, poses_to_json(poses))
 
 
-def read_poses(path: PathLike) -> Poses:
-    """Read poses from a JSON file in OpenPose's format.
+def read_poses(path: PathLike, *, width: int | None = None, height: int | None = None) -> Poses:
+    """Read poses from a JSON file in OpenPose's format, whoever wrote it; see :func:`poses_from_json`.
 
     Raises:
         ValueError: one line with the file's name: it cannot be read, is not JSON, or not in that format.
@@ -59,25 +92,57 @@ def read_poses(path: PathLike) -> Poses:
             obj = json.load(file)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:  # broken JSON or broken UTF-8
+    except (ValueError, RecursionError) as error:  # broken JSON or broken UTF-8
         raise ValueError(f"{path} is not a JSON file: {error}") from error
-    return poses_from_json(obj, name=str(path))
+    return poses_from_json(obj, name=str(path), width=width, height=height)
 
 
-def _person(person: Any, name: str) -> list[float]:
-    numbers = person.get("pose_keypoints_2d") if isinstance(person, dict) else None
+def _body(person: dict[str, Any], where: str) -> np.ndarray:
+    points = _points(person, _BODY, (18, 25), where)
+    return points if len(points) == 18 else points[list(_BODY_25)]
+
+
+def _face(person: dict[str, Any], body: np.ndarray, where: str) -> np.ndarray:
+    points = _points(person, _FACE, (70, 68), where)
+    return points if len(points) == 70 else np.concatenate([points, body[list(_PUPILS)]])
+
+
+def _points(person: dict[str, Any], key: str, counts: tuple[int, ...], where: str) -> np.ndarray:
+    """Return a part's points, float64 (n, 3), or zeros of the first count where it is absent."""
+    numbers = person.get(key)
+    if numbers is None or numbers == []:
+        return np.zeros((counts[0], 3))
     if not isinstance(numbers, list):
-        raise ValueError(f"{name} has no list 'pose_keypoints_2d'")
-    if len(numbers) != 54:
-        joints = len(numbers) / 3
-        raise ValueError(f"{name} has {joints:g} joints; OpenPose's 18-joint format is read (54 numbers)")
-    if not all(isinstance(x, (int, float)) and math.isfinite(x) for x in numbers):
-        raise ValueError(f"{name} has an entry in 'pose_keypoints_2d' that is not a finite number")
-    return numbers
+        raise ValueError(f"{where} has no list '{key}'")
+    if len(numbers) not in [3 * count for count in counts]:
+        wanted = " or ".join(f"{count} ({3 * count} numbers)" for count in counts)
+        what = "joints" if key == _BODY else "points"
+        raise ValueError(f"{where} has {len(numbers) / 3:g} {what} in '{key}'; {wanted} are read")
+    if not all(_is_number(x) for x in numbers):
+        raise ValueError(f"{where} has an entry in '{key}' that is not a finite number")
+    return np.array(numbers, dtype=np.float64).reshape(-1, 3)
 
 
-def _size(obj: dict[str, Any], key: str, name: str) -> int:
+def _is_number(x: Any) -> bool:
+    if isinstance(x, bool) or not isinstance(x, (int, float)):
+        return False
+    try:
+        return math.isfinite(x)
+    except OverflowError:  # an integer beyond float64
+        return False
+
+
+def _are_fractions(parts: tuple[np.ndarray, ...]) -> bool:
+    points = np.concatenate([part.reshape(-1, 3) for part in parts])
+    xy = points[points[:, 2] > 0, :2]
+    return bool(((xy >= 0) & (xy <= 1)).all() and (xy != np.floor(xy)).any())
+
+
+def _size(obj: dict[str, Any], key: str, given: int | None, name: str) -> int:
     value = obj.get(key)
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} has no {key} (a whole number of pixels)")
-    return value
+    if value is None and given is not None:
+        value = given
+    if value is None or not _is_number(value) or value < 1 or value != int(value):
+        side = key.removeprefix("canvas_")
+        raise ValueError(f"{name} has no {key} (a whole number of pixels); it can be given as {side}")
+    return int(value)

@@ -11,6 +11,7 @@ whole picture, resized to its input, and the centre of cell j lies at ``(j + 0.5
 picture.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from controlkit.preprocessors.heatmaps import decode_heatmaps
 from controlkit.preprocessors.weights import PROCESSOR_CONFIG, load_model
 
 _BOX_MARGIN = 1.25
+_BATCH = 32
+_DATASETS = {17: 0, 133: 5}  # keypoints: ViTPose++'s number of COCO and of COCO-WholeBody
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class _Input:
 
 
 class VitPose:
-    """A ``VitPoseForPoseEstimation`` of COCO's 17 keypoints from a transformers folder.
+    """A ``VitPoseForPoseEstimation`` from a transformers folder: COCO's 17 keypoints or COCO-WholeBody's 133.
 
     Raises:
         ValueError: one line: the folder's files are missing, damaged, or of a network of other keypoints.
@@ -50,9 +53,15 @@ class VitPose:
 
         self._input = _read_input(folder)
         self._model = load_model(VitPoseForPoseEstimation, folder, device=device)
-        labels = self._model.config.num_labels
-        if labels != 17:
-            raise ValueError(f"the pose model in {folder} has {labels} keypoints; COCO's 17 are wanted")
+        self.count = int(self._model.config.num_labels)
+        """How many keypoints a person has."""
+        if self.count not in _DATASETS:
+            raise ValueError(
+                f"the pose model in {folder} has {self.count} keypoints; COCO's 17 are wanted, "
+                "or COCO-WholeBody's 133"
+            )
+        # A CPU's last bits depend on the size of a batch: there a picture is a batch of its own.
+        self._batch = 0 if self._model.device.type == "cpu" else _BATCH
 
     @property
     def wants_boxes(self) -> bool:
@@ -60,44 +69,71 @@ class VitPose:
         return self._input.crops_boxes
 
     def keypoints(self, picture: np.ndarray, boxes: np.ndarray | None = None) -> np.ndarray:
-        """Return the keypoints (N, 17, 3) of x, y in pixels and score, nominally [0, 1], in a picture.
+        """Return the keypoints (N, K, 3) of x, y in pixels and score, nominally [0, 1], in a picture.
 
         ``picture`` is uint8 (H, W, 3). ``boxes`` (N, 4) are left, top, width, height in pixels, one per
         person; a network that wants no boxes takes none and returns N = 1.
         """
-        assert self.wants_boxes == (boxes is not None)
-        size = (self._input.width, self._input.height)
+        return self.keypoints_of([picture], [boxes])[0]
+
+    def keypoints_of(
+        self, pictures: Sequence[np.ndarray], boxes: Sequence[np.ndarray | None]
+    ) -> list[np.ndarray]:
+        """Return the keypoints of several pictures, as :meth:`keypoints`; their people share passes."""
+        parts, seen = [], []
+        for picture, of_picture in zip(pictures, boxes, strict=True):
+            assert self.wants_boxes == (of_picture is not None)
+            parts.append(self._parts(picture, of_picture))
+            seen.append([self._seen(picture, part) for part in parts[-1]])
+        joints, cells = self._joints(seen)
+        found = []
+        for of_picture, in_cells in zip(parts, joints, strict=True):
+            shift, steps = (0.0, cells - 1) if self.wants_boxes else (0.5, cells)
+            places = (in_cells[..., :2] + shift) * of_picture[:, None, 2:] / steps
+            found.append(np.concatenate([of_picture[:, None, :2] + places, in_cells[..., 2:]], axis=2))
+        return found
+
+    def _parts(self, picture: np.ndarray, boxes: np.ndarray | None) -> np.ndarray:
+        """Return the parts (N, 4) of a picture that the network sees: left, top, width, height."""
         if boxes is None:
-            joints, cells = self._joints([resize(picture, *size)])
-            height, width = picture.shape[:2]
-            joints[..., :2] = (joints[..., :2] + 0.5) * np.array([width, height]) / cells
-            return joints
-        if len(boxes) == 0:
-            return np.zeros((0, 17, 3))
-        parts = np.stack([_widen(box, aspect=size[0] / size[1]) for box in boxes])
-        joints, cells = self._joints([_cut(picture, part, *size) for part in parts])
-        joints[..., :2] = parts[:, None, :2] + joints[..., :2] * parts[:, None, 2:] / (cells - 1)
-        return joints
+            return np.array([[0.0, 0.0, picture.shape[1], picture.shape[0]]])
+        aspect = self._input.width / self._input.height
+        return np.array([_widen(box, aspect=aspect) for box in boxes]).reshape(len(boxes), 4)
 
-    def _joints(self, pictures: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """Return what the network sees in pictures of its input size.
+    def _seen(self, picture: np.ndarray, part: np.ndarray) -> np.ndarray:
+        size = (self._input.width, self._input.height)
+        return _cut(picture, part, *size) if self.wants_boxes else resize(picture, *size)
 
-        The joints (N, 17, 3) of x, y in cells and score, and the heatmaps' width and height in cells, (2,).
+    def _joints(self, seen: Sequence[Sequence[np.ndarray]]) -> tuple[list[np.ndarray], np.ndarray]:
+        """Return what the network sees in pictures of its input size, grouped as they are.
+
+        The joints (N, K, 3) of x, y in cells and score, and the heatmaps' width and height in cells, (2,).
         """
-        heatmaps = self._heatmaps(pictures)
-        joints = np.stack([decode_heatmaps(of_one_picture) for of_one_picture in heatmaps])
-        return joints, np.array([heatmaps.shape[3], heatmaps.shape[2]])
+        flat = [picture for group in seen for picture in group]
+        sizes = (
+            [self._batch] * -(-len(flat) // self._batch) if self._batch else [len(group) for group in seen]
+        )
+        joints, cells, start = [np.zeros((0, self.count, 3))], np.full(2, 2), 0
+        for size in sizes:
+            if some := flat[start : start + size]:
+                heatmaps = self._heatmaps(some)
+                joints.append(np.stack([decode_heatmaps(of_one_picture) for of_one_picture in heatmaps]))
+                cells = np.array([heatmaps.shape[3], heatmaps.shape[2]])
+            start += size
+        ends = np.cumsum([len(group) for group in seen])
+        return np.split(np.concatenate(joints), ends[:-1]), cells
 
     def _heatmaps(self, pictures: list[np.ndarray]) -> np.ndarray:
-        """Return the network's heatmaps (N, 17, h, w) of pictures of its input size."""
+        """Return the network's heatmaps (N, K, h, w) of pictures of its input size."""
         import torch
 
         levels = np.stack(pictures).astype(np.float32) / 255.0
         normalised = (levels - np.array(self._input.mean, np.float32)) / np.array(self._input.std, np.float32)
         pixel_values = torch.from_numpy(normalised).permute(0, 3, 1, 2).contiguous().to(self._model.device)
         options: dict[str, Any] = {}
-        if self._model.config.backbone_config.num_experts > 1:  # ViTPose++: data set 0 is COCO
-            options["dataset_index"] = torch.zeros(len(pictures), dtype=torch.long, device=self._model.device)
+        if self._model.config.backbone_config.num_experts > 1:  # ViTPose++ asks for which data set it stands
+            index = torch.full((len(pictures),), _DATASETS[self.count], dtype=torch.long)
+            options["dataset_index"] = index.to(self._model.device)
         with torch.no_grad():
             heatmaps = self._model(pixel_values, **options).heatmaps
         return heatmaps.float().cpu().numpy()

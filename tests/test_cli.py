@@ -274,9 +274,8 @@ def test_bad_files_are_one_plain_line(run: Run, models: Path, photo: Path, tmp_p
     )
     assert "would overwrite the picture" in run("preprocess", "canny", photo, "-o", photo).refused()
     assert "give a prompt" in run("generate").refused()
-    assert (
-        "it is a folder" in run("preprocess", "canny", photo, "-o", _folder(tmp_path / "map.png")).refused()
-    )
+    run("preprocess", "canny", photo, "-o", _folder(tmp_path / "map.png")).done()  # a data set in a folder
+    assert (tmp_path / "map.png" / "metadata.jsonl").exists()
     assert "unknown canny option 'lo'" in run("preprocess", "canny", photo, "lo=3", "-o", "out.png").refused()
     assert not Path("out.png").exists()
 

@@ -8,8 +8,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
+import skimage.morphology
 import torch
 from PIL import Image, PngImagePlugin
 
@@ -396,3 +398,88 @@ def test_only_pictures_are_encoded(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="uint8"):
             images.write_png(tmp_path / "a.png", image)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 3), (513, 300)])
+def test_runs_are_coded_without_loss(size: tuple[int, int]) -> None:
+    rng = np.random.default_rng(0)
+    picture = rng.integers(0, 256, (*size, 3), np.uint8) * (rng.uniform(size=(*size, 1)) < 0.1)
+    data = images.encode_png(picture.astype(np.uint8), text={"a": "ü – b"}, plain=True)
+    with Image.open(io.BytesIO(data)) as image:
+        image.load()
+        assert image.mode == "RGB"
+        assert image.info["a"] == "ü – b"
+        np.testing.assert_array_equal(np.asarray(image), picture)
+    lines = np.zeros((512, 512, 3), np.uint8)
+    lines[::40] = 255
+    assert len(images.encode_png(lines, plain=True)) < len(images.encode_png(lines))
+
+
+def test_a_header_tells_the_size(tmp_path: Path) -> None:
+    Image.new("RGB", (30, 20)).save(tmp_path / "a.jpg")
+    assert images.check_picture(tmp_path / "a.jpg") == (30, 20)
+    (tmp_path / "b.jpg").write_text("<html>")
+    with pytest.raises(ValueError, match="is not a picture but an HTML page"):
+        images.check_picture(tmp_path / "b.jpg")
+
+
+# --- lines ---
+
+
+def polygons(size: int, seed: int) -> np.ndarray:
+    """One-pixel outlines, the same at every size, uint8 (size, size)."""
+    rng = np.random.default_rng(seed)
+    canvas = np.zeros((size, size), np.uint8)
+    for corners in rng.uniform(0.05, 0.95, (8, 3, 2)):
+        points = np.floor(corners * size).astype(np.int32)
+        cv2.polylines(canvas, [points.reshape(-1, 1, 2)], isClosed=True, color=255)
+    return canvas
+
+
+@pytest.mark.parametrize("scale", [0.25, 0.5, 0.77, 1.3, 2.0, 3.0])
+def test_thin_lines_stay_whole_and_thin_at_other_sizes(scale: float) -> None:
+    for seed in range(3):
+        size = round(400 * scale)
+        drawn = polygons(400, seed)
+        resized = images.resize_lines(drawn, size, size)
+        expected = polygons(size, seed)
+        assert set(np.unique(resized)) == {0, 255}
+        reach = np.ones((2 * max(1, round(scale)) + 1,) * 2, np.uint8)
+        assert (cv2.dilate(expected, reach)[resized > 0] > 0).mean() > 0.99
+        assert (cv2.dilate(resized, reach)[expected > 0] > 0).mean() > 0.97
+        assert 0.8 < (resized > 0).sum() / (expected > 0).sum() < 1.2
+        # what hangs together still does: nearest-neighbour resizing breaks lines into pieces
+        pieces = cv2.connectedComponents(resized, connectivity=8)[0]
+        assert pieces <= cv2.connectedComponents(drawn, connectivity=8)[0]
+
+
+def test_wide_strokes_stay_wide_and_binary() -> None:
+    strokes = cv2.dilate(polygons(400, 0), np.ones((9, 9), np.uint8))
+    half = images.resize_lines(cv2.merge([strokes] * 3), 200, 200)
+    assert half.shape == (200, 200, 3)
+    assert set(np.unique(half)) == {0, 255}
+    expected = images.resize(strokes, 200, 200) >= 128
+    np.testing.assert_array_equal(half[..., 0] > 0, expected)
+    assert images.resize_lines(strokes, 400, 400) is strokes
+
+
+def test_thinning_keeps_what_is_connected() -> None:
+    thick = cv2.dilate(polygons(300, 1), np.ones((7, 7), np.uint8))
+    thin = images.thin(thick)
+    assert (thick[thin > 0] > 0).all()
+    assert cv2.connectedComponents(thin)[0] == cv2.connectedComponents(thick)[0]
+    blocks = cv2.erode(thin, np.ones((2, 2), np.uint8), anchor=(0, 0))
+    assert (blocks > 0).sum() < 0.02 * (thin > 0).sum()
+    np.testing.assert_array_equal(images.thin(thin), thin)
+    skeleton = skimage.morphology.skeletonize(thick > 0)
+    near = cv2.dilate(skeleton.astype(np.uint8), np.ones((5, 5), np.uint8)) > 0
+    assert near[thin > 0].mean() > 0.99  # an independent thinning runs along the same lines
+    assert not images.thin(np.zeros((5, 5), np.uint8)).any()
+
+
+def test_a_resolution_sets_the_shorter_side() -> None:
+    picture = np.zeros((480, 640, 3), np.uint8)
+    assert images.at_resolution(picture, 512).shape == (512, 683, 3)
+    assert images.at_resolution(picture.transpose(1, 0, 2), 96).shape == (128, 96, 3)
+    assert images.at_resolution(picture, 480) is picture
+    assert images.at_resolution(np.zeros((2, 3000, 3), np.uint8), 512).shape == (16, 24000, 3)

@@ -27,7 +27,10 @@ FOLDERS = {
     "controlkit.training": ROOT / "training",
 }
 # The application modules may use everything; the rest of the core knows neither of the other two packages.
-APPLICATION = {f"controlkit.{name}" for name in ("__main__", "cli", "demo", "generate_job", "preprocess_job")}
+APPLICATION = {
+    f"controlkit.{name}"
+    for name in ("__main__", "cli", "demo", "folder_job", "generate_job", "lint_job", "preprocess_job")
+}
 PREPROCESSORS_MAY_USE = {
     "controlkit.devices",
     "controlkit.files",

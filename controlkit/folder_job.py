@@ -1,0 +1,186 @@
+"""`controlkit preprocess` for many pictures: a data set of pictures, maps and captions.
+
+A map that is there is not made again, so a job that was stopped goes on. Several processes, started by
+`accelerate launch`, take a share each.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from controlkit import preprocessors
+from controlkit.generate_job import Report
+from controlkit.map_folder import METADATA, SHEET, MapFolder
+from controlkit.map_pipeline import MapPipeline
+from controlkit.picture_files import DEPTH_SUFFIXES, SUFFIXES, Picture, find_pictures
+from controlkit.preprocess_job import Beside, reads_depth, settings_of_kinds
+from controlkit.processes import Processes
+
+DEFAULT_BATCH = 4
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `run` needs, checked."""
+
+    folder: MapFolder
+    workers: int
+    batch: int
+    overwrite: bool
+    sheet: bool
+    beside: Beside
+
+
+@dataclass
+class Result:
+    """What became of the pictures."""
+
+    made: int = 0
+    """Maps that were made now."""
+    kept: int = 0
+    """Maps that were there."""
+    failed: list[tuple[Path, str]] = field(default_factory=list)
+    """Pictures without their maps, and why."""
+    complete: int = 0
+    """Pictures with all their maps: rows of the metadata file."""
+    without_caption: int = 0
+    written: list[Path] = field(default_factory=list)
+    is_mine: bool = True
+    """Whether this process is the one that tells the user."""
+
+    def summary(self) -> str:
+        """One line: what was made, what was there, what failed."""
+        parts = [f"{self.made} maps made"]
+        if self.kept:
+            parts.append(f"{self.kept} were there")
+        parts.append(f"{self.complete} pictures complete")
+        if self.without_caption:
+            parts.append(f"{self.without_caption} without a caption")
+        if self.failed:
+            parts.append(f"{len(self.failed)} FAILED")
+        return ", ".join(parts)
+
+
+class FolderReport(Report, Protocol):
+    """How the job tells what it is doing."""
+
+    def note(self, text: str) -> None:
+        """Something worth knowing, in one line, beside the progress."""
+
+
+def plan(
+    kinds: Sequence[str],
+    sources: Sequence[str],
+    settings: Mapping[str, str],
+    *,
+    output: str,
+    workers: int | None = None,
+    batch: int | None = None,
+    device: str | None = None,
+    overwrite: bool = False,
+    sheet: bool = False,
+    beside: Beside | None = None,
+) -> Plan:
+    """Check a request and find its pictures.
+
+    ``settings`` are options of every kind that has them, or of one (``canny.low``). Raises ValueError: an
+    unknown kind or option, no picture, an output that cannot be written or would overwrite an input, maps
+    from other settings in the output folder.
+    """
+    if (workers is not None and workers < 1) or (batch is not None and batch < 1):
+        raise ValueError("--workers and --batch must be at least 1")
+    beside = beside or Beside()
+    beside.check(tuple(kinds))
+    place = Path(output)
+    of_kinds = settings_of_kinds(kinds, settings, device=device)
+    of_files = all(reads_depth(options) for options in of_kinds.values())
+    pictures = find_pictures(
+        sources,
+        leave_out=[place, place / SHEET, *(place / kind for kind in preprocessors.names())],
+        suffixes=DEPTH_SUFFIXES if of_files else SUFFIXES,
+    )
+    folder = MapFolder(place, of_kinds, pictures)
+    folder.check(overwrite=overwrite)
+    return Plan(folder, workers or _cores(), batch or DEFAULT_BATCH, overwrite, sheet, beside)
+
+
+def run(job: Plan, report: FolderReport) -> Result:
+    """Make the maps that are missing and write the metadata; returns what became of the pictures.
+
+    A picture that cannot be read is reported and left out. Raises ValueError when a file cannot be written.
+    """
+    processes = Processes()
+    result = Result(is_mine=processes.is_first)
+    if processes.is_first:
+        job.folder.prepare()
+    processes.wait()
+    _make_maps(job, processes, result, report)
+    counts = processes.gather([(result.made, result.kept, result.failed)])
+    result.made, result.kept = sum(made for made, _, _ in counts), sum(kept for _, kept, _ in counts)
+    result.failed = [failure for _, _, failed in counts for failure in failed]
+    if processes.is_first:
+        _finish(job, result)
+    processes.wait()
+    return result
+
+
+def _make_maps(job: Plan, processes: Processes, result: Result, report: FolderReport) -> None:
+    """Make the maps of this process's share of the pictures."""
+    pictures = job.folder.pictures[processes.index :: processes.count]
+    kinds = job.folder.kinds
+    missing = {
+        picture: list(kinds) if job.overwrite else job.folder.missing_kinds(picture) for picture in pictures
+    }
+    result.kept = sum(len(kinds) - len(missing_kinds) for missing_kinds in missing.values())
+    todo = {picture: missing_kinds for picture, missing_kinds in missing.items() if missing_kinds}
+    if not todo:
+        return
+    extractors = {}
+    for kind in kinds:
+        if any(kind in missing_kinds for missing_kinds in todo.values()):
+            report.status(f"loading the {kind} preprocessor")
+            extractors[kind] = preprocessors.get(kind, **_options(job, kind, processes.device))
+    report.status(f"{', '.join(extractors)}: {len(todo)} of {len(pictures)} pictures")
+    done = 0
+
+    def finished(picture: Picture, made: int, failure: str) -> None:
+        nonlocal done
+        done += 1
+        result.made += made
+        if failure:
+            result.failed.append((picture.path, failure))
+            report.note(f"skipped: {failure}")
+        report.progress(done, len(todo), f"{len(result.failed)} failed" if result.failed else "")
+
+    pipeline = MapPipeline(job.folder, extractors, workers=job.workers, batch=job.batch, beside=job.beside)
+    pipeline.run(todo, finished)
+
+
+def _options(job: Plan, kind: str, device: str) -> dict[str, str]:
+    """A kind's options; of several processes, each has its own device."""
+    options = dict(job.folder.settings[kind])
+    if device != "auto" and "device" in preprocessors.options_of(kind):
+        options["device"] = device
+    return options
+
+
+def _finish(job: Plan, result: Result) -> None:
+    """Write what there is one of."""
+    if job.folder.has_pictures:
+        counts = job.folder.write_metadata()
+        result.complete, result.without_caption = counts.complete, counts.without_caption
+        result.failed += counts.failed
+        result.written.append(job.folder.place / METADATA)
+    else:
+        result.complete = sum(not job.folder.missing_kinds(picture) for picture in job.folder.pictures)
+    sheet = job.folder.write_sheet() if job.sheet else None
+    if sheet is not None:
+        result.written.append(sheet)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

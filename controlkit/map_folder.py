@@ -1,0 +1,219 @@
+"""The folder of a data set: pictures, their maps, captions, and what made the maps.
+
+OUT/images/NAME.jpg      the pictures (hard links, or copies on another disk), unless they lie in OUT already
+OUT/KIND/NAME.png        their maps, for each kind; a pose's joints beside it as NAME.json
+OUT/metadata.jsonl       a row per picture, as Hugging Face's imagefolder reads it
+OUT/preprocess.json      what made the maps
+OUT/sheet.png            on request, some pictures beside their maps
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from controlkit import files, images, preprocessors
+from controlkit.picture_files import Captions, Picture, read_jsonl
+from controlkit.preprocess_job import reads_depth
+
+SHEET_ROWS = 12
+RECORD, METADATA, SHEET = "preprocess.json", "metadata.jsonl", "sheet.png"
+
+
+@dataclass(frozen=True)
+class MapFolder:
+    """Where everything of a data set goes."""
+
+    place: Path
+    settings: Mapping[str, Mapping[str, str]]
+    """The kinds of maps, and each kind's options."""
+    pictures: Sequence[Picture]
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of maps."""
+        return tuple(self.settings)
+
+    @property
+    def has_pictures(self) -> bool:
+        """Whether the inputs are pictures; otherwise they hold depth, and no data set is made of them."""
+        return not all(reads_depth(options) for options in self.settings.values())
+
+    def map_path(self, kind: str, picture: Picture) -> Path:
+        """Where a picture's map goes."""
+        return self.place / kind / f"{picture.name}.png"
+
+    def picture_path(self, picture: Picture) -> Path:
+        """Where a picture stands in the data set: where it is, if that is inside the folder."""
+        if Path(os.path.abspath(picture.path)).is_relative_to(os.path.abspath(self.place)):
+            return picture.path
+        return self.place / "images" / f"{picture.name}{picture.path.suffix.lower()}"
+
+    def missing_kinds(self, picture: Picture) -> list[str]:
+        """The kinds whose map is not there, or is older than its picture."""
+        with suppress(OSError):
+            changed = picture.path.stat().st_mtime_ns
+            return [kind for kind in self.kinds if not _is_newer(self.map_path(kind, picture), changed)]
+        return list(self.kinds)
+
+    def check(self, *, overwrite: bool) -> None:
+        """Refuse, before any work, what would lose or mix data.
+
+        Raises ValueError: the place is a file, a map would replace an input, or (unless ``overwrite``) there
+        are maps made with other settings; or metadata or the record of the settings cannot be read.
+        """
+        if self.place.exists() and not self.place.is_dir():
+            raise ValueError(f"{self.place} is a file: for several pictures or kinds, -o names a folder")
+        inputs = {os.path.abspath(picture.path) for picture in self.pictures}
+        for picture in self.pictures:
+            for kind in self.kinds:
+                path = self.map_path(kind, picture)
+                if os.path.abspath(path) in inputs:
+                    raise ValueError(f"{path} is an input: choose another output folder")
+        self._earlier_rows()
+        if not overwrite:
+            self._check_record()
+
+    def prepare(self) -> None:
+        """Make the folders and write down the settings. Raises ValueError where that is not possible."""
+        folders = {self.map_path(kind, picture).parent for kind in self.kinds for picture in self.pictures}
+        if self.has_pictures:
+            folders |= {self.picture_path(picture).parent for picture in self.pictures}
+        try:
+            for folder in sorted(folders):
+                folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"cannot make the folder {error.filename}: {error.strerror}") from error
+        maps: dict[str, Any] = {}
+        with suppress(ValueError):  # a damaged one was refused, or is to be overwritten
+            maps = self._record()
+        maps |= {kind: _settings_that_count(self.settings[kind]) for kind in self.kinds}
+        files.write_json(self.place / RECORD, {"maps": maps})
+
+    def keep_picture(self, picture: Picture) -> None:
+        """Put a picture into the data set: a second name of the same file, or on another disk a copy."""
+        target = self.picture_path(picture)
+        if target == picture.path or (target.exists() and os.path.samefile(target, picture.path)):
+            return
+        temporary = target.with_name(f".{uuid.uuid4().hex}.tmp")
+        try:
+            os.link(os.path.realpath(picture.path), temporary)
+        except OSError:  # another disk, or one without links
+            files.write_bytes(target, picture.path.read_bytes())
+        else:
+            os.replace(temporary, target)
+
+    def write_metadata(self) -> Counts:
+        """Write a row for each picture that has all its maps; rows of other pictures stay."""
+        captions, rows, counts = Captions(), self._earlier_rows(), Counts()
+        for picture in self.pictures:
+            kept = self.picture_path(picture)
+            if self.missing_kinds(picture) or not kept.exists():
+                continue
+            try:
+                caption = captions.of(picture.path)
+            except ValueError as error:
+                counts.failed.append((picture.path, str(error)))
+                continue
+            counts.complete += 1
+            counts.without_caption += not caption
+            name = self._relative(kept)
+            rows[name] = self._row(picture, caption, rows.get(name, {}))
+        lines = [json.dumps(row, ensure_ascii=False) for row in rows.values()]
+        files.write_text(self.place / METADATA, "".join(f"{line}\n" for line in lines))
+        return counts
+
+    def write_sheet(self) -> Path | None:
+        """Write a contact sheet of some pictures and their maps; returns it, None where there is nothing."""
+        from controlkit.sheets import contact_sheet
+
+        shown = [picture for picture in self.pictures if not self.missing_kinds(picture)]
+        shown = shown[:: max(1, -(-len(shown) // SHEET_ROWS))]
+        if not shown:
+            return None
+        rows = []
+        for picture in shown:
+            cells = [(images.load_picture(self.map_path(kind, picture)), kind) for kind in self.kinds]
+            if self.has_pictures:
+                cells.insert(0, (images.load_picture(picture.path), picture.name))
+            rows.append(cells)
+        images.write_png(self.place / SHEET, contact_sheet(rows))
+        return self.place / SHEET
+
+    def _row(self, picture: Picture, caption: str, earlier: Mapping[str, Any]) -> dict[str, Any]:
+        """A picture's row of the metadata; columns that end in _file_name are pictures to Hugging Face."""
+        maps = {kind: self.map_path(kind, picture) for kind in self.kinds}
+        row = dict(earlier)
+        row |= {
+            "file_name": self._relative(self.picture_path(picture)),
+            "text": caption or earlier.get("text", ""),
+        }
+        row |= {f"{kind}_file_name": self._relative(path) for kind, path in maps.items()}
+        if "openpose" in maps:
+            row["openpose_json"] = self._relative(maps["openpose"].with_suffix(".json"))
+        row.setdefault("conditioning_image_file_name", self._relative(maps[self.kinds[0]]))
+        return row
+
+    def _earlier_rows(self) -> dict[str, dict[str, Any]]:
+        """The metadata that is there, by the picture's name, without rows of ours whose picture is gone."""
+        path = self.place / METADATA
+        rows: dict[str, dict[str, Any]] = {}
+        ours = {f"{kind}_file_name" for kind in preprocessors.names()}
+        for number, row in enumerate(read_jsonl(path) if path.exists() else ()):
+            name = str(row.get("file_name", f"row {number}"))
+            if not ours & row.keys() or (self.place / name).is_file():
+                rows[name] = row
+        return rows
+
+    def _record(self) -> dict[str, Any]:
+        path = self.place / RECORD
+        if not path.exists():
+            return {}
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8"))["maps"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path} is damaged: remove it and use --overwrite, or choose another -o"
+            ) from error
+
+    def _check_record(self) -> None:
+        record = self._record()
+        for kind in self.kinds:
+            now = _settings_that_count(self.settings[kind])
+            if record.get(kind, now) != now:
+                before = " ".join(f"{key}={value}" for key, value in record[kind].items()) or "defaults"
+                raise ValueError(
+                    f"{self.place} has {kind} maps made with {before}: give the same settings, another -o, "
+                    "or --overwrite"
+                )
+
+    def _relative(self, path: Path) -> str:
+        return Path(os.path.relpath(path, self.place)).as_posix()
+
+
+class Counts:
+    """What the metadata says of the pictures."""
+
+    def __init__(self) -> None:
+        """Start at nothing."""
+        self.complete = self.without_caption = 0
+        self.failed: list[tuple[Path, str]] = []
+
+
+def _is_newer(path: Path, time_ns: int) -> bool:
+    try:
+        status = path.stat()
+    except OSError:
+        return False
+    return status.st_mtime_ns >= time_ns and status.st_size > 0  # empty: the power failed
+
+
+def _settings_that_count(settings: Mapping[str, str]) -> dict[str, str]:
+    """The options that change a map: not where it is computed."""
+    return {key: value for key, value in sorted(settings.items()) if key != "device"}

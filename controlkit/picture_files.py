@@ -1,0 +1,221 @@
+"""Pictures given as files, folders and patterns: which there are, their names, their captions."""
+
+from __future__ import annotations
+
+import csv
+import glob
+import io
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+_PICTURES = "avif bmp gif jfif jpe jpeg jpg pgm png pnm ppm tif tiff webp"
+SUFFIXES = frozenset(f".{name}" for name in _PICTURES.split())
+"""What counts as a picture in a folder; a file named one by one is always tried."""
+
+CAPTION_SUFFIXES = (".txt", ".caption")
+_CAPTION_KEYS = ("text", "caption", "prompt")
+_METADATA = ("metadata.jsonl", "metadata.csv")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture's file, and its name without suffix among all that were given, with ``/`` between folders."""
+
+    path: Path
+    name: str
+
+
+DEPTH_SUFFIXES = SUFFIXES | {".npy", ".npz", ".pfm", ".exr"}
+"""What counts in a folder of depth files."""
+
+
+def find_pictures(
+    arguments: Sequence[str], *, leave_out: Iterable[Path] = (), suffixes: frozenset[str] = SUFFIXES
+) -> list[Picture]:
+    """Return the pictures that files, folders (with all below them) and glob patterns stand for.
+
+    Each once, in the order given, folders sorted. In a folder, hidden files and those of other ``suffixes``
+    are left out, and so is what ``leave_out`` names (files, or folders with all below them), except where an
+    argument leads into it. Pictures that differ in their suffix only keep it in their names.
+
+    Raises ValueError: an argument stands for nothing, or two pictures would have the same name.
+    """
+    barred = frozenset(os.path.abspath(path) for path in leave_out)
+    found: dict[str, Picture] = {}
+    for argument in arguments:
+        pictures = list(_expand(argument, barred, suffixes))
+        if not pictures:
+            raise ValueError(f"{argument}: no picture is there ({_what_was_looked_for(argument, suffixes)})")
+        for picture in pictures:
+            found.setdefault(os.path.abspath(picture.path), picture)
+    return _with_own_names(list(found.values()))
+
+
+def _what_was_looked_for(argument: str, suffixes: frozenset[str]) -> str:
+    if os.path.isdir(argument):
+        return f"files that end in {' '.join(sorted(suffixes))}"
+    return "no such file or folder" if not glob.has_magic(argument) else "nothing matches the pattern"
+
+
+def _expand(argument: str, barred: frozenset[str], suffixes: frozenset[str]) -> Iterator[Picture]:
+    if os.path.isdir(argument):
+        for file in _files_below(argument, barred, suffixes):
+            yield Picture(file, file.relative_to(argument).with_suffix("").as_posix())
+    elif os.path.exists(argument):
+        yield Picture(Path(argument), Path(argument).stem)
+    else:
+        fixed = _fixed_part(argument)
+        start = os.path.abspath(fixed)
+        closed = [path for path in barred if not _is_within(start, path)]
+        for match in sorted(glob.glob(argument, recursive=True)):
+            file = Path(match)
+            inside = os.path.abspath(match)
+            if (
+                _is_picture(file.name, suffixes)
+                and file.is_file()
+                and not any(_is_within(inside, c) for c in closed)
+            ):
+                yield Picture(file, Path(os.path.relpath(file, fixed)).with_suffix("").as_posix())
+
+
+def _fixed_part(pattern: str) -> str:
+    """The folder that a pattern starts in."""
+    parts = Path(pattern).parts
+    magic = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts))
+    return os.path.join(*parts[:magic]) if magic else "."
+
+
+def _files_below(folder: str, barred: frozenset[str], suffixes: frozenset[str]) -> Iterator[Path]:
+    for place, folders, names in os.walk(folder):
+        absolute = os.path.abspath(place)
+
+        def is_open(name: str, absolute: str = absolute) -> bool:
+            return not name.startswith(".") and os.path.join(absolute, name) not in barred
+
+        folders[:] = sorted(filter(is_open, folders))
+        yield from (
+            Path(place, name) for name in sorted(filter(is_open, names)) if _is_picture(name, suffixes)
+        )
+
+
+def _is_picture(name: str, suffixes: frozenset[str]) -> bool:
+    return not name.startswith(".") and os.path.splitext(name)[1].lower() in suffixes
+
+
+def _is_within(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(folder + os.sep)
+
+
+def _with_own_names(pictures: list[Picture]) -> list[Picture]:
+    """Tell pictures of the same name apart by their suffix. Names are compared as case-blind disks do."""
+    shared = _shared_names(pictures)
+    named = [
+        Picture(picture.path, picture.name + picture.path.suffix.lower().replace(".", "-"))
+        if picture.name.casefold() in shared
+        else picture
+        for picture in pictures
+    ]
+    for first, second in _shared_names(named).values():
+        raise ValueError(
+            f"{first.path} and {second.path} would both become {first.name}: give the folder that holds "
+            "both, or one at a time"
+        )
+    return named
+
+
+def _shared_names(pictures: Iterable[Picture]) -> dict[str, tuple[Picture, Picture]]:
+    first: dict[str, Picture] = {}
+    shared: dict[str, tuple[Picture, Picture]] = {}
+    for picture in pictures:
+        name = picture.name.casefold()
+        if first.setdefault(name, picture) is not picture:
+            shared.setdefault(name, (first[name], picture))
+    return shared
+
+
+class Captions:
+    """Captions of pictures: from a ``.txt`` or ``.caption`` file beside each, or from a metadata file.
+
+    The metadata file (``metadata.jsonl`` or ``.csv``, Hugging Face's imagefolder layout) stands in the
+    picture's folder or one above it, and names it by ``file_name``; the caption is its ``text``, ``caption``
+    or ``prompt``.
+    """
+
+    def __init__(self, levels: int = 8) -> None:
+        """Look for metadata files up to ``levels`` folders above a picture."""
+        self._levels = levels
+        self._files: dict[Path, _Metadata | None] = {}
+
+    def of(self, picture: Path) -> str:
+        """Return a picture's caption, "" where it has none.
+
+        Raises ValueError: a caption or metadata file cannot be read; one line with its name.
+        """
+        for suffix in CAPTION_SUFFIXES:
+            beside = picture.with_suffix(suffix)
+            if beside.is_file():
+                return " ".join(_read_text(beside).split())
+        path = Path(os.path.abspath(picture))
+        for folder in path.parents[: self._levels]:
+            metadata = self._metadata(folder)
+            if metadata is not None:
+                return metadata.captions.get(path.relative_to(folder).as_posix(), "")
+        return ""
+
+    def _metadata(self, folder: Path) -> _Metadata | None:
+        if folder not in self._files:
+            file = next((folder / name for name in _METADATA if (folder / name).is_file()), None)
+            self._files[folder] = None if file is None else _Metadata(file)
+        return self._files[folder]
+
+
+class _Metadata:
+    """A metadata file, read when it is first needed."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    @cached_property
+    def captions(self) -> dict[str, str]:
+        rows = self._csv() if self._path.suffix == ".csv" else read_jsonl(self._path)
+        captions = {}
+        for row in rows:
+            name = row.get("file_name")
+            caption = next((row[key] for key in _CAPTION_KEYS if isinstance(row.get(key), str)), "")
+            if isinstance(name, str):
+                captions[Path(name).as_posix()] = " ".join(caption.split())
+        return captions
+
+    def _csv(self) -> Iterator[dict[str, Any]]:
+        yield from csv.DictReader(io.StringIO(_read_text(self._path), newline=""))
+
+
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a file with one JSON object on each line; blank lines are skipped.
+
+    Raises ValueError: one line with the file's name and the line's number.
+    """
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: this is not JSON ({error})") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number}: this is not a JSON object")
+        yield row
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text") from error

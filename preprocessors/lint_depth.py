@@ -1,0 +1,176 @@
+"""What can be wrong with depth maps and maps of normals: polarity, colours, bands, channel order."""
+
+from functools import cache
+
+import cv2
+import numpy as np
+
+from controlkit.preprocessors.lint_facts import Facts, Finding, error, warning
+
+_MAKE = "make the map anew with `controlkit preprocess depth PICTURE`"
+_COLOUR_MAPS = {
+    "inferno": cv2.COLORMAP_INFERNO,
+    "magma": cv2.COLORMAP_MAGMA,
+    "plasma": cv2.COLORMAP_PLASMA,
+    "viridis": cv2.COLORMAP_VIRIDIS,
+    "turbo": cv2.COLORMAP_TURBO,
+    "jet": cv2.COLORMAP_JET,
+    "rainbow": cv2.COLORMAP_RAINBOW,
+    "hot": cv2.COLORMAP_HOT,
+    "cividis": cv2.COLORMAP_CIVIDIS,
+}
+# ColorBrewer's eleven colours; depth networks' demonstrations show them.
+_SPECTRAL = ("9e0142 d53e4f f46d43 fdae61 fee08b ffffbf e6f598 abdda4 66c2a5 3288bd 5e4fa2").split()
+_ON_THE_MAP = 14.0  # levels: the usual distance of a sample's colours from the colour map's
+
+
+def depth_findings(facts: Facts) -> list[Finding]:
+    """Return what is wrong with a depth map; it is known to be one."""
+    if facts.coloured > 0.02:
+        name = colour_map(facts) or "a colour map"
+        return [
+            error(
+                "colour-map",
+                f"the depth is shown in colours ({name}); ControlNets read grey, near is white",
+                f"{_MAKE}, or take the grey depth from the tool that made it",
+            )
+        ]
+    if facts.share(26) == 0:
+        return [
+            error(
+                "dark",
+                f"the depth is nearly black: its levels end at {int(facts.level.max())} of 255",
+                "stretch it to 0 to 255; metres or 16-bit values become a map with depth_to_map(1 / depth)",
+            )
+        ]
+    found = []
+    if _far_is_white(facts):
+        found.append(
+            warning(
+                "far-white",
+                "far seems to be white: the top is bright and the bottom dark; ControlNets read near as white",
+                "invert it (255 minus every value), or for metres use depth_to_map(1 / depth)",
+            )
+        )
+    if levels := bands(facts):
+        found.append(
+            warning(
+                "banded",
+                f"the depth has bands: smooth surfaces in steps, {levels} levels in all",
+                f"convert it from 16 bits or float, not from few levels; {_MAKE}",
+            )
+        )
+    return found
+
+
+def colour_map(facts: Facts) -> str:
+    """Return the name of the colour map that the colours come from, or ""."""
+    if facts.coloured < 0.2:
+        return ""
+    step = max(1, int((facts.pixels / 256) ** 0.5))
+    sample = facts.image[step // 2 :: step, step // 2 :: step].reshape(-1, 1, 3).astype(np.int16)
+    name, usual = "", _ON_THE_MAP
+    for candidate, table in _tables().items():
+        near = np.abs(sample - table[None]).max(axis=2).min(axis=1)
+        distance = float(np.percentile(near, 80))
+        if distance < usual:
+            name, usual = candidate, distance
+    return name.removesuffix("-bgr")
+
+
+def facing(facts: Facts) -> str:
+    """Return the channel that points to the viewer ("red", "green", "blue", "away") if these are normals, or ""."""
+    if facts.coloured < 0.3:
+        return ""
+    small = facts.image[:: max(1, facts.height // 128), :: max(1, facts.width // 128)]
+    vectors = small.reshape(-1, 3).astype(np.float32) / 127.5 - 1
+    vectors = vectors[(vectors > -1).any(axis=1)]  # black is no normal
+    if len(vectors) < 0.2 * small.shape[0] * small.shape[1]:
+        return ""
+    lengths = np.linalg.norm(vectors, axis=1)
+    if np.mean(np.abs(lengths - 1) < 0.12) < 0.8:
+        return ""
+    means = vectors.mean(axis=0)
+    for name, channel in (("blue", 2), ("red", 0), ("green", 1)):
+        if np.mean(vectors[:, channel] > -0.1) > 0.97 and means[channel] > means[2] + 0.3 * (channel != 2) - 1e-6:
+            return name
+    return "away" if np.mean(vectors[:, 2] < 0.1) > 0.97 else "blue"
+
+
+def normal_findings(facts: Facts) -> list[Finding]:
+    """Return what is wrong with a map of normals; it is known to be one."""
+    towards = facing(facts)
+    if towards == "red":
+        return [
+            error(
+                "channels",
+                "the normals are in BGR order: red points to the viewer, and blue should",
+                "exchange red and blue (`map[..., ::-1]` in numpy); OpenCV's imread and imwrite use BGR",
+            )
+        ]
+    if towards in ("green", "away"):
+        return [
+            error(
+                "channels",
+                "the normals do not point to the viewer with blue, as ControlNets read them",
+                "convert them: red points left, green up, blue to the viewer; each from -1..1 to 0..255",
+            )
+        ]
+    return []
+
+
+@cache
+def _tables() -> dict[str, np.ndarray]:
+    """The colours of each colour map, int16 (52, 3), in RGB and with red and blue exchanged."""
+    grey = np.arange(0, 256, 5, dtype=np.uint8)[:, None]
+    tables = {name: cv2.applyColorMap(grey, code)[:, 0, ::-1] for name, code in _COLOUR_MAPS.items()}
+    anchors = np.array([[int(code[i : i + 2], 16) for i in (0, 2, 4)] for code in _SPECTRAL])
+    at = np.linspace(0, 10, 52)
+    tables["spectral"] = np.stack([np.interp(at, range(11), anchors[:, c]) for c in range(3)], axis=1)
+    both = tables | {f"{name}-bgr": table[:, ::-1] for name, table in tables.items()}
+    return {name: table.astype(np.int16) for name, table in both.items()}
+
+
+def _far_is_white(facts: Facts) -> bool:
+    """Whether the picture is near at the top and far at the bottom, and not as under a ceiling.
+
+    Floors, tables and streets make the bottom of nearly every picture nearer than its top. Where the top is
+    bright and the bottom dark, it is either a ceiling, which gets steadily brighter towards the top edge, or
+    a far wall or sky in white, which is flat there while the floor below it changes.
+    """
+    small = cv2.resize(facts.image[..., 1], (64, 64), interpolation=cv2.INTER_AREA).astype(np.float32)
+    low, high = np.percentile(small, [1, 99])
+    if high - low < 16:
+        return False
+    small = np.clip((small - low) / (high - low), 0, 1)
+    rows = small.mean(axis=1)
+    falls = rows[-16:].mean() - rows[:16].mean() < -0.25
+    if not falls or np.corrcoef(rows, np.arange(64))[0, 1] > -0.5:
+        return False
+    profile = np.median(small, axis=1)
+    slope_at_top = profile[:4].mean() - profile[14:18].mean()
+    slope_at_bottom = profile[46:50].mean() - profile[-4:].mean()
+    flat_top = slope_at_top < slope_at_bottom - 0.05 and np.percentile(small[:4], 20) > 0.5
+    white_sky = np.mean(small[:3] > 0.985) > 0.9
+    return bool(flat_top or white_sky)
+
+
+def bands(facts: Facts) -> int:
+    """Return how many levels there are if slopes go in steps of several levels; 0 for a smooth map.
+
+    Flat things in front of one another have few levels, too; but from one to the next they jump anywhere,
+    where bands go from each level to the next one there is.
+    """
+    present = np.flatnonzero(facts.histogram > 0.0005 * facts.pixels)
+    if not 6 <= len(present) <= 64 or np.median(np.diff(present)) < 4:
+        return 0
+    if facts.histogram[present].sum() < 0.98 * facts.pixels:
+        return 0
+    rank = np.zeros(256, np.int16)
+    rank[present] = np.arange(len(present))
+    ranks = rank[facts.level]
+    jumps = np.abs(np.concatenate([np.diff(ranks, axis=0).ravel(), np.diff(ranks, axis=1).ravel()]))
+    counts = np.bincount(jumps[jumps > 0], minlength=2)
+    steps = int(counts.sum())
+    wide = steps < 0.2 * jumps.size  # a slope of few pixels skips levels as well
+    return len(present) if wide and counts[1] > 0.5 * steps and steps else 0
