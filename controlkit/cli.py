@@ -385,6 +385,57 @@ def _preprocess_one(kind: str, picture: str, options: dict[str, str], output: st
     print(f'  controlkit generate "a red figure" --map {shlex.quote(f"{kind}={written[0]}")}')
 
 
+@app.command(epilog="Example:  controlkit draw pose.json -o pose.png --size 768x512 --mirror")
+def draw(
+    pose: Annotated[str, typer.Argument(metavar="POSE.json", help="Joints in OpenPose's format.")],
+    output: Output = "drawn.png",
+    size: Annotated[Text, _option("WxH", "The map's size.  [default: the canvas's]")] = None,
+    canvas: Annotated[Text, _option("WxH", "What the joints refer to, if the file does not say.")] = None,
+    style: Annotated[str, _option("NAME", "v1.1, v1.0 or xinsir.")] = "v1.1",
+    mirror: Annotated[bool, typer.Option("--mirror", help="Exchange left and right.")] = False,
+    drop: Annotated[
+        Texts, _option("LIMB", "Leave this out: left-arm, head, right-leg ...; repeatable.")
+    ] = None,
+    drop_random: Annotated[float, _option("P", "Leave each limb out with this probability.")] = 0.0,
+    jitter: Annotated[float, _option("PIXELS", "Move joints by noise of this standard deviation.")] = 0.0,
+    seed: Annotated[int, _option("N", "Seed of what is random.")] = 0,
+) -> None:
+    """Draw poses from JSON, at any size, mirrored, jittered or without some limbs."""
+    from controlkit import draw_job
+
+    changes = draw_job.Changes(
+        mirror=mirror, drop=drop or (), drop_random=drop_random, jitter=jitter, seed=seed
+    )
+    with _terminal():
+        written = draw_job.draw(pose, output=output, size=size, canvas=canvas, style=style, changes=changes)
+    for path in written:
+        print(f"wrote {path}")
+    print("follow it with:")
+    print(f'  controlkit generate "a red figure" --map {shlex.quote(f"openpose={written[0]}")}')
+
+
+@app.command(epilog="Example:  controlkit lint edges.png downloads/ --picture photo.jpg")
+def lint(
+    maps: Annotated[list[str], typer.Argument(metavar="MAP...", help="Files, folders, patterns.")],
+    kind: Annotated[
+        str, _option("KIND", "What they are.  [default: as the file or its name says, or guessed]")
+    ] = "",
+    picture: Annotated[str, _option("PICTURE", "What they were made from, to compare sizes.")] = "",
+) -> None:
+    """Say what is wrong with maps, and how to cure it. Exit code 1 if anything is."""
+    from controlkit import lint_job
+
+    with _terminal() as terminal:
+        job = lint_job.plan(maps, kind=kind, picture=picture)
+        result = lint_job.run(job, terminal.progress if len(job.maps) > 1 else lambda *_: None)
+    for verdict in result.verdicts:
+        for line in verdict.lines():
+            print(line)
+    print(result.summary())
+    if result.findings:
+        raise typer.Exit(1)
+
+
 @app.command(epilog="Example:  controlkit train tiny-canny out=my-run steps=200")
 def train(
     recipe: Annotated[str, typer.Argument(help="A recipe's name or its .toml file.")],

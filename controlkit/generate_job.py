@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -127,7 +127,7 @@ def plan(
     outputs = arguments.numbered_outputs(output, options.count)
     _check_outputs(outputs, [*(source.file for source in sources), *([Path(like)] if like else [])])
     notes = () if remembered is None else _version_notes(remembered)
-    return Plan(options, tuple(sources), tuple(outputs), notes)
+    return Plan(options, tuple(sources), tuple(outputs), (*notes, *_map_notes(sources)))
 
 
 def run(job: Plan, report: Report) -> list[PictureRecord]:
@@ -335,6 +335,14 @@ def _versions() -> dict[str, str]:
 
     libraries = {name: version(name) for name in ("diffusers", "torch", "transformers")}
     return {"controlkit": __version__, **libraries}
+
+
+def _map_notes(sources: Sequence[Source]) -> Iterator[str]:
+    """What is wrong with the maps that are used as they are, and the cure."""
+    for source in sources:
+        if source.record.is_map and source.record.kind in preprocessors.names():
+            for finding in preprocessors.lint(source.picture, source.record.kind):
+                yield f"{source.record.path}: {finding.message}; {finding.cure}"
 
 
 def _version_notes(record: PictureRecord) -> tuple[str, ...]:

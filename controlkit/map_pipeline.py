@@ -1,7 +1,7 @@
 """Making many maps: threads that decode and encode around one that computes on a device.
 
-OpenCV, Pillow and zlib let other threads run, so threads keep all cores busy. Kinds without a network are made
-in the thread that decoded the picture; the others in batches.
+OpenCV, Pillow and zlib let other threads run, so threads keep all cores busy. Kinds without a network are
+made in the thread that decoded the picture; the others in batches.
 """
 
 from __future__ import annotations

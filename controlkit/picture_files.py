@@ -35,13 +35,18 @@ DEPTH_SUFFIXES = SUFFIXES | {".npy", ".npz", ".pfm", ".exr"}
 
 
 def find_pictures(
-    arguments: Sequence[str], *, leave_out: Iterable[Path] = (), suffixes: frozenset[str] = SUFFIXES
+    arguments: Sequence[str],
+    *,
+    leave_out: Iterable[Path] = (),
+    suffixes: frozenset[str] = SUFFIXES,
+    own_names: bool = True,
 ) -> list[Picture]:
     """Return the pictures that files, folders (with all below them) and glob patterns stand for.
 
     Each once, in the order given, folders sorted. In a folder, hidden files and those of other ``suffixes``
     are left out, and so is what ``leave_out`` names (files, or folders with all below them), except where an
-    argument leads into it. Pictures that differ in their suffix only keep it in their names.
+    argument leads into it. With ``own_names``, pictures that differ in their suffix only keep it in their
+    names, and two that would still share one are refused.
 
     Raises ValueError: an argument stands for nothing, or two pictures would have the same name.
     """
@@ -53,7 +58,7 @@ def find_pictures(
             raise ValueError(f"{argument}: no picture is there ({_what_was_looked_for(argument, suffixes)})")
         for picture in pictures:
             found.setdefault(os.path.abspath(picture.path), picture)
-    return _with_own_names(list(found.values()))
+    return _with_own_names(list(found.values())) if own_names else list(found.values())
 
 
 def _what_was_looked_for(argument: str, suffixes: frozenset[str]) -> str:

@@ -118,14 +118,16 @@ def write_map(path: Path, made: Map, beside: Beside, *, durable: bool = True) ->
     The map's PNG says what made it in a text chunk "controlkit", JSON with its kind, polarity, parameters and
     model.
     """
-    written = _outputs(made.kind, path, beside)
+    written = [path]
     if made.poses is not None:
-        preprocessors.write_poses(path.with_suffix(".json"), made.poses)
-    if made.depth is not None:
-        if beside.npy:
-            preprocessors.write_depth_npy(path.with_suffix(".npy"), made.depth)
-        if beside.png16:
-            preprocessors.write_depth_png16(_png16(path), made.depth)
+        written.append(path.with_suffix(".json"))
+        preprocessors.write_poses(written[-1], made.poses)
+    if made.depth is not None and beside.npy:
+        written.append(path.with_suffix(".npy"))
+        preprocessors.write_depth_npy(written[-1], made.depth)
+    if made.depth is not None and beside.png16:
+        written.append(_png16(path))
+        preprocessors.write_depth_png16(written[-1], made.depth)
     note = {"kind": made.kind, "polarity": made.polarity, "params": made.params}
     if made.model is not None:
         note["model"] = made.model

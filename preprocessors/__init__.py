@@ -20,9 +20,22 @@ if TYPE_CHECKING:
     from controlkit.preprocessors.depthfiles import write_depth_npy as write_depth_npy
     from controlkit.preprocessors.depthfiles import write_depth_png16 as write_depth_png16
     from controlkit.preprocessors.drawing import draw_poses as draw_poses
+    from controlkit.preprocessors.drawing import poses_to_map as poses_to_map
+    from controlkit.preprocessors.lint_facts import Finding as Finding
+    from controlkit.preprocessors.linting import guess_kind as guess_kind
+    from controlkit.preprocessors.linting import lint as lint
     from controlkit.preprocessors.maps import Map as Map
     from controlkit.preprocessors.maps import Preprocessor as Preprocessor
     from controlkit.preprocessors.normal import normal_from_depth as normal_from_depth
+    from controlkit.preprocessors.poseedit import crop_poses as crop_poses
+    from controlkit.preprocessors.poseedit import drop_limbs as drop_limbs
+    from controlkit.preprocessors.poseedit import drop_people as drop_people
+    from controlkit.preprocessors.poseedit import drop_random_limbs as drop_random_limbs
+    from controlkit.preprocessors.poseedit import jitter_poses as jitter_poses
+    from controlkit.preprocessors.poseedit import keep_people as keep_people
+    from controlkit.preprocessors.poseedit import mirror_poses as mirror_poses
+    from controlkit.preprocessors.poseedit import move_person as move_person
+    from controlkit.preprocessors.poseedit import scale_poses as scale_poses
     from controlkit.preprocessors.posejson import read_poses as read_poses
     from controlkit.preprocessors.posejson import write_poses as write_poses
     from controlkit.preprocessors.skeleton import Poses as Poses
@@ -50,12 +63,25 @@ _KINDS = {
 }
 _DEPTH_KINDS = {"depth", "midas", "normal"}
 _HOME = {
+    "Finding": "lint_facts",
     "Map": "maps",
     "Poses": "skeleton",
     "Preprocessor": "maps",
+    "crop_poses": "poseedit",
+    "drop_limbs": "poseedit",
+    "drop_people": "poseedit",
+    "drop_random_limbs": "poseedit",
+    "jitter_poses": "poseedit",
+    "keep_people": "poseedit",
+    "mirror_poses": "poseedit",
+    "move_person": "poseedit",
+    "poses_to_map": "drawing",
+    "scale_poses": "poseedit",
     "coco17_to_openpose18": "skeleton",
     "depth_to_map": "depth",
     "draw_poses": "drawing",
+    "guess_kind": "linting",
+    "lint": "linting",
     "normal_from_depth": "normal",
     "read_depth": "depthfiles",
     "read_poses": "posejson",

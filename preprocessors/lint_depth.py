@@ -5,7 +5,7 @@ from functools import cache
 import cv2
 import numpy as np
 
-from controlkit.preprocessors.lint_facts import Facts, Finding, error, warning
+from controlkit.preprocessors.lint_facts import Facts, Finding, error, sample, warning
 
 _MAKE = "make the map anew with `controlkit preprocess depth PICTURE`"
 _COLOUR_MAPS = {
@@ -20,7 +20,7 @@ _COLOUR_MAPS = {
     "cividis": cv2.COLORMAP_CIVIDIS,
 }
 # ColorBrewer's eleven colours; depth networks' demonstrations show them.
-_SPECTRAL = ("9e0142 d53e4f f46d43 fdae61 fee08b ffffbf e6f598 abdda4 66c2a5 3288bd 5e4fa2").split()
+_SPECTRAL = bytes.fromhex("9e0142 d53e4f f46d43 fdae61 fee08b ffffbf e6f598 abdda4 66c2a5 3288bd 5e4fa2")
 _ON_THE_MAP = 14.0  # levels: the usual distance of a sample's colours from the colour map's
 
 
@@ -48,7 +48,7 @@ def depth_findings(facts: Facts) -> list[Finding]:
         found.append(
             warning(
                 "far-white",
-                "far seems to be white: the top is bright and the bottom dark; ControlNets read near as white",
+                "far seems to be white: bright at the top and dark at the bottom; near should be white",
                 "invert it (255 minus every value), or for metres use depth_to_map(1 / depth)",
             )
         )
@@ -67,11 +67,10 @@ def colour_map(facts: Facts) -> str:
     """Return the name of the colour map that the colours come from, or ""."""
     if facts.coloured < 0.2:
         return ""
-    step = max(1, int((facts.pixels / 256) ** 0.5))
-    sample = facts.image[step // 2 :: step, step // 2 :: step].reshape(-1, 1, 3).astype(np.int16)
+    colours = sample(facts.image, 16).reshape(-1, 1, 3).astype(np.int16)
     name, usual = "", _ON_THE_MAP
     for candidate, table in _tables().items():
-        near = np.abs(sample - table[None]).max(axis=2).min(axis=1)
+        near = np.abs(colours - table[None]).max(axis=2).min(axis=1)
         distance = float(np.percentile(near, 80))
         if distance < usual:
             name, usual = candidate, distance
@@ -79,10 +78,10 @@ def colour_map(facts: Facts) -> str:
 
 
 def facing(facts: Facts) -> str:
-    """Return the channel that points to the viewer ("red", "green", "blue", "away") if these are normals, or ""."""
+    """Return which channel points to the viewer ("red", "green", "blue", "away"), "" if it is no normals."""
     if facts.coloured < 0.3:
         return ""
-    small = facts.image[:: max(1, facts.height // 128), :: max(1, facts.width // 128)]
+    small = sample(facts.image, 128)
     vectors = small.reshape(-1, 3).astype(np.float32) / 127.5 - 1
     vectors = vectors[(vectors > -1).any(axis=1)]  # black is no normal
     if len(vectors) < 0.2 * small.shape[0] * small.shape[1]:
@@ -91,10 +90,14 @@ def facing(facts: Facts) -> str:
     if np.mean(np.abs(lengths - 1) < 0.12) < 0.8:
         return ""
     means = vectors.mean(axis=0)
-    for name, channel in (("blue", 2), ("red", 0), ("green", 1)):
-        if np.mean(vectors[:, channel] > -0.1) > 0.97 and means[channel] > means[2] + 0.3 * (channel != 2) - 1e-6:
-            return name
-    return "away" if np.mean(vectors[:, 2] < 0.1) > 0.97 else "blue"
+    seen = (vectors > -0.1).mean(axis=0) > 0.97  # channels that point to the viewer nearly everywhere
+    if seen[2]:
+        return "blue"
+    if seen[0] and means[0] > means[2] + 0.3:
+        return "red"
+    if seen[1] and means[2] < -0.2:
+        return "green"
+    return "away" if np.mean(vectors[:, 2] < 0.1) > 0.97 and means[2] < -0.2 else "blue"
 
 
 def normal_findings(facts: Facts) -> list[Finding]:
@@ -124,7 +127,7 @@ def _tables() -> dict[str, np.ndarray]:
     """The colours of each colour map, int16 (52, 3), in RGB and with red and blue exchanged."""
     grey = np.arange(0, 256, 5, dtype=np.uint8)[:, None]
     tables = {name: cv2.applyColorMap(grey, code)[:, 0, ::-1] for name, code in _COLOUR_MAPS.items()}
-    anchors = np.array([[int(code[i : i + 2], 16) for i in (0, 2, 4)] for code in _SPECTRAL])
+    anchors = np.frombuffer(_SPECTRAL, np.uint8).reshape(11, 3)
     at = np.linspace(0, 10, 52)
     tables["spectral"] = np.stack([np.interp(at, range(11), anchors[:, c]) for c in range(3)], axis=1)
     both = tables | {f"{name}-bgr": table[:, ::-1] for name, table in tables.items()}
@@ -152,7 +155,8 @@ def _far_is_white(facts: Facts) -> bool:
     slope_at_bottom = profile[46:50].mean() - profile[-4:].mean()
     flat_top = slope_at_top < slope_at_bottom - 0.05 and np.percentile(small[:4], 20) > 0.5
     white_sky = np.mean(small[:3] > 0.985) > 0.9
-    return bool(flat_top or white_sky)
+    sides = min(np.median(small[:21, :3]), np.median(small[:21, -3:]))  # what is far surrounds things
+    return bool((flat_top or white_sky) and sides > 0.5)
 
 
 def bands(facts: Facts) -> int:

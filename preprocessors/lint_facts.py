@@ -83,7 +83,7 @@ class Facts:
     @cached_property
     def white(self) -> np.ndarray:
         """Where it is rather white than black: uint8 (H, W), 0 or 255."""
-        return cv2.compare(self.level, 127.0, cv2.CMP_GT)
+        return above(self.level, 127)
 
     @cached_property
     def solid_white(self) -> float:
@@ -97,10 +97,23 @@ class Facts:
 
     @cached_property
     def roughness(self) -> float:
-        """The share of pixels that stand out from their four neighbours, as texture and noise do."""
-        grey = self.image[..., 1].astype(np.int16)
-        inner = 4 * grey[1:-1, 1:-1] - grey[:-2, 1:-1] - grey[2:, 1:-1] - grey[1:-1, :-2] - grey[1:-1, 2:]
-        return float(np.count_nonzero(np.abs(inner) > 12)) / max(1, inner.size)
+        """The share of pixels that stand out from their neighbours: texture, not a large map's noise."""
+        grey = self.image[..., 1]
+        if min(self.height, self.width) >= 256:
+            grey = cv2.resize(grey, (self.width // 2, self.height // 2), interpolation=cv2.INTER_AREA)
+        edges = cv2.Laplacian(grey, cv2.CV_16S, ksize=1)
+        return float(np.count_nonzero(np.abs(edges) > 12)) / edges.size
+
+
+def sample(image: np.ndarray, side: int) -> np.ndarray:
+    """Return the pixels of a regular grid of at most ``side`` rows and columns."""
+    rows, columns = (np.linspace(0, n - 1, min(n, side)).astype(int) for n in image.shape[:2])
+    return image[rows][:, columns]
+
+
+def above(level: np.ndarray, limit: int) -> np.ndarray:
+    """Where levels (H, W) are above a limit: uint8 (H, W), 0 or 255."""
+    return cv2.threshold(level, limit, 255, cv2.THRESH_BINARY)[1]
 
 
 def _solid_share(mask: np.ndarray) -> float:
@@ -110,13 +123,13 @@ def _solid_share(mask: np.ndarray) -> float:
 
 
 def has_ringing(facts: Facts, *, least: float = 0.4) -> bool:
-    """Whether there is faint ripple well away from strong lines: what JPEG leaves, and blur and resizing do not.
+    """Whether there is faint ripple well away from strong lines: JPEG leaves it, blur and resizing do not.
 
     ``least``: how much of what is faint must stand above its neighbours.
     """
     usual = int(facts.histogram[:32].argmax())  # JPEG may lift the whole background by a level or two
     level = cv2.absdiff(facts.level, np.full_like(facts.level, usual)) if usual else facts.level
-    strong = cv2.dilate(cv2.compare(level, 40.0, cv2.CMP_GE), np.ones((9, 9), np.uint8))
+    strong = cv2.dilate(above(level, 39), np.ones((9, 9), np.uint8))
     faint = (level > 0) & (level <= 24) & (strong == 0)
     count = int(np.count_nonzero(faint))
     if count < max(8.0, 0.003 * np.count_nonzero(level)):

@@ -5,6 +5,7 @@ says so: the picture just does not follow. These checks take a few milliseconds,
 good and damaged maps (`tests/benchmarks/lint.py`); where they cannot be sure they keep silent.
 """
 
+import io
 import os
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ from controlkit.naming import unknown
 from controlkit.preprocessors.lint_depth import bands, colour_map, depth_findings, facing, normal_findings
 from controlkit.preprocessors.lint_edges import edge_findings, line_findings, looks_inverted, looks_thin
 from controlkit.preprocessors.lint_facts import Facts, Finding, error, warning
-from controlkit.preprocessors.lint_pose import Strokes, looks_drawn, may_be_pose, pose_findings
+from controlkit.preprocessors.lint_pose import Strokes, looks_drawn, may_be_faces, may_be_pose, pose_findings
 from controlkit.preprocessors.maps import Map
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ def _content(facts: Facts, source: object, kind: str, *, style_is_known: bool) -
 
 
 def _fewest(facts: Facts) -> float:
-    """How many pixels lines must have: a thousandth of the map, or in large maps half the length of a side."""
+    """How many pixels lines must have: a thousandth of the map, in large maps half the length of a side."""
     return min(0.001 * facts.pixels, 0.5 * facts.pixels**0.5)
 
 
@@ -146,8 +147,14 @@ def _other_kind(facts: Facts, strokes: Strokes, family: str, looks: str) -> Find
     """Return a finding if a map is surely of another family than it is said to be."""
     if family in ("", "colours") or looks in _PASSES_AS.get(family, {family}):
         return None
+    if family == "openpose" and looks in ("", "canny", "lines") and may_be_faces(facts):
+        return None
     if family == "openpose" and strokes.coloured > 0.5 and strokes.in_palette > 0.6:
         return None  # damaged, or on a background that outweighs it
+    if family == "lines" and looks == "depth" and facts.share(0, 32) > 0.5:
+        return None  # few lines, far apart and soft
+    if family == "depth" and looks == "lines" and min(facts.height, facts.width) < 128:
+        return None  # too small to tell a slit of light from a line
     if looks:
         return error(
             "wrong-kind", f"this looks like {_NAMES[looks]}", "name its kind, or give the right file"
@@ -162,7 +169,11 @@ def _other_kind(facts: Facts, strokes: Strokes, family: str, looks: str) -> Find
 
 def _is_picture(facts: Facts, strokes: Strokes, family: str) -> bool:
     """Whether what looks like no map is surely none of this family, not even a damaged one."""
-    if family in ("canny", "lines"):
+    if family == "lines":
+        return (facts.middle > 0.95 and facts.share(0, 16) < 0.03) or (
+            facts.colourful > 0.1 and facts.middle > 0.1
+        )
+    if family == "canny":
         filled = facts.middle > 0.85 and facts.share(0, 32) < 0.15 and facts.share(224) < 0.4
         return filled or (facts.colourful > 0.1 and facts.middle > 0.1)
     if family == "openpose":
@@ -215,8 +226,8 @@ def _transparency(facts: Facts, source: object) -> float:
         return float((alpha < (0.5 if alpha.dtype.kind == "f" else 128)).mean())
     if isinstance(source, Image.Image):
         return _clear_share(source)
-    if isinstance(source, (str, os.PathLike)):
-        with Image.open(source) as image:
+    if isinstance(source, (str, os.PathLike, bytes)):
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             return _clear_share(image)
     return 0.0
 

@@ -102,6 +102,7 @@ def save_openpose(folder: Path, model: Any) -> Path:
     for layer in network.modules():
         if isinstance(layer, torch.nn.Conv2d):
             torch.nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            assert layer.bias is not None
             torch.nn.init.zeros_(layer.bias)
     photograph = np.ascontiguousarray(data.astronaut()[64:432:2, 64:432:2, ::-1])
     picture = torch.from_numpy(photograph).permute(2, 0, 1)[None] / 256 - 0.5

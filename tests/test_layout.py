@@ -29,7 +29,18 @@ FOLDERS = {
 # The application modules may use everything; the rest of the core knows neither of the other two packages.
 APPLICATION = {
     f"controlkit.{name}"
-    for name in ("__main__", "cli", "demo", "folder_job", "generate_job", "lint_job", "preprocess_job")
+    for name in (
+        "__main__",
+        "cli",
+        "demo",
+        "draw_job",
+        "folder_job",
+        "map_folder",
+        "map_pipeline",
+        "generate_job",
+        "lint_job",
+        "preprocess_job",
+    )
 }
 PREPROCESSORS_MAY_USE = {
     "controlkit.devices",

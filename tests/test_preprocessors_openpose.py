@@ -164,7 +164,7 @@ def test_nobody_survives_json(tmp_path: Path) -> None:
         ('{"people": 3}', "OpenPose's format"),
         ('{"people": [3], "canvas_width": 4, "canvas_height": 4}', r"people\[0\] has no list"),
         ('{"people": [{"pose_keypoints_2d": [1, 2]}]}', "has 0.666667 joints"),
-        (json.dumps({"people": [{"pose_keypoints_2d": [1] * 75}]}), "has 25 joints"),
+        (json.dumps({"people": [{"pose_keypoints_2d": [1] * 51}]}), "has 17 joints"),
         (json.dumps({"people": [{"pose_keypoints_2d": ["a"] * 54}]}), "not a finite number"),
         ('{"people": [{"pose_keypoints_2d": [' + "NaN," * 53 + "1]}]}", "not a finite number"),
         ('{"people": [], "canvas_height": 4}', "no canvas_width"),
@@ -254,7 +254,7 @@ def test_the_map_says_what_it_is(models: Path) -> None:
     made = preprocessors.get("openpose", model=str(models / "spot"), threshold=0.2)(data.astronaut()[:200])
     assert made.image.shape == (200, 512, 3)
     assert (made.kind, made.polarity, made.model) == ("openpose", "openpose-18", str(models / "spot"))
-    assert made.params == {"threshold": 0.2, "style": "v1.1"}
+    assert made.params == {"threshold": 0.2, "style": "v1.1", "hands": False, "face": False}
 
 
 def test_nobody_gives_a_black_map(models: Path) -> None:
@@ -319,6 +319,8 @@ def test_a_detector_must_know_people(tmp_path: Path) -> None:
         ({"threshold": 1.5}, r"threshold is 1\.5; it must lie in \[0, 1\]"),
         ({"threshold": float("nan")}, "threshold is nan"),
         ({"style": "v9"}, "unknown draw style 'v9'"),
+        ({"threshold": "high"}, r"threshold is high; it must lie in \[0, 1\], or be auto"),
+        ({"model": "tiny", "hands": "yes"}, "tiny knows neither hands nor faces; model=openpose does"),
         ({"modle": "tiny"}, r"unknown openpose option 'modle' \(did you mean 'model'\?\)"),
     ],
 )

@@ -68,15 +68,23 @@ def test_the_commands_are_understood(arguments: list[str]) -> None:
     with group.make_context("controlkit", list(arguments)) as context:
         name, command, rest = group.resolve_command(context, list(arguments))
         assert command is not None
+        if rest == ["--list"]:  # answers while it is parsed
+            with pytest.raises(typer.Exit):
+                command.make_context(name, rest, parent=context)
+            return
         with command.make_context(name, rest, parent=context) as parsed:
             assert parsed.params
 
 
-def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_python_examples_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from controlkit.images import load_picture
 
     monkeypatch.chdir(tmp_path)
-    (example,) = blocks(TEXT, "python")
-    exec(compile(example, "README.md", "exec"), {})
+    maps, pictures = blocks(TEXT, "python")
+    exec(compile(maps, "README.md", "exec"), {})
+    assert "(1, 18, 3) (512, 512, 3) []" in capsys.readouterr().out
+    exec(compile(pictures, "README.md", "exec"), {})
     (written,) = tmp_path.glob("*.png")
     assert load_picture(written).std() > 10  # a picture, not one flat colour

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,17 @@ from controlkit.training.draws import Draws
 from controlkit.training.world import World
 
 _SHOWN = 4
+_LINTED = 16
 _NEW_PARTS = ("controlnet_cond_embedding", "controlnet_down_blocks", "controlnet_mid_block")
+
+
+def _report_bad_maps(kind: str, maps: Sequence[NDArray[np.uint8]], report: Callable[[str], None]) -> None:
+    """Say before the first step what is wrong with the maps, each thing once."""
+    from controlkit.preprocessors import lint
+
+    found = Counter(f"{finding.message}; {finding.cure}" for image in maps for finding in lint(image, kind))
+    for text, count in found.items():
+        report(f"{count} of the first {len(maps)} {kind} maps: {text}")
 
 
 class ControlNetTask:
@@ -44,6 +55,9 @@ class ControlNetTask:
             raise ValueError(
                 f"base {recipe.base!r} is an SDXL: adapters can be trained for SD1 and SD2 so far"
             )
+        _report_bad_maps(
+            recipe.map, [world.map(recipe.map, i) for i in range(min(len(world), _LINTED))], report
+        )
         self.latents = cached_latents(world, self.base.vae, report=report)
         self.text = cached_text(
             world.captions, self.base.text_encoders[0], self.base.tokenizers[0], report=report

@@ -1,4 +1,4 @@
-"""Good and damaged maps for measuring the lint: varied pictures, rendered scenes, rooms, poses, and what goes wrong.
+"""Good and damaged maps to measure the lint with: pictures, scenes, rooms, poses, and what goes wrong.
 
 Everything follows from a split's name and a seed. The split "tune" is what the lint's thresholds were chosen
 on; "report" has other photographs, other scenes and other random draws, and gives the published figures.
@@ -13,7 +13,7 @@ import numpy as np
 from skimage import data
 
 from controlkit.figures import render
-from controlkit.preprocessors import draw_poses
+from controlkit.preprocessors import draw_poses, lint
 from controlkit.preprocessors.skeleton import COLOURS, LIMBS
 
 Random = np.random.Generator
@@ -57,11 +57,11 @@ def photograph(split: str, rng: Random) -> np.ndarray:
 
 
 @cache
-def _scene(split: str, seed: int, pixels: int):  # noqa: ANN202
+def _scene(split: str, seed: int, pixels: int):
     return render(seed, size=pixels, split="train" if split == "tune" else "validation")
 
 
-def scene(split: str, rng: Random):  # noqa: ANN201
+def scene(split: str, rng: Random):
     """A scene of the bundled world."""
     return _scene(split, int(rng.integers(120)), int(rng.choice([128, 256])))
 
@@ -83,7 +83,8 @@ def canny(split: str, rng: Random) -> np.ndarray:
 
 _TEMPLATE = np.array(
     [(0, -4.2), (0, -3), (-1, -3), (-1.3, -1.6), (-1.4, -0.2), (1, -3), (1.3, -1.6), (1.4, -0.2), (-0.6, 0),
-     (-0.7, 2), (-0.7, 4), (0.6, 0), (0.7, 2), (0.7, 4), (-0.25, -4.5), (0.25, -4.5), (-0.6, -4.4), (0.6, -4.4)]
+     (-0.7, 2), (-0.7, 4), (0.6, 0), (0.7, 2), (0.7, 4),
+     (-0.25, -4.5), (0.25, -4.5), (-0.6, -4.4), (0.6, -4.4)]
 )  # fmt: skip
 
 
@@ -225,8 +226,8 @@ def openpose(split: str, rng: Random) -> np.ndarray:
 
 
 def room(rng: Random) -> tuple[np.ndarray, np.ndarray]:
-    """Metric depth (H, W; inf in the sky) and normals (H, W, 3) of a floor, walls, balls and boxes, in perspective."""
-    width, height = size(rng)
+    """Metric depth (H, W; inf in the sky) and normals (H, W, 3) of a floor, walls, balls and boards."""
+    width, height = (min(side, 640) for side in size(rng))
     focal = rng.uniform(0.6, 1.6) * max(width, height)
     pitch = rng.normal(0.12, 0.15)  # downwards
     x, y = np.meshgrid((np.arange(width) - width / 2) / focal, (np.arange(height) - height / 2) / focal)
@@ -265,7 +266,9 @@ def room(rng: Random) -> tuple[np.ndarray, np.ndarray]:
     return depth, normals
 
 
-def _cast_ball(rays: np.ndarray, centre: np.ndarray, radius: float, depth: np.ndarray, normals: np.ndarray) -> None:
+def _cast_ball(
+    rays: np.ndarray, centre: np.ndarray, radius: float, depth: np.ndarray, normals: np.ndarray
+) -> None:
     a, b = (rays**2).sum(-1), rays @ centre
     inside = b**2 - a * (centre @ centre - radius**2)
     hit = np.where(inside > 0, (b - np.sqrt(np.maximum(inside, 0))) / a, np.inf)
@@ -274,7 +277,9 @@ def _cast_ball(rays: np.ndarray, centre: np.ndarray, radius: float, depth: np.nd
     normals[nearer] = (rays[nearer] * hit[nearer][:, None] - centre) / radius
 
 
-def _cast_board(rays: np.ndarray, centre: np.ndarray, half: np.ndarray, depth: np.ndarray, normals: np.ndarray) -> None:
+def _cast_board(
+    rays: np.ndarray, centre: np.ndarray, half: np.ndarray, depth: np.ndarray, normals: np.ndarray
+) -> None:
     hit = np.where(rays[..., 2] > 1e-6, centre[2] / np.maximum(rays[..., 2], 1e-6), np.inf)
     at = rays * np.where(np.isfinite(hit), hit, 0)[..., None]
     nearer = (np.abs(at[..., 0] - centre[0]) < half[0]) & (np.abs(at[..., 1] - centre[1]) < half[1])
@@ -283,7 +288,7 @@ def _cast_board(rays: np.ndarray, centre: np.ndarray, half: np.ndarray, depth: n
 
 
 def metric(split: str, rng: Random) -> np.ndarray:
-    """Metric depth from a room, a scene or the stereo motorcycle (its left part to tune on, its right to report)."""
+    """Metric depth of a room, a scene or the stereo motorcycle (its left to tune on, its right to report)."""
     choice = rng.random()
     while choice < 0.6:
         far = room(rng)[0]
@@ -303,7 +308,7 @@ def metric(split: str, rng: Random) -> np.ndarray:
 
 
 def levels(values: np.ndarray, rng: Random) -> np.ndarray:
-    """Any (H, W) values as an 8-bit map: the whole range, or between percentiles; sometimes smooth, as a network's."""
+    """Any (H, W) values as an 8-bit map, all or between percentiles; sometimes smooth or noisy."""
     values = values.astype(np.float32)
     if rng.random() < 0.4:
         values = cv2.GaussianBlur(values, (0, 0), rng.uniform(0.5, 3))
@@ -379,3 +384,161 @@ GOOD = {
     "scribble": scribble,
     "normal": normal,
 }
+
+
+# --- damages ---
+
+
+def jpeg(image: np.ndarray, rng: Random, lowest: int = 30, highest: int = 95) -> np.ndarray:
+    """The map after JPEG of a random quality."""
+    quality = int(rng.integers(lowest, highest + 1))
+    data = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
+    return cv2.imdecode(data, cv2.IMREAD_COLOR)[..., ::-1]
+
+
+def resized(image: np.ndarray, rng: Random) -> np.ndarray:
+    """The map after linear, cubic or area resizing."""
+    factor = float(rng.choice([rng.uniform(0.5, 0.9), rng.uniform(1.1, 2)]))
+    methods = [cv2.INTER_LINEAR, cv2.INTER_CUBIC, cv2.INTER_AREA]
+    return cv2.resize(image, None, fx=factor, fy=factor, interpolation=int(rng.choice(methods)))
+
+
+def blurred(image: np.ndarray, rng: Random) -> np.ndarray:
+    """The map after a Gaussian."""
+    return cv2.GaussianBlur(image, (0, 0), rng.uniform(0.6, 2))
+
+
+def thickened(image: np.ndarray, rng: Random) -> np.ndarray:
+    """Lines of two to five pixels."""
+    side = int(rng.integers(2, 6))
+    return cv2.dilate(image, np.ones((side, side), np.uint8))
+
+
+def darker(image: np.ndarray, rng: Random) -> np.ndarray:
+    """Less bright by a quarter to two thirds."""
+    return (image * rng.uniform(0.33, 0.75)).astype(np.uint8)
+
+
+def steps(image: np.ndarray, rng: Random) -> np.ndarray:
+    """Only every 8th to 24th level."""
+    step = int(rng.choice([8, 12, 16, 24]))
+    return image // step * np.uint8(step)
+
+
+def in_colours(image: np.ndarray, rng: Random) -> np.ndarray:
+    """Depth in one of the usual colour maps."""
+    names = ("INFERNO", "MAGMA", "VIRIDIS", "JET", "TURBO", "PLASMA")
+    return cv2.applyColorMap(image[..., 0].copy(), getattr(cv2, f"COLORMAP_{rng.choice(names)}"))[..., ::-1]
+
+
+def on_colour(image: np.ndarray, rng: Random) -> np.ndarray:
+    """A pose on white or grey."""
+    drawn = image.max(axis=2, keepdims=True) > 0
+    return np.where(drawn, image, np.uint8(rng.choice([255, 128, 60])))
+
+
+def recoloured(image: np.ndarray, rng: Random) -> np.ndarray:
+    """A pose in other colours: 3, as in COCO's drawings, or many at random."""
+    colours = [(51, 153, 255), (0, 255, 0), (255, 128, 0)]
+    if rng.random() < 0.7:
+        colours = [tuple(rng.permutation([rng.integers(150, 256), rng.integers(256), 0])) for _ in range(18)]
+    codes = image.astype(np.int32) @ np.array([65536, 256, 1])
+    made = np.zeros_like(image)
+    for i, code in enumerate(np.unique(codes[codes > 0])):
+        made[codes == code] = colours[i % len(colours)]
+    return made
+
+
+def edges_by_channel(split: str, rng: Random) -> np.ndarray:
+    """Canny of each channel of a colour photograph."""
+    while True:
+        picture = photograph(split, rng)
+        if np.mean(picture[..., 0] != picture[..., 1]) > 0.5:
+            edges = [cv2.Canny(np.ascontiguousarray(picture[..., c]), 80, 160) for c in range(3)]
+            if np.count_nonzero(edges) > 0.01 * picture.size:
+                return cv2.merge(edges)
+
+
+def almost_empty(split: str, rng: Random) -> np.ndarray:
+    """A few stray pixels."""
+    width, height = size(rng)
+    image = np.zeros((height, width, 3), np.uint8)
+    for _ in range(int(rng.integers(0, 4))):
+        image[rng.integers(height), rng.integers(width)] = 255
+    return image
+
+
+def constant(split: str, rng: Random) -> np.ndarray:
+    """One level everywhere."""
+    width, height = size(rng)
+    return np.full((height, width, 3), rng.integers(1, 256), np.uint8)
+
+
+Make = Callable[[str, Random], np.ndarray]
+
+
+def damaged(make: Make, damage: Callable[[np.ndarray, Random], np.ndarray]) -> Make:
+    """What makes a good map and damages it."""
+    return lambda split, rng: np.ascontiguousarray(damage(make(split, rng), rng))
+
+
+def inverted(make: Make) -> Make:
+    """What makes the inverse of a map."""
+    return damaged(make, lambda image, _: 255 - image)
+
+
+def swapped(make: Make) -> Make:
+    """What makes a map with red and blue exchanged."""
+    return damaged(make, lambda image, _: image[..., ::-1])
+
+
+DAMAGED: list[tuple[str, str, Make, tuple[str, ...]]] = [
+    ("canny", "inverted", inverted(canny), ("inverted",)),
+    ("canny", "JPEG 30 to 95", damaged(canny, jpeg), ("jpeg",)),
+    ("canny", "resized smoothly", damaged(canny, resized), ("grey",)),
+    ("canny", "blurred", damaged(canny, blurred), ("grey",)),
+    ("canny", "thickened", damaged(canny, thickened), ("thick", "full")),
+    ("canny", "each channel alone", edges_by_channel, ("coloured",)),
+    ("canny", "nearly empty", almost_empty, ("empty",)),
+    ("canny", "a photograph", photograph, ("photo", "wrong-kind")),
+    ("canny", "a depth map", depth, ("wrong-kind",)),
+    ("canny", "a pose", openpose, ("wrong-kind",)),
+    ("openpose", "BGR", swapped(openpose), ("channels",)),
+    ("openpose", "other palette", damaged(openpose, recoloured), ("palette",)),
+    ("openpose", "darker", damaged(openpose, darker), ("level",)),
+    ("openpose", "inverted", inverted(openpose), ("inverted",)),
+    ("openpose", "on white or grey", damaged(openpose, on_colour), ("background",)),
+    ("openpose", "JPEG 30 to 95", damaged(openpose, jpeg), ("jpeg",)),
+    ("openpose", "resized smoothly", damaged(openpose, resized), ("grey",)),
+    ("openpose", "blurred", damaged(openpose, blurred), ("grey",)),
+    ("openpose", "style v1.0", lambda split, rng: old_pose(*poses(split, rng)), ("style",)),
+    ("openpose", "limbs in full colour", lambda split, rng: full_colour_pose(*poses(split, rng)), ("style",)),
+    ("openpose", "a photograph", photograph, ("photo", "wrong-kind")),
+    ("openpose", "a canny map", canny, ("wrong-kind",)),
+    ("openpose", "a depth map", depth, ("wrong-kind",)),
+    ("depth", "inverted", inverted(depth), ("far-white",)),
+    ("depth", "metric, far is white", metric_depth, ("far-white",)),
+    ("depth", "a colour map", damaged(depth, in_colours), ("colour-map",)),
+    ("depth", "every 8th to 24th level", damaged(depth, steps), ("banded",)),
+    ("depth", "constant", constant, ("constant",)),
+    ("depth", "a photograph", photograph, ("photo", "wrong-kind")),
+    ("depth", "a canny map", canny, ("wrong-kind",)),
+    ("depth", "a pose", openpose, ("wrong-kind",)),
+    ("softedge", "inverted", inverted(softedge), ("inverted",)),
+    ("softedge", "a photograph", photograph, ("photo", "wrong-kind")),
+    ("scribble", "inverted", inverted(scribble), ("inverted",)),
+    ("scribble", "a depth map", depth, ("wrong-kind",)),
+    ("normal", "BGR", swapped(normal), ("channels",)),
+    ("normal", "a photograph", photograph, ("photo", "wrong-kind")),
+    ("normal", "a depth map", depth, ("wrong-kind",)),
+]
+"""Kind, what is wrong with it, what makes it, and the codes that name it rightly."""
+
+
+def codes_found(kind: str, make: Make, split: str, count: int) -> list[set[str]]:
+    """The codes that the lint finds in each of ``count`` maps."""
+    found = []
+    for number in range(count):
+        image = make(split, np.random.default_rng([len(split), number]))
+        found.append({finding.code for finding in lint(image, kind)})
+    return found

@@ -1,8 +1,9 @@
 """Maps made by ControlKit beside controlnet-aux and plain OpenCV, in one run, outputs compared first.
 
-`uv run python tests/benchmarks/preprocess.py` takes about ten minutes on two cores; `--quick` two. Pictures are
-parts of the photographs that scikit-image ships. One picture: CPU time on one thread. A folder: wall time from
-JPEG files to PNG files, with as many threads as there are cores.
+`uv run python tests/benchmarks/preprocess.py` takes about a quarter of an hour on two cores; `--quick` three
+minutes. Pictures are parts of the photographs that scikit-image ships. One picture: CPU time on one thread. A
+folder: wall time from JPEG files to PNG files, with as many threads as there are cores. Last, reading people off
+OpenPose's network output, as in pose.py.
 """
 
 import argparse
@@ -15,7 +16,6 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-
 from pairs import Ratio, compare
 from PIL import Image
 from skimage import data
@@ -77,7 +77,10 @@ def one_picture(size: int, rounds: int) -> Iterator[tuple[str, Ratio]]:
         assert np.array_equal(ours(other).image[..., 0], cv2.Canny(other, 100, 200))
     assert np.array_equal(ours(picture).image, aux())
     clock = time.process_time
-    yield "cv2.Canny on RGB, itself again", compare(opencv, lambda: cv2.Canny(picture, 100, 200), rounds=rounds, clock=clock)
+    yield (
+        "cv2.Canny on RGB, itself again",
+        compare(opencv, lambda: cv2.Canny(picture, 100, 200), rounds=rounds, clock=clock),
+    )
     yield "cv2.Canny on RGB", compare(opencv, lambda: ours(picture), rounds=rounds, clock=clock)
     yield "controlnet-aux", compare(aux, lambda: ours(picture), rounds=rounds, clock=clock)
 
@@ -133,7 +136,6 @@ def main() -> None:
     for size in sizes:
         print(f"| canny: controlnet-aux and Pillow | {size} | {folder(size, count, rounds)} |", flush=True)
     print()
-
 
 
 if __name__ == "__main__":

@@ -1,0 +1,322 @@
+"""Poses in and out of other people's JSON, and changed."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_detectors import save_pose_model
+
+from controlkit import preprocessors
+from controlkit.preprocessors import (
+    Poses,
+    crop_poses,
+    drop_limbs,
+    drop_people,
+    drop_random_limbs,
+    jitter_poses,
+    keep_people,
+    mirror_poses,
+    move_person,
+    poses_to_map,
+    read_poses,
+    scale_poses,
+    write_poses,
+)
+from controlkit.preprocessors.skeleton import FACE_MIRROR, coco133_to_openpose
+
+R_SHOULDER, R_ELBOW, R_WRIST, L_SHOULDER, L_ELBOW, L_WRIST = 2, 3, 4, 5, 6, 7
+_LIMBS = "Shoulder", "Elbow", "Wrist"
+_HEAD = ["REye", "LEye", "REar", "LEar"]
+_ARMS = ["Nose", "Neck", *("R" + name for name in _LIMBS), *("L" + name for name in _LIMBS)]
+_LEGS = ["RHip", "RKnee", "RAnkle", "LHip", "LKnee", "LAnkle"]
+_FEET = ["LBigToe", "LSmallToe", "LHeel", "RBigToe", "RSmallToe", "RHeel"]
+BODY_25 = [*_ARMS, "MidHip", *_LEGS, *_HEAD, *_FEET]
+BODY_18 = [*_ARMS, *_LEGS, *_HEAD]
+
+
+def some_poses(count: int = 2, *, width: int = 400, height: int = 300, whole: bool = False) -> Poses:
+    rng = np.random.default_rng(count)
+
+    def points(*shape: int) -> np.ndarray:
+        made = rng.uniform([0, 0, 0.5], [width - 1, height - 1, 1], (*shape, 3))
+        if whole:
+            made[..., :2] = np.floor(made[..., :2])
+        made[rng.uniform(size=shape) < 0.2] = 0
+        return made
+
+    return Poses(points(count, 18), width, height, hands=points(count, 2, 21), faces=points(count, 70))
+
+
+def same(one: Poses, other: Poses) -> None:
+    np.testing.assert_array_equal(one.people, other.people)
+    np.testing.assert_array_equal(one.hands, other.hands)
+    np.testing.assert_array_equal(one.faces, other.faces)
+    assert (one.width, one.height) == (other.width, other.height)
+
+
+# --- JSON ---
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_hands_and_faces_survive_json(tmp_path: Path, count: int) -> None:
+    poses = some_poses(count)
+    poses.hands[:1, 0] = 0  # a hand that is absent
+    write_poses(tmp_path / "pose.json", poses)
+    same(read_poses(tmp_path / "pose.json"), poses)
+
+
+def read(tmp_path: Path, obj: Any, **size: int) -> Poses:
+    (tmp_path / "pose.json").write_text(json.dumps(obj))
+    return read_poses(tmp_path / "pose.json", **size)
+
+
+def test_what_openpose_itself_writes(tmp_path: Path) -> None:
+    """--write_json: version, person_id, BODY_25, 3D lists that are empty, and no size of the canvas."""
+    body = [[10.5 + i, 20.25 + i, 0.5] for i in range(25)]
+    person = {
+        "person_id": [-1],
+        "pose_keypoints_2d": np.ravel(body).tolist(),
+        "face_keypoints_2d": [],
+        "hand_left_keypoints_2d": [1.5] * 63,
+        "hand_right_keypoints_2d": [],
+        "pose_keypoints_3d": [],
+        "face_keypoints_3d": [],
+    }
+    obj = {"version": 1.3, "people": [person]}
+    with pytest.raises(ValueError, match=r"no canvas_width .*it can be given as width"):
+        read(tmp_path, obj)
+    poses = read(tmp_path, obj, width=640, height=480)
+    assert (poses.width, poses.height) == (640, 480)
+    for name, joint in zip(BODY_18, poses.people[0], strict=True):
+        assert joint.tolist() == body[BODY_25.index(name)]
+    assert (poses.hands[0, 0] == 1.5).all()
+    assert not poses.hands[0, 1].any()
+    assert not poses.faces.any()
+    assert read(tmp_path, {"version": 1.3, "people": []}, width=9, height=9).people.shape == (0, 18, 3)
+
+
+def test_what_the_a1111_extension_writes(tmp_path: Path) -> None:
+    """A list of one, whole numbers, null for what is absent, animals."""
+    person = {
+        "pose_keypoints_2d": [100, 50, 1] * 17 + [0, 0, 0],
+        "hand_right_keypoints_2d": None,
+        "hand_left_keypoints_2d": None,
+        "face_keypoints_2d": None,
+    }
+    obj = [{"people": [person], "animals": [], "canvas_height": 512, "canvas_width": 768.0}]
+    poses = read(tmp_path, obj)
+    assert (poses.width, poses.height) == (768, 512)
+    assert poses.people[0, :17].tolist() == [[100, 50, 1]] * 17
+    assert not poses.people[0, 17].any()
+    assert read(tmp_path, obj, width=5, height=5).width == 768  # what the file says comes first
+
+
+def test_fractions_of_the_canvas_are_recognised(tmp_path: Path) -> None:
+    """ComfyUI's nodes keep coordinates in [0, 1]."""
+    person = {
+        "pose_keypoints_2d": [0.5, 0.25, 1.0, 0.0, 1.0, 1.0] + [0.0, 0.0, 0.0] * 16,
+        "face_keypoints_2d": [0.125, 0.5, 1.0] * 68,
+    }
+    poses = read(tmp_path, {"people": [person], "canvas_height": 400, "canvas_width": 800})
+    assert poses.people[0, :3].tolist() == [[400, 100, 1], [0, 400, 1], [0, 0, 0]]
+    assert (poses.faces[0, :68] == [100, 200, 1]).all()
+    assert not poses.faces[0, 68:].any()  # the pupils: 68 points have none, and this body has no eyes
+    whole = {"pose_keypoints_2d": [1, 1, 1] + [0] * 51}
+    poses = read(tmp_path, {"people": [whole], "canvas_height": 400, "canvas_width": 800})
+    assert poses.people[0, 0].tolist() == [1, 1, 1]  # a pixel
+
+
+@pytest.mark.parametrize(
+    ("obj", "message"),
+    [
+        ([{"people": []}] * 3, "holds 3 pictures; one"),
+        ({"people": [{"face_keypoints_2d": [1] * 210}]}, "no list 'pose_keypoints_2d'"),
+        ({"people": [{"pose_keypoints_2d": None, "hand_left_keypoints_2d": [1] * 60}]}, "has 20 points"),
+        ({"people": [{"pose_keypoints_2d": [], "face_keypoints_2d": [None] * 210}]}, "not a finite number"),
+        ({"people": [{"pose_keypoints_2d": [], "face_keypoints_2d": "all"}]}, "no list 'face_keypoints_2d'"),
+        ({"people": [{"pose_keypoints_2d": [True] * 54}]}, "not a finite number"),
+        ({"people": [{"pose_keypoints_2d": [10**400] * 54}]}, "not a finite number"),
+        ({"people": [], "canvas_width": "640"}, "no canvas_width"),
+        ({"people": [], "canvas_width": 640.5}, "no canvas_width"),
+    ],
+)
+def test_other_json_is_refused_in_one_line(tmp_path: Path, obj: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        read(tmp_path, obj)
+    assert "\n" not in str(caught.value)
+
+
+# --- changes ---
+
+
+def test_scaled_poses_draw_where_the_larger_picture_shows_them() -> None:
+    poses = some_poses()
+    large = scale_poses(poses, 800, 900)
+    np.testing.assert_allclose(large.people, poses.people * [2, 3, 1])
+    np.testing.assert_allclose(large.faces, poses.faces * [2, 3, 1])
+    fitted = scale_poses(poses, 800, 900, keep_aspect=True)
+    seen = poses.people[..., 2] > 0
+    np.testing.assert_allclose(fitted.people[seen], (poses.people * [2, 2, 1] + [0, 150, 0])[seen])
+    assert not fitted.people[~seen].any()
+    assert scale_poses(poses, 400, 300) is poses
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_mirrored_pose_is_drawn_as_the_mirrored_people(whole: bool) -> None:
+    poses = some_poses(3, whole=whole)
+    mirrored = mirror_poses(poses)
+    same_place = mirror_poses(mirrored)
+    np.testing.assert_allclose(same_place.people, poses.people, atol=1e-9)
+    np.testing.assert_allclose(same_place.hands, poses.hands, atol=1e-9)
+    np.testing.assert_allclose(same_place.faces, poses.faces, atol=1e-9)
+    # Points of faces have one colour: their picture is flipped to the pixel.
+    if not whole:
+        parts = Poses(np.zeros((3, 18, 3)), 400, 300, faces=poses.faces)
+        flipped, before = (poses_to_map(faces).image for faces in (mirror_poses(parts), parts))
+        inner = np.s_[:, 5:-5]  # at x = 0 a point counts as absent
+        np.testing.assert_array_equal(flipped[inner], before[:, ::-1][inner])
+    left, right = mirrored.people[0, L_WRIST], poses.people[0, R_WRIST]
+    assert left[1:].tolist() == right[1:].tolist()
+    if right[2]:
+        assert math.floor(left[0]) == 399 - math.floor(right[0])
+        assert not whole or left[0] == 399 - right[0]
+    assert mirrored.hands[1, 0, 4, 1] == poses.hands[1, 1, 4, 1]
+
+
+def test_a_face_mirrors_into_itself() -> None:
+    assert sorted(FACE_MIRROR) == list(range(70))
+    assert [FACE_MIRROR[FACE_MIRROR[i]] for i in range(70)] == list(range(70))
+    fixed = [i for i in range(70) if FACE_MIRROR[i] == i]
+    assert fixed == [8, 27, 28, 29, 30, 33, 51, 57, 62, 66]  # chin, bridge of the nose, middle of the lips
+    assert [FACE_MIRROR[i] for i in (0, 17, 21, 31, 36, 39, 40, 48, 55, 60, 65, 68)] == [
+        16, 26, 22, 35, 45, 42, 47, 54, 59, 64, 67, 69,
+    ]  # fmt: skip
+
+
+def test_one_person_moves() -> None:
+    poses = some_poses()
+    moved = move_person(poses, 1, dx=10, dy=-5)
+    np.testing.assert_array_equal(moved.people[0], poses.people[0])
+    seen = poses.hands[1][..., 2] > 0
+    np.testing.assert_allclose(moved.hands[1][seen], (poses.hands[1] + [10, -5, 0])[seen])
+    assert not moved.hands[1][~seen].any()
+    half = move_person(poses, 0, scale=0.5)
+    spread = [np.ptp(p.faces[0][p.faces[0][:, 2] > 0][:, 0]) for p in (poses, half)]
+    assert spread[1] == pytest.approx(spread[0] / 2)
+    with pytest.raises(ValueError, match="no person 2: the poses have 2"):
+        move_person(poses, 2)
+    with pytest.raises(ValueError, match="scaled by 0"):
+        move_person(poses, 0, scale=0)
+
+
+def test_jitter_is_noise_that_a_seed_repeats() -> None:
+    poses = some_poses(40)
+    one, other = (jitter_poses(poses, np.random.default_rng(3), 2.0) for _ in range(2))
+    same(one, other)
+    seen = poses.people[..., 2] > 0
+    shift = (one.people - poses.people)[seen][:, :2]
+    assert shift.std() == pytest.approx(2.0, rel=0.1)
+    assert not one.people[~seen].any()
+    seen_hand = (poses.hands[:, 0, :, 2] > 0) & (poses.people[:, L_WRIST, 2:] > 0)
+    of_hand = (one.hands - poses.hands)[:, 0]
+    of_wrist = (one.people - poses.people)[:, L_WRIST]
+    for person in range(40):
+        np.testing.assert_allclose(
+            of_hand[person][seen_hand[person]],
+            np.tile(of_wrist[person], (seen_hand[person].sum(), 1)),
+            atol=1e-9,
+        )
+    same(jitter_poses(poses, np.random.default_rng(0), 0.0), poses)
+    with pytest.raises(ValueError, match="jitter is -1 pixels"):
+        jitter_poses(poses, np.random.default_rng(0), -1)
+
+
+def test_limbs_are_dropped_by_name() -> None:
+    poses = some_poses()
+    dropped = drop_limbs(poses, ["left-arm", "face"], people=[1])
+    np.testing.assert_array_equal(dropped.people[0], poses.people[0])
+    assert not dropped.people[1, [L_ELBOW, L_WRIST]].any()
+    np.testing.assert_array_equal(dropped.people[1, L_SHOULDER], poses.people[1, L_SHOULDER])
+    assert not dropped.hands[1, 0].any()
+    assert dropped.hands[1, 1].any()
+    assert not dropped.faces[1].any()
+    assert not drop_limbs(poses, "right-hand").hands[:, 1].any()
+    with pytest.raises(ValueError, match=r"unknown limb 'left-amr' \(did you mean 'left-arm'\?\)"):
+        drop_limbs(poses, ["left-amr"])
+    with pytest.raises(ValueError, match="no person 7"):
+        drop_limbs(poses, ["face"], people=[7])
+
+
+def test_limbs_are_dropped_at_random() -> None:
+    poses = some_poses(200)
+    poses.people[..., 2] = 1
+    dropped = drop_random_limbs(poses, np.random.default_rng(0), 0.3)
+    gone = dropped.people[..., 2] == 0
+    assert gone[:, L_ELBOW].mean() == pytest.approx(0.3, abs=0.1)
+    assert (gone[:, L_ELBOW] == gone[:, L_WRIST]).all()
+    assert not gone[:, [1, 2, 5, 8, 11]].any()
+    same(drop_random_limbs(poses, np.random.default_rng(0), 0.0), poses)
+    with pytest.raises(ValueError, match="from 0 to 1, not 2"):
+        drop_random_limbs(poses, np.random.default_rng(0), 2)
+
+
+def test_people_are_kept_and_dropped() -> None:
+    poses = some_poses(3)
+    np.testing.assert_array_equal(keep_people(poses, [2, 0]).faces, poses.faces[[2, 0]])
+    np.testing.assert_array_equal(drop_people(poses, [1]).hands, poses.hands[[0, 2]])
+    assert keep_people(poses, []).people.shape == (0, 18, 3)
+    with pytest.raises(ValueError, match="no person -1"):
+        drop_people(poses, [-1])
+
+
+def test_a_crop_sees_what_a_cropped_picture_shows() -> None:
+    poses = some_poses(2)
+    poses.people[1], poses.hands[1], poses.faces[1] = 0, 0, 0
+    poses.people[1, 0] = 10, 10, 1
+    cropped = crop_poses(poses, 100, 50, 200, 150)
+    assert (cropped.width, cropped.height) == (200, 150)
+    assert len(cropped.people) == 1  # the other had only a joint outside
+    x, y, score = poses.people[0].T
+    inside = (x >= 100) & (x < 300) & (y >= 50) & (y < 200) & (score > 0)
+    assert 0 < inside.sum() < 18
+    np.testing.assert_allclose(cropped.people[0][inside], (poses.people[0] - [100, 50, 0])[inside])
+    assert not cropped.people[0][~inside].any()
+    whole = crop_poses(poses, 100, 50, 200, 150, keep_outside=True)
+    assert len(whole.people) == 2
+    assert whole.people[1, 0].tolist() == [-90, -40, 1]
+    with pytest.raises(ValueError, match="0 x 5 pixels has no room"):
+        crop_poses(poses, 0, 0, 0, 5)
+
+
+# --- COCO-WholeBody ---
+
+
+def test_wholebody_keypoints_find_their_place() -> None:
+    keypoints = np.array([[i, 1000 + i, 0.9] for i in range(133)])
+    keypoints[100, 2] = 0
+    body, hands, face = coco133_to_openpose(keypoints)
+    assert body[0].tolist() == [0, 1000, 0.9]
+    assert hands[0, 0, 0] == 91  # left wrist
+    assert hands[1, 20, 0] == 132
+    assert not hands[0, 9].any()
+    assert face[0, 0] == 23
+    assert face[67, 0] == 90
+    assert face[68:, 0].tolist() == [2, 1]  # COCO's right eye is its third point, the left its second
+
+
+def test_a_wholebody_network_gives_hands_and_faces(tmp_path: Path) -> None:
+    save_pose_model(tmp_path, keypoints=133)
+    picture = np.random.default_rng(0).integers(0, 255, (90, 120, 3), dtype=np.uint8)
+    options = {"model": str(tmp_path), "threshold": 0.0}
+    whole = preprocessors.get("openpose", **options, hands=True, face=True)(picture)
+    body = preprocessors.get("openpose", **options)(picture)
+    assert whole.poses is not None
+    assert body.poses is not None
+    assert whole.poses.hands.any()
+    assert whole.poses.faces.any()
+    assert not body.poses.hands.any()
+    np.testing.assert_array_equal(whole.poses.people, body.poses.people)
+    assert (whole.image != body.image).any()
