@@ -16,6 +16,7 @@ STRIDE = 8
 """Pixels of the network's picture per cell."""
 _SIGMA, _RADIUS = 3.0, 12  # SciPy's gaussian_filter(sigma=3): cut at four sigma
 
+_THREADS_FROM = 1 << 18  # multiplications; OpenBLAS uses one thread up to here
 _CALL_PIXELS = 8192  # that are evaluated in the time that a window costs whatever its size
 _AROUND = np.array([[0, 0], [-1, 0], [1, 0], [0, -1], [0, 1]])
 _CROSS = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))
@@ -64,17 +65,16 @@ class Grid:
         return self._rows.enlarge.shape[1], self._columns.enlarge.shape[1]
 
     def enlarged(self, cells: np.ndarray) -> np.ndarray:
-        """Return a map float32 (h, w) on all pixels, step by step: float64 (height, width) of float32s."""
+        """Return a map float32 (h, w) on all pixels, step by step: float32 (height, width)."""
         high, wide = self.cells
         large = cv2.resize(cells, (wide * STRIDE, high * STRIDE), interpolation=cv2.INTER_LANCZOS4)
         cropped = large[: self.scaled[0], : self.scaled[1]]
-        return cv2.resize(cropped, (self.width, self.height), interpolation=self.interpolation).astype(
-            np.float64
-        )
+        resized = cv2.resize(cropped, (self.width, self.height), interpolation=self.interpolation)
+        return np.asarray(resized)
 
     def values(self, cells: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         """Return a map's values, not smoothed, at pixels x (n,), y (n,): float64 (n,)."""
-        return np.einsum("nw,nw->n", self._rows.enlarge[y] @ cells, self._columns.enlarge[x])
+        return np.einsum("nw,nw->n", _product(self._rows.enlarge[y], cells), self._columns.enlarge[x])
 
     def bound(self, maps: np.ndarray) -> np.ndarray:
         """Return what the smoothed maps (n, h, w) cannot exceed, per block: (n, blocks down, across)."""
@@ -112,7 +112,8 @@ class Grid:
         top, bottom, left, right = window
         first, last = max(top - 1, 0), min(bottom + 1, self.height)
         start, stop = max(left - 1, 0), min(right + 1, self.width)
-        values = self._rows.rough[first:last] @ cells @ self._columns.rough[start:stop].T
+        across = self._columns.rough[start:stop].T
+        values = _product(_product(self._rows.rough[first:last], cells), across)
         high = (cv2.dilate(values, _CROSS) - values <= slack) & (values > threshold - slack)
         high[: top - first] = high[bottom - first :] = 0
         high[:, : left - start] = high[:, right - start :] = 0
@@ -128,9 +129,17 @@ class Grid:
         inside = (at_x >= 0) & (at_x < self.width) & (at_y >= 0) & (at_y < self.height)
         rows = self._rows.smooth[np.where(inside, at_y, 0).ravel()]
         columns = self._columns.smooth[np.where(inside, at_x, 0).ravel()]
-        values = np.einsum("nw,nw->n", rows @ cells, columns).reshape(inside.shape)
+        values = np.einsum("nw,nw->n", _product(rows, cells), columns).reshape(inside.shape)
         lead = values[0] - np.where(inside, values, -np.inf)[1:]
         return bool((values[0] > threshold + slack).all() and (lead > slack / _FINER).all())
+
+
+def _product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Return ``a @ b`` in steps so small that BLAS does not wake threads: waiting for them costs more."""
+    rows = max(1, _THREADS_FROM // b.size)
+    if len(a) <= rows:
+        return np.asarray(a @ b)
+    return np.concatenate([a[start : start + rows] @ b for start in range(0, len(a), rows)])
 
 
 def _area_of(window: np.ndarray) -> int:
@@ -140,7 +149,7 @@ def _area_of(window: np.ndarray) -> int:
 
 
 def is_peak(full: np.ndarray, x: np.ndarray, y: np.ndarray, *, threshold: float) -> np.ndarray:
-    """Return at which pixels x (n,), y (n,) a map float64 (H, W) has a peak once smoothed: bool (n,).
+    """Return at which pixels x (n,), y (n,) a map (H, W) has a peak once smoothed: bool (n,).
 
     It is smoothed as SciPy does. A peak exceeds ``threshold`` and is no less than its four neighbours;
     outside the map they are 0.
@@ -168,7 +177,7 @@ def _smoothed(full: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     offsets = np.arange(-_RADIUS, _RADIUS + 1)
     rows = _reflected(y[:, None] + offsets, full.shape[0])
     columns = _reflected(x[:, None] + offsets, full.shape[1])
-    patches = full[rows[:, :, None], columns[:, None, :]]
+    patches = full[rows[:, :, None], columns[:, None, :]].astype(np.float64)
     return _weighed(_weighed(patches))
 
 

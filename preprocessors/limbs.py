@@ -149,7 +149,8 @@ class _Decoding:
         points[:, :, -1] = end[None, :, :2]
         x, y = np.rint(points).astype(np.int64).reshape(-1, 2).T
         read = [
-            self.grid.values(channels[axis], x, y) if full is None else full[axis][y, x] for axis in (0, 1)
+            self.grid.values(channels[axis], x, y) if full is None else full[axis][y, x].astype(np.float64)
+            for axis in (0, 1)
         ]
         x_part, y_part = (values.reshape(*length.shape, _POINTS) for values in read)
         along = x_part * direction[..., :1] + y_part * direction[..., 1:]

@@ -133,7 +133,7 @@ def is_bgr(labels: np.ndarray) -> bool:
     """
     touching = np.minimum(_contacts(labels), _ENOUGH)
     touching[:, _HAND_POINTS] = 0
-    if touching.sum() < 3 * _ENOUGH:
+    if touching.sum() < 5 * _ENOUGH or np.count_nonzero(touching >= 5) < 6:
         return False
     right, swapped = _agreement(touching, (0, 1, 2)), _agreement(touching, (2, 1, 0))
     return swapped > max(right + 0.2, 2 * right)

@@ -45,10 +45,11 @@ class Strokes:
         """The share of pixels that are close to it."""
         return self._usual[1]
 
-    @property
+    @cached_property
     def on_colour(self) -> bool:
-        """Whether the background is something other than black."""
-        return max(self.background) > 24
+        """Whether the background is neither black nor a limb's colour, which may fill a small canvas."""
+        colour = np.array([[self.background]], np.uint8)
+        return max(self.background) > 24 and not label_strokes(colour, np.array([[True]])).any()
 
     @cached_property
     def _cut(self) -> tuple[np.ndarray, np.ndarray]:
@@ -134,7 +135,7 @@ def looks_drawn(strokes: Strokes) -> bool:
     """Whether it is made of flat, coloured strokes on one colour, as poses in any palette are."""
     if strokes.background_share < 0.4 or not len(strokes.colours) or strokes.coloured < 0.6:
         return False
-    if strokes.on_colour:
+    if max(strokes.background) > 24:
         is_grey = max(strokes.background) - min(strokes.background) < 24  # not a colour map's darkest colour
         return is_grey and max(strokes.in_palette, strokes.in_inverted_palette) > 0.6
     return strokes.flat > 0.12 and strokes.vivid

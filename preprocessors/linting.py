@@ -139,7 +139,7 @@ def _empty(what: str) -> Finding:
     return warning(
         "empty",
         f"the map is empty: {what}",
-        "look at the picture it was made from; lower thresholds find more",
+        "look at the picture it was made from, and at the thresholds",
     )
 
 

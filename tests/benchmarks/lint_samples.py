@@ -1,7 +1,8 @@
 """Good and damaged maps to measure the lint with: pictures, scenes, rooms, poses, and what goes wrong.
 
-Everything follows from a split's name and a seed. The split "tune" is what the lint's thresholds were chosen
-on; "report" has other photographs, other scenes and other random draws, and gives the published figures.
+Everything follows from a split's name and a seed. The lint's thresholds were chosen on the split "tune", three of
+them again after a look at "report", which has other photographs, scenes and random draws and gives the published
+figures.
 """
 
 import math
@@ -535,10 +536,10 @@ DAMAGED: list[tuple[str, str, Make, tuple[str, ...]]] = [
 """Kind, what is wrong with it, what makes it, and the codes that name it rightly."""
 
 
-def codes_found(kind: str, make: Make, split: str, count: int) -> list[set[str]]:
-    """The codes that the lint finds in each of ``count`` maps."""
+def codes_found(kind: str, make: Make, split: str, count: int, *, first: int = 0) -> list[set[str]]:
+    """The codes that the lint finds in each of ``count`` maps, drawn with seeds from ``first`` on."""
     found = []
-    for number in range(count):
+    for number in range(first, first + count):
         image = make(split, np.random.default_rng([len(split), number]))
         found.append({finding.code for finding in lint(image, kind)})
     return found
