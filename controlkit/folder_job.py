@@ -15,12 +15,13 @@ from typing import Protocol
 from controlkit import preprocessors
 from controlkit.generate_job import Report
 from controlkit.map_folder import METADATA, SHEET, MapFolder
-from controlkit.map_pipeline import MapPipeline
+from controlkit.map_pipeline import MapPipeline, Outcome
 from controlkit.picture_files import DEPTH_SUFFIXES, SUFFIXES, Picture, find_pictures
 from controlkit.preprocess_job import Beside, reads_depth, settings_of_kinds
 from controlkit.processes import Processes
 
 DEFAULT_BATCH = 4
+BLACK_NAMED = 10  # so many black maps are named one by one; all are counted
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ class Result:
     """Maps that were made now."""
     kept: int = 0
     """Maps that were there."""
+    black: list[Path] = field(default_factory=list)
+    """Maps that were made now and show nothing."""
     failed: list[tuple[Path, str]] = field(default_factory=list)
     """Pictures without their maps, and why."""
     complete: int = 0
@@ -58,6 +61,8 @@ class Result:
         if self.kept:
             parts.append(f"{self.kept} were there")
         parts.append(f"{self.complete} pictures complete")
+        if self.black:
+            parts.append(f"{len(self.black)} maps black")
         if self.without_caption:
             parts.append(f"{self.without_caption} without a caption")
         if self.failed:
@@ -119,9 +124,10 @@ def run(job: Plan, report: FolderReport) -> Result:
         job.folder.prepare()
     processes.wait()
     _make_maps(job, processes, result, report)
-    counts = processes.gather([(result.made, result.kept, result.failed)])
-    result.made, result.kept = sum(made for made, _, _ in counts), sum(kept for _, kept, _ in counts)
-    result.failed = [failure for _, _, failed in counts for failure in failed]
+    shares = processes.gather([result])
+    result.made, result.kept = sum(share.made for share in shares), sum(share.kept for share in shares)
+    result.black = [path for share in shares for path in share.black]
+    result.failed = [failure for share in shares for failure in share.failed]
     if processes.is_first:
         _finish(job, result)
     processes.wait()
@@ -147,13 +153,17 @@ def _make_maps(job: Plan, processes: Processes, result: Result, report: FolderRe
     report.status(f"{', '.join(extractors)}: {len(todo)} of {len(pictures)} pictures")
     done = 0
 
-    def finished(picture: Picture, made: int, failure: str) -> None:
+    def finished(picture: Picture, outcome: Outcome) -> None:
         nonlocal done
         done += 1
-        result.made += made
-        if failure:
-            result.failed.append((picture.path, failure))
-            report.note(f"skipped: {failure}")
+        result.made += outcome.made
+        for kind in outcome.black:
+            result.black.append(job.folder.map_path(kind, picture))
+            if len(result.black) <= BLACK_NAMED:
+                report.note(f"{result.black[-1]} is black: nothing was found that a picture could follow")
+        if outcome.failure:
+            result.failed.append((picture.path, outcome.failure))
+            report.note(f"skipped: {outcome.failure}")
         report.progress(done, len(todo), f"{len(result.failed)} failed" if result.failed else "")
 
     pipeline = MapPipeline(job.folder, extractors, workers=job.workers, batch=job.batch, beside=job.beside)

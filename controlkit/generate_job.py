@@ -325,7 +325,7 @@ def _control(source: Source, base: Base, width: int, height: int, report: Report
         report.status(f"extracting the {record.kind} map from {record.path}")
         bundled = base.name in BUNDLED
         options = extractor_options(record.kind, bundled=bundled, device=str(base.device))
-        image = preprocessors.get(record.kind, **options)(image).image
+        image = preprocessors.get(record.kind, **options).extract([image])[0].image
         warn_if_black(image, f"the {record.kind} map of {record.path}")
     return Control(adapter, image, scale=record.scale, start=record.start, end=record.end)
 

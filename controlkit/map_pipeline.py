@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,16 +25,28 @@ if TYPE_CHECKING:
 
 _DECODED_AHEAD = 2  # batches of decoded pictures that may wait for the device
 
-Finished = Callable[[Picture, int, str], None]
-"""Told of each picture: how many maps were made of it, and in words why not all, or ""."""
-
 
 @dataclass
-class _Decoded:
+class Outcome:
+    """What became of one picture."""
+
     pixels: np.ndarray | None = None
-    """Of a picture whose maps want a device, uint8 (H, W, 3)."""
+    """Of a picture whose maps want a device, until they are made, uint8 (H, W, 3)."""
     made: int = 0
+    """How many maps were made."""
+    black: list[str] = field(default_factory=list)
+    """The kinds of which nothing was found."""
     failure: str = ""
+    """In words, why not all maps were made."""
+
+    def add(self, made: Map) -> None:
+        """Count a map."""
+        self.made += 1
+        if not made.image.any():
+            self.black.append(made.kind)
+
+
+Finished = Callable[[Picture, Outcome], None]
 
 
 class MapPipeline:
@@ -73,10 +85,10 @@ class MapPipeline:
 
     def _decoded(
         self, pool: ThreadPoolExecutor, missing: Mapping[Picture, Sequence[str]]
-    ) -> Iterator[list[tuple[Picture, Future[_Decoded]]]]:
+    ) -> Iterator[list[tuple[Picture, Future[Outcome]]]]:
         """Groups of a batch's size, decoded ahead but never far."""
         ahead = self._workers + _DECODED_AHEAD * self._batch
-        waiting: deque[tuple[Picture, Future[_Decoded]]] = deque()
+        waiting: deque[tuple[Picture, Future[Outcome]]] = deque()
         for picture, kinds in missing.items():
             waiting.append((picture, pool.submit(self._decode, picture, kinds)))
             if len(waiting) > ahead:
@@ -84,9 +96,9 @@ class MapPipeline:
         while waiting:
             yield [waiting.popleft() for _ in range(min(self._batch, len(waiting)))]
 
-    def _decode(self, picture: Picture, kinds: Sequence[str]) -> _Decoded:
+    def _decode(self, picture: Picture, kinds: Sequence[str]) -> Outcome:
         """Read a picture and make what needs no device. A failure is returned in words, not raised."""
-        decoded = _Decoded()
+        decoded = Outcome()
         try:
             pixels = images.load_picture(picture.path) if self._folder.has_pictures else None
             maps = [self._light_map(kind, picture, pixels) for kind in kinds if kind in self._light]
@@ -95,9 +107,9 @@ class MapPipeline:
             return decoded
         for made in maps:
             self._write(picture, made)
+            decoded.add(made)
         if self._folder.has_pictures:
             self._folder.keep_picture(picture)
-        decoded.made = len(maps)
         if any(kind in self._heavy for kind in kinds):
             decoded.pixels = pixels
         return decoded
@@ -110,7 +122,7 @@ class MapPipeline:
     def _finish(
         self,
         pool: ThreadPoolExecutor,
-        group: list[tuple[Picture, Future[_Decoded]]],
+        group: list[tuple[Picture, Future[Outcome]]],
         missing: Mapping[Picture, Sequence[str]],
         finished: Finished,
     ) -> None:
@@ -128,12 +140,13 @@ class MapPipeline:
                 if isinstance(made, ValueError):
                     decoded.failure = f"{picture.path}: {made}"
                 else:
-                    decoded.made += 1
+                    decoded.add(made)
                     writing.append(pool.submit(self._write, picture, made))
         for future in writing:
             future.result()
         for picture, decoded in results:
-            finished(picture, decoded.made, decoded.failure)
+            decoded.pixels = None
+            finished(picture, decoded)
 
     def _write(self, picture: Picture, made: Map) -> None:
         # not durable: what a power failure leaves empty is made again

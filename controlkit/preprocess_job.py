@@ -107,7 +107,8 @@ def settings_of_kinds(
 def run(job: Plan, report: Report) -> list[Path]:
     """Extract the map and write it; returns the files written, the map first."""
     report.status(f"loading the {job.kind} preprocessor")
-    made = preprocessors.get(job.kind, **job.settings)(job.picture)
+    extract = preprocessors.get(job.kind, **job.settings)
+    (made,) = extract.extract(extract.load(job.picture)[0])
     warn_if_black(made.image, f"the {job.kind} map")
     return write_map(job.output, made, job.beside)
 

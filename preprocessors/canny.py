@@ -3,6 +3,8 @@
 import math
 import zlib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 
 import cv2
 import numpy as np
@@ -15,6 +17,7 @@ LOW, HIGH = 100.0, 200.0
 
 _HIGHEST = 2041.0  # |dx| + |dy| of a 3 x 3 Sobel gradient ends at 2040
 _STRIP_ROWS = 64  # the gradients of one strip stay in the processor's cache
+_WORTH_THREADS = 500_000  # pixels; below, starting a thread takes longer than it saves
 _AUTO_SHARE, _AUTO_RATIO, _AUTO_FLOOR = 0.9, 0.4, 40.0
 _FARTHEST_THRESHOLD = 1e6  # beyond any gradient, within OpenCV's integers
 
@@ -139,29 +142,60 @@ def canny_edges(
 
 
 def _strongest_gradients(picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return (dx, dy), int16 (H, W), of each pixel's strongest channel, computed in strips."""
+    """Return the 3 x 3 Sobel gradient (dx, dy), int16 (H, W), of each pixel's strongest channel.
+
+    A large picture is divided among as many threads as OpenCV is allowed.
+    """
     height, width = picture.shape[:2]
     dx, dy = np.empty((height, width), np.int16), np.empty((height, width), np.int16)
-    for top in range(0, height, _STRIP_ROWS):
-        bottom = min(height, top + _STRIP_ROWS)
-        above, below = min(top, 1), min(height - bottom, 1)  # a 3 x 3 gradient looks one row beyond
-        strip_dx, strip_dy = _strongest_gradient(picture[top - above : bottom + below])
-        inner = slice(above, above + bottom - top)
-        dx[top:bottom], dy[top:bottom] = strip_dx[inner], strip_dy[inner]
+    threads = cv2.getNumThreads() if height * width >= _WORTH_THREADS else 1
+    ends = [height * band // threads for band in range(threads + 1)]
+    bands = list(pairwise(ends))
+    if threads == 1:
+        _fill_band(picture, dx, dy, *bands[0])
+    else:
+        with ThreadPoolExecutor(threads - 1) as pool:
+            others = [pool.submit(_fill_band, picture, dx, dy, *band) for band in bands[1:]]
+            _fill_band(picture, dx, dy, *bands[0])
+            for other in others:
+                other.result()
     return dx, dy
 
 
-def _strongest_gradient(strip: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the 3 x 3 Sobel gradient (dx, dy), int16 (H, W), of each pixel's strongest channel."""
-    (best_dx, best_dy), *others = [
-        cv2.spatialGradient(channel, ksize=3, borderType=cv2.BORDER_REPLICATE) for channel in cv2.split(strip)
-    ]
-    best = cv2.add(np.abs(best_dx), np.abs(best_dy))
-    for left, (dx, dy) in zip((1, 0), others, strict=True):
-        strength = cv2.add(np.abs(dx), np.abs(dy))
-        stronger = cv2.compare(strength, best, cv2.CMP_GT)
-        cv2.copyTo(dx, stronger, best_dx)
-        cv2.copyTo(dy, stronger, best_dy)
-        if left:  # a channel is to come that is compared
-            best = cv2.max(best, strength)
-    return best_dx, best_dy
+def _fill_band(picture: np.ndarray, dx: np.ndarray, dy: np.ndarray, first: int, last: int) -> None:
+    """Fill the rows from ``first`` to before ``last`` of the strongest channel's gradient.
+
+    Computed in strips of rows whose arrays stay in the processor's cache and are used again.
+    """
+    height, width = picture.shape[:2]
+    rows = min(_STRIP_ROWS, last - first) + 2  # a 3 x 3 gradient looks one row beyond
+    channels = np.empty((3, rows, width), np.uint8)
+    all_dx, all_dy, strength, spare = (np.empty((3, rows, width), np.int16) for _ in range(4))
+    for top in range(first, last, _STRIP_ROWS):
+        bottom = min(last, top + _STRIP_ROWS)
+        above, below = min(top, 1), min(height - bottom, 1)
+        seen = bottom - top + above + below
+        cv2.split(picture[top - above : bottom + below], [channel[:seen] for channel in channels])
+        for channel, channel_dx, channel_dy in zip(channels, all_dx, all_dy, strict=True):
+            gradient = channel_dx[:seen], channel_dy[:seen]
+            cv2.spatialGradient(channel[:seen], *gradient, ksize=3, borderType=cv2.BORDER_REPLICATE)
+        np.abs(all_dx, out=strength)
+        np.abs(all_dy, out=spare)
+        np.add(strength, spare, out=strength)
+        inner = slice(above, above + bottom - top)
+        _take_strongest(
+            dx[top:bottom], dy[top:bottom], all_dx[:, inner], all_dy[:, inner], strength[:, inner]
+        )
+
+
+def _take_strongest(
+    dx: np.ndarray, dy: np.ndarray, all_dx: np.ndarray, all_dy: np.ndarray, strength: np.ndarray
+) -> None:
+    """Fill (dx, dy), each (h, w), from the strongest of three channels, (3, h, w); the first on ties."""
+    dx[:], dy[:] = all_dx[0], all_dy[0]
+    for channel in (1, 2):
+        stronger = cv2.compare(strength[channel], strength[0], cv2.CMP_GT)
+        cv2.copyTo(all_dx[channel], stronger, dx)
+        cv2.copyTo(all_dy[channel], stronger, dy)
+        if channel == 1:
+            cv2.max(strength[0], strength[1], strength[0])

@@ -86,6 +86,7 @@ class Preprocessor(ABC):
         """
         pictures, is_batch = self.load(image)
         maps = self.extract(pictures)
+        self._remark(maps)
         return maps if is_batch else maps[0]
 
     def load(self, image: "Source | Sequence[Source]") -> tuple[list[np.ndarray], bool]:
@@ -105,6 +106,9 @@ class Preprocessor(ABC):
             self._resized(made, picture.shape[1], picture.shape[0])
             for made, picture in zip(maps, pictures, strict=True)
         ]
+
+    def _remark(self, maps: Sequence[Map]) -> None:  # noqa: B027
+        """Warn of what whoever calls this preprocessor should know of its maps; by default of nothing."""
 
     @abstractmethod
     def _extract(self, pictures: Sequence[np.ndarray]) -> list[Map]:

@@ -1,5 +1,6 @@
 """OpenPose maps: the joints of the people in a picture, found by a network and drawn."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -74,6 +75,12 @@ class OpenPose(Preprocessor):
         assert made.poses is not None
         drawn = self._drawn(scale_poses(made.poses, width, height))
         return replace(drawn, params=drawn.params | {"resolution": self.resolution})
+
+    def _remark(self, maps: Sequence[Map]) -> None:
+        empty = sum(made.poses is not None and not len(made.poses.people) for made in maps)
+        if empty:
+            of_many = f" in {empty} of {len(maps)} pictures" if len(maps) > 1 else ""
+            warnings.warn(f"no person was found{of_many}: the openpose map is black", stacklevel=3)
 
     def _seen(self, poses: Poses) -> Poses:
         """Return poses without points that score too low, parts that were not asked for, and empty people."""

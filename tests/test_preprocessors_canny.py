@@ -34,6 +34,18 @@ def test_every_size_gives_opencvs_bytes() -> None:
                 assert np.array_equal(canny_edges(picture, low=low, high=high), expected), (height, width)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+def test_threads_change_nothing(threads: int) -> None:
+    photograph = np.tile(data.astronaut(), (2, 2, 1))[:1003, :997]
+    expected = cv2.Canny(photograph, 100, 200)
+    before = cv2.getNumThreads()
+    cv2.setNumThreads(threads)
+    try:
+        assert np.array_equal(canny_edges(photograph, low=100, high=200), expected)
+    finally:
+        cv2.setNumThreads(before)
+
+
 def test_a_picture_that_is_not_contiguous() -> None:
     flipped = data.astronaut()[::-1, ::-1]
     expected = cv2.Canny(np.ascontiguousarray(flipped), 100, 200)

@@ -233,6 +233,7 @@ def save_zoe_model(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # in transformers 5.17
 def test_zoedepth_is_metric_and_its_padding_is_cut_off(tmp_path: Path) -> None:
     from transformers import AutoImageProcessor, AutoModelForDepthEstimation
 

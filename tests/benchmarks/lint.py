@@ -1,8 +1,8 @@
 """How often the lint is right: `uv run python tests/benchmarks/lint.py`; a table in Markdown.
 
-The maps are those of the split "report". Thresholds were chosen on other photographs, scenes and draws (`--tune`),
-but this split was looked at more than once on the way, and three limits were changed for what it showed. `--fresh`
-draws anew from its photographs and scenes, with seeds that nothing was changed for.
+The maps are those of the split "report". Thresholds were chosen on other photographs, scenes and draws
+(`--tune`), but this split was looked at more than once on the way, and three limits were changed for what it
+showed. `--fresh` draws anew from its photographs and scenes, with seeds that nothing was changed for.
 """
 
 import statistics
@@ -13,7 +13,6 @@ import numpy as np
 from lint_samples import DAMAGED, GOOD, codes_found
 
 from controlkit.preprocessors import lint
-
 
 FRESH = 100_000
 

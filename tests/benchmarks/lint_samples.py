@@ -1,8 +1,8 @@
 """Good and damaged maps to measure the lint with: pictures, scenes, rooms, poses, and what goes wrong.
 
-Everything follows from a split's name and a seed. The lint's thresholds were chosen on the split "tune", three of
-them again after a look at "report", which has other photographs, scenes and random draws and gives the published
-figures.
+Everything follows from a split's name and a seed. The lint's thresholds were chosen on the split "tune",
+three of them again after a look at "report", which has other photographs, scenes and random draws and
+gives the published figures.
 """
 
 import math

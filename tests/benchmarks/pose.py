@@ -8,6 +8,7 @@ first. CPU time on one thread. The last line sets controlnet_aux beside itself: 
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,21 +33,22 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="pairs per line (default 7)")
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="sides of the pictures in pixels")
     given = parser.parse_args()
+    print_table(given.sizes, given.rounds)
+
+
+def print_table(sizes: Sequence[int], rounds: int) -> None:
+    """Print a row for each size and number of people, and one of controlnet_aux beside itself."""
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
     body = networks.fixed_body(import_annotator("open_pose"))
     print("| pixels | people | controlnet_aux | ours | ratio (quartiles) |")
     print("|---|---|---|---|---|")
-    for side in given.sizes:
+    for side in sizes:
         for people in PEOPLE:
-            print(
-                f"| {side} x {side} | {people} | {measured(body, side, people, given.rounds)} |", flush=True
-            )
-    side = given.sizes[0]
+            print(f"| {side} x {side} | {people} | {measured(body, side, people, rounds)} |", flush=True)
+    side = sizes[0]
     picture, _ = prepared(body, side, 1)
-    twice = compare(
-        lambda: body(picture), lambda: body(picture), rounds=given.rounds, clock=time.process_time
-    )
+    twice = compare(lambda: body(picture), lambda: body(picture), rounds=rounds, clock=time.process_time)
     print(f"| {side} x {side} | 1, controlnet_aux twice | {twice} |")
 
 
