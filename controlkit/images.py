@@ -530,7 +530,7 @@ def _upright_to_rgb(image: Image.Image, name: str) -> np.ndarray:
             raise _PictureRefused(str(error)) from error
     if image.has_transparency_data:
         return _on_white(np.asarray(image.convert("RGBA")))
-    return np.array(image.convert("RGB"))
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))  # convert always copies
 
 
 def _one_line(error: BaseException) -> str:

@@ -3,8 +3,6 @@
 import math
 import zlib
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
 
 import cv2
 import numpy as np
@@ -17,7 +15,6 @@ LOW, HIGH = 100.0, 200.0
 
 _HIGHEST = 2041.0  # |dx| + |dy| of a 3 x 3 Sobel gradient ends at 2040
 _STRIP_ROWS = 64  # the gradients of one strip stay in the processor's cache
-_WORTH_THREADS = 500_000  # pixels; below, starting a thread takes longer than it saves
 _AUTO_SHARE, _AUTO_RATIO, _AUTO_FLOOR = 0.9, 0.4, 40.0
 _FARTHEST_THRESHOLD = 1e6  # beyond any gradient, within OpenCV's integers
 
@@ -144,35 +141,16 @@ def canny_edges(
 def _strongest_gradients(picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the 3 x 3 Sobel gradient (dx, dy), int16 (H, W), of each pixel's strongest channel.
 
-    A large picture is divided among as many threads as OpenCV is allowed.
+    Computed in strips of rows whose arrays stay in the processor's cache and are used again. (Strips in
+    several threads take longer: the calls are too short to be worth handing over.)
     """
     height, width = picture.shape[:2]
     dx, dy = np.empty((height, width), np.int16), np.empty((height, width), np.int16)
-    threads = cv2.getNumThreads() if height * width >= _WORTH_THREADS else 1
-    ends = [height * band // threads for band in range(threads + 1)]
-    bands = list(pairwise(ends))
-    if threads == 1:
-        _fill_band(picture, dx, dy, *bands[0])
-    else:
-        with ThreadPoolExecutor(threads - 1) as pool:
-            others = [pool.submit(_fill_band, picture, dx, dy, *band) for band in bands[1:]]
-            _fill_band(picture, dx, dy, *bands[0])
-            for other in others:
-                other.result()
-    return dx, dy
-
-
-def _fill_band(picture: np.ndarray, dx: np.ndarray, dy: np.ndarray, first: int, last: int) -> None:
-    """Fill the rows from ``first`` to before ``last`` of the strongest channel's gradient.
-
-    Computed in strips of rows whose arrays stay in the processor's cache and are used again.
-    """
-    height, width = picture.shape[:2]
-    rows = min(_STRIP_ROWS, last - first) + 2  # a 3 x 3 gradient looks one row beyond
+    rows = min(_STRIP_ROWS, height) + 2  # a 3 x 3 gradient looks one row beyond
     channels = np.empty((3, rows, width), np.uint8)
     all_dx, all_dy, strength, spare = (np.empty((3, rows, width), np.int16) for _ in range(4))
-    for top in range(first, last, _STRIP_ROWS):
-        bottom = min(last, top + _STRIP_ROWS)
+    for top in range(0, height, _STRIP_ROWS):
+        bottom = min(height, top + _STRIP_ROWS)
         above, below = min(top, 1), min(height - bottom, 1)
         seen = bottom - top + above + below
         cv2.split(picture[top - above : bottom + below], [channel[:seen] for channel in channels])
@@ -186,6 +164,7 @@ def _fill_band(picture: np.ndarray, dx: np.ndarray, dy: np.ndarray, first: int, 
         _take_strongest(
             dx[top:bottom], dy[top:bottom], all_dx[:, inner], all_dy[:, inner], strength[:, inner]
         )
+    return dx, dy
 
 
 def _take_strongest(

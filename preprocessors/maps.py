@@ -51,7 +51,7 @@ class Map:
     @property
     def is_binary(self) -> bool:
         """Whether every value is 0 or 255."""
-        return bool(((self.image == 0) | (self.image == 255)).all())
+        return not bool((self.image + np.uint8(1) > 1).any())  # 255 + 1 is 0
 
 
 class Preprocessor(ABC):

@@ -45,16 +45,26 @@ class Silent:
 
 
 def photographs(size: int, count: int) -> Iterator[np.ndarray]:
-    """Yield `count` different square parts of photographs, uint8 (size, size, 3)."""
+    """Yield `count` different pictures, uint8 (size, size, 3), with the detail of photographs at any size.
+
+    Up to 512 pixels a part of a photograph; beyond, parts of 512 side by side: enlarged, they would have no
+    edges.
+    """
     rng = np.random.default_rng(size)
     sources = [load_picture(getattr(data, name)()) for name in PHOTOGRAPHS]
     for index in range(count):
-        source = sources[index % len(sources)]
-        height, width = source.shape[:2]
-        side = int(rng.uniform(0.6, 1.0) * min(height, width))
-        top, left = rng.integers(0, height - side + 1), rng.integers(0, width - side + 1)
-        part = source[top : top + side, left : left + side][:, :: rng.choice([1, -1])]
-        yield cv2.resize(part, (size, size), interpolation=cv2.INTER_CUBIC)
+        across = max(1, size // 512)
+        parts = [_part(sources[(index + k) % len(sources)], size // across, rng) for k in range(across**2)]
+        rows = [np.concatenate(parts[k : k + across], axis=1) for k in range(0, across**2, across)]
+        yield np.concatenate(rows)
+
+
+def _part(source: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+    height, width = source.shape[:2]
+    side = int(rng.uniform(0.6, 1.0) * min(height, width))
+    top, left = rng.integers(0, height - side + 1), rng.integers(0, width - side + 1)
+    part = source[top : top + side, left : left + side][:, :: rng.choice([1, -1])]
+    return cv2.resize(part, (size, size), interpolation=cv2.INTER_AREA if side > size else cv2.INTER_CUBIC)
 
 
 def aux_canny() -> Callable[..., object]:
