@@ -305,6 +305,17 @@ def test_joints_lie_beside_pose_maps(photos: Path, preprocess: Preprocess) -> No
         np.testing.assert_array_equal(images.load_picture(Path("set", row["openpose_file_name"])), drawn)
 
 
+def test_black_maps_are_named_and_counted(photos: Path, preprocess: Preprocess) -> None:
+    for index in range(12):
+        Image.new("RGB", (32, 32), (index, 0, 0)).save(f"photos/plain{index:02d}.png")
+    outcome = preprocess("canny", "photos", "-o", "set")
+    assert outcome.code == 0
+    assert "16 maps made, 16 pictures complete, 12 maps black" in outcome.out
+    notes = [line for line in outcome.err.splitlines() if "is black" in line]
+    assert len(notes) == folder_job.BLACK_NAMED
+    assert notes[0].startswith("set/canny/plain00.png is black: nothing was found")
+
+
 def test_a_full_disk_stops_the_job_in_one_line(photos: Path, tmp_path: Path) -> None:
     """On a real file system of one megabyte."""
     if os.geteuid() != 0 or not shutil.which("mount"):

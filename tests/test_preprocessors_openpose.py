@@ -258,7 +258,11 @@ def test_the_map_says_what_it_is(models: Path) -> None:
 
 
 def test_nobody_gives_a_black_map(models: Path) -> None:
-    made = preprocessors.get("openpose", model=str(models / "spot"))(np.zeros((64, 64, 3), np.uint8))
+    extract = preprocessors.get("openpose", model=str(models / "spot"))
+    with pytest.warns(UserWarning, match="^no person was found: the openpose map is black$"):
+        made = extract(np.zeros((64, 64, 3), np.uint8))
+    with pytest.warns(UserWarning, match="^no person was found in 2 of 2 pictures"):
+        extract(np.zeros((2, 64, 64, 3), np.uint8))
     assert made.poses is not None
     assert made.poses.people.shape == (0, 18, 3)
     assert made.image.shape == (64, 64, 3)
