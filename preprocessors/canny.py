@@ -14,7 +14,7 @@ LOW, HIGH = 100.0, 200.0
 """The thresholds that lllyasviel's ControlNets were trained with, version 1.1 excepted (random ones)."""
 
 _HIGHEST = 2041.0  # |dx| + |dy| of a 3 x 3 Sobel gradient ends at 2040
-_STRIP_ROWS = 64  # the gradients of one strip stay in the processor's cache
+_STRIP_PIXELS = 65536  # the gradients of one strip stay in the processor's cache
 _AUTO_SHARE, _AUTO_RATIO, _AUTO_FLOOR = 0.9, 0.4, 40.0
 _FARTHEST_THRESHOLD = 1e6  # beyond any gradient, within OpenCV's integers
 
@@ -146,11 +146,12 @@ def _strongest_gradients(picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     height, width = picture.shape[:2]
     dx, dy = np.empty((height, width), np.int16), np.empty((height, width), np.int16)
-    rows = min(_STRIP_ROWS, height) + 2  # a 3 x 3 gradient looks one row beyond
+    strip = min(height, max(16, _STRIP_PIXELS // width))
+    rows = strip + 2  # a 3 x 3 gradient looks one row beyond
     channels = np.empty((3, rows, width), np.uint8)
     all_dx, all_dy, strength, spare = (np.empty((3, rows, width), np.int16) for _ in range(4))
-    for top in range(0, height, _STRIP_ROWS):
-        bottom = min(height, top + _STRIP_ROWS)
+    for top in range(0, height, strip):
+        bottom = min(height, top + strip)
         above, below = min(top, 1), min(height - bottom, 1)
         seen = bottom - top + above + below
         cv2.split(picture[top - above : bottom + below], [channel[:seen] for channel in channels])

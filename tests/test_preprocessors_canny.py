@@ -46,6 +46,12 @@ def test_threads_change_nothing(threads: int) -> None:
         cv2.setNumThreads(before)
 
 
+@pytest.mark.parametrize(("height", "width"), [(17, 9000), (33, 4096), (300, 3000), (2100, 31), (1025, 64)])
+def test_strips_of_any_shape_give_opencvs_bytes(height: int, width: int) -> None:
+    photograph = np.resize(data.coffee(), (height, width, 3))
+    assert np.array_equal(canny_edges(photograph, low=100, high=200), cv2.Canny(photograph, 100, 200))
+
+
 def test_a_picture_that_is_not_contiguous() -> None:
     flipped = data.astronaut()[::-1, ::-1]
     expected = cv2.Canny(np.ascontiguousarray(flipped), 100, 200)

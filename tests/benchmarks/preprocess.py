@@ -1,10 +1,9 @@
 """Maps made by ControlKit beside controlnet-aux and plain OpenCV, in one run, outputs compared first.
 
-`uv run python tests/benchmarks/preprocess.py` takes about a quarter of an hour on two cores; `--quick` three
-minutes. Pictures are parts of the photographs that scikit-image ships. Single calls: CPU
-time on one thread, then wall time with OpenCV's own threads. A
-folder: wall time from JPEG files to PNG files, with as many threads as there are cores. Last, people are read
-off OpenPose's network output, as in pose.py.
+`uv run python tests/benchmarks/preprocess.py` takes about twenty minutes on two cores; `--quick` three.
+Pictures are made of the photographs that scikit-image ships. Single calls: CPU time on one thread, then wall
+time with as many threads of OpenCV's as there are cores. A folder: wall time from JPEG files to PNG files,
+with a thread on each core. Last, people are read off OpenPose's network output, as in pose.py.
 """
 
 import argparse
@@ -12,7 +11,7 @@ import os
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import cv2
@@ -132,30 +131,48 @@ def folder(size: int, count: int, rounds: int) -> Ratio:
         return compare(aux, ours, rounds=rounds)
 
 
+def print_calls(sizes: Sequence[int], rounds: int) -> None:
+    """Print the table of single calls."""
+    cores = len(os.sched_getaffinity(0))
+    print(
+        "| canny, six photographs | threads | size | peer | ControlKit | ratio |\n|---|---|---|---|---|---|"
+    )
+    before = cv2.getNumThreads()
+    for threads, clock in ((1, time.process_time), (cores, time.perf_counter)):
+        cv2.setNumThreads(threads)
+        for size in sizes:
+            for name, ratio in one_picture(size, rounds, clock):
+                print(f"| {name} | {threads} | {size} | {ratio} |", flush=True)
+    cv2.setNumThreads(before)
+
+
+def print_folders(sizes: Sequence[int], count: int) -> None:
+    """Print the table of folders."""
+    print(f"\n| {count} JPEGs to PNG maps | size | peer | ControlKit | ratio |\n|---|---|---|---|---|")
+    for size in sizes:
+        print(f"| canny: controlnet-aux and Pillow | {size} | {folder(size, count, 3)} |", flush=True)
+
+
+def print_poses(sizes: Sequence[int], rounds: int) -> None:
+    """Print the table of poses."""
+    print("\nReading people off OpenPose's network output:\n")
+    pose.print_table(sizes, rounds)
+
+
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="fewer rounds, smaller folders, not at 2048")
-    quick = parser.parse_args().quick
-    sizes = SIZES[:2] if quick else SIZES
-    cores = len(os.sched_getaffinity(0))
-    print(f"Medians over paired rounds, ratios with quartiles; {cores} cores.\n")
-    print(
-        "| canny, six photographs | threads | size | peer | ControlKit | ratio |\n|---|---|---|---|---|---|"
-    )
-    for threads, clock in ((1, time.process_time), (cores, time.perf_counter)):
-        cv2.setNumThreads(threads)
-        for size in sizes:
-            for name, ratio in one_picture(size, 5 if quick else 15, clock):
-                print(f"| {name} | {threads} | {size} | {ratio} |", flush=True)
-    count = 40 if quick else 200
-    print(f"\n| {count} JPEGs to PNG maps | size | peer | ControlKit | ratio |\n|---|---|---|---|---|")
-    for size in sizes:
-        print(f"| canny: controlnet-aux and Pillow | {size} | {folder(size, count, 3)} |", flush=True)
-    print("\nReading people off OpenPose's network output:\n")
-    pose.print_table(sizes[:2], 3 if quick else 5)
-    if not quick:
-        pose.print_table(sizes[2:], 3)
+    parser.add_argument("--only", choices=("calls", "folders", "poses"), help="one table")
+    given = parser.parse_args()
+    sizes = SIZES[:2] if given.quick else SIZES
+    print(f"Medians over paired rounds, ratios with quartiles; {len(os.sched_getaffinity(0))} cores.\n")
+    if given.only in (None, "calls"):
+        print_calls(sizes, 5 if given.quick else 15)
+    if given.only in (None, "folders"):
+        print_folders(sizes, 40 if given.quick else 200)
+    if given.only in (None, "poses"):
+        print_poses(sizes, 3 if given.quick else 5)
 
 
 if __name__ == "__main__":
