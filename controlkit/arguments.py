@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from controlkit.limits import check_scale
+from controlkit.picture_files import SUFFIXES
 
 _SETTING = re.compile(r"[a-z][a-z_0-9]*(\.[a-z][a-z_0-9]*)?=")
 
@@ -95,7 +96,8 @@ def is_one_map(kinds: Sequence[str], paths: Sequence[str], output: str | None) -
     """
     one = len(kinds) == len(paths) == 1 and not os.path.isdir(paths[0])
     one = one and (os.path.exists(paths[0]) or not glob.has_magic(paths[0]))
-    is_file = output is not None and output.lower().endswith(".png") and not os.path.isdir(output)
+    suffix = "" if output is None else os.path.splitext(output)[1].lower()
+    is_file = suffix in SUFFIXES and not os.path.isdir(str(output))
     if is_file and len(paths) == 1 and os.path.isdir(paths[0]):
         raise ValueError(f"{paths[0]} is a folder: its maps go into a folder, which -o names, not {output}")
     if is_file and not one:

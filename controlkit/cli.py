@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from controlkit.training.loop import Progress as Step
 
 PLAIN_SECONDS = 5.0  # between progress lines where there is no terminal to draw a bar in
+SHORTEST_TIMED = 0.2  # seconds; a rate over less says nothing
 
 
 _UsageError: Any = typer.BadParameter.__bases__[0]  # typer's copy of click has it, and no public name for it
@@ -144,6 +145,8 @@ class Terminal:
         now = time.monotonic()
         self._first = self._first or (now, done)
         seconds = (now - self._first[0]) / max(done - self._first[1], 1)  # for one step
+        if now - self._first[0] < SHORTEST_TIMED:
+            seconds = 0.0
         rate = "" if not seconds else f"{1 / seconds:.1f}/s" if seconds < 1 else f"{seconds:.1f} s each"
         left = f"{seconds * (total - done):.0f} s left" if seconds and done < total else ""
         if sys.stderr is not None and sys.stderr.isatty():

@@ -261,6 +261,8 @@ def test_captions_of_csv_and_odd_line_ends(tmp_path: Path) -> None:
         (("canny", "photos", "-o", "set", "low=abc"), "canny's low is 'abc'"),
         (("canny", "photos", "-o", "set.png"), "photos is a folder: its maps go into a folder"),
         (("canny,softedge", "photos/cat.png", "-o", "x.png"), "-o must name a folder"),
+        (("canny", "photos/cat.png", "photos/coffee.png", "-o", "x.JPG"), "-o must name a folder"),
+        (("canny", "photos/cat.png", "-o", "x.jpg"), "must end in .png"),
         (("canny", "photos", "-o", "photos/cat.png/x"), "cannot"),
         (("canny", "photos", "-o", "set", "--workers", "0"), "must be at least 1"),
         (("canny", "photos", "-o", "set", "--npy"), "no depth map is asked for"),
