@@ -63,7 +63,7 @@ class ControlNetTask:
             world.captions, self.base.text_encoders[0], self.base.tokenizers[0], report=report
         )
         if recipe.init is None:
-            self.controlnet = from_base(self.base, hint_channels=recipe.hint_channels, seed=recipe.seed)
+            self.controlnet = from_base(self.base, hint_channels=recipe.hint_channels or (8, 16, 48, 96), seed=recipe.seed)
         else:
             self.controlnet = load_adapter(recipe.init, base=self.base, dtype=torch.float32).controlnet
         trainable_parameters(self.controlnet, self.base.unet)

@@ -1,0 +1,152 @@
+"""The recipe of a control adapter, and its table of data."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PositiveInt, field_validator, model_validator
+
+from controlkit.training.config_base import Count, Factor, Probability, Rate, Recipe, Table, Weight, Widths
+
+FORMATS = ("auto", "imagefolder", "fill50k", "paired", "huggingface", "webdataset", "world")
+OPTIMIZERS = ("adamw", "adamw8bit", "adafactor", "lion", "prodigy", "schedule-free")
+TIMESTEPS = ("uniform", "stratified", "cubic", "logit-normal", "structure")
+Side = Annotated[int, Field(ge=0, le=16384, multiple_of=8)]
+
+
+class DataRecipe(Table):
+    """What is trained on: `[data]` in a recipe, `data.key=value` on the command line."""
+
+    source: Annotated[str, Field(min_length=1)] = "world"
+    """A folder, a metadata.jsonl or prompt.json, tar shards ("shards/*.tar"), a folder written by the library
+    datasets, a hub id of a data set ("owner/name"), or "world", the bundled one.
+    """
+    format: Literal[FORMATS] = "auto"  # type: ignore[valid-type]
+    split: str = "train"
+    """Of a Hugging Face data set."""
+    picture_column: str = ""
+    """Column or key with the picture; "" looks for the usual names."""
+    map_column: tuple[str, ...] = ()
+    """Column or key with the map; several are stacked into one, channel by channel. () looks for the usual
+    names.
+    """
+    caption_column: str = ""
+    maps: Literal["auto", "files", "made"] = "auto"
+    """Maps from files (pose JSON is drawn), or made of the pictures by the preprocessor `map`; auto: files
+    where the data has them.
+    """
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Options of the preprocessor; ranges such as "50..150" are drawn anew at each visit."""
+    map_mode: Literal["auto", "rgb", "grey"] = "auto"
+    """Channels of one map: 3, or 1; 16 bits are kept where grey maps have them. auto: rgb."""
+    map_blur: Probability = 0.0
+    """Share of visits whose map is blurred (spread 0.4 to 2 pixels): estimators draw softer depth than
+    renderers.
+    """
+    caption: str = ""
+    """Caption of pictures that have none."""
+    resolution: Side = 0
+    """Side of the squares that are trained on, or, with buckets, of a square of their area; 0: the base's."""
+    buckets: bool = False
+    """Keep aspect ratios: pictures go into buckets of about equal area, sides multiples of bucket_step."""
+    bucket_step: Annotated[int, Field(ge=8, le=1024, multiple_of=8)] = 64
+    bucket_ratio: Annotated[float, Field(ge=1, le=8, allow_inf_nan=False)] = 2.0
+    """Longest side to shortest, at most; beyond it pictures are cropped."""
+    crop: Literal["centre", "random"] = "centre"
+    crops: PositiveInt = 4
+    """How many different random crops a picture has; each visit takes one. All of them can be cached."""
+    flip: Probability = 0.0
+    """Share of visits that see the mirror image; the joints of poses change sides with it."""
+    limit: Count = 0
+    """Take the first N pairs only; 0 takes all."""
+    holdout: Count = 8
+    """Pairs kept back for samples, scores and the monitor; 0 shows pairs that are trained on."""
+    streaming: bool = False
+    """Read a Hugging Face data set from beginning to end, instead of fetching it first."""
+    shuffle_window: PositiveInt = 1000
+    """How many pairs of a stream are shuffled among themselves."""
+    bad: Literal["stop", "skip"] = "stop"
+    """A pair that cannot be used: stop before the first step and name it, or leave it out and say so."""
+    check: bool = True
+    """Look at every pair before the first step."""
+    cache: bool = True
+    """Encode pictures and captions once and keep the result on disk, by content."""
+    workers: Annotated[int, Field(ge=0, le=256)] = 2
+    """Threads that read and prepare pairs beside the training; the result does not depend on them."""
+
+    @field_validator("map_column", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) and value else value or ()
+
+
+class ControlNetRecipe(Recipe):
+    """A ControlNet on a locked base."""
+
+    task: Literal["controlnet"]
+    map: Annotated[str, Field(min_length=1)]
+    """The kind of map: canny, openpose, depth, another that `controlkit preprocess --list` names, or, for
+    maps from files, any word.
+    """
+    base: str = "tiny"
+    init: str | None = None
+    """Adapter (bundled name, folder, hub id) that is trained on. None: a fresh copy of the base's encoder."""
+    data: DataRecipe = DataRecipe()
+
+    accumulation: PositiveInt = 1
+    """Micro-batches of batch_size per step and process."""
+    hint_channels: Widths | None = None
+    """Widths of the hint encoder; the last three halve the map's size. None: what the base's family has."""
+    zero_convolution_rate: Factor = 10.0
+    """Learning rate of the zero convolutions, in units of learning_rate."""
+    hint_encoder_rate: Factor | None = None
+    """Learning rate of the hint encoder, in units of learning_rate. None: as the zero convolutions'."""
+    objective: Literal["base", "epsilon", "v_prediction", "sample"] = "base"
+    """What the loss compares; base: what the base predicts. Another one is computed from the prediction."""
+    min_snr_gamma: Weight = 0.0
+    """Weight the loss by min(SNR, gamma); 0 does not."""
+    noise_offset: Weight = 0.0
+    """Spread of a shift of each channel's noise, the same at every pixel."""
+    input_perturbation: Weight = 0.0
+    """Spread of further noise in what the networks see, not in what they are to predict."""
+    timesteps: Literal[TIMESTEPS] = "uniform"  # type: ignore[valid-type]
+    """How noise levels are drawn."""
+    zero_terminal_snr: bool = False
+    """Rescale the noise schedule so that its last step is pure noise; for bases that predict v or x_0."""
+    sd_locked: bool = True
+    """False trains the base's decoder, too, and writes it beside the adapter."""
+    only_mid_control: bool = False
+    """Train and apply the residual of the middle block alone."""
+    caption_dropout: Probability = 0.1
+    """Share of visits with an empty caption, drawn anew at each visit."""
+
+    optimizer: Literal[OPTIMIZERS] = "adamw"  # type: ignore[valid-type]
+    gradient_checkpointing: bool = False
+    """Compute the forward pass twice and keep less in memory."""
+    channels_last: bool = True
+    compile: bool = False
+    """torch.compile; worth its minutes on a GPU, for many steps."""
+
+    score_scenes: Count = 24
+    """Held-out scenes of the bundled world on which the scores at the end are measured; 0 skips them."""
+    score_every: Count = 0
+    """Steps between scores of control on held-out pairs; 0 takes them at the end only."""
+    monitor_every: Count = 50
+    """Steps between looks at whether the map is used; 0 never looks."""
+    bad_steps: PositiveInt = 5
+    """How many steps in a row may have no finite gradient before the run stops."""
+    trackers: tuple[str, ...] = ()
+    """tensorboard, wandb and whatever else accelerate knows."""
+    project: str = "controlkit"
+    """The name under which trackers file the run."""
+    push_to_hub: str = ""
+    """Repository on the hub ("owner/name") that gets the result after it is written; "" for none."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> ControlNetRecipe:
+        if self.warmup > self.steps:
+            raise ValueError(f"warmup={self.warmup} is longer than the training, steps={self.steps}")
+        return self
+
+
+__all__ = ["FORMATS", "OPTIMIZERS", "TIMESTEPS", "ControlNetRecipe", "DataRecipe", "Rate"]
