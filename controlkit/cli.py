@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from controlkit.preprocess_job import Beside
-    from controlkit.training.loop import Progress as Step
+    from controlkit.training.watch import Progress as Step
 
 PLAIN_SECONDS = 5.0  # between progress lines where there is no terminal to draw a bar in
 SHORTEST_TIMED = 0.2  # seconds; a rate over less says nothing
@@ -439,25 +439,88 @@ def lint(
         raise typer.Exit(1)
 
 
+data = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(data, name="data", help="Look at data sets before they are trained on.")
+
+
+@data.command("check", epilog="Example:  controlkit data check photos/ --map canny --sheet pairs.png")
+def data_check(
+    source: Annotated[
+        str, typer.Argument(metavar="FOLDER", help="A folder, metadata.jsonl, .tar shards, hub id ...")
+    ],
+    settings: Settings = None,
+    map_: Annotated[str, _option("KIND", "What the maps are.  [default: guessed]", "--map")] = "",
+    sheet: Annotated[Text, _option("FILE", "Write a contact sheet of some pairs, a .png.")] = None,
+    json: Annotated[Text, _option("FILE", "Write all that was found.")] = None,
+    lint: Annotated[bool, typer.Option(help="Look for mistakes in the maps, too.")] = True,
+) -> None:
+    """Open every pair once and say what cannot be used. Exit code 1 if anything cannot."""
+    from controlkit import arguments, data_job
+
+    with _terminal() as terminal:
+        result = data_job.check_data(
+            source,
+            report=terminal,
+            kind=map_,
+            settings=arguments.parse_settings(settings or ()),
+            sheet=sheet,
+            json=json,
+            lint=lint,
+        )
+    for line in result.lines:
+        print(line)
+    for path in result.written:
+        print(f"wrote {path}")
+    if result.code:
+        raise typer.Exit(result.code)
+
+
 @app.command(epilog="Example:  controlkit train tiny-canny out=my-run steps=200")
 def train(
-    recipe: Annotated[str, typer.Argument(help="A recipe's name or its .toml file.")],
+    recipe: Annotated[
+        str, typer.Argument(help="A recipe's name or its .toml file.", show_default=False)
+    ] = "",
     settings: Settings = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Say what memory and time it will take, and load nothing.")
+    ] = False,
+    find_batch: Annotated[
+        bool, typer.Option("--find-batch", help="Try which batch sizes fit, and how fast they are.")
+    ] = False,
+    diffusers_flags: Annotated[
+        str, _option("FLAGS", "Print the recipe for a train_controlnet.py command.", "--from-diffusers-flags")
+    ] = "",
 ) -> None:
     """Train a ControlNet from a recipe; what it learned lies in OUT/controlnet."""
+    if diffusers_flags:
+        from controlkit.training.flags import from_diffusers_flags
+
+        print(from_diffusers_flags(diffusers_flags), end="")
+        return
+    if not recipe:
+        raise ValueError(
+            "which recipe? give its name or its .toml file, such as: controlkit train tiny-canny"
+        )
+    if plan or find_batch:
+        _preview(recipe, settings or [], find_batch=find_batch)
+        return
     with _terminal() as terminal:
-        terminal.status("loading the libraries")
+        if os.environ.get("RANK", "0") == "0":  # of several processes the first one speaks
+            terminal.status("loading the libraries")
         from controlkit.training import train_recipe
 
         def show(step: Step) -> None:
             if step.message:
                 terminal.note(step.message)
             else:
-                terminal.progress(step.step, step.steps, f"loss {step.loss:.4f}")
+                gap = "" if step.gap is None else f"  gap {step.gap:.1%}"
+                terminal.progress(step.step, step.steps, f"loss {step.loss:.4f}{gap}")
 
         result = train_recipe(recipe, settings or [], progress=show)
     for line in result.lines:
         print(line)
+    if result.result is None:
+        return
     print(f"\nwrote {result.result}")
     if result.result.name == "controlnet":
         from controlkit.adapters import read_info
@@ -466,6 +529,21 @@ def train(
         named = shlex.quote(f"{kind}={result.result}")
         print("use it with:")
         print(f'  controlkit generate "a red figure" --control {kind}=PICTURE --adapter {named}')
+
+
+def _preview(recipe: str, settings: list[str], *, find_batch: bool) -> None:
+    """What a training will need, or which batches fit."""
+    with _terminal() as terminal:
+        terminal.status("loading the libraries")
+        from controlkit.training import previews
+
+        if find_batch:
+            note = lambda step: terminal.note(step.message)  # noqa: E731
+            lines = previews.find_batch_for(recipe, settings, progress=note)
+        else:
+            lines = previews.plan_recipe(recipe, settings)
+    for line in lines:
+        print(line)
 
 
 @app.command(epilog="Example:  controlkit measure -n 50 --adapter canny=runs/tiny-canny/controlnet")

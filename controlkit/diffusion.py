@@ -24,7 +24,8 @@ from controlkit.naming import unknown
 
 SCHEDULES = ("linear", "scaled_linear", "cosine")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
-TIMESTEP_KINDS = ("uniform", "stratified", "cubic")
+TIMESTEP_KINDS = ("uniform", "stratified", "cubic", "logit-normal", "structure")
+_STRUCTURE_SHIFT = 0.8  # of the logit-normal: its median is 0.69 T, where a picture's layout is decided
 
 _COSINE_OFFSET = 0.008  # s in Nichol & Dhariwal, section 3.2: keeps β_1 from vanishing
 _MAX_BETA = 0.999  # same section: keeps the last steps from being singular
@@ -188,9 +189,23 @@ def sample_timesteps(
     if kind == "stratified":
         start = torch.rand((), generator=generator, dtype=torch.float64)
         u = (start + torch.randperm(n, generator=generator) / n) % 1.0
-    elif kind == "cubic":
-        u = 1 - torch.rand(n, generator=generator, dtype=torch.float64) ** 3
     else:
+        u = torch.rand(n, generator=generator, dtype=torch.float64)
+    return place_timesteps(u, kind, num_train_timesteps=num_train_timesteps)
+
+
+def place_timesteps(u: Tensor, kind: str, *, num_train_timesteps: int = 1000) -> Tensor:
+    """Timesteps, int64, of uniform numbers ``u`` in [0, 1], float64, for a kind of :func:`sample_timesteps`.
+
+    ``logit-normal``: t/T = 1 / (1 + exp(-z)), z normal: seldom very noisy or very clean (Esser et al. 2024,
+    arXiv:2403.03206, section 3.1). ``structure``: the same shifted towards noise, where layout is decided.
+    Raises ValueError for an unknown kind.
+    """
+    if kind == "cubic":
+        u = 1 - u**3
+    elif kind in ("logit-normal", "structure"):
+        u = torch.sigmoid(torch.special.ndtri(u) + (_STRUCTURE_SHIFT if kind == "structure" else 0.0))
+    elif kind not in ("uniform", "stratified"):
         raise unknown("timestep sampling", kind, TIMESTEP_KINDS)
     return (u * num_train_timesteps).long().clamp(max=num_train_timesteps - 1)  # u = 1 would fall off the end
 

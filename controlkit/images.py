@@ -106,6 +106,20 @@ def check_picture(path: PathLike, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> tu
         return image.size
 
 
+def picture_size(source: "PathLike | bytes | np.ndarray") -> tuple[int, int]:
+    """Return the width and height that :func:`load_picture` would give, from a file's header alone.
+
+    Raises:
+        ValueError: as :func:`check_picture`.
+    """
+    if isinstance(source, np.ndarray):
+        return source.shape[1], source.shape[0]
+    with _opened(source, max_pixels=DEFAULT_MAX_PIXELS) as (image, _):
+        width, height = image.size
+        turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+        return (height, width) if turned else (width, height)
+
+
 def load_pictures(sources: "Source | Sequence[Source]") -> "tuple[list[np.ndarray], bool]":
     """Return one picture or a batch as a list of pictures, and whether it was a batch.
 
@@ -223,6 +237,31 @@ def map_to_cond(maps: np.ndarray | Sequence[np.ndarray]) -> "torch.Tensor":
     return _to_nchw(maps) / 255.0
 
 
+def maps_to_levels(maps: Sequence[np.ndarray]) -> "torch.Tensor":
+    """Return maps of one size, (H, W, C) of 8 or 16 bits and any number of channels, as (N, C, H, W).
+
+    The numbers stay as they are, a quarter (or half) of the memory of :func:`levels_to_cond`'s, which makes
+    of them what a network takes.
+
+    Raises:
+        ValueError: maps of different sizes, channels or bits.
+    """
+    import torch
+
+    kinds = sorted({f"{m.shape[1]} x {m.shape[0]} x {m.shape[2]} {m.dtype}" for m in maps})
+    if len(kinds) != 1:
+        raise ValueError(f"the maps of a batch must be alike, found: {', '.join(kinds) or 'no map'}")
+    return torch.from_numpy(np.ascontiguousarray(np.stack(maps).transpose(0, 3, 1, 2)))
+
+
+def levels_to_cond(levels: "torch.Tensor") -> "torch.Tensor":
+    """Return levels (N, C, H, W), uint8 or uint16, as ``controlnet_cond``: float32 in [0, 1]."""
+    import torch
+
+    assert levels.dtype in (torch.uint8, torch.uint16), levels.dtype
+    return levels.to(torch.float32) / (255.0 if levels.dtype == torch.uint8 else 65535.0)
+
+
 def tensor_to_pictures(x: "torch.Tensor") -> list[np.ndarray]:
     """Return a tensor (N, 3, H, W), nominally in [-1, 1], as N pictures, uint8 (H, W, 3).
 
@@ -329,8 +368,11 @@ def _redraw_lines(mask: np.ndarray, width: int, height: int) -> np.ndarray:
 
     source_height, source_width = mask.shape
     smaller = np.zeros((min(height, source_height), min(width, source_width)), np.uint8)
-    rows, columns = np.nonzero(mask)
-    smaller[rows * smaller.shape[0] // source_height, columns * smaller.shape[1] // source_width] = 255
+    rows, columns = np.nonzero(mask)  # a pixel lands where its middle does
+    smaller[
+        (2 * rows + 1) * smaller.shape[0] // (2 * source_height),
+        (2 * columns + 1) * smaller.shape[1] // (2 * source_width),
+    ] = 255
     if smaller.shape != (height, width):
         growth_x, growth_y = width / smaller.shape[1], height / smaller.shape[0]
         smaller = cv2.resize(smaller, (width, height), interpolation=cv2.INTER_NEAREST_EXACT)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from typing import Any, TypeVar
 
 Item = TypeVar("Item")
@@ -11,15 +12,16 @@ Item = TypeVar("Item")
 class Processes:
     """This process among those that share a job; alone, it needs neither accelerate nor torch."""
 
-    def __init__(self) -> None:
-        """Join the others, if there are any."""
+    def __init__(self, *, patience: timedelta | None = None) -> None:
+        """Join the others, if there are any. ``patience``: how long one waits for another; None: usual."""
         self._state: Any = None
         self.index, self.count = 0, 1
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # set by the launcher
             import torch
             from accelerate import PartialState
 
-            self._state = PartialState(cpu=not torch.accelerator.is_available())
+            options = {} if patience is None else {"timeout": patience}
+            self._state = PartialState(cpu=not torch.accelerator.is_available(), **options)
             self.index, self.count = self._state.process_index, self._state.num_processes
 
     @property

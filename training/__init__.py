@@ -8,11 +8,11 @@ if __name__ == "training":
     raise ImportError("this folder is the package controlkit.training: import it by that name")
 
 if TYPE_CHECKING:
-    from controlkit.training.loop import Progress as Progress
     from controlkit.training.runs import Result as Result
     from controlkit.training.runs import train_recipe as train_recipe
+    from controlkit.training.watch import Progress as Progress
 
-_HOME = {"Progress": "loop", "Result": "runs", "train_recipe": "runs"}
+_HOME = {"Progress": "watch", "Result": "runs", "train_recipe": "runs"}
 __all__ = sorted(_HOME)
 
 

@@ -3,127 +3,342 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from controlkit import images
-from controlkit.adapters import MAPS, AdapterInfo, load_adapter, save_adapter
-from controlkit.base import load_base
-from controlkit.control import Control
-from controlkit.controlnet import control_residuals, encode_hint, from_base, predict, trainable_parameters
-from controlkit.sampling import generate
-from controlkit.training.base_model import noised
-from controlkit.training.cache import cached_latents, cached_text
-from controlkit.training.config import ControlNetRecipe
-from controlkit.training.draws import Draws
-from controlkit.training.world import World
+from controlkit import files, images
+from controlkit.adapters import MAPS, AdapterInfo, MapSpec, load_adapter, save_adapter
+from controlkit.base import BUNDLED, load_base
+from controlkit.controlnet import (
+    HINT_CHANNELS,
+    from_base,
+    trainable_parameters,
+)
+from controlkit.training.config_adapter import ControlNetRecipe
+from controlkit.training.draws import derived_seed
+from controlkit.training.encoded import Sample, levels_of
+from controlkit.training.exporting import save_half
+from controlkit.training.feeds import open_feed
+from controlkit.training.hint_start import start_hint_encoder
+from controlkit.training.loader import Loader
+from controlkit.training.machine import Machine
+from controlkit.training.memory import free_memory
+from controlkit.training.noising import draw_batch, noised, schedule, timesteps_of, weighted_loss
+from controlkit.training.pair import Pair, PairsPart
+from controlkit.training.showing import Shown, is_examined
+from controlkit.training.task import Losses
+
+if TYPE_CHECKING:
+    from diffusers import ControlNetModel
 
 _SHOWN = 4
 _LINTED = 16
-_NEW_PARTS = ("controlnet_cond_embedding", "controlnet_down_blocks", "controlnet_mid_block")
+_STARTED_ON = 32  # maps that a new hint encoder is fitted to
+_HINT_ENCODER = "controlnet_cond_embedding"
+_ZERO_CONVOLUTIONS = ("controlnet_down_blocks", "controlnet_mid_block")
+
+
+class ControlNetTask:
+    """The pair on a data set: the base's loss, with the trainable copy told the map."""
+
+    looks_at_average = False
+
+    def __init__(self, recipe: ControlNetRecipe, machine: Machine, report: Callable[[str], None]) -> None:
+        """Load the base and the data, encode what is not in the cache, make the copy."""
+        self.recipe, self.machine, self.report = recipe, machine, report
+        self.half = torch.bfloat16 if recipe.precision == "bf16" else None
+        # Pictures and captions are encoded once, so in full precision; the U-Net alone is halved.
+        self.base = load_base(recipe.base, device=machine.device)
+        self.base.unet.to(machine.dtype)
+        self.alphas_cumprod = schedule(recipe, self.base)
+        self.feed = open_feed(recipe, self.base, machine.processes, report=report)
+        self.encoded = self.feed.encoded
+        _report_bad_maps(recipe.map, self.feed.first_maps(_LINTED), report)
+        self.controlnet = self._copy()
+        self._prepare()
+        self.shown = Shown(
+            recipe,
+            replace(self.base, dtype=machine.dtype),
+            self.encoded,
+            self.feed.shown,
+            alphas_cumprod=self.alphas_cumprod,
+            added_cond=self._added_cond,
+            on_device=self._all_on_device,
+        )
+        count = machine.processes.count
+        self.loader = Loader(self.feed.samples, lambda number: number + count, workers=recipe.data.workers)
+
+    # --- what is trained ---
+
+    def modules(self) -> dict[str, nn.Module]:
+        """The copy; and with ``sd_locked = false`` the U-Net, of which the decoder is trained."""
+        locked = self.recipe.sd_locked
+        return {"controlnet": self.controlnet} | ({} if locked else {"unet": self.base.unet})
+
+    def whole(self) -> nn.Module:
+        """Both networks as one module."""
+        pair: nn.Module = Pair(self.controlnet, self.base.unet, self.recipe)
+        if self.recipe.compile:
+            pair.compile(dynamic=False)  # one graph for each bucket
+        return pair
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Zero convolutions and hint encoder start from nothing and learn faster than the copied trunk."""
+        recipe = self.recipe
+        named = [
+            (n, p)
+            for module in self.modules().values()
+            for n, p in module.named_parameters()
+            if p.requires_grad
+        ]
+        zero = [p for name, p in named if name.startswith(_ZERO_CONVOLUTIONS)]
+        hint = [p for name, p in named if name.startswith(_HINT_ENCODER)]
+        trunk = [p for name, p in named if not name.startswith((*_ZERO_CONVOLUTIONS, _HINT_ENCODER))]
+        hint_rate = recipe.hint_encoder_rate or recipe.zero_convolution_rate
+        return [
+            {"name": "trunk", "params": trunk, "rate": 1.0},
+            {"name": "zero_convolutions", "params": zero, "rate": recipe.zero_convolution_rate},
+            {"name": "hint_encoder", "params": hint, "rate": hint_rate},
+        ]
+
+    # --- a step ---
+
+    def parts(self, step: int) -> Sequence[PairsPart]:
+        """This process's micro-batches of a step."""
+        processes, size, many = self.machine.processes, self.recipe.batch_size, self.recipe.accumulation
+        first = step * many * processes.count
+        parts = []
+        for k in range(many):
+            place = k * processes.count + processes.index
+            rows = range(place * size, (place + 1) * size)
+            parts.append(PairsPart(self.loader.get(first + place), rows, step, size * many * processes.count))
+        return parts
+
+    def part_of(self, pairs: int) -> PairsPart:
+        """A micro-batch of so many pairs, some of them more than once: to try whether it fits."""
+        samples = self.feed.samples(0)
+        repeated = [samples[k % len(samples)] for k in range(pairs)]
+        return PairsPart(repeated, range(pairs), 0, pairs)
+
+    def first_size(self) -> tuple[int, int]:
+        """Width and height in pixels of what the first batch sees."""
+        view = self.feed.samples(0)[0].view
+        return view.width, view.height
+
+    def losses(self, whole: nn.Module, part: PairsPart) -> Losses:
+        """The weighted error of each pair of a micro-batch."""
+        recipe, device = self.recipe, self.machine.device
+        moments, text = self.encoded.moments(part.samples), self._captions(part)
+        drawn = draw_batch([sample.visit.seed for sample in part.samples], moments.mean.shape[1:])
+        noisy = noised(
+            moments.mean.to(device, non_blocking=True),
+            moments.std.to(device, non_blocking=True),
+            drawn,
+            timesteps_of(self._places(part, drawn.place), recipe, part.step, len(self.alphas_cumprod)),
+            recipe,
+            self.alphas_cumprod,
+        )
+        levels = levels_of(part.samples).to(device, non_blocking=True)
+        model_pred = whole(
+            self._laid_out(noisy.noisy_latents),
+            noisy.timesteps,
+            text.encoder_hidden_states.to(device, torch.float32, non_blocking=True),
+            self._laid_out(images.levels_to_cond(levels)),
+            self._added_cond(text.pooled, part.samples),
+        )
+        each = weighted_loss(model_pred, noisy, recipe, self.base.prediction_type, self.alphas_cumprod)
+        return Losses(each, noisy.timesteps, len(self.alphas_cumprod))
+
+    def _captions(self, part: PairsPart) -> Any:
+        dropped = [
+            float(np.random.default_rng(derived_seed(s.visit.seed, "caption")).random())
+            < self.recipe.caption_dropout
+            for s in part.samples
+        ]
+        return self.encoded.text(
+            ["" if drop else s.example.caption for s, drop in zip(part.samples, dropped, strict=True)]
+        )
+
+    def _places(self, part: PairsPart, drawn: Tensor) -> Tensor:
+        """Uniform numbers for the timesteps: each pair's own, or spread evenly over the step's batch."""
+        if not self.recipe.stratified:
+            return drawn
+        start = np.random.default_rng(derived_seed(self.recipe.seed, "stratum", part.step)).random()
+        rows = torch.tensor(list(part.rows), dtype=torch.float64)
+        return (start + rows / part.batch) % 1.0
+
+    def _added_cond(self, pooled: Tensor | None, samples: Sequence[Sample]) -> dict[str, Tensor] | None:
+        """SDXL's further conditioning: sizes and cuts as they were (Podell et al. 2023, section 2.2)."""
+        if self.base.family != "sdxl":
+            return None
+        assert pooled is not None
+        rows = [(s.size[1], s.size[0], s.view.top, s.view.left, s.view.height, s.view.width) for s in samples]
+        device = self.machine.device
+        return {
+            "text_embeds": pooled.to(device, torch.float32),
+            "time_ids": torch.tensor(rows, dtype=torch.float32, device=device),
+        }
+
+    def _laid_out(self, tensor: Tensor) -> Tensor:
+        return tensor.contiguous(memory_format=torch.channels_last) if self.recipe.channels_last else tensor
+
+    # --- what is shown ---
+
+    def look(self, step: int) -> dict[str, float]:
+        """Whether the map is used, and scores of control, where either is due."""
+        row: dict[str, float] = {}
+        if self._due(step, self.recipe.monitor_every):
+            row |= self.shown.look(self.controlnet)
+        if self.recipe.score_every and step % self.recipe.score_every == 0:
+            scores = self.shown.score(self.controlnet)
+            row |= scores.row() if scores else {}
+        return row
+
+    def _due(self, step: int, every: int) -> bool:
+        return bool(every) and (step % every == 0 or step == self.recipe.steps)
+
+    def remark(self, rows: Sequence[dict[str, Any]]) -> str | None:
+        """When control took hold, or what to look at when it does not."""
+        return self.shown.remark(rows)
+
+    def facts(self) -> dict[str, Any]:
+        """The digests of the base and of the data, and a caption to try the adapter with."""
+        first = self.encoded.examples[self.feed.shown[0]]
+        digest = self.feed.digest()
+        return {
+            "base_sha256": self.base.digest(),
+            **({"data_sha256": digest} if digest else {}),
+            "data_pairs": self.feed.pairs,
+            "caption": first.caption,
+        }
+
+    def final_scores(self) -> dict[str, Any]:
+        """Scores of control on the shown pairs, under the weights that the network holds now."""
+        if not self.recipe.score_scenes or is_examined(self.recipe):
+            return {}  # not wanted, or there will be a better measure
+        scores = self.shown.score(self.controlnet)
+        if scores is None:
+            self.report(f"no scores of control: {self.shown.why_not_scored}")
+        return {} if scores is None else scores.to_json()
+
+    def sample(self) -> NDArray[np.uint8]:
+        """Columns of map, picture, and two samples under control, for pairs that are shown."""
+        return self.shown.sample(self.controlnet)
+
+    @contextmanager
+    def _all_on_device(self) -> Iterator[None]:
+        """Within the block the base's encoders are on its device, too; otherwise they make room."""
+        for part in (self.base.vae, *self.base.text_encoders):
+            part.to(self.machine.device)
+        try:
+            yield
+        finally:
+            self._make_room()
+
+    def _make_room(self) -> None:
+        """Take autoencoder and text encoders off a device, where the cache has what they give."""
+        if self.recipe.data.cache and self.machine.device.type != "cpu":
+            for part in (self.base.vae, *self.base.text_encoders):
+                part.to("cpu")
+            free_memory()
+
+    # --- the result ---
+
+    def export(self, folder: Path) -> None:
+        """The adapter's folder; with a trained decoder also the U-Net, in a folder beside it."""
+        recipe = self.recipe
+        told = recipe.model_dump(mode="json", exclude={"out", "device", "threads", "base", "init"})
+        bundled = recipe.base in BUNDLED
+        info = AdapterInfo(
+            map=_map_spec(recipe, self.encoded.visits.channels),
+            family=self.base.family,
+            prediction_type=self.base.prediction_type,
+            base=recipe.base if bundled else "",
+            resolution=recipe.data.resolution or self.base.resolution,
+            title=f"{recipe.map} for the bundled base" if bundled else recipe.map,
+            training={"recipe": told, **({"data_sha256": digest} if (digest := self.feed.digest()) else {})},
+        )
+        save_adapter(self.controlnet, folder, info=info)
+        if not recipe.sd_locked:
+            with files.replace_folder(folder.parent / "unet") as target:
+                save_half(self.base.unet, target)
+
+    def close(self) -> None:
+        """End the loader's threads."""
+        self.loader.close()
+
+    # --- at the start ---
+
+    def _copy(self) -> ControlNetModel:
+        recipe, channels = self.recipe, self.encoded.visits.channels
+        if recipe.init is not None:
+            controlnet = load_adapter(recipe.init, base=self.base, dtype=torch.float32).controlnet
+            if controlnet.config.conditioning_channels != channels:
+                raise ValueError(
+                    f"init {recipe.init!r} takes maps of {controlnet.config.conditioning_channels} channels,"
+                    f" and the data's have {channels}"
+                )
+            return controlnet
+        usual = (8, 16, 48, 96) if recipe.base in BUNDLED else HINT_CHANNELS
+        controlnet = from_base(
+            self.base,
+            conditioning_channels=channels,
+            hint_channels=recipe.hint_channels or usual,
+            seed=recipe.seed,
+        ).float()
+        if recipe.hint_start == "unit":
+            levels = levels_of(self._alike(_STARTED_ON))
+            start_hint_encoder(controlnet, images.levels_to_cond(levels), seed=recipe.seed)
+        return controlnet
+
+    def _alike(self, count: int) -> list[Sample]:
+        """Samples of the first batches, as many as there are of one size, up to a count."""
+        found: list[Sample] = []
+        for number in range(count):
+            samples = self.feed.samples(number)
+            found += [s for s in samples if not found or s.levels.shape == found[0].levels.shape]
+            if len(found) >= count:
+                break
+        return found[:count]
+
+    def _prepare(self) -> None:
+        """Mark what is trained, and lay the networks out as they compute fastest."""
+        recipe, unet = self.recipe, self.base.unet
+        trainable_parameters(self.controlnet, unet, sd_locked=recipe.sd_locked)
+        if not recipe.sd_locked:
+            unet.float()  # a trained part keeps fp32 weights, or masters of them
+        if recipe.only_mid_control:
+            self.controlnet.controlnet_down_blocks.requires_grad_(False)
+        if recipe.gradient_checkpointing:
+            self.controlnet.enable_gradient_checkpointing()
+            unet.enable_gradient_checkpointing()
+        if recipe.channels_last:
+            for network in (self.controlnet, unet):
+                network.to(memory_format=torch.channels_last)
+        self._make_room()
 
 
 def _report_bad_maps(kind: str, maps: Sequence[NDArray[np.uint8]], report: Callable[[str], None]) -> None:
     """Say before the first step what is wrong with the maps, each thing once."""
-    from controlkit.preprocessors import lint
+    from controlkit import preprocessors
 
-    found = Counter(f"{finding.message}; {finding.cure}" for image in maps for finding in lint(image, kind))
+    if kind not in preprocessors.names():
+        return
+    found = Counter(
+        f"{finding.message}; {finding.cure}" for image in maps for finding in preprocessors.lint(image, kind)
+    )
     for text, count in found.items():
         report(f"{count} of the first {len(maps)} {kind} maps: {text}")
 
 
-class ControlNetTask:
-    """The pair on the bundled world: the base's loss, with the trainable copy told the map."""
-
-    def __init__(
-        self,
-        recipe: ControlNetRecipe,
-        world: World,
-        validation: World,
-        device: torch.device,
-        report: Callable[[str], None],
-    ) -> None:
-        self.recipe, self.world, self.validation, self.device = recipe, world, validation, device
-        self.base = load_base(recipe.base, device=device)
-        if self.base.family == "sdxl":
-            raise ValueError(
-                f"base {recipe.base!r} is an SDXL: adapters can be trained for SD1 and SD2 so far"
-            )
-        _report_bad_maps(
-            recipe.map, [world.map(recipe.map, i) for i in range(min(len(world), _LINTED))], report
-        )
-        self.latents = cached_latents(world, self.base.vae, report=report)
-        self.text = cached_text(
-            world.captions, self.base.text_encoders[0], self.base.tokenizers[0], report=report
-        )
-        if recipe.init is None:
-            self.controlnet = from_base(self.base, hint_channels=recipe.hint_channels or (8, 16, 48, 96), seed=recipe.seed)
-        else:
-            self.controlnet = load_adapter(recipe.init, base=self.base, dtype=torch.float32).controlnet
-        trainable_parameters(self.controlnet, self.base.unet)
-
-    def modules(self) -> dict[str, nn.Module]:
-        return {"controlnet": self.controlnet}
-
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """Zero convolutions and hint encoder start from nothing and learn faster than the copied trunk."""
-        named = list(self.controlnet.named_parameters())
-        new = [parameter for name, parameter in named if name.startswith(_NEW_PARTS)]
-        trunk = [parameter for name, parameter in named if not name.startswith(_NEW_PARTS)]
-        return [{"params": trunk, "rate": 1.0}, {"params": new, "rate": self.recipe.zero_convolution_rate}]
-
-    def loss(self, draws: Draws) -> Tensor:
-        rows = draws.indices(len(self.world), self.recipe.batch_size)
-        controlnet_cond = images.map_to_cond([self._map(row, draws) for row in rows]).to(self.device)
-        indices = torch.tensor(rows)
-        dropped = draws.chosen(len(rows), self.recipe.caption_dropout)
-        encoder_hidden_states = (
-            self.text[torch.where(dropped, len(self.text) - 1, indices)].float().to(self.device)
-        )
-        latents = self.latents[indices].float().to(self.device)
-        noisy_latents, timesteps, target = noised(latents, draws, self.base)
-        hint = encode_hint(self.controlnet, controlnet_cond)
-        residuals = control_residuals(self.controlnet, noisy_latents, timesteps, encoder_hidden_states, hint)
-        model_pred = predict(
-            self.base.unet, noisy_latents, timesteps, encoder_hidden_states, residuals=residuals
-        )
-        return nn.functional.mse_loss(model_pred.float(), target)
-
-    def _map(self, index: int, draws: Draws) -> NDArray[np.uint8]:
-        """The exact map, for depth half the time blurred: estimators draw softer outlines than renderers."""
-        image = self.world.map(self.recipe.map, index)
-        if self.recipe.map == "depth" and draws.numpy.random() < 0.5:
-            import cv2
-
-            return np.asarray(cv2.GaussianBlur(image, (0, 0), float(draws.numpy.uniform(0.4, 2.0))))
-        return image
-
-    def sample(self) -> NDArray[np.uint8]:
-        """Rows of map, picture, and two samples under control, for held-out scenes."""
-        columns = []
-        for index in range(_SHOWN):
-            image = self.validation.map(self.recipe.map, index)
-            control = Control(self.controlnet, image)
-            samples = generate(self.base, self.validation.captions[index], controls=[control], seeds=[0, 1])
-            columns.append(np.vstack([image, self.validation.picture[index], *samples]))
-        return np.hstack(columns)
-
-    def export(self, folder: Path) -> None:
-        recipe = self.recipe
-        told = recipe.model_dump(mode="json", exclude={"out", "device", "threads", "base", "init"})
-        info = AdapterInfo(
-            map=MAPS[recipe.map],
-            family=self.base.family,
-            prediction_type=self.base.prediction_type,
-            base=recipe.base if recipe.base == "tiny" else "",
-            resolution=self.base.resolution,
-            title=f"{recipe.map} for the bundled base" if recipe.base == "tiny" else recipe.map,
-            training={"recipe": told},
-        )
-        save_adapter(self.controlnet, folder, info=info)
+def _map_spec(recipe: ControlNetRecipe, channels: int) -> MapSpec:
+    spec = MAPS.get(recipe.map, MapSpec(recipe.map))
+    return MapSpec(**{**spec.__dict__, "channels": channels})

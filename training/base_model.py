@@ -20,6 +20,7 @@ from controlkit.training.cache import cached_latents, cached_text
 from controlkit.training.config import BaseRecipe
 from controlkit.training.draws import Draws
 from controlkit.training.exporting import save_half
+from controlkit.training.task import DrawnTask
 from controlkit.training.world import World
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ SCHEDULER: dict[str, Any] = {
 }
 
 
-class BaseTask:
+class BaseTask(DrawnTask):
     """v-prediction (Salimans & Ho 2022) on the bundled world's latents, with captions dropped now and
     then.
     """

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -17,14 +18,15 @@ import torch
 from controlkit.files import replace_folder, sha256_file
 
 _NAME = re.compile(r"step-(\d{6,})")
+_HALF_WRITTEN = re.compile(r"\.[0-9a-f]{32}\.tmp")  # as controlkit.files names them
 _FILES = ("weights.safetensors", "optimizer.safetensors", "state.json")
 Tensors = dict[str, torch.Tensor]
 
 
 def save_checkpoint(
-    folder: Path, step: int, *, weights: Tensors, optimizer: Tensors, state: dict[str, Any]
+    folder: Path, step: int, *, weights: Tensors, optimizer: Tensors, state: dict[str, Any], keep: int = 2
 ) -> Path:
-    """Write `folder/step-NNNNNN` atomically, then remove all but it and the newest before it. Returns it.
+    """Write `folder/step-NNNNNN` atomically, then remove all but the newest `keep` up to it. Returns it.
 
     Folders of later steps stay: a run comes to an earlier step only when it passed them over as damaged.
     """
@@ -39,10 +41,27 @@ def save_checkpoint(
         files = [temporary / name for name in _FILES]
         manifest = {file.name: {"size": file.stat().st_size, "sha256": sha256_file(file)} for file in files}
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        for file in temporary.iterdir():
+            _flush(file)
+        _flush(temporary)
+    _flush(folder)
     until_now = [path for number, path in _listed(folder) if number <= step]
-    for old in until_now[:-2]:
+    for old in until_now[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return target
+
+
+def _flush(path: Path) -> None:
+    """Wait until the disk has a file, or a folder's list of names: what a manifest vouches for must be
+    there.
+    """
+    if path.is_dir() and os.name == "nt":  # Windows opens no folders
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def load_latest(folder: Path) -> tuple[tuple[Tensors, Tensors, dict[str, Any]] | None, list[str]]:
@@ -63,6 +82,19 @@ def load_latest(folder: Path) -> tuple[tuple[Tensors, Tensors, dict[str, Any]] |
             ), refused
         refused.append(f"{path.name}: {fault}")
     return None, refused
+
+
+def clear(folder: Path) -> None:
+    """Remove what a process that died has left half written. Only whoever holds the run's lock may call
+    it.
+    """
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if not _HALF_WRITTEN.fullmatch(path.name):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _listed(folder: Path) -> list[tuple[int, Path]]:

@@ -6,11 +6,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
+from controlkit.naming import unknown
 from controlkit.training.config_base import Count, Factor, Probability, Rate, Recipe, Table, Weight, Widths
 
+WORLD_KINDS = ("canny", "openpose", "depth")  # maps that the bundled world has of itself
 FORMATS = ("auto", "imagefolder", "fill50k", "paired", "huggingface", "webdataset", "world")
 OPTIMIZERS = ("adamw", "adamw8bit", "adafactor", "lion", "prodigy", "schedule-free")
-TIMESTEPS = ("uniform", "stratified", "cubic", "logit-normal", "structure")
+TIMESTEPS = ("uniform", "cubic", "logit-normal", "structure")
 Side = Annotated[int, Field(ge=0, le=16384, multiple_of=8)]
 
 
@@ -36,7 +38,9 @@ class DataRecipe(Table):
     where the data has them.
     """
     options: dict[str, Any] = Field(default_factory=dict)
-    """Options of the preprocessor; ranges such as "50..150" are drawn anew at each visit."""
+    """Options of the preprocessor; ranges such as "50..150" are drawn anew at each visit, a seed fixes the
+    draws. Of maps from files: style (drawn poses), metric (depth that grows with the distance).
+    """
     map_mode: Literal["auto", "rgb", "grey"] = "auto"
     """Channels of one map: 3, or 1; 16 bits are kept where grey maps have them. auto: rgb."""
     map_blur: Probability = 0.0
@@ -97,6 +101,10 @@ class ControlNetRecipe(Recipe):
     """Micro-batches of batch_size per step and process."""
     hint_channels: Widths | None = None
     """Widths of the hint encoder; the last three halve the map's size. None: what the base's family has."""
+    hint_start: Literal["unit", "standard"] = "unit"
+    """How a new hint encoder starts. unit: every channel at mean 0 and spread 1 on the data's maps, by which
+    control sets in several times sooner; standard: as diffusers and the original do.
+    """
     zero_convolution_rate: Factor = 10.0
     """Learning rate of the zero convolutions, in units of learning_rate."""
     hint_encoder_rate: Factor | None = None
@@ -110,7 +118,13 @@ class ControlNetRecipe(Recipe):
     input_perturbation: Weight = 0.0
     """Spread of further noise in what the networks see, not in what they are to predict."""
     timesteps: Literal[TIMESTEPS] = "uniform"  # type: ignore[valid-type]
-    """How noise levels are drawn."""
+    """How noise levels are drawn: see `controlkit.diffusion.place_timesteps`."""
+    stratified: bool = True
+    """Spread the noise levels of a step's pairs evenly over the draw; False draws each by itself."""
+    layout_steps: Count = 200
+    """Over the first so many steps noise levels are drawn where layout is decided ("structure"), of which
+    ever more give way to `timesteps`.
+    """
     zero_terminal_snr: bool = False
     """Rescale the noise schedule so that its last step is pure noise; for bases that predict v or x_0."""
     sd_locked: bool = True
@@ -128,7 +142,9 @@ class ControlNetRecipe(Recipe):
     """torch.compile; worth its minutes on a GPU, for many steps."""
 
     score_scenes: Count = 24
-    """Held-out scenes of the bundled world on which the scores at the end are measured; 0 skips them."""
+    """Held-out scenes of the bundled world on which its adapters are measured at the end. Adapters of other
+    bases are measured on the pairs that are held out. 0 skips both.
+    """
     score_every: Count = 0
     """Steps between scores of control on held-out pairs; 0 takes them at the end only."""
     monitor_every: Count = 50
@@ -145,7 +161,17 @@ class ControlNetRecipe(Recipe):
     @model_validator(mode="after")
     def _fits_together(self) -> ControlNetRecipe:
         if self.warmup > self.steps:
-            raise ValueError(f"warmup={self.warmup} is longer than the training, steps={self.steps}")
+            raise ValueError(
+                f"warmup={self.warmup} is longer than the training, steps={self.steps}: give less"
+            )
+        if self.data.streaming and self.data.buckets:
+            raise ValueError("data.buckets needs to know every picture's size, which data.streaming does not")
+        if self.data.maps == "made" or self.data.source == "world":
+            from controlkit import preprocessors
+
+            known = preprocessors.names() if self.data.maps == "made" else WORLD_KINDS
+            if self.map not in known:
+                raise unknown("kind of map", self.map, known)
         return self
 
 

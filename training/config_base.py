@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
-Rate = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
+Rate = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Factor = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -53,7 +53,8 @@ class Recipe(Table):
     checkpoint_every: PositiveInt = 250
     checkpoints_kept: Annotated[int, Field(ge=2)] = 2
     """Of the newest; the others are removed once a newer one is complete."""
-    sample_every: PositiveInt = 250
+    sample_every: Count = 250
+    """Steps between pictures of what was learned, and one at the end; 0 makes none."""
     log_every: PositiveInt = 10
     scenes: PositiveInt = 16000
     """Scenes of the bundled world to train on: seeds 0 to N-1 of its "train" split."""

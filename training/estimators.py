@@ -25,6 +25,7 @@ from controlkit.training.cache import cached_passed
 from controlkit.training.config import DepthRecipe, EstimatorRecipe, PoseRecipe
 from controlkit.training.draws import Draws
 from controlkit.training.exporting import save_half
+from controlkit.training.task import DrawnTask
 from controlkit.training.world import World
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def _save(model: Any, folder: Path, processor: str, **options: Any) -> None:
     files.write_json(folder / "preprocessor_config.json", described)
 
 
-class PoseTask:
+class PoseTask(DrawnTask):
     """Heatmaps of COCO's 17 keypoints: a Gaussian where a joint is seen, nothing where it is not."""
 
     def __init__(
@@ -167,7 +168,7 @@ def _build_pose(recipe: PoseRecipe) -> VitPoseForPoseEstimation:
     )
 
 
-class DepthTask:
+class DepthTask(DrawnTask):
     """Relative inverse depth: 0 at a picture's farthest point, 1 at its nearest."""
 
     def __init__(

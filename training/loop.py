@@ -2,362 +2,376 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
-import tomllib
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 
 from controlkit import files, images
-from controlkit.devices import check_device
 from controlkit.folders import quiet_libraries
-from controlkit.training.checkpoints import Tensors, load_latest, save_checkpoint
-from controlkit.training.config import Recipe, to_toml
-from controlkit.training.draws import Draws
-
-_LAST_RATE = 0.02  # of the learning rate, at the end of the cosine schedule
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What a training tells whoever watches it; `message` is a line worth keeping, else None."""
-
-    step: int
-    steps: int
-    loss: float
-    samples_per_s: float
-    eta_s: float
-    message: str | None = None
-
-
-class Task(Protocol):
-    """What is trained: the loop asks for nothing else."""
-
-    def modules(self) -> dict[str, nn.Module]:
-        """Trained modules by name; their parameters that require a gradient are optimised and saved."""
-
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """Optimizer groups: `params` and `rate`, the factor on the recipe's learning rate."""
-
-    def loss(self, draws: Draws) -> Tensor:
-        """The loss of one batch, a scalar with a graph."""
-
-    def sample(self) -> NDArray[np.uint8] | None:
-        """A picture that shows what has been learned so far, uint8 H×W×3."""
-
-    def export(self, folder: Path) -> None:
-        """Write the result, for others to load, into an empty folder."""
+from controlkit.training.config_base import Recipe
+from controlkit.training.interrupts import Interrupts, watched
+from controlkit.training.machine import Machine
+from controlkit.training.optimizers import learning_rate, make_optimizer, set_rates
+from controlkit.training.saving import Saver, check_folder, restore, write_recipe
+from controlkit.training.task import Losses, Part, Task
+from controlkit.training.watch import Progress, Watch, Window, read_rows
+from controlkit.training.weights import Weights
 
 
 @dataclass
 class Run:
-    """The state of a training: everything that the next step depends on."""
+    """The state of a training: everything that the next step depends on, and the tools to take it."""
 
     task: Task
     recipe: Recipe
     folder: Path
-    device: torch.device
-    optimizer: torch.optim.AdamW
-    average: Tensors
+    machine: Machine
+    whole: nn.Module
+    weights: Weights
+    optimizer: torch.optim.Optimizer
+    watch: Watch
     step: int = 0
-    losses: list[float] = field(default_factory=list)
+    window: Window = field(default_factory=Window)
     grad_norm: float = 0.0
+    bad_steps: int = 0
+    """How many steps in a row changed nothing, for want of a finite gradient."""
+    pieces: int = 1
+    """Into how many each micro-batch is cut, since it did not fit in one."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether every step was taken."""
+        return self.step >= self.recipe.steps
 
 
 def train(
-    task: Task, recipe: Recipe, folder: Path, *, progress: Callable[[Progress], None], result: str = "result"
+    task: Task,
+    recipe: Recipe,
+    folder: Path,
+    *,
+    machine: Machine | None = None,
+    progress: Callable[[Progress], None] = lambda _: None,
+    result: str = "result",
 ) -> Run:
     """Train until `recipe.steps`, resuming from the newest checkpoint; write the result to `folder/result`.
 
-    Raises ValueError where a step's loss or gradient is not finite (before any weight changes), where the
-    folder cannot be written or holds a run of another recipe, and where a checkpoint does not fit the task.
+    A signal to stop ends it after the step at hand, with a checkpoint and without a result: `Run.finished`
+    says so. Raises ValueError where too many steps in a row have no finite gradient (none of them changed a
+    weight), where one pair is too much for the device's memory, where the folder cannot be written or holds a
+    run of another recipe, and where a checkpoint does not fit the task.
     """
     check_folder(recipe, folder, result=result)
     try:
-        run = open_run(task, recipe, folder, progress)
-        _train_steps(run, _Watch(run, progress))
-        with averaged(run), quiet_libraries(), files.replace_folder(folder / result) as target:
-            task.export(target)
+        run = open_run(task, recipe, folder, machine or Machine(recipe), progress)
+        with _tracked(run), Saver(run) as saver:
+            _train_steps(run, saver)
+        if run.finished and run.machine.processes.is_first:
+            with averaged(run), quiet_libraries(), files.replace_folder(folder / result) as target:
+                task.export(target)
+            _write_facts(run)
     except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
         raise ValueError(f"the training in {folder} stopped, its checkpoints are good: {error}") from error
+    finally:
+        task.close()
     return run
 
 
-def _train_steps(run: Run, watch: _Watch) -> None:
+def _write_facts(run: Run) -> None:
+    """What is known of the finished training beside its figures, for the report: under the weights
+    exported.
+    """
+    with averaged(run):
+        scores = run.task.final_scores()
+    if scores:
+        files.write_json(run.folder / "scores.json", scores)
+    files.write_json(run.folder / "facts.json", run.task.facts())
+
+
+def _train_steps(run: Run, saver: Saver) -> None:
+    recipe = run.recipe
     for module in run.task.modules().values():
         module.train()
-    while run.step < run.recipe.steps:
-        train_step(run)
-        watch.after_step()
-        last = run.step == run.recipe.steps
-        if run.step % run.recipe.checkpoint_every == 0 or last:
-            _save(run)  # first: a picture that cannot be made or written costs no steps
-        if run.step % run.recipe.sample_every == 0 or last:
-            _write_sample(run)
+    with watched() as interrupts:
+        while not run.finished:
+            train_step(run)
+            _report(run)
+            stop = _stops(run, interrupts)
+            if run.step % recipe.checkpoint_every == 0 or run.finished or stop:
+                saver.save()  # first: a picture that cannot be made or written costs no steps
+            if stop and not run.finished:
+                run.watch.say(run.step, f"stopped at step {run.step}, as asked; the same command goes on")
+                return
+            if recipe.sample_every and (run.step % recipe.sample_every == 0 or run.finished):
+                _write_sample(run)
 
 
 def train_step(run: Run) -> None:
-    """One optimizer step: draw, forward, backward, clip, update, average."""
-    recipe = run.recipe
-    for group in run.optimizer.param_groups:
-        group["lr"] = learning_rate(recipe, run.step) * group["rate"]
-    loss = forward_backward(run)
-    norm = nn.utils.clip_grad_norm_(_trained(run.optimizer), recipe.clip)
-    run.losses.append(loss.item())
-    run.grad_norm = float(norm)
-    if not (math.isfinite(run.losses[-1]) and math.isfinite(run.grad_norm)):
-        raise ValueError(
-            f"training stopped before step {run.step + 1}: the loss is {run.losses[-1]:.4g}, the norm of its"
-            f" gradient {run.grad_norm:.4g}; no weight was changed, checkpoints are good; try a lower"
-            " learning_rate, in another folder (out=FOLDER)"
-        )
-    run.optimizer.step()
+    """One optimizer step: forward, backward, clip, update, average."""
+    set_rates(run.optimizer, learning_rate(run.recipe, run.step))
+    losses = _within_memory(run)
+    run.window.add(*_per_pair(losses))
+    run.grad_norm = _clip(run)
+    if math.isfinite(run.grad_norm):
+        run.bad_steps = 0
+        _update(run)
+    else:
+        _pass_over(run, losses)
     run.optimizer.zero_grad(set_to_none=True)
     run.step += 1
-    _update_average(run)
+    run.weights.update_average(_decay(run.recipe, run.step))
 
 
-def forward_backward(run: Run) -> Tensor:
-    """The gradient of this step's loss, in the parameters' `.grad`; returns the loss."""
-    draws = Draws(run.recipe.seed, run.step)
-    with torch.autocast(run.device.type, dtype=torch.bfloat16, enabled=run.recipe.precision == "bf16"):
-        loss = run.task.loss(draws)
-    loss.backward()
-    return loss.detach()
+def forward_backward(run: Run) -> list[Losses]:
+    """The gradient of this step's mean loss, in the optimizer's parameters; the losses, without graphs."""
+    pieces = [piece for part in run.task.parts(run.step) for piece in _cut(part, run.pieces)]
+    pairs = sum(map(len, pieces))
+    seen = []
+    for number, piece in enumerate(pieces, start=1):
+        with run.machine.quiet(run.whole, last=number == len(pieces)):
+            with run.machine.autocast():
+                losses = run.task.losses(run.whole, piece)
+            run.machine.backward(losses.each.mean() * (len(piece) / pairs))
+        run.weights.take_gradients()
+        seen.append(Losses(losses.each.detach(), losses.timesteps, losses.levels))
+    return seen
 
 
-def learning_rate(recipe: Recipe, step: int) -> float:
-    """The rate of step 0, 1, ...: a linear warmup, then constant or a half cosine."""
-    if step < recipe.warmup:
-        return recipe.learning_rate * (step + 1) / recipe.warmup
-    if recipe.schedule == "constant":
-        return recipe.learning_rate
-    done = (step - recipe.warmup) / max(recipe.steps - recipe.warmup, 1)
-    return recipe.learning_rate * (
-        _LAST_RATE + (1 - _LAST_RATE) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
-    )
-
-
-def open_run(task: Task, recipe: Recipe, folder: Path, progress: Callable[[Progress], None]) -> Run:
+def open_run(
+    task: Task, recipe: Recipe, folder: Path, machine: Machine, progress: Callable[[Progress], None]
+) -> Run:
     """A fresh run, or the one in `folder` (see `check_folder`) at its newest good checkpoint."""
     folder.mkdir(parents=True, exist_ok=True)
-    device = torch.device(device_name(recipe))
-    groups = [
-        {"params": group["params"], "rate": group["rate"], "lr": recipe.learning_rate}
-        for group in task.parameter_groups()
-    ]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=recipe.weight_decay, fused=True)
-    run = Run(task, recipe, folder, device, optimizer, average={})
+    groups = task.parameter_groups()
+    weights = Weights(task.modules(), half=task.half)
+    masters = {id(p): weights.masters[name] for name, p in weights.parameters.items()}
+    tables = [{**group, "params": [masters[id(p)] for p in group["params"]]} for group in groups]
+    batch = recipe.batch_size * getattr(recipe, "accumulation", 1) * machine.processes.count
+    run = Run(
+        task,
+        recipe,
+        folder,
+        machine,
+        machine.shared(task.whole()),
+        weights,
+        make_optimizer(recipe, tables),
+        Watch(folder, steps=recipe.steps, batch=batch, progress=progress),
+    )
     if recipe.ema:
-        run.average = {name: p.detach().clone() for name, p in _named(task)}
-    checkpoint, refused = load_latest(folder / "checkpoints")
-    for line in refused:
-        progress(Progress(0, recipe.steps, math.nan, 0.0, math.nan, f"passed over checkpoint {line}"))
-    if checkpoint is not None:
-        try:
-            _restore(run, *checkpoint)
-        except (KeyError, RuntimeError) as error:  # a model that the recipe names by its path has changed
-            raise ValueError(
-                f"the checkpoint of step {run.step} in {folder} does not fit the model that the recipe now"
-                " makes: choose another folder with out=FOLDER"
-            ) from error
-        progress(Progress(run.step, recipe.steps, math.nan, 0.0, math.nan, f"resumed at step {run.step}"))
-    files.write_text(folder / "config.toml", to_toml(recipe))
+        weights.start_average()
+    restore(run)
+    if machine.processes.is_first:
+        run.watch.open(run.step)
+        write_recipe(recipe, folder)
     return run
 
 
-def device_name(recipe: Recipe) -> str:
-    """The recipe's device, "auto" resolved. Raises ValueError where it is unknown or absent."""
-    if recipe.device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return str(check_device(recipe.device))
-    except ValueError as error:
-        raise ValueError(f"{error} (device=cpu)") from error
-
-
-# What may differ when a run goes on: where and how it runs, what it shows, what is done with the result.
-_MAY_CHANGE = {"out", "checkpoint_every", "sample_every", "log_every", "threads", "device"}
-_MAY_CHANGE |= {"decoder", "score_scenes"}
-
-
-def check_folder(recipe: Recipe, folder: Path, *, result: str = "result") -> None:
-    """Refuse a run folder before any work: one that cannot be written, or that holds something else.
-
-    Raises ValueError for a file, no permission, a run of another recipe, and a folder that is no run's but
-    has a folder of the result's name, which the result would replace. Leaves nothing behind.
-    """
-    try:
-        if not folder.is_dir():
-            first = folder  # the first folder that would have to be made
-            while not first.parent.exists():
-                first = first.parent
-            files.check_writable(first, folder=True)
-            return
-        files.check_writable(folder / "config.toml")
-        if (folder / "config.toml").is_file():
-            _check_same_recipe(recipe, folder)
-        elif (folder / result).exists():
-            raise ValueError(
-                f"{folder} has {result} in it but no config.toml, so it is not the folder of a run:"
-                " choose another with out=FOLDER"
-            )
-    except OSError as error:
-        raise ValueError(f"cannot use {folder} as the run's folder: {error.strerror or error}") from error
-
-
-def _check_same_recipe(recipe: Recipe, folder: Path) -> None:
-    path = folder / "config.toml"
-    try:
-        old = tomllib.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(
-            f"{path}, the recipe of the run in this folder, is damaged ({error}):"
-            " choose another folder with out=FOLDER"
-        ) from error
-    new = tomllib.loads(to_toml(recipe))
-    changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-    changed = [key for key in changed if key not in _MAY_CHANGE]
-    if changed:
-        listed = ", ".join(f"{key} {old.get(key)} -> {new.get(key)}" for key in changed)
-        raise ValueError(
-            f"{folder} holds a run of another recipe ({listed}): choose another folder with out=FOLDER"
-        )
-
-
-def _named(task: Task) -> Iterable[tuple[str, nn.Parameter]]:
-    """Trained parameters by `module.parameter` name."""
-    for prefix, module in task.modules().items():
-        for name, parameter in module.named_parameters():
-            if parameter.requires_grad:
-                yield f"{prefix}.{name}", parameter
-
-
-def _trained(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def _update_average(run: Run) -> None:
-    """Exponential moving average; a young average follows quickly: decay min(ema, (1 + step) / (10 +
-    step)).
-    """
-    if not run.average:
-        return
-    decay = min(run.recipe.ema, (1 + run.step) / (10 + run.step))
-    with torch.no_grad():
-        pairs = [(run.average[name], parameter) for name, parameter in _named(run.task)]
-        torch._foreach_lerp_([a for a, _ in pairs], [p for _, p in pairs], 1 - decay)
-
-
 @contextmanager
-def averaged(run: Run) -> Iterator[None]:
-    """Within the block the task's modules hold the averaged weights, in evaluation mode."""
-    modules = run.task.modules().values()
-    for module in modules:
-        module.eval()
-    _swap_average(run)
+def _tracked(run: Run) -> Iterator[None]:
+    """Within the block the recipe's trackers get what metrics.jsonl gets."""
+    names = getattr(run.recipe, "trackers", ())
+    if not names or not run.machine.processes.is_first or run.finished:
+        yield
+        return
+    from controlkit.training.trackers import open_trackers
+
+    config = run.recipe.model_dump(mode="json")
+    project = getattr(run.recipe, "project", "controlkit")
+    run.watch.trackers = open_trackers(
+        names,
+        run_folder=run.folder,
+        config=config,
+        project=project,
+        report=lambda line: run.watch.say(run.step, line),
+    )
     try:
         yield
     finally:
-        _swap_average(run)
+        run.watch.trackers.finish()
+
+
+def _within_memory(run: Run) -> list[Losses]:
+    """This step's `forward_backward`; in smaller pieces where it does not fit, with the same result."""
+    from controlkit.training.memory import free_memory, is_out_of_memory
+
+    while True:
+        try:
+            return forward_backward(run)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            largest = max(len(piece) for part in run.task.parts(run.step) for piece in _cut(part, run.pieces))
+            if largest == 1 or run.machine.processes.count > 1:
+                raise ValueError(_too_much(run, largest)) from error
+        run.pieces *= 2
+        run.optimizer.zero_grad(set_to_none=True)
+        for parameter in run.weights.parameters.values():
+            parameter.grad = None
+        free_memory()
+        message = f"{largest} pairs at once do not fit in memory: from step {run.step + 1} on"
+        run.watch.say(run.step, f"{message} {-(-largest // 2)} at once, with the same batch", keep=True)
+
+
+def _too_much(run: Run, pairs: int) -> str:
+    at_once = "one pair does" if pairs == 1 else f"{pairs} pairs at once do"
+    return (
+        f"{at_once} not fit in the memory of {run.machine.device}; the checkpoints are good: try"
+        " gradient_checkpointing=true, precision=bf16, a smaller batch_size with a larger accumulation,"
+        " or a smaller data.resolution, in another folder (out=FOLDER)"
+    )
+
+
+def _cut(part: Part, pieces: int) -> Sequence[Part]:
+    """A micro-batch in so many pieces, or as many as it has pairs."""
+    cut: list[Part] = [part]
+    while len(cut) < pieces:
+        halves = [half for piece in cut for half in piece.halves()]
+        if len(halves) == len(cut):
+            break
+        cut = halves
+    return cut
+
+
+def _clip(run: Run) -> float:
+    """Scale the gradient down to the recipe's largest norm; returns the norm that it had."""
+    if run.machine.scaler is not None:
+        run.machine.scaler.unscale_(run.optimizer)
+    return float(nn.utils.clip_grad_norm_(list(run.weights.masters.values()), run.recipe.clip))
+
+
+def _update(run: Run) -> None:
+    scaler = run.machine.scaler
+    if scaler is None:
+        run.optimizer.step()
+    else:
+        scaler.step(run.optimizer)
+        scaler.update()
+    run.weights.give()
+
+
+def _pass_over(run: Run, losses: Sequence[Losses]) -> None:
+    """Take no step, and say which pairs were seen; raise ValueError after too many in a row."""
+    scaler = run.machine.scaler
+    if scaler is not None:
+        scaler.update()  # fp16's first steps find the scale by overflowing
+        if all(bool(torch.isfinite(loss.each).all()) for loss in losses) and scaler.get_scale() >= 1:
+            return
+    run.bad_steps += 1
+    described = "; ".join(part.describe() for part in run.task.parts(run.step))
+    values = ", ".join(f"{value:.4g}" for loss in losses for value in loss.each.tolist())
+    times = [str(t) for loss in losses if loss.timesteps is not None for t in loss.timesteps.tolist()]
+    seen = f"losses {values}; timesteps {', '.join(times) or 'none'}; {described}"
+    message = f"step {run.step + 1} changed nothing: its loss or gradient is not finite ({seen})"
+    run.watch.say(run.step + 1, message, keep=True)
+    if run.bad_steps >= getattr(run.recipe, "bad_steps", 1):
+        raise ValueError(
+            f"training stopped at step {run.step + 1}: {run.bad_steps} steps in a row had no finite gradient;"
+            f" no weight was changed by them, checkpoints are good; the last: {message}; try a lower"
+            " learning_rate, in another folder (out=FOLDER)"
+        )
+
+
+def _decay(recipe: Recipe, step: int) -> float:
+    """Of the moving average after a step: a young average follows quickly."""
+    return min(recipe.ema, (1 + step) / (10 + step))
+
+
+def _per_pair(losses: Sequence[Losses]) -> tuple[list[float], list[float]]:
+    """Each pair's loss and noise level, in [0, 1)."""
+    values = [value for loss in losses for value in loss.each.tolist()]
+    places = []
+    for loss in losses:
+        if loss.timesteps is None:
+            places += [math.nan] * len(loss.each)
+        else:
+            places += [t / loss.levels for t in loss.timesteps.tolist()]
+    return values, places
+
+
+def _stops(run: Run, interrupts: Interrupts) -> bool:
+    """Whether any process was asked to stop."""
+    processes = run.machine.processes
+    return interrupts.wanted if processes.count == 1 else any(processes.gather([interrupts.wanted]))
+
+
+def _report(run: Run) -> None:
+    """A row of metrics where one is due: after so many steps, after a look, and at the end."""
+    started = time.perf_counter()
+    with averaged(run, when=run.task.looks_at_average):
+        looked = run.task.look(run.step)
+    run.watch.pause(time.perf_counter() - started)
+    if not (looked or run.step % run.recipe.log_every == 0 or run.finished):
+        return
+    windows = run.machine.processes.gather([run.window])
+    run.window = Window()
+    if not run.machine.processes.is_first:
+        return
+    rates = {group["name"]: group["lr"] for group in run.optimizer.param_groups if "name" in group}
+    row = {
+        **windows[0].merge(windows[1:]).row(),
+        "learning_rate": learning_rate(run.recipe, run.step - 1),
+        **({"learning_rates": rates} if rates else {}),
+        "grad_norm": run.grad_norm,
+        **looked,
+        **_memory(run),
+    }
+    run.watch.after_step(run.step, row)
+    remark = run.task.remark(read_rows(run.folder)) if looked else None
+    if remark is not None:
+        run.watch.say(run.step, remark, keep=True)
+
+
+def _memory(run: Run) -> dict[str, float]:
+    from controlkit.training.memory import peak_mb
+
+    return {"peak_mb": peak_mb(run.machine.device)}
+
+
+@contextmanager
+def averaged(run: Run, *, when: bool = True) -> Iterator[None]:
+    """Within the block the task's modules hold the averaged weights, in evaluation mode."""
+    if not when:
+        yield
+        return
+    modules = run.task.modules().values()
+    settle = getattr(run.optimizer, "eval", None)  # schedule-free optimizers keep their average themselves
+    if settle is not None and run.step:
+        settle()
+        run.weights.give()
+    for module in modules:
+        module.eval()
+    try:
+        with run.weights.averaged():
+            yield
+    finally:
         for module in modules:
             module.train()
-
-
-def _swap_average(run: Run) -> None:
-    for name, parameter in _named(run.task):
-        if name in run.average:
-            parameter.data, run.average[name] = run.average[name], parameter.data
+        if settle is not None and run.step:
+            run.optimizer.train()  # type: ignore[attr-defined]
+            run.weights.give()
 
 
 def _write_sample(run: Run) -> None:
-    with averaged(run), torch.no_grad():
-        picture = run.task.sample()
-    if picture is not None:
-        folder = run.folder / "samples"
-        folder.mkdir(exist_ok=True)
-        images.write_png(folder / f"step-{run.step:06d}.png", picture)
-
-
-def _save(run: Run) -> None:
-    names = {id(parameter): name for name, parameter in _named(run.task)}
-    weights = {f"model.{name}": p.detach() for name, p in _named(run.task)}
-    weights |= {f"average.{name}": tensor for name, tensor in run.average.items()}
-    optimizer: Tensors = {}
-    for parameter, state in run.optimizer.state.items():
-        optimizer |= {f"{names[id(parameter)]}/{key}": torch.as_tensor(value) for key, value in state.items()}
-    save_checkpoint(
-        run.folder / "checkpoints",
-        run.step,
-        weights=weights,
-        optimizer=optimizer,
-        state={"task": run.recipe.task, "losses": run.losses},
-    )
-
-
-def _restore(run: Run, weights: Tensors, optimizer: Tensors, state: dict[str, Any]) -> None:
-    run.step = int(state["step"])
-    run.losses = list(state.get("losses", []))  # those since the last row of metrics.jsonl
-    for name, parameter in _named(run.task):
-        parameter.data.copy_(weights[f"model.{name}"])
-        keys = [key for key in optimizer if key.rpartition("/")[0] == name]
-        run.optimizer.state[parameter] = {
-            # AdamW keeps its step count on the CPU unless it is fused on a CUDA device
-            key.rpartition("/")[2]: optimizer[key].to(parameter.device)
-            for key in keys
-        }
-    run.average = (
-        {name: weights[f"average.{name}"].to(p.device) for name, p in _named(run.task)} if run.average else {}
-    )
-
-
-class _Watch:
-    """Turns steps into progress reports and lines of metrics.jsonl."""
-
-    def __init__(self, run: Run, progress: Callable[[Progress], None]) -> None:
-        self.run, self.progress = run, progress
-        self.started, self.first = time.perf_counter(), run.step
-        self.log = run.folder / "metrics.jsonl"
-        _truncate_after(self.log, run.step)
-
-    def after_step(self) -> None:
-        run, recipe = self.run, self.run.recipe
-        if run.step % recipe.log_every and run.step != recipe.steps:
-            return
-        seconds = time.perf_counter() - self.started
-        loss, run.losses = sum(run.losses) / len(run.losses), []
-        per_s = (run.step - self.first) / seconds
-        row = {
-            "step": run.step,
-            "loss": loss,
-            "learning_rate": learning_rate(recipe, run.step - 1),
-            "grad_norm": run.grad_norm,
-            "samples_per_s": per_s * recipe.batch_size,
-            "seconds": seconds,
-        }
-        with self.log.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        eta = (recipe.steps - run.step) / per_s
-        self.progress(Progress(run.step, recipe.steps, loss, per_s * recipe.batch_size, eta))
-
-
-def _truncate_after(log: Path, step: int) -> None:
-    """Drop rows of steps that a resumed run will repeat, and a row that was cut short."""
-    if not log.is_file():
+    """A picture of what was learned. One that cannot be made is said, and the training goes on."""
+    if not run.machine.processes.is_first:
         return
-    kept = []
-    for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
-        with suppress(ValueError, KeyError, TypeError):
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-    files.write_text(log, "".join(kept))
+    started = time.perf_counter()
+    try:
+        with averaged(run), torch.no_grad():
+            picture = run.task.sample()
+        if picture is not None:
+            folder = run.folder / "samples"
+            folder.mkdir(exist_ok=True)
+            images.write_png(folder / f"step-{run.step:06d}.png", picture)
+            if run.watch.trackers is not None:
+                run.watch.trackers.log_picture("samples", picture, run.step)
+    except (ValueError, RuntimeError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        run.watch.say(run.step, f"no samples at step {run.step}: {reason}", keep=True)
+    run.watch.pause(time.perf_counter() - started)

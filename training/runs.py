@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,21 +21,30 @@ from controlkit.training.config import (
     VaeRecipe,
     load_recipe,
 )
-from controlkit.training.loop import Progress, Task, check_folder, device_name, train
-from controlkit.training.world import World, load_world
+from controlkit.training.lock import locked
+from controlkit.training.loop import train
+from controlkit.training.machine import Machine, device_name
+from controlkit.training.optimizers import check_optimizer
+from controlkit.training.saving import check_folder
+from controlkit.training.task import Task
+from controlkit.training.watch import Progress
+from controlkit.training.world import VALIDATION_SCENES, World, load_world
 
-VALIDATION_SCENES = 250  # rendered for samples and scores; a chunk of the cache
 RESULT = {"controlnet": "controlnet"}  # folder of the result within the run, by task; "result" for the others
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a finished training left: the run's folder, the result's folder, scores by name, lines to show."""
+    """What a training left: the run's folder, the result's folder, scores by name, lines to show.
+
+    A training that was asked to stop has no result yet, and says at which step it ``stopped_at``.
+    """
 
     folder: Path
-    result: Path
+    result: Path | None
     scores: dict[str, float] = field(default_factory=dict)
     lines: list[str] = field(default_factory=list)
+    stopped_at: int | None = None
 
 
 def train_recipe(
@@ -45,19 +55,71 @@ def train_recipe(
     Raises ValueError, one line, for whatever the recipe or the folder makes impossible.
     """
     recipe = load_recipe(name_or_path, overrides)
+    set_threads(recipe)
+    folder, name = Path(recipe.out), RESULT.get(recipe.task, "result")
+    check_folder(recipe, folder, result=name)
+    check_models(recipe)
+    machine = Machine(recipe)
+    if not machine.processes.is_first:
+        return _trained(recipe, folder, name, machine, lambda _: None)
+    _make(folder)
+    try:
+        with locked(folder):
+            return _trained(recipe, folder, name, machine, progress)
+    finally:
+        with suppress(OSError):
+            folder.rmdir()  # only where nothing was put into it
+
+
+def set_threads(recipe: Recipe) -> None:
+    """Use as many CPU threads as the recipe says."""
     if recipe.threads:
         import torch
 
         torch.set_num_threads(recipe.threads)
-    folder, name = Path(recipe.out), RESULT.get(recipe.task, "result")
-    check_folder(recipe, folder, result=name)
-    check_models(recipe)
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot make the folder {folder}: {error.strerror}") from error
+
+
+def _trained(
+    recipe: Recipe, folder: Path, name: str, machine: Machine, progress: Callable[[Progress], None]
+) -> Result:
     with quiet_libraries():
-        task = build_task(recipe, progress)
-    train(task, recipe, folder, progress=progress, result=name)
-    if isinstance(recipe, ControlNetRecipe) and recipe.score_scenes:
-        return _scored(recipe, folder, folder / name, progress)
-    return Result(folder, folder / name)
+        task = build_task(recipe, machine, progress)
+    run = train(task, recipe, folder, machine=machine, progress=progress, result=name)
+    if not run.finished:
+        return Result(folder, None, stopped_at=run.step)
+    if not machine.processes.is_first:
+        return Result(folder, None)
+    if not isinstance(recipe, ControlNetRecipe):
+        return Result(folder, folder / name)
+    return _told(recipe, folder, folder / name, progress)
+
+
+def _told(
+    recipe: ControlNetRecipe, folder: Path, result: Path, progress: Callable[[Progress], None]
+) -> Result:
+    """Measure the result, write its card and the report, and put it on the hub where that is asked for."""
+    from controlkit.training.card import write_card
+    from controlkit.training.report import write_report
+    from controlkit.training.showing import is_examined
+
+    finished = Result(folder, result)
+    if is_examined(recipe):
+        finished = _scored(recipe, folder, result, progress)
+    write_card(result, run_folder=folder, repo_id=recipe.push_to_hub)
+    report = write_report(folder)
+    lines = [*finished.lines, f"the whole story: {report}"]
+    if recipe.push_to_hub:
+        from controlkit.training.publishing import push_to_hub
+
+        lines.append(f"on the hub: {push_to_hub(result, recipe.push_to_hub)}")
+    return Result(folder, result, finished.scores, lines)
 
 
 def check_models(recipe: Recipe) -> None:
@@ -67,8 +129,14 @@ def check_models(recipe: Recipe) -> None:
     """
     from controlkit.adapters import check_adapter
     from controlkit.base import check_base
+    from controlkit.training.publishing import check_repo_id
+    from controlkit.training.trackers import check_trackers
 
     if isinstance(recipe, ControlNetRecipe):
+        check_optimizer(recipe.optimizer)
+        check_trackers(recipe.trackers)
+        if recipe.push_to_hub:
+            check_repo_id(recipe.push_to_hub)
         check_base(recipe.base)
         if recipe.init is not None:
             check_adapter(recipe.init)
@@ -110,15 +178,17 @@ def _scored(
     return Result(folder, result, dict(examination.scores[recipe.map]), lines)
 
 
-def build_task(recipe: Recipe, progress: Callable[[Progress], None]) -> Task:
+def build_task(recipe: Recipe, machine: Machine, progress: Callable[[Progress], None]) -> Task:
     """The task of a recipe, its data loaded (and rendered, where the cache lacks it)."""
-    import torch
-
-    device = torch.device(device_name(recipe))
+    device = machine.device
 
     def report(message: str) -> None:
         progress(Progress(0, recipe.steps, math.nan, 0.0, math.nan, message))
 
+    if isinstance(recipe, ControlNetRecipe):
+        from controlkit.training.adapter import ControlNetTask
+
+        return ControlNetTask(recipe, machine, report)
     world, validation = worlds(recipe, report)
     if isinstance(recipe, VaeRecipe):
         from controlkit.training.vae import VaeTask
@@ -140,10 +210,6 @@ def build_task(recipe: Recipe, progress: Callable[[Progress], None]) -> Task:
         from controlkit.training.estimators import DepthTask
 
         return DepthTask(recipe, world, validation, device, report)
-    if isinstance(recipe, ControlNetRecipe):
-        from controlkit.training.adapter import ControlNetTask
-
-        return ControlNetTask(recipe, world, validation, device, report)
     raise AssertionError(f"no task for {type(recipe)}")
 
 

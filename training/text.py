@@ -21,6 +21,7 @@ from controlkit import files
 from controlkit.figures import COLOURS, OBJECTS
 from controlkit.training.config import TextRecipe
 from controlkit.training.draws import Draws
+from controlkit.training.task import DrawnTask
 from controlkit.training.world import World
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ class _Readers(nn.Module):
         return [classifier(read[:, slot]) for slot, classifier in enumerate(self.classifiers)]
 
 
-class TextTask:
+class TextTask(DrawnTask):
     """CLIPTextModel on the captions of the bundled world, classified by attention readers."""
 
     def __init__(self, recipe: TextRecipe, world: World, validation: World, device: torch.device) -> None:

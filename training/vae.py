@@ -14,6 +14,7 @@ from controlkit import images
 from controlkit.folders import load_part
 from controlkit.training.config import VaeRecipe
 from controlkit.training.draws import Draws
+from controlkit.training.task import DrawnTask
 from controlkit.training.world import World
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 _SHOWN = 8
 
 
-class VaeTask:
+class VaeTask(DrawnTask):
     """AutoencoderKL on the bundled world: L1 and L2 on pixels, L1 on neighbour differences, a little KL."""
 
     def __init__(self, recipe: VaeRecipe, world: World, validation: World, device: torch.device) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 CHUNK = 250
+VALIDATION_SCENES = CHUNK  # rendered for samples and scores
 VERSION = 1  # raise when figures.py changes what it draws
 
 

@@ -1,0 +1,187 @@
+"""`controlkit data check`: what a data set holds, and what of it cannot be trained on."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from controlkit import files
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from controlkit.training.check import Check
+    from controlkit.training.config_adapter import DataRecipe
+    from controlkit.training.examples import Example, Examples, Piece
+
+SHEET_PAIRS, SHEET_COLUMNS = 12, 6
+NAMES = 5
+"""How many pairs of each finding are named."""
+
+
+class Report(Protocol):
+    """Where progress goes."""
+
+    def note(self, text: str) -> None:
+        """Say something."""
+
+    def progress(self, done: int, total: int) -> None:
+        """Say how far it is."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a check gave: lines for the reader, the files written, the exit code."""
+
+    lines: list[str]
+    written: list[Path]
+    code: int
+    """0 where every pair can be used, else 1."""
+
+
+def check_data(
+    source: str,
+    *,
+    report: Report,
+    kind: str = "",
+    settings: Mapping[str, str] | None = None,
+    sheet: str | None = None,
+    json: str | None = None,
+    lint: bool = True,
+) -> Result:
+    """Look at every pair of a data set.
+
+    source: as `data.source` in a recipe. kind: of its maps, "" guesses. settings: further keys of the
+    recipe's [data]. sheet, json: files for a contact sheet of some pairs, and for all findings.
+
+    Raises ValueError, one line: no such data set, it is empty or its listing is broken, an unknown or wrong
+    setting, or an output that cannot be written.
+    """
+    data = recipe_of(source, kind, settings or {})
+    for output in (sheet, json):
+        if output:
+            files.check_writable(output)
+    if sheet and Path(sheet).suffix.lower() != ".png":
+        raise ValueError(f"the contact sheet {sheet} must end in .png")
+    from controlkit.training.check import check_examples
+    from controlkit.training.sources import open_examples
+
+    examples = open_examples(data, kind=kind, report=report.note)
+    _check_kind(kind, examples, data, lint=lint, report=report)
+    check = check_examples(
+        examples, data=data, kind=kind, lint=lint, report=lambda _: None, progress=report.progress
+    )
+    written = []
+    if sheet and write_sheet(sheet, examples, check):
+        written.append(Path(sheet))
+    if json:
+        files.write_json(json, as_json(check))
+        written.append(Path(json))
+    lines = [*check.table(NAMES), "", _verdict(check)]
+    return Result(lines, written, 1 if check.errors else 0)
+
+
+def _check_kind(kind: str, examples: Examples, data: DataRecipe, *, lint: bool, report: Report) -> None:
+    """Refuse a kind whose maps are not there and cannot be made; say if they cannot be looked through."""
+    from controlkit import naming, preprocessors
+    from controlkit.preprocessors.linting import KINDS
+
+    if kind and not examples[0].maps and kind not in preprocessors.names():
+        problem = naming.unknown("map", kind, preprocessors.names())
+        raise ValueError(f"{data.source} has no maps, and none can be made: {problem}")
+    if kind and lint and kind not in KINDS:
+        report.note(f"note: mistakes in {kind} maps are not known; the maps are only opened")
+
+
+def recipe_of(source: str, kind: str, settings: Mapping[str, str]) -> DataRecipe:
+    """Return the recipe of a data set. Raises ValueError, one line, for an unknown key or a wrong value."""
+    from controlkit.training.config import ControlNetRecipe, parse_recipe
+
+    if source == "world":
+        raise ValueError("the bundled world is drawn, not read: there is nothing to check")
+    table = {
+        "task": "controlnet",
+        "map": kind or "any",
+        "out": "-",
+        "steps": 100,
+        "batch_size": 1,
+        "learning_rate": 1e-4,
+        "data": {"source": source} | {key: _value(key, value) for key, value in settings.items()},
+    }
+    recipe = parse_recipe(table, where="data check")
+    assert isinstance(recipe, ControlNetRecipe)
+    return recipe.data
+
+
+def _value(key: str, text: str) -> Any:
+    """A setting's value as TOML reads it; a bare word is a text."""
+    from controlkit.training.config_adapter import DataRecipe
+
+    if key in DataRecipe.model_fields and DataRecipe.model_fields[key].annotation is str:
+        return text
+    try:
+        return tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def as_json(check: Check) -> dict[str, Any]:
+    """Return all that was found, as JSON."""
+    return {
+        "pairs": len(check.sizes),
+        "usable": len(check.usable),
+        "captioned": check.captioned,
+        "mapped": check.mapped,
+        "seconds": round(check.seconds, 3),
+        "counts": check.counts,
+        "findings": [asdict(found) for found in check.findings],
+    }
+
+
+def write_sheet(path: str, examples: Examples, check: Check) -> bool:
+    """Write a contact sheet of some of the pairs, picture beside map; False where none can be shown."""
+    from controlkit.images import write_png
+    from controlkit.sheets import contact_sheet
+
+    step = max(1, -(-len(check.usable) // SHEET_PAIRS))
+    pairs = [_cells(examples[index]) for index in check.usable[::step]]
+    if not pairs:
+        return False
+    beside = max(1, SHEET_COLUMNS // max(map(len, pairs)))  # pairs in a row
+    rows = [list(chain(*pairs[start : start + beside])) for start in range(0, len(pairs), beside)]
+    write_png(path, contact_sheet(rows))
+    return True
+
+
+def _cells(example: Example) -> list[tuple[np.ndarray, str]]:
+    """The picture above its file's name, then its maps, the first above the caption."""
+    picture = _pixels(example.picture, None)
+    maps = [_pixels(piece, (picture.shape[1], picture.shape[0])) for piece in example.maps]
+    labels = [
+        Path(example.name).name,
+        example.caption,
+        *(Path(piece.name).name for piece in example.maps[1:]),
+    ]
+    return list(zip([picture, *maps], labels, strict=False))
+
+
+def _pixels(piece: Piece, canvas: tuple[int, int] | None) -> np.ndarray:
+    from controlkit import images, preprocessors
+    from controlkit.training.check_facts import is_json, read_pose
+
+    content = piece.read()
+    if isinstance(content, bytes) and is_json(content):
+        return preprocessors.poses_to_map(read_pose(content, piece.name, canvas)).image
+    return images.load_picture(content)
+
+
+def _verdict(check: Check) -> str:
+    count, bad = len(check.sizes), len(check.sizes) - len(check.usable)
+    rate = f" in {check.seconds:.1f} s"
+    if not bad:
+        return f"looked at {count:,} pairs{rate}: all can be used"
+    return f"looked at {count:,} pairs{rate}: {bad:,} cannot be used (data.bad=skip would leave them out)"

@@ -1,0 +1,99 @@
+"""A process that trains and can be killed: forked from a server that has the libraries loaded already."""
+
+import multiprocessing
+import os
+import signal
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.killed_preload", "killed_preload"])
+
+
+def write_base(folder: Path) -> None:
+    """A base of the real classes with random weights, of which steps take a moment."""
+    from tiny_models import build
+
+    build(folder, "sd1")
+
+
+def write_pictures(folder: Path, count: int = 14) -> None:
+    """Pictures of three shapes with captions: enough for three buckets."""
+    from controlkit.figures import render
+    from controlkit.images import write_png
+
+    folder.mkdir()
+    for number in range(count):
+        scene = render(number)
+        top = 0 if number % 3 else 40
+        left = 0 if number % 3 != 1 else 44
+        write_png(folder / f"{number:02d}.png", np.ascontiguousarray(scene.picture[top:, left:]))
+        (folder / f"{number:02d}.txt").write_text(scene.caption)
+
+
+def recipe(folder: Path, pictures: Path, **changes: object) -> Path:
+    """A recipe with everything on that draws at random."""
+    settings = {
+        "task": "controlnet", "map": "canny", "base": str(pictures.parent / "base"),
+        "out": str(folder), "steps": 10,
+        "batch_size": 2, "accumulation": 2, "learning_rate": 1e-3, "warmup": 2, "ema": 0.9,
+        "checkpoint_every": 1, "sample_every": 5, "log_every": 2, "monitor_every": 4,
+        "score_scenes": 0, "caption_dropout": 0.3,
+        "noise_offset": 0.05, "timesteps": "logit-normal", "device": "cpu", "threads": 1,
+    }  # fmt: skip
+    data = {
+        "source": str(pictures), "maps": "made", "resolution": 64, "buckets": True, "bucket_step": 16,
+        "crop": "random", "crops": 3, "flip": 0.5, "map_blur": 0.3, "holdout": 3, "workers": 2,
+    }  # fmt: skip
+    settings |= {key: value for key, value in changes.items() if not key.startswith("data_")}
+    data |= {key.removeprefix("data_"): value for key, value in changes.items() if key.startswith("data_")}
+
+    def line(key: str, value: object) -> str:
+        text = str(value).lower() if isinstance(value, bool) else repr(value).replace("'", '"')
+        return f"{key} = {text}\n"
+
+    path = folder.parent / f"{folder.name}.toml"
+    tables = [line(key, value) for key, value in settings.items()] + ["[data]\n"]
+    tables += [line(key, value) for key, value in data.items()]
+    tables += ["[data.options]\n", 'low = "50..150"\n', 'high = "160..250"\n']
+    path.write_text("".join(tables))
+    return path
+
+
+def train(path: str, cache: str) -> None:
+    """What the process does; the group is its own, so that a signal to it reaches nobody else."""
+    os.setpgrp()
+    os.environ |= {"CONTROLKIT_CACHE": cache, "HF_HUB_OFFLINE": "1"}
+    import torch
+
+    from controlkit.training import train_recipe
+
+    torch.set_num_threads(1)
+    train_recipe(path)
+
+
+def start(path: Path, cache: Path) -> multiprocessing.process.BaseProcess:
+    """A process that trains by a recipe."""
+    process = CONTEXT.Process(target=train, args=(str(path), str(cache)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        process.start()
+    return process
+
+
+def kill(process: multiprocessing.process.BaseProcess, number: signal.Signals = signal.SIGKILL) -> None:
+    """Send a signal to a process, wherever it is."""
+    assert process.pid is not None
+    os.kill(process.pid, number)
+    process.join()
+
+
+def wait_for(path: Path, process: multiprocessing.process.BaseProcess, *, seconds: float = 300) -> None:
+    """Wait until a file or folder is there, or the process has ended."""
+    until = time.monotonic() + seconds
+    while not path.exists() and process.is_alive():
+        assert time.monotonic() < until, f"no {path}"
+        time.sleep(0.01)

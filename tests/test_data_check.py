@@ -1,0 +1,561 @@
+"""A look at every pair before it is trained on: each sort of fault is found and named, at little cost."""
+
+import io
+import json
+import os
+import struct
+import tarfile
+import threading
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from skimage import data as photographs
+from typer.testing import CliRunner
+
+from controlkit import images, preprocessors
+from controlkit.cli import app
+from controlkit.training import check as check_module
+from controlkit.training.check import Check, check_examples, same_aspect
+from controlkit.training.check_facts import look_at_map, look_at_picture
+from controlkit.training.config_adapter import DataRecipe
+from controlkit.training.examples import ArrayPiece, Example, FilePiece, Piece
+from controlkit.training.source_files import BytesPiece
+from controlkit.training.sources import open_examples
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("CONTROLKIT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def photograph(number: int = 0, *, width: int = 128, height: int = 96) -> np.ndarray:
+    return np.ascontiguousarray(photographs.astronaut()[number : number + height, 100 : 100 + width])
+
+
+def edges(picture: np.ndarray) -> np.ndarray:
+    return preprocessors.get("canny")(picture).image
+
+
+def encoded(array: np.ndarray, format: str = "PNG", **options: Any) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(array).save(file, format, **options)
+    return file.getvalue()
+
+
+def put(path: Path, content: bytes | str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def bomb(width: int, height: int, packed: bytes = zlib.compress(b"\0" * 99)) -> bytes:
+    """A PNG whose header announces a huge picture; its check sums are right and it holds hardly any data."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        )
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    pixels = chunk(b"IDAT", packed) if packed else b""
+    return b"\x89PNG\r\n\x1a\n" + header + pixels + chunk(b"IEND", b"")
+
+
+def make_set(folder: Path, count: int = 6) -> Path:
+    """A sound data set: images/N.jpg, canny/N.png, metadata.jsonl."""
+    rows = []
+    for number in range(count):
+        picture = photograph(number)
+        put(folder / f"images/{number}.jpg", encoded(picture, "JPEG", quality=95))
+        put(folder / f"canny/{number}.png", images.encode_png(edges(picture)))
+        row = {"file_name": f"images/{number}.jpg", "text": "x", "canny_file_name": f"canny/{number}.png"}
+        rows.append(json.dumps(row) + "\n")
+    put(folder / "metadata.jsonl", "".join(rows))
+    return folder
+
+
+def checked(
+    folder: Path, kind: str = "canny", settings: dict[str, Any] | None = None, **options: Any
+) -> Check:
+    data = DataRecipe(source=str(folder), **(settings or {}))
+    return check_examples(open_examples(data, kind=kind), data=data, kind=kind, **options)
+
+
+def found(check: Check, severity: str = "") -> list[tuple[int, str]]:
+    return [(f.index, f.code) for f in check.findings if f.severity == severity or not severity]
+
+
+def test_a_sound_data_set(tmp_path: Path) -> None:
+    folder = make_set(tmp_path / "set")
+    for lint in (False, True):
+        check = checked(folder, lint=lint)
+        assert check.findings == []
+        assert check.sizes == [(128, 96)] * 6
+        assert check.usable == list(range(6))
+        assert (check.captioned, check.problem(), check.counts) == (6, "", {})
+        examples = open_examples(DataRecipe(source=str(folder)))
+        assert check.digests == [example.picture.digest().hex() for example in examples]
+
+
+# --- what cannot be used ---
+
+GOOD_JPEG = encoded(photograph(), "JPEG", quality=95)
+GOOD_PNG = encoded(photograph())
+PROGRESSIVE = encoded(photograph(), "JPEG", quality=95, progressive=True)
+FLIPPED = bytearray(GOOD_PNG)
+FLIPPED[len(GOOD_PNG) // 2] ^= 1
+BROKEN = {
+    "empty": b"",
+    "text": b"this is a text",
+    "page": b"<!DOCTYPE html><html><body>404</body></html>",
+    "pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n",
+    "half a JPEG": GOOD_JPEG[: len(GOOD_JPEG) // 2],
+    "nearly a JPEG": GOOD_JPEG[:-200],
+    "half a progressive JPEG": PROGRESSIVE[: len(PROGRESSIVE) // 2],
+    "the start of a JPEG": GOOD_JPEG[:30],
+    "half a PNG": GOOD_PNG[: len(GOOD_PNG) // 2],
+    "the start of a PNG": GOOD_PNG[:20],
+    "a flipped bit": bytes(FLIPPED),
+    "a bomb": bomb(12_000, 9_000),
+    "a larger bomb": bomb(20_000, 20_000),
+    "nothing by nothing": bomb(0, 0),
+    "no pixels": bomb(128, 96, b""),
+}
+
+
+@pytest.mark.parametrize("lint", [False, True])
+@pytest.mark.parametrize("place", ["images/2.jpg", "canny/2.png"])
+@pytest.mark.parametrize("what", BROKEN)
+def test_broken_files(tmp_path: Path, what: str, place: str, lint: bool) -> None:
+    folder = make_set(tmp_path / "set", 4)
+    put(folder / place, BROKEN[what])
+    check = checked(folder, lint=lint)
+    assert found(check) == [(2, "broken")]
+    assert check.usable == [0, 1, 3]
+    (finding,) = check.findings
+    assert finding.name == "images/2.jpg"
+    assert finding.message.startswith(str(folder / place))
+    assert "\n" not in finding.message
+    assert finding.cure
+    assert check.problem() == f"1 of 4 pairs cannot be used: {finding.message}"
+    assert (check.sizes[2] is None) == place.startswith("images")
+
+
+def test_bombs_are_refused_by_their_size_alone(tmp_path: Path) -> None:
+    for size, limit in [((12_000, 9_000), "at most"), ((20_000, 20_000), "too large")]:
+        with pytest.raises(ValueError, match=limit):
+            look_at_picture(BytesPiece(bomb(*size), "x.png"), thorough=True)
+
+
+@pytest.mark.parametrize("lint", [False, True])
+def test_everything_else_that_is_an_error(tmp_path: Path, lint: bool) -> None:
+    folder = make_set(tmp_path / "set", 7)
+    (folder / "images/0.jpg").unlink()
+    (folder / "canny/1.png").unlink()
+    put(tmp_path / "secret.jpg", GOOD_JPEG)
+    (folder / "images/2.jpg").unlink()
+    os.symlink("../../secret.jpg", folder / "images/2.jpg")
+    put(folder / "canny/3.png", images.encode_png(edges(photograph(width=96, height=128))))
+    put(folder / "canny/4.png", images.encode_png(edges(photograph(width=96, height=96))))
+    rows = (folder / "metadata.jsonl").read_text().splitlines()
+    rows[5] = json.dumps({"file_name": "images/5.jpg", "text": "x"})
+    rows[6] = json.dumps({"file_name": "../secret.jpg", "text": "x", "canny_file_name": "canny/6.png"})
+    put(folder / "metadata.jsonl", "\n".join(rows))
+    check = checked(folder, lint=lint)
+    expected = ["missing", "missing", "refused", "aspect", "aspect", "refused", "refused"]
+    assert found(check) == list(enumerate(expected))
+    messages = [finding.message for finding in check.findings]
+    for part, message in zip(
+        [
+            "0.jpg is not there",
+            "1.png is not there",
+            "leads out",
+            "96 x 128, its picture 128 x 96",
+            "96 x 96",
+        ],
+        messages,
+        strict=False,
+    ):
+        assert part in message
+    assert "turned by 90 degrees" in messages[3]
+    assert "metadata.jsonl, line 6: the key 'canny_file_name' is missing" in messages[5]
+    assert check.usable == []
+    assert check.counts == {"missing": 2, "refused": 3, "aspect": 2}
+    assert check.problem(2).startswith("7 of 7 pairs cannot be used: ")
+    assert check.problem(2).endswith("; and 5 more")
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_sizes_are_upright(tmp_path: Path, suffix: str) -> None:
+    folder = make_set(tmp_path / "set", 2)
+    turned = Image.fromarray(np.rot90(photograph()).copy())
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for number, extra in [(0, {"exif": exif}), (1, {})]:
+        (folder / f"images/{number}.jpg").unlink()
+        turned.save(folder / f"images/{number}.{suffix}", **extra)
+    text = (folder / "metadata.jsonl").read_text().replace(".jpg", f".{suffix}")
+    put(folder / "metadata.jsonl", text)
+    check = checked(folder)
+    assert check.sizes == [(128, 96), (96, 128)]
+    assert found(check, "error") == [(1, "aspect")]
+
+
+def test_aspects() -> None:
+    assert same_aspect((1000, 667), (512, 341))
+    assert same_aspect((1000, 667), (768, 512))
+    assert same_aspect((1920, 1080), (896, 512))  # rounded to 64
+    assert not same_aspect((1920, 1080), (895, 512))
+    assert not same_aspect((480, 512), (512, 512))
+    assert not same_aspect((512, 768), (768, 512))
+    assert same_aspect((3000, 2), (1500, 1))
+
+
+# --- poses ---
+
+
+@pytest.mark.parametrize(
+    ("pose", "code"),
+    [
+        ('{"people": [{"pose_keypoints_2d": [%s]}], "canvas_width": 64, "canvas_height": 48}', ""),
+        ('\ufeff{"people": [{"pose_keypoints_2d": [%s]}]}', ""),
+        ('{"people": []}', "nobody"),
+        ('{"people": [{"pose_keypoints_2d": [%s]}], "canvas_width": 48, "canvas_height": 64}', "aspect"),
+        ('{"people": [{"pose_keypoints_2d": [1, 2]}]}', "broken"),
+        ('{"people": ', "broken"),
+        ("[1, 2]", "broken"),
+    ],
+)
+def test_poses(tmp_path: Path, pose: str, code: str) -> None:
+    put(tmp_path / "set/images/a.png", encoded(photograph()))
+    joints = ", ".join(["10, 20, 1"] * 18)
+    put(tmp_path / "set/openpose/a.json", pose.replace("%s", joints))
+    for _ in range(2):
+        assert [code for _, code in found(checked(tmp_path / "set", "openpose"))] == [
+            *([code] if code else []),
+            "no caption",
+        ]
+
+
+# --- what is worth knowing ---
+
+
+def test_notes(tmp_path: Path) -> None:
+    folder = make_set(tmp_path / "set", 7)
+    grey = np.repeat(photograph(1)[..., :1], 3, axis=2)
+    put(folder / "images/1.jpg", encoded(grey, "JPEG", quality=90))
+    put(folder / "images/2.jpg", (folder / "images/0.jpg").read_bytes())
+    put(folder / "images/3.jpg", encoded(photograph(3, width=40, height=30), "JPEG"))
+    put(folder / "images/4.jpg", encoded(photograph(4), "PNG"))
+    put(folder / "canny/4.png", images.encode_png(edges(photograph(4, width=256, height=192))))
+    put(folder / "images/6.jpg", (folder / "images/5.jpg").read_bytes())
+    put(folder / "canny/6.png", (folder / "canny/5.png").read_bytes())
+    rows = (folder / "metadata.jsonl").read_text().splitlines()
+    rows[0] = rows[0].replace('"x"', "null")
+    put(folder / "metadata.jsonl", "\n".join(rows))
+    check = checked(folder)
+    assert check.usable == list(range(7))
+    assert found(check, "note") == [
+        (0, "no caption"),
+        (1, "grey"),
+        (2, "duplicate"),
+        (3, "tiny"),
+        (3, "size"),
+        (4, "size"),
+        (6, "duplicate"),
+    ]
+    messages = {finding.index: finding.message for finding in check.findings}
+    assert messages[2] == "images/2.jpg is the same picture as images/0.jpg"
+    assert messages[6] == "images/6.jpg is the same pair as images/5.jpg"
+    small = checked(folder, settings={"resolution": 24, "caption": "a picture"})
+    assert found(small, "note") == [(1, "grey"), (2, "duplicate"), (3, "size"), (4, "size"), (6, "duplicate")]
+    large = checked(folder, settings={"resolution": 104})
+    assert [index for index, code in found(large) if code == "tiny"] == list(range(7))
+
+
+def test_grey_pngs_show_in_a_thorough_look(tmp_path: Path) -> None:
+    grey = np.repeat(photograph()[..., :1], 3, axis=2)
+    put(tmp_path / "set/images/a.png", encoded(grey))
+    put(tmp_path / "set/images/b.png", encoded(grey[..., 0].copy()[:, :64]))
+    assert [code for _, code in found(checked(tmp_path / "set"))] == ["no caption"] * 2  # and is remembered
+    check = checked(tmp_path / "set", lint=True)
+    assert [code for _, code in found(check)] == ["grey", "no caption"] * 2
+
+
+def test_what_is_wrong_with_maps(tmp_path: Path) -> None:
+    folder = make_set(tmp_path / "set", 3)
+    put(folder / "canny/1.png", images.encode_png(255 - edges(photograph(1))))
+    for _ in range(2):  # the second time from memory
+        check = checked(folder, lint=True)
+        assert found(check) == [(1, "inverted")]
+        assert check.findings[0].severity == "warning"
+        assert str(folder / "canny/1.png") in check.findings[0].message
+        assert check.usable == [0, 1, 2]
+        assert checked(folder).findings == []
+    assert found(checked(folder, kind="", lint=True)) == [(1, "inverted")]
+    assert (
+        checked(folder, kind="mine", lint=True, settings={"map_column": ("canny_file_name",)}).findings == []
+    )
+
+
+def test_maps_that_are_made_need_no_look(tmp_path: Path) -> None:
+    folder = make_set(tmp_path / "set", 2)
+    put(folder / "canny/1.png", b"")
+    assert checked(folder, settings={"maps": "made"}).findings == []
+
+
+def test_arrays_and_shards(tmp_path: Path) -> None:
+    data = DataRecipe(source=str(tmp_path))
+    good = Example("a", ArrayPiece(photograph()), "x", (ArrayPiece(np.zeros((96, 128), np.uint16)),))
+    stack = Example("b", ArrayPiece(photograph(1)), "x", (ArrayPiece(np.zeros((96, 128, 5), np.float32)),))
+    wrong = Example("c", ArrayPiece(np.zeros(7, np.uint8), "this"), "x", (ArrayPiece(np.zeros(5)),))
+    for lint in (False, True):
+        check = check_examples([good, stack, wrong], data=data, kind="canny", lint=lint)
+        assert found(check) == [(2, "broken"), (2, "broken")]
+        assert check.sizes == [(128, 96), (128, 96), None]
+        assert check.findings[0].message.startswith("this has the shape (7,)")
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name, content in {"1.jpg": GOOD_JPEG, "1.map.png": b"text", "2.jpg": b"", "1.txt": b"x"}.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    shards = checked(tmp_path / "a.tar")
+    assert found(shards) == [(0, "broken"), (1, "broken"), (1, "refused"), (1, "no caption")]
+
+
+# --- memory and speed ---
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The files that are read from now on."""
+    done: list[Path] = []
+    read = FilePiece.read
+
+    def noted(self: FilePiece) -> bytes:
+        done.append(self.path)
+        return read(self)
+
+    monkeypatch.setattr(FilePiece, "read", noted)
+    return done
+
+
+def test_unchanged_files_are_not_read_again(tmp_path: Path, reads: list[Path]) -> None:
+    folder = make_set(tmp_path / "set", 5)
+    put(folder / "images/3.jpg", b"text")
+    first = checked(folder)
+    assert len(reads) == 10
+    reads.clear()
+    second = checked(folder)
+    assert reads == [folder / "images/3.jpg"]  # what could not be read may have been repaired
+    assert (first.sizes, first.digests, first.findings) == (second.sizes, second.digests, second.findings)
+    reads.clear()
+    put(folder / "canny/1.png", b"")
+    assert found(checked(folder)) == [(1, "broken"), (3, "broken")]
+    assert set(reads) == {folder / "images/3.jpg", folder / "canny/1.png"}
+    reads.clear()
+    checked(folder, remember=False)
+    assert len(reads) == 10
+
+
+def test_a_changed_file_of_the_same_size_and_date_is_read_again(tmp_path: Path) -> None:
+    folder = make_set(tmp_path / "set", 2)
+    path = folder / "images/1.jpg"
+    assert checked(folder).findings == []
+    status = path.stat()
+    put(path, b"x" * status.st_size)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert found(checked(folder)) == [(1, "broken")]
+
+
+def test_a_link_that_leads_out_is_not_taken_from_memory(tmp_path: Path) -> None:
+    folder = make_set(tmp_path / "set", 2)
+    assert checked(folder).findings == []
+    os.rename(folder / "images", tmp_path / "images")
+    os.symlink("../images", folder / "images")
+    assert found(checked(folder)) == [(0, "refused"), (1, "refused")]
+
+
+def test_a_quick_look_does_not_stand_for_a_thorough_one(tmp_path: Path, reads: list[Path]) -> None:
+    folder = make_set(tmp_path / "set", 3)
+    put(folder / "canny/1.png", images.encode_png(255 - edges(photograph(1))))
+    assert checked(folder).findings == []
+    assert found(checked(folder, lint=True)) == [(1, "inverted")]
+    reads.clear()
+    assert found(checked(folder, lint=True)) == [(1, "inverted")]
+    assert reads == []
+    other = make_set(tmp_path / "other", 3)
+    checked(other, lint=True)
+    reads.clear()
+    checked(other)
+    assert reads == []
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b'{"version": 0}', b"[]", b'{"version": 1, "files": 3}'])
+def test_a_damaged_memory_is_forgotten(tmp_path: Path, cache: Path, content: bytes) -> None:
+    folder = make_set(tmp_path / "set", 2)
+    checked(folder)
+    (memory,) = (cache / "checks").iterdir()
+    memory.write_bytes(content)
+    assert checked(folder).usable == [0, 1]
+
+
+def test_a_memory_that_cannot_be_kept_is_said_and_harmless(tmp_path: Path, cache: Path) -> None:
+    folder = make_set(tmp_path / "set", 2)
+    put(cache / "checks", "a file where a folder is wanted")
+    said: list[str] = []
+    assert checked(folder, report=said.append).usable == [0, 1]
+    assert len(said) == 1
+    assert said[0].startswith("what the check found is not kept: cannot make the folder")
+
+
+def test_findings_stand_in_the_order_of_the_examples(tmp_path: Path) -> None:
+    folder = make_set(tmp_path / "set", 40)
+    for number in range(0, 40, 3):
+        put(folder / f"images/{number}.jpg", b"")
+    check = checked(folder)
+    assert [index for index, _ in found(check)] == list(range(0, 40, 3))
+    assert check.usable == [number for number in range(40) if number % 3]
+
+
+def test_a_look_holds_few_pictures_at_once(tmp_path: Path) -> None:
+    """However many pairs there are, only some are ahead of the one that is reported."""
+    started, seen = [], []
+
+    class Counted(Piece):
+        name = "counted"
+
+        def read(self) -> bytes:
+            started.append(threading.get_ident())
+            return GOOD_JPEG
+
+    def progress(done: int, total: int) -> None:
+        seen.append(len(started) - done)
+
+    data = DataRecipe(source="x")
+    examples = [Example(str(n), Counted(), "x") for n in range(400)]
+    check = check_examples(examples, data=data, kind="canny", progress=progress, remember=False)
+    assert len(check.usable) == 400
+    assert max(seen) <= 4 * 32 + 1
+    assert max(seen) <= 4 * check_module._cores() + 1
+
+
+def test_an_interrupted_look_keeps_what_it_found(tmp_path: Path, reads: list[Path]) -> None:
+    folder = make_set(tmp_path / "set", 40)
+
+    def stop(done: int, total: int) -> None:
+        if done == 20:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        checked(folder, progress=stop)
+    reads.clear()
+    assert len(checked(folder).usable) == 40
+    assert len(reads) <= 40  # of 80
+
+
+def test_a_png_by_its_check_sums_is_as_large_as_when_it_is_decoded() -> None:
+    for array in (photograph(), photograph()[..., 0], np.zeros((5, 7), np.uint16), photograph()[:1, :1]):
+        piece = BytesPiece(encoded(np.ascontiguousarray(array)), "x.png")
+        quick, thorough = (look_at_picture(piece, thorough=thorough) for thorough in (False, True))
+        assert (quick.width, quick.height, quick.digest) == (thorough.width, thorough.height, thorough.digest)
+        assert look_at_map(piece, canvas=None, kind=None).width == quick.width
+
+
+# --- the command ---
+
+
+@pytest.fixture
+def run() -> Callable[..., tuple[int, str, str]]:
+    def run(*arguments: object) -> tuple[int, str, str]:
+        result = CliRunner().invoke(app, ["data", "check", *map(str, arguments)])
+        if result.exception and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return result.exit_code, result.stdout, result.stderr
+
+    return run
+
+
+def test_the_command(tmp_path: Path, run: Callable[..., tuple[int, str, str]]) -> None:
+    folder = make_set(tmp_path / "set", 20)
+    sheet, report = tmp_path / "sheet.png", tmp_path / "found.json"
+    code, out, err = run(folder, "--map", "canny", "--sheet", sheet, "--json", report, "limit=18")
+    assert code == 0, out + err
+    assert "pairs      18, of which 18 can be used" in out
+    assert "pictures   all 128 x 96" in out
+    assert "captions   18 of 18" in out
+    assert "all can be used" in out
+    assert f"wrote {sheet}" in out
+    assert images.load_picture(sheet).shape[1] > 6 * 256
+    assert json.loads(report.read_text())["usable"] == 18
+    for number in range(12):
+        put(folder / f"canny/{number}.png", b"<html>")
+    code, out, err = run(folder, "--map", "canny", "--json", report)
+    assert code == 1
+    assert "error: broken, 12" in out
+    assert f"{folder}/canny/4.png is not a picture but an HTML page" in out
+    assert "canny/5.png" not in out
+    assert "and 7 more" in out
+    assert "looked at 20 pairs" in out
+    assert [f["index"] for f in json.loads(report.read_text())["findings"]] == list(range(12))
+
+
+def test_the_command_shows_poses_and_pictures_without_maps(
+    tmp_path: Path, run: Callable[..., tuple[int, str, str]]
+) -> None:
+    put(tmp_path / "set/images/a.png", encoded(photograph()))
+    joints = [number for n in range(18) for number in (5 * n + 10, 4 * n + 5, 1)]
+    pose = {"people": [{"pose_keypoints_2d": joints}]}
+    put(tmp_path / "set/openpose/a.json", json.dumps(pose))
+    sheet = tmp_path / "sheet.png"
+    assert run(tmp_path / "set", "--map", "openpose", "--sheet", sheet)[0] == 0
+    with_pose = images.load_picture(sheet)
+    assert run(tmp_path / "set", "--map", "openpose", "--sheet", sheet, "maps=made")[0] == 0
+    assert images.load_picture(sheet).shape[1] < with_pose.shape[1]
+
+
+def test_warnings_do_not_change_the_exit_code(
+    tmp_path: Path, run: Callable[..., tuple[int, str, str]]
+) -> None:
+    folder = make_set(tmp_path / "set", 2)
+    put(folder / "canny/1.png", images.encode_png(255 - edges(photograph(1))))
+    code, out, _ = run(folder, "--map", "canny")
+    assert code == 0
+    assert "warning: inverted, 1" in out
+    code, out, _ = run(folder, "--map", "canny", "--no-lint")
+    assert "inverted" not in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["no/such/folder/here"], "no/such/folder/here does not exist"),
+        (["world"], "the bundled world is drawn"),
+        (["set", "limt=3"], "unknown key 'limt' in [data] (did you mean 'limit'?)"),
+        (["set", "resolution=17"], "data.resolution: "),
+        (["set", "map_column=nope"], "has no column 'nope'"),
+        (["set", "--sheet", "a.jpg"], "must end in .png"),
+        (["set", "--json", "no/such/a.json"], "cannot write no/such/a.json"),
+        (["empty"], "empty holds no data set"),
+    ],
+)
+def test_mistakes_are_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    run: Callable[..., tuple[int, str, str]],
+    arguments: list[str],
+    problem: str,
+) -> None:
+    make_set(tmp_path / "set", 1)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "")
+    assert problem in err
+    assert err.count("\n") == 1

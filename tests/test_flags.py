@@ -1,0 +1,284 @@
+"""Flags of diffusers' train_controlnet.py: each is mapped, explained or refused, and every recipe loads."""
+
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+
+import pytest
+
+from controlkit.training.config import ControlNetRecipe, DataRecipe, parse_recipe
+from controlkit.training.flags import flag_table, from_diffusers_flags
+from controlkit.training.flags_table import FIXED, FLAGS, SDXL_ONLY
+
+NEEDED = "--pretrained_model_name_or_path=some/base --train_data_dir=data"
+SHORT = f"{NEEDED} --max_train_steps=1000"
+
+# Flag and value, key and value: what each flag does alone, beside SHORT.
+MAPPED = [
+    ("--pretrained_model_name_or_path=other/base", "base", "other/base"),
+    ("--controlnet_model_name_or_path=my/controlnet", "init", "my/controlnet"),
+    ("--output_dir='my model'", "out", "my model"),
+    ("--seed=7", "seed", 7),
+    ("--resolution=768", "data.resolution", 768),
+    ("--train_batch_size 16", "batch_size", 16),
+    ("--max_train_steps 20000", "steps", 20000),
+    ("--checkpointing_steps=200", "checkpoint_every", 200),
+    ("--checkpoints_total_limit=5", "checkpoints_kept", 5),
+    ("--checkpoints_total_limit=1", "checkpoints_kept", 2),
+    ("--gradient_accumulation_steps=4", "accumulation", 4),
+    ("--gradient_checkpointing", "gradient_checkpointing", True),
+    ("--learning_rate=1e-5", "learning_rate", 1e-5),
+    ("--scale_lr --learning_rate=1e-6 --gradient_accumulation_steps=2", "learning_rate", 8e-6),
+    ("--lr_scheduler=constant", "warmup", 0),
+    ("--lr_scheduler=constant_with_warmup", "warmup", 500),
+    ("--lr_scheduler=cosine_with_restarts", "schedule", "cosine"),
+    ("--lr_scheduler=cosine --lr_num_cycles=3", "schedule", "cosine"),  # the script drops the number, too
+    ("--lr_scheduler=polynomial --lr_power=1", "schedule", "linear"),
+    ("--lr_scheduler=linear --lr_warmup_steps=100", "warmup", 100),
+    ("--use_8bit_adam", "optimizer", "adamw8bit"),
+    ("--dataloader_num_workers=8", "data.workers", 8),
+    ("--adam_beta1=0.8", "betas", (0.8, 0.999)),
+    ("--adam_beta2=0.95", "betas", (0.9, 0.95)),
+    ("--adam_weight_decay=0", "weight_decay", 0.0),
+    ("--max_grad_norm=0.5", "clip", 0.5),
+    ("--push_to_hub", "push_to_hub", "controlnet-model"),
+    ("--push_to_hub --output_dir=runs/circles", "push_to_hub", "circles"),
+    ("--push_to_hub --hub_model_id=me/circles", "push_to_hub", "me/circles"),
+    ("--report_to=wandb", "trackers", ("wandb",)),
+    ("--report_to=none", "trackers", ()),
+    ("--mixed_precision=bf16", "precision", "bf16"),
+    ("--mixed_precision=no", "precision", "fp32"),
+    ("--train_data_dir=elsewhere", "data.source", "elsewhere"),
+    ("--image_column=target", "data.picture_column", "target"),
+    ("--conditioning_image_column=edges", "data.map_column", ("edges",)),
+    ("--caption_column=prompt", "data.caption_column", "prompt"),
+    ("--max_train_samples=1000", "data.limit", 1000),
+    ("--proportion_empty_prompts=0.5", "caption_dropout", 0.5),
+    ("--validation_prompt 'a red circle' --validation_image a.png --validation_steps=50", "sample_every", 50),
+    ("--validation_prompt one two --validation_image a.png b.png", "sample_every", 100),
+    ("--tracker_project_name=circles", "project", "circles"),
+]
+
+# Flags that change no key, beside SHORT.
+EXPLAINED = [
+    "--revision=main",
+    "--variant=fp16",
+    "--tokenizer_name=some/base",
+    "--cache_dir=/tmp/cache",
+    "--resume_from_checkpoint=latest",
+    "--hub_token=hf_secret",
+    "--hub_model_id=me/circles",
+    "--logging_dir=logs",
+    "--allow_tf32",
+    "--lr_num_cycles=2",
+    "--lr_power=2.0",
+    "--adam_epsilon=1e-8",
+    "--enable_xformers_memory_efficient_attention",
+    "--set_grads_to_none",
+    "--dataset_config_name=default",
+    "--image_column=image",
+    "--num_validation_images=2",
+    "--validation_steps=10",
+    "--pretrained_vae_model_name_or_path=madebyollin/sdxl-vae-fp16-fix",
+    "--crops_coords_top_left_h=0",
+    "--crops_coords_top_left_w=0",
+    "--enable_npu_flash_attention",
+    "--image_interpolation_mode=bilinear",
+]
+
+REFUSED = [
+    ("--learning_rte=1", "train_controlnet.py has no flag --learning_rte (did you mean '--learning_rate'?)"),
+    ("--train-batch-size=1", "no flag --train-batch-size (did you mean '--train_batch_size'?)"),
+    ("--seed", "--seed has no value"),
+    ("--seed --allow_tf32", "--seed has no value"),
+    ("--output_dir=", "--output_dir has no value"),
+    ("--seed=one", "--seed is a whole number, not 'one'"),
+    ("--learning_rate=1e-5x", "--learning_rate is a number, not '1e-5x'"),
+    ("--learning_rate=0", "--learning_rate or --scale_lr: input should be greater than 0, not 0"),
+    ("--lr_warmup_steps=-1", "--lr_warmup_steps is not below 0, as in -1"),
+    ("--gradient_checkpointing=true", "--gradient_checkpointing is a switch and takes no value"),
+    ("--gradient_checkpointing true", "cannot read 'true': a flag begins with --"),
+    ("--output_dir=$OUTPUT_DIR", "--output_dir=$OUTPUT_DIR names a variable of the shell: write its value"),
+    ("--mixed_precision=fp8", "unknown --mixed_precision 'fp8'"),
+    ("--lr_scheduler=cosin", "unknown --lr_scheduler 'cosin' (did you mean 'cosine'?)"),
+    ("--lr_scheduler=linear --lr_warmup_steps=2000", "warmup=2000 is longer than the training, steps=1000"),
+    ("--lr_scheduler=cosine_with_restarts --lr_num_cycles=2", "--lr_num_cycles=2: the rate falls once"),
+    ("--lr_scheduler=polynomial --lr_power=2", "--lr_power=2.0: the rate falls in a line"),
+    ("--adam_epsilon=1e-6", "--adam_epsilon=1e-06: the optimizer's epsilon is 1e-8"),
+    ("--adam_beta2=1.5", "--adam_beta1 or --adam_beta2: input should be less than or equal to 1, not 1.5"),
+    ("--resolution=500", "--resolution: input should be a multiple of 8, not 500"),
+    ("--proportion_empty_prompts=2", "--proportion_empty_prompts: input should be less than or equal to 1"),
+    ("--train_batch_size=0", "--train_batch_size: input should be greater than 0, not 0"),
+    ("--max_train_samples=0", "--max_train_samples is 1 or more, not 0"),
+    ("--revision=fp16", "--revision=fp16: download that revision"),
+    ("--tokenizer_name=other", "--tokenizer_name=other: the tokenizer is the base's"),
+    ("--dataset_name=owner/name", "--train_data_dir beside --dataset_name chooses a subfolder"),
+    ("--dataset_config_name=faces", "--dataset_config_name=faces: fetch this part"),
+    ("--resume_from_checkpoint=checkpoint-500", "start from its weights, --controlnet_model_name_or_path="),
+    ("--report_to=all", "--report_to=all: name one"),
+    ("--pretrained_vae_model_name_or_path=a/vae", "put this VAE into the base's folder"),
+    ("--crops_coords_top_left_h=8", "--crops_coords_top_left_h=8: SDXL is told that pictures are whole"),
+    ("--output_dir='unfinished", "cannot read the flags: no closing quotation"),
+]
+
+
+def recipe(text: str, **options: int) -> ControlNetRecipe:
+    loaded = parse_recipe(tomllib.loads(from_diffusers_flags(text, **options)), where="test")
+    assert isinstance(loaded, ControlNetRecipe)
+    return loaded
+
+
+def test_no_flag_is_forgotten():
+    known = {word.split("=")[0] for flags in [*MAPPED, *EXPLAINED] for word in _words(flags)}
+    known |= {"--dataset_name", "--num_train_epochs"}
+    assert known == {f"--{name}" for name in FLAGS}
+    assert (len(FLAGS), len(SDXL_ONLY)) == (52 + 5, 5)  # as the scripts have, in August 2026
+
+
+def _words(flags: object) -> list[str]:
+    text = flags if isinstance(flags, str) else flags[0]
+    return [word for word in shlex.split(text) if word.startswith("--")]
+
+
+@pytest.mark.parametrize(("flags", "key", "value"), MAPPED, ids=[flags for flags, _, _ in MAPPED])
+def test_a_flag_sets_its_key(flags, key, value):
+    found = recipe(f"{SHORT} {flags}")
+    for part in key.split("."):
+        found = getattr(found, part)
+    assert found == pytest.approx(value, rel=1e-12) if isinstance(value, float) else found == value
+
+
+@pytest.mark.parametrize("flags", EXPLAINED)
+def test_a_flag_without_effect_is_named_with_the_reason(flags):
+    text = from_diffusers_flags(f"{SHORT} {flags}")
+    name = flags.partition("=")[0]
+    (line,) = [line for line in text.splitlines() if line.startswith(f"# {name}: ")]
+    assert FLAGS[name[2:]].note in line
+    assert "hf_secret" not in text
+    plain = recipe(f"{SHORT} --tracker_project_name=x")
+    assert recipe(f"{SHORT} {flags} --tracker_project_name=x") == plain
+
+
+@pytest.mark.parametrize(("flags", "message"), REFUSED, ids=[flags for flags, _ in REFUSED])
+def test_what_nothing_stands_for_is_refused_in_a_line(flags, message):
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        from_diffusers_flags(f"{SHORT} {flags}")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "no flags given"),
+        ("train_controlnet.py", "no flags given"),
+        ("hello", "cannot read 'hello'"),
+        ("python train_controlnet_flux.py --seed=1", "train_controlnet_flux.py is another script"),
+        ("--train_data_dir=data --max_train_steps=1", "--pretrained_model_name_or_path is missing"),
+        (
+            "--pretrained_model_name_or_path=a --max_train_steps=1",
+            "--train_data_dir or --dataset_name is missing",
+        ),
+        (NEEDED, "--max_train_steps is missing"),
+    ],
+)
+def test_a_command_that_is_not_whole_is_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        from_diffusers_flags(text)
+
+
+def test_the_scripts_defaults_are_written_out():
+    found = recipe(SHORT)
+    assert (found.learning_rate, found.betas, found.weight_decay, found.clip) == (
+        5e-6,
+        (0.9, 0.999),
+        0.01,
+        1.0,
+    )
+    assert (found.schedule, found.warmup, found.batch_size, found.accumulation) == ("constant", 0, 4, 1)
+    assert (found.precision, found.optimizer, found.ema, found.caption_dropout) == ("fp32", "adamw", 0.0, 0.0)
+    assert (found.zero_convolution_rate, found.hint_encoder_rate, found.timesteps) == (1.0, 1.0, "uniform")
+    assert (found.out, found.checkpoint_every, found.trackers) == ("controlnet-model", 500, ("tensorboard",))
+    assert (found.data.resolution, found.data.crop, found.data.holdout) == (512, "centre", 0)
+    assert found.hint_channels == (16, 32, 96, 256)
+    assert recipe(f"{SHORT} --controlnet_model_name_or_path=a").hint_channels is None  # it has its own
+    assert found.project == "train_controlnet"
+    assert recipe(f"{SHORT} --crops_coords_top_left_h=0").project == "sd_xl_train_controlnet"
+    written = tomllib.loads(from_diffusers_flags(SHORT))
+    flat = {**written, **{f"data.{key}": value for key, value in written["data"].items()}}
+    assert {key: flat[key] for key in FIXED} == FIXED
+
+
+# Keys that a translated recipe leaves to their defaults, because they do not decide what is trained.
+NEUTRAL = {
+    *("channels_last", "checkpoints_kept", "compile", "device", "init", "log_every", "threads"),
+    *("bad_steps", "monitor_every", "push_to_hub", "sample_every", "scenes", "score_every", "score_scenes"),
+}
+NEUTRAL_DATA = {
+    *("format", "split", "picture_column", "map_column", "caption_column", "options", "caption", "limit"),
+    *("bucket_step", "bucket_ratio", "crops", "streaming", "shuffle_window", "bad", "check", "cache"),
+    "workers",
+}
+
+
+def test_a_new_key_of_the_recipe_is_noticed():
+    written = tomllib.loads(from_diffusers_flags(SHORT))
+    assert set(ControlNetRecipe.model_fields) - set(written) <= NEUTRAL
+    assert set(DataRecipe.model_fields) - set(written["data"]) <= NEUTRAL_DATA
+
+
+def test_the_readme_command_of_the_script():
+    text = r"""!accelerate launch --mixed_precision="fp16" --multi_gpu --num_processes 2 train_controlnet.py \
+     --pretrained_model_name_or_path=stable-diffusion-v1-5/stable-diffusion-v1-5 \
+     --output_dir="out" --dataset_name=fusing/fill50k --resolution=512 --learning_rate=1e-5 \
+     --validation_image "./conditioning_image_1.png" "./conditioning_image_2.png" \
+     --validation_prompt "red circle with blue background" "cyan circle with brown floral background" \
+     --train_batch_size=4 --gradient_accumulation_steps=4 --max_train_steps=15000 --report_to=wandb \
+     --tracker_project_name=controlnet --use_8bit_adam --push_to_hub"""
+    printed = from_diffusers_flags(text)
+    found = recipe(text)
+    assert found.base == "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    assert (found.precision, found.data.source, found.sample_every) == ("fp16", "fusing/fill50k", 100)
+    start = "# Start it with: accelerate launch --mixed_precision=fp16 --multi_gpu --num_processes 2"
+    assert f"{start} -m controlkit.training THIS_FILE.toml\n" in printed
+
+
+def test_the_launcher_keeps_variables_to_itself():
+    text = f"HF_TOKEN=hf_secret accelerate launch --num_processes=2 examples/train_controlnet.py {SHORT}"
+    printed = from_diffusers_flags(text)
+    assert "hf_secret" not in printed
+    assert recipe(f"{text} --scale_lr").learning_rate == pytest.approx(5e-6 * 4 * 2)
+    odd = from_diffusers_flags(f"accelerate launch --config_file 'a\nb' train_controlnet.py {SHORT}")
+    assert tomllib.loads(odd)["steps"] == 1000
+
+
+def test_epochs_become_steps_where_the_number_of_pairs_is_known():
+    # 103 pairs: 26 batches of 4, 13 for each of two processes, 7 steps of two batches.
+    text = f"accelerate launch --num_processes 2 train_controlnet.py {NEEDED} --num_train_epochs 3"
+    text += " --gradient_accumulation_steps=2"
+    assert recipe(f"{text} --max_train_samples=103").steps == 3 * 7
+    assert recipe(text, pairs=103).steps == 3 * 7
+    assert recipe(f"{text} --max_train_steps=5").steps == 5  # as in the script, it goes before the epochs
+    with pytest.raises(ValueError, match="--num_train_epochs or --max_train_steps"):
+        from_diffusers_flags(f"{NEEDED} --num_train_epochs=0 --max_train_samples=9")
+
+
+def test_values_with_quotes_and_signs_survive():
+    name = 'a "quoted" \\ name # not a comment\t= [x]\x7f'
+    assert recipe(f"{SHORT} --output_dir {shlex.quote(name)}").out == name
+
+
+def test_the_table_has_a_row_for_every_flag():
+    rows = flag_table().splitlines()[2:]
+    assert [row.split("`")[1] for row in rows] == [f"--{name}" for name in FLAGS]
+    assert all(row.count("|") == 4 for row in rows)
+    keys = {flag.key for flag in FLAGS.values() if flag.key}
+    data = {f"data.{key}" for key in ControlNetRecipe.model_fields["data"].annotation.model_fields}
+    assert keys <= set(ControlNetRecipe.model_fields) | data
+
+
+def test_reading_flags_imports_no_torch():
+    code = "import sys; import controlkit.training.flags; print({'torch', 'diffusers'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

@@ -1,0 +1,401 @@
+"""The convergence monitor: what a look sees, that it disturbs nothing, and when control has taken hold."""
+
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+
+from controlkit import diffusion, images
+from controlkit.adapters import load_adapter
+from controlkit.base import load_base
+from controlkit.controlnet import (
+    control_residuals,
+    encode_hint,
+    from_base,
+    lock,
+    predict,
+    trainable_parameters,
+)
+from controlkit.figures import render
+from controlkit.training.convergence import LOOKS, advice, advice_for, took_hold
+from controlkit.training.monitor import LEVELS, Gap, Monitor, _summary, as_cond
+from controlkit.training.world import exact_map
+
+HINT = (8, 16, 16, 16)
+TIMES = (300, 700)
+
+# (gap, its error) at every tenth step of two trainings of the bundled base on canny maps (320 scenes, batch
+# 8, learning rate 4e-4, ten times that for what starts from nothing): with each picture's own map, and with
+# the maps shuffled among the pictures.
+LEARNED = [
+    (0.0000, 0.0000),
+    (-0.0000, 0.0000),
+    (-0.0000, 0.0000),
+    (0.0000, 0.0000),
+    (-0.0000, 0.0000),
+    (-0.0002, 0.0002),
+    (0.0000, 0.0000),
+    (-0.0001, 0.0001),
+    (0.0008, 0.0007),
+    (0.0002, 0.0007),
+    (0.0370, 0.0169),
+    (0.1929, 0.0414),
+    (0.1502, 0.0320),
+    (0.3341, 0.0434),
+    (0.2807, 0.0394),
+    (0.4732, 0.0358),
+    (0.4295, 0.0441),
+    (0.4787, 0.0371),
+    (0.4464, 0.0373),
+    (0.4796, 0.0481),
+    (0.5002, 0.0411),
+    (0.5560, 0.0499),
+    (0.5170, 0.0523),
+    (0.5079, 0.0528),
+    (0.5022, 0.0447),
+]
+SHUFFLED = [
+    (0.0000, 0.0000),
+    (-0.0000, 0.0000),
+    (-0.0000, 0.0000),
+    (0.0001, 0.0001),
+    (-0.0001, 0.0001),
+    (0.0002, 0.0011),
+    (-0.0000, 0.0000),
+    (-0.0000, 0.0000),
+    (0.0000, 0.0001),
+    (-0.0000, 0.0000),
+    (-0.0000, 0.0000),
+    (0.0001, 0.0001),
+    (0.0001, 0.0001),
+    (-0.0000, 0.0000),
+    (-0.0000, 0.0000),
+    (0.0002, 0.0002),
+    (-0.0001, 0.0000),
+    (-0.0000, 0.0000),
+    (-0.0000, 0.0000),
+    (-0.0001, 0.0001),
+    (0.0001, 0.0000),
+]
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """The bundled base and two held-out scenes: (base, latents, maps, encoder_hidden_states)."""
+    base = load_base("tiny")
+    scenes = [render(seed, split="validation", size=128) for seed in range(2)]
+    latents = base.encode_pictures(images.picture_to_tensor([scene.picture for scene in scenes]))
+    maps = [exact_map("canny", scene.picture, scene.joints, scene.inverse_depth) for scene in scenes]
+    return base, latents, maps, base.encode_prompts([s.caption for s in scenes]).encoder_hidden_states
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A base of random weights of each family."""
+    root = tmp_path_factory.mktemp("bases")
+    return {family: load_base(str(tiny_models.build(root / family, family))) for family in ("sd1", "sdxl")}
+
+
+def held_out(base, count=3, seed=0):
+    """Random latents, maps and text that fit a base of tiny_models: the arguments of Monitor."""
+    generator = torch.Generator().manual_seed(seed)
+    latents = torch.randn(count, 4, 16, 16, generator=generator)
+    maps = torch.rand(count, 3, 128, 128, generator=generator)
+    text = base.encode_prompts([f"picture {k}" for k in range(count)])
+    return latents, maps, text.encoder_hidden_states, base.added_cond(text.pooled, height=128, width=128)
+
+
+def network(base, **options):
+    return from_base(base, hint_channels=HINT, seed=3, **options)
+
+
+def states():
+    return (torch.get_rng_state(), np.random.get_state()[1], random.getstate())  # noqa: NPY002
+
+
+def unchanged(before):
+    torch_state, numpy_state, python_state = states()
+    same = torch.equal(before[0], torch_state) and (before[1] == numpy_state).all()
+    return same and before[2] == python_state
+
+
+# --- a look ----
+
+
+def test_a_fresh_network_sees_no_map(small):
+    """Zero convolutions: with any map, and without, the base alone answers, bit for bit."""
+    gap = Monitor(small["sd1"], *held_out(small["sd1"]), seed=1).look(network(small["sd1"]))
+    assert gap.loss_map == gap.loss_no_map == gap.loss_other_map
+    assert (gap.gap, gap.gap_error) == (0, 0)
+
+
+def test_a_trained_adapter_has_a_gap_and_its_own_map_helps(tiny):
+    base, latents, maps, text = tiny
+    adapter = load_adapter("canny", base=base)
+    gap = Monitor(base, latents, maps, text, seed=1, timesteps=[500]).look(adapter.controlnet)
+    assert gap.loss_map < 0.6 * gap.loss_no_map < 0.6 * gap.loss_other_map
+    assert gap.gap > 0.6
+    assert took_hold([{"step": step, **gap.row()} for step in range(LOOKS)]) == 0
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_the_losses_are_those_of_diffusers_own_forward(small, family):
+    """Row by row, with the residuals of `ControlNetModel.forward` in `UNet2DConditionModel.forward`."""
+    base, level = small[family], 600
+    latents, maps, text, added = held_out(base)
+    controlnet = tiny_models.randomize_zero_convs(network(base))
+    monitor = Monitor(base, latents, maps, text, added, seed=4, timesteps=[level])
+    gap = monitor.look(controlnet)
+    t = torch.full((3,), level)
+    noisy, target = monitor._noisy, monitor._target
+    signal, spread = base.alphas_cumprod[level].sqrt(), (1 - base.alphas_cumprod[level]).sqrt()
+    torch.testing.assert_close(noisy, (signal * latents + spread * target).float())  # both predict the noise
+    expected = []
+    for cond in (maps, maps.roll(1, 0)):
+        with torch.no_grad():
+            down, mid = controlnet(noisy, t, text, cond, added_cond_kwargs=added, return_dict=False)
+            pred = base.unet(
+                noisy,
+                t,
+                text,
+                added_cond_kwargs=added,
+                down_block_additional_residuals=down,
+                mid_block_additional_residual=mid,
+            ).sample
+        expected.append(torch.nn.functional.mse_loss(pred, target).item())
+    with torch.no_grad():
+        alone = base.unet(noisy, t, text, added_cond_kwargs=added).sample
+    expected.append(torch.nn.functional.mse_loss(alone, target).item())
+    found = (gap.loss_map, gap.loss_other_map, gap.loss_no_map)
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert gap.gap == pytest.approx((expected[1] - expected[0]) / expected[1], rel=1e-3, abs=1e-6)
+
+
+def test_every_look_is_the_same_and_rows_may_be_split(small):
+    base = small["sd1"]
+    controlnet = tiny_models.randomize_zero_convs(network(base))
+    args = held_out(base)
+    monitor = Monitor(base, *args, seed=4, timesteps=TIMES)
+    torch.randn(5)
+    assert (
+        monitor.look(controlnet)
+        == monitor.look(controlnet)
+        == Monitor(base, *args, seed=4, timesteps=TIMES).look(controlnet)
+    )
+    split = Monitor(base, *args, seed=4, timesteps=TIMES, batch_size=4).look(controlnet)
+    assert split.loss_map == pytest.approx(monitor.look(controlnet).loss_map, rel=1e-5)
+    assert Monitor(base, *args, seed=5, timesteps=TIMES).look(controlnet) != split
+
+
+def test_a_look_leaves_everything_as_it_was(small):
+    base = small["sd1"]
+    controlnet = tiny_models.randomize_zero_convs(network(base))
+    controlnet.train()
+    controlnet.mid_block.eval()
+    modes = [module.training for module in controlnet.modules()]
+    wanted = [parameter.requires_grad for parameter in controlnet.parameters()]
+    before, digest, random_state = controlnet.state_dict(), base.digest(), states()
+    before = {name: tensor.clone() for name, tensor in before.items()}
+    Monitor(base, *held_out(base), seed=1).look(controlnet)
+    assert unchanged(random_state)
+    assert modes == [module.training for module in controlnet.modules()]
+    assert wanted == [parameter.requires_grad for parameter in controlnet.parameters()]
+    assert all(parameter.grad is None for parameter in controlnet.parameters())
+    assert all(torch.equal(before[name], tensor) for name, tensor in controlnet.state_dict().items())
+    assert base.digest() == digest
+    with pytest.raises(ValueError, match="this control network takes"):
+        Monitor(base, *held_out(base), seed=1).look(network(base, conditioning_channels=1).train())
+    assert modes == [module.training for module in controlnet.modules()]
+
+
+def test_a_watched_training_equals_an_unwatched_one_bit_for_bit(small):
+    """Dropout is switched on in the copy, so that training draws from torch's global generator."""
+    base = small["sd1"]
+    args = held_out(base)
+
+    def trained(watched):
+        controlnet = tiny_models.randomize_zero_convs(network(base))
+        for module in controlnet.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.3
+        optimizer = torch.optim.AdamW(trainable_parameters(controlnet, base.unet), lr=1e-3)
+        controlnet.train()
+        torch.manual_seed(9)
+        monitor = Monitor(base, *args, seed=1, timesteps=TIMES) if watched else None
+        for step in range(2):
+            if monitor:
+                monitor.look(controlnet)
+            latents, maps, text, _ = held_out(base, seed=step)
+            t = torch.randint(1000, (3,))
+            noise = torch.randn_like(latents)
+            noisy = diffusion.q_sample(latents, noise, t, base.alphas_cumprod)
+            residuals = control_residuals(controlnet, noisy, t, text, encode_hint(controlnet, maps))
+            pred = predict(base.unet, noisy, t, text, residuals=residuals)
+            torch.nn.functional.mse_loss(pred, noise).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return controlnet.state_dict()
+
+    watched, alone = trained(watched=True), trained(watched=False)
+    assert all(torch.equal(watched[name], tensor) for name, tensor in alone.items())
+
+
+def test_no_map_is_the_base_alone_or_the_unet_that_is_trained(small):
+    base = small["sd1"]
+    controlnet = tiny_models.randomize_zero_convs(network(base))
+    monitor = Monitor(base, *held_out(base), seed=1, timesteps=TIMES)
+    first = monitor.look(controlnet)
+    other = lock(tiny_models.tiny_unet("sd1", seed=8))
+    second = monitor.look(controlnet, other)
+    assert second.loss_no_map != first.loss_no_map
+    assert monitor.look(controlnet) == first
+    assert monitor.look(controlnet, base.unet) == first
+
+
+def test_a_half_precision_base_takes_a_copy_in_full_precision(tiny):
+    base, latents, maps, text = tiny
+    controlnet = load_adapter("canny", base=base).controlnet
+    exact = Monitor(base, latents, maps, text, seed=1, timesteps=[500]).look(controlnet)
+    unet = lock(type(base.unet).from_config(base.unet.config))
+    unet.load_state_dict(base.unet.state_dict())
+    half = replace(base, unet=unet.to(torch.bfloat16), dtype=torch.bfloat16)
+    found = Monitor(half, latents, maps, text, seed=1, timesteps=[500]).look(controlnet)
+    assert found.gap == pytest.approx(exact.gap, abs=0.02)
+    assert controlnet.dtype == torch.float32
+
+
+def test_maps_of_any_depth_become_the_same_tensor():
+    levels = np.array([0, 51, 255], np.uint8).reshape(1, 3, 1)
+    deep = levels.astype(np.uint16) * 257
+    assert as_cond([levels]).flatten().tolist() == pytest.approx([0, 0.2, 1])
+    assert torch.equal(as_cond([levels]), as_cond(deep[None]))
+    picture = np.random.default_rng(0).integers(0, 256, (2, 4, 6, 3), dtype=np.uint8)
+    torch.testing.assert_close(as_cond(picture), images.map_to_cond(list(picture)))
+
+
+def test_what_cannot_be_watched_is_said_in_a_line(small):
+    base = small["sd1"]
+    with pytest.raises(ValueError, match=r"needs at least 2, not 1: raise data\.holdout"):
+        Monitor(base, *held_out(base, count=1), seed=1)
+    with pytest.raises(ValueError, match="timestep 1000 of the monitor is outside the schedule, 0 to 999"):
+        Monitor(base, *held_out(base), seed=1, timesteps=[10, 1000])
+
+
+def test_the_gap_is_the_same_in_every_prediction_space():
+    """At one timestep epsilon, v and x_0 errors differ by a factor: losses change, the gap does not."""
+    generator = torch.Generator().manual_seed(0)
+    true, alone, other = torch.rand(3, 5, len(LEVELS), generator=generator, dtype=torch.float64)
+    factor = torch.tensor([0.1, 1.0, 5.0, 30.0], dtype=torch.float64)
+    one, two = _summary(true, alone, other), _summary(factor * true, factor * alone, factor * other)
+    assert (one.gap, one.gap_error) == pytest.approx((two.gap, two.gap_error))
+    assert one.loss_map != two.loss_map
+    assert Gap(1.0, float("nan"), 2.0, 0.5, float("inf")).row() == {
+        "loss_map": 1.0,
+        "loss_other_map": 2.0,
+        "gap": 0.5,
+    }
+
+
+# --- when control has taken hold ----
+
+
+def history(pairs, every=10):
+    rows = [{"step": every * k, "gap": gap, "gap_error": error} for k, (gap, error) in enumerate(pairs)]
+    return [entry for row in rows for entry in ({"step": row["step"], "loss": 0.1}, row)]
+
+
+def test_control_takes_hold_where_it_was_learned_and_never_with_shuffled_maps():
+    held = took_hold(history(LEARNED))
+    assert held is not None
+    assert 90 <= held <= 130
+    assert took_hold(history(SHUFFLED)) is None
+
+
+def test_a_few_looks_by_chance_are_not_enough():
+    sure, chance, weak = (0.05, 0.01), (0.05, 0.03), (0.015, 0.001)
+    assert took_hold(history([sure] * (LOOKS - 1))) is None
+    assert took_hold(history([sure] * LOOKS)) == 0
+    assert took_hold(history([weak, sure, sure, chance, sure, sure, sure])) == 40
+    assert took_hold(history([chance] * 20)) is None
+    assert took_hold(history([weak] * 20)) is None
+    assert took_hold([]) is None
+    assert took_hold([{"step": 1, "gap": 0.5}] * 9) is None  # an error that is unknown is no certainty
+    assert took_hold([{"step": 1, "gap": 0.5, "gap_error": None}] * 9) is None
+
+
+def looks(step, true, gap=0.0, error=0.001):
+    row = {"loss_map": true, "loss_no_map": 0.2, "loss_other_map": true, "gap": gap, "gap_error": error}
+    return [{"step": s, **row} for s in range(0, step + 1, 50)]
+
+
+RECIPE = {"steps": 10_000, "learning_rate": 1e-5, "zero_convolution_rate": 10.0, "warmup": 100}
+
+
+def test_advice_comes_when_control_is_overdue():
+    assert advice(looks(2000, 0.2), **RECIPE) is None
+    at_the_end = advice(looks(2000, 0.2), **RECIPE, finished=True)
+    assert "may need until about step 3,550. Train longer, or raise learning_rate." in at_the_end
+    slow = advice(looks(2000, 0.2), **RECIPE | {"zero_convolution_rate": 1.0}, finished=True)
+    assert "step 35,050. Train longer, or raise zero_convolution_rate (10 is a good value)." in slow
+    assert "hardly changes anything" in advice(looks(8000, 0.2), **RECIPE)
+    assert "maps do not belong to their pictures" in advice(looks(8000, 0.17), **RECIPE)
+    assert "learning rates are too high" in advice(looks(500, 0.26), **RECIPE)
+    assert advice(looks(50, 0.26), **RECIPE) is None  # within the warmup nothing is settled
+    assert advice([], **RECIPE, finished=True) is None
+
+
+def test_advice_is_silent_where_control_holds_and_speaks_where_it_is_lost():
+    held = looks(1000, 0.15, gap=0.3, error=0.01)
+    assert advice(held, **RECIPE, finished=True) is None
+    lost = [row | {"step": row["step"] + 2000} for row in looks(1000, 0.2)]
+    assert "taken hold at step 0 and is gone at step 3000" in advice(held + lost, **RECIPE)
+    assert advice_for(held + lost, RECIPE) == advice(held + lost, **RECIPE)
+    assert advice_for(looks(8000, 0.2), {"steps": "many"}) is None
+    assert "\n" not in advice(looks(8000, 0.17), **RECIPE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_a_real_training_takes_hold_with_its_own_maps_alone(shuffled):
+    """150 steps on the bundled base, from a fresh copy; the same with every picture's map another's."""
+    base = load_base("tiny")
+
+    def prepared(split, count):
+        scenes = [render(seed, split=split, size=128) for seed in range(count)]
+        pictures = images.picture_to_tensor([scene.picture for scene in scenes])
+        latents = torch.cat([base.encode_pictures(rows) for rows in pictures.split(8)])
+        maps = [exact_map("canny", s.picture, s.joints, s.inverse_depth) for s in scenes]
+        return latents, maps, base.encode_prompts([s.caption for s in scenes]).encoder_hidden_states
+
+    latents, maps, text = prepared("train", 160)
+    monitor = Monitor(base, *prepared("validation", 8), seed=1)
+    maps = maps[31:] + maps[:31] if shuffled else maps
+    controlnet = from_base(base, hint_channels=(8, 16, 48, 96), seed=7)
+    trainable_parameters(controlnet, base.unet)
+    groups = [{"params": [], "lr": 4e-4}, {"params": [], "lr": 4e-3}]
+    for name, parameter in controlnet.named_parameters():
+        groups["controlnet_" in name]["params"].append(parameter)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99))
+    generator, rows = torch.Generator().manual_seed(7), []
+    for step in range(151):
+        if step >= 80 and step % 10 == 0:
+            rows.append({"step": step, **monitor.look(controlnet).row()})
+        indices = torch.randint(len(maps), (8,), generator=generator)
+        t = torch.randint(1000, (8,), generator=generator)
+        noise = torch.randn(8, 4, 16, 16, generator=generator)
+        noisy = diffusion.q_sample(latents[indices], noise, t, base.alphas_cumprod)
+        hint = encode_hint(controlnet, images.map_to_cond([maps[k] for k in indices]))
+        residuals = control_residuals(controlnet, noisy, t, text[indices], hint)
+        pred = predict(base.unet, noisy, t, text[indices], residuals=residuals)
+        target = diffusion.target(base.prediction_type, latents[indices], noise, t, base.alphas_cumprod)
+        torch.nn.functional.mse_loss(pred, target).backward()
+        torch.nn.utils.clip_grad_norm_(controlnet.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    held = took_hold(rows)
+    assert (held is None) if shuffled else (held is not None), rows
+    recipe = {"steps": 150, "learning_rate": 4e-4, "zero_convolution_rate": 10.0}
+    assert (advice(rows, **recipe) is not None) == shuffled

@@ -1,0 +1,128 @@
+"""A run that is stopped, killed or starved goes on as if nothing had been: faults injected for real."""
+
+import json
+import random
+import signal
+from pathlib import Path
+
+import pytest
+from killed_runs import kill, recipe, start, wait_for, write_base, write_pictures
+
+KILLS = 20
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Pictures, and a cache that all runs of this module share."""
+    folder = tmp_path_factory.mktemp("never-lose")
+    write_pictures(folder / "pictures")
+    write_base(folder / "base")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(place):
+    """The run that nobody disturbs."""
+    process = start(recipe(place / "whole", place / "pictures"), place / "cache")
+    process.join()
+    assert process.exitcode == 0
+    return place / "whole"
+
+
+def rows(folder):
+    """The metrics without what the clock decides."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    timed = {"samples_per_s", "seconds", "peak_mb"}
+    return [{k: v for k, v in row.items() if k not in timed} for row in lines if "event" not in row]
+
+
+def same(folder: Path, other: Path) -> None:
+    """Losses, weights, averages, optimizer, samples and result: equal to the last bit."""
+    assert rows(folder) == rows(other)
+    last = "checkpoints/step-000010"
+    names = [f"{last}/weights.safetensors", f"{last}/optimizer.safetensors"]
+    names += ["samples/step-000005.png", "samples/step-000010.png"]
+    names += ["controlnet/diffusion_pytorch_model.safetensors"]
+    for name in names:
+        assert (folder / name).read_bytes() == (other / name).read_bytes(), name
+
+
+def until_finished(path: Path, cache: Path, *, after: int) -> None:
+    """Start the same command until it has come to its end, killing it at most `after` times."""
+    process = start(path, cache)
+    process.join()
+    assert process.exitcode == 0, after
+
+
+def test_a_run_killed_at_chance_moments_equals_the_uninterrupted_one(place, whole):
+    killed, in_a_save = interrupted(place, "killed", kills=3, seed=1)
+    assert killed == 3
+    same(place / "killed", whole)
+    assert in_a_save >= 1
+
+
+@pytest.mark.slow
+def test_a_run_killed_twenty_times_equals_the_uninterrupted_one(place, whole):
+    killed, in_a_save = interrupted(place, "killed-often", kills=KILLS, seed=2)
+    assert killed == KILLS
+    assert in_a_save >= 3
+    same(place / "killed-often", whole)
+
+
+def interrupted(place: Path, name: str, *, kills: int, seed: int) -> tuple[int, int]:
+    """A run killed so many times; returns how often it was, and how often in the middle of a save."""
+    chance, folder = random.Random(seed), place / name
+    path = recipe(folder, place / "pictures")
+    killed = in_a_save = 0
+    while killed < kills:
+        process = start(path, place / "cache")
+        if killed % 2:  # some in the middle of a save: as soon as a half-written checkpoint is there
+            wait_for_half_written(folder / "checkpoints", process)
+        else:
+            wait_for(folder / ".lock", process)
+            process.join(chance.uniform(0.0, 6.0))
+        if not process.is_alive():
+            break
+        kill(process)
+        killed += 1
+        in_a_save += bool(list((folder / "checkpoints").glob(".*.tmp")))
+    until_finished(path, place / "cache", after=killed)
+    assert not list((folder / "checkpoints").glob(".*")), "what was half written is cleared away"
+    return killed, in_a_save
+
+
+def wait_for_half_written(folder: Path, process) -> None:
+    import time
+
+    while process.is_alive() and not list(folder.glob(".*.tmp/weights.safetensors")):
+        time.sleep(0.0005)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_run_after_a_checkpoint(place, whole, number):
+    folder = place / f"signalled-{number.name}"
+    path = recipe(folder, place / "pictures", checkpoint_every=100)
+    process = start(path, place / "cache")
+    wait_for(folder / "metrics.jsonl", process)
+    kill(process, number)
+    assert process.exitcode == 0
+    (checkpoint,) = (folder / "checkpoints").iterdir()
+    assert not (folder / "controlnet").exists()
+    assert 0 < int(checkpoint.name[-6:]) < 10
+    until_finished(path, place / "cache", after=1)
+    same(folder, whole)
+
+
+def test_a_second_run_in_the_folder_is_refused(place):
+    folder = place / "busy"
+    path = recipe(folder, place / "pictures", steps=500)
+    process = start(path, place / "cache")
+    wait_for(folder / ".lock", process)
+    from controlkit.training import train_recipe
+
+    try:
+        with pytest.raises(ValueError, match=rf"another training \(process {process.pid}\) is running in"):
+            train_recipe(str(path))
+    finally:
+        kill(process)
+    assert not process.is_alive()

@@ -1,0 +1,612 @@
+"""Where examples come from: every layout, read in its order; what leads out of a data set is never read."""
+
+import io
+import json
+import os
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from skimage import data as photographs
+
+from controlkit import folder_job, images, preprocessors
+from controlkit.training.config_adapter import DataRecipe
+from controlkit.training.examples import Example, Examples, FilePiece, Piece
+from controlkit.training.sources import open_examples, recognise
+
+NAMES = ("astronaut", "coffee", "cat", "rocket")
+CAPTIONS = {"astronaut": "an astronaut", "coffee": "a cup – hot", "cat": "a cat", "rocket": ""}
+
+
+def photograph(name: str) -> np.ndarray:
+    return np.ascontiguousarray(getattr(photographs, name)()[:96, :128])
+
+
+def edges(name: str) -> np.ndarray:
+    return preprocessors.get("canny")(photograph(name)).image
+
+
+def encoded(array: np.ndarray, format: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(array).save(file, format, quality=95)
+    return file.getvalue()
+
+
+def put(path: Path, content: bytes | str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def opened(source: Path | str, kind: str = "canny", **settings: Any) -> Examples:
+    return open_examples(DataRecipe(source=str(source), **settings), kind=kind)
+
+
+def pixels(piece: Piece) -> np.ndarray:
+    content = piece.read()
+    return images.load_picture(content)
+
+
+def names(examples: Examples) -> list[str]:
+    return [example.name for example in examples]
+
+
+def is_whole(examples: Examples) -> bool:
+    """Whether the examples are the four photographs with their edges and captions, in their order."""
+    assert len(examples) == len(NAMES)
+    for name, example in zip(NAMES, examples, strict=True):
+        assert np.array_equal(pixels(example.picture), photograph(name)), name
+        assert [np.array_equal(pixels(piece), edges(name)) for piece in example.maps] == [True], name
+        assert example.caption == CAPTIONS[name]
+    return True
+
+
+def jsonl(rows: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def put_pictures(folder: Path, *, pictures: str, maps: str) -> None:
+    for name in NAMES:
+        put(folder / pictures / f"{name}.png", encoded(photograph(name)))
+        put(folder / maps / f"{name}.png", encoded(edges(name)))
+
+
+def imagefolder(folder: Path, *, map_key: str = "conditioning_image_file_name") -> Path:
+    put_pictures(folder, pictures="images", maps="canny")
+    rows = [
+        {"file_name": f"images/{name}.png", "text": CAPTIONS[name], map_key: f"canny/{name}.png"}
+        for name in NAMES
+    ]
+    put(folder / "metadata.jsonl", jsonl(rows))
+    return folder
+
+
+# --- files that list pictures ---
+
+
+@pytest.mark.parametrize(
+    "map_key", ["conditioning_image_file_name", "conditioning_image", "canny_file_name", "control", "hint"]
+)
+def test_an_imagefolder(tmp_path: Path, map_key: str) -> None:
+    folder = imagefolder(tmp_path / "set", map_key=map_key)
+    assert is_whole(opened(folder))
+    assert is_whole(opened(folder / "metadata.jsonl", format="imagefolder"))
+    assert names(opened(folder))[0] == "images/astronaut.png"
+
+
+def test_an_imagefolder_with_splits(tmp_path: Path) -> None:
+    imagefolder(tmp_path / "set" / "train")
+    assert is_whole(opened(tmp_path / "set"))
+    with pytest.raises(ValueError, match=r"holds no data set; data.split=test, and it has train"):
+        opened(tmp_path / "set", split="test")
+
+
+def test_metadata_csv(tmp_path: Path) -> None:
+    put_pictures(tmp_path, pictures="images", maps="maps")
+    lines = [f'images/{name}.png,maps/{name}.png,"{CAPTIONS[name]}"' for name in NAMES]
+    put(tmp_path / "metadata.csv", "\r\n".join(["﻿file_name,conditioning_image,caption", *lines]))
+    assert is_whole(opened(tmp_path))
+    put(tmp_path / "metadata.csv", "file_name,text\na.png,one,two\n")
+    with pytest.raises(ValueError, match=r"metadata.csv, line 2: more fields"):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize("as_array", [False, True])
+def test_fill50k(tmp_path: Path, as_array: bool) -> None:
+    put_pictures(tmp_path, pictures="target", maps="source")
+    rows = [
+        {"source": f"source/{name}.png", "target": f"target/{name}.png", "prompt": CAPTIONS[name]}
+        for name in NAMES
+    ]
+    put(tmp_path / "prompt.json", json.dumps(rows, indent=1) if as_array else jsonl(rows))
+    assert recognise(DataRecipe(source=str(tmp_path))) == ("fill50k", str(tmp_path / "prompt.json"))
+    assert is_whole(opened(tmp_path))
+    assert is_whole(opened(tmp_path / "prompt.json"))
+
+
+def test_bom_crlf_and_blank_lines(tmp_path: Path) -> None:
+    folder = imagefolder(tmp_path)
+    text = (folder / "metadata.jsonl").read_text()
+    put(folder / "metadata.jsonl", "﻿\r\n" + text.replace("\n", "\r\n\r\n  \r\n"))
+    assert is_whole(opened(folder))
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ('{"file_name": "a.png", ', "metadata.jsonl, line 3: this is not JSON"),
+        ('["a.png"]', "metadata.jsonl, line 3: this is not a JSON object"),
+        ("[" * 100_000, "metadata.jsonl, line 3: this is not JSON"),
+    ],
+)
+def test_broken_json_names_the_line(tmp_path: Path, line: str, problem: str) -> None:
+    put(tmp_path / "metadata.jsonl", f'{{"file_name": "a.png"}}\n\n{line}\n')
+    with pytest.raises(ValueError, match=problem):
+        opened(tmp_path)
+
+
+def test_a_broken_array_and_a_file_that_is_no_text(tmp_path: Path) -> None:
+    put(tmp_path / "prompt.json", '[{"target": "a.png"},\n  nonsense]')
+    with pytest.raises(ValueError, match=r"prompt.json: this is not JSON .*line 2"):
+        opened(tmp_path)
+    put(tmp_path / "prompt.json", "[1]")
+    with pytest.raises(ValueError, match=r"prompt.json, entry 1: this is not a JSON object"):
+        opened(tmp_path)
+    put(tmp_path / "prompt.json", b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"prompt.json is not UTF-8 text"):
+        opened(tmp_path)
+
+
+def rows_of(folder: Path, *rows: dict[str, Any]) -> Examples:
+    """The pairs of a data set whose first row is sound."""
+    put(folder / "a.png", encoded(photograph("cat")))
+    put(folder / "metadata.jsonl", jsonl([{"file_name": "a.png", "text": "x", "hint": "a.png"}, *rows]))
+    return opened(folder)
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ({"text": "x", "hint": "a.png"}, "line 2: the key 'file_name' is missing"),
+        ({"file_name": None, "text": "x", "hint": "a.png"}, "line 2, file_name: a file's name is wanted"),
+        ({"file_name": " ", "text": "x", "hint": "a.png"}, "line 2, file_name: a file's name is wanted"),
+        ({"file_name": "a\0.png", "text": "x", "hint": "a.png"}, "line 2, file_name: a file's name"),
+        ({"file_name": "a.png", "text": 5, "hint": "a.png"}, "line 2, text: a caption is a text, not 5"),
+    ],
+)
+def test_a_row_that_lacks_something_says_so_when_it_is_read(
+    tmp_path: Path, row: dict[str, Any], problem: str
+) -> None:
+    good, bad = rows_of(tmp_path, row)
+    assert pixels(good.picture).shape == (96, 128, 3)
+    with pytest.raises(ValueError, match=problem):
+        bad.picture.read()
+
+
+def test_a_row_without_its_map(tmp_path: Path) -> None:
+    _, bad = rows_of(tmp_path, {"file_name": "a.png", "text": "x"})
+    assert pixels(bad.picture).shape == (96, 128, 3)
+    with pytest.raises(ValueError, match=r"metadata.jsonl, line 2: the key 'hint' is missing"):
+        bad.maps[0].read()
+
+
+def test_captions_of_every_sort(tmp_path: Path) -> None:
+    given = [None, ["first", "second"], [], "two\n lines", "emoji 🦊 ‮rtl", ""]
+    examples = rows_of(tmp_path, *({"file_name": "a.png", "text": text, "hint": "a.png"} for text in given))
+    expected = ["x", "", "first", "", "two lines", "emoji 🦊 ‮rtl", ""]
+    assert [example.caption for example in examples] == expected
+    examples = opened(tmp_path, caption="a picture")
+    assert [example.caption for example in examples] == [text or "a picture" for text in expected]
+
+
+# --- what leads out ---
+
+
+@pytest.mark.parametrize(
+    "name", ["../secret.png", "images/../../secret.png", "/{}/secret.png", "C:\\secret.png", "..\\secret.png"]
+)
+def test_names_that_lead_out_are_not_read(tmp_path: Path, name: str) -> None:
+    put(tmp_path / "secret.png", encoded(photograph("cat")))
+    (tmp_path / "set" / "images").mkdir(parents=True)
+    name = name.format(tmp_path.as_posix().strip("/"))
+    _, bad = rows_of(tmp_path / "set", {"file_name": name, "text": "x", "hint": name})
+    for piece in (bad.picture, *bad.maps):
+        with pytest.raises(ValueError, match=r"line 2, .* leads out of the data set and is not read"):
+            piece.read()
+        with pytest.raises(ValueError, match="leads out"):
+            piece.digest()
+
+
+def test_links_are_followed_inside_and_nowhere_else(tmp_path: Path) -> None:
+    put(tmp_path / "secret.png", encoded(photograph("cat")))
+    folder = tmp_path / "set"
+    rows = [{"file_name": name, "hint": "a.png"} for name in ("inside.png", "outside.png", "away/secret.png")]
+    examples = rows_of(folder, *rows)
+    os.symlink("a.png", folder / "inside.png")
+    os.symlink("../secret.png", folder / "outside.png")
+    os.symlink("..", folder / "away")
+    assert pixels(examples[1].picture).shape == (96, 128, 3)
+    for example in examples[2:]:
+        with pytest.raises(ValueError, match="leads out of the data set"):
+            example.picture.read()
+
+
+def test_a_data_set_may_itself_be_reached_by_a_link(tmp_path: Path) -> None:
+    imagefolder(tmp_path / "there")
+    os.symlink("there", tmp_path / "here")
+    assert is_whole(opened(tmp_path / "here"))
+
+
+def test_a_listing_that_is_a_link_out(tmp_path: Path) -> None:
+    put(tmp_path / "elsewhere.jsonl", '{"file_name": "a.png"}')
+    (tmp_path / "set").mkdir()
+    os.symlink("../elsewhere.jsonl", tmp_path / "set" / "metadata.jsonl")
+    with pytest.raises(ValueError, match="leads out of the data set"):
+        opened(tmp_path / "set")
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    _, bad = rows_of(tmp_path, {"file_name": "pipe.png", "hint": "a.png"})
+    with pytest.raises(ValueError, match=r"pipe.png is not a file"):
+        bad.picture.read()
+
+
+# --- which column ---
+
+
+def test_columns_by_name(tmp_path: Path) -> None:
+    put(tmp_path / "a.png", encoded(photograph("cat")))
+    put(tmp_path / "b.png", encoded(edges("cat")))
+    put(
+        tmp_path / "metadata.jsonl",
+        jsonl([{"bild": "a.png", "karte": "b.png", "karte2": "a.png", "satz": "x"}]),
+    )
+    settings = {"picture_column": "bild", "map_column": ("karte", "karte2"), "caption_column": "satz"}
+    (example,) = opened(tmp_path, **settings)
+    assert [piece.name for piece in (example.picture, *example.maps)] == [
+        str(tmp_path / name) for name in ("a.png", "b.png", "a.png")
+    ]
+    assert example.caption == "x"
+    with pytest.raises(ValueError, match=r"no column with pictures.*bild, karte, karte2, satz"):
+        opened(tmp_path)
+    for option in ("picture_column", "map_column", "caption_column"):
+        with pytest.raises(ValueError, match=rf"data.{option}: .* has no column 'kart'.*columns: .*satz"):
+            opened(tmp_path, **{**settings, option: "kart"})
+
+
+def test_the_maps_of_the_kind_that_is_trained(tmp_path: Path) -> None:
+    row = {"file_name": "a.png", "canny_file_name": "c.png", "depth_file_name": "d.png"}
+    row["conditioning_image_file_name"] = "c.png"
+    put(tmp_path / "metadata.jsonl", jsonl([row]))
+
+    def map_names(kind: str, **settings: Any) -> list[str]:
+        (example,) = opened(tmp_path, kind, **settings)
+        return [Path(piece.name).name for piece in example.maps]
+
+    assert map_names("canny") == ["c.png"]
+    assert map_names("depth") == ["d.png"]
+    assert map_names("") == ["c.png"]
+    assert map_names("softedge") == []  # and not canny's, which the column with the common name holds
+    assert map_names("depth", maps="made") == []
+    with pytest.raises(ValueError, match=r"no column with maps of softedge.*data.maps=made"):
+        map_names("softedge", maps="files")
+    del row["conditioning_image_file_name"]
+    put(tmp_path / "metadata.jsonl", jsonl([row]))
+    with pytest.raises(ValueError, match=r"several kinds: name one with data.map_column: canny_file_name, d"):
+        map_names("")
+
+
+def test_what_preprocess_writes(tmp_path: Path) -> None:
+    for name in NAMES[:2]:
+        put(tmp_path / "photos" / f"{name}.png", encoded(photograph(name)))
+        put(tmp_path / "photos" / f"{name}.txt", CAPTIONS[name])
+    job = folder_job.plan(["canny", "shuffle"], [str(tmp_path / "photos")], {}, output=str(tmp_path / "set"))
+    folder_job.run(job, _Silent())
+    examples = opened(tmp_path / "set", "canny")
+    assert [example.caption for example in examples] == [CAPTIONS[name] for name in NAMES[:2]]
+    assert all(np.array_equal(pixels(e.maps[0]), edges(n)) for e, n in zip(examples, NAMES, strict=False))
+    assert opened(tmp_path / "set", "shuffle")[0].maps[0].name.endswith("shuffle/astronaut.png")
+    assert opened(tmp_path / "set", "openpose")[0].maps == ()
+
+
+def test_poses(tmp_path: Path) -> None:
+    put(tmp_path / "p.json", '{"people": []}')
+    row = {
+        "file_name": "a.png",
+        "openpose_file_name": "p.png",
+        "openpose_json": "p.json",
+        "pose": {"people": []},
+    }
+    put(tmp_path / "metadata.jsonl", jsonl([row]))
+    for column in ("openpose_json", "pose"):
+        (example,) = opened(tmp_path, "openpose", map_column=(column,))
+        content = example.maps[0].read()
+        assert isinstance(content, bytes)
+        assert json.loads(content) == {"people": []}
+
+
+class _Silent:
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_, **__: None
+
+
+# --- paired folders ---
+
+
+@pytest.mark.parametrize(
+    ("pictures", "maps"),
+    [("images", "conditioning"), ("", "canny"), ("img", "maps"), (".", "conditioning_data_dir")],
+)
+def test_paired_folders(tmp_path: Path, pictures: str, maps: str) -> None:
+    put_pictures(tmp_path, pictures=pictures, maps=maps)
+    for name in NAMES[:-1]:
+        put(tmp_path / pictures / f"{name}{'.caption' if name == 'cat' else '.txt'}", f"{CAPTIONS[name]}\n")
+    examples = opened(tmp_path)
+    expected = sorted(NAMES)
+    assert [Path(name).stem for name in names(examples)] == expected
+    for example, name in zip(examples, expected, strict=True):
+        assert np.array_equal(pixels(example.picture), photograph(name))
+        assert np.array_equal(pixels(example.maps[0]), edges(name))
+        assert example.caption == CAPTIONS[name]
+
+
+def test_paired_folders_below_folders(tmp_path: Path) -> None:
+    for place in ("10_cat", "10_dog"):
+        put(tmp_path / place / "a.jpg", encoded(photograph("cat"), "JPEG"))
+        put(tmp_path / "conditioning" / place / "a.webp", encoded(edges("cat"), "WEBP"))
+    put(tmp_path / "10_cat" / "b.jpg", encoded(photograph("cat"), "JPEG"))
+    put(tmp_path / "conditioning" / "b.json", json.dumps({"people": []}))
+    examples = opened(tmp_path)
+    assert names(examples) == ["10_cat/a.jpg", "10_cat/b.jpg", "10_dog/a.jpg"]
+    tails = [
+        Path(example.maps[0].name).relative_to(tmp_path / "conditioning").as_posix() for example in examples
+    ]
+    assert tails == ["10_cat/a.webp", "b.json", "10_dog/a.webp"]
+    put(tmp_path / "10_dog" / "b.jpg", encoded(photograph("cat"), "JPEG"))
+    for number in (1, 3):  # whose map is conditioning/b.json now?
+        with pytest.raises(ValueError, match=r"has no map for 10_(cat|dog)/b.jpg"):
+            opened(tmp_path)[number].maps[0].read()
+
+
+def test_paired_folders_with_faults(tmp_path: Path) -> None:
+    put_pictures(tmp_path / "set", pictures="images", maps="maps")
+    (tmp_path / "set" / "maps" / "cat.png").unlink()
+    put(tmp_path / "set" / "maps" / "coffee.jpg", encoded(edges("coffee"), "JPEG"))
+    put(tmp_path / "set" / "images" / "rocket.txt", b"\xff\xfe")
+    put(tmp_path / "secret.txt", "secret")
+    os.symlink(tmp_path / "secret.txt", tmp_path / "set" / "images" / "astronaut.txt")
+    astronaut, cat, coffee, rocket = opened(tmp_path / "set")
+    for piece, problem in [
+        (astronaut.picture, "astronaut.txt leads out of the data set"),
+        (cat.maps[0], "has no map for cat.png"),
+        (coffee.maps[0], "has several maps for coffee.png: coffee.jpg, coffee.png"),
+        (rocket.picture, "rocket.txt is not UTF-8 text"),
+    ]:
+        with pytest.raises(ValueError, match=problem):
+            piece.read()
+    assert astronaut.caption == ""
+
+
+def test_paired_folders_with_links(tmp_path: Path) -> None:
+    put_pictures(tmp_path / "set", pictures="images", maps="maps")
+    put(tmp_path / "elsewhere" / "x.png", encoded(photograph("cat")))
+    os.symlink(tmp_path / "elsewhere" / "x.png", tmp_path / "set" / "images" / "x.png")
+    linked = opened(tmp_path / "set")[-1]
+    with pytest.raises(ValueError, match=r"x.png leads out of the data set"):
+        linked.picture.read()
+    os.symlink(tmp_path / "elsewhere", tmp_path / "set" / "images" / "more")
+    with pytest.raises(ValueError, match=r"more leads out of the data set"):
+        opened(tmp_path / "set")
+
+
+def test_which_folder_of_maps(tmp_path: Path) -> None:
+    put_pictures(tmp_path, pictures="images", maps="canny")
+    put_pictures(tmp_path, pictures="images", maps="depth")
+    assert "depth" in opened(tmp_path, "depth")[0].maps[0].name
+    assert opened(tmp_path, "softedge")[0].maps == ()
+    assert len(opened(tmp_path, "x", map_column=("canny", "depth"))[0].maps) == 2
+    with pytest.raises(ValueError, match=r"several folders that may hold the maps.*canny, depth"):
+        opened(tmp_path, "")
+    with pytest.raises(ValueError, match=r"no folder 'dept' \(did you mean 'depth'\?\)"):
+        opened(tmp_path, "depth", map_column=("dept",))
+    with pytest.raises(ValueError, match=r"no folder with maps of softedge"):
+        opened(tmp_path, "softedge", maps="files")
+
+
+# --- shards ---
+
+
+def put_shard(path: Path, members: dict[str, bytes], mode: str = "w") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, mode) as archive:  # type: ignore[call-overload]
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return path
+
+
+def members_of(name: str, *, map_name: str = "map.png") -> dict[str, bytes]:
+    caption = {"txt": CAPTIONS[name].encode()} if name != "cat" else {"json": b'{"prompt": "a cat", "w": 1}'}
+    members = {"png": encoded(photograph(name)), map_name: encoded(edges(name)), **caption}
+    return {f"./{name}.{member}": content for member, content in members.items()}
+
+
+@pytest.mark.parametrize("map_name", ["map.png", "cond.png", "conditioning.png", "hint.png", "canny.png"])
+def test_shards(tmp_path: Path, map_name: str) -> None:
+    for number, pair in enumerate((NAMES[:3], NAMES[3:])):
+        members = {k: v for name in pair for k, v in members_of(name, map_name=map_name).items()}
+        put_shard(tmp_path / "shards" / f"{number:04d}.tar", members)
+    for source in ("shards", "shards/*.tar", "shards/{0000..0001}.tar", "shards/000{0,1}.tar"):
+        examples = opened(tmp_path / source)
+        assert is_whole(examples), source
+        assert names(examples)[3] == f"{tmp_path}/shards/0001.tar/rocket"
+    assert examples[3].picture.name == f"{tmp_path}/shards/0001.tar/rocket.png"
+    assert names(opened(tmp_path / "shards/0001.tar")) == names(examples)[3:]
+
+
+def test_members_by_name(tmp_path: Path) -> None:
+    members = {
+        "a/1.photo.JPG": b"p",
+        "a/1.d1.png": b"m",
+        "a/1.d2.json": b"{}",
+        "a/1.meta.json": b'{"t": "x"}',
+    }
+    put_shard(tmp_path / "x.tar", members | {"a/__skip": b"", ".hidden.jpg": b""})
+    settings = {"picture_column": "photo", "map_column": ("d1", "d2.json"), "caption_column": "meta.json"}
+    (example,) = opened(tmp_path / "x.tar", **settings)
+    assert [piece.read() for piece in (example.picture, *example.maps)] == [b"p", b"m", b"{}"]
+    with pytest.raises(ValueError, match=r"data.map_column: .* has no member 'd3'.*photo.jpg, d1.png"):
+        opened(tmp_path / "x.tar", **{**settings, "map_column": ("d3",)})
+    with pytest.raises(ValueError, match=r"no member of the shards is a picture.*photo.jpg"):
+        opened(tmp_path / "x.tar")
+    put_shard(tmp_path / "y.tar", {"1.jpg": b"p", "1.json": b'{"t": ["x", "y"]}', "2.png": b"q"})
+    examples = opened(tmp_path / "y.tar", caption_column="t")
+    assert [(example.picture.read(), example.caption) for example in examples] == [(b"p", "x"), (b"q", "")]
+
+
+def test_shards_with_faults(tmp_path: Path) -> None:
+    whole = put_shard(tmp_path / "a.tar", members_of("cat") | members_of("coffee")).read_bytes()
+    cases = {
+        "cut.tar": (whole[: len(whole) // 2], "cut.tar (is cut off|cannot be read as a tar file)"),
+        "text.tar": (b"<html>" * 1000, "text.tar cannot be read as a tar file"),
+        "empty.tar": (b"", "empty.tar cannot be read as a tar file"),
+    }
+    header = whole.index(b"./coffee.png\0")
+    cases["header.tar"] = (whole[:header] + b"X" * 100 + whole[header + 100 :], "header.tar is damaged")
+    for name, (content, problem) in cases.items():
+        put(tmp_path / name, content)
+        with pytest.raises(ValueError, match=problem):
+            opened(tmp_path / name)
+    put_shard(tmp_path / "b.tar.gz", members_of("cat"), "w:gz")
+    with pytest.raises(ValueError, match=r"b.tar.gz is compressed"):
+        opened(tmp_path / "b.tar.gz")
+    os.rename(tmp_path / "b.tar.gz", tmp_path / "c.tar")
+    with pytest.raises(ValueError, match=r"c.tar cannot be read as a tar file"):
+        opened(tmp_path / "c.tar")
+    with pytest.raises(ValueError, match=r"no.tar cannot be read"):
+        opened(tmp_path / "no.tar")
+    with pytest.raises(ValueError, match=r"no tar file is there"):
+        opened(tmp_path / "no*.tar")
+    with pytest.raises(ValueError, match=r"fetch them first"):
+        opened("https://example.org/{00..10}.tar")
+
+
+def test_a_shard_with_a_member_twice_and_links(tmp_path: Path) -> None:
+    put(tmp_path / "secret", "secret")
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name in ("1.png", "1.png"):
+            archive.addfile(tarfile.TarInfo(name))
+    with pytest.raises(ValueError, match=r"a.tar holds 1.png twice"):
+        opened(tmp_path / "a.tar")
+    with tarfile.open(tmp_path / "b.tar", "w") as archive:
+        for name, target in (("1.png", ""), ("2.png", str(tmp_path / "secret"))):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = (tarfile.SYMTYPE, target) if target else (tarfile.REGTYPE, "")
+            archive.addfile(info)
+    assert names(opened(tmp_path / "b.tar")) == [f"{tmp_path}/b.tar/1"]
+
+
+def test_a_shard_that_shrinks_after_it_was_opened(tmp_path: Path) -> None:
+    path = put_shard(tmp_path / "a.tar", members_of("cat"))
+    (example,) = opened(path)
+    os.truncate(path, 1000)
+    with pytest.raises(ValueError, match=r"cat.png is cut off"):
+        example.picture.read()
+
+
+def test_broken_captions_in_shards(tmp_path: Path) -> None:
+    members = {
+        "1.png": b"p",
+        "1.json": b"{",
+        "2.png": b"p",
+        "2.json": b"[]",
+        "3.png": b"p",
+        "3.json": b'{"text": 1}',
+    }
+    examples = opened(put_shard(tmp_path / "a.tar", members))
+    for example, problem in zip(
+        examples, ("1.json is not JSON", "2.json is not a JSON object", "not 1"), strict=True
+    ):
+        with pytest.raises(ValueError, match=problem):
+            example.picture.read()
+
+
+# --- what is there ---
+
+
+def test_what_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    put(tmp_path / "notes.txt", "x")
+    cases = {
+        "no/such/folder": "no/such/folder does not exist",
+        "nowhere": "nowhere does not exist",
+        "photos/trian": "photos/trian does not exist; if the hub's .* data.format=huggingface",
+        "photos": "photos holds no data set; wanted: a metadata.jsonl",
+        "notes.txt": "notes.txt is no data set: name a folder",
+    }
+    for source, problem in cases.items():
+        with pytest.raises(ValueError, match=problem):
+            opened(source)
+    for format, problem in {
+        "imagefolder": "photos has no metadata.jsonl or metadata.csv, which imagefolder wants",
+        "fill50k": "photos has no prompt.json",
+        "paired": "no picture is there; wanted: a metadata.jsonl",
+        "webdataset": "photos: no tar file is there",
+    }.items():
+        with pytest.raises(ValueError, match=problem):
+            opened("photos", format=format)
+    put(tmp_path / "photos" / "metadata.jsonl", "\n\n")
+    with pytest.raises(ValueError, match=r"metadata.jsonl lists no pictures: it is empty"):
+        opened("photos")
+
+
+def test_a_file_that_is_missing_shows_when_it_is_read(tmp_path: Path) -> None:
+    folder = imagefolder(tmp_path)
+    (folder / "images" / "cat.png").unlink()
+    examples = opened(folder)
+    assert len(examples) == 4
+    with pytest.raises(ValueError, match=r"cat.png cannot be read: No such file"):
+        examples[2].picture.read()
+
+
+def test_the_first_so_many(tmp_path: Path) -> None:
+    folder = imagefolder(tmp_path)
+    assert names(opened(folder, limit=2)) == ["images/astronaut.png", "images/coffee.png"]
+    assert len(opened(folder, limit=99)) == 4
+    examples = opened(folder, limit=3)
+    assert [e.name for e in examples[1:]] == names(examples)[1:]
+    assert examples[-1].name == names(examples)[2]
+    with pytest.raises(IndexError):
+        examples[3]
+
+
+def test_opening_says_what_was_found_and_reads_no_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = imagefolder(tmp_path)
+
+    def refuse(self: FilePiece) -> bytes:
+        raise AssertionError("read")
+
+    monkeypatch.setattr(FilePiece, "read", refuse)
+    said: list[str] = []
+    examples = open_examples(DataRecipe(source=str(folder)), kind="canny", report=said.append)
+    assert isinstance(examples[0], Example)
+    assert said == [f"{folder}/metadata.jsonl: 4 rows, maps from conditioning_image_file_name"]
+
+
+def test_the_library_is_optional(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    with pytest.raises(
+        ValueError, match=r"owner/name is no folder here; .* not installed: uv sync --extra data"
+    ):
+        opened("owner/name")
+    put(tmp_path / "state.json", "{}")
+    with pytest.raises(ValueError, match=r"is read by the library datasets, which is not installed"):
+        opened(tmp_path)

@@ -1,0 +1,293 @@
+"""What lies between a data set and a batch: order, loader, cache, packing, noise."""
+
+import threading
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from controlkit import diffusion
+from controlkit.training.config import load_recipe
+from controlkit.training.digests import Digests
+from controlkit.training.examples import ArrayPiece, FilePiece
+from controlkit.training.loader import Loader
+from controlkit.training.noising import Noisy, draw, draw_batch, noised, timesteps_of, weighted_loss
+from controlkit.training.order import Order
+from controlkit.training.packing import pack, unpack
+from controlkit.training.stores import Store
+
+# --- order ----
+
+
+def turns(order, numbers):
+    return [(turn.index, turn.lap) for number in numbers for turn in order.batch(number)]
+
+
+def test_one_bucket_is_one_endless_order_whatever_the_batch():
+    small, large = (Order([0] * 10, batch_size=size, seed=3) for size in (2, 4))
+    assert turns(small, range(20)) == turns(large, range(10))
+    seen = turns(large, range(5))
+    assert sorted(seen) == [(index, lap) for index in range(10) for lap in (0, 1)]
+    assert [i for i, lap in seen if lap == 0] != [i for i, lap in seen if lap == 1]
+
+
+def test_buckets_never_mix_and_their_pairs_come_equally_often():
+    buckets = [0] * 7 + [1] * 5 + [2] + [-1] * 3
+    order = Order(buckets, batch_size=3, seed=1)
+    assert (order.pairs, order.per_epoch) == (13, 3 + 2 + 1)
+    for epoch in range(4):
+        batches = [order.batch(epoch * 6 + k) for k in range(6)]
+        for batch in batches:
+            assert len({buckets[turn.index] for turn in batch}) == 1
+        if epoch == 0:  # later ones begin in the middle of a lap
+            assert {turn.index for batch in batches for turn in batch} == set(range(13))
+    many = Counter(index for index, _ in turns(order, range(600)))
+    for bucket in range(3):
+        counts = [many[k] for k in range(13) if buckets[k] == bucket]
+        assert max(counts) - min(counts) <= 1
+    first = [tuple({buckets[t.index] for t in order.batch(k)}) for k in range(12)]
+    assert first[:6] != first[6:]
+
+
+def test_the_order_is_a_function_of_the_number():
+    order, again = (Order([0, 1] * 20, batch_size=4, seed=9) for _ in range(2))
+    assert turns(order, [7, 3, 30, 3]) == turns(again, [7, 3, 30, 3])
+    assert turns(Order([0, 1] * 20, batch_size=4, seed=8), range(10)) != turns(order, range(10))
+
+
+def test_nothing_to_train_on_is_said():
+    with pytest.raises(ValueError, match="no pair to train on"):
+        Order([-1, -1], batch_size=1, seed=1)
+
+
+# --- loader ----
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_a_loader_gives_what_was_asked_for_whatever_the_threads(workers):
+    def make(number):
+        time.sleep(0.001 * (number % 3))
+        return number, threading.get_ident()
+
+    loader = Loader(make, lambda number: number + 2, workers=workers)
+    asked = [0, 2, 4, 4, 8, 10, 3]  # in order, again, and jumping
+    got = [loader.get(number) for number in asked]
+    loader.close()
+    assert [number for number, _ in got] == asked
+    assert (threading.get_ident() in {thread for _, thread in got}) == (workers == 0)
+
+
+def test_a_loader_raises_what_went_wrong_where_it_was_asked_for():
+    def make(number):
+        if number == 2:
+            raise ValueError("broken.png")
+        return number
+
+    loader = Loader(make, lambda number: number + 1, workers=2)
+    assert [loader.get(0), loader.get(1)] == [0, 1]
+    with pytest.raises(ValueError, match=r"broken\.png"):
+        loader.get(2)
+    assert loader.get(3) == 3
+    loader.close()
+
+
+# --- packed maps ----
+
+
+@pytest.mark.parametrize("channels", [1, 3, 6])
+@pytest.mark.parametrize("width", [8, 13, 300])
+@pytest.mark.parametrize("kind", ["binary", "black", "white", "grey", "colour", "deep"])
+def test_packed_maps_lose_nothing(kind, width, channels):
+    random = np.random.default_rng(0)
+    one = random.integers(0, 256, (11, width, 1), dtype=np.uint8)
+    levels = {
+        "binary": np.repeat((one > 99) * np.uint8(255), channels, axis=2),
+        "black": np.zeros((11, width, channels), np.uint8),
+        "white": np.full((11, width, channels), 255, np.uint8),
+        "grey": np.repeat(one, channels, axis=2),
+        "colour": random.integers(0, 256, (11, width, channels), dtype=np.uint8),
+        "deep": random.integers(0, 65536, (11, width, channels), dtype=np.uint16),
+    }[kind]
+    packed = pack(levels)
+    back = unpack(packed)
+    np.testing.assert_array_equal(back, levels)
+    assert back.dtype == levels.dtype
+    if kind == "binary":
+        assert packed.numel() == 4 + 11 * -(-width // 8)
+    if kind == "grey":
+        assert packed.numel() == 4 + 11 * width
+
+
+# --- stores ----
+
+
+def test_a_store_holds_what_was_written_and_finds_what_others_wrote(tmp_path):
+    mine, other = Store(tmp_path / "s"), Store(tmp_path / "s")
+    assert mine.missing(["a", "b", "a"]) == ["a", "b"]
+    mine.write({"a": torch.arange(3.0)})
+    assert "a" not in other
+    other.refresh()
+    assert other.read("a").tolist() == [0, 1, 2]
+    other.write({"b": torch.ones(2, 2, dtype=torch.float16)})
+    mine.refresh()
+    assert mine.missing(["a", "b", "c"]) == ["c"]
+    assert mine.read("b").dtype == torch.float16
+
+
+def test_a_damaged_shard_is_computed_again(tmp_path):
+    Store(tmp_path).write({"a": torch.ones(4)})
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[:20])
+    store = Store(tmp_path)
+    assert store.missing(["a"]) == ["a"]
+    assert not path.exists()
+
+
+def test_a_store_that_cannot_be_written_is_a_plain_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="CONTROLKIT_CACHE") as caught:
+        Store(tmp_path / "file" / "s").write({"a": torch.ones(1)})
+    assert "\n" not in str(caught.value)
+
+
+# --- digests ----
+
+
+def test_files_are_read_once_until_they_change(tmp_path, monkeypatch):
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"one")
+    piece = FilePiece(path)
+    (first,) = Digests(tmp_path / "memory").of([piece])
+    with monkeypatch.context() as patch:
+        patch.setattr(FilePiece, "read", None)  # it may not be read
+        assert Digests(tmp_path / "memory").of([piece]) == [first]
+    path.write_bytes(b"other")
+    assert Digests(tmp_path / "memory").of([piece]) != [first]
+    (tmp_path / "memory").write_text("damaged\n[1]\n")
+    path.write_bytes(b"one")
+    array = ArrayPiece(np.zeros((2, 2), np.uint8))
+    assert Digests(tmp_path / "memory").of([piece, array])[0] == first
+    assert ArrayPiece(np.zeros((4, 1), np.uint8)).digest() != array.digest()
+
+
+# --- noise and loss ----
+
+ALPHAS = diffusion.alphas_cumprod()
+SHAPE = (4, 6, 5)
+
+
+def recipe(*overrides):
+    return load_recipe("tiny-canny", list(overrides))
+
+
+def batch(settings, seeds=(1, 2, 3), mean=None, std=None):
+    drawn = draw_batch(seeds, SHAPE)
+    mean = torch.zeros(len(seeds), *SHAPE) if mean is None else mean
+    std = torch.zeros_like(mean) if std is None else std
+    return noised(mean, std, drawn, timesteps_of(drawn.place, settings, 999, 1000), settings, ALPHAS)
+
+
+def test_a_pair_draws_the_same_in_any_batch():
+    together, alone = draw_batch([5, 6, 7], SHAPE), draw(6, SHAPE)
+    assert all(torch.equal(a[1], b) for a, b in zip(together, alone, strict=True))
+    assert not torch.equal(together.noise[0], together.noise[1])
+
+
+def test_each_visit_draws_from_the_autoencoders_distribution():
+    mean, std = torch.full((2000, 1, 1, 1), 3.0), torch.full((2000, 1, 1, 1), 0.5)
+    drawn = draw_batch(range(2000), (1, 1, 1))
+    timesteps = timesteps_of(drawn.place, recipe(), 999, 1000)
+    latents = noised(mean, std, drawn, timesteps, recipe(), ALPHAS).latents
+    assert latents.mean() == pytest.approx(3.0, abs=0.05)
+    assert latents.std() == pytest.approx(0.5, abs=0.03)
+
+
+def test_noise_offset_shifts_channels_and_perturbation_spares_the_target():
+    plain, shifted = batch(recipe()), batch(recipe("noise_offset=0.1"))
+    difference = shifted.noise - plain.noise
+    torch.testing.assert_close(difference, difference[..., :1, :1].expand_as(difference), atol=1e-6, rtol=0)
+    assert difference.abs().max() > 0.01
+    perturbed = batch(recipe("input_perturbation=0.1"))
+    assert torch.equal(perturbed.noise, plain.noise)
+    assert not torch.equal(perturbed.noisy_latents, plain.noisy_latents)
+
+
+@pytest.mark.parametrize("prediction", diffusion.PREDICTION_TYPES)
+@pytest.mark.parametrize("objective", diffusion.PREDICTION_TYPES)
+def test_objectives_differ_from_each_other_by_the_papers_factors(prediction, objective):
+    """|ε error|² = SNR |x_0 error|², |v error|² = (SNR + 1) |x_0 error|² (Salimans & Ho 2022, section 4)."""
+    noisy = batch(recipe(), mean=torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(1)))
+    pred = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(2))
+    snr = diffusion.snr(ALPHAS, noisy.timesteps)
+    factor = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones(3)}
+    own = weighted_loss(pred, noisy, recipe(), prediction, ALPHAS)
+    other = weighted_loss(pred, noisy, recipe(f"objective={objective}"), prediction, ALPHAS)
+    torch.testing.assert_close(other, own * factor[objective] / factor[prediction], rtol=2e-3, atol=1e-6)
+
+
+def test_a_perfect_prediction_has_no_loss_and_min_snr_weighs():
+    noisy = batch(recipe())
+    for kind in diffusion.PREDICTION_TYPES:
+        target = diffusion.target(kind, noisy.latents, noisy.noise, noisy.timesteps, ALPHAS)
+        assert weighted_loss(target, noisy, recipe(), kind, ALPHAS).abs().max() < 1e-10
+    pred = torch.zeros(3, *SHAPE)
+    plain = weighted_loss(pred, noisy, recipe(), "epsilon", ALPHAS)
+    weighted = weighted_loss(pred, noisy, recipe("min_snr_gamma=5"), "epsilon", ALPHAS)
+    snr = diffusion.snr(ALPHAS, noisy.timesteps)
+    torch.testing.assert_close(weighted / plain, (5 / snr).clamp(max=1))
+
+
+@pytest.mark.parametrize("kind", diffusion.TIMESTEP_KINDS)
+def test_timesteps_lie_in_the_schedule_and_have_the_shape_of_their_kind(kind):
+    u = (torch.arange(100000, dtype=torch.float64) + 0.5) / 100000
+    t = diffusion.place_timesteps(u, kind)
+    assert t.min() >= 0
+    assert t.max() <= 999
+    median = float(t.double().median()) / 1000
+    expected = {"cubic": 1 - 0.5**3, "logit-normal": 0.5, "structure": 1 / (1 + np.exp(-0.8))}
+    assert median == pytest.approx(expected.get(kind, 0.5), abs=0.01)
+
+
+def test_noise_levels_begin_where_layout_is_decided_and_become_uniform():
+    u, settings = (torch.arange(50000, dtype=torch.float64) + 0.5) / 50000, recipe("layout_steps=100")
+    early, half, late = (timesteps_of(u, settings, step, 1000).double() for step in (0, 50, 100))
+    structure = diffusion.place_timesteps(u, "structure").double()
+    torch.testing.assert_close(early, structure)
+    assert float(late.mean()) == pytest.approx(499.5, abs=1)
+    assert float(half.mean()) == pytest.approx((499.5 + float(structure.mean())) / 2, abs=2)
+    torch.testing.assert_close(timesteps_of(u, recipe("layout_steps=0"), 0, 1000).double(), late)
+
+
+def test_a_hint_encoder_started_on_maps_has_unit_scale_and_leaves_the_base_alone():
+    from controlkit import load_base
+    from controlkit.controlnet import control_residuals, encode_hint, from_base
+    from controlkit.figures import render
+    from controlkit.images import map_to_cond
+    from controlkit.preprocessors import get
+    from controlkit.training.hint_start import start_hint_encoder
+
+    base = load_base("tiny")
+    cond = map_to_cond([get("canny")(render(k).picture).image for k in range(8)])
+    controlnet = from_base(base, hint_channels=(8, 16, 48, 96), seed=1)
+    assert not encode_hint(controlnet, cond).any()  # the standard start: the map is not there
+    start_hint_encoder(controlnet, cond, seed=1)
+    hint = encode_hint(controlnet, cond)
+    torch.testing.assert_close(hint.mean((0, 2, 3)), torch.zeros(hint.shape[1]), atol=1e-4, rtol=0)
+    torch.testing.assert_close(hint.std((0, 2, 3)), torch.ones(hint.shape[1]), atol=1e-3, rtol=0)
+    text = base.encode_prompts(["a", "b"]).encoder_hidden_states
+    residuals = control_residuals(
+        controlnet, torch.randn(2, 4, 16, 16), torch.tensor([5, 900]), text, hint[:2]
+    )
+    assert not any(bool(r.any()) for r in (*residuals.down, residuals.mid))
+    again = from_base(base, hint_channels=(8, 16, 48, 96), seed=1)
+    start_hint_encoder(again, cond, seed=1)
+    assert torch.equal(encode_hint(again, cond), hint)
+
+
+def test_the_networks_inputs_are_what_ddpm_says():
+    mean = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(4))
+    noisy: Noisy = batch(recipe(), mean=mean)
+    a = ALPHAS[noisy.timesteps].float()[:, None, None, None]
+    torch.testing.assert_close(noisy.noisy_latents, a.sqrt() * mean + (1 - a).sqrt() * noisy.noise)

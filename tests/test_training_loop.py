@@ -1,0 +1,295 @@
+"""The loop on a real adapter and real files, at a few steps: what may and what may not change the result."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from killed_runs import recipe, write_base, write_pictures
+from safetensors.torch import load_file
+
+from controlkit.training import train_recipe
+from controlkit.training.adapter import ControlNetTask
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Pictures, and a cache for the runs of this module."""
+    folder = tmp_path_factory.mktemp("loop")
+    write_pictures(folder / "pictures")
+    write_base(folder / "base")
+    patch = pytest.MonkeyPatch()
+    patch.setenv("CONTROLKIT_CACHE", str(folder / "cache"))
+    yield folder
+    patch.undo()
+
+
+def run(place: Path, name: str, **changes):
+    """Train a few steps; returns the run's folder and what was said."""
+    settings = {"steps": 3, "warmup": 0, "sample_every": 0, "monitor_every": 0, "checkpoint_every": 99}
+    settings |= {"log_every": 1, "ema": 0.0, **changes}
+    said = []
+    path = recipe(place / name, place / "pictures", **settings)
+    train_recipe(str(path), progress=lambda step: said.append(step.message) if step.message else None)
+    return place / name, said
+
+
+def weights(folder: Path):
+    (path,) = (folder / "checkpoints").glob("*/weights.safetensors")
+    return {name: tensor for name, tensor in load_file(path).items() if name.startswith("model.")}
+
+
+def rows(folder: Path):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in lines if "event" not in row]
+
+
+def losses(folder: Path):
+    return [row["loss"] for row in rows(folder)]
+
+
+def distance(first, second):
+    """How far two sets of weights are apart (root mean square), in units of what a step of 1e-3 moves them.
+
+    Adam divides a gradient by its size, and where it is all but zero rounding decides: hence not the maximum.
+    """
+    assert first.keys() == second.keys()
+    squares = sum(float((first[name] - second[name]).square().sum()) for name in first)
+    return math.sqrt(squares / sum(tensor.numel() for tensor in first.values())) / 1e-3
+
+
+@pytest.fixture(scope="module")
+def plain(place):
+    return run(place, "plain")[0]
+
+
+def test_the_cache_changes_nothing(place, plain):
+    live, _ = run(place, "live", data_cache=False)
+    assert losses(live) == losses(plain)
+    assert distance(weights(live), weights(plain)) == 0
+    kept = sum(1 for _ in (place / "cache" / "latents").rglob("*.safetensors"))
+    slower, _ = run(place, "slower", learning_rate=1e-5)
+    assert sum(1 for _ in (place / "cache" / "latents").rglob("*.safetensors")) == kept
+    assert losses(slower)[0] == losses(plain)[0]
+
+
+@pytest.mark.parametrize("workers", [0, 5])
+def test_threads_change_nothing(place, plain, workers):
+    other, _ = run(place, f"workers-{workers}", data_workers=workers)
+    assert distance(weights(other), weights(plain)) == 0
+
+
+def test_accumulation_is_a_larger_batch(place):
+    one_size = {"data_buckets": False, "data_crop": "centre"}
+    many, _ = run(place, "many", accumulation=4, batch_size=1, **one_size)
+    once, _ = run(place, "once", accumulation=1, batch_size=4, **one_size)
+    np.testing.assert_allclose(losses(many), losses(once), rtol=1e-5)
+    assert distance(weights(many), weights(once)) < 0.01
+
+
+def test_a_step_that_does_not_fit_is_taken_in_pieces(place, plain, monkeypatch):
+    real = ControlNetTask.losses
+
+    def small_device(self, whole, part):
+        if len(part) > 1 and self.controlnet.training:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return real(self, whole, part)
+
+    monkeypatch.setattr(ControlNetTask, "losses", small_device)
+    pieces, said = run(place, "pieces")
+    assert any("from step 1 on 1 at once, with the same batch" in line for line in said), said
+    assert "at once" in (pieces / "metrics.jsonl").read_text()
+    np.testing.assert_allclose(losses(pieces), losses(plain), rtol=1e-5)
+    assert distance(weights(pieces), weights(plain)) < 0.01
+
+
+def test_one_pair_that_does_not_fit_ends_the_run_with_a_cure(place, monkeypatch):
+    def no_device(self, whole, part):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(ControlNetTask, "losses", no_device)
+    with pytest.raises(
+        ValueError, match=r"one pair does not fit in the memory of cpu.*gradient_checkpointing"
+    ):
+        run(place, "too-large")
+
+
+def test_steps_without_a_finite_gradient_change_nothing_and_name_their_pairs(place, monkeypatch):
+    real = ControlNetTask.losses
+    before, after = {}, {}
+
+    def overflowing(self, whole, part):
+        found = real(self, whole, part)
+        if part.step == 1:
+            before.update({k: v.clone() for k, v in self.controlnet.state_dict().items()})
+            found.each[0].data.fill_(math.nan)
+            found = type(found)(found.each * math.nan, found.timesteps, found.levels)
+        if part.step == 2 and not after:
+            after.update({k: v.clone() for k, v in self.controlnet.state_dict().items()})
+        return found
+
+    monkeypatch.setattr(ControlNetTask, "losses", overflowing)
+    folder, said = run(place, "one-bad")
+    (line,) = [line for line in said if "changed nothing" in line]
+    assert "step 2" in line
+    assert ".png" in line
+    assert "timesteps" in line
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in weights(folder).values())
+
+
+def test_too_many_bad_steps_end_the_run_and_leave_the_last_good_checkpoint(place, monkeypatch):
+    real = ControlNetTask.losses
+
+    def broken_from_three(self, whole, part):
+        found = real(self, whole, part)
+        factor = math.inf if part.step >= 3 else 1.0
+        return type(found)(found.each * factor, found.timesteps, found.levels)
+
+    monkeypatch.setattr(ControlNetTask, "losses", broken_from_three)
+    with pytest.raises(
+        ValueError, match=r"training stopped at step 6: 3 steps in a row .* checkpoints are good"
+    ):
+        run(place, "bad", steps=9, bad_steps=3, checkpoint_every=3)
+    saved = load_file(place / "bad" / "checkpoints" / "step-000003" / "weights.safetensors")
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in saved.values())
+
+
+def test_looking_and_showing_disturb_nothing(place, plain):
+    watched, _ = run(place, "watched", monitor_every=1, sample_every=1, score_every=2)
+    assert losses(watched) == losses(plain)
+    assert distance(weights(watched), weights(plain)) == 0
+    last = rows(watched)[-1]
+    assert {"loss_map", "loss_no_map", "loss_other_map", "gap", "peak_mb", "grad_norm"} <= last.keys()
+    assert "edge F1" in rows(watched)[1]
+    assert len(list((watched / "samples").iterdir())) == 3
+
+
+def test_samples_that_cannot_be_made_do_not_end_the_run(place, plain, monkeypatch):
+    def fail(self):
+        raise RuntimeError("cuDNN is unwell\nand says so at length")
+
+    monkeypatch.setattr(ControlNetTask, "sample", fail)
+    unlucky, said = run(place, "unlucky", sample_every=1)
+    assert "no samples at step 1: cuDNN is unwell" in said
+    assert losses(unlucky) == losses(plain)
+
+
+def test_bf16_trains_like_fp32(place, plain):
+    full, _ = run(place, "full", steps=12, learning_rate=3e-4)
+    half, _ = run(place, "half", steps=12, learning_rate=3e-4, precision="bf16")
+    np.testing.assert_allclose(losses(half), losses(full), rtol=0.02)
+    saved = load_file(half / "checkpoints" / "step-000012" / "weights.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}, "masters are kept"
+
+
+def test_gradient_checkpointing_gives_the_same_gradient(place, plain):
+    other, _ = run(place, "checkpointed", gradient_checkpointing=True)
+    np.testing.assert_allclose(losses(other), losses(plain), rtol=1e-5)
+    assert distance(weights(other), weights(plain)) < 0.01
+
+
+def test_the_layout_in_memory_changes_rounding_only(place, plain):
+    other, _ = run(place, "first-channels", channels_last=False)
+    np.testing.assert_allclose(losses(other), losses(plain), rtol=1e-4)
+
+
+def test_only_the_middle_residual_is_trained_where_that_is_asked(place):
+    folder, _ = run(place, "middle", only_mid_control=True)
+    names = weights(folder)
+    assert not [name for name in names if "controlnet_down_blocks" in name]
+    result = load_file(folder / "controlnet" / "diffusion_pytorch_model.safetensors")
+    assert all(not t.any() for name, t in result.items() if name.startswith("controlnet_down_blocks"))
+    assert any(t.any() for name, t in result.items() if name.startswith("controlnet_mid_block"))
+
+
+def test_an_unlocked_decoder_is_trained_and_written(place):
+    from diffusers import UNet2DConditionModel
+
+    from controlkit import load_base
+
+    folder, _ = run(place, "unlocked", sd_locked=False)
+    before = load_base(str(place / "base")).unet.state_dict()
+    after = UNet2DConditionModel.from_pretrained(folder / "unet").state_dict()
+    moved = {name for name in before if not torch.equal(before[name].half().float(), after[name].float())}
+    assert moved
+    assert all(name.startswith(("up_blocks", "conv_norm_out", "conv_out")) for name in moved)
+
+
+@pytest.mark.parametrize(
+    "change", [{"objective": "v_prediction"}, {"min_snr_gamma": 0.01}, {"layout_steps": 0}]
+)
+def test_objectives_and_weights_change_the_loss(place, plain, change):
+    other, _ = run(place, "-".join(change), steps=1, **change)
+    assert losses(other)[0] != losses(plain)[0]
+
+
+@pytest.mark.parametrize("family", ["sd2", "sdxl"])
+def test_every_family_trains_and_diffusers_loads_the_result(place, family):
+    from diffusers import ControlNetModel
+    from tiny_models import build
+
+    build(place / family, family)
+    folder, _ = run(place, f"of-{family}", base=str(place / family), sample_every=3)
+    network = ControlNetModel.from_pretrained(folder / "controlnet")
+    assert all(bool(torch.isfinite(p).all()) for p in network.parameters())
+    assert any(bool(p.any()) for name, p in network.named_parameters() if "controlnet_mid" in name)
+    assert (folder / "samples" / "step-000003.png").is_file()
+    live, _ = run(place, f"live-{family}", base=str(place / family), data_cache=False)
+    assert losses(live) == losses(folder)
+
+
+def test_a_finished_run_tells_its_whole_story(place):
+    folder, _ = run(place, "told", sample_every=3, monitor_every=1, score_scenes=2)
+    page = (folder / "report.html").read_text()
+    assert "data:image/png;base64" in page
+    assert (folder / "controlnet" / "README.md").is_file()
+    facts = json.loads((folder / "facts.json").read_text())
+    assert len(facts["base_sha256"]) == len(facts["data_sha256"]) == 64
+    scores = json.loads((folder / "scores.json").read_text())
+    assert {"floor", "control", "ceiling"} <= scores.keys()
+    from controlkit.adapters import read_info
+
+    info = read_info(folder / "controlnet")
+    assert info.training["data_sha256"] == facts["data_sha256"]
+    assert info.training["recipe"]["learning_rate"] == 1e-3
+
+
+def test_rates_of_the_parts_are_their_own(place):
+    rates = {"zero_convolution_rate": 20.0, "hint_encoder_rate": 3.0, "learning_rate": 1e-4}
+    folder, _ = run(place, "rates", schedule="constant", steps=1, **rates)
+    expected = {"trunk": 1e-4, "zero_convolutions": 2e-3, "hint_encoder": 3e-4}
+    assert rows(folder)[0]["learning_rates"] == pytest.approx(expected)
+
+
+def test_adafactor_runs_and_resumes(place):
+    folder, _ = run(place, "adafactor", optimizer="adafactor", steps=2)
+    assert (folder / "controlnet").is_dir()
+
+
+@pytest.mark.parametrize("name", ["lion", "prodigy", "schedule-free", "adamw8bit"])
+def test_other_optimizers_run_or_say_what_is_missing(place, name):
+    from importlib.util import find_spec
+
+    from controlkit.training.optimizers import PACKAGES
+
+    if find_spec(PACKAGES[name]) is None:
+        with pytest.raises(
+            ValueError, match=rf"optimizer '{name}' needs the package .*uv sync --extra optimizers"
+        ):
+            run(place, name, optimizer=name)
+        assert not (place / name).exists()
+    elif name == "adamw8bit" and not torch.cuda.is_available():
+        pytest.skip("8-bit moments are CUDA's")
+    else:
+        folder, _ = run(place, name, optimizer=name, steps=2, sample_every=1)
+        assert all(math.isfinite(loss) for loss in losses(folder))
+
+
+def test_fp16_without_a_gpu_is_refused_before_anything_is_loaded(place):
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    with pytest.raises(ValueError, match=r"fp16 needs a CUDA device.*precision=bf16"):
+        run(place, "fp16", precision="fp16")

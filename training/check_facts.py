@@ -1,0 +1,190 @@
+"""What one file of a data set says of itself: whether it is whole, its size, whether it is grey."""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+import threading
+import zlib
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from controlkit import preprocessors
+from controlkit.images import DEFAULT_MAX_PIXELS, load_picture
+from controlkit.training.examples import Piece
+
+LARGE = 16_000_000
+"""Pictures of more pixels are decoded one at a time, so that a check's memory stays small."""
+
+_GREY = 6  # levels between the channels; JPEG tints grey by less
+_PNG = b"\x89PNG\r\n\x1a\n"
+_TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
+_ORIENTATION = 0x0112
+_one_at_a_time = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a look at a picture, a map or a pose gave."""
+
+    width: int
+    """Pixels, upright; of a pose, those of its canvas."""
+    height: int
+    digest: str
+    """SHA-256 of the content, in hexadecimal."""
+    grey: bool | None = None
+    """Whether a picture has no colour; None where that was not looked at."""
+    people: int | None = None
+    """Of a pose, how many there are."""
+    lint: tuple[tuple[str, str, str], ...] = ()
+    """Of a map, what `controlkit.preprocessors.lint` found: code, message, cure."""
+
+
+def look_at_picture(piece: Piece, *, thorough: bool) -> Facts:
+    """Read a picture to its end.
+
+    thorough: find out whether it is grey, too. Otherwise a PNG is judged by its check sums and not unpacked,
+    ten times as fast; damage shows all the same.
+
+    Raises ValueError, one line with the piece's name: not there, no picture, damaged, cut off, too large.
+    """
+    content = piece.read()
+    digest = piece_digest(content)
+    if isinstance(content, bytes) and not thorough and (size := _whole_png(content)):
+        return Facts(*size, digest)
+    width, height, pixels = _named(content, piece)
+    sample = np.ascontiguousarray(pixels[:: max(1, len(pixels) // 64), :: max(1, pixels.shape[1] // 64)])
+    spread = sample.max(axis=2) - sample.min(axis=2)
+    return Facts(width, height, digest, bool(spread.max() <= _GREY))
+
+
+def look_at_map(piece: Piece, *, canvas: tuple[int, int] | None, kind: str | None) -> Facts:
+    """Read a map to its end, or a pose.
+
+    canvas: width and height that a pose without its own refers to. kind: what the map is looked through for
+    (`controlkit.preprocessors.lint`), "" to have it guessed, None to leave that out.
+
+    Raises ValueError, one line with the piece's name: as `look_at_picture`, or no pose in OpenPose's format.
+    """
+    content = piece.read()
+    digest = piece_digest(content)
+    if not isinstance(content, bytes):
+        if content.ndim not in (2, 3) or content.size == 0:
+            raise ValueError(f"{piece.name} has the shape {content.shape}, which no map has")
+        return Facts(content.shape[1], content.shape[0], digest)
+    if is_json(content):
+        return _pose_facts(content, digest, piece.name, canvas)
+    if kind is None and (size := _whole_png(content)):
+        return Facts(*size, digest)
+    width, height, _ = _named(content, piece)
+    return Facts(width, height, digest, lint=() if kind is None else _lint(content, kind))
+
+
+def piece_digest(content: bytes | NDArray[Any]) -> str:
+    """SHA-256 of a piece's content, the same as its `digest`, in hexadecimal."""
+    if isinstance(content, bytes):
+        return sha256(content).hexdigest()
+    array = np.ascontiguousarray(content)
+    return sha256(f"{array.dtype} {array.shape}".encode() + array.tobytes()).hexdigest()
+
+
+def is_json(content: bytes) -> bool:
+    """Whether a file's bytes are JSON and not a picture's."""
+    return content[:64].removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"{", b"[")
+
+
+def read_pose(content: bytes, name: str, canvas: tuple[int, int] | None) -> preprocessors.Poses:
+    """Return the poses in a file's bytes. Raises ValueError, one line with `name`."""
+    from controlkit.preprocessors.posejson import poses_from_json
+
+    try:
+        obj = json.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name} is not JSON: {error}") from error
+    width, height = canvas or (None, None)
+    return poses_from_json(obj, name=name, width=width, height=height)
+
+
+def _pose_facts(content: bytes, digest: str, name: str, canvas: tuple[int, int] | None) -> Facts:
+    poses = read_pose(content, name, canvas)
+    return Facts(poses.width, poses.height, digest, people=len(poses.people))
+
+
+def _lint(content: bytes, kind: str) -> tuple[tuple[str, str, str], ...]:
+    found = preprocessors.lint(content, kind)
+    # Which style a pose is drawn in matters to an adapter that was trained, not to one that will be.
+    return tuple(
+        (finding.code, finding.message, finding.cure) for finding in found if finding.code != "style"
+    )
+
+
+def _named(content: bytes | NDArray[Any], piece: Piece) -> tuple[int, int, NDArray[np.uint8]]:
+    """Width, height and pixels (of a JPEG fewer than it has); errors bear the piece's name."""
+    try:
+        if isinstance(content, bytes) and (quick := _quick_jpeg(content)):
+            return quick
+        pixels = _decoded(content)
+    except ValueError as error:
+        problem = str(error)
+        for stand_in in ("the data given", "the array", "the picture"):
+            problem = problem.removeprefix(f"{stand_in} ")
+        raise ValueError(f"{piece.name} {problem}") from error
+    return pixels.shape[1], pixels.shape[0], pixels
+
+
+def _decoded(content: bytes | NDArray[Any]) -> NDArray[np.uint8]:
+    try:
+        return load_picture(content, max_pixels=LARGE)
+    except ValueError:  # damaged, or large
+        with _one_at_a_time:
+            return load_picture(content)
+
+
+def _quick_jpeg(content: bytes) -> tuple[int, int, NDArray[np.uint8]] | None:
+    """Read a JPEG to its end and decode an eighth of its size; None for what is no plain JPEG.
+
+    All of the data is unpacked, so that damage shows; only the transform of its blocks is left out.
+    """
+    if not content.startswith(b"\xff\xd8"):
+        return None
+    try:
+        image = Image.open(io.BytesIO(content), formats=["JPEG"])
+    except (OSError, Image.DecompressionBombError, Image.DecompressionBombWarning):
+        return None  # load_picture says what it is
+    width, height = image.size
+    if width * height > DEFAULT_MAX_PIXELS:
+        return None
+    image.draft(None, (max(1, width // 8), max(1, height // 8)))
+    pixels = load_picture(image)
+    if image.getexif().get(_ORIENTATION) in _TURNED:
+        width, height = height, width
+    return width, height, pixels
+
+
+def _whole_png(content: bytes) -> tuple[int, int] | None:
+    """Width and height of a PNG all of whose check sums are right; None where it must be decoded to judge."""
+    if not content.startswith(_PNG) or content[12:16] != b"IHDR":
+        return None
+    place, has_pixels = len(_PNG), False
+    view = memoryview(content)
+    while place + 12 <= len(content):
+        length = int.from_bytes(view[place : place + 4], "big")
+        kind, end = bytes(view[place + 4 : place + 8]), place + 8 + length
+        if end + 4 > len(content) or zlib.crc32(view[place + 4 : end]) != int.from_bytes(
+            view[end : end + 4], "big"
+        ):
+            return None
+        if kind == b"eXIf":  # it may be turned
+            return None
+        has_pixels = has_pixels or (kind == b"IDAT" and length > 0)
+        if kind == b"IEND" and has_pixels:
+            width, height = struct.unpack(">II", content[16:24])
+            return (width, height) if 0 < width * height <= DEFAULT_MAX_PIXELS else None
+        place = end + 4
+    return None

@@ -1,0 +1,141 @@
+"""When did control take hold, and what to do when it does not: read from the monitor's looks.
+
+A look (`controlkit.training.monitor`) is a row of metrics.jsonl with the entries of `Gap.row`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+LEAST_GAP = 0.02
+"""Gap from which another picture's map counts as worse than the true one."""
+LEAST_ERRORS = 2.0
+"""The gap in its own standard errors over the pictures, from which it is not one picture's alone."""
+LOOKS = 3
+"""How many looks in a row have to agree."""
+# Seen on the bundled base: with maps shuffled among the pictures no gap beyond 0.002 in 240 steps; with true
+# maps it leaves that range within 20 steps of training, to 0.04 (pose) and 0.15 (edges), and goes on growing.
+
+# Under Adam a zero convolution moves by about its learning rate per step. Control was seen to set in once
+# steps x rate had come to 0.03 to 0.1 (SD1.5, where it is known for its suddenness) and to 0.35 (the bundled
+# base); beyond twice that something else is wrong.
+USUAL_TRAVEL = (0.03, 0.35)
+_NO_CHANGE = 0.003  # relative change of the loss below which the adapter does nothing yet
+_HARM = 1.25  # loss with the true map over the base's, from which the adapter is doing damage
+
+History = Sequence[Mapping[str, Any]]
+
+
+def took_hold(history: History) -> int | None:
+    """The first step from which the map is used, or None.
+
+    That is the first of `LOOKS` looks in a row, each with a gap of at least `LEAST_GAP` and of `LEAST_ERRORS`
+    standard errors. Rows without a gap are passed over.
+    """
+    agreeing: list[int] = []
+    for look in _looks(history):
+        agreeing = [*agreeing, int(look["step"])] if _convincing(look) else []
+        if len(agreeing) == LOOKS:
+            return agreeing[0]
+    return None
+
+
+def advice(
+    history: History,
+    *,
+    steps: int,
+    learning_rate: float,
+    zero_convolution_rate: float,
+    warmup: int = 0,
+    finished: bool = False,
+) -> str | None:
+    """What to look at where control does not take hold, or is lost again; None while there is nothing to say.
+
+    steps: of the whole training. The three other numbers are the recipe's. It speaks when control is overdue
+    (`USUAL_TRAVEL`), when the adapter does damage, and at the end. Plain sentences, one line.
+    """
+    looks = _looks(history)
+    if not looks:
+        return None
+    last, step = looks[-1], int(looks[-1]["step"])
+    held = took_hold(history)
+    if held is not None:
+        return _lost(looks, held)
+    if _ratio(last) > _HARM and step > warmup:
+        return (
+            f"At step {step} the base does better without the adapter than with it and the true map: the"
+            " learning rates are too high. Divide learning_rate by 3, then zero_convolution_rate."
+        )
+    rate = learning_rate * zero_convolution_rate
+    travel = rate * max(step - warmup / 2, 0)  # the warmup walks half the way
+    if travel < 2 * USUAL_TRAVEL[1] and not (finished or step >= steps):
+        return None
+    said = _diagnosis(
+        last, travel, late=warmup / 2 + USUAL_TRAVEL[1] / rate, raised=zero_convolution_rate >= 10
+    )
+    return f"By step {step} the map makes no difference yet. {said}"
+
+
+def advice_for(history: History, config: Mapping[str, Any], *, finished: bool = False) -> str | None:
+    """`advice` by a recipe as config.toml has it; None where that says too little."""
+    try:
+        return advice(
+            history,
+            steps=int(config["steps"]),
+            learning_rate=float(config["learning_rate"]),
+            zero_convolution_rate=float(config.get("zero_convolution_rate", 1.0)),
+            warmup=int(config.get("warmup", 0)),
+            finished=finished,
+        )
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def _looks(history: History) -> list[Mapping[str, Any]]:
+    needed = ("step", "gap")
+    return [row for row in history if all(isinstance(row.get(key), int | float) for key in needed)]
+
+
+def _convincing(look: Mapping[str, Any]) -> bool:
+    error = look.get("gap_error")
+    if error is None:
+        return False
+    return bool(look["gap"] >= LEAST_GAP and look["gap"] >= LEAST_ERRORS * error)
+
+
+def _ratio(look: Mapping[str, Any]) -> float:
+    """The loss with the true map in units of the base's without any."""
+    true, alone = look.get("loss_map"), look.get("loss_no_map")
+    return true / alone if true is not None and alone else math.nan
+
+
+def _lost(looks: History, held: int) -> str | None:
+    recent = looks[-LOOKS:]
+    if len(recent) < LOOKS or any(_convincing(look) for look in recent):
+        return None
+    return (
+        f"Control had taken hold at step {held} and is gone at step {int(recent[-1]['step'])}: the training"
+        " has become unstable. Lower learning_rate; an average of the weights (ema) helps, too."
+    )
+
+
+def _diagnosis(look: Mapping[str, Any], travel: float, *, late: float, raised: bool) -> str:
+    if travel < USUAL_TRAVEL[1]:
+        cure = "learning_rate" if raised else "zero_convolution_rate (10 is a good value)"
+        return (
+            "That is usual: control sets in suddenly, and at these rates may need until about step"
+            f" {late:,.0f}. Train longer, or raise {cure}."
+        )
+    if abs(_ratio(look) - 1) < _NO_CHANGE:
+        return (
+            "The adapter hardly changes anything, though its rates would have let it: look whether the maps"
+            " are empty or all alike (controlkit data check), and whether clip or weight_decay is extreme."
+        )
+    return (
+        "The adapter has learned something, but not from the map: most likely maps do not belong to their"
+        " pictures (other order, other crop or flip), or say little about them. Look at the rows of a sample"
+        " grid: does each map lie on its picture? Inverted polarity is learned as well as any, but not when"
+        " init is an adapter that expects the other one."
+    )

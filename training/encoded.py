@@ -1,0 +1,228 @@
+"""A data set encoded: what a visit needs of picture, map and caption, from the cache or made on the spot.
+
+Both ways give the same numbers: what the cache holds is what is made otherwise, to the bit on a CPU. What it
+holds is named by what decides it (the picture's content, its view, the encoder's weights, the precision), so
+that runs share it, and a change of anything else, such as the learning rate, computes nothing anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from controlkit import images
+from controlkit.base import Base
+from controlkit.processes import Processes
+from controlkit.training.config_adapter import DataRecipe
+from controlkit.training.digests import Digests
+from controlkit.training.encoding import (
+    Moments,
+    Text,
+    encode_captions,
+    encode_pictures,
+    picture_encoder_id,
+    text_encoder_id,
+)
+from controlkit.training.examples import Example
+from controlkit.training.order import Turn
+from controlkit.training.packing import pack, unpack
+from controlkit.training.stores import Store
+from controlkit.training.views import View
+from controlkit.training.visits import Visit, Visits
+from controlkit.training.world import cache_folder
+
+VERSION = 1  # raise when pictures or maps are prepared differently
+_SHARD = 256
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One visit, prepared: latents' moments (2, 4, h, w) or the picture they are to be made of; the map."""
+
+    example: Example
+    visit: Visit
+    view: View
+    moments: Tensor | None
+    picture: NDArray[np.uint8] | None
+    levels: NDArray[np.uint8 | np.uint16]
+    size: tuple[int, int]
+    """Width and height of the whole picture, before it was resized."""
+
+
+class Encoded:
+    """The examples of a data set as the networks need them."""
+
+    def __init__(
+        self, base: Base, examples: Sequence[Example], visits: Visits, *, data: DataRecipe, report: Report
+    ) -> None:
+        self.base, self.examples, self.visits, self.data, self.report = base, examples, visits, data, report
+        self._texts: dict[str, Text] = {}
+        self._content: dict[int, tuple[str, ...]] = {}  # digests of each example's picture, and of its maps
+        self._latents: Store | None = None
+        if data.cache:
+            root = cache_folder()
+            self._digests = Digests(root / "digests.jsonl")
+            self._latents = Store(root / "latents" / picture_encoder_id(base))
+            self._captions = Store(root / "text" / text_encoder_id(base))
+            self._maps = Store(root / "maps") if visits.fixed else None
+
+    def fill(self, indices: Iterable[int], processes: Processes) -> None:
+        """Compute what the cache lacks of these examples, this process its share; a stopped job goes on.
+
+        Raises ValueError, naming it, for a picture or map that cannot be read, and where the disk is full.
+        """
+        if self._latents is None:
+            return
+        wanted = list(indices)
+        self._learn(wanted)
+        captions = {_hash(caption): caption for caption in [*(self.examples[i].caption for i in wanted), ""]}
+        mine = self._captions.missing(captions)[processes.index :: processes.count]
+        done = 0
+        for part in _parts(mine):
+            self._captions.write(self._encoded_captions(part, captions))
+            done += len(part)
+            self._say("captions encoded", done, mine)
+        self._fill_views(wanted, processes)
+        processes.wait()
+        for store in (self._latents, self._captions, self._maps):
+            if store is not None:
+                store.refresh()
+
+    def _learn(self, indices: Sequence[int]) -> None:
+        """Know the content of these examples."""
+        new = [index for index in indices if index not in self._content]
+        rows = [(self.examples[index].picture, *self.visits.pieces(index)) for index in new]
+        digests = iter(self._digests.of([piece for row in rows for piece in row], report=self.report))
+        self._content |= {
+            index: tuple(next(digests) for _ in row) for index, row in zip(new, rows, strict=True)
+        }
+
+    def digest(self, indices: Sequence[int]) -> str:
+        """SHA-256 over these examples' pictures, maps and captions; "" without a cache, which knows them."""
+        if any(index not in self._content for index in indices):
+            return ""
+        total = hashlib.sha256()
+        for index in indices:
+            total.update(" ".join([*self._content[index], self.examples[index].caption]).encode())
+        return total.hexdigest()
+
+    def sample(self, turn: Turn) -> Sample:
+        """What a turn sees. Reads and prepares, and computes nothing on a device: threads may call it."""
+        example = self.examples[turn.index]
+        visit = self.visits.visit(turn.index, turn.lap)
+        view = self.visits.views(turn.index)[visit.view]
+        moments = picture = None
+        if self._latents is None:
+            picture = self.visits.picture(turn.index, view)
+        else:
+            moments = self._latents.read(self._name(turn.index, view))
+        if self._latents is None or self._maps is None:
+            levels = self.visits.map(turn.index, view, seed=visit.seed, picture=picture)
+        else:
+            levels = unpack(self._maps.read(self._map_name(turn.index, view)))
+        size = self.visits.sizes[turn.index]
+        return Sample(example, visit, view, moments, picture, levels, size)
+
+    def moments(self, samples: Sequence[Sample]) -> Moments:
+        """The latents' moments of samples of one size: (B, 4, h, w) each."""
+        if self._latents is None:
+            return encode_pictures(self.base, [s.picture for s in samples if s.picture is not None])
+        stacked = torch.stack([s.moments for s in samples if s.moments is not None])
+        return Moments(stacked[:, 0], stacked[:, 1])
+
+    def text(self, captions: Sequence[str]) -> Text:
+        """What the U-Net is told of each caption, (B, 77, D), and for SDXL the pooled text (B, P)."""
+        for caption in dict.fromkeys(captions):
+            if caption not in self._texts:
+                self._texts[caption] = self._text(caption)
+        rows = [self._texts[caption] for caption in captions]
+        if self._latents is not None:  # they lie on disk: memory holds none but the empty one
+            self._texts = {"": self._texts[""]} if "" in self._texts else {}
+        pooled = [row.pooled for row in rows if row.pooled is not None]
+        hidden = torch.cat([row.encoder_hidden_states for row in rows])
+        return Text(hidden, torch.cat(pooled) if pooled else None)
+
+    def _text(self, caption: str) -> Text:
+        if self._latents is None:
+            return encode_captions(self.base, [caption])
+        name = _hash(caption)
+        pooled = f"{name}.pooled"
+        return Text(
+            self._captions.read(name)[None],
+            self._captions.read(pooled)[None] if pooled in self._captions else None,
+        )
+
+    def _encoded_captions(self, names: Sequence[str], captions: dict[str, str]) -> dict[str, Tensor]:
+        text = encode_captions(self.base, [captions[name] for name in names])
+        tensors = dict(zip(names, text.encoder_hidden_states, strict=True))
+        if text.pooled is not None:
+            tensors |= {f"{name}.pooled": row for name, row in zip(names, text.pooled, strict=True)}
+        return tensors
+
+    def _fill_views(self, indices: Sequence[int], processes: Processes) -> None:
+        assert self._latents is not None
+        jobs = {self._name(i, view): (i, view) for i in indices for view in self.visits.views(i)}
+        maps = {}
+        if self._maps is not None:
+            maps = {self._map_name(i, view): (i, view) for i in indices for view in self.visits.views(i)}
+        mine = self._latents.missing(jobs)[processes.index :: processes.count]
+        mine.sort(key=lambda name: (jobs[name][1].width, jobs[name][1].height))  # a batch has one size
+        done = 0
+        with ThreadPoolExecutor(max(self.data.workers, 1)) as threads:
+            for part in _parts(mine):
+                pictures = list(threads.map(lambda name: self.visits.picture(*jobs[name]), part))
+                self._latents.write(self._encoded_pictures(part, pictures))
+                done += len(part)
+                self._say("pictures encoded", done, mine)
+            if self._maps is None:
+                return
+            done = 0
+            mine = self._maps.missing(maps)[processes.index :: processes.count]
+            for part in _parts(mine):
+                made = threads.map(lambda name: pack(self.visits.map(*maps[name], seed=0)), part)
+                self._maps.write(dict(zip(part, made, strict=True)))
+                done += len(part)
+                self._say("maps prepared", done, mine)
+
+    def _encoded_pictures(
+        self, names: Sequence[str], pictures: Sequence[NDArray[np.uint8]]
+    ) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
+        for shape in dict.fromkeys(picture.shape for picture in pictures):
+            rows = [k for k, picture in enumerate(pictures) if picture.shape == shape]
+            moments = encode_pictures(self.base, [pictures[k] for k in rows])
+            stacked = torch.stack([moments.mean, moments.std], dim=1)
+            tensors |= {names[k]: row for k, row in zip(rows, stacked, strict=True)}
+        return tensors
+
+    def _name(self, index: int, view: View) -> str:
+        return _hash(f"{self._content[index][0]} {view} {VERSION}")
+
+    def _map_name(self, index: int, view: View) -> str:
+        maps, settings = " ".join(self._content[index][1:]), self.visits.map_settings
+        return _hash(f"{maps} {view} {settings} {self.visits.sizes[index]} {VERSION}")
+
+    def _say(self, what: str, done: int, of: Sequence[str]) -> None:
+        if len(of) > _SHARD:
+            self.report(f"{what}: {done} of {len(of)}")
+
+
+def levels_of(samples: Sequence[Sample]) -> Tensor:
+    """The maps of samples of one size: (B, C, H, W), uint8 or uint16."""
+    return images.maps_to_levels([sample.levels for sample in samples])
+
+
+def _parts(names: Sequence[str]) -> Iterable[Sequence[str]]:
+    return (names[start : start + _SHARD] for start in range(0, len(names), _SHARD))
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:32]

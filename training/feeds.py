@@ -1,0 +1,100 @@
+"""Where a training's samples come from, by the number of a batch: stored pairs, or a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from controlkit.base import Base
+from controlkit.processes import Processes
+from controlkit.training.config_adapter import ControlNetRecipe
+from controlkit.training.encoded import Encoded, Sample
+from controlkit.training.order import Order, Turn
+from controlkit.training.pairs import load_pairs
+from controlkit.training.visits import Visits
+
+Report = Callable[[str], None]
+
+
+class Feed(Protocol):
+    """The samples of every batch."""
+
+    encoded: Encoded
+    """The pairs that are shown, and what encodes."""
+    shown: list[int]
+    """Their numbers in it."""
+
+    @property
+    def pairs(self) -> int | None:
+        """How many are trained on, where that is known."""
+
+    def digest(self) -> str:
+        """SHA-256 over everything that is trained on; "" where not all of it is known."""
+
+    def samples(self, number: int) -> list[Sample]:
+        """The samples of a batch, prepared; threads may ask."""
+
+    def first_maps(self, count: int) -> list[NDArray[np.uint8]]:
+        """Some maps as they are trained on, to be looked through; none where they are no RGB pictures."""
+
+
+def open_feed(recipe: ControlNetRecipe, base: Base, processes: Processes, *, report: Report) -> Feed:
+    """Open the recipe's data, look at it, and encode what the cache lacks.
+
+    Raises ValueError, naming them, for pairs that cannot be used, and for data that is not there.
+    """
+    if not recipe.data.streaming:
+        return StoredFeed(recipe, base, processes, report=report)
+    from controlkit.training.sources import open_stream
+    from controlkit.training.streamed import StreamFeed
+
+    return StreamFeed(open_stream(recipe.data, kind=recipe.map, report=report), base, recipe, report=report)
+
+
+class StoredFeed:
+    """The samples of pairs that can be asked for in any order."""
+
+    def __init__(self, recipe: ControlNetRecipe, base: Base, processes: Processes, *, report: Report) -> None:
+        """Look at every pair, and encode what the cache lacks, this process its share."""
+        pairs = load_pairs(recipe, report=report)
+        visits = Visits(
+            pairs.examples,
+            pairs.sizes,
+            data=recipe.data,
+            kind=recipe.map,
+            resolution=recipe.data.resolution or base.resolution,
+            seed=recipe.seed,
+        )
+        self.shown, self._trained = pairs.shown, pairs.trained
+        self.encoded = Encoded(base, pairs.examples, visits, data=recipe.data, report=report)
+        self.encoded.fill([*pairs.trained, *pairs.shown], processes)
+        trained = set(pairs.trained)
+        self.pairs = len(trained)
+        self.order = Order(
+            [bucket if index in trained else -1 for index, bucket in enumerate(visits.shape_of)],
+            batch_size=recipe.batch_size,
+            seed=recipe.seed,
+        )
+
+    def digest(self) -> str:
+        """SHA-256 over every trained pair's picture, map and caption, in their order."""
+        return self.encoded.digest(self._trained)
+
+    def samples(self, number: int) -> list[Sample]:
+        """The samples of a batch."""
+        return [self.encoded.sample(turn) for turn in self.order.batch(number)]
+
+    def first_maps(self, count: int) -> list[NDArray[np.uint8]]:
+        """The maps of the first pairs."""
+        return maps_of(self.encoded, self._trained[:count])
+
+
+def maps_of(encoded: Encoded, indices: list[int]) -> list[NDArray[np.uint8]]:
+    """The maps of some pairs at their first visit, where they are RGB pictures."""
+    if encoded.visits.channels != 3:
+        return []
+    maps = [encoded.sample(Turn(index, 0)).levels for index in indices]
+    return [cast("NDArray[np.uint8]", levels) for levels in maps if levels.dtype == np.uint8]

@@ -1,0 +1,67 @@
+"""One run, one process: a lock on the run's folder that ends with the process, however it ends."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+NAME = ".lock"
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock for the block; the system gives it back when the process dies.
+
+    Raises ValueError where another process, which is named, holds it. On a disk without locks there is none.
+    """
+    path = folder / NAME
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    with open(descriptor, "r+", encoding="utf-8") as file:
+        # a lock on a file that its last holder has removed meanwhile is worth nothing
+        if not _take(file.fileno()) or not _is_at(path, file.fileno()):
+            holder = file.read(100).strip()
+            raise ValueError(
+                f"another training{f' (process {holder})' if holder else ''} is running in {folder}:"
+                " wait for it, or choose another folder with out=FOLDER"
+            )
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except OSError:
+        return False
+
+
+def _take(descriptor: int) -> bool:
+    """Whether the lock could be had (or there are none here)."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return _take_on_windows(descriptor)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a network disk without locks
+        return True
+    return True
+
+
+def _take_on_windows(descriptor: int) -> bool:
+    import msvcrt
+
+    try:
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,216 @@
+"""Maps that come in files: pictures of 8 or 16 bits, depth, and poses as joints."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from controlkit import images
+
+if TYPE_CHECKING:
+    from controlkit.preprocessors import Poses
+    from controlkit.training.views import Sampling
+
+_NO_PICTURES = (b"\x93NUMPY", b"PK\x03\x04", b"Pf", b"PF", b"v/1\x01")  # npy, npz, pfm, exr
+_PNG, _TIFFS = b"\x89PNG", (b"II*\0", b"MM\0*")
+_BIT_DEPTH = 24  # where a PNG says how many bits its channels have
+_ORIENTATION, _BITS_PER_SAMPLE = 0x0112, 258  # tags of EXIF and TIFF
+_GREY_TOLERANCE = 8  # levels of 255 by which channels may differ: what JPEG does to a grey picture
+_FEW = 199  # colours that a map of labels has at most (sd-webui-controlnet draws the same line)
+_SAMPLE = 4096  # pixels that show whether a map has more
+_DEPTH = {"leres", "midas", "zoe"}
+_SOFT = {"hed", "lineart", "pidinet", "shuffle", "softedge"}
+
+Sense = Literal["depth", "normals", "pose", "soft", ""]
+
+
+def sense_of(kind: str) -> Sense:
+    """What a kind of map, or the name of a column with maps, says of their values; "" where nothing is known.
+
+    "soft" are those whose levels say how much, not which: what lies between two levels means something, as it
+    does in depth and normals.
+    """
+    words = re.findall("[a-z]+", kind.lower())
+    if any(word.startswith("depth") or word in _DEPTH for word in words):
+        return "depth"
+    if any(word.startswith("normal") for word in words):
+        return "normals"
+    if any(word.endswith(("pose", "poses")) for word in words):
+        return "pose"
+    return "soft" if _SOFT.intersection(words) else ""
+
+
+def is_json(content: bytes | NDArray[Any]) -> bool:
+    """Whether a map is JSON, that is, a pose."""
+    return isinstance(content, bytes) and content[:64].lstrip(b"\xef\xbb\xbf \t\r\n")[:1] in (b"{", b"[")
+
+
+def read_joints(content: bytes, name: str, *, width: int, height: int) -> Poses:
+    """The poses of a JSON file in OpenPose's format; the canvas has the size given where it names none.
+
+    Raises:
+        ValueError: one line with ``name``: it is not JSON, or not in that format.
+    """
+    from controlkit.preprocessors.posejson import poses_from_json
+
+    try:
+        poses = json.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name} is not a JSON file: {error}") from error
+    return poses_from_json(poses, name=name, width=width, height=height)
+
+
+def read_levels(
+    content: bytes | NDArray[Any], name: str, *, grey: bool, depth: bool, metric: bool = False
+) -> NDArray[Any]:
+    """A map's levels: uint8 (H, W, 3), or with ``grey`` uint8 or uint16 (H, W).
+
+    Pictures are read as :func:`controlkit.images.load_picture` defines. ``grey`` keeps 16 bits where there
+    are any; otherwise they become 8. With ``depth``, what is no picture of 8 bits (npy, npz, pfm, EXR, PNG
+    and TIFF of 16 bits or floats, arrays of other types than uint8) is read as depth
+    (:func:`controlkit.preprocessors.read_depth`), whose range becomes black to white: near is white.
+    ``metric`` says that values grow with the distance, and pictures of 8 bits are then read so, too.
+
+    Raises:
+        ValueError: one line with ``name``: it cannot be read, or is coloured where it must be grey.
+    """
+    with _named(name):
+        is_deep = _is_deep(content)
+        if depth and (metric or is_deep):
+            return _depth_levels(content, grey=grey, metric=metric)
+        if grey and is_deep and not _is_float(content):
+            return _deep_levels(content)
+        picture = images.load_picture(content)
+    return _one_channel(picture, name) if grey else picture
+
+
+def right_sampling(levels: NDArray[Any], sense: Sense) -> Sampling:
+    """How a map is resized: lines stay lines, labels stay labels, and all else is resampled smoothly.
+
+    Lines are 0 and 255 in equal channels; labels have up to 199 colours and are neither depth, nor normals,
+    nor soft.
+    """
+    if levels.dtype == np.uint8 and _is_black_and_white(levels):
+        return "lines"
+    if sense in ("depth", "normals", "soft"):
+        return "smooth"
+    return "nearest" if _has_few_colours(levels) else "smooth"
+
+
+# --- depth and 16 bits ---
+
+
+def _is_deep(content: bytes | NDArray[Any]) -> bool:
+    """Whether a map has more than 8 bits, or is in a format for numbers."""
+    if not isinstance(content, bytes):
+        return content.dtype not in (np.uint8, np.bool_)
+    if content.startswith(_PNG):
+        return content[_BIT_DEPTH : _BIT_DEPTH + 1] == b"\x10"
+    return content.startswith(_NO_PICTURES) or (content.startswith(_TIFFS) and _is_deep_tiff(content))
+
+
+def _is_deep_tiff(content: bytes) -> bool:
+    try:
+        with Image.open(io.BytesIO(content), formats=["TIFF"]) as image:
+            tags: Any = getattr(image, "tag_v2", {})
+            bits = tags.get(_BITS_PER_SAMPLE, (8,))
+            is_deep = max(bits if isinstance(bits, tuple) else (bits,)) > 8
+            is_turned = tags.get(_ORIENTATION, 1) != 1
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return False  # whoever decodes it says what is wrong
+    if is_deep and is_turned:
+        raise ValueError("the data given has more than 8 bits and an EXIF orientation: save it upright")
+    return is_deep
+
+
+def _is_float(content: bytes | NDArray[Any]) -> bool:
+    """Whether a map that is no depth holds floats: levels from 0 to 1, which have no bits to keep."""
+    if not isinstance(content, bytes):
+        return content.dtype != np.uint16
+    if content.startswith(_PNG):
+        return False
+    with Image.open(io.BytesIO(content)) as image:
+        return not image.mode.startswith("I;16")
+
+
+def _depth_levels(content: bytes | NDArray[Any], *, grey: bool, metric: bool) -> NDArray[Any]:
+    from controlkit.preprocessors import depth_to_map, read_depth
+
+    inverse = read_depth(content, metric=metric)
+    if not grey:
+        return depth_to_map(inverse)
+    low, high = float(inverse.min()), float(inverse.max())
+    share = (inverse.astype(np.float64) - low) / ((high - low) or 1.0)
+    return np.rint(share * 65535.0).astype(np.uint16)
+
+
+def _deep_levels(content: bytes | NDArray[Any]) -> NDArray[np.uint16]:
+    from controlkit.preprocessors import read_depth
+
+    return read_depth(content).astype(np.uint16)  # float32 holds every integer of 16 bits
+
+
+# --- colours ---
+
+
+def _is_black_and_white(levels: NDArray[np.uint8]) -> bool:
+    """Whether every value is 0 or 255, and every pixel has equal channels."""
+    import cv2
+
+    rows = np.ascontiguousarray(levels).reshape(len(levels), -1)
+    if cv2.countNonZero(cv2.inRange(rows, np.array(1), np.array(254))):
+        return False
+    return levels.ndim == 2 or all(np.array_equal(levels[..., 0], levels[..., k]) for k in (1, 2))
+
+
+def _one_channel(picture: NDArray[np.uint8], name: str) -> NDArray[np.uint8]:
+    """The grey of a picture (H, W, 3) whose channels are equal: uint8 (H, W)."""
+    import cv2
+
+    red, green, blue = cv2.split(picture)
+    span = cv2.subtract(cv2.max(cv2.max(red, green), blue), cv2.min(cv2.min(red, green), blue))
+    if span.max() > _GREY_TOLERANCE:
+        raise ValueError(f"{name} is coloured, and data.map_mode is grey; rgb keeps its colours")
+    return np.asarray(green)
+
+
+def _has_few_colours(levels: NDArray[Any]) -> bool:
+    codes = levels.astype(np.int32)
+    if levels.ndim == 3:
+        codes = codes[..., 0] << 16 | codes[..., 1] << 8 | codes[..., 2]
+    codes = codes.ravel()
+    if len(np.unique(codes[:: max(1, len(codes) // _SAMPLE)])) > _FEW:
+        return False
+    changes = np.flatnonzero(np.diff(codes, prepend=-1))  # maps of labels are flat: few pixels differ
+    return len(np.unique(codes[changes])) <= _FEW
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Let errors about bytes and arrays say what they are called."""
+    try:
+        yield
+    except ValueError as error:
+        said = str(error)
+        for anonymous in ("the data given", "the depth given", "the array"):
+            if anonymous in said:
+                raise ValueError(said.replace(anonymous, name, 1)) from error
+        raise ValueError(f"{name}: {said}") from error
+
+
+def read_picture(content: bytes | NDArray[Any], name: str) -> NDArray[np.uint8]:
+    """A picture, uint8 (H, W, 3), as :func:`controlkit.images.load_picture` defines it.
+
+    Raises:
+        ValueError: one line with ``name``.
+    """
+    with _named(name):
+        return images.load_picture(content)

@@ -1,0 +1,37 @@
+"""The memory of devices: whether an error says that it is full, what was used at most, giving it back."""
+
+from __future__ import annotations
+
+import gc
+import sys
+
+import torch
+
+_CPU_MESSAGES = ("can't allocate memory", "not enough memory", "DefaultCPUAllocator")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device's memory is full."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _CPU_MESSAGES)
+
+
+def free_memory() -> None:
+    """Give back what is not in use."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def peak_mb(device: torch.device) -> float:
+    """The most memory in use so far, in megabytes (10^6 bytes): on CUDA of tensors, else of the process."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 1e6, 1)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    return round(most * unit / 1e6, 1)

@@ -1,0 +1,108 @@
+"""The pairs of a training: opened, looked at, and divided into those that are trained on and those that are
+shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from controlkit import images
+from controlkit.training.config_adapter import ControlNetRecipe, DataRecipe
+from controlkit.training.draws import derived_seed
+from controlkit.training.examples import Example, Examples
+from controlkit.training.world import VALIDATION_SCENES, load_world
+from controlkit.training.world_examples import world_examples
+
+Report = Callable[[str], None]
+WORLD = "world"
+_LEAST_PER_SHOWN = 4  # fewer pairs than this for each that is held out, and none is
+_NAMED = 5  # pairs in a message
+_WORTH_SAYING = ("duplicate", "tiny", "no caption")
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """A data set, and what is done with each of its examples."""
+
+    examples: Sequence[Example]
+    sizes: list[tuple[int, int] | None]
+    """Width and height of each picture, upright; None where it is not used."""
+    trained: list[int]
+    shown: list[int]
+    """For samples, scores and the monitor: held out where there are enough, else among the trained ones."""
+
+    @property
+    def held_out(self) -> bool:
+        """Whether no shown pair is trained on."""
+        return not set(self.shown) & set(self.trained)
+
+
+def load_pairs(recipe: ControlNetRecipe, *, report: Report) -> Pairs:
+    """Open the recipe's data and look at every pair.
+
+    Raises ValueError, naming them, for pairs that cannot be used (unless the recipe leaves them out), and for
+    data that is not there.
+    """
+    data = recipe.data
+    if data.source == WORLD and data.format in ("auto", WORLD):
+        return _world(recipe, report)
+    from controlkit.training.sources import open_examples
+
+    examples = open_examples(data, kind=recipe.map, report=report)
+    sizes = _looked_at(examples, recipe, report)
+    usable = [index for index, size in enumerate(sizes) if size is not None]
+    if not usable:
+        raise ValueError(f"{data.source}: none of the {len(examples)} pairs can be used")
+    trained, shown = _divided(usable, data, seed=recipe.seed, report=report)
+    return Pairs(examples, sizes, trained, shown)
+
+
+def _world(recipe: ControlNetRecipe, report: Report) -> Pairs:
+    data, made = recipe.data, recipe.data.maps == "made"
+    scenes = min(recipe.scenes, data.limit or recipe.scenes)
+    world = load_world("train", scenes, report=report)
+    validation = load_world("validation", VALIDATION_SCENES, report=report)
+    examples = world_examples(world, recipe.map, made=made, title="training")
+    examples += world_examples(validation, recipe.map, made=made, title="validation")[: data.holdout]
+    height, width = world.picture[0].shape[:2]
+    shown = list(range(scenes, len(examples))) or list(range(min(_LEAST_PER_SHOWN, scenes)))
+    return Pairs(examples, [(width, height)] * len(examples), list(range(scenes)), shown)
+
+
+def _looked_at(examples: Examples, recipe: ControlNetRecipe, report: Report) -> list[tuple[int, int] | None]:
+    """The size of each picture, None where the pair is left out."""
+    data = recipe.data
+    if not data.check:
+        return [images.picture_size(example.picture.read()) for example in examples]
+    from controlkit.training.check import check_examples
+
+    check = check_examples(examples, data=data, kind=recipe.map, report=report)
+    usable = set(check.usable)
+    if check.errors and data.bad == "stop":
+        raise ValueError(
+            f"{data.source}: {check.problem(_NAMED)}: mend them, or leave them out with data.bad=skip"
+            " (controlkit data check shows all)"
+        )
+    if check.errors:
+        report(f"{check.problem(_NAMED)}: they are left out")
+    for code, count in check.counts.items():
+        if code in _WORTH_SAYING:
+            report(f"{count:,} of {len(examples):,} pairs: {code} (controlkit data check names them)")
+    return [size if index in usable else None for index, size in enumerate(check.sizes)]
+
+
+def _divided(
+    usable: Sequence[int], data: DataRecipe, *, seed: int, report: Report
+) -> tuple[list[int], list[int]]:
+    """The pairs to train on, and those to show."""
+    order = np.random.default_rng(derived_seed(seed, "holdout")).permutation(len(usable))
+    chosen = sorted(usable[k] for k in order[: data.holdout or _LEAST_PER_SHOWN])
+    if data.holdout and len(usable) >= data.holdout * _LEAST_PER_SHOWN:
+        left = set(usable) - set(chosen)
+        return sorted(left), chosen
+    if data.holdout:
+        report(f"{len(usable)} pairs are too few to hold {data.holdout} out: samples show trained ones")
+    return list(usable), chosen

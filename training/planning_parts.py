@@ -1,0 +1,159 @@
+"""The memory of a training, part by part and phase by phase, from what the simulated step says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from controlkit.training.config_adapter import ControlNetRecipe
+from controlkit.training.planning_batch import resident_memory
+from controlkit.training.planning_memory import Simulated, optimizer_bytes, weight_bytes
+from controlkit.training.planning_networks import Networks, simulate_decoding, simulate_encoding
+
+_IMPORTED = 820 * 2**20  # Python, torch and the model libraries, where the system does not tell
+_FIRST_USE = 90 * 2**20  # kernels that are read in when they first run, threads' stacks
+_CUDA_CONTEXT = 700 * 10**6  # with cuBLAS' and cuDNN's workspaces
+# What is lost between allocations: bytes, and a share of what comes and goes within a step. Measured for
+# glibc's heap on trainings of 7 and 34 million parameters; with gradient checkpointing pieces of every size
+# are freed and filled throughout.
+_HEAP_WASTE = (20 * 2**20, 0.28)
+_HEAP_WASTE_RECOMPUTED = (110 * 2**20, 0.4)
+_CACHE_WASTE = (0, 0.08)  # of torch's own allocator on GPUs
+_SHOWN_AT_ONCE = 2
+_MOVED_AT_ONCE = 8  # pictures encoded at once on a GPU; a CPU encodes one by one
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a training runs, and on pictures of which size (in pixels)."""
+
+    device: str
+    imported: int
+    """Bytes of the process before anything is built."""
+    processes: int
+    width: int
+    height: int
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the device's memory is the process's own."""
+        return self.device == "cpu"
+
+    @property
+    def encoded_at_once(self) -> int:
+        """Pictures that the autoencoder encodes at once."""
+        return 1 if self.on_cpu else _MOVED_AT_ONCE
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Predicted bytes on the device in the phase that needs most, by what they are for: they add up."""
+
+    phase: str
+    parts: dict[str, int]
+    phases: dict[str, int]
+    """The total of each phase."""
+
+    @property
+    def total(self) -> int:
+        """Bytes of all parts."""
+        return sum(self.parts.values())
+
+
+def imported_bytes() -> int:
+    """Bytes of this process with every library imported that a training needs."""
+    from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
+    from transformers import CLIPTextModel
+
+    assert all((AutoencoderKL, ControlNetModel, UNet2DConditionModel, CLIPTextModel))
+    return resident_memory() or _IMPORTED
+
+
+def count_memory(networks: Networks, recipe: ControlNetRecipe, step: Simulated, place: Place) -> Memory:
+    """The parts of the phase that needs most, and the totals of all."""
+    base = _base(networks, recipe, place)
+    trained = _trained(networks, recipe)
+    encoders = _encoders(networks, recipe)
+    stays = place.on_cpu or not recipe.data.cache
+    phases = {
+        "encoding": {**base, **encoders, "at work": _encoding(networks, place)},
+        "training": {
+            **base,
+            **(encoders if stays else {}),
+            **trained,
+            **_step(networks, recipe, step, place),
+            **_saved(recipe, trained, place),
+        },
+        "sampling": {**base, **encoders, **trained, "at work": _decoding(networks, place)},
+    }
+    totals = {name: sum(parts.values()) for name, parts in phases.items()}
+    worst = max(totals, key=lambda name: totals[name])
+    return Memory(worst, phases[worst], totals)
+
+
+def _base(networks: Networks, recipe: ControlNetRecipe, place: Place) -> dict[str, int]:
+    process = place.imported + _FIRST_USE if place.on_cpu else _CUDA_CONTEXT
+    return {"process and libraries": process, "locked U-Net": weight_bytes([networks.unet], trained=False)}
+
+
+def _encoders(networks: Networks, recipe: ControlNetRecipe) -> dict[str, int]:
+    per_weight = 4 if recipe.precision == "fp32" else 2
+    return {
+        "autoencoder": weight_bytes([networks.vae]),
+        "text encoders": per_weight * networks.text_parameters,
+    }
+
+
+def _trained(networks: Networks, recipe: ControlNetRecipe) -> dict[str, int]:
+    """What stays from step to step: the optimizer moves fp32 weights whatever the network computes in."""
+    pair = [networks.unet, networks.controlnet]
+    trained = [parameter for module in pair for parameter in module.parameters() if parameter.requires_grad]
+    whole = 4 * sum(parameter.numel() for parameter in trained)
+    return {
+        "trained weights": weight_bytes(pair, trained=True),
+        "fp32 masters of them": whole if recipe.precision == "bf16" else 0,
+        "moving average": whole if recipe.ema else 0,
+        f"optimizer ({recipe.optimizer})": optimizer_bytes(recipe.optimizer, trained)[0],
+    }
+
+
+def _step(networks: Networks, recipe: ControlNetRecipe, step: Simulated, place: Place) -> dict[str, int]:
+    """What comes and goes within a step, at its worst moment: in the backward pass or in the update."""
+    pair = [networks.unet, networks.controlnet]
+    trained = [parameter for module in pair for parameter in module.parameters() if parameter.requires_grad]
+    whole = 4 * sum(parameter.numel() for parameter in trained)
+    waiting = whole if recipe.precision == "bf16" and recipe.accumulation > 1 else 0
+    passing = optimizer_bytes(recipe.optimizer, trained)[1]
+    worst, saved, workspace = step.worst, step.worst.saved, step.worst.workspace
+    gradients = worst.gradients + waiting
+    if saved + gradients + workspace < whole + passing:
+        saved, gradients, workspace = 0, whole, passing
+    recomputes = recipe.gradient_checkpointing
+    heap = _HEAP_WASTE_RECOMPUTED if recomputes else _HEAP_WASTE
+    fixed, share = heap if place.on_cpu else _CACHE_WASTE
+    return {
+        "gradients": gradients,
+        "gradients of other processes": whole if place.processes > 1 else 0,
+        "activations kept for backward": saved,
+        "workspace": workspace,
+        "lost between allocations": fixed + int(share * (saved + workspace)),
+    }
+
+
+def _saved(recipe: ControlNetRecipe, trained: dict[str, int], place: Place) -> dict[str, int]:
+    """The copy that is written to disk beside the training; on a GPU it lies in the host's memory."""
+    if not place.on_cpu or recipe.checkpoint_every >= recipe.steps:
+        return {}
+    whole = trained["fp32 masters of them"] or trained["trained weights"]
+    weights, states = whole + trained["moving average"], trained[f"optimizer ({recipe.optimizer})"]
+    laid_out = max(weights, states) if recipe.channels_last else 0  # files hold the usual layout
+    return {"copy for the checkpoint": weights + states + laid_out}
+
+
+def _encoding(networks: Networks, place: Place) -> int:
+    size = {"width": place.width, "height": place.height}
+    return simulate_encoding(networks, **size, batch_size=place.encoded_at_once).worst.total
+
+
+def _decoding(networks: Networks, place: Place) -> int:
+    size = {"width": place.width, "height": place.height}
+    return simulate_decoding(networks, **size, batch_size=_SHOWN_AT_ONCE).worst.total

@@ -1,0 +1,170 @@
+"""A run's state on disk: the folder it may use, its recipe, its checkpoints, and going on from them."""
+
+from __future__ import annotations
+
+import tomllib
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from controlkit import files
+from controlkit.training.checkpoints import clear, load_latest, save_checkpoint
+from controlkit.training.config import to_toml
+from controlkit.training.config_base import Recipe
+from controlkit.training.optimizers import restore_state, state_of
+from controlkit.training.watch import Window
+
+if TYPE_CHECKING:
+    from controlkit.training.loop import Run
+
+# What may differ when a run goes on: where and how it runs, what it shows, what is done with the result.
+_MAY_CHANGE = {"out", "checkpoint_every", "checkpoints_kept", "sample_every", "threads", "device", "decoder"}
+_MAY_CHANGE |= {"score_scenes", "score_every", "trackers", "project", "push_to_hub", "bad_steps"}
+_MAY_CHANGE |= {"data.workers", "data.cache", "data.check", "gradient_checkpointing", "compile"}
+
+
+class Saver:
+    """Writes checkpoints beside the training: the state is copied, and a thread puts the copy on disk."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self._thread = ThreadPoolExecutor(1)
+        self._saving: Future[Path] | None = None
+
+    def save(self) -> None:
+        """Begin to save the present state, once the state before it is on disk."""
+        self.wait()
+        run = self.run
+        windows = run.machine.processes.gather([asdict(run.window)])
+        if not run.machine.processes.is_first:
+            return
+        tensors, groups = state_of(run.optimizer, run.weights.names)
+        state: dict[str, Any] = {
+            "task": run.recipe.task,
+            "windows": windows,
+            "bad_steps": run.bad_steps,
+            "optimizer": groups,
+            "pairs_per_step": run.watch.batch,
+        }
+        if run.machine.scaler is not None:
+            state["scaler"] = run.machine.scaler.state_dict()
+        self._saving = self._thread.submit(
+            save_checkpoint,
+            run.folder / "checkpoints",
+            run.step,
+            weights={name: tensor.clone().cpu() for name, tensor in run.weights.tensors().items()},
+            optimizer={name: tensor.clone().cpu() for name, tensor in tensors.items()},
+            state=state,
+            keep=run.recipe.checkpoints_kept,
+        )
+
+    def wait(self) -> None:
+        """Wait until what was begun is on disk. Raises what went wrong there."""
+        if self._saving is not None:
+            saving, self._saving = self._saving, None
+            saving.result()
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+        try:
+            if kind is None:
+                self.wait()
+        finally:
+            self._thread.shutdown(wait=True)
+
+
+def restore(run: Run) -> None:
+    """Put a run where its newest good checkpoint is, if there is one.
+
+    Raises ValueError where that one does not fit what the recipe makes now.
+    """
+    if run.machine.processes.is_first:
+        for place in (run.folder, run.folder / "checkpoints"):
+            clear(place)
+    checkpoint, refused = load_latest(run.folder / "checkpoints")
+    for line in refused:
+        run.watch.say(0, f"passed over checkpoint {line}")
+    if checkpoint is None:
+        return
+    weights, optimizer, state = checkpoint
+    step = int(state["step"])
+    try:
+        run.weights.restore(weights)
+        restore_state(run.optimizer, run.weights.names, optimizer, state["optimizer"])
+        windows = state["windows"]
+        index = run.machine.processes.index
+        run.window = Window(**windows[index]) if index < len(windows) else Window()
+        if run.machine.scaler is not None and "scaler" in state:
+            run.machine.scaler.load_state_dict(state["scaler"])
+    except (KeyError, RuntimeError, ValueError, TypeError) as error:
+        raise ValueError(  # a model that the recipe names by its path has changed
+            f"the checkpoint of step {step} in {run.folder} does not fit the model that the recipe now makes:"
+            " choose another folder with out=FOLDER"
+        ) from error
+    run.step, run.bad_steps = step, int(state["bad_steps"])
+    run.watch.say(step, f"resumed at step {step}")
+    before = state.get("pairs_per_step", run.watch.batch)
+    if before != run.watch.batch:
+        run.watch.say(
+            step, f"a step had {before} pairs and has {run.watch.batch} now: from here on it is another run"
+        )
+
+
+def write_recipe(recipe: Recipe, folder: Path) -> None:
+    """Keep the complete recipe in the run's folder."""
+    files.write_text(folder / "config.toml", to_toml(recipe))
+
+
+def check_folder(recipe: Recipe, folder: Path, *, result: str = "result") -> None:
+    """Refuse a run folder before any work: one that cannot be written, or that holds something else.
+
+    Raises ValueError for a file, no permission, a run of another recipe, and a folder that is no run's but
+    has a folder of the result's name, which the result would replace. Leaves nothing behind.
+    """
+    try:
+        if not folder.is_dir():
+            first = folder  # the first folder that would have to be made
+            while not first.parent.exists():
+                first = first.parent
+            files.check_writable(first, folder=True)
+            return
+        files.check_writable(folder / "config.toml")
+        if (folder / "config.toml").is_file():
+            _check_same_recipe(recipe, folder)
+        elif (folder / result).exists():
+            raise ValueError(
+                f"{folder} has {result} in it but no config.toml, so it is not the folder of a run:"
+                " choose another with out=FOLDER"
+            )
+    except OSError as error:
+        raise ValueError(f"cannot use {folder} as the run's folder: {error.strerror or error}") from error
+
+
+def _check_same_recipe(recipe: Recipe, folder: Path) -> None:
+    path = folder / "config.toml"
+    try:
+        old = _flat(tomllib.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise ValueError(
+            f"{path}, the recipe of the run in this folder, is damaged ({error}):"
+            " choose another folder with out=FOLDER"
+        ) from error
+    new = _flat(tomllib.loads(to_toml(recipe)))
+    changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    changed = [key for key in changed if key not in _MAY_CHANGE]
+    if changed:
+        listed = ", ".join(f"{key} {old.get(key)} -> {new.get(key)}" for key in changed)
+        raise ValueError(
+            f"{folder} holds a run of another recipe ({listed}): choose another folder with out=FOLDER"
+        )
+
+
+def _flat(table: dict[str, Any], above: str = "") -> dict[str, Any]:
+    """A recipe's keys, those of tables with the table's name and a dot in front."""
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        flat |= _flat(value, f"{above}{key}.") if isinstance(value, dict) else {f"{above}{key}": value}
+    return flat

@@ -1,0 +1,158 @@
+"""What a training shows of itself on pairs that are held out: whether the map is used, samples, scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from controlkit import images
+from controlkit.base import BUNDLED, Base
+from controlkit.control import Control
+from controlkit.sampling import generate
+from controlkit.training.config_adapter import WORLD_KINDS, ControlNetRecipe
+from controlkit.training.convergence import advice_for, took_hold
+from controlkit.training.encoded import Encoded, Sample, levels_of
+from controlkit.training.monitor import Monitor
+from controlkit.training.order import Turn
+from controlkit.training.scores import ControlScores, Pair, Scorer
+
+if TYPE_CHECKING:
+    from diffusers import ControlNetModel
+
+    from controlkit.preprocessors import Preprocessor
+
+_COLUMNS = 4
+_SEEDS = (0, 1)
+_SCORED_STEPS = 12
+AddedCond = Callable[[Tensor | None, Sequence[Sample]], Mapping[str, Tensor] | None]
+
+
+def is_examined(recipe: ControlNetRecipe) -> bool:
+    """Whether the result is measured on the bundled world's held-out scenes, between floor and ceiling."""
+    return bool(recipe.score_scenes) and recipe.base in BUNDLED and recipe.map in WORLD_KINDS
+
+
+class Shown:
+    """The pairs that a training shows, each as its first visit sees it."""
+
+    def __init__(
+        self,
+        recipe: ControlNetRecipe,
+        base: Base,
+        encoded: Encoded,
+        indices: Sequence[int],
+        *,
+        alphas_cumprod: Tensor,
+        added_cond: AddedCond,
+        on_device: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        """``on_device``: within its block all of the base's parts are on its device."""
+        self.recipe, self.base, self.encoded, self.indices = recipe, base, encoded, list(indices)
+        self.alphas_cumprod, self.added_cond, self.on_device = alphas_cumprod, added_cond, on_device
+
+    def look(self, controlnet: ControlNetModel) -> dict[str, float]:
+        """Whether the map is used: see `controlkit.training.monitor`."""
+        if self._monitor is None:
+            return {}
+        unet = None if self.recipe.sd_locked else self.base.unet
+        return self._monitor.look(controlnet, unet).row()
+
+    def remark(self, rows: Sequence[dict[str, Any]]) -> str | None:
+        """When control took hold, or what to look at when it does not."""
+        looks = [row for row in rows if "gap" in row]
+        now, before = took_hold(looks), took_hold(looks[:-1])
+        if now is not None and before is None:
+            return f"control took hold at step {now}"
+        config = self.recipe.model_dump()
+        said = advice_for(looks, config, finished=rows[-1]["step"] == self.recipe.steps)
+        return said if said is None or advice_for(looks[:-1], config) is None else None
+
+    def score(self, controlnet: ControlNetModel) -> ControlScores | None:
+        """Scores of control, of the held-out pairs; None where their kind cannot be scored."""
+        with self.on_device():
+            return self._scorer.score(controlnet, base_changed=not self.recipe.sd_locked)
+
+    @property
+    def why_not_scored(self) -> str:
+        """Why there are no scores; "" where there are."""
+        return self._scorer.why_not
+
+    def sample(self, controlnet: ControlNetModel) -> NDArray[np.uint8]:
+        """Columns of map, picture, and samples under control."""
+        columns = []
+        with self.on_device():
+            for index in self.indices[:_COLUMNS]:
+                sample = self.encoded.sample(Turn(index, 0))
+                cond = images.levels_to_cond(images.maps_to_levels([sample.levels]))
+                samples = generate(
+                    self.base,
+                    sample.example.caption,
+                    controls=[Control(controlnet, cond)],
+                    seeds=_SEEDS,
+                    width=sample.view.width,
+                    height=sample.view.height,
+                )
+                columns.append([_visible(sample.levels), self._picture(sample), *samples])
+        return np.hstack([np.vstack(column) for column in _of_one_height(columns)])
+
+    @cached_property
+    def _monitor(self) -> Monitor | None:
+        samples = [self.encoded.sample(Turn(index, 0)) for index in self.indices]
+        alike = [s for s in samples if s.levels.shape == samples[0].levels.shape]
+        if len(alike) < 2:
+            return None
+        text = self.encoded.text([sample.example.caption for sample in alike])
+        return Monitor(
+            self.base,
+            self.encoded.moments(alike).mean.float(),
+            images.levels_to_cond(levels_of(alike)),
+            text.encoder_hidden_states.to(self.base.device, self.base.dtype),
+            self.added_cond(text.pooled, alike),
+            seed=self.recipe.seed,
+            alphas_cumprod=self.alphas_cumprod,
+            only_mid_control=self.recipe.only_mid_control,
+        )
+
+    @cached_property
+    def _scorer(self) -> Scorer:
+        samples = [self.encoded.sample(Turn(index, 0)) for index in self.indices]
+        pairs = [Pair(self._picture(s), s.levels, s.example.caption) for s in samples]
+        maker = _preprocessor(self.recipe, made=self.encoded.visits.made)
+        return Scorer(self.base, pairs, kind=self.recipe.map, preprocessor=maker, steps=_SCORED_STEPS)
+
+    def _picture(self, sample: Sample) -> NDArray[np.uint8]:
+        return self.encoded.visits.picture(sample.visit.index, sample.view)
+
+
+def _preprocessor(recipe: ControlNetRecipe, *, made: bool) -> Preprocessor | None:
+    """What makes such maps of generated pictures: for the bundled base its own estimators, else what made
+    them.
+    """
+    from controlkit import preprocessors
+
+    if recipe.base in BUNDLED and recipe.map in ("openpose", "depth"):
+        return preprocessors.get(recipe.map, model="tiny")
+    if not made:
+        return None
+    settled = {key: value for key, value in recipe.data.options.items() if ".." not in str(value)}
+    return preprocessors.get(recipe.map, **settled)
+
+
+def _visible(levels: NDArray[Any]) -> NDArray[np.uint8]:
+    """A map as a picture: its first three channels, or its only one thrice, in 8 bits."""
+    if levels.dtype == np.uint16:
+        levels = (levels >> 8).astype(np.uint8)
+    return np.ascontiguousarray(levels[..., :3] if levels.shape[2] >= 3 else levels[..., [0, 0, 0]])
+
+
+def _of_one_height(columns: Sequence[Sequence[NDArray[np.uint8]]]) -> Iterator[list[NDArray[np.uint8]]]:
+    """The columns with black below shorter cells, so that rows are level."""
+    height = max(column[0].shape[0] for column in columns)
+    for column in columns:
+        yield [np.pad(cell, ((0, height - cell.shape[0]), (0, 0), (0, 0))) for cell in column]

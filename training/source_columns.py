@@ -1,0 +1,127 @@
+"""Which column, key or folder of a data set holds the picture, which the map, which the caption."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from controlkit import preprocessors
+from controlkit.naming import did_you_mean
+from controlkit.training.config_adapter import DataRecipe
+
+PICTURE_NAMES = (
+    "file_name",
+    "image",
+    "picture",
+    "image_file_name",
+    "image_path",
+    "img",
+    "photo",
+    "target",
+    "path",
+    "file",
+)
+MAP_NAMES = (
+    "conditioning_image_file_name",
+    "conditioning_image",
+    "conditioning_file_name",
+    "conditioning",
+    "control_image_file_name",
+    "control_image",
+    "control",
+    "condition",
+    "cond",
+    "hint",
+    "map_file_name",
+    "map",
+    "source",
+)
+CAPTION_NAMES = ("text", "caption", "prompt", "captions", "prompts", "texts")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns that a data set is read from; no maps where they are made of the pictures."""
+
+    picture: str
+    maps: tuple[str, ...]
+    caption: str
+    """"" where there are no captions."""
+
+
+def choose_columns(columns: Sequence[str], *, data: DataRecipe, kind: str, where: str) -> Columns:
+    """Choose among the columns that there are: those that the recipe names, else the usual names.
+
+    kind: the kind of map that is trained; a column named after it goes before the usual names. "" for any.
+
+    Raises ValueError, one line with the columns that there are: one that is named is not among them, no
+    picture is found, or maps are wanted from files and none are found.
+    """
+    picture = _named(columns, data.picture_column, "picture_column", where) or _first(PICTURE_NAMES, columns)
+    if not picture:
+        raise ValueError(
+            f"{where} has no column with pictures that is known by its name: name it with "
+            f"data.picture_column; columns: {', '.join(columns)}"
+        )
+    rest = [column for column in columns if column != picture]
+    return Columns(
+        picture,
+        _map_columns(rest, data=data, kind=kind, where=where),
+        _named(columns, data.caption_column, "caption_column", where) or _first(CAPTION_NAMES, rest),
+    )
+
+
+def _map_columns(columns: Sequence[str], *, data: DataRecipe, kind: str, where: str) -> tuple[str, ...]:
+    if data.maps == "made":
+        return ()
+    if data.map_column:
+        return tuple(_named(columns, name, "map_column", where) for name in data.map_column)
+    own = (f"{kind}_file_name", f"{kind}_image", f"{kind}_map", kind) if kind else ()
+    found = _first(own, columns)
+    if not found and not (kind and _known_kinds(columns)):
+        # Beside columns of other kinds, the one with a common name holds a map of the first of them.
+        found = _first(MAP_NAMES, columns) or _only_map(columns, where)
+    if not found and data.maps == "files":
+        raise ValueError(
+            f"{where} has no column with maps{f' of {kind}' * bool(kind)}: name it with data.map_column, or "
+            f"have maps made with data.maps=made; columns: {', '.join(columns)}"
+        )
+    return (found,) if found else ()
+
+
+def _only_map(columns: Sequence[str], where: str) -> str:
+    """The one column named after a known kind of map, where no kind was asked for."""
+    known = _known_kinds(columns)
+    if len(known) > 1:
+        raise ValueError(
+            f"{where} has maps of several kinds: name one with data.map_column: {', '.join(known)}"
+        )
+    return known[0] if known else ""
+
+
+def _known_kinds(columns: Sequence[str]) -> list[str]:
+    kinds = preprocessors.names()
+    return [column for column in columns if column.removesuffix("_file_name") in kinds]
+
+
+def _named(columns: Sequence[str], name: str, option: str, where: str) -> str:
+    """The column of that name, "" where none was named."""
+    if name and name not in columns:
+        hint = did_you_mean(name, columns)
+        raise ValueError(
+            f"data.{option}: {where} has no column {name!r}{hint}; columns: {', '.join(columns) or 'none'}"
+        )
+    return name
+
+
+def _first(names: Sequence[str], columns: Sequence[str]) -> str:
+    """The first of `names` that is a column, whatever its case; "" for none."""
+    by_folded = {column.casefold(): column for column in reversed(columns)}
+    return next((by_folded[name.casefold()] for name in names if name.casefold() in by_folded), "")
+
+
+def about_maps(maps: Sequence[str], kind: str) -> str:
+    """Say in a few words where maps come from."""
+    if not maps:
+        return f"no maps{f' of {kind}' * bool(kind)}: they are made of the pictures"
+    return f"maps from {' + '.join(maps)}"

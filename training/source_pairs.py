@@ -1,0 +1,190 @@
+"""Paired folders (kohya's layout): pictures with captions beside them, and maps of the same names elsewhere.
+
+ROOT/a.jpg, or ROOT/images/a.jpg     the pictures, in folders below that, too
+ROOT/a.txt, ROOT/a.caption           their captions, beside them
+ROOT/conditioning/a.png              their maps: the same name, in a folder named so, or after their kind
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from controlkit import preprocessors
+from controlkit.naming import did_you_mean
+from controlkit.picture_files import CAPTION_SUFFIXES, SUFFIXES
+from controlkit.training.config_adapter import DataRecipe
+from controlkit.training.examples import Example, Piece
+from controlkit.training.source_columns import about_maps
+from controlkit.training.source_files import (
+    InsideFile,
+    LazyExamples,
+    RefusedPiece,
+    read_caption,
+    walk,
+)
+
+PICTURE_FOLDERS = ("images", "image", "pictures", "photos", "img", "imgs", "target", "targets")
+MAP_FOLDERS = (
+    "conditioning",
+    "conditioning_images",
+    "conditioning_image",
+    "conditioning_data",
+    "conditioning_data_dir",
+    "control",
+    "controls",
+    "control_images",
+    "maps",
+    "map",
+    "hint",
+    "hints",
+    "cond",
+    "source",
+    "sources",
+)
+POSES = ".json"
+
+
+def open_pairs(
+    root: Path, *, data: DataRecipe, kind: str, report: Callable[[str], None] = lambda _: None
+) -> LazyExamples:
+    """Open a folder of pictures and, if there is one, its folder of maps; reads nothing but names.
+
+    A picture's map has its name (and folder below), with any picture's suffix or .json for a pose. Captions
+    are read when the example is asked for, and kept.
+
+    Raises ValueError, one line: a folder that is named is not there, maps of several kinds stand side by
+    side and none was named, a folder is a link that leads out, or maps are wanted and there are none.
+    """
+    folders = _folders(root)
+    place = _picture_folder(folders, data, root)
+    maps = _map_folders([name for name in folders if name != place], data=data, kind=kind, root=root)
+    pictures = _pictures(root, place, folders, maps)
+    report(f"{root}: {len(pictures):,} pictures, {about_maps([f'{name}/' for name in maps], kind)}")
+    if not pictures:
+        return LazyExamples(0, _no_example)
+    stems = Counter(_stem(Path(name).name) for name in pictures)
+    partners = [(name, _by_stem(walk(root / name, root))) for name in maps]
+    captions: dict[int, str] = {}
+
+    def make(index: int) -> Example:
+        name = pictures[index]
+        picture: Piece = InsideFile(root / place / name, root)
+        found = tuple(
+            _partner(name, files, root / folder, root, alone=stems[_stem(Path(name).name)] == 1)
+            for folder, files in partners
+        )
+        try:
+            if index not in captions:
+                captions[index] = _caption_beside(root / place / name, root)
+        except ValueError as error:
+            picture = RefusedPiece(name, str(error))
+        shown = f"{place}/{name}" if place else name
+        return Example(shown, picture, captions.get(index, "") or data.caption, found)
+
+    return LazyExamples(len(pictures), make)
+
+
+def _folders(root: Path) -> list[str]:
+    try:
+        with os.scandir(root) as entries:
+            return sorted(
+                entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")
+            )
+    except OSError as error:
+        raise ValueError(f"the folder {root} cannot be read: {error.strerror}") from error
+
+
+def _no_example(index: int) -> Example:
+    raise IndexError(index)
+
+
+def _picture_folder(folders: Sequence[str], data: DataRecipe, root: Path) -> str:
+    """The folder with the pictures, relative to the root; "" is the root itself."""
+    if data.picture_column:
+        return _named(folders, data.picture_column, "picture_column", root)
+    return next((name for name in PICTURE_FOLDERS if name in folders), "")
+
+
+def _map_folders(folders: Sequence[str], *, data: DataRecipe, kind: str, root: Path) -> tuple[str, ...]:
+    if data.maps == "made":
+        return ()
+    if data.map_column:
+        return tuple(_named(folders, name, "map_column", root) for name in data.map_column)
+    if kind and kind in folders:
+        return (kind,)
+    kinds = [name for name in folders if name in preprocessors.names()]
+    usual = [name for name in folders if name.casefold() in MAP_FOLDERS]
+    found = usual or ([] if kind else kinds)
+    if len(found) > 1:
+        raise ValueError(
+            f"{root} has several folders that may hold the maps: name one with data.map_column: "
+            f"{', '.join(found)}"
+        )
+    if not found and data.maps == "files":
+        raise ValueError(
+            f"{root} has no folder with maps{f' of {kind}' * bool(kind)}: name it with data.map_column, or "
+            f"have maps made with data.maps=made; folders: {', '.join(folders) or 'none'}"
+        )
+    return tuple(found)
+
+
+def _named(folders: Sequence[str], name: str, option: str, root: Path) -> str:
+    if name.strip("/") not in folders:
+        hint = did_you_mean(name, folders)
+        listed = ", ".join(folders) or "none"
+        raise ValueError(f"data.{option}: {root} has no folder {name!r}{hint}; folders: {listed}")
+    return name.strip("/")
+
+
+def _pictures(root: Path, place: str, folders: Sequence[str], maps: Sequence[str]) -> list[str]:
+    """Names of the pictures, relative to their folder, sorted. Folders of maps do not count."""
+    closed = {
+        *maps,
+        *(name for name in folders if name.casefold() in MAP_FOLDERS or name in preprocessors.names()),
+    }
+    names = walk(root / place, root)
+    # controlkit preprocess --sheet leaves its contact sheet at the top; it is no picture of the data set.
+    return sorted(
+        name
+        for name in names
+        if os.path.splitext(name)[1].lower() in SUFFIXES
+        and (place or (name.partition("/")[0] not in closed and name != "sheet.png"))
+    )
+
+
+def _stem(name: str) -> str:
+    return os.path.splitext(name)[0]
+
+
+def _by_stem(names: Iterable[str]) -> dict[str, list[str]]:
+    """The files of a folder of maps by their name without suffix; pictures go before poses."""
+    found: dict[str, list[str]] = {}
+    for name in sorted(names):
+        if os.path.splitext(name)[1].lower() in SUFFIXES | {POSES}:
+            found.setdefault(_stem(name), []).append(name)
+    for stem, files in found.items():
+        found[stem] = [name for name in files if not name.lower().endswith(POSES)] or files
+    return found
+
+
+def _partner(name: str, files: dict[str, list[str]], folder: Path, root: Path, *, alone: bool) -> Piece:
+    """The map of a picture: of its name and folder below; where only one picture has the name, of that."""
+    stem = _stem(name)
+    found = files.get(stem) or (files.get(_stem(Path(name).name), []) if alone else [])
+    if len(found) == 1:
+        return InsideFile(folder / found[0], root)
+    where = f"{folder / stem}"
+    if found:
+        return RefusedPiece(where, f"{folder} has several maps for {name}: {', '.join(found)}")
+    return RefusedPiece(where, f"{folder} has no map for {name}: a file {stem}.png, .jpg ... is wanted")
+
+
+def _caption_beside(picture: Path, root: Path) -> str:
+    for suffix in CAPTION_SUFFIXES:
+        beside = picture.with_suffix(suffix)
+        if beside.is_file():
+            return read_caption(InsideFile(beside, root))
+    return ""

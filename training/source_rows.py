@@ -1,0 +1,133 @@
+"""Data sets listed in a text file: Hugging Face's metadata.jsonl and .csv, Fill50K's prompt.json."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from controlkit.training.config_adapter import DataRecipe
+from controlkit.training.examples import Example, Piece
+from controlkit.training.source_columns import about_maps, choose_columns
+from controlkit.training.source_files import LazyExamples, RefusedPiece, caption_of, named_file
+
+METADATA = ("metadata.jsonl", "metadata.csv")
+"""Hugging Face's imagefolder."""
+PROMPTS = "prompt.json"
+"""lllyasviel's Fill50K: source is the map, target the picture."""
+
+Row = tuple[str, dict[str, Any]]
+"""What messages call a row's place ("line 3", "entry 3"), and the row."""
+
+
+def open_rows(
+    file: Path, *, data: DataRecipe, kind: str, report: Callable[[str], None] = lambda _: None
+) -> LazyExamples:
+    """Open a data set by the file that lists it: a JSON object on each line, a JSON array, or a CSV table.
+
+    Names in it are relative to its folder. Nothing but this file is read. A row that lacks a key, or names a
+    file outside of the folder, becomes an example that says so when it is read.
+
+    Raises ValueError, one line: the file cannot be read, a line of it is broken, or no column holds pictures.
+    """
+    rows = list(_rows_of(file))
+    names = list(dict.fromkeys(key for _, row in rows for key in row))
+    if not rows:
+        raise ValueError(f"{file} lists no pictures: it is empty")
+    columns = choose_columns(names, data=data, kind=kind, where=str(file))
+    report(f"{file}: {len(rows):,} rows, {about_maps(columns.maps, kind)}")
+    wanted = [columns.picture, *columns.maps, *([columns.caption] if columns.caption else [])]
+    kept = [(place, [row.get(key, _ABSENT) for key in wanted]) for place, row in rows]
+    root, count = file.parent, len(columns.maps)
+
+    def make(index: int) -> Example:
+        place, values = kept[index]
+        where = f"{file}, {place}"
+        picture, *maps = (
+            _piece(value, root, where=where, key=key)
+            for key, value in zip(wanted, values[: 1 + count], strict=False)
+        )
+        caption = ""
+        try:
+            if columns.caption and values[-1] is not _ABSENT:
+                caption = caption_of(values[-1], where=f"{where}, {columns.caption}")
+        except ValueError as error:
+            picture = RefusedPiece(where, str(error))
+        name = values[0] if isinstance(values[0], str) and values[0] else where
+        return Example(name, picture, caption or data.caption, tuple(maps))
+
+    return LazyExamples(len(kept), make)
+
+
+class _Absent:
+    """Stands where a row has no such key."""
+
+
+_ABSENT = _Absent()
+
+
+def _piece(value: Any, root: Path, *, where: str, key: str) -> Piece:
+    if value is _ABSENT:
+        return RefusedPiece(where, f"{where}: the key {key!r} is missing")
+    if isinstance(value, dict) and isinstance(value.get("people"), list):  # a pose that stands in the row
+        from controlkit.training.source_files import BytesPiece
+
+        return BytesPiece(json.dumps(value).encode(), f"{where}, {key}")
+    return named_file(value, root, where=f"{where}, {key}")
+
+
+def _rows_of(file: Path) -> Iterator[Row]:
+    text = _read_text(file)
+    if file.suffix.lower() == ".csv":
+        return _csv_rows(file, text)
+    if text.lstrip().startswith("["):
+        return _array_rows(file, text)
+    return _line_rows(file, text)
+
+
+def _line_rows(file: Path, text: str) -> Iterator[Row]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{file}, line {number}: this is not JSON ({error})") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{file}, line {number}: this is not a JSON object")
+        yield f"line {number}", row
+
+
+def _array_rows(file: Path, text: str) -> Iterator[Row]:
+    try:
+        rows = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: this is not JSON ({error})") from error
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise ValueError(f"{file}, entry {number}: this is not a JSON object")
+        yield f"entry {number}", row
+
+
+def _csv_rows(file: Path, text: str) -> Iterator[Row]:
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    try:
+        for row in reader:
+            if None in row:
+                raise ValueError(f"{file}, line {reader.line_num}: more fields than the first line names")
+            values = {key: value for key, value in row.items() if value is not None}
+            yield f"line {reader.line_num}", values
+    except csv.Error as error:
+        raise ValueError(f"{file}, line {reader.line_num}: this is not CSV ({error})") from error
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text") from error

@@ -1,0 +1,161 @@
+"""WebDataset shards: tar files whose members of one name, up to its first dot, are one example.
+
+0001.jpg  0001.map.png  0001.txt        a picture, its map, its caption
+0002.jpg  0002.map.png  0002.json       the caption may stand in JSON: caption, text or prompt
+
+The index is built in one pass over the headers; then every member is read where it lies.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from controlkit.naming import did_you_mean
+from controlkit.training.config_adapter import DataRecipe
+from controlkit.training.examples import Example, Piece
+from controlkit.training.source_columns import CAPTION_NAMES, about_maps
+from controlkit.training.source_files import LazyExamples, RefusedPiece, caption_of, read_caption
+from controlkit.training.source_tar import Shard, find_shards, read_index
+
+PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "avif", "gif")
+_PICTURE_NAMES = ("", "image", "picture", "target")
+_MAP_NAMES = (
+    "map",
+    "cond",
+    "conditioning",
+    "conditioning_image",
+    "hint",
+    "control",
+    "control_image",
+    "source",
+)
+_CAPTIONS = ("txt", "caption", "text", "prompt")
+
+
+def open_shards(
+    source: str, *, data: DataRecipe, kind: str, report: Callable[[str], None] = lambda _: None
+) -> LazyExamples:
+    """Open tar shards; `picture_column` and `map_column` name members ("jpg", "depth.png") and their suffix.
+
+    `caption_column` names a member ("txt") or a key in the JSON member.
+
+    Raises ValueError, one line: as `find_shards` and `read_index`, or no member is a picture.
+    """
+    shards = [read_index(path) for path in find_shards(source)]
+    members = list(dict.fromkeys(itertools.chain.from_iterable(shard.members for shard in shards)))
+    ends = np.cumsum([len(shard.keys) for shard in shards])
+    count = int(ends[-1])
+    if not count:
+        raise ValueError(f"{source}: there is nothing in the shards")
+    picture = _picture_members(members, data, source)
+    maps = _map_members(members, data, kind, source)
+    caption = _caption_member(members, data)
+    shown = ["/".join(names) for names in maps]
+    report(f"{source}: {count:,} examples in {len(shards)} shards, {about_maps(shown, kind)}")
+    texts: dict[int, str] = {}
+
+    def make(index: int) -> Example:
+        number = int(np.searchsorted(ends, index, side="right"))
+        shard, row = shards[number], index - (int(ends[number - 1]) if number else 0)
+        name = f"{shard.path}/{shard.keys[row]}"
+        piece = _member(shard, row, picture)
+        try:
+            if index not in texts:
+                texts[index] = _caption(shard, row, caption, data.caption_column)
+        except ValueError as error:
+            piece = RefusedPiece(name, str(error))
+        found = tuple(_member(shard, row, names) for names in maps)
+        return Example(name, piece, texts.get(index, "") or data.caption, found)
+
+    return LazyExamples(count, make)
+
+
+def _member(shard: Shard, row: int, names: Sequence[str]) -> Piece:
+    """The first of several members that an example has (one may be a .jpg, the next a .png)."""
+    pieces = [shard.piece(row, name) for name in names]
+    return next((piece for piece in pieces if not isinstance(piece, RefusedPiece)), pieces[0])
+
+
+def _picture_members(members: Sequence[str], data: DataRecipe, source: str) -> list[str]:
+    if data.picture_column:
+        return _named(members, data.picture_column, "picture_column", source)
+    for name in _PICTURE_NAMES:
+        found = [f"{name}.{suffix}".lstrip(".") for suffix in PICTURES]
+        if here := [member for member in found if member in members]:
+            return here
+    raise ValueError(
+        f"{source}: no member of the shards is a picture that is known by its name: name it with "
+        f"data.picture_column; there are {', '.join(members)}"
+    )
+
+
+def _map_members(members: Sequence[str], data: DataRecipe, kind: str, source: str) -> list[list[str]]:
+    """For each map, the members that may hold it."""
+    if data.maps == "made":
+        return []
+    if data.map_column:
+        return [_named(members, name, "map_column", source) for name in data.map_column]
+    for name in (*([kind] if kind else []), *_MAP_NAMES):
+        for suffixes in (PICTURES, ("json",)):
+            if here := [f"{name}.{suffix}" for suffix in suffixes if f"{name}.{suffix}" in members]:
+                return [here]
+    if data.maps == "files":
+        raise ValueError(
+            f"{source}: no member of the shards is a map that is known by its name: name it with "
+            f"data.map_column; there are {', '.join(members)}"
+        )
+    return []
+
+
+def _named(members: Sequence[str], name: str, option: str, source: str) -> list[str]:
+    """The member of that name, or those that have it with a picture's suffix or .json."""
+    name = name.lower()
+    found = [
+        member
+        for member in (name, *(f"{name}.{suffix}" for suffix in (*PICTURES, "json")))
+        if member in members
+    ]
+    if not found:
+        hint = did_you_mean(name, members)
+        raise ValueError(
+            f"data.{option}: {source} has no member {name!r}{hint}; members: {', '.join(members)}"
+        )
+    return found[:1] if found[0] == name else found
+
+
+def _caption_member(members: Sequence[str], data: DataRecipe) -> list[str]:
+    if data.caption_column.lower() in members:
+        return [data.caption_column.lower()]
+    return [name for name in (*_CAPTIONS, "json") if name in members]
+
+
+def _caption(shard: Shard, row: int, names: Sequence[str], key: str) -> str:
+    """The caption of an example, "" where it has none. Raises ValueError where it cannot be read."""
+    for name in names:
+        piece = shard.piece(row, name)
+        if isinstance(piece, RefusedPiece) or (key and key.lower() not in names and name != "json"):
+            continue
+        if not name.endswith("json"):
+            return read_caption(piece)
+        obj = _json(piece)
+        keys = (key,) if key and key.lower() not in names else CAPTION_NAMES
+        value = next((obj[name] for name in keys if name in obj), None)
+        return caption_of(value, where=f"{piece.name}, {'/'.join(keys)}")
+    return ""
+
+
+def _json(piece: Piece) -> dict[str, Any]:
+    content = piece.read()
+    assert isinstance(content, bytes)
+    try:
+        obj = json.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{piece.name} is not JSON: {error}") from error
+    if not isinstance(obj, dict):
+        raise ValueError(f"{piece.name} is not a JSON object")
+    return obj

@@ -1,0 +1,156 @@
+"""Where examples come from: recognises a data set by what is there, and opens it.
+
+=============  ==============================================================================================
+format         what it is recognised by
+=============  ==============================================================================================
+imagefolder    metadata.jsonl or metadata.csv, here or in a folder named as the split
+fill50k        prompt.json, or another .json file that is named
+huggingface    state.json or dataset_dict.json (save_to_disk), .parquet or .arrow files, or "owner/name"
+webdataset     .tar files
+paired         pictures, with captions beside them and maps of the same names in another folder
+=============  ==============================================================================================
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from controlkit.picture_files import SUFFIXES
+from controlkit.training.config_adapter import DataRecipe
+from controlkit.training.examples import Examples
+from controlkit.training.source_files import LazyExamples, leads_out, walk
+from controlkit.training.source_pairs import open_pairs
+from controlkit.training.source_rows import METADATA, PROMPTS, open_rows
+from controlkit.training.source_shards import open_shards
+from controlkit.training.source_streams import Stream as Stream
+from controlkit.training.source_streams import open_stream as open_stream
+from controlkit.training.source_tables import TABLES, is_hub_id, is_saved, open_table
+from controlkit.training.source_tar import find_shards, is_shards
+
+LAYOUTS = (
+    "a metadata.jsonl or .csv (file_name, text, conditioning_image_file_name), a prompt.json (source, "
+    "target, prompt), pictures beside a folder conditioning/, .tar shards, or what the library datasets wrote"
+)
+"""What a folder may hold, for messages."""
+
+
+def open_examples(
+    data: DataRecipe, *, kind: str = "", report: Callable[[str], None] = lambda _: None
+) -> Examples:
+    """Open a data set; no picture is read.
+
+    kind: the kind of map that is trained; where a data set has maps of several kinds, its own are taken.
+    "" takes the maps that there are.
+    report: called with a line that says what was found.
+
+    The order is that of the file that lists the pictures, of the shards, or of the names. What is wrong with
+    one pair (a key that is missing, a name that leads out of the folder) shows when it is read.
+
+    Raises ValueError, one line: there is no such data set, it is empty, or the file that lists it is broken.
+    """
+    layout, source = recognise(data)
+    match layout:
+        case "huggingface":
+            examples = open_table(source, data=data, kind=kind, report=report)
+        case "webdataset":
+            examples = open_shards(source, data=data, kind=kind, report=report)
+        case "paired":
+            examples = open_pairs(Path(source), data=data, kind=kind, report=report)
+        case _:
+            examples = open_rows(Path(source), data=data, kind=kind, report=report)
+    if not len(examples):
+        raise ValueError(f"{data.source}: no picture is there; wanted: {LAYOUTS}")
+    if 0 < data.limit < len(examples):
+        return LazyExamples(data.limit, examples.__getitem__)
+    return examples
+
+
+def recognise(data: DataRecipe) -> tuple[str, str]:
+    """Return the format of a data set, and the file, folder, pattern or hub id to open.
+
+    Raises ValueError, one line: it does not exist, or is not of the format that the recipe says.
+    """
+    assert data.format != "world", "the bundled world is no data set of files"
+    source = os.path.expanduser(data.source)
+    if data.format == "webdataset" or (
+        data.format == "auto" and is_shards(source) and not os.path.isdir(source)
+    ):
+        find_shards(source)
+        return "webdataset", source
+    path = Path(source)
+    if path.is_dir():
+        return _recognise_folder(path, data)
+    if path.is_file():
+        return _recognise_file(path, data.format)
+    if data.format == "huggingface" or (data.format == "auto" and _may_be_on_the_hub(source)):
+        return "huggingface", source
+    raise ValueError(f"the data set {data.source} does not exist{_about_the_hub(data)}")
+
+
+def _may_be_on_the_hub(source: str) -> bool:
+    """Whether a name that is no path here may be one there: not if its first part is a folder here."""
+    return is_hub_id(source) and not os.path.isdir(source.partition("/")[0])
+
+
+def _about_the_hub(data: DataRecipe) -> str:
+    if data.format == "auto" and is_hub_id(data.source):
+        return "; if the hub's data set of that name is meant, say data.format=huggingface"
+    return ""
+
+
+def _recognise_file(path: Path, wanted: str) -> tuple[str, str]:
+    rows = ("imagefolder", "fill50k")
+    suffix = path.suffix.lower()
+    fitting = {".jsonl": rows, ".csv": rows[:1], ".json": rows[::-1]}.get(suffix, ())
+    if suffix in TABLES:
+        fitting = ("huggingface",)
+    if not fitting or wanted not in ("auto", *fitting):
+        raise ValueError(
+            f"{path} is no {'data set' if wanted == 'auto' else wanted}: name a folder, a metadata.jsonl or "
+            ".csv, a prompt.json, .tar shards, or .parquet or .arrow files"
+        )
+    return (fitting[0] if wanted == "auto" else wanted), str(path)
+
+
+def _recognise_folder(folder: Path, data: DataRecipe) -> tuple[str, str]:
+    wanted = data.format
+    if wanted == "huggingface" or (wanted == "auto" and is_saved(folder)):
+        return "huggingface", str(folder)
+    if wanted in ("auto", "imagefolder") and (listed := _listing(folder, data.split, METADATA)):
+        return "imagefolder", str(listed)
+    if wanted in ("auto", "fill50k") and (listed := _listing(folder, data.split, (PROMPTS,))):
+        return "fill50k", str(listed)
+    if wanted in ("imagefolder", "fill50k"):
+        names = " or ".join(METADATA if wanted == "imagefolder" else (PROMPTS,))
+        raise ValueError(f"{folder} has no {names}, which {wanted} wants{_other_splits(folder, data)}")
+    if wanted == "paired":
+        return "paired", str(folder)
+    files = list(walk(folder, folder))
+    suffixes = {os.path.splitext(name)[1].lower() for name in files}
+    if any(is_shards(name) for name in files if "/" not in name):
+        return "webdataset", str(folder)
+    if suffixes & set(TABLES):
+        return "huggingface", str(folder)
+    if suffixes & SUFFIXES and not _other_splits(folder, data):
+        return "paired", str(folder)
+    raise ValueError(f"{folder} holds no data set{_other_splits(folder, data)}; wanted: {LAYOUTS}")
+
+
+def _listing(folder: Path, split: str, names: tuple[str, ...]) -> Path | None:
+    """The file that lists a folder's pictures, if there is one, here or in the folder of the split."""
+    for place in (folder, folder / split):
+        for name in names:
+            file = place / name
+            if file.is_file():
+                if problem := leads_out(file, folder):
+                    raise ValueError(problem)
+                return file
+    return None
+
+
+def _other_splits(folder: Path, data: DataRecipe) -> str:
+    """Name the folders below that are data sets of their own."""
+    found = sorted(file.parent.name for name in (*METADATA, PROMPTS) for file in folder.glob(f"*/{name}"))
+    return f"; data.split={data.split}, and it has {', '.join(found)}" if found else ""

@@ -1,0 +1,109 @@
+"""Batches of a data set that is read from beginning to end: shuffled within windows, encoded on the spot.
+
+A window of so many pairs is read, put in an order drawn from the seed and the window's number, and used up
+before the next; so a batch is a function of its number here, too, and a run that resumes skips to its window.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from controlkit import images
+from controlkit.base import Base
+from controlkit.training.config_adapter import ControlNetRecipe
+from controlkit.training.draws import derived_seed
+from controlkit.training.encoded import Encoded, Sample
+from controlkit.training.examples import Example
+from controlkit.training.feeds import maps_of
+from controlkit.training.order import Turn
+from controlkit.training.source_streams import Stream
+from controlkit.training.visits import Visits
+
+Report = Callable[[str], None]
+
+
+class StreamFeed:
+    """The samples of a stream's batches, by the batch's number; threads may ask."""
+
+    def __init__(self, stream: Stream, base: Base, recipe: ControlNetRecipe, *, report: Report) -> None:
+        """The first ``data.holdout`` pairs are not trained on, but shown."""
+        self.stream, self.base, self.recipe, self.report = stream, base, recipe, report
+        self._size = max(recipe.data.shuffle_window, recipe.batch_size, 2 * recipe.data.holdout)
+        self._lock = threading.Lock()
+        self._window = lru_cache(maxsize=3)(self._read)
+        self.encoded = self._window(0)
+        self.shown = list(range(recipe.data.holdout or min(4, self._size)))
+
+    @property
+    def pairs(self) -> int | None:
+        """How many there are, once the end was seen."""
+        return None if self.stream.length is None else self.stream.length - self.recipe.data.holdout
+
+    def digest(self) -> str:
+        """Not known of a stream."""
+        return ""
+
+    def samples(self, number: int) -> list[Sample]:
+        """The samples of a batch. Raises ValueError, naming it, for a pair that cannot be read."""
+        size = self.recipe.batch_size
+        return [self._sample(position) for position in range(number * size, (number + 1) * size)]
+
+    def first_maps(self, count: int) -> list[NDArray[np.uint8]]:
+        """The maps of the first pairs that are trained on."""
+        held = self.recipe.data.holdout
+        return maps_of(self.encoded, list(range(held, min(held + count, self._size))))
+
+    def _sample(self, position: int) -> Sample:
+        window, place = divmod(position, self._size)
+        with self._lock:  # the stream has one reader
+            encoded = self._window(window)
+        random = np.random.default_rng(derived_seed(self.recipe.seed, "window", window))
+        index = self._spared(window, int(random.permutation(self._size)[place]))
+        for _ in range(self._size):
+            try:
+                return encoded.sample(Turn(index, window))
+            except ValueError as error:
+                if self.recipe.data.bad == "stop":
+                    raise
+                self.report(f"left out: {error}")
+                index = self._spared(window, (index + 1) % self._size)
+        raise ValueError(f"{self.recipe.data.source}: none of {self._size} pairs in a row can be used")
+
+    def _spared(self, window: int, index: int) -> int:
+        """The place itself, or another where that pair is held out."""
+        held = self.recipe.data.holdout
+        position, length = window * self._size + index, self.stream.length
+        row = position if length is None else position % length
+        return index if row >= held else (index + held) % self._size
+
+    def _read(self, number: int) -> Encoded:
+        return encoded_live(self.stream.window(number, self._size), self.base, self.recipe, self.report)
+
+
+def encoded_live(
+    examples: Sequence[Example], base: Base, recipe: ControlNetRecipe, report: Report
+) -> Encoded:
+    """Examples whose sizes are found when they are looked at, encoded without a cache."""
+    data = recipe.data.model_copy(update={"cache": False})
+    visits = Visits(
+        examples,
+        [_size(example) for example in examples],
+        data=data,
+        kind=recipe.map,
+        resolution=data.resolution or base.resolution,
+        seed=recipe.seed,
+    )
+    return Encoded(base, examples, visits, data=data, report=report)
+
+
+def _size(example: Example) -> tuple[int, int] | None:
+    """Width and height of a picture, upright; None where it cannot be read, which its visit then says."""
+    try:
+        return images.picture_size(example.picture.read())
+    except ValueError:
+        return None

@@ -1,0 +1,153 @@
+"""What the loop asks of whatever is trained, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from controlkit.training.draws import Draws
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The losses of a micro-batch: ``each`` (B,) with a graph; ``timesteps`` (B,), out of ``levels``, if
+    any.
+    """
+
+    each: Tensor
+    timesteps: Tensor | None = None
+    levels: int = 1
+
+
+class Part(Protocol):
+    """A micro-batch: what one forward pass sees."""
+
+    def __len__(self) -> int:
+        """How many pairs."""
+
+    def halves(self) -> Sequence[Part]:
+        """The same pairs in two parts, or this one alone where there is one pair."""
+
+    def describe(self) -> str:
+        """The names of the pairs, for a message."""
+
+
+class Task(Protocol):
+    """What is trained."""
+
+    looks_at_average: bool
+    """Whether `look` wants the averaged weights."""
+    half: torch.dtype | None
+    """What trained modules compute in, beside fp32 masters; None leaves them in fp32."""
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Trained modules by name; their parameters that require a gradient are optimised and saved."""
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Optimizer groups: `params`, and `rate`, the factor on the recipe's learning rate."""
+
+    def whole(self) -> nn.Module:
+        """The module whose forward pass computes the predictions: what processes share."""
+
+    def parts(self, step: int) -> Sequence[Part]:
+        """This process's micro-batches of a step, of equal numbers of pairs: a function of the step."""
+
+    def losses(self, whole: nn.Module, part: Any) -> Losses:
+        """The losses of a micro-batch, ``whole`` standing for the task's own."""
+
+    def look(self, step: int) -> dict[str, float]:
+        """Figures that say how the training does, beside the loss, where they are due; most often none."""
+
+    def remark(self, rows: Sequence[dict[str, Any]]) -> str | None:
+        """What is to be said of the rows of metrics so far, the last of which is new."""
+
+    def facts(self) -> dict[str, Any]:
+        """What the training was made of, by digests and numbers, as JSON values."""
+
+    def final_scores(self) -> dict[str, Any]:
+        """Scores of the finished training, as scores.json has them; none where they cannot be taken."""
+
+    def close(self) -> None:
+        """End threads; nothing is asked for afterwards."""
+
+    def sample(self) -> NDArray[np.uint8] | None:
+        """A picture that shows what has been learned so far, uint8 H×W×3."""
+
+    def export(self, folder: Path) -> None:
+        """Write the result, for others to load, into an empty folder."""
+
+
+@dataclass(frozen=True)
+class DrawnPart:
+    """A micro-batch that is its draws: of tasks that make their batch themselves."""
+
+    draws: Draws
+    pairs: int
+
+    def __len__(self) -> int:
+        return self.pairs
+
+    def halves(self) -> Sequence[DrawnPart]:
+        """It cannot be halved."""
+        return [self]
+
+    def describe(self) -> str:
+        """The step is all there is to tell."""
+        return f"the batch of step {self.draws.step + 1}"
+
+
+class DrawnTask:
+    """Half of a task: one that makes a step's batch, and its mean loss, of the step's draws."""
+
+    recipe: Any
+    half: torch.dtype | None = None
+    looks_at_average: bool = False
+
+    def loss(self, draws: Draws) -> Tensor:
+        """The loss of one batch, a scalar with a graph."""
+        raise NotImplementedError
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Trained modules by name."""
+        raise NotImplementedError
+
+    def whole(self) -> nn.Module:
+        """All trained modules; their forward passes are called one by one."""
+        return nn.ModuleDict(self.modules())
+
+    def parts(self, step: int) -> Sequence[DrawnPart]:
+        """The one batch of a step."""
+        return [DrawnPart(Draws(self.recipe.seed, step), self.recipe.batch_size)]
+
+    def losses(self, whole: nn.Module, part: DrawnPart) -> Losses:
+        """The batch's mean loss, as if it were each pair's."""
+        half = self.recipe.precision == "bf16"
+        device = next(whole.parameters()).device.type
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=half):
+            return Losses(self.loss(part.draws)[None])
+
+    def look(self, step: int) -> dict[str, float]:
+        """Nothing beside the loss."""
+        return {}
+
+    def remark(self, rows: Sequence[dict[str, Any]]) -> str | None:
+        """Nothing."""
+        return None
+
+    def facts(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def final_scores(self) -> dict[str, Any]:
+        """None."""
+        return {}
+
+    def close(self) -> None:
+        """There is nothing to end."""
