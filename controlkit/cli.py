@@ -513,7 +513,7 @@ def train(
             if step.message:
                 terminal.note(step.message)
             else:
-                gap = "" if step.gap is None else f"  gap {step.gap:.1%}"
+                gap = "" if step.gap is None else f"  gap {max(step.gap, 0):.1%}"
                 terminal.progress(step.step, step.steps, f"loss {step.loss:.4f}{gap}")
 
         result = train_recipe(recipe, settings or [], progress=show)

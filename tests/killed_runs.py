@@ -97,3 +97,29 @@ def wait_for(path: Path, process: multiprocessing.process.BaseProcess, *, second
     while not path.exists() and process.is_alive():
         assert time.monotonic() < until, f"no {path}"
         time.sleep(0.01)
+
+
+def train_as(path: str, cache: str, rank: int, count: int, port: int, sharded: bool) -> None:
+    """One of several processes that train together, as `accelerate launch` starts them."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    os.environ["ACCELERATE_USE_FSDP"] = str(sharded).lower()
+    train(path, cache)
+
+
+def train_together(path: Path, cache: Path, *, count: int, sharded: bool = False) -> list[int | None]:
+    """Train with several processes; their exit codes."""
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [
+        CONTEXT.Process(target=train_as, args=(str(path), str(cache), rank, count, port, sharded))
+        for rank in range(count)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(300)
+    return [process.exitcode for process in processes]

@@ -328,7 +328,7 @@ def test_a_loss_that_is_not_finite_changes_no_weight(text_recipe, tmp_path, monk
         return real(self, draws) * (math.inf if draws.step == 5 else 1.0)
 
     monkeypatch.setattr(TextTask, "loss", overflow_at_five)
-    with pytest.raises(ValueError, match="stopped at step 6: .* no weight was changed"):
+    with pytest.raises(ValueError, match=r"stopped at step 6: .* no weight was changed"):
         train_recipe(str(text_recipe))
     after = seen["task"].encoder.state_dict()
     assert all(torch.equal(value, after[key]) for key, value in seen["weights"].items())

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,6 +33,7 @@ from controlkit.training.machine import Machine
 from controlkit.training.memory import free_memory
 from controlkit.training.noising import draw_batch, noised, schedule, timesteps_of, weighted_loss
 from controlkit.training.pair import Pair, PairsPart
+from controlkit.training.saving import MAY_CHANGE
 from controlkit.training.showing import Shown, is_examined
 from controlkit.training.task import Losses
 
@@ -57,7 +58,8 @@ class ControlNetTask:
         self.half = torch.bfloat16 if recipe.precision == "bf16" else None
         # Pictures and captions are encoded once, so in full precision; the U-Net alone is halved.
         self.base = load_base(recipe.base, device=machine.device)
-        self.base.unet.to(machine.dtype)
+        if machine.dtype != torch.float32 and not machine.sharded:
+            self.base.unet.to(machine.dtype)
         self.alphas_cumprod = schedule(recipe, self.base)
         self.feed = open_feed(recipe, self.base, machine.processes, report=report)
         self.encoded = self.feed.encoded
@@ -66,7 +68,7 @@ class ControlNetTask:
         self._prepare()
         self.shown = Shown(
             recipe,
-            replace(self.base, dtype=machine.dtype),
+            replace(self.base, dtype=torch.float32 if machine.sharded else machine.dtype),
             self.encoded,
             self.feed.shown,
             alphas_cumprod=self.alphas_cumprod,
@@ -102,11 +104,10 @@ class ControlNetTask:
         zero = [p for name, p in named if name.startswith(_ZERO_CONVOLUTIONS)]
         hint = [p for name, p in named if name.startswith(_HINT_ENCODER)]
         trunk = [p for name, p in named if not name.startswith((*_ZERO_CONVOLUTIONS, _HINT_ENCODER))]
-        hint_rate = recipe.hint_encoder_rate or recipe.zero_convolution_rate
         return [
             {"name": "trunk", "params": trunk, "rate": 1.0},
             {"name": "zero_convolutions", "params": zero, "rate": recipe.zero_convolution_rate},
-            {"name": "hint_encoder", "params": hint, "rate": hint_rate},
+            {"name": "hint_encoder", "params": hint, "rate": recipe.hint_encoder_rate},
         ]
 
     # --- a step ---
@@ -252,10 +253,11 @@ class ControlNetTask:
 
     # --- the result ---
 
-    def export(self, folder: Path) -> None:
+    def export(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """The adapter's folder; with a trained decoder also the U-Net, in a folder beside it."""
         recipe = self.recipe
-        told = recipe.model_dump(mode="json", exclude={"out", "device", "threads", "base", "init"})
+        told = recipe.model_dump(mode="json", exclude=MAY_CHANGE | {"base", "init"})
+        told["data"]["source"] = PurePath(recipe.data.source).name  # no folders of the machine that trained
         bundled = recipe.base in BUNDLED
         info = AdapterInfo(
             map=_map_spec(recipe, self.encoded.visits.channels),
@@ -266,10 +268,10 @@ class ControlNetTask:
             title=f"{recipe.map} for the bundled base" if bundled else recipe.map,
             training={"recipe": told, **({"data_sha256": digest} if (digest := self.feed.digest()) else {})},
         )
-        save_adapter(self.controlnet, folder, info=info)
+        save_adapter(_filled(self.controlnet, weights, "controlnet."), folder, info=info)
         if not recipe.sd_locked:
             with files.replace_folder(folder.parent / "unet") as target:
-                save_half(self.base.unet, target)
+                save_half(_filled(self.base.unet, weights, "unet."), target)
 
     def close(self) -> None:
         """End the loader's threads."""
@@ -320,10 +322,21 @@ class ControlNetTask:
         if recipe.gradient_checkpointing:
             self.controlnet.enable_gradient_checkpointing()
             unet.enable_gradient_checkpointing()
-        if recipe.channels_last:
+        if recipe.channels_last and not self.machine.sharded:  # which takes contiguous weights only
             for network in (self.controlnet, unet):
                 network.to(memory_format=torch.channels_last)
         self._make_room()
+
+
+def _filled(network: Any, weights: Mapping[str, Tensor], prefix: str) -> Any:
+    """The network itself; where processes share its weights, one of its kind with whole ones."""
+    if not any(hasattr(parameter, "full_tensor") for parameter in network.parameters()):
+        return network
+    whole = type(network).from_config(network.config)
+    whole.load_state_dict(
+        {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
+    )
+    return whole
 
 
 def _report_bad_maps(kind: str, maps: Sequence[NDArray[np.uint8]], report: Callable[[str], None]) -> None:

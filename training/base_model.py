@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -100,7 +100,7 @@ class BaseTask(DrawnTask):
         """One picture for each of eight held-out captions."""
         return np.hstack([generate(self.base, caption, seeds=[k])[0] for k, caption in enumerate(self.shown)])
 
-    def export(self, folder: Path) -> None:
+    def export(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         from diffusers import AutoencoderKL
 
         vae = self.base.vae

@@ -105,10 +105,10 @@ class ControlNetRecipe(Recipe):
     """How a new hint encoder starts. unit: every channel at mean 0 and spread 1 on the data's maps, by which
     control sets in several times sooner; standard: as diffusers and the original do.
     """
-    zero_convolution_rate: Factor = 10.0
+    zero_convolution_rate: Factor = 6.0
     """Learning rate of the zero convolutions, in units of learning_rate."""
-    hint_encoder_rate: Factor | None = None
-    """Learning rate of the hint encoder, in units of learning_rate. None: as the zero convolutions'."""
+    hint_encoder_rate: Factor = 3.0
+    """Learning rate of the hint encoder, in units of learning_rate."""
     objective: Literal["base", "epsilon", "v_prediction", "sample"] = "base"
     """What the loss compares; base: what the base predicts. Another one is computed from the prediction."""
     min_snr_gamma: Weight = 0.0

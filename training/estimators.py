@@ -6,7 +6,7 @@ as from photographs with the published models.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -126,7 +126,7 @@ class PoseTask(DrawnTask):
         joints[joints[:, 2] < 0.3] = 0.0
         return coco17_to_openpose18(joints)
 
-    def export(self, folder: Path) -> None:
+    def export(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         _save(self.model, folder, "VitPoseImageProcessor", do_affine_transform=False)
         scores = [
             pck(self._find(i), self.validation.joints[i], size=float(self.validation.figure_height[i]))
@@ -215,7 +215,7 @@ class DepthTask(DrawnTask):
         predicted = self.model(_pixel_values([self.validation.picture[index]], self.device)).predicted_depth
         return np.asarray(predicted[0].float().cpu().numpy())
 
-    def export(self, folder: Path) -> None:
+    def export(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         _save(
             self.model,
             folder,

@@ -20,6 +20,7 @@ from controlkit.training.interrupts import Interrupts, watched
 from controlkit.training.machine import Machine
 from controlkit.training.optimizers import learning_rate, make_optimizer, set_rates
 from controlkit.training.saving import Saver, check_folder, restore, write_recipe
+from controlkit.training.sharding import whole_tensor
 from controlkit.training.task import Losses, Part, Task
 from controlkit.training.watch import Progress, Watch, Window, read_rows
 from controlkit.training.weights import Weights
@@ -39,11 +40,20 @@ class Run:
     watch: Watch
     step: int = 0
     window: Window = field(default_factory=Window)
+    unread: list[list[Losses]] = field(default_factory=list)
+    """Losses of steps that are not in the window yet: reading them waits for the device."""
     grad_norm: float = 0.0
     bad_steps: int = 0
     """How many steps in a row changed nothing, for want of a finite gradient."""
     pieces: int = 1
     """Into how many each micro-batch is cut, since it did not fit in one."""
+
+    def read_losses(self) -> Window:
+        """The window, with every step until now."""
+        for losses in self.unread:
+            self.window.add(*_per_pair(losses))
+        self.unread = []
+        return self.window
 
     @property
     def finished(self) -> bool:
@@ -72,15 +82,24 @@ def train(
         run = open_run(task, recipe, folder, machine or Machine(recipe), progress)
         with _tracked(run), Saver(run) as saver:
             _train_steps(run, saver)
-        if run.finished and run.machine.processes.is_first:
-            with averaged(run), quiet_libraries(), files.replace_folder(folder / result) as target:
-                task.export(target)
-            _write_facts(run)
+        if run.finished:
+            _export(run, folder / result)
     except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
         raise ValueError(f"the training in {folder} stopped, its checkpoints are good: {error}") from error
     finally:
         task.close()
     return run
+
+
+def _export(run: Run, result: Path) -> None:
+    """Write the result, and what is known of it."""
+    with averaged(run), quiet_libraries():
+        weights = run.weights.whole()  # every process gives its share
+        if run.machine.processes.is_first:
+            with files.replace_folder(result) as target:
+                run.task.export(target, weights)
+    if run.machine.processes.is_first and not run.machine.sharded:
+        _write_facts(run)
 
 
 def _write_facts(run: Run) -> None:
@@ -116,7 +135,7 @@ def train_step(run: Run) -> None:
     """One optimizer step: forward, backward, clip, update, average."""
     set_rates(run.optimizer, learning_rate(run.recipe, run.step))
     losses = _within_memory(run)
-    run.window.add(*_per_pair(losses))
+    run.unread.append(losses)
     run.grad_norm = _clip(run)
     if math.isfinite(run.grad_norm):
         run.bad_steps = 0
@@ -148,8 +167,13 @@ def open_run(
 ) -> Run:
     """A fresh run, or the one in `folder` (see `check_folder`) at its newest good checkpoint."""
     folder.mkdir(parents=True, exist_ok=True)
+    whole = task.whole()
+    if machine.sharded:
+        whole = machine.shared(whole)  # makes new parameters, so it comes first
+    weights = Weights(task.modules(), half=None if machine.sharded else task.half)
+    if not machine.sharded:
+        whole = machine.shared(whole)
     groups = task.parameter_groups()
-    weights = Weights(task.modules(), half=task.half)
     masters = {id(p): weights.masters[name] for name, p in weights.parameters.items()}
     tables = [{**group, "params": [masters[id(p)] for p in group["params"]]} for group in groups]
     batch = recipe.batch_size * getattr(recipe, "accumulation", 1) * machine.processes.count
@@ -158,7 +182,7 @@ def open_run(
         recipe,
         folder,
         machine,
-        machine.shared(task.whole()),
+        whole,
         weights,
         make_optimizer(recipe, tables),
         Watch(folder, steps=recipe.steps, batch=batch, progress=progress),
@@ -242,7 +266,8 @@ def _clip(run: Run) -> float:
     """Scale the gradient down to the recipe's largest norm; returns the norm that it had."""
     if run.machine.scaler is not None:
         run.machine.scaler.unscale_(run.optimizer)
-    return float(nn.utils.clip_grad_norm_(list(run.weights.masters.values()), run.recipe.clip))
+    norm = nn.utils.clip_grad_norm_(list(run.weights.masters.values()), run.recipe.clip)
+    return float(whole_tensor(norm))
 
 
 def _update(run: Run) -> None:
@@ -308,7 +333,7 @@ def _report(run: Run) -> None:
     run.watch.pause(time.perf_counter() - started)
     if not (looked or run.step % run.recipe.log_every == 0 or run.finished):
         return
-    windows = run.machine.processes.gather([run.window])
+    windows = run.machine.processes.gather([run.read_losses()])
     run.window = Window()
     if not run.machine.processes.is_first:
         return
@@ -359,13 +384,14 @@ def averaged(run: Run, *, when: bool = True) -> Iterator[None]:
 
 def _write_sample(run: Run) -> None:
     """A picture of what was learned. One that cannot be made is said, and the training goes on."""
-    if not run.machine.processes.is_first:
+    first = run.machine.processes.is_first
+    if not (first or run.machine.sharded):  # a shared network computes on all processes or on none
         return
     started = time.perf_counter()
     try:
         with averaged(run), torch.no_grad():
             picture = run.task.sample()
-        if picture is not None:
+        if picture is not None and first:
             folder = run.folder / "samples"
             folder.mkdir(exist_ok=True)
             images.write_png(folder / f"step-{run.step:06d}.png", picture)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from controlkit.devices import check_device
 from controlkit.processes import Processes
+from controlkit.training import sharding
 from controlkit.training.config_base import Recipe
 
 _PATIENCE = timedelta(hours=6)  # for the others, where one process reads or encodes longer
@@ -27,6 +28,7 @@ class Machine:
         self.recipe, self.processes = recipe, Processes(patience=_PATIENCE)
         device = torch.device(self.processes.device if self.processes.count > 1 else device_name(recipe))
         self.device = device
+        self.sharded = sharding.is_wanted() and self.processes.count > 1
         check_precision(recipe, device)
 
     @property
@@ -49,6 +51,9 @@ class Machine:
 
     def shared(self, module: nn.Module) -> nn.Module:
         """The module as the run trains it: with several processes, one whose gradients they average."""
+        if self.sharded:
+            sharding.shard(module, self.device, count=self.processes.count, dtype=self.dtype)
+            return module
         if self.processes.count == 1 and self.recipe.precision != "fp16":
             return module
         return self.accelerator.prepare_model(module, device_placement=False)
@@ -61,7 +66,7 @@ class Machine:
 
     def quiet(self, module: nn.Module, *, last: bool) -> AbstractContextManager[Any]:
         """Within the block gradients stay with this process, except in the last micro-batch of a step."""
-        if last or self.processes.count == 1:
+        if last or self.processes.count == 1 or self.sharded:
             return contextlib.nullcontext()
         return self.accelerator.no_sync(module)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from controlkit.training.config_base import Recipe
+from controlkit.training.sharding import shared_like, whole_tensor
 
 _LAST_RATE = 0.02  # of the learning rate, at the end of the cosine and linear schedules
 PACKAGES: Mapping[str, str] = {
@@ -107,7 +108,7 @@ def state_of(
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
             if value is not None:
-                tensors[f"{names[id(parameter)]}/{key}"] = torch.as_tensor(value)
+                tensors[f"{names[id(parameter)]}/{key}"] = whole_tensor(torch.as_tensor(value))
     groups = [{k: v for k, v in group.items() if _is_number(v)} for group in optimizer.param_groups]
     return tensors, groups
 
@@ -123,12 +124,23 @@ def restore_state(
     for full, tensor in tensors.items():
         name, _, key = full.rpartition("/")
         by_name.setdefault(name, {})[key] = tensor
-    order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
-    state = {k: by_name[name] for k, name in enumerate(order) if name in by_name}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state = {
+        k: {key: _laid_out_as(p, value) for key, value in by_name[names[id(p)]].items()}
+        for k, p in enumerate(parameters)
+        if names[id(p)] in by_name
+    }
     table = optimizer.state_dict()
     for group, saved in zip(table["param_groups"], groups, strict=True):
         group |= saved
     optimizer.load_state_dict({"state": state, "param_groups": table["param_groups"]})
+
+
+def _laid_out_as(parameter: Tensor, value: Tensor) -> Tensor:
+    """A state in its parameter's layout: fused kernels pair the two by their addresses."""
+    if value.shape != parameter.shape or hasattr(parameter, "full_tensor"):
+        return shared_like(value, parameter)
+    return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _is_number(value: Any) -> bool:

@@ -18,10 +18,19 @@ from controlkit.training.watch import Window
 if TYPE_CHECKING:
     from controlkit.training.loop import Run
 
-# What may differ when a run goes on: where and how it runs, what it shows, what is done with the result.
-_MAY_CHANGE = {"out", "checkpoint_every", "checkpoints_kept", "sample_every", "threads", "device", "decoder"}
-_MAY_CHANGE |= {"score_scenes", "score_every", "trackers", "project", "push_to_hub", "bad_steps"}
-_MAY_CHANGE |= {"data.workers", "data.cache", "data.check", "gradient_checkpointing", "compile"}
+MAY_CHANGE = {"out", "checkpoint_every", "checkpoints_kept", "sample_every", "threads", "device", "decoder"}
+MAY_CHANGE |= {
+    "log_every",
+    "monitor_every",
+    "score_scenes",
+    "score_every",
+    "trackers",
+    "project",
+    "push_to_hub",
+    "bad_steps",
+}
+MAY_CHANGE |= {"data.workers", "data.cache", "data.check", "gradient_checkpointing", "compile"}
+"""What may differ when a run goes on: where and how it runs, what it shows, what is done with the result."""
 
 
 class Saver:
@@ -36,10 +45,12 @@ class Saver:
         """Begin to save the present state, once the state before it is on disk."""
         self.wait()
         run = self.run
-        windows = run.machine.processes.gather([asdict(run.window)])
+        windows = run.machine.processes.gather([asdict(run.read_losses())])
+        if not (run.machine.processes.is_first or run.machine.sharded):
+            return
+        weights, (tensors, groups) = run.weights.tensors(), state_of(run.optimizer, run.weights.names)
         if not run.machine.processes.is_first:
             return
-        tensors, groups = state_of(run.optimizer, run.weights.names)
         state: dict[str, Any] = {
             "task": run.recipe.task,
             "windows": windows,
@@ -53,7 +64,7 @@ class Saver:
             save_checkpoint,
             run.folder / "checkpoints",
             run.step,
-            weights={name: tensor.clone().cpu() for name, tensor in run.weights.tensors().items()},
+            weights={name: tensor.clone().cpu() for name, tensor in weights.items()},
             optimizer={name: tensor.clone().cpu() for name, tensor in tensors.items()},
             state=state,
             keep=run.recipe.checkpoints_kept,
@@ -154,7 +165,7 @@ def _check_same_recipe(recipe: Recipe, folder: Path) -> None:
         ) from error
     new = _flat(tomllib.loads(to_toml(recipe)))
     changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-    changed = [key for key in changed if key not in _MAY_CHANGE]
+    changed = [key for key in changed if key not in MAY_CHANGE]
     if changed:
         listed = ", ".join(f"{key} {old.get(key)} -> {new.get(key)}" for key in changed)
         raise ValueError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -80,8 +80,11 @@ class Task(Protocol):
     def sample(self) -> NDArray[np.uint8] | None:
         """A picture that shows what has been learned so far, uint8 H×W×3."""
 
-    def export(self, folder: Path) -> None:
-        """Write the result, for others to load, into an empty folder."""
+    def export(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        """Write the result, for others to load, into an empty folder.
+
+        ``weights``: the trained parameters by name, whole even where processes share the modules'.
+        """
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -161,7 +162,7 @@ class TextTask(DrawnTask):
         right = [x.argmax(-1).cpu() == self.held_out_classes[:, slot] for slot, x in enumerate(logits)]
         return float(torch.stack(right).float().mean())
 
-    def export(self, folder: Path) -> None:
+    def export(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         self.encoder.save_pretrained(folder / "text_encoder")
         self.tokenizer.save_pretrained(folder / "tokenizer")
         files.write_json(folder / "quality.json", {"attribute accuracy": self.accuracy()})

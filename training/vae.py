@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -85,7 +86,7 @@ class VaeTask(DrawnTask):
         decoded = self.vae.decode(self.vae.encode(pixel_values).latent_dist.mean).sample
         return np.vstack([np.hstack(self.shown), np.hstack(images.tensor_to_pictures(decoded.float().cpu()))])
 
-    def export(self, folder: Path) -> None:
+    def export(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         if self.recipe.train == "all":
             count = min(512, len(self.world))
             normalise_latents(self.vae, [self.world.picture[i] for i in range(count)], self.device)

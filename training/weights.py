@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from controlkit.training.sharding import shared_like, whole_tensor
+
 Tensors = dict[str, Tensor]
 
 
@@ -89,16 +91,20 @@ class Weights:
 
     def tensors(self) -> Tensors:
         """Everything there is to save: `model.NAME`, and `average.NAME` where there is an average."""
-        saved = {f"model.{name}": master.detach() for name, master in self.masters.items()}
-        return saved | {f"average.{name}": tensor for name, tensor in self.average.items()}
+        saved = {f"model.{name}": whole_tensor(master.detach()) for name, master in self.masters.items()}
+        return saved | {f"average.{name}": whole_tensor(tensor) for name, tensor in self.average.items()}
+
+    def whole(self) -> Tensors:
+        """The trained weights as they are now, by name, fp32."""
+        return {name: whole_tensor(master.detach()) for name, master in self.masters.items()}
 
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Put back what `tensors` gave. Raises KeyError or RuntimeError where it does not fit."""
         for name, master in self.masters.items():
-            master.copy_(tensors[f"model.{name}"])
+            master.copy_(shared_like(tensors[f"model.{name}"], master))
         for name, average in self.average.items():
-            average.copy_(tensors[f"average.{name}"])
+            average.copy_(shared_like(tensors[f"average.{name}"], average))
         self.give()
 
 
