@@ -68,12 +68,21 @@ def test_the_commands_are_understood(arguments: list[str]) -> None:
     with group.make_context("controlkit", list(arguments)) as context:
         name, command, rest = group.resolve_command(context, list(arguments))
         assert command is not None
+        if isinstance(command, typer.core.TyperGroup):  # a command of commands, such as `data check`
+            name, command, rest = command.resolve_command(context, rest)
+            assert command is not None
         if rest == ["--list"]:  # answers while it is parsed
             with pytest.raises(typer.Exit):
                 command.make_context(name, rest, parent=context)
             return
         with command.make_context(name, rest, parent=context) as parsed:
             assert parsed.params
+
+
+def test_the_table_of_flags_is_the_programs() -> None:
+    from controlkit.training.flags_table import flag_table
+
+    assert flag_table().strip() in TEXT
 
 
 def test_the_python_examples_run(

@@ -110,7 +110,9 @@ def _write_facts(run: Run) -> None:
         scores = run.task.final_scores()
     if scores:
         files.write_json(run.folder / "scores.json", scores)
-    files.write_json(run.folder / "facts.json", run.task.facts())
+    facts = run.task.facts()
+    if facts:
+        files.write_json(run.folder / "facts.json", facts)
 
 
 def _train_steps(run: Run, saver: Saver) -> None:
