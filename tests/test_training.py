@@ -143,8 +143,13 @@ def test_learning_rate_warms_up_and_falls():
     assert learning_rate(recipe, 10) == pytest.approx(1e-3)
     assert learning_rate(recipe, 60) == pytest.approx(1e-3 * 0.51)
     assert learning_rate(recipe, 110) == pytest.approx(2e-5)
-    constant = recipe.model_copy(update={"schedule": "constant"})
+    constant, line, root = (
+        recipe.model_copy(update={"schedule": s}) for s in ("constant", "linear", "rsqrt")
+    )
     assert learning_rate(constant, 109) == 1e-3
+    assert learning_rate(line, 60) == pytest.approx(1e-3 * 0.51)
+    assert learning_rate(root, 19) == 1e-3  # twice the warmup
+    assert learning_rate(root, 79) == pytest.approx(5e-4)
 
 
 # --- checkpoints ----

@@ -121,7 +121,7 @@ class ControlNetRecipe(Recipe):
     """How noise levels are drawn: see `controlkit.diffusion.place_timesteps`."""
     stratified: bool = True
     """Spread the noise levels of a step's pairs evenly over the draw; False draws each by itself."""
-    layout_steps: Count = 200
+    layout_steps: Count = 1000
     """Over the first so many steps noise levels are drawn where layout is decided ("structure"), of which
     ever more give way to `timesteps`.
     """

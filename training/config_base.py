@@ -35,8 +35,10 @@ class Recipe(Table):
     learning_rate: Rate
     warmup: Count = 50
     """Steps over which the learning rate rises linearly from 0."""
-    schedule: Literal["constant", "cosine", "linear"] = "cosine"
-    """After the warmup: constant, or a half cosine or a line down to a fiftieth of the rate at the end."""
+    schedule: Literal["constant", "cosine", "linear", "rsqrt"] = "cosine"
+    """After the warmup: constant; a half cosine or line down to a fiftieth of the rate at the end; or rsqrt,
+    constant up to twice the warmup and then falling with one over the root of the step, which needs no end.
+    """
     betas: tuple[Probability, Probability] = (0.9, 0.99)
     """Adam's decay of the gradient's mean and of its square's mean."""
     weight_decay: Weight = 0.01

@@ -305,8 +305,10 @@ def _pass_over(run: Run, losses: Sequence[Losses]) -> None:
 
 
 def _decay(recipe: Recipe, step: int) -> float:
-    """Of the moving average after a step: a young average follows quickly."""
-    return min(recipe.ema, (1 + step) / (10 + step))
+    """Of the moving average after a step: a young one reaches back over about a quarter of the steps so
+    far.
+    """
+    return min(recipe.ema, 1 - 1 / (1 + 0.3 * step))
 
 
 def _per_pair(losses: Sequence[Losses]) -> tuple[list[float], list[float]]:

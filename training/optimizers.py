@@ -76,7 +76,7 @@ def make_optimizer(recipe: Recipe, groups: Sequence[dict[str, Any]]) -> torch.op
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
-    """The rate of step 0, 1, ...: a linear warmup, then constant, a half cosine or a line.
+    """The rate of step 0, 1, ...: a linear warmup, then the schedule.
 
     A schedule-free optimizer warms up by itself and needs no schedule: its rate is constant.
     """
@@ -86,6 +86,8 @@ def learning_rate(recipe: Recipe, step: int) -> float:
         return recipe.learning_rate * (step + 1) / recipe.warmup
     if recipe.schedule == "constant":
         return recipe.learning_rate
+    if recipe.schedule == "rsqrt":
+        return recipe.learning_rate * min(1.0, math.sqrt(2 * max(recipe.warmup, 1) / (step + 1)))
     done = min((step - recipe.warmup) / max(recipe.steps - recipe.warmup, 1), 1.0)
     falling = 1 - done if recipe.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
     return recipe.learning_rate * (_LAST_RATE + (1 - _LAST_RATE) * falling)
