@@ -525,10 +525,22 @@ def train(
     if result.result.name == "controlnet":
         from controlkit.adapters import read_info
 
-        kind = read_info(result.result).map.kind
-        named = shlex.quote(f"{kind}={result.result}")
-        print("use it with:")
-        print(f'  controlkit generate "a red figure" --control {kind}=PICTURE --adapter {named}')
+        spec = read_info(result.result).map
+        if spec.channels == 3:
+            print("use it with:")
+            print(f"  {_how_to_use(spec.kind, str(result.result), result.base)}")
+        else:
+            print(f"its README says how to use it: it takes maps of {spec.channels} channels")
+
+
+def _how_to_use(kind: str, adapter: str, base: str) -> str:
+    """The command that follows a map of a kind with an adapter."""
+    from controlkit import preprocessors
+
+    given = f"--control {kind}=PICTURE" if kind in preprocessors.names() else f"--map {shlex.quote(kind)}=MAP"
+    where = "" if base == "tiny" else f" --base {shlex.quote(base)}"
+    prompt = '"a red figure"' if base == "tiny" else "PROMPT"
+    return f"controlkit generate {prompt}{where} {given} --adapter {shlex.quote(f'{kind}={adapter}')}"
 
 
 def _preview(recipe: str, settings: list[str], *, find_batch: bool) -> None:

@@ -157,6 +157,34 @@ def test_too_many_bad_steps_end_the_run_and_leave_the_last_good_checkpoint(place
     assert all(bool(torch.isfinite(tensor).all()) for tensor in saved.values())
 
 
+def test_a_disk_that_is_full_says_where_the_run_can_go_on(place, monkeypatch):
+    from controlkit.training import saving
+
+    real = saving.save_checkpoint
+
+    def full_after_two(folder, step, **parts):
+        if step > 2:
+            raise OSError(28, "No space left on device")
+        return real(folder, step, **parts)
+
+    monkeypatch.setattr(saving, "save_checkpoint", full_after_two)
+    with pytest.raises(
+        ValueError, match="the disk is full: make room, and the same command goes on from step 2"
+    ):
+        run(place, "full", steps=9, checkpoint_every=1)
+    monkeypatch.undo()
+    monkeypatch.setenv("CONTROLKIT_CACHE", str(place / "cache"))
+    _, said = run(place, "full", steps=9, checkpoint_every=1)
+    assert "resumed at step 2" in said
+
+
+def test_the_header_says_what_the_maps_were_made_with(place):
+    from controlkit.adapters import read_info
+
+    drawn, _ = run(place, "drawn", steps=1)
+    assert read_info(drawn / "controlnet").map.thresholds == {}  # they were ranges
+
+
 def test_looking_and_showing_disturb_nothing(place, plain):
     watched, _ = run(place, "watched", monitor_every=1, sample_every=1, score_every=2)
     assert losses(watched) == losses(plain)

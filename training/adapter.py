@@ -36,6 +36,7 @@ from controlkit.training.pair import Pair, PairsPart
 from controlkit.training.saving import MAY_CHANGE
 from controlkit.training.showing import Shown, is_examined
 from controlkit.training.task import Losses
+from controlkit.training.visits import Visits
 
 if TYPE_CHECKING:
     from diffusers import ControlNetModel
@@ -260,7 +261,7 @@ class ControlNetTask:
         told["data"]["source"] = PurePath(recipe.data.source).name  # no folders of the machine that trained
         bundled = recipe.base in BUNDLED
         info = AdapterInfo(
-            map=_map_spec(recipe, self.encoded.visits.channels),
+            map=_map_spec(recipe, self.encoded.visits),
             family=self.base.family,
             prediction_type=self.base.prediction_type,
             base=recipe.base if bundled else "",
@@ -352,6 +353,15 @@ def _report_bad_maps(kind: str, maps: Sequence[NDArray[np.uint8]], report: Calla
         report(f"{count} of the first {len(maps)} {kind} maps: {text}")
 
 
-def _map_spec(recipe: ControlNetRecipe, channels: int) -> MapSpec:
+def _map_spec(recipe: ControlNetRecipe, visits: Visits) -> MapSpec:
+    """What the maps are, as far as it is known: of those from files neither thresholds nor style."""
     spec = MAPS.get(recipe.map, MapSpec(recipe.map))
-    return MapSpec(**{**spec.__dict__, "channels": channels})
+    thresholds = {name: recipe.data.options.get(name, value) for name, value in spec.thresholds.items()}
+    fixed = visits.made and all(isinstance(value, int | float) for value in thresholds.values())
+    columns = recipe.data.map_column
+    return replace(
+        spec,
+        kind=" + ".join(columns) if len(columns) > 1 else spec.kind,
+        thresholds=thresholds if fixed else {},
+        channels=visits.channels,
+    )

@@ -81,7 +81,7 @@ def _front_matter(info: AdapterInfo, base: str, *, grid: bool) -> str:
     base_id = ALIASES.get(base, base)
     if base in BUNDLED:
         entries["license"] = "apache-2.0"
-    elif info.family in _LICENSES:
+    elif info.family in _LICENSES and is_repo_id(base_id):
         entries["license"] = _LICENSES[info.family]
     if base not in BUNDLED and is_repo_id(base_id):
         entries["base_model"] = base_id

@@ -158,6 +158,11 @@ class ControlNetRecipe(Recipe):
     push_to_hub: str = ""
     """Repository on the hub ("owner/name") that gets the result after it is written; "" for none."""
 
+    @field_validator("trackers", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) and value else value or ()
+
     @model_validator(mode="after")
     def _fits_together(self) -> ControlNetRecipe:
         if self.warmup > self.steps:

@@ -19,7 +19,7 @@ from controlkit.training.config_base import Recipe
 from controlkit.training.interrupts import Interrupts, watched
 from controlkit.training.machine import Machine
 from controlkit.training.optimizers import learning_rate, make_optimizer, set_rates
-from controlkit.training.saving import Saver, check_folder, restore, write_recipe
+from controlkit.training.saving import Saver, check_folder, restore, stopped_by, write_recipe
 from controlkit.training.sharding import whole_tensor
 from controlkit.training.task import Losses, Part, Task
 from controlkit.training.watch import Progress, Watch, Window, read_rows
@@ -85,7 +85,7 @@ def train(
         if run.finished:
             _export(run, folder / result)
     except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
-        raise ValueError(f"the training in {folder} stopped, its checkpoints are good: {error}") from error
+        raise ValueError(stopped_by(folder, error)) from error
     finally:
         task.close()
     return run
@@ -122,6 +122,7 @@ def _train_steps(run: Run, saver: Saver) -> None:
     with watched() as interrupts:
         while not run.finished:
             train_step(run)
+            saver.check()
             _report(run)
             stop = _stops(run, interrupts)
             if run.step % recipe.checkpoint_every == 0 or run.finished or stop:

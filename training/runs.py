@@ -45,6 +45,8 @@ class Result:
     scores: dict[str, float] = field(default_factory=dict)
     lines: list[str] = field(default_factory=list)
     stopped_at: int | None = None
+    base: str = ""
+    """Of an adapter, the base that it was trained for."""
 
 
 def train_recipe(
@@ -119,7 +121,7 @@ def _told(
         from controlkit.training.publishing import push_to_hub
 
         lines.append(f"on the hub: {push_to_hub(result, recipe.push_to_hub)}")
-    return Result(folder, result, finished.scores, lines)
+    return Result(folder, result, finished.scores, lines, base=recipe.base)
 
 
 def check_models(recipe: Recipe) -> None:

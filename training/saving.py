@@ -70,6 +70,11 @@ class Saver:
             keep=run.recipe.checkpoints_kept,
         )
 
+    def check(self) -> None:
+        """Raise what went wrong in writing, as soon as it is known."""
+        if self._saving is not None and self._saving.done():
+            self.wait()
+
     def wait(self) -> None:
         """Wait until what was begun is on disk. Raises what went wrong there."""
         if self._saving is not None:
@@ -85,6 +90,15 @@ class Saver:
                 self.wait()
         finally:
             self._thread.shutdown(wait=True)
+
+
+def stopped_by(folder: Path, error: Exception) -> str:
+    """What to say of a run that the disk stopped: from where it can go on, and what is in the way."""
+    steps = [int(path.name.removeprefix("step-")) for path in (folder / "checkpoints").glob("step-??????*")]
+    full = "No space left" in str(error) or "os error 28" in str(error)
+    reason = "the disk is full: make room, and" if full else f"{error}; once that is mended,"
+    after = f"goes on from step {max(steps)}" if steps else "begins anew, for there is no checkpoint yet"
+    return f"the training in {folder} stopped: {reason} the same command {after}"
 
 
 def restore(run: Run) -> None:
@@ -169,7 +183,8 @@ def _check_same_recipe(recipe: Recipe, folder: Path) -> None:
     if changed:
         listed = ", ".join(f"{key} {old.get(key)} -> {new.get(key)}" for key in changed)
         raise ValueError(
-            f"{folder} holds a run of another recipe ({listed}): choose another folder with out=FOLDER"
+            f"{folder} holds a run of another recipe ({listed}): choose another folder with out=FOLDER, or go"
+            f" on with that one by its own: controlkit train {path}"
         )
 
 

@@ -51,9 +51,10 @@ class Ours:
 
     def step_with_loss(self) -> float:
         """One step, and its loss."""
-        window = self.run.window
+        window = self.run.read_losses()
         before = window.loss, window.samples
         self.step()
+        window = self.run.read_losses()
         return (window.loss - before[0]) / (window.samples - before[1])
 
     def next_part(self) -> PairsPart:
