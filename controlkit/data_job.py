@@ -14,9 +14,9 @@ from controlkit import files
 if TYPE_CHECKING:
     import numpy as np
 
-    from controlkit.training.check import Check
     from controlkit.training.config_adapter import DataRecipe
-    from controlkit.training.examples import Example, Examples, Piece
+    from controlkit.training.data.check import Check
+    from controlkit.training.data.examples import Example, Examples, Piece
 
 SHEET_PAIRS, SHEET_COLUMNS = 12, 6
 NAMES = 5
@@ -67,8 +67,8 @@ def check_data(
             files.check_writable(output)
     if sheet and Path(sheet).suffix.lower() != ".png":
         raise ValueError(f"the contact sheet {sheet} must end in .png")
-    from controlkit.training.check import check_examples
-    from controlkit.training.sources import open_examples
+    from controlkit.training.data.check import check_examples
+    from controlkit.training.data.sources import open_examples
 
     examples = open_examples(data, kind=kind, report=report.note)
     _check_kind(kind, examples, data, lint=lint, report=report)
@@ -171,7 +171,7 @@ def _cells(example: Example) -> list[tuple[np.ndarray, str]]:
 
 def _pixels(piece: Piece, canvas: tuple[int, int] | None) -> np.ndarray:
     from controlkit import images, preprocessors
-    from controlkit.training.check_facts import is_json, read_pose
+    from controlkit.training.data.check_facts import is_json, read_pose
 
     content = piece.read()
     if isinstance(content, bytes) and is_json(content):

@@ -18,8 +18,8 @@ from controlkit import images
 from controlkit.adapters import MAPS, AdapterInfo, MapSpec, save_adapter
 from controlkit.base import load_base
 from controlkit.controlnet import from_base
-from controlkit.training.card import write_card
-from controlkit.training.publishing import check_repo_id, push_to_hub
+from controlkit.training.reporting.card import write_card
+from controlkit.training.reporting.publishing import check_repo_id, push_to_hub
 
 CONFIG = (
     'task = "controlnet"\nmap = "canny"\nbase = "tiny"\nsteps = 400\nbatch_size = 16\nlearning_rate = 4e-4\n'

@@ -19,13 +19,13 @@ from typer.testing import CliRunner
 
 from controlkit import images, preprocessors
 from controlkit.cli import app
-from controlkit.training import check as check_module
-from controlkit.training.check import Check, check_examples, same_aspect
-from controlkit.training.check_facts import look_at_map, look_at_picture
 from controlkit.training.config_adapter import DataRecipe
-from controlkit.training.examples import ArrayPiece, Example, FilePiece, Piece
-from controlkit.training.source_files import BytesPiece
-from controlkit.training.sources import open_examples
+from controlkit.training.data import check as check_module
+from controlkit.training.data.check import Check, check_examples, same_aspect
+from controlkit.training.data.check_facts import look_at_map, look_at_picture
+from controlkit.training.data.examples import ArrayPiece, Example, FilePiece, Piece
+from controlkit.training.data.source_files import BytesPiece
+from controlkit.training.data.sources import open_examples
 
 
 @pytest.fixture(autouse=True)

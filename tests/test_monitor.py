@@ -20,8 +20,8 @@ from controlkit.controlnet import (
     trainable_parameters,
 )
 from controlkit.figures import render
-from controlkit.training.convergence import LOOKS, advice, advice_for, took_hold
-from controlkit.training.monitor import LEVELS, Gap, Monitor, _summary, as_cond
+from controlkit.training.reporting.convergence import LOOKS, advice, advice_for, took_hold
+from controlkit.training.reporting.monitor import LEVELS, Gap, Monitor, _summary, as_cond
 from controlkit.training.world import exact_map
 
 HINT = (8, 16, 16, 16)

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from controlkit import images
-from controlkit.training.charts import Mark, Series, line_chart, number, smoothed, thinned, ticks
-from controlkit.training.report import write_report
-from controlkit.training.run_record import read_run, versions
+from controlkit.training.reporting.charts import Mark, Series, line_chart, number, smoothed, thinned, ticks
+from controlkit.training.reporting.report import write_report
+from controlkit.training.reporting.run_record import read_run, versions
 
 CONFIG = """task = "controlnet"
 map = "canny"

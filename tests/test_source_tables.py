@@ -12,10 +12,10 @@ from PIL import Image
 from skimage import data as photographs
 
 from controlkit import images
-from controlkit.training.check import check_examples
 from controlkit.training.config_adapter import DataRecipe
-from controlkit.training.examples import Examples
-from controlkit.training.sources import open_examples, open_stream
+from controlkit.training.data.check import check_examples
+from controlkit.training.data.examples import Examples
+from controlkit.training.data.sources import open_examples, open_stream
 
 datasets = pytest.importorskip("datasets")
 parquet = pytest.importorskip("pyarrow.parquet")

@@ -14,8 +14,8 @@ from skimage import data as photographs
 
 from controlkit import folder_job, images, preprocessors
 from controlkit.training.config_adapter import DataRecipe
-from controlkit.training.examples import Example, Examples, FilePiece, Piece
-from controlkit.training.sources import open_examples, recognise
+from controlkit.training.data.examples import Example, Examples, FilePiece, Piece
+from controlkit.training.data.sources import open_examples, recognise
 
 NAMES = ("astronaut", "coffee", "cat", "rocket")
 CAPTIONS = {"astronaut": "an astronaut", "coffee": "a cup – hot", "cat": "a cat", "rocket": ""}

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from accelerate import tracking
 
-from controlkit.training import trackers
-from controlkit.training.trackers import Trackers, check_trackers, flattened, open_trackers
+from controlkit.training.reporting import trackers
+from controlkit.training.reporting.trackers import Trackers, check_trackers, flattened, open_trackers
 
 CONFIG = {
     "steps": 3,

@@ -206,7 +206,7 @@ def test_bytes_of_a_cached_sample(bench):
     _, ours, _ = bench
     sample = ours.next_part().samples[0]
     edges = (np.random.default_rng(0).random((512, 512, 1)) < 0.1) * np.uint8(255)
-    from controlkit.training.packing import pack
+    from controlkit.training.data.packing import pack
 
     map_bytes = pack(np.repeat(edges, 3, axis=2)).numel()
     latent_bytes = sample.moments.nbytes * (512 // 128) ** 2

@@ -10,13 +10,13 @@ import torch
 
 from controlkit import diffusion
 from controlkit.training.config import load_recipe
-from controlkit.training.digests import Digests
-from controlkit.training.examples import ArrayPiece, FilePiece
-from controlkit.training.loader import Loader
+from controlkit.training.data.digests import Digests
+from controlkit.training.data.examples import ArrayPiece, FilePiece
+from controlkit.training.data.loader import Loader
+from controlkit.training.data.order import Order
+from controlkit.training.data.packing import pack, unpack
+from controlkit.training.data.stores import Store
 from controlkit.training.noising import Noisy, draw, draw_batch, noised, timesteps_of, weighted_loss
-from controlkit.training.order import Order
-from controlkit.training.packing import pack, unpack
-from controlkit.training.stores import Store
 
 # --- order ----
 

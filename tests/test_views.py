@@ -11,7 +11,7 @@ from skimage import data as photographs
 from controlkit import images
 from controlkit.preprocessors import get
 from controlkit.training.config_adapter import DataRecipe
-from controlkit.training.views import View, look, make_views, nearest_shape, shapes
+from controlkit.training.data.views import View, look, make_views, nearest_shape, shapes
 
 BUCKETS = [(512, 64, 2.0), (1024, 64, 2.0), (128, 8, 2.0), (128, 64, 2.0), (192, 8, 8.0), (520, 64, 1.5)]
 # width and height of a picture, and the shape it is cut to: shrunk, grown, neither, odd, narrow, wide

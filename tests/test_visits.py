@@ -21,10 +21,10 @@ from controlkit.preprocessors import draw_poses, mirror_poses, poses_to_map
 from controlkit.preprocessors.posejson import poses_to_json
 from controlkit.preprocessors.skeleton import BODY_MIRROR, COLOURS, Poses
 from controlkit.training.config_adapter import DataRecipe
-from controlkit.training.examples import ArrayPiece, Example, FilePiece, Piece
-from controlkit.training.mirroring import mirrored_normals
-from controlkit.training.views import View, look
-from controlkit.training.visits import Visits
+from controlkit.training.data.examples import ArrayPiece, Example, FilePiece, Piece
+from controlkit.training.data.mirroring import mirrored_normals
+from controlkit.training.data.views import View, look
+from controlkit.training.data.visits import Visits
 
 PICTURE = np.ascontiguousarray(photographs.astronaut()[60:403, 90:490])  # 400 x 343
 SIZE = (400, 343)
@@ -454,7 +454,7 @@ def test_a_seed_among_the_options_fixes_the_draw() -> None:
 
 
 def test_drawn_numbers_fill_their_range() -> None:
-    from controlkit.training.made_maps import Maker
+    from controlkit.training.data.made_maps import Maker
 
     maker = Maker("scribble", {"width": "2..20"})
     widths = [maker._for_visit(seed)._width for seed in range(300)]  # type: ignore[attr-defined]

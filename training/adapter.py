@@ -23,20 +23,20 @@ from controlkit.controlnet import (
     trainable_parameters,
 )
 from controlkit.training.config_adapter import ControlNetRecipe
+from controlkit.training.data.encoded import Sample, levels_of
+from controlkit.training.data.feeds import open_feed
+from controlkit.training.data.loader import Loader
+from controlkit.training.data.visits import Visits
 from controlkit.training.draws import derived_seed
-from controlkit.training.encoded import Sample, levels_of
 from controlkit.training.exporting import save_half
-from controlkit.training.feeds import open_feed
 from controlkit.training.hint_start import start_hint_encoder
-from controlkit.training.loader import Loader
 from controlkit.training.machine import Machine
 from controlkit.training.memory import free_memory
 from controlkit.training.noising import draw_batch, noised, schedule, timesteps_of, weighted_loss
 from controlkit.training.pair import Pair, PairsPart
+from controlkit.training.reporting.showing import Shown, is_examined
 from controlkit.training.saving import MAY_CHANGE
-from controlkit.training.showing import Shown, is_examined
 from controlkit.training.task import Losses
-from controlkit.training.visits import Visits
 
 if TYPE_CHECKING:
     from diffusers import ControlNetModel

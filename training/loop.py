@@ -206,7 +206,7 @@ def _tracked(run: Run) -> Iterator[None]:
     if not names or not run.machine.processes.is_first or run.finished:
         yield
         return
-    from controlkit.training.trackers import open_trackers
+    from controlkit.training.reporting.trackers import open_trackers
 
     config = run.recipe.model_dump(mode="json")
     project = getattr(run.recipe, "project", "controlkit")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from controlkit.controlnet import Residuals, control_residuals, encode_hint, predict
 from controlkit.training.config_adapter import ControlNetRecipe
-from controlkit.training.encoded import Sample
+from controlkit.training.data.encoded import Sample
 
 if TYPE_CHECKING:
     from diffusers import ControlNetModel, UNet2DConditionModel

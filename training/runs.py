@@ -107,9 +107,9 @@ def _told(
     recipe: ControlNetRecipe, folder: Path, result: Path, progress: Callable[[Progress], None]
 ) -> Result:
     """Measure the result, write its card and the report, and put it on the hub where that is asked for."""
-    from controlkit.training.card import write_card
-    from controlkit.training.report import write_report
-    from controlkit.training.showing import is_examined
+    from controlkit.training.reporting.card import write_card
+    from controlkit.training.reporting.report import write_report
+    from controlkit.training.reporting.showing import is_examined
 
     finished = Result(folder, result)
     if is_examined(recipe):
@@ -118,7 +118,7 @@ def _told(
     report = write_report(folder)
     lines = [*finished.lines, f"the whole story: {report}"]
     if recipe.push_to_hub:
-        from controlkit.training.publishing import push_to_hub
+        from controlkit.training.reporting.publishing import push_to_hub
 
         lines.append(f"on the hub: {push_to_hub(result, recipe.push_to_hub)}")
     return Result(folder, result, finished.scores, lines, base=recipe.base)
@@ -131,8 +131,8 @@ def check_models(recipe: Recipe) -> None:
     """
     from controlkit.adapters import check_adapter
     from controlkit.base import check_base
-    from controlkit.training.publishing import check_repo_id
-    from controlkit.training.trackers import check_trackers
+    from controlkit.training.reporting.publishing import check_repo_id
+    from controlkit.training.reporting.trackers import check_trackers
 
     if isinstance(recipe, ControlNetRecipe):
         check_optimizer(recipe.optimizer)

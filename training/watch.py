@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from controlkit import files
 
 if TYPE_CHECKING:
-    from controlkit.training.trackers import Trackers
+    from controlkit.training.reporting.trackers import Trackers
 
 QUARTERS = 4  # of the noise levels, whose losses are told apart: one figure hides what control learns
 

@@ -9,7 +9,7 @@ from train_script import Given, Pairs, Script, Setting, collate
 from controlkit import diffusion
 from controlkit.training.adapter import ControlNetTask, PairsPart
 from controlkit.training.config import ControlNetRecipe, parse_recipe
-from controlkit.training.encoding import KEPT
+from controlkit.training.data.encoding import KEPT
 from controlkit.training.flags import from_diffusers_flags
 from controlkit.training.loop import open_run, train_step
 from controlkit.training.machine import Machine

@@ -25,8 +25,8 @@ from torchvision import transforms
 from controlkit.images import map_to_cond, picture_to_tensor
 from controlkit.preprocessors import get
 from controlkit.training.config_adapter import DataRecipe
-from controlkit.training.examples import Example, Piece
-from controlkit.training.visits import Visits
+from controlkit.training.data.examples import Example, Piece
+from controlkit.training.data.visits import Visits
 
 COUNT = 6
 SIDE = 512

@@ -1,6 +1,6 @@
 """When did control take hold, and what to do when it does not: read from the monitor's looks.
 
-A look (`controlkit.training.monitor`) is a row of metrics.jsonl with the entries of `Gap.row`.
+A look (`controlkit.training.reporting.monitor`) is a row of metrics.jsonl with the entries of `Gap.row`.
 """
 
 from __future__ import annotations

@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 from controlkit.hub import first_sentence
 from controlkit.naming import did_you_mean
 from controlkit.training.config_adapter import DataRecipe
-from controlkit.training.examples import ArrayPiece, Example, Piece
-from controlkit.training.source_columns import Columns, about_maps, choose_columns
-from controlkit.training.source_files import (
+from controlkit.training.data.examples import ArrayPiece, Example, Piece
+from controlkit.training.data.source_columns import Columns, about_maps, choose_columns
+from controlkit.training.data.source_files import (
     BytesPiece,
     InsideFile,
     LazyExamples,
@@ -33,7 +33,7 @@ from controlkit.training.source_files import (
     leads_out,
     named_file,
 )
-from controlkit.training.source_hub import check_hub
+from controlkit.training.data.source_hub import check_hub
 
 TABLES = (".parquet", ".arrow")
 _SAVED = ("state.json", "dataset_dict.json")

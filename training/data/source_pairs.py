@@ -16,9 +16,9 @@ from controlkit import preprocessors
 from controlkit.naming import did_you_mean
 from controlkit.picture_files import CAPTION_SUFFIXES, SUFFIXES
 from controlkit.training.config_adapter import DataRecipe
-from controlkit.training.examples import Example, Piece
-from controlkit.training.source_columns import about_maps
-from controlkit.training.source_files import (
+from controlkit.training.data.examples import Example, Piece
+from controlkit.training.data.source_columns import about_maps
+from controlkit.training.data.source_files import (
     InsideFile,
     LazyExamples,
     RefusedPiece,

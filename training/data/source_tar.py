@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from controlkit.training.examples import Piece
-from controlkit.training.source_files import MAX_BYTES, RefusedPiece
+from controlkit.training.data.examples import Piece
+from controlkit.training.data.source_files import MAX_BYTES, RefusedPiece
 
 _PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 

@@ -25,8 +25,8 @@ from controlkit import images
 from controlkit.control import Control
 from controlkit.sampling import generate
 from controlkit.training.draws import derived_seed
-from controlkit.training.measures import Measure, Values, measure_of, true_poses
-from controlkit.training.monitor import as_cond, evaluating
+from controlkit.training.reporting.measures import Measure, Values, measure_of, true_poses
+from controlkit.training.reporting.monitor import as_cond, evaluating
 
 if TYPE_CHECKING:
     from diffusers import ControlNetModel

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from controlkit.training.config_adapter import DataRecipe
-from controlkit.training.examples import Example, Piece
-from controlkit.training.source_columns import about_maps, choose_columns
-from controlkit.training.source_files import LazyExamples, RefusedPiece, caption_of, named_file
+from controlkit.training.data.examples import Example, Piece
+from controlkit.training.data.source_columns import about_maps, choose_columns
+from controlkit.training.data.source_files import LazyExamples, RefusedPiece, caption_of, named_file
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 """Hugging Face's imagefolder."""
@@ -73,7 +73,7 @@ def _piece(value: Any, root: Path, *, where: str, key: str) -> Piece:
     if value is _ABSENT:
         return RefusedPiece(where, f"{where}: the key {key!r} is missing")
     if isinstance(value, dict) and isinstance(value.get("people"), list):  # a pose that stands in the row
-        from controlkit.training.source_files import BytesPiece
+        from controlkit.training.data.source_files import BytesPiece
 
         return BytesPiece(json.dumps(value).encode(), f"{where}, {key}")
     return named_file(value, root, where=f"{where}, {key}")

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from controlkit.training.config_adapter import DataRecipe
-from controlkit.training.examples import Example
-from controlkit.training.source_columns import Columns, about_maps, choose_columns
-from controlkit.training.source_tables import Place, example_of_row, load, plain_errors
+from controlkit.training.data.examples import Example
+from controlkit.training.data.source_columns import Columns, about_maps, choose_columns
+from controlkit.training.data.source_tables import Place, example_of_row, load, plain_errors
 
 
 class Stream:

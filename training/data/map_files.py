@@ -17,7 +17,7 @@ from controlkit import images
 
 if TYPE_CHECKING:
     from controlkit.preprocessors import Poses
-    from controlkit.training.views import Sampling
+    from controlkit.training.data.views import Sampling
 
 _NO_PICTURES = (b"\x93NUMPY", b"PK\x03\x04", b"Pf", b"PF", b"v/1\x01")  # npy, npz, pfm, exr
 _PNG, _TIFFS = b"\x89PNG", (b"II*\0", b"MM\0*")

@@ -13,7 +13,7 @@ from controlkit.metrics import depth_rmse, edge_f1, pck
 
 if TYPE_CHECKING:
     from controlkit.preprocessors import Preprocessor
-    from controlkit.training.scores import Pair
+    from controlkit.training.reporting.scores import Pair
 
 LOWER_IS_BETTER = frozenset({"depth error", "map error"})
 _EDGE_KINDS = ("canny", "mlsd", "scribble")

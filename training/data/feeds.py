@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from controlkit.base import Base
 from controlkit.processes import Processes
 from controlkit.training.config_adapter import ControlNetRecipe
-from controlkit.training.encoded import Encoded, Sample
-from controlkit.training.order import Order, Turn
-from controlkit.training.pairs import load_pairs
-from controlkit.training.visits import Visits
+from controlkit.training.data.encoded import Encoded, Sample
+from controlkit.training.data.order import Order, Turn
+from controlkit.training.data.pairs import load_pairs
+from controlkit.training.data.visits import Visits
 
 Report = Callable[[str], None]
 
@@ -48,8 +48,8 @@ def open_feed(recipe: ControlNetRecipe, base: Base, processes: Processes, *, rep
     """
     if not recipe.data.streaming:
         return StoredFeed(recipe, base, processes, report=report)
-    from controlkit.training.sources import open_stream
-    from controlkit.training.streamed import StreamFeed
+    from controlkit.training.data.sources import open_stream
+    from controlkit.training.data.streamed import StreamFeed
 
     return StreamFeed(open_stream(recipe.data, kind=recipe.map, report=report), base, recipe, report=report)
 

@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import overload
 
-from controlkit.training.examples import Example, FilePiece, Piece
+from controlkit.training.data.examples import Example, FilePiece, Piece
 
 MAX_BYTES = 2**30
 """Larger files are no pictures."""

@@ -21,8 +21,8 @@ from controlkit import images
 from controlkit.base import Base
 from controlkit.processes import Processes
 from controlkit.training.config_adapter import DataRecipe
-from controlkit.training.digests import Digests
-from controlkit.training.encoding import (
+from controlkit.training.data.digests import Digests
+from controlkit.training.data.encoding import (
     Moments,
     Text,
     encode_captions,
@@ -30,12 +30,12 @@ from controlkit.training.encoding import (
     picture_encoder_id,
     text_encoder_id,
 )
-from controlkit.training.examples import Example
-from controlkit.training.order import Turn
-from controlkit.training.packing import pack, unpack
-from controlkit.training.stores import Store
-from controlkit.training.views import View
-from controlkit.training.visits import Visit, Visits
+from controlkit.training.data.examples import Example
+from controlkit.training.data.order import Turn
+from controlkit.training.data.packing import pack, unpack
+from controlkit.training.data.stores import Store
+from controlkit.training.data.views import View
+from controlkit.training.data.visits import Visit, Visits
 from controlkit.training.world import cache_folder
 
 VERSION = 1  # raise when pictures or maps are prepared differently

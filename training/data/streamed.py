@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 from controlkit import images
 from controlkit.base import Base
 from controlkit.training.config_adapter import ControlNetRecipe
+from controlkit.training.data.encoded import Encoded, Sample
+from controlkit.training.data.examples import Example
+from controlkit.training.data.feeds import maps_of
+from controlkit.training.data.order import Turn
+from controlkit.training.data.source_streams import Stream
+from controlkit.training.data.visits import Visits
 from controlkit.training.draws import derived_seed
-from controlkit.training.encoded import Encoded, Sample
-from controlkit.training.examples import Example
-from controlkit.training.feeds import maps_of
-from controlkit.training.order import Turn
-from controlkit.training.source_streams import Stream
-from controlkit.training.visits import Visits
 
 Report = Callable[[str], None]
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from controlkit.training.examples import ArrayPiece, Example, Piece
+from controlkit.training.data.examples import ArrayPiece, Example, Piece
 from controlkit.training.world import World
 
 

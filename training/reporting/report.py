@@ -11,11 +11,11 @@ from html import escape
 from pathlib import Path
 
 from controlkit import files
-from controlkit.training.charts import CSS as CHART_CSS
-from controlkit.training.charts import Mark, Series, line_chart, smoothed
-from controlkit.training.convergence import LEAST_GAP, advice_for, took_hold
-from controlkit.training.page import STYLE, duration, pairs_table, picture
-from controlkit.training.run_record import RunRecord, read_run, versions
+from controlkit.training.reporting.charts import CSS as CHART_CSS
+from controlkit.training.reporting.charts import Mark, Series, line_chart, smoothed
+from controlkit.training.reporting.convergence import LEAST_GAP, advice_for, took_hold
+from controlkit.training.reporting.page import STYLE, duration, pairs_table, picture
+from controlkit.training.reporting.run_record import RunRecord, read_run, versions
 
 NAME = "report.html"
 _SMALL_WIDTH, _MOST_SMALL = 640, 12

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
-from controlkit.training.examples import FilePiece, Piece
+from controlkit.training.data.examples import FilePiece, Piece
 
 _MANY = 5000  # files, whose reading is worth a line
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from controlkit import preprocessors
 from controlkit.images import DEFAULT_MAX_PIXELS, load_picture
-from controlkit.training.examples import Piece
+from controlkit.training.data.examples import Piece
 
 LARGE = 16_000_000
 """Pictures of more pixels are decoded one at a time, so that a check's memory stays small."""

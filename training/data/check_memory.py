@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from controlkit import files
-from controlkit.training.check_facts import Facts
-from controlkit.training.examples import FilePiece, Piece
-from controlkit.training.source_files import InsideFile, leads_out
-from controlkit.training.source_tar import TarPiece
+from controlkit.training.data.check_facts import Facts
+from controlkit.training.data.examples import FilePiece, Piece
+from controlkit.training.data.source_files import InsideFile, leads_out
+from controlkit.training.data.source_tar import TarPiece
 from controlkit.training.world import cache_folder
 
 VERSION = 1  # raise when the checks or the lint find other things

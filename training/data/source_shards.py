@@ -17,10 +17,10 @@ import numpy as np
 
 from controlkit.naming import did_you_mean
 from controlkit.training.config_adapter import DataRecipe
-from controlkit.training.examples import Example, Piece
-from controlkit.training.source_columns import CAPTION_NAMES, about_maps
-from controlkit.training.source_files import LazyExamples, RefusedPiece, caption_of, read_caption
-from controlkit.training.source_tar import Shard, find_shards, read_index
+from controlkit.training.data.examples import Example, Piece
+from controlkit.training.data.source_columns import CAPTION_NAMES, about_maps
+from controlkit.training.data.source_files import LazyExamples, RefusedPiece, caption_of, read_caption
+from controlkit.training.data.source_tar import Shard, find_shards, read_index
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "avif", "gif")
 _PICTURE_NAMES = ("", "image", "picture", "target")

@@ -11,10 +11,10 @@ import numpy as np
 
 from controlkit import images
 from controlkit.training.config_adapter import ControlNetRecipe, DataRecipe
+from controlkit.training.data.examples import Example, Examples
+from controlkit.training.data.world_examples import world_examples
 from controlkit.training.draws import derived_seed
-from controlkit.training.examples import Example, Examples
 from controlkit.training.world import VALIDATION_SCENES, load_world
-from controlkit.training.world_examples import world_examples
 
 Report = Callable[[str], None]
 WORLD = "world"
@@ -49,7 +49,7 @@ def load_pairs(recipe: ControlNetRecipe, *, report: Report) -> Pairs:
     data = recipe.data
     if data.source == WORLD and data.format in ("auto", WORLD):
         return _world(recipe, report)
-    from controlkit.training.sources import open_examples
+    from controlkit.training.data.sources import open_examples
 
     examples = open_examples(data, kind=recipe.map, report=report)
     sizes = _looked_at(examples, recipe, report)
@@ -77,7 +77,7 @@ def _looked_at(examples: Examples, recipe: ControlNetRecipe, report: Report) -> 
     data = recipe.data
     if not data.check:
         return [images.picture_size(example.picture.read()) for example in examples]
-    from controlkit.training.check import check_examples
+    from controlkit.training.data.check import check_examples
 
     check = check_examples(examples, data=data, kind=recipe.map, report=report)
     usable = set(check.usable)

@@ -32,9 +32,9 @@ from torch import Tensor, nn
 
 from controlkit import diffusion
 from controlkit.controlnet import Residuals, control_residuals, encode_hint, predict
-from controlkit.training.convergence import advice as advice
-from controlkit.training.convergence import took_hold as took_hold
 from controlkit.training.draws import derived_seed
+from controlkit.training.reporting.convergence import advice as advice
+from controlkit.training.reporting.convergence import took_hold as took_hold
 
 if TYPE_CHECKING:
     from diffusers import ControlNetModel, UNet2DConditionModel

@@ -19,15 +19,15 @@ from pathlib import Path
 
 from controlkit.picture_files import SUFFIXES
 from controlkit.training.config_adapter import DataRecipe
-from controlkit.training.examples import Examples
-from controlkit.training.source_files import LazyExamples, leads_out, walk
-from controlkit.training.source_pairs import open_pairs
-from controlkit.training.source_rows import METADATA, PROMPTS, open_rows
-from controlkit.training.source_shards import open_shards
-from controlkit.training.source_streams import Stream as Stream
-from controlkit.training.source_streams import open_stream as open_stream
-from controlkit.training.source_tables import TABLES, is_hub_id, is_saved, open_table
-from controlkit.training.source_tar import find_shards, is_shards
+from controlkit.training.data.examples import Examples
+from controlkit.training.data.source_files import LazyExamples, leads_out, walk
+from controlkit.training.data.source_pairs import open_pairs
+from controlkit.training.data.source_rows import METADATA, PROMPTS, open_rows
+from controlkit.training.data.source_shards import open_shards
+from controlkit.training.data.source_streams import Stream as Stream
+from controlkit.training.data.source_streams import open_stream as open_stream
+from controlkit.training.data.source_tables import TABLES, is_hub_id, is_saved, open_table
+from controlkit.training.data.source_tar import find_shards, is_shards
 
 LAYOUTS = (
     "a metadata.jsonl or .csv (file_name, text, conditioning_image_file_name), a prompt.json (source, "

@@ -16,11 +16,11 @@ from controlkit.base import BUNDLED, Base
 from controlkit.control import Control
 from controlkit.sampling import generate
 from controlkit.training.config_adapter import WORLD_KINDS, ControlNetRecipe
-from controlkit.training.convergence import advice_for, took_hold
-from controlkit.training.encoded import Encoded, Sample, levels_of
-from controlkit.training.monitor import Monitor
-from controlkit.training.order import Turn
-from controlkit.training.scores import ControlScores, Pair, Scorer
+from controlkit.training.data.encoded import Encoded, Sample, levels_of
+from controlkit.training.data.order import Turn
+from controlkit.training.reporting.convergence import advice_for, took_hold
+from controlkit.training.reporting.monitor import Monitor
+from controlkit.training.reporting.scores import ControlScores, Pair, Scorer
 
 if TYPE_CHECKING:
     from diffusers import ControlNetModel
@@ -57,7 +57,7 @@ class Shown:
         self.alphas_cumprod, self.added_cond, self.on_device = alphas_cumprod, added_cond, on_device
 
     def look(self, controlnet: ControlNetModel) -> dict[str, float]:
-        """Whether the map is used: see `controlkit.training.monitor`."""
+        """Whether the map is used: see `controlkit.training.reporting.monitor`."""
         if self._monitor is None:
             return {}
         unet = None if self.recipe.sd_locked else self.base.unet

@@ -16,9 +16,9 @@ from typing import Any
 from controlkit import files
 from controlkit.adapters import AdapterInfo, MapSpec, read_info
 from controlkit.base import ALIASES, BUNDLED, FAMILY_TITLES
-from controlkit.training.convergence import took_hold
-from controlkit.training.publishing import is_repo_id
-from controlkit.training.run_record import RunRecord, read_run, versions
+from controlkit.training.reporting.convergence import took_hold
+from controlkit.training.reporting.publishing import is_repo_id
+from controlkit.training.reporting.run_record import RunRecord, read_run, versions
 
 NAME, GRID = "README.md", "images_0.png"
 _LICENSES = {"sd1": "creativeml-openrail-m", "sd2": "openrail++", "sdxl": "openrail++"}

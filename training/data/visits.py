@@ -13,16 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from controlkit.naming import unknown
-from controlkit.training import map_files
+from controlkit.training.data import map_files
+from controlkit.training.data.mirroring import mirrored_drawing, mirrored_normals
+from controlkit.training.data.views import View, look, make_views, nearest_shape, shapes
 from controlkit.training.draws import derived_seed
-from controlkit.training.mirroring import mirrored_drawing, mirrored_normals
-from controlkit.training.views import View, look, make_views, nearest_shape, shapes
 
 if TYPE_CHECKING:
     from controlkit.training.config_adapter import DataRecipe
-    from controlkit.training.examples import Example, Examples, Piece
-    from controlkit.training.map_files import Sense
-    from controlkit.training.views import Sampling
+    from controlkit.training.data.examples import Example, Examples, Piece
+    from controlkit.training.data.map_files import Sense
+    from controlkit.training.data.views import Sampling
 
 _BLUR = (0.4, 2.0)  # pixels, the ends of the spread of map_blur
 _FARTHEST_ASPECT = 1.1  # annotators stretch maps to multiples of 64, which is less than this
@@ -280,7 +280,7 @@ class Visits:
 
 
 def _maker(kind: str, data: DataRecipe) -> Any:
-    from controlkit.training.made_maps import Maker
+    from controlkit.training.data.made_maps import Maker
 
     if data.map_mode == "grey" and kind in _COLOURED:
         raise ValueError(f"{kind} maps are coloured, and data.map_mode is grey; auto keeps their colours")

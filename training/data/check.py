@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from controlkit.preprocessors.linting import KINDS
-from controlkit.training.check_facts import Facts, look_at_map, look_at_picture
-from controlkit.training.check_memory import Memory
-from controlkit.training.check_result import Check as Check
-from controlkit.training.check_result import Finding as Finding
 from controlkit.training.config_adapter import DataRecipe
-from controlkit.training.examples import Example, Examples, Piece
-from controlkit.training.source_files import RefusedPiece
+from controlkit.training.data.check_facts import Facts, look_at_map, look_at_picture
+from controlkit.training.data.check_memory import Memory
+from controlkit.training.data.check_result import Check as Check
+from controlkit.training.data.check_result import Finding as Finding
+from controlkit.training.data.examples import Example, Examples, Piece
+from controlkit.training.data.source_files import RefusedPiece
 
 SMALLEST = 64
 """Pixels of the shorter side below which a picture is tiny, where the recipe says no resolution."""

@@ -11,8 +11,8 @@ from typing import Any
 
 from PIL import Image
 
-from controlkit.training.charts import number
-from controlkit.training.run_record import is_number
+from controlkit.training.reporting.charts import number
+from controlkit.training.reporting.run_record import is_number
 
 _LARGEST_PICTURE = 8_000_000  # bytes of a grid that goes in as it is
 

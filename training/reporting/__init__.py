@@ -1,0 +1,1 @@
+"""What a training says of itself: whether control is learned, scores, curves, the report and the card."""
