@@ -10,10 +10,11 @@ from pathlib import Path
 from controlkit.folders import quiet_libraries
 from controlkit.training.config import ControlNetRecipe, load_recipe
 from controlkit.training.machine import Machine, device_name
+from controlkit.training.optimizers import set_rates
 from controlkit.training.runs import check_models, set_threads
 from controlkit.training.watch import Progress
 
-_LARGEST = 1024  # batches beyond it are not tried
+_LARGEST, _LARGEST_ON_CPU = 1024, 64  # batches beyond are not tried: a processor gains nothing by them
 Report = Callable[[Progress], None]
 
 
@@ -55,6 +56,7 @@ def find_batch_for(
         task = ControlNetTask(recipe, machine, report)
         run = open_run(task, recipe, Path(folder), machine, lambda _: None)
         size = task.first_size()
+        set_rates(run.optimizer, 0.0)  # the same work, and weights that stay what they are
 
         def step(pairs: int) -> None:
             report(f"trying {pairs} pairs at once")
@@ -69,7 +71,8 @@ def find_batch_for(
         need = batch_need(recipe, size=size, device=str(machine.device)) if on_cpu else None
         available = available_memory("cpu") if on_cpu else None
         try:
-            return try_batches(step, start=1, limit=_LARGEST, need=need, available=available).lines()
+            limit = _LARGEST_ON_CPU if on_cpu else _LARGEST
+            return try_batches(step, start=1, limit=limit, need=need, available=available).lines()
         finally:
             task.close()
 
