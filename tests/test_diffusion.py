@@ -149,8 +149,9 @@ def test_timesteps_are_in_range_and_repeatable(kind: str) -> None:
     ]
     assert torch.equal(*draws)
     assert draws[0].dtype == torch.int64
-    assert 0 <= draws[0].min() < 10
-    assert 990 < draws[0].max() <= 999
+    seldom = kind in ("logit-normal", "structure")  # at the ends
+    assert 0 <= draws[0].min() < (200 if seldom else 10)
+    assert (900 if seldom else 990) < draws[0].max() <= 999
 
 
 def test_the_kinds_of_timesteps_have_their_distributions() -> None:

@@ -167,6 +167,7 @@ def test_an_adapter_trains_on_a_locked_base_and_loads_everywhere(tmp_path, monke
     options = [
         f"out={tmp_path / 'run'}",
         "steps=3",
+        "warmup=1",
         "scenes=8",
         "batch_size=2",
         "sample_every=3",

@@ -171,10 +171,10 @@ def test_a_disk_that_is_full_says_where_the_run_can_go_on(place, monkeypatch):
     with pytest.raises(
         ValueError, match="the disk is full: make room, and the same command goes on from step 2"
     ):
-        run(place, "full", steps=9, checkpoint_every=1)
+        run(place, "full-disk", steps=9, checkpoint_every=1)
     monkeypatch.undo()
     monkeypatch.setenv("CONTROLKIT_CACHE", str(place / "cache"))
-    _, said = run(place, "full", steps=9, checkpoint_every=1)
+    _, said = run(place, "full-disk", steps=9, checkpoint_every=1)
     assert "resumed at step 2" in said
 
 

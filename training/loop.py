@@ -119,6 +119,8 @@ def _train_steps(run: Run, saver: Saver) -> None:
     recipe = run.recipe
     for module in run.task.modules().values():
         module.train()
+    if _sample_due(run) and not _sample_path(run).is_file():
+        _write_sample(run)  # the run was stopped between a checkpoint and its picture
     with watched() as interrupts:
         while not run.finished:
             train_step(run)
@@ -130,7 +132,7 @@ def _train_steps(run: Run, saver: Saver) -> None:
             if stop and not run.finished:
                 run.watch.say(run.step, f"stopped at step {run.step}, as asked; the same command goes on")
                 return
-            if recipe.sample_every and (run.step % recipe.sample_every == 0 or run.finished):
+            if _sample_due(run):
                 _write_sample(run)
 
 
@@ -387,6 +389,15 @@ def averaged(run: Run, *, when: bool = True) -> Iterator[None]:
             run.weights.give()
 
 
+def _sample_due(run: Run) -> bool:
+    every = run.recipe.sample_every
+    return bool(every and run.step) and (run.step % every == 0 or run.finished)
+
+
+def _sample_path(run: Run) -> Path:
+    return run.folder / "samples" / f"step-{run.step:06d}.png"
+
+
 def _write_sample(run: Run) -> None:
     """A picture of what was learned. One that cannot be made is said, and the training goes on."""
     first = run.machine.processes.is_first
@@ -397,9 +408,8 @@ def _write_sample(run: Run) -> None:
         with averaged(run), torch.no_grad():
             picture = run.task.sample()
         if picture is not None and first:
-            folder = run.folder / "samples"
-            folder.mkdir(exist_ok=True)
-            images.write_png(folder / f"step-{run.step:06d}.png", picture)
+            _sample_path(run).parent.mkdir(exist_ok=True)
+            images.write_png(_sample_path(run), picture)
             if run.watch.trackers is not None:
                 run.watch.trackers.log_picture("samples", picture, run.step)
     except (ValueError, RuntimeError, OSError) as error:
