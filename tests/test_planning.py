@@ -189,6 +189,7 @@ def test_a_plans_parts_add_up_and_are_told(tiny_plan):
     assert told["samples_per_s"] == pytest.approx(4 / tiny_plan.step_s)
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_comes_with_what_would(monkeypatch):
     r = recipe(batch_size=64, ema=0.0)
     monkeypatch.setattr("controlkit.training.planning.available_memory", lambda device: 500 * 10**6)
@@ -211,6 +212,7 @@ def test_a_base_that_is_not_there_is_one_line():
         plan(recipe(base="tinny"))
 
 
+@pytest.mark.slow
 def test_need_grows_with_the_batch_as_full_plans_do():
     r = recipe(batch_size=24, checkpoint_every=400, steps=400)
     need = batch_need(r, size=(128, 128))
