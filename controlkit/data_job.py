@@ -171,11 +171,12 @@ def _cells(example: Example) -> list[tuple[np.ndarray, str]]:
 
 def _pixels(piece: Piece, canvas: tuple[int, int] | None) -> np.ndarray:
     from controlkit import images, preprocessors
-    from controlkit.training.data.check_facts import is_json, read_pose
+    from controlkit.training.data.map_files import is_json, read_joints
 
     content = piece.read()
     if isinstance(content, bytes) and is_json(content):
-        return preprocessors.poses_to_map(read_pose(content, piece.name, canvas)).image
+        width, height = canvas or (None, None)
+        return preprocessors.poses_to_map(read_joints(content, piece.name, width=width, height=height)).image
     return images.load_picture(content)
 
 

@@ -10,11 +10,13 @@ import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
+from typing import TypeVar
 
 from controlkit.naming import did_you_mean
 
+Answer = TypeVar("Answer")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_CONNECT_SECONDS = 3.0  # for the hub to answer; with name resolution never more than _GIVE_UP_SECONDS
+CONNECT_SECONDS = 3.0  # for the hub to answer; with name resolution never more than _GIVE_UP_SECONDS
 _GIVE_UP_SECONDS = 4.0
 _WEIGHTS = (".safetensors", ".bin")
 
@@ -178,12 +180,17 @@ def _no_model(repo_id: str, reason: str, *, what: str, partial: bool, bundled: C
 
 def _ask_briefly(repo_id: str) -> list[str] | str:
     """The files of a repository, or why they cannot be had, in words. Waits no longer than a few seconds."""
-    answers: list[list[str] | str] = []
+    return briefly(lambda: _ask_hub(repo_id)) or "the hub does not answer (no network?)"
+
+
+def briefly(ask: Callable[[], Answer]) -> Answer | None:
+    """What a question to the hub gives, or None where that takes longer than a few seconds."""
+    answers: list[Answer] = []
     # A thread, because name resolution has no timeout of its own. A daemon, so that it never delays the exit.
-    asking = threading.Thread(target=lambda: answers.append(_ask_hub(repo_id)), daemon=True)
+    asking = threading.Thread(target=lambda: answers.append(ask()), daemon=True)
     asking.start()
     asking.join(_GIVE_UP_SECONDS)
-    return answers[0] if answers else "the hub does not answer (no network?)"
+    return answers[0] if answers else None
 
 
 def _ask_hub(repo_id: str) -> list[str] | str:
@@ -196,7 +203,7 @@ def _ask_hub(repo_id: str) -> list[str] | str:
     )
 
     try:
-        info = HfApi().model_info(repo_id, timeout=_CONNECT_SECONDS)
+        info = HfApi().model_info(repo_id, timeout=CONNECT_SECONDS)
     except GatedRepoError:
         return "the hub asks you to accept its terms and to log in first (hf auth login)"
     except RepositoryNotFoundError:

@@ -164,7 +164,7 @@ class Captions:
         for suffix in CAPTION_SUFFIXES:
             beside = picture.with_suffix(suffix)
             if beside.is_file():
-                return " ".join(_read_text(beside).split())
+                return " ".join(read_text(beside).split())
         path = Path(os.path.abspath(picture))
         for folder in path.parents[: self._levels]:
             metadata = self._metadata(folder)
@@ -197,7 +197,7 @@ class _Metadata:
         return captions
 
     def _csv(self) -> Iterator[dict[str, Any]]:
-        yield from csv.DictReader(io.StringIO(_read_text(self._path), newline=""))
+        yield from csv.DictReader(io.StringIO(read_text(self._path), newline=""))
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
@@ -205,7 +205,7 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
 
     Raises ValueError: one line with the file's name and the line's number.
     """
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -217,7 +217,8 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
         yield row
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """A file's text, UTF-8 with or without a byte order mark. Raises ValueError, one line with its name."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except OSError as error:

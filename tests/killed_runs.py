@@ -34,6 +34,13 @@ def write_pictures(folder: Path, count: int = 14) -> None:
         (folder / f"{number:02d}.txt").write_text(scene.caption)
 
 
+def prepared(folder: Path) -> Path:
+    """A folder with pictures and a base, for `recipe`."""
+    write_pictures(folder / "pictures")
+    write_base(folder / "base")
+    return folder
+
+
 def recipe(folder: Path, pictures: Path, **changes: object) -> Path:
     """A recipe with everything on that draws at random."""
     settings = {

@@ -339,7 +339,10 @@ def test_advice_comes_when_control_is_overdue():
     at_the_end = advice(looks(2000, 0.2), **RECIPE, finished=True)
     assert "may need until about step 3,550. Train longer, or raise learning_rate." in at_the_end
     slow = advice(looks(2000, 0.2), **RECIPE | {"zero_convolution_rate": 1.0}, finished=True)
-    assert "step 35,050. Train longer, or raise zero_convolution_rate (10 is a good value)." in slow
+    assert (
+        "step 35,050. Train longer, or raise zero_convolution_rate (6 is what recipes have by default)."
+        in slow
+    )
     assert "hardly changes anything" in advice(looks(8000, 0.2), **RECIPE)
     assert "maps do not belong to their pictures" in advice(looks(8000, 0.17), **RECIPE)
     assert "learning rates are too high" in advice(looks(500, 0.26), **RECIPE)

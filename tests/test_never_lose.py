@@ -6,7 +6,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from killed_runs import kill, recipe, start, wait_for, write_base, write_pictures
+from killed_runs import kill, prepared, recipe, start, wait_for
 
 KILLS = 20
 
@@ -15,9 +15,7 @@ KILLS = 20
 def place(tmp_path_factory):
     """Pictures, and a cache that all runs of this module share."""
     folder = tmp_path_factory.mktemp("never-lose")
-    write_pictures(folder / "pictures")
-    write_base(folder / "base")
-    return folder
+    return prepared(folder)
 
 
 @pytest.fixture(scope="module")

@@ -339,6 +339,17 @@ def test_a_loss_that_is_not_finite_changes_no_weight(text_recipe, tmp_path, monk
     assert all(torch.equal(value, after[key]) for key, value in seen["weights"].items())
 
 
+def test_a_batch_that_cannot_be_halved_and_does_not_fit_ends_the_run(text_recipe, monkeypatch):
+    from controlkit.training.text import TextTask
+
+    def no_room(self, draws):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(TextTask, "loss", no_room)
+    with pytest.raises(ValueError, match="4 pairs at once do not fit in the memory of cpu"):
+        train_recipe(str(text_recipe))
+
+
 def test_cuda_without_cuda_is_said_before_anything_is_loaded(text_recipe):
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device")

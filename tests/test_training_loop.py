@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from killed_runs import recipe, write_base, write_pictures
+from killed_runs import prepared, recipe
 from safetensors.torch import load_file
 
 from controlkit.training import train_recipe
@@ -18,8 +18,7 @@ from controlkit.training.adapter import ControlNetTask
 def place(tmp_path_factory):
     """Pictures, and a cache for the runs of this module."""
     folder = tmp_path_factory.mktemp("loop")
-    write_pictures(folder / "pictures")
-    write_base(folder / "base")
+    prepared(folder)
     patch = pytest.MonkeyPatch()
     patch.setenv("CONTROLKIT_CACHE", str(folder / "cache"))
     yield folder
@@ -193,6 +192,20 @@ def test_looking_and_showing_disturb_nothing(place, plain):
     assert {"loss_map", "loss_no_map", "loss_other_map", "gap", "peak_mb", "grad_norm"} <= last.keys()
     assert "edge F1" in rows(watched)[1]
     assert len(list((watched / "samples").iterdir())) == 3
+
+
+def test_scores_in_between_are_of_the_averaged_weights(place, monkeypatch):
+    seen = []
+    real = ControlNetTask.scores
+
+    def remember(self):
+        seen.append({name: tensor.clone() for name, tensor in self.controlnet.state_dict().items()})
+        return real(self)
+
+    monkeypatch.setattr(ControlNetTask, "scores", remember)
+    folder, _ = run(place, "scored", score_every=3, ema=0.9)
+    result = load_file(folder / "controlnet" / "diffusion_pytorch_model.safetensors")  # the average, too
+    assert all(torch.equal(seen[-1][name].half(), tensor) for name, tensor in result.items())
 
 
 def test_samples_that_cannot_be_made_do_not_end_the_run(place, plain, monkeypatch):

@@ -4,16 +4,14 @@ import json
 import math
 
 import pytest
-from killed_runs import recipe, start, train_together, write_base, write_pictures
+from killed_runs import prepared, recipe, start, train_together
 from safetensors.torch import load_file
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
-    write_pictures(folder / "pictures")
-    write_base(folder / "base")
-    return folder
+    return prepared(folder)
 
 
 def settings(batch_size, **changes):

@@ -41,7 +41,6 @@ from controlkit.training.task import Losses
 if TYPE_CHECKING:
     from diffusers import ControlNetModel
 
-_SHOWN = 4
 _LINTED = 16
 _STARTED_ON = 32  # maps that a new hint encoder is fitted to
 _HINT_ENCODER = "controlnet_cond_embedding"
@@ -50,8 +49,6 @@ _ZERO_CONVOLUTIONS = ("controlnet_down_blocks", "controlnet_mid_block")
 
 class ControlNetTask:
     """The pair on a data set: the base's loss, with the trainable copy told the map."""
-
-    looks_at_average = False
 
     def __init__(self, recipe: ControlNetRecipe, machine: Machine, report: Callable[[str], None]) -> None:
         """Load the base and the data, encode what is not in the cache, make the copy."""
@@ -195,17 +192,20 @@ class ControlNetTask:
     # --- what is shown ---
 
     def look(self, step: int) -> dict[str, float]:
-        """Whether the map is used, and scores of control, where either is due."""
-        row: dict[str, float] = {}
-        if self._due(step, self.recipe.monitor_every):
-            row |= self.shown.look(self.controlnet)
-        if self.recipe.score_every and step % self.recipe.score_every == 0:
-            scores = self.shown.score(self.controlnet)
-            row |= scores.row() if scores else {}
-        return row
+        """Whether the map is used, where a look is due."""
+        every = self.recipe.monitor_every
+        if not every or (step % every and step != self.recipe.steps):
+            return {}
+        return self.shown.look(self.controlnet)
 
-    def _due(self, step: int, every: int) -> bool:
-        return bool(every) and (step % every == 0 or step == self.recipe.steps)
+    def scores_due(self, step: int) -> bool:
+        """Whether scores of control are to be taken after a step."""
+        return bool(self.recipe.score_every) and step % self.recipe.score_every == 0
+
+    def scores(self) -> dict[str, float]:
+        """Scores of control on the shown pairs."""
+        scores = self.shown.score(self.controlnet)
+        return scores.row() if scores else {}
 
     def remark(self, rows: Sequence[dict[str, Any]]) -> str | None:
         """When control took hold, or what to look at when it does not."""
@@ -258,6 +258,7 @@ class ControlNetTask:
         """The adapter's folder; with a trained decoder also the U-Net, in a folder beside it."""
         recipe = self.recipe
         told = recipe.model_dump(mode="json", exclude=MAY_CHANGE | {"base", "init"})
+        told["data"] = {key: v for key, v in told["data"].items() if f"data.{key}" not in MAY_CHANGE}
         told["data"]["source"] = PurePath(recipe.data.source).name  # no folders of the machine that trained
         bundled = recipe.base in BUNDLED
         info = AdapterInfo(

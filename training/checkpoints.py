@@ -45,7 +45,7 @@ def save_checkpoint(
             _flush(file)
         _flush(temporary)
     _flush(folder)
-    until_now = [path for number, path in _listed(folder) if number <= step]
+    until_now = [path for number, path in listed(folder) if number <= step]
     for old in until_now[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return target
@@ -71,7 +71,7 @@ def load_latest(folder: Path) -> tuple[tuple[Tensors, Tensors, dict[str, Any]] |
     from safetensors.torch import load_file
 
     refused: list[str] = []
-    for _, path in reversed(_listed(folder)):
+    for _, path in reversed(listed(folder)):
         fault = _fault(path)
         if fault is None:
             state = json.loads((path / "state.json").read_text(encoding="utf-8"))
@@ -97,7 +97,7 @@ def clear(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _listed(folder: Path) -> list[tuple[int, Path]]:
+def listed(folder: Path) -> list[tuple[int, Path]]:
     """Checkpoint folders by step; foreign names and temporary folders are not checkpoints."""
     if not folder.is_dir():
         return []

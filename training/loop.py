@@ -196,7 +196,7 @@ def open_run(
         weights.start_average()
     restore(run)
     if machine.processes.is_first:
-        run.watch.open(run.step)
+        run.watch.open_log(run.step)
         write_recipe(recipe, folder)
     return run
 
@@ -235,8 +235,8 @@ def _within_memory(run: Run) -> list[Losses]:
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            largest = max(len(piece) for part in run.task.parts(run.step) for piece in _cut(part, run.pieces))
-            if largest == 1 or run.machine.processes.count > 1:
+            largest, smaller = _largest(run, run.pieces), _largest(run, 2 * run.pieces)
+            if smaller == largest or run.machine.processes.count > 1:
                 raise ValueError(_too_much(run, largest)) from error
         run.pieces *= 2
         run.optimizer.zero_grad(set_to_none=True)
@@ -244,7 +244,12 @@ def _within_memory(run: Run) -> list[Losses]:
             parameter.grad = None
         free_memory()
         message = f"{largest} pairs at once do not fit in memory: from step {run.step + 1} on"
-        run.watch.say(run.step, f"{message} {-(-largest // 2)} at once, with the same batch", keep=True)
+        run.watch.say(run.step, f"{message} {smaller} at once, with the same batch", keep=True)
+
+
+def _largest(run: Run, pieces: int) -> int:
+    """Pairs in the largest piece of this step, were its micro-batches cut into so many."""
+    return max(len(piece) for part in run.task.parts(run.step) for piece in _cut(part, pieces))
 
 
 def _too_much(run: Run, pairs: int) -> str:
@@ -335,8 +340,10 @@ def _stops(run: Run, interrupts: Interrupts) -> bool:
 def _report(run: Run) -> None:
     """A row of metrics where one is due: after so many steps, after a look, and at the end."""
     started = time.perf_counter()
-    with averaged(run, when=run.task.looks_at_average):
-        looked = run.task.look(run.step)
+    looked = run.task.look(run.step)
+    if run.task.scores_due(run.step):
+        with averaged(run):
+            looked |= run.task.scores()
     run.watch.pause(time.perf_counter() - started)
     if not (looked or run.step % run.recipe.log_every == 0 or run.finished):
         return
@@ -366,11 +373,8 @@ def _memory(run: Run) -> dict[str, float]:
 
 
 @contextmanager
-def averaged(run: Run, *, when: bool = True) -> Iterator[None]:
+def averaged(run: Run) -> Iterator[None]:
     """Within the block the task's modules hold the averaged weights, in evaluation mode."""
-    if not when:
-        yield
-        return
     modules = run.task.modules().values()
     settle = getattr(run.optimizer, "eval", None)  # schedule-free optimizers keep their average themselves
     if settle is not None and run.step:

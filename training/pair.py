@@ -72,7 +72,7 @@ class Pair(nn.Module):
             timesteps,
             encoder_hidden_states.to(copy),
             hint,
-            added_cond=_cast(added_cond, copy),
+            added_cond=in_precision(added_cond, copy),
         )
         return predict(
             self.unet,
@@ -80,11 +80,12 @@ class Pair(nn.Module):
             timesteps,
             encoder_hidden_states.to(base),
             residuals=Residuals(tuple(r.to(base) for r in residuals.down), residuals.mid.to(base)),
-            added_cond=_cast(added_cond, base),
+            added_cond=in_precision(added_cond, base),
             sd_locked=self.sd_locked,
             only_mid_control=self.only_mid_control,
         )
 
 
-def _cast(added_cond: Mapping[str, Tensor] | None, dtype: torch.dtype) -> dict[str, Tensor] | None:
+def in_precision(added_cond: Mapping[str, Tensor] | None, dtype: torch.dtype) -> dict[str, Tensor] | None:
+    """SDXL's further conditioning in a network's precision; None for the other families."""
     return None if added_cond is None else {key: tensor.to(dtype) for key, tensor in added_cond.items()}

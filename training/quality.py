@@ -147,7 +147,7 @@ def examine(
     examiner, rows = Examiner(), []
     for number in range(scenes):
         scene = render(number, split="validation", size=base.resolution)
-        pictures = {"true": scene.picture, "ceiling": _through_vae(base, scene.picture)}
+        pictures = {"true": scene.picture, "ceiling": through_vae(base, scene.picture)}
         pictures["floor"] = generate(base, scene.caption, steps=STEPS, seeds=[number])[0]
         for kind, adapter in adapters.items():
             control = Control(adapter, exact_map(kind, scene.picture, scene.joints, scene.inverse_depth))
@@ -161,6 +161,7 @@ def examine(
     return Examination(scenes, means)
 
 
-def _through_vae(base: Base, picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def through_vae(base: Base, picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """A picture, encoded and decoded: the best that a base could draw."""
     latents = base.encode_pictures(images.picture_to_tensor([picture]))
     return images.tensor_to_pictures(base.decode_latents(latents))[0]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from controlkit import files
-from controlkit.training.checkpoints import clear, load_latest, save_checkpoint
+from controlkit.training.checkpoints import clear, listed, load_latest, save_checkpoint
 from controlkit.training.config import to_toml
 from controlkit.training.config_base import Recipe
 from controlkit.training.optimizers import restore_state, state_of
@@ -64,8 +64,8 @@ class Saver:
             save_checkpoint,
             run.folder / "checkpoints",
             run.step,
-            weights={name: tensor.clone().cpu() for name, tensor in weights.items()},
-            optimizer={name: tensor.clone().cpu() for name, tensor in tensors.items()},
+            weights={name: tensor.to("cpu", copy=True) for name, tensor in weights.items()},
+            optimizer={name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()},
             state=state,
             keep=run.recipe.checkpoints_kept,
         )
@@ -94,7 +94,7 @@ class Saver:
 
 def stopped_by(folder: Path, error: Exception) -> str:
     """What to say of a run that the disk stopped: from where it can go on, and what is in the way."""
-    steps = [int(path.name.removeprefix("step-")) for path in (folder / "checkpoints").glob("step-??????*")]
+    steps = [step for step, _ in listed(folder / "checkpoints")]
     full = "No space left" in str(error) or "os error 28" in str(error)
     reason = "the disk is full: make room, and" if full else f"{error}; once that is mended,"
     after = f"goes on from step {max(steps)}" if steps else "begins anew, for there is no checkpoint yet"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,8 +43,6 @@ class Part(Protocol):
 class Task(Protocol):
     """What is trained."""
 
-    looks_at_average: bool
-    """Whether `look` wants the averaged weights."""
     half: torch.dtype | None
     """What trained modules compute in, beside fp32 masters; None leaves them in fp32."""
 
@@ -64,6 +63,12 @@ class Task(Protocol):
 
     def look(self, step: int) -> dict[str, float]:
         """Figures that say how the training does, beside the loss, where they are due; most often none."""
+
+    def scores_due(self, step: int) -> bool:
+        """Whether scores are to be taken after a step."""
+
+    def scores(self) -> dict[str, float]:
+        """Scores of what was learned, under the weights that the modules hold now."""
 
     def remark(self, rows: Sequence[dict[str, Any]]) -> str | None:
         """What is to be said of the rows of metrics so far, the last of which is new."""
@@ -106,20 +111,19 @@ class DrawnPart:
         return f"the batch of step {self.draws.step + 1}"
 
 
-class DrawnTask:
+class DrawnTask(ABC):
     """Half of a task: one that makes a step's batch, and its mean loss, of the step's draws."""
 
     recipe: Any
     half: torch.dtype | None = None
-    looks_at_average: bool = False
 
+    @abstractmethod
     def loss(self, draws: Draws) -> Tensor:
         """The loss of one batch, a scalar with a graph."""
-        raise NotImplementedError
 
+    @abstractmethod
     def modules(self) -> dict[str, nn.Module]:
         """Trained modules by name."""
-        raise NotImplementedError
 
     def whole(self) -> nn.Module:
         """All trained modules; their forward passes are called one by one."""
@@ -140,6 +144,14 @@ class DrawnTask:
         """Nothing beside the loss."""
         return {}
 
+    def scores_due(self, step: int) -> bool:
+        """Never."""
+        return False
+
+    def scores(self) -> dict[str, float]:
+        """None."""
+        return {}
+
     def remark(self, rows: Sequence[dict[str, Any]]) -> str | None:
         """Nothing."""
         return None
@@ -152,5 +164,5 @@ class DrawnTask:
         """None."""
         return {}
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027
         """There is nothing to end."""

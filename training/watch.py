@@ -82,12 +82,15 @@ class Watch:
         self.log, self.steps, self.batch, self.progress = folder / "metrics.jsonl", steps, batch, progress
         self.started, self.first = time.perf_counter(), 0
         self.idle = 0.0
+        self.writes = False
         self.gap: float | None = None
         self.trackers: Trackers | None = None
 
-    def open(self, step: int) -> None:
-        """Begin at a step. Rows of later ones are dropped: they come again."""
-        self.started, self.first = time.perf_counter(), step
+    def open_log(self, step: int) -> None:
+        """Begin to write, at a step; of several processes one does. Rows of later steps come again: they are
+        dropped.
+        """
+        self.started, self.first, self.writes = time.perf_counter(), step, True
         truncate_after(self.log, step)
 
     def pause(self, seconds: float) -> None:
@@ -113,7 +116,9 @@ class Watch:
         self.progress(Progress(step, self.steps, float(row["loss"]), per_s * self.batch, eta, gap=self.gap))
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Add a row; numbers that are not finite become null, which JSON has."""
+        """Add a row, if this process writes; numbers that are not finite become null, which JSON has."""
+        if not self.writes:
+            return
         plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         with self.log.open("a", encoding="utf-8") as file:
             file.write(json.dumps(plain, ensure_ascii=False) + "\n")

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import io
-import json
 import struct
 import threading
 import zlib
 from dataclasses import dataclass
-from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -17,7 +15,8 @@ from PIL import Image
 
 from controlkit import preprocessors
 from controlkit.images import DEFAULT_MAX_PIXELS, load_picture
-from controlkit.training.data.examples import Piece
+from controlkit.training.data.examples import Piece, content_digest
+from controlkit.training.data.map_files import is_json, read_joints
 
 LARGE = 16_000_000
 """Pictures of more pixels are decoded one at a time, so that a check's memory stays small."""
@@ -55,7 +54,7 @@ def look_at_picture(piece: Piece, *, thorough: bool) -> Facts:
     Raises ValueError, one line with the piece's name: not there, no picture, damaged, cut off, too large.
     """
     content = piece.read()
-    digest = piece_digest(content)
+    digest = content_digest(content).hex()
     if isinstance(content, bytes) and not thorough and (size := _whole_png(content)):
         return Facts(*size, digest)
     width, height, pixels = _named(content, piece)
@@ -73,7 +72,7 @@ def look_at_map(piece: Piece, *, canvas: tuple[int, int] | None, kind: str | Non
     Raises ValueError, one line with the piece's name: as `look_at_picture`, or no pose in OpenPose's format.
     """
     content = piece.read()
-    digest = piece_digest(content)
+    digest = content_digest(content).hex()
     if not isinstance(content, bytes):
         if content.ndim not in (2, 3) or content.size == 0:
             raise ValueError(f"{piece.name} has the shape {content.shape}, which no map has")
@@ -86,33 +85,9 @@ def look_at_map(piece: Piece, *, canvas: tuple[int, int] | None, kind: str | Non
     return Facts(width, height, digest, lint=() if kind is None else _lint(content, kind))
 
 
-def piece_digest(content: bytes | NDArray[Any]) -> str:
-    """SHA-256 of a piece's content, the same as its `digest`, in hexadecimal."""
-    if isinstance(content, bytes):
-        return sha256(content).hexdigest()
-    array = np.ascontiguousarray(content)
-    return sha256(f"{array.dtype} {array.shape}".encode() + array.tobytes()).hexdigest()
-
-
-def is_json(content: bytes) -> bool:
-    """Whether a file's bytes are JSON and not a picture's."""
-    return content[:64].removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"{", b"[")
-
-
-def read_pose(content: bytes, name: str, canvas: tuple[int, int] | None) -> preprocessors.Poses:
-    """Return the poses in a file's bytes. Raises ValueError, one line with `name`."""
-    from controlkit.preprocessors.posejson import poses_from_json
-
-    try:
-        obj = json.loads(content.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name} is not JSON: {error}") from error
-    width, height = canvas or (None, None)
-    return poses_from_json(obj, name=name, width=width, height=height)
-
-
 def _pose_facts(content: bytes, digest: str, name: str, canvas: tuple[int, int] | None) -> Facts:
-    poses = read_pose(content, name, canvas)
+    width, height = canvas or (None, None)
+    poses = read_joints(content, name, width=width, height=height)
     return Facts(poses.width, poses.height, digest, people=len(poses.people))
 
 

@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -40,6 +41,7 @@ from controlkit.training.world import cache_folder
 
 VERSION = 1  # raise when pictures or maps are prepared differently
 _SHARD = 256
+_TEXTS = 256  # captions that are kept at hand
 Report = Callable[[str], None]
 
 
@@ -64,7 +66,7 @@ class Encoded:
         self, base: Base, examples: Sequence[Example], visits: Visits, *, data: DataRecipe, report: Report
     ) -> None:
         self.base, self.examples, self.visits, self.data, self.report = base, examples, visits, data, report
-        self._texts: dict[str, Text] = {}
+        self._text = lru_cache(maxsize=_TEXTS)(self._text_of)
         self._content: dict[int, tuple[str, ...]] = {}  # digests of each example's picture, and of its maps
         self._latents: Store | None = None
         if data.cache:
@@ -140,17 +142,12 @@ class Encoded:
 
     def text(self, captions: Sequence[str]) -> Text:
         """What the U-Net is told of each caption, (B, 77, D), and for SDXL the pooled text (B, P)."""
-        for caption in dict.fromkeys(captions):
-            if caption not in self._texts:
-                self._texts[caption] = self._text(caption)
-        rows = [self._texts[caption] for caption in captions]
-        if self._latents is not None:  # they lie on disk: memory holds none but the empty one
-            self._texts = {"": self._texts[""]} if "" in self._texts else {}
+        rows = [self._text(caption) for caption in captions]
         pooled = [row.pooled for row in rows if row.pooled is not None]
         hidden = torch.cat([row.encoder_hidden_states for row in rows])
         return Text(hidden, torch.cat(pooled) if pooled else None)
 
-    def _text(self, caption: str) -> Text:
+    def _text_of(self, caption: str) -> Text:
         if self._latents is None:
             return encode_captions(self.base, [caption])
         name = _hash(caption)

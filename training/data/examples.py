@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from controlkit import images
+
 
 class Piece(ABC):
     """A picture or a map, somewhere: in a file, in an archive, in a table's row, in memory."""
@@ -32,11 +34,7 @@ class Piece(ABC):
 
     def digest(self) -> bytes:
         """SHA-256 of the content: equal digests, equal pixels."""
-        content = self.read()
-        if isinstance(content, bytes):
-            return hashlib.sha256(content).digest()
-        array = np.ascontiguousarray(content)
-        return hashlib.sha256(f"{array.dtype} {array.shape}".encode() + array.tobytes()).digest()
+        return content_digest(self.read())
 
 
 @dataclass(frozen=True)
@@ -87,3 +85,19 @@ class Example:
 
 Examples = Sequence[Example]
 """A data set whose examples can be asked for in any order. Reading an example reads no picture."""
+
+
+def content_digest(content: bytes | NDArray[Any]) -> bytes:
+    """SHA-256 of what a piece's `read` gave: the same as its `digest`."""
+    if isinstance(content, bytes):
+        return hashlib.sha256(content).digest()
+    array = np.ascontiguousarray(content)
+    return hashlib.sha256(f"{array.dtype} {array.shape}".encode() + array.tobytes()).digest()
+
+
+def picture_size(example: Example) -> tuple[int, int]:
+    """Width and height of an example's picture, upright, from its header. Raises ValueError that names it."""
+    try:
+        return images.picture_size(example.picture.read())
+    except ValueError as error:
+        raise ValueError(f"{example.name}: {error}") from error

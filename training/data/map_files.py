@@ -53,7 +53,7 @@ def is_json(content: bytes | NDArray[Any]) -> bool:
     return isinstance(content, bytes) and content[:64].lstrip(b"\xef\xbb\xbf \t\r\n")[:1] in (b"{", b"[")
 
 
-def read_joints(content: bytes, name: str, *, width: int, height: int) -> Poses:
+def read_joints(content: bytes, name: str, *, width: int | None, height: int | None) -> Poses:
     """The poses of a JSON file in OpenPose's format; the canvas has the size given where it names none.
 
     Raises:

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from controlkit import images
 from controlkit.training.config_adapter import ControlNetRecipe, DataRecipe
-from controlkit.training.data.examples import Example, Examples
+from controlkit.training.data.examples import Example, Examples, picture_size
 from controlkit.training.data.world_examples import world_examples
 from controlkit.training.draws import derived_seed
 from controlkit.training.world import VALIDATION_SCENES, load_world
@@ -33,11 +32,6 @@ class Pairs:
     trained: list[int]
     shown: list[int]
     """For samples, scores and the monitor: held out where there are enough, else among the trained ones."""
-
-    @property
-    def held_out(self) -> bool:
-        """Whether no shown pair is trained on."""
-        return not set(self.shown) & set(self.trained)
 
 
 def load_pairs(recipe: ControlNetRecipe, *, report: Report) -> Pairs:
@@ -76,7 +70,7 @@ def _looked_at(examples: Examples, recipe: ControlNetRecipe, report: Report) -> 
     """The size of each picture, None where the pair is left out."""
     data = recipe.data
     if not data.check:
-        return [images.picture_size(example.picture.read()) for example in examples]
+        return [picture_size(example) for example in examples]
     from controlkit.training.data.check import check_examples
 
     check = check_examples(examples, data=data, kind=recipe.map, report=report)

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-
-from controlkit.hub import first_sentence
-
-GIVE_UP_SECONDS = 5.0
-_CONNECT_SECONDS = 3.0
+from controlkit.hub import CONNECT_SECONDS, briefly, first_sentence
 
 
 def check_hub(repo_id: str) -> None:
@@ -19,12 +14,9 @@ def check_hub(repo_id: str) -> None:
 
     if constants.HF_HUB_OFFLINE:
         return
-    answers: list[str] = []
-    # A thread, because name resolution has no timeout of its own. A daemon, so that it never delays the exit.
-    asking = threading.Thread(target=lambda: answers.append(_ask(repo_id)), daemon=True)
-    asking.start()
-    asking.join(GIVE_UP_SECONDS)
-    answer = answers[0] if answers else "nothing is known: the hub does not answer"
+    answer = briefly(lambda: _ask(repo_id))
+    if answer is None:
+        answer = "nothing is known: the hub does not answer"
     if answer:
         raise ValueError(
             f"there is no folder {repo_id}, and of a data set of that name {answer}; if it was fetched "
@@ -39,7 +31,7 @@ def _ask(repo_id: str) -> str:
     from huggingface_hub.errors import HTTPError as NetworkError  # type: ignore[attr-defined]
 
     try:
-        HfApi().dataset_info(repo_id, timeout=_CONNECT_SECONDS)
+        HfApi().dataset_info(repo_id, timeout=CONNECT_SECONDS)
     except GatedRepoError:
         return "the hub wants its terms accepted and a login first (hf auth login)"
     except RepositoryNotFoundError:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from controlkit.picture_files import read_text
 from controlkit.training.config_adapter import DataRecipe
 from controlkit.training.data.examples import Example, Piece
 from controlkit.training.data.source_columns import about_maps, choose_columns
@@ -80,7 +81,7 @@ def _piece(value: Any, root: Path, *, where: str, key: str) -> Piece:
 
 
 def _rows_of(file: Path) -> Iterator[Row]:
-    text = _read_text(file)
+    text = read_text(file)
     if file.suffix.lower() == ".csv":
         return _csv_rows(file, text)
     if text.lstrip().startswith("["):
@@ -122,12 +123,3 @@ def _csv_rows(file: Path, text: str) -> Iterator[Row]:
             yield f"line {reader.line_num}", values
     except csv.Error as error:
         raise ValueError(f"{file}, line {reader.line_num}: this is not CSV ({error})") from error
-
-
-def _read_text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise ValueError(f"{file} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text") from error

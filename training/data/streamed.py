@@ -13,11 +13,10 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from controlkit import images
 from controlkit.base import Base
 from controlkit.training.config_adapter import ControlNetRecipe
 from controlkit.training.data.encoded import Encoded, Sample
-from controlkit.training.data.examples import Example
+from controlkit.training.data.examples import Example, picture_size
 from controlkit.training.data.feeds import maps_of
 from controlkit.training.data.order import Turn
 from controlkit.training.data.source_streams import Stream
@@ -104,6 +103,6 @@ def encoded_live(
 def _size(example: Example) -> tuple[int, int] | None:
     """Width and height of a picture, upright; None where it cannot be read, which its visit then says."""
     try:
-        return images.picture_size(example.picture.read())
+        return picture_size(example)
     except ValueError:
         return None

@@ -73,7 +73,7 @@ def advice(
     if travel < 2 * USUAL_TRAVEL[1] and not (finished or step >= steps):
         return None
     said = _diagnosis(
-        last, travel, late=warmup / 2 + USUAL_TRAVEL[1] / rate, raised=zero_convolution_rate >= 10
+        last, travel, late=warmup / 2 + USUAL_TRAVEL[1] / rate, raised=zero_convolution_rate >= 6
     )
     return f"By step {step} the map makes no difference yet. {said}"
 
@@ -123,7 +123,7 @@ def _lost(looks: History, held: int) -> str | None:
 
 def _diagnosis(look: Mapping[str, Any], travel: float, *, late: float, raised: bool) -> str:
     if travel < USUAL_TRAVEL[1]:
-        cure = "learning_rate" if raised else "zero_convolution_rate (10 is a good value)"
+        cure = "learning_rate" if raised else "zero_convolution_rate (6 is what recipes have by default)"
         return (
             "That is usual: control sets in suddenly, and at these rates may need until about step"
             f" {late:,.0f}. Train longer, or raise {cure}."

@@ -25,14 +25,14 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from controlkit import diffusion
+from controlkit import diffusion, images
 from controlkit.controlnet import Residuals, control_residuals, encode_hint, predict
 from controlkit.training.draws import derived_seed
+from controlkit.training.pair import in_precision
 from controlkit.training.reporting.convergence import advice as advice
 from controlkit.training.reporting.convergence import took_hold as took_hold
 
@@ -162,7 +162,7 @@ class Monitor:
                 timesteps,
                 text.to(controlnet.dtype),
                 hints[picture.to(device)],
-                added_cond=_cast(added, controlnet.dtype),
+                added_cond=in_precision(added, controlnet.dtype),
             )
             # The copy in training is float32, the locked base may be half precision.
             residuals = Residuals(
@@ -175,7 +175,7 @@ class Monitor:
             timesteps,
             text.to(network.dtype),
             residuals=residuals,
-            added_cond=_cast(added, network.dtype),
+            added_cond=in_precision(added, network.dtype),
             only_mid_control=self.only_mid_control,
         )
         return (model_pred.float() - self._target[rows.to(device)]).square().mean(dim=(1, 2, 3))
@@ -189,11 +189,7 @@ def as_cond(maps: Tensor | Sequence[NDArray[Any]] | NDArray[Any]) -> Tensor:
     if isinstance(maps, Tensor):
         assert maps.is_floating_point(), maps.dtype
         return maps.detach().float()
-    stacked = np.stack(list(maps))
-    assert stacked.ndim == 4, stacked.shape
-    highest = np.float32(np.iinfo(stacked.dtype).max)
-    scaled = stacked.astype(np.float32) / highest
-    return torch.from_numpy(np.ascontiguousarray(scaled.transpose(0, 3, 1, 2)))
+    return images.levels_to_cond(images.maps_to_levels(list(maps)))
 
 
 def _levels(count: int, timesteps: Sequence[int] | None) -> list[int]:
@@ -203,10 +199,6 @@ def _levels(count: int, timesteps: Sequence[int] | None) -> list[int]:
             raise ValueError(f"timestep {level} of the monitor is outside the schedule, 0 to {count - 1}")
     assert levels, "no timesteps"
     return levels
-
-
-def _cast(added: Mapping[str, Tensor] | None, dtype: torch.dtype) -> dict[str, Tensor] | None:
-    return None if added is None else {name: rows.to(dtype) for name, rows in added.items()}
 
 
 @contextmanager

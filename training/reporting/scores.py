@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from controlkit import images
 from controlkit.control import Control
 from controlkit.sampling import generate
 from controlkit.training.draws import derived_seed
+from controlkit.training.quality import through_vae
 from controlkit.training.reporting.measures import Measure, Values, measure_of, true_poses
 from controlkit.training.reporting.monitor import as_cond, evaluating
 
@@ -128,7 +128,7 @@ class Scorer:
         with torch.no_grad(), evaluating(controlnet, self.base.unet), _same_chance():
             if self._bounds is None or base_changed:
                 floor = self._mean(lambda pair, seed: self._generate(pair, seed, None))
-                ceiling = self._mean(lambda pair, _: _through_vae(self.base, pair.picture), seeds=[0])
+                ceiling = self._mean(lambda pair, _: through_vae(self.base, pair.picture), seeds=[0])
                 self._bounds = floor, ceiling
             network = _as_used(controlnet, self.base)
             control = self._mean(lambda pair, seed: self._generate(pair, seed, network))
@@ -164,11 +164,6 @@ def score_control(
 ) -> ControlScores | None:
     """Scores of one control network, once; `options` are `Scorer`'s. None where it cannot be scored."""
     return Scorer(base, pairs, kind=kind, **options).score(controlnet)
-
-
-def _through_vae(base: Base, picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    latents = base.encode_pictures(images.picture_to_tensor([picture]))
-    return images.tensor_to_pictures(base.decode_latents(latents))[0]
 
 
 def _as_used(controlnet: ControlNetModel, base: Base) -> ControlNetModel:
