@@ -53,8 +53,9 @@ class Recipe:
 
     Rates of zero convolutions and hint encoder are factors. After `decay_after` steps the rate falls with
     their root. `ema`: highest decay of the average; `ema_share`: the share of all steps that it reaches back
-    over. `hint_start` "unit": see `start_hint_encoder`. `layout_steps`: so long timesteps are logit-normal in
-    t / T, with a growing share of uniform ones.
+    over. `hint_start` "unit": see `start_hint_encoder`; "vae": from there, `start_as_vae`. `layout_steps`: so
+    long timesteps are logit-normal in t / T, with a growing share of uniform ones. `growing`: batches of a
+    quarter up to 400 samples and of a half up to 1600; the rates are the same.
     """
 
     learning_rate: float = 2e-3
@@ -69,6 +70,7 @@ class Recipe:
     hint_start: str = "default"
     layout_steps: int = 0
     batch_size: int = 16
+    growing: bool = False
 
 
 _OURS = Recipe(2e-3, 6.0, 3.0, 0.99, 20, decay_after=50, ema=0.995, ema_share=0.3)
@@ -85,6 +87,8 @@ RECIPES = {
     "ours, sooner uniform": replace(_OURS, layout_steps=200),
     "ours, one rate": replace(_OURS, zero_rate=1.0, hint_rate=1.0),
     "ours, constant": replace(_OURS, decay_after=0, ema=0.98, ema_share=0.1),
+    "ours, as VAE": replace(_OURS, hint_start="vae"),
+    "ours, growing batch": replace(_OURS, growing=True),
     "ours, batch 8": replace(_OURS, batch_size=8, warmup=40, decay_after=100, layout_steps=2000),
 }
 
@@ -169,9 +173,39 @@ def squared_error(
     return (model_pred - diffusion.target(kind, x_0, noise, t, acp)).square().mean(dim=(1, 2, 3))
 
 
-def draw_timesteps(recipe: Recipe, step: int, generator: torch.Generator) -> Tensor:
+def batch_size(recipe: Recipe, samples: int) -> int:
+    """Pairs of the step after so many samples."""
+    divisor = (4 if samples < 400 else 2 if samples < 1600 else 1) if recipe.growing else 1
+    return recipe.batch_size // divisor
+
+
+def rows_of(seed: int, samples: int, count: int) -> list[int]:
+    """The next training scenes: all recipes see the same ones in the same order."""
+    return [row for first in range(samples, samples + count) for row in Draws(seed, first).indices(TRAIN, 1)]
+
+
+@torch.enable_grad()
+def start_as_vae(world: World, controlnet: Any, *, maps: int = 1024, steps: int = 128) -> None:
+    """Teach the hint encoder what the copy's first layer makes of the map as a picture: conv_in(E(map)).
+
+    A hint that stands beside the noisy latents as latents do, as from an encoder that is a VAE's.
+    """
+    told = [world.cond(range(first, first + 16)) for first in range(0, maps, 16)]
+    with torch.no_grad():
+        latents = [world.base.encode_pictures(2 * cond - 1) for cond in told]
+        wanted = [controlnet.conv_in(each) - controlnet.conv_in.bias[:, None, None] for each in latents]
+    encoder = controlnet.controlnet_cond_embedding
+    optimizer = torch.optim.AdamW(encoder.parameters(), lr=2e-3, fused=True)
+    for step in range(steps):
+        here = step % len(told)
+        (encode_hint(controlnet, told[here]) - wanted[here]).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def draw_timesteps(recipe: Recipe, count: int, step: int, generator: torch.Generator) -> Tensor:
     """Training timesteps (B,) of one batch."""
-    count, even = recipe.batch_size, min(1.0, step / max(recipe.layout_steps, 1))
+    even = min(1.0, step / max(recipe.layout_steps, 1))
     if not recipe.layout_steps:
         return diffusion.sample_timesteps(count, generator=generator)
     start = torch.rand((), generator=generator, dtype=torch.float64)
@@ -191,7 +225,7 @@ class Training:
         self.controlnet = from_base(world.base, hint_channels=HINT_CHANNELS, seed=seed)
         self.controlnet.to(memory_format=torch.channels_last).train()
         self.parameters: list[Tensor] = [*trainable_parameters(self.controlnet, world.unet)]
-        if self.recipe.hint_start == "unit":
+        if self.recipe.hint_start != "default":
             start_hint_encoder(self.controlnet, world.cond(range(32)), seed=seed)
         rates = dict.fromkeys(("controlnet_down_blocks", "controlnet_mid_block"), self.recipe.zero_rate)
         rates["controlnet_cond_embedding"] = self.recipe.hint_rate
@@ -201,6 +235,10 @@ class Training:
         self.optimizer = torch.optim.AdamW(groups, betas=betas, weight_decay=0.01, fused=True)
         self.average = [parameter.detach().clone() for parameter in self.parameters]
         self.step, self.samples, self.seconds = 0, 0, 0.0
+        if self.recipe.hint_start == "vae" and not self.file.exists():
+            began = time.process_time()
+            start_as_vae(world, self.controlnet)
+            self.seconds = time.process_time() - began
         if self.file.exists():
             state = torch.load(self.file, weights_only=True)
             assert state["recipe"] == str(self.recipe), f"{self.file} is of another recipe: delete it"
@@ -212,11 +250,12 @@ class Training:
         """One optimizer step, on the clock."""
         began, recipe, world = time.process_time(), self.recipe, self.world
         draws = Draws(self.seed, self.step)
-        rows = draws.indices(len(world.latents), recipe.batch_size)
+        size = batch_size(recipe, self.samples)
+        rows = rows_of(self.seed, self.samples, size)
         dropped = draws.chosen(len(rows), recipe.caption_dropout)
         text = world.text[torch.where(dropped, len(world.text) - 1, torch.tensor(rows))].float()
         x_0 = world.latents[rows].float()
-        noise, t = draws.normal(*x_0.shape), draw_timesteps(recipe, self.step, draws.generator)
+        noise, t = draws.normal(*x_0.shape), draw_timesteps(recipe, size, self.step, draws.generator)
         loss = squared_error(world, self.controlnet, x_0, noise, t, text, world.cond(rows)).mean()
         assert math.isfinite(loss.item()), f"{self.name}: the loss of step {self.step} is {loss.item()}"
         loss.backward()
@@ -228,7 +267,7 @@ class Training:
             group["lr"] = recipe.learning_rate * group["rate"] * factor
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.step, self.samples = self.step + 1, self.samples + recipe.batch_size
+        self.step, self.samples = self.step + 1, self.samples + size
         decay = min(recipe.ema, 1 - 1 / (1 + recipe.ema_share * self.step))
         torch._foreach_lerp_(self.average, [parameter.detach() for parameter in self.parameters], 1 - decay)
         self.seconds += time.process_time() - began
