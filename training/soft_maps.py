@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 _TOLERANCE = 1  # pixels by which an edge may be out of place
+_ROUNDED = 16  # units of the last place: flatter depth is flat
 _COUNTED = 1.0  # pixels that agree in any case, so that a map without edges has a score
 
 
@@ -66,8 +67,17 @@ def depth_missed(depth: Tensor, wanted: Tensor) -> Tensor:
     Ranftl et al. 2020, equations 3 and 4), which leaves 1 - r², r their correlation; here 1 - r |r|, for near
     and far exchanged is worse than nothing: up to 2. 1, without a gradient, where ``wanted`` is flat.
     """
-    x, y = ((values - values.mean(dim=(1, 2), keepdim=True)).flatten(1) for values in (depth, wanted))
-    tiny = torch.finfo(x.dtype).tiny ** 0.5
-    scale = (x.square().sum(dim=1) * y.square().sum(dim=1)).clamp(min=tiny).sqrt()
-    r = (x * y).sum(dim=1) / scale
+    x, y = _centred(depth), _centred(wanted)
+    r = (x * y).sum(dim=1) / (_spread(x, depth) * _spread(y, wanted))
     return 1 - r * r.abs()
+
+
+def _centred(values: Tensor) -> Tensor:
+    return (values - values.mean(dim=(1, 2), keepdim=True)).flatten(1)
+
+
+def _spread(centred: Tensor, values: Tensor) -> Tensor:
+    """The root of the sum of squares, (B,), kept above what rounding makes of a flat map."""
+    limits = torch.finfo(values.dtype)
+    rounding = (_ROUNDED * limits.eps * values.detach().flatten(1)).square().sum(dim=1) + limits.tiny
+    return (centred.square().sum(dim=1) + rounding).sqrt()
