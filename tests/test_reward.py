@@ -95,7 +95,7 @@ def test_flat_depth_is_no_number_out_of_range(dtype):
         depth = depth.clone().requires_grad_()
         missed = depth_missed(depth, wanted)
         missed.sum().backward()
-        assert float(missed.detach()) == pytest.approx(1)
+        assert float(missed.detach()) == pytest.approx(1, abs=1e-4)
         assert bool(torch.isfinite(depth.grad).all())
 
 

@@ -42,7 +42,7 @@ def train(kind: str, setting: str, seed: int, given: argparse.Namespace) -> tupl
     """The adapter that a setting makes of the bundled one, and what its training says of itself."""
     weight, _, below = setting.partition("@")
     folder = given.out / f"{kind}-{setting}-{seed}"
-    train_recipe(
+    result = train_recipe(
         f"bundled-{kind}-longer",
         [
             *(f"init={kind}", f"out={folder}", f"seed={seed}", f"steps={given.steps}", "batch_size=8"),
@@ -51,6 +51,8 @@ def train(kind: str, setting: str, seed: int, given: argparse.Namespace) -> tupl
             *(f"checkpoint_every={given.steps}", f"reward={weight}", f"reward_below={below or 0.2}"),
         ],
     )
+    if result.stopped_at is not None:
+        raise SystemExit(f"stopped at step {result.stopped_at}; the same command goes on")
     rows = [row for row in read_rows(folder) if "loss" in row]
     told = {key: mean(row[key] for row in rows[-5:]) for key in ("loss", "map_missed") if key in rows[-1]}
     return folder / "controlnet", {**told, "seconds": rows[-1]["seconds"]}
