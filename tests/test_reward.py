@@ -269,6 +269,14 @@ def test_recipes_that_cannot_be_rewarded_are_refused_in_one_line(kind, overrides
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("low", ["abc", "1..x", [1, 2, 3], float("inf")])
+def test_thresholds_that_are_none_are_refused_in_one_line(base, low):
+    told = settings("canny")
+    told = told.model_copy(update={"data": told.data.model_copy(update={"options": {"low": low}})})
+    with pytest.raises(ValueError, match=r"data.options.low is .*; a threshold is a number or a range"):
+        Reward(told, base, base.alphas_cumprod)
+
+
 def test_without_a_reward_its_other_keys_are_not_looked_at():
     assert load_recipe("tiny-openpose", ["reward_below=0", "reward_from=9999"]).reward == 0
 

@@ -6,6 +6,7 @@ are decoded; the picture's map is taken by differentiable means and compared wit
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -92,7 +93,8 @@ def map_missed(recipe: ControlNetRecipe, base: Base) -> Missed:
         return _depth(_depth_model(recipe), str(base.device))
     from controlkit.preprocessors.canny import HIGH, LOW
 
-    low, high = (_middle(options.get(name, usual)) for name, usual in (("low", LOW), ("high", HIGH)))
+    usual = {"low": LOW, "high": HIGH}
+    low, high = (_middle(name, options.get(name, usual[name])) for name in usual)
 
     def missed(pictures: Tensor, wanted: Tensor) -> Tensor:
         return edges_missed(soft_edges(pictures, low=low, high=high), wanted[:, 1:-1, 1:-1])
@@ -116,9 +118,13 @@ def _depth_model(recipe: ControlNetRecipe) -> str:
     return BUNDLED_MODEL if recipe.base in BUNDLED else str(recipe.data.options.get("model", USUAL))
 
 
-def _middle(threshold: Any) -> float:
-    ends = range_ends(threshold)
-    return float(threshold) if ends is None else sum(ends) / 2
+def _middle(name: str, threshold: Any) -> float:
+    ends = range_ends(threshold) or (threshold, threshold)
+    if not all(isinstance(end, int | float) and math.isfinite(end) for end in ends):
+        raise ValueError(
+            f"data.options.{name} is {threshold!r}; a threshold is a number or a range (50..150)"
+        )
+    return sum(ends) / 2
 
 
 class _AtOnce(torch.autograd.Function):
