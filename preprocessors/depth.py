@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from controlkit.preprocessors.depthfiles import read_depth
-from controlkit.preprocessors.depthnet import DepthNetwork
+from controlkit.preprocessors.depthnet import USUAL, DepthNetwork
 from controlkit.preprocessors.depthtiles import tiled_depth
 from controlkit.preprocessors.maps import Map, Preprocessor
 
@@ -46,7 +46,7 @@ class Depth(Preprocessor):
     def __init__(
         self,
         *,
-        model: str = "depth-anything-v2-small",
+        model: str = USUAL,
         device: str = "auto",
         precision: str = "auto",
         clip: float = 0.0,

@@ -2,12 +2,15 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from controlkit.images import resize
 from controlkit.preprocessors.weights import find_model, load_model, load_processor
+
+if TYPE_CHECKING:
+    import torch
 
 MODELS = {
     "depth-anything-v2-small": "depth-anything/Depth-Anything-V2-Small-hf",
@@ -24,6 +27,9 @@ MODELS = {
 Their weights are Apache-2.0, but for zoedepth (MIT), depth-anything-v2-base and -large (CC-BY-NC-4.0: not for
 commercial use) and depth-pro (Apple's own terms, for research).
 """
+
+USUAL = "depth-anything-v2-small"
+"""The model that is used where none is named."""
 
 _METRIC_TYPES = {"depth_pro", "glpn", "zoedepth"}  # models that predict metres, large where it is far
 _NEAREST_M = 0.1  # nearer counts as this near; else one pixel at 0 m would take the whole range of the map
@@ -59,6 +65,36 @@ class DepthNetwork:
             together = self._pass([pictures[index] for index in indices])
             found.update(zip(indices, together, strict=True))
         return [found[index] for index in range(len(pictures))]
+
+    @property
+    def pads(self) -> bool:
+        """Whether pictures are padded before the network sees them."""
+        return bool(getattr(self._processor, "do_pad", False))
+
+    def differentiable(self, pictures: "torch.Tensor") -> "torch.Tensor":
+        """Return the inverse depth of pictures, (B, 3, H, W) in [0, 1]: (B, H, W), with gradients.
+
+        What :meth:`inverse_depth` finds, up to how pictures are resampled and rounded on the way. Not for
+        networks that pad (:attr:`pads`): their processors' padding is not repeated here.
+        """
+        import torch
+        from torch.nn.functional import interpolate
+
+        assert not self.pads, self.name
+        processor, size = self._processor, tuple(pictures.shape[-2:])
+        blank = processor(np.zeros((*size, 3), np.uint8), input_data_format="channels_last")
+        seen = tuple(np.shape(blank["pixel_values"][0])[-2:])
+        mean, std = (
+            torch.tensor(values, dtype=pictures.dtype, device=pictures.device)[:, None, None]
+            for values in (processor.image_mean, processor.image_std)
+        )
+        resized = pictures
+        if seen != size:
+            resized = interpolate(pictures, seen, mode="bicubic", align_corners=False, antialias=True)
+        found = self._network(pixel_values=((resized - mean) / std).to(self._network.dtype)).predicted_depth
+        if found.shape[-2:] != size:
+            found = interpolate(found[:, None], size, mode="bicubic", align_corners=False)[:, 0]
+        return 1.0 / found.clamp(min=_NEAREST_M) if _is_metric(self._network.config) else found
 
     def _pass(self, pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Return the inverse depth of pictures of one size."""

@@ -214,6 +214,7 @@ def test_the_scripts_defaults_are_written_out():
 NEUTRAL = {
     *("channels_last", "checkpoints_kept", "compile", "device", "init", "log_every", "threads"),
     *("bad_steps", "monitor_every", "push_to_hub", "sample_every", "scenes", "score_every", "score_scenes"),
+    *("reward_below", "reward_from"),
 }
 NEUTRAL_DATA = {
     *("format", "split", "picture_column", "map_column", "caption_column", "options", "caption", "limit"),

@@ -26,6 +26,7 @@ from controlkit.training.planning_batch import available_memory
 from controlkit.training.planning_memory import Ledger, optimizer_bytes, simulate
 from controlkit.training.planning_networks import build as build_networks
 from controlkit.training.planning_networks import simulate_step
+from controlkit.training.planning_parts import Place, count_memory
 
 
 def recipe(**changes):
@@ -95,6 +96,29 @@ def test_every_family_and_way_of_training_is_planned(family, changes, tmp_path):
     assert (trained < everything) == r.only_mid_control
     assert step.saved > 0
     assert step.worst.total >= step.saved
+
+
+def test_a_reward_is_counted_and_holds_one_picture_whatever_the_batch():
+    without, one, many, recomputed = (
+        count(recipe(batch_size=size, **changes))
+        for size, changes in (
+            (1, {}),
+            (1, {"reward": 0.5}),
+            (8, {"reward": 0.5}),
+            (1, {"reward": 0.5, "gradient_checkpointing": True}),
+        )
+    )
+    assert "reward" not in without
+    assert 0 < one["reward"] < 2**26
+    assert many["reward"] <= one["reward"]
+    assert recomputed["reward"] < one["reward"]
+
+
+def count(r):
+    """Bytes of the training phase, by what they are for, on a GPU."""
+    networks = build_networks(r)
+    step = simulate_step(networks, r, width=128, height=128)
+    return count_memory(networks, r, step, Place("cuda", 0, 1, 128, 128)).parts
 
 
 def test_what_is_saved_is_what_autograd_says_it_saves():

@@ -35,6 +35,7 @@ from controlkit.training.memory import free_memory
 from controlkit.training.noising import draw_batch, noised, schedule, timesteps_of, weighted_loss
 from controlkit.training.pair import Pair, PairsPart
 from controlkit.training.reporting.showing import Shown, is_examined
+from controlkit.training.reward import Reward
 from controlkit.training.saving import MAY_CHANGE
 from controlkit.training.task import Losses
 
@@ -59,8 +60,11 @@ class ControlNetTask:
         if machine.dtype != torch.float32 and not machine.sharded:
             self.base.unet.to(machine.dtype)
         self.alphas_cumprod = schedule(recipe, self.base)
+        self.reward = Reward(recipe, self.base, self.alphas_cumprod) if recipe.reward else None
         self.feed = open_feed(recipe, self.base, machine.processes, report=report)
         self.encoded = self.feed.encoded
+        if self.reward is not None:
+            self.reward.check(self.encoded.visits.channels)
         _report_bad_maps(recipe.map, self.feed.first_maps(_LINTED), report)
         self.controlnet = self._copy()
         self._prepare()
@@ -145,16 +149,20 @@ class ControlNetTask:
             recipe,
             self.alphas_cumprod,
         )
-        levels = levels_of(part.samples).to(device, non_blocking=True)
+        cond = images.levels_to_cond(levels_of(part.samples).to(device, non_blocking=True))
         model_pred = whole(
             self._laid_out(noisy.noisy_latents),
             noisy.timesteps,
             text.encoder_hidden_states.to(device, torch.float32, non_blocking=True),
-            self._laid_out(images.levels_to_cond(levels)),
+            self._laid_out(cond),
             self._added_cond(text.pooled, part.samples),
         )
         each = weighted_loss(model_pred, noisy, recipe, self.base.prediction_type, self.alphas_cumprod)
-        return Losses(each, noisy.timesteps, len(self.alphas_cumprod))
+        missed = None
+        if self.reward is not None:
+            rows, missed = self.reward(model_pred, noisy, cond, part.step)
+            each, missed = each.index_add(0, rows, recipe.reward * missed), missed.detach()
+        return Losses(each, noisy.timesteps, len(self.alphas_cumprod), missed)
 
     def _captions(self, part: PairsPart) -> Any:
         dropped = [
@@ -246,9 +254,12 @@ class ControlNetTask:
             self._make_room()
 
     def _make_room(self) -> None:
-        """Take autoencoder and text encoders off a device, where the cache has what they give."""
+        """Take autoencoder and text encoders off a device, where the cache has what they give.
+
+        The autoencoder stays where a reward decodes with it.
+        """
         if self.recipe.data.cache and self.machine.device.type != "cpu":
-            for part in (self.base.vae, *self.base.text_encoders):
+            for part in (*([] if self.reward else [self.base.vae]), *self.base.text_encoders):
                 part.to("cpu")
             free_memory()
 

@@ -13,6 +13,7 @@ WORLD_KINDS = ("canny", "openpose", "depth")  # maps that the bundled world has 
 FORMATS = ("auto", "imagefolder", "fill50k", "paired", "huggingface", "webdataset", "world")
 OPTIMIZERS = ("adamw", "adamw8bit", "adafactor", "lion", "prodigy", "schedule-free")
 TIMESTEPS = ("uniform", "cubic", "logit-normal", "structure")
+REWARDED = ("canny", "depth")  # kinds of map that can be taken of a picture by differentiable means
 Side = Annotated[int, Field(ge=0, le=16384, multiple_of=8)]
 
 
@@ -113,6 +114,13 @@ class ControlNetRecipe(Recipe):
     """What the loss compares; base: what the base predicts. Another one is computed from the prediction."""
     min_snr_gamma: Weight = 0.0
     """Weight the loss by min(SNR, gamma); 0 does not."""
+    reward: Weight = 0.0
+    """Weight, beside the loss, of what the picture misses of its map (canny or depth): ControlNet++. 0: off.
+    """
+    reward_below: Probability = 0.2
+    """Share of the noise schedule, from its clean end, in which pictures are looked at for the reward."""
+    reward_from: Count = 0
+    """Steps before the reward begins; a new adapter has to follow the map somewhat first."""
     noise_offset: Weight = 0.0
     """Spread of a shift of each channel's noise, the same at every pixel."""
     input_perturbation: Weight = 0.0
@@ -169,6 +177,8 @@ class ControlNetRecipe(Recipe):
             raise ValueError(
                 f"warmup={self.warmup} is longer than the training, steps={self.steps}: give less"
             )
+        if self.reward:
+            self._check_reward()
         if self.data.streaming and self.data.buckets:
             raise ValueError("data.buckets needs to know every picture's size, which data.streaming does not")
         if self.data.maps == "made" or self.data.source == "world":
@@ -178,6 +188,23 @@ class ControlNetRecipe(Recipe):
             if self.map not in known:
                 raise unknown("kind of map", self.map, known)
         return self
+
+    def _check_reward(self) -> None:
+        """Refuse what the reward cannot be taken of."""
+        if self.map not in REWARDED:
+            raise ValueError(f"reward is there for maps of {' and '.join(REWARDED)}, not {self.map!r}")
+        if len(self.data.map_column) > 1:
+            columns = ", ".join(self.data.map_column)
+            raise ValueError(f"reward compares one map, and data.map_column has several: {columns}")
+        if not self.reward_below:
+            raise ValueError("reward_below=0 looks at no picture; reward=0 switches the reward off")
+        if self.reward_from >= self.steps:
+            raise ValueError(f"reward_from={self.reward_from} comes after the last step, steps={self.steps}")
+        further = set(self.data.options) - {"low", "high", "seed"}
+        if self.map == "canny" and further:
+            raise ValueError(
+                f"reward follows low and high of canny's options, and data.options has {min(further)}"
+            )
 
 
 __all__ = ["FORMATS", "OPTIMIZERS", "TIMESTEPS", "ControlNetRecipe", "DataRecipe", "Rate"]

@@ -94,6 +94,7 @@ FIXED: dict[str, Any] = {
     "hint_encoder_rate": 1.0,
     "objective": "base",
     "min_snr_gamma": 0.0,
+    "reward": 0.0,
     "noise_offset": 0.0,
     "input_perturbation": 0.0,
     "timesteps": "uniform",

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -51,7 +51,8 @@ class Run:
     def read_losses(self) -> Window:
         """The window, with every step until now."""
         for losses in self.unread:
-            self.window.add(*_per_pair(losses))
+            missed = [m for loss in losses if loss.missed is not None for m in loss.missed.tolist()]
+            self.window.add(*_per_pair(losses), missed)
         self.unread = []
         return self.window
 
@@ -163,7 +164,7 @@ def forward_backward(run: Run) -> list[Losses]:
                 losses = run.task.losses(run.whole, piece)
             run.machine.backward(losses.each.mean() * (len(piece) / pairs))
         run.weights.take_gradients()
-        seen.append(Losses(losses.each.detach(), losses.timesteps, losses.levels))
+        seen.append(replace(losses, each=losses.each.detach()))
     return seen
 
 

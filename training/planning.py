@@ -17,7 +17,13 @@ from controlkit.training.planning_batch import USABLE, available_memory, residen
 from controlkit.training.planning_batch import Batches as Batches
 from controlkit.training.planning_batch import find_batch as find_batch
 from controlkit.training.planning_batch import try_batches as try_batches
-from controlkit.training.planning_networks import Networks, build, simulate_encoding, simulate_step
+from controlkit.training.planning_networks import (
+    Networks,
+    build,
+    simulate_encoding,
+    simulate_reward,
+    simulate_step,
+)
 from controlkit.training.planning_parts import Memory, Place, count_memory, imported_bytes
 from controlkit.training.planning_speed import Speed, bandwidth, measure_speed
 
@@ -162,6 +168,7 @@ def plan(
     step = simulate_step(networks, recipe, width=largest[0], height=largest[1])
     place = Place(device, imported, processes, *largest)
     speed = measure_speed(step, device)
+    micro_s = (speed.total_s + _reward_seconds(networks, recipe, place)) * area
     result = Plan(
         device=device,
         width=largest[0],
@@ -173,7 +180,7 @@ def plan(
         memory=count_memory(networks, recipe, step, place),
         resident=(resident_memory() or 0) if device == "cpu" else 0,
         free=available_memory(device),
-        step_s=_step_seconds(networks, recipe, speed.total_s * area, device),
+        step_s=_step_seconds(networks, recipe, micro_s, device),
         steps=recipe.steps,
         encoding_s=_encoding_seconds(networks, recipe, speed, place, area, pictures),
         rates=speed.rates,
@@ -247,6 +254,14 @@ def _step_seconds(networks: Networks, recipe: ControlNetRecipe, micro_s: float, 
     moved = _OPTIMIZER_MOVES[recipe.optimizer] + (_AVERAGE_MOVES if recipe.ema else 0)
     update_s = moved * _trained_count(networks) / bandwidth(device)
     return micro_s * recipe.accumulation + update_s
+
+
+def _reward_seconds(networks: Networks, recipe: ControlNetRecipe, place: Place) -> float:
+    """Seconds of a micro-batch's reward, at evenly drawn noise levels; a depth model's share is left out."""
+    if not recipe.reward:
+        return 0.0
+    decoded = simulate_reward(networks, width=place.width, height=place.height)
+    return recipe.batch_size * recipe.reward_below * measure_speed(decoded, place.device).total_s
 
 
 def _encoding_seconds(

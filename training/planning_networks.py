@@ -176,6 +176,22 @@ def simulate_decoding(networks: Networks, *, width: int, height: int, batch_size
     return _simulate_vae(networks, latents, lambda x: networks.vae.decode(x).sample)
 
 
+def simulate_reward(networks: Networks, *, width: int, height: int) -> Simulated:
+    """One picture decoded and the gradient taken, as `Reward` does, picture by picture and in fp32.
+
+    What takes the map of the picture is not counted: little for canny, the depth model's share for depth.
+    """
+    channels, factor = networks.vae.config.latent_channels, networks.factor
+    with networks.mode, torch.device("cpu"):
+        from diffusers import AutoencoderKL
+
+        vae = AutoencoderKL.from_config(networks.vae.config).eval().requires_grad_(False)
+        if networks.unet.is_gradient_checkpointing:
+            vae.enable_gradient_checkpointing()
+        latents = torch.empty(1, channels, height // factor, width // factor, requires_grad=True)
+        return simulate(lambda: vae.decode(latents).sample.sum(), [vae])
+
+
 def _simulate_vae(networks: Networks, shape: tuple[int, ...], call: Callable[[Tensor], Tensor]) -> Simulated:
     with networks.mode, torch.device("cpu"), torch.no_grad():
         x = torch.empty(shape, dtype=networks.vae.dtype)

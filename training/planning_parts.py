@@ -7,7 +7,12 @@ from dataclasses import dataclass
 from controlkit.training.config_adapter import ControlNetRecipe
 from controlkit.training.planning_batch import resident_memory
 from controlkit.training.planning_memory import Simulated, optimizer_bytes, weight_bytes
-from controlkit.training.planning_networks import Networks, simulate_decoding, simulate_encoding
+from controlkit.training.planning_networks import (
+    Networks,
+    simulate_decoding,
+    simulate_encoding,
+    simulate_reward,
+)
 
 _IMPORTED = 820 * 2**20  # Python, torch and the model libraries, where the system does not tell
 _FIRST_USE = 90 * 2**20  # kernels that are read in when they first run, threads' stacks
@@ -81,6 +86,7 @@ def count_memory(networks: Networks, recipe: ControlNetRecipe, step: Simulated, 
             **(encoders if stays else {}),
             **trained,
             **_step(networks, recipe, step, place),
+            **_rewarded(networks, recipe, step, place, stays=stays),
             **_saved(recipe, trained, place),
         },
         "sampling": {**base, **encoders, **trained, "at work": _decoding(networks, place)},
@@ -137,6 +143,19 @@ def _step(networks: Networks, recipe: ControlNetRecipe, step: Simulated, place: 
         "workspace": workspace,
         "lost between allocations": fixed + int(share * (saved + workspace)),
     }
+
+
+def _rewarded(
+    networks: Networks, recipe: ControlNetRecipe, step: Simulated, place: Place, *, stays: bool
+) -> dict[str, int]:
+    """What the reward adds: a picture is decoded on top of what the forward pass keeps, and its gradient
+    taken; and the autoencoder, where it would not stay without.
+    """
+    if not recipe.reward:
+        return {}
+    decoding = simulate_reward(networks, width=place.width, height=place.height).worst.total
+    further = max(0, step.saved + decoding - step.worst.total)
+    return {"reward": further + (0 if stays else weight_bytes([networks.vae]))}
 
 
 def _saved(recipe: ControlNetRecipe, trained: dict[str, int], place: Place) -> dict[str, int]:

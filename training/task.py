@@ -19,12 +19,13 @@ from controlkit.training.draws import Draws
 @dataclass(frozen=True)
 class Losses:
     """The losses of a micro-batch: ``each`` (B,) with a graph; ``timesteps`` (B,), out of ``levels``, if
-    any.
+    any; ``missed`` (n,), n <= B, what a reward found of the pairs it looked at: it is in ``each`` already.
     """
 
     each: Tensor
     timesteps: Tensor | None = None
     levels: int = 1
+    missed: Tensor | None = None
 
 
 class Part(Protocol):

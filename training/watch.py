@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,10 +42,16 @@ class Window:
     samples: int = 0
     quarter_loss: list[float] = field(default_factory=lambda: [0.0] * QUARTERS)
     quarter_samples: list[int] = field(default_factory=lambda: [0] * QUARTERS)
+    missed: float = 0.0
+    looked_at: int = 0
 
-    def add(self, losses: Iterable[float], places: Iterable[float]) -> None:
-        """Count a step: each pair's loss, and its noise level in [0, 1) (NaN where there is none)."""
+    def add(self, losses: Iterable[float], places: Iterable[float], missed: Sequence[float] = ()) -> None:
+        """Count a step: each pair's loss, and its noise level in [0, 1) (NaN where there is none); what a
+        reward missed in the pairs that it looked at.
+        """
         self.steps += 1
+        self.missed += sum(missed)
+        self.looked_at += len(missed)
         for loss, place in zip(losses, places, strict=True):
             self.loss += loss
             self.samples += 1
@@ -60,17 +66,23 @@ class Window:
         for window in (self, *others):
             whole.loss += window.loss
             whole.samples += window.samples
+            whole.missed += window.missed
+            whole.looked_at += window.looked_at
             for k in range(QUARTERS):
                 whole.quarter_loss[k] += window.quarter_loss[k]
                 whole.quarter_samples[k] += window.quarter_samples[k]
         return whole
 
     def row(self) -> dict[str, float]:
-        """The mean loss, and by quarter of the noise levels (q0: least noise) where any was seen."""
+        """The mean loss, and by quarter of the noise levels (q0: least noise) where any was seen; the mean of
+        what a reward missed, before it is weighted.
+        """
         row = {"loss": self.loss / max(self.samples, 1)}
         for k, (loss, samples) in enumerate(zip(self.quarter_loss, self.quarter_samples, strict=True)):
             if samples:
                 row[f"loss_q{k}"] = loss / samples
+        if self.looked_at:
+            row["map_missed"] = self.missed / self.looked_at
         return row
 
 

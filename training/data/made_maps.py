@@ -42,7 +42,7 @@ class Maker:
                 raise unknown(f"{kind} option", name, known)
         if options.get("model") == "file":
             raise ValueError(f"{kind} of model=file is read from files: data.maps=files")
-        ranges = {name: ends for name, value in options.items() if (ends := _ends(value)) is not None}
+        ranges = {name: ends for name, value in options.items() if (ends := range_ends(value)) is not None}
         self._network: Preprocessor | None = None
         self._lock = threading.Lock() if "model" in known else None
         self._drawn: dict[str, tuple[float, float, bool]] = {}
@@ -96,7 +96,7 @@ class Maker:
         return preprocessors.get(self._kind, **options)
 
 
-def _ends(value: Any) -> tuple[float, float] | None:
+def range_ends(value: Any) -> tuple[float, float] | None:
     """The two ends of a range as a recipe writes it, "50..150" or [50, 150]; None for anything else."""
     parts = value.split("..") if isinstance(value, str) else value
     if not isinstance(parts, (list, tuple)) or len(parts) != 2:

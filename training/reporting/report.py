@@ -220,6 +220,11 @@ _CHARTS: tuple[tuple[str, str, Callable[[RunRecord, list[Mark]], str]], ...] = (
     ("Score", "of held-out pairs, and what it lies between", _score_chart),
     ("Training loss", "mean of the steps between two rows, and smoothed", _loss_chart),
     ("Training loss by noise", "quarters of the schedule, smoothed", _quarter_chart),
+    (
+        "Missed of the map",
+        "by the pictures that the reward looks at",
+        _simple("map_missed", "missed by step", 3),
+    ),
     ("Learning rate", "", _rate_chart),
     ("Gradient norm", "before clipping", _simple("grad_norm", "gradient norm by step", 5, may_log=True)),
     ("Samples per second", "", _simple("samples_per_s", "samples per second by step", 2, from_zero=True)),
