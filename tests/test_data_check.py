@@ -19,11 +19,13 @@ from typer.testing import CliRunner
 
 from controlkit import images, preprocessors
 from controlkit.cli import app
+from controlkit.training.config import ControlNetRecipe, parse_recipe
 from controlkit.training.config_adapter import DataRecipe
 from controlkit.training.data import check as check_module
 from controlkit.training.data.check import Check, check_examples, same_aspect
 from controlkit.training.data.check_facts import look_at_map, look_at_picture
 from controlkit.training.data.examples import ArrayPiece, Example, FilePiece, Piece
+from controlkit.training.data.pairs import load_pairs
 from controlkit.training.data.source_files import BytesPiece
 from controlkit.training.data.sources import open_examples
 
@@ -87,7 +89,7 @@ def checked(
     return check_examples(open_examples(data, kind=kind), data=data, kind=kind, **options)
 
 
-def found(check: Check, severity: str = "") -> list[tuple[int, str]]:
+def found(check: Check, severity: str = "") -> list[tuple[int | None, str]]:
     return [(f.index, f.code) for f in check.findings if f.severity == severity or not severity]
 
 
@@ -169,7 +171,8 @@ def test_everything_else_that_is_an_error(tmp_path: Path, lint: bool) -> None:
     put(folder / "metadata.jsonl", "\n".join(rows))
     check = checked(folder, lint=lint)
     expected = ["missing", "missing", "refused", "aspect", "aspect", "refused", "refused"]
-    assert found(check) == list(enumerate(expected))
+    assert found(check, "error") == list(enumerate(expected))
+    assert unpaired(check) == [("unpaired map", "canny/5.png"), ("unpaired picture", "images/6.jpg")]
     messages = [finding.message for finding in check.findings]
     for part, message in zip(
         [
@@ -186,7 +189,7 @@ def test_everything_else_that_is_an_error(tmp_path: Path, lint: bool) -> None:
     assert "turned by 90 degrees" in messages[3]
     assert "metadata.jsonl, line 6: the key 'canny_file_name' is missing" in messages[5]
     assert check.usable == []
-    assert check.counts == {"missing": 2, "refused": 3, "aspect": 2}
+    assert check.counts == {"missing": 2, "refused": 3, "aspect": 2, "unpaired map": 1, "unpaired picture": 1}
     assert check.problem(2).startswith("7 of 7 pairs cannot be used: ")
     assert check.problem(2).endswith("; and 5 more")
 
@@ -379,7 +382,7 @@ def test_a_link_that_leads_out_is_not_taken_from_memory(tmp_path: Path) -> None:
     assert checked(folder).findings == []
     os.rename(folder / "images", tmp_path / "images")
     os.symlink("../images", folder / "images")
-    assert found(checked(folder)) == [(0, "refused"), (1, "refused")]
+    assert found(checked(folder), "error") == [(0, "refused"), (1, "refused")]
 
 
 def test_a_quick_look_does_not_stand_for_a_thorough_one(tmp_path: Path, reads: list[Path]) -> None:
@@ -468,6 +471,90 @@ def test_a_png_by_its_check_sums_is_as_large_as_when_it_is_decoded() -> None:
         assert look_at_map(piece, canvas=None, kind=None).width == quick.width
 
 
+# --- files that are in no pair ---
+
+
+def unpaired(check: Check) -> list[tuple[str, str]]:
+    return [(f.code, f.name) for f in check.findings if f.index is None]
+
+
+def test_maps_of_no_picture(tmp_path: Path) -> None:
+    root = tmp_path / "set"
+    for name in ("a", "below/b", "below/ü c"):
+        put(root / f"{name}.png", encoded(photograph()))
+        put(root / f"{name}.txt", name)
+    for name in ("a", "b", "below/ü c", "gone", "below/a", "gone too"):
+        put(root / f"conditioning/{name}.png", encoded(edges(photograph())))
+    put(root / "conditioning/notes.txt", "no map")
+    check = checked(root)
+    names = ["conditioning/below/a.png", "conditioning/gone too.png", "conditioning/gone.png"]
+    assert unpaired(check) == [("unpaired map", name) for name in names]
+    assert check.usable == [0, 1, 2]
+    assert check.counts["unpaired map"] == 3
+    assert "maps       3 of 3, and 3 in no pair" in check.table()
+    assert "  conditioning/gone.png is the map of no picture" in check.table()
+    assert check.about_unpaired() == "in no pair: 3 maps, such as conditioning/below/a.png"
+    limited = checked(root, settings={"limit": 1})
+    assert (len(limited.sizes), unpaired(limited)) == (1, unpaired(check))  # what limit leaves out has a pair
+    assert unpaired(checked(root, settings={"maps": "made"})) == []
+
+
+def test_files_that_no_row_names(tmp_path: Path) -> None:
+    root = make_set(tmp_path / "set", 2)
+    assert unpaired(checked(root)) == []
+    put(root / "images/new.jpg", GOOD_JPEG)
+    put(root / "top.png", GOOD_PNG)
+    put(root / "canny/9.png", GOOD_PNG)
+    put(root / "depth/0.png", GOOD_PNG)
+    put(root / "sheet.png", GOOD_PNG)  # of controlkit preprocess --sheet
+    put(root / "readme.json", "{}")
+    put(root / ".hidden/x.png", GOOD_PNG)
+    put(root / "test/metadata.jsonl", '{"file_name": "y.png"}')  # a data set of its own
+    put(root / "test/y.png", GOOD_PNG)
+    check = checked(root)
+    assert unpaired(check) == [
+        ("unpaired map", "canny/9.png"),
+        ("unpaired map", "depth/0.png"),
+        ("unpaired picture", "images/new.jpg"),
+        ("unpaired picture", "top.png"),
+    ]
+    assert check.about_unpaired() == "in no pair: 2 maps and 2 pictures, such as canny/9.png"
+    assert "pictures   all 128 x 96, and 2 in no pair" in check.table()
+    assert "  images/new.jpg is named by no row of metadata.jsonl" in check.table()
+
+
+def test_files_of_other_columns_are_named(tmp_path: Path) -> None:
+    root = make_set(tmp_path / "set", 1)
+    joints = json.dumps({"people": [{"pose_keypoints_2d": [9, 9, 1] * 18}]})
+    for name in ("openpose/0.json", "openpose/1.json"):
+        put(root / name, joints)
+    row = json.loads((root / "metadata.jsonl").read_text())
+    row |= {"openpose_json": "./openpose\\\\0.json", "file_name": ".\\images/0.jpg"}
+    put(root / "metadata.jsonl", json.dumps(row))
+    assert unpaired(checked(root)) == [("unpaired map", "openpose/1.json")]
+
+
+def test_a_folder_that_cannot_be_listed_is_said(tmp_path: Path) -> None:
+    root = make_set(tmp_path / "set", 1)
+    os.symlink(tmp_path, root / "elsewhere")
+    check = checked(root)
+    assert [f.code for f in check.findings] == ["unread folder"]
+    assert "leads out of the data set" in check.findings[0].message
+    assert check.usable == [0]
+
+
+def test_the_training_says_it_in_one_line(tmp_path: Path) -> None:
+    root = make_set(tmp_path / "set", 9)
+    put(root / "canny/x.png", GOOD_PNG)
+    lines: list[str] = []
+    table = {"task": "controlnet", "map": "canny", "out": "-", "steps": 100, "batch_size": 1}
+    table |= {"learning_rate": 1e-4, "data": {"source": str(root), "holdout": 2}}
+    recipe = parse_recipe(table, where="here")
+    assert isinstance(recipe, ControlNetRecipe)
+    load_pairs(recipe, report=lines.append)
+    assert lines[1:] == ["in no pair: 1 map, such as canny/x.png (controlkit data check names them)"]
+
+
 # --- the command ---
 
 
@@ -530,6 +617,10 @@ def test_warnings_do_not_change_the_exit_code(
     assert "warning: inverted, 1" in out
     code, out, _ = run(folder, "--map", "canny", "--no-lint")
     assert "inverted" not in out
+    put(folder / "canny/x.png", GOOD_PNG)
+    code, out, _ = run(folder, "--map", "canny", "--no-lint")
+    assert code == 0
+    assert "warning: unpaired map, 1\n  canny/x.png is named by no row of metadata.jsonl" in out
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,11 @@ from controlkit.preprocessors.linting import KINDS
 from controlkit.training.config_adapter import DataRecipe
 from controlkit.training.data.check_facts import Facts, look_at_map, look_at_picture
 from controlkit.training.data.check_memory import Memory
+from controlkit.training.data.check_result import UNPAIRED_MAP, UNPAIRED_PICTURE
 from controlkit.training.data.check_result import Check as Check
 from controlkit.training.data.check_result import Finding as Finding
 from controlkit.training.data.examples import Example, Examples, Piece
-from controlkit.training.data.source_files import RefusedPiece
+from controlkit.training.data.source_files import LazyExamples, RefusedPiece
 
 SMALLEST = 64
 """Pixels of the shorter side below which a picture is tiny, where the recipe says no resolution."""
@@ -42,8 +43,9 @@ def check_examples(
 
     Errors: a picture or map that is missing, no picture, damaged, cut off, too large or outside of the data
     set, a map of another aspect than its picture, a pose that is none, a caption that is none. Notes: a map
-    of another size, the same picture twice, tiny and grey pictures, no caption. With `lint`, as warnings,
-    what `controlkit.preprocessors.lint` finds in maps of a `kind` that it knows ("": it guesses).
+    of another size, the same picture twice, tiny and grey pictures, no caption. Warnings: files that are in
+    no pair; and, with `lint`, what `controlkit.preprocessors.lint` finds in maps of a `kind` that it knows
+    ("": it guesses).
 
     Without `lint`, PNG files are judged by their check sums and not unpacked, so that grey ones do not show.
     remember: keep what was found about each file in the cache folder, and do not look again at files that
@@ -67,7 +69,8 @@ def check_examples(
                 memory.save()
             except ValueError as error:
                 report(f"what the check found is not kept: {error}")
-    return _summarise(seen, time.monotonic() - started)
+    unpaired = _unpaired(examples)
+    return _summarise(seen, unpaired, time.monotonic() - started)
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +216,17 @@ def same_aspect(size: tuple[int, int], other: tuple[int, int]) -> bool:
     return other[0] % 8 == other[1] % 8 == 0 and 1 - _ROUNDED <= ratio <= 1 + _ROUNDED
 
 
-def _summarise(seen: Sequence[_Seen], seconds: float) -> Check:
+def _unpaired(examples: Examples) -> list[Finding]:
+    """The files of a data set that are in none of its pairs."""
+    try:
+        left = examples.leftovers() if isinstance(examples, LazyExamples) else []
+    except ValueError as error:  # a folder that cannot be listed
+        return [Finding(None, "", "warning", "unread folder", str(error))]
+    code = {True: UNPAIRED_MAP, False: UNPAIRED_PICTURE}
+    return [Finding(None, one.name, "warning", code[one.is_map], one.problem, one.cure) for one in left]
+
+
+def _summarise(seen: Sequence[_Seen], unpaired: Sequence[Finding], seconds: float) -> Check:
     findings, usable = [], []
     first: dict[str, int] = {}
     for index, one in enumerate(seen):
@@ -230,7 +243,7 @@ def _summarise(seen: Sequence[_Seen], seconds: float) -> Check:
     return Check(
         sizes=[one.size for one in seen],
         digests=[one.digest for one in seen],
-        findings=findings,
+        findings=[*findings, *unpaired],
         usable=usable,
         captioned=sum(one.captioned for one in seen),
         mapped=sum(one.mapped for one in seen),
