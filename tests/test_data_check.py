@@ -8,6 +8,7 @@ import tarfile
 import threading
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -471,6 +472,87 @@ def test_a_png_by_its_check_sums_is_as_large_as_when_it_is_decoded() -> None:
         assert look_at_map(piece, canvas=None, kind=None).width == quick.width
 
 
+# --- what visits would refuse ---
+
+
+def drawn_poses(folder: Path) -> Path:
+    """Drawings of poses: two of bodies alone, one with a hand, one as a JPEG, one in another style."""
+    joints = np.array([[10 + 5 * n, 8 + 4 * n, 1] for n in range(18)], float)[None]
+    hand = np.zeros((1, 2, 21, 3))
+    hand[0, 1] = [[60 + 2 * (n % 5), 10 + 3 * (n // 5), 1] for n in range(21)]
+    body = preprocessors.Poses(joints, width=128, height=96)
+    drawings = {
+        "a.png": images.encode_png(preprocessors.poses_to_map(body).image),
+        "b.png": images.encode_png(preprocessors.poses_to_map(replace(body, hands=hand)).image),
+        "c.jpg": encoded(preprocessors.poses_to_map(body).image, "JPEG"),
+        "d.png": images.encode_png(preprocessors.poses_to_map(body, style="v1.0").image),
+        "e.png": images.encode_png(preprocessors.poses_to_map(body).image),
+    }
+    for number, (name, content) in enumerate(drawings.items()):
+        put(folder / f"images/{Path(name).stem}.jpg", encoded(photograph(number), "JPEG"))
+        put(folder / f"images/{Path(name).stem}.txt", "x")
+        put(folder / f"openpose/{name}", content)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["openpose", ""])
+@pytest.mark.parametrize("lint", [False, True])
+def test_drawings_that_cannot_be_mirrored_are_named(tmp_path: Path, kind: str, lint: bool) -> None:
+    folder = drawn_poses(tmp_path / "set")
+    settings = {"flip": 0.5}
+    assert found(checked(folder, kind, lint=lint), "error") == []
+    for _ in range(2):  # the second time from memory
+        check = checked(folder, kind, settings=settings, lint=lint)
+        assert found(check, "error") == [(1, "unfit"), (2, "unfit"), (3, "unfit")]
+        assert check.usable == [0, 4]
+        assert "openpose/b.png cannot be mirrored" in check.errors[0].message
+        assert "data.flip=0" in check.errors[0].message
+        assert found(checked(folder, kind, lint=lint), "error") == []
+        assert found(checked(folder, "canny", settings=settings | {"map_column": "openpose"}), "error") == []
+
+
+def test_a_training_refuses_such_drawings_before_its_first_step(tmp_path: Path) -> None:
+    folder = drawn_poses(tmp_path / "set")
+    table = {"task": "controlnet", "map": "openpose", "out": "-", "steps": 100, "batch_size": 1}
+    table |= {"learning_rate": 1e-4, "data": {"source": str(folder), "holdout": 0, "flip": 0.5}}
+    with pytest.raises(ValueError, match=r"3 of 5 pairs cannot.*b\.png.*c\.jpg.*d\.png.*data.bad=skip"):
+        load_pairs(adapters(table), report=lambda _: None)
+    table["data"] |= {"bad": "skip"}
+    assert load_pairs(adapters(table), report=lambda _: None).trained == [0, 4]
+
+
+def adapters(table: dict[str, Any]) -> ControlNetRecipe:
+    recipe = parse_recipe(table, where="here")
+    assert isinstance(recipe, ControlNetRecipe)
+    return recipe
+
+
+def test_coloured_maps_that_must_be_grey_are_named(tmp_path: Path) -> None:
+    folder = drawn_poses(tmp_path / "set")
+    grey = encoded(photograph()[..., 0].copy())
+    put(folder / "openpose/e.png", grey)
+    (folder / "openpose/d.png").unlink()
+    put(folder / "openpose/d.json", json.dumps({"people": [{"pose_keypoints_2d": [9, 9, 1] * 18}]}))
+    check = checked(folder, "openpose", settings={"map_mode": "grey", "flip": 0.5})
+    assert found(check, "error") == [(n, "unfit") for n in range(4)]
+    assert "a.png is coloured, and data.map_mode is grey" in check.errors[0].message
+    assert "d.json is a pose, which is drawn in colours" in check.errors[3].message
+
+
+def test_depth_in_files_of_numbers(tmp_path: Path) -> None:
+    folder = make_set(tmp_path / "set", 2)
+    depth = np.linspace(0, 1, 96 * 128, dtype=np.float32).reshape(96, 128)
+    for number, array in enumerate((depth, depth[:, :64])):
+        (folder / "depth").mkdir(exist_ok=True)
+        np.save(folder / f"depth/{number}.npy", array)
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    rows = [row | {"depth": f"depth/{number}.npy"} for number, row in enumerate(rows)]
+    put(folder / "metadata.jsonl", "\n".join(map(json.dumps, rows)))
+    for lint in (False, True):
+        assert found(checked(folder, "depth", lint=lint)) == [(1, "aspect")]
+    assert found(checked(folder, "seg", settings={"map_column": "depth"}))[0] == (0, "broken")
+
+
 # --- files that are in no pair ---
 
 
@@ -549,9 +631,7 @@ def test_the_training_says_it_in_one_line(tmp_path: Path) -> None:
     lines: list[str] = []
     table = {"task": "controlnet", "map": "canny", "out": "-", "steps": 100, "batch_size": 1}
     table |= {"learning_rate": 1e-4, "data": {"source": str(root), "holdout": 2}}
-    recipe = parse_recipe(table, where="here")
-    assert isinstance(recipe, ControlNetRecipe)
-    load_pairs(recipe, report=lines.append)
+    load_pairs(adapters(table), report=lines.append)
     assert lines[1:] == ["in no pair: 1 map, such as canny/x.png (controlkit data check names them)"]
 
 
