@@ -57,6 +57,7 @@ class Saver:
             "bad_steps": run.bad_steps,
             "optimizer": groups,
             "pairs_per_step": run.watch.batch,
+            "task_state": run.task.state(run.step),
         }
         if run.machine.scaler is not None:
             state["scaler"] = run.machine.scaler.state_dict()
@@ -129,6 +130,7 @@ def restore(run: Run) -> None:
             f"the checkpoint of step {step} in {run.folder} does not fit the model that the recipe now makes:"
             " choose another folder with out=FOLDER"
         ) from error
+    run.task.restore(state.get("task_state", {}))
     run.step, run.bad_steps = step, int(state["bad_steps"])
     run.watch.say(step, f"resumed at step {step}")
     before = state.get("pairs_per_step", run.watch.batch)
