@@ -8,6 +8,7 @@ import tarfile
 import threading
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,13 @@ from typer.testing import CliRunner
 
 from controlkit import images, preprocessors
 from controlkit.cli import app
+from controlkit.training.config import ControlNetRecipe, parse_recipe
 from controlkit.training.config_adapter import DataRecipe
 from controlkit.training.data import check as check_module
 from controlkit.training.data.check import Check, check_examples, same_aspect
 from controlkit.training.data.check_facts import look_at_map, look_at_picture
 from controlkit.training.data.examples import ArrayPiece, Example, FilePiece, Piece
+from controlkit.training.data.pairs import load_pairs
 from controlkit.training.data.source_files import BytesPiece
 from controlkit.training.data.sources import open_examples
 
@@ -87,7 +90,7 @@ def checked(
     return check_examples(open_examples(data, kind=kind), data=data, kind=kind, **options)
 
 
-def found(check: Check, severity: str = "") -> list[tuple[int, str]]:
+def found(check: Check, severity: str = "") -> list[tuple[int | None, str]]:
     return [(f.index, f.code) for f in check.findings if f.severity == severity or not severity]
 
 
@@ -169,7 +172,8 @@ def test_everything_else_that_is_an_error(tmp_path: Path, lint: bool) -> None:
     put(folder / "metadata.jsonl", "\n".join(rows))
     check = checked(folder, lint=lint)
     expected = ["missing", "missing", "refused", "aspect", "aspect", "refused", "refused"]
-    assert found(check) == list(enumerate(expected))
+    assert found(check, "error") == list(enumerate(expected))
+    assert unpaired(check) == [("unpaired map", "canny/5.png"), ("unpaired picture", "images/6.jpg")]
     messages = [finding.message for finding in check.findings]
     for part, message in zip(
         [
@@ -186,7 +190,7 @@ def test_everything_else_that_is_an_error(tmp_path: Path, lint: bool) -> None:
     assert "turned by 90 degrees" in messages[3]
     assert "metadata.jsonl, line 6: the key 'canny_file_name' is missing" in messages[5]
     assert check.usable == []
-    assert check.counts == {"missing": 2, "refused": 3, "aspect": 2}
+    assert check.counts == {"missing": 2, "refused": 3, "aspect": 2, "unpaired map": 1, "unpaired picture": 1}
     assert check.problem(2).startswith("7 of 7 pairs cannot be used: ")
     assert check.problem(2).endswith("; and 5 more")
 
@@ -379,7 +383,7 @@ def test_a_link_that_leads_out_is_not_taken_from_memory(tmp_path: Path) -> None:
     assert checked(folder).findings == []
     os.rename(folder / "images", tmp_path / "images")
     os.symlink("../images", folder / "images")
-    assert found(checked(folder)) == [(0, "refused"), (1, "refused")]
+    assert found(checked(folder), "error") == [(0, "refused"), (1, "refused")]
 
 
 def test_a_quick_look_does_not_stand_for_a_thorough_one(tmp_path: Path, reads: list[Path]) -> None:
@@ -468,6 +472,169 @@ def test_a_png_by_its_check_sums_is_as_large_as_when_it_is_decoded() -> None:
         assert look_at_map(piece, canvas=None, kind=None).width == quick.width
 
 
+# --- what visits would refuse ---
+
+
+def drawn_poses(folder: Path) -> Path:
+    """Drawings of poses: two of bodies alone, one with a hand, one as a JPEG, one in another style."""
+    joints = np.array([[10 + 5 * n, 8 + 4 * n, 1] for n in range(18)], float)[None]
+    hand = np.zeros((1, 2, 21, 3))
+    hand[0, 1] = [[60 + 2 * (n % 5), 10 + 3 * (n // 5), 1] for n in range(21)]
+    body = preprocessors.Poses(joints, width=128, height=96)
+    drawings = {
+        "a.png": images.encode_png(preprocessors.poses_to_map(body).image),
+        "b.png": images.encode_png(preprocessors.poses_to_map(replace(body, hands=hand)).image),
+        "c.jpg": encoded(preprocessors.poses_to_map(body).image, "JPEG"),
+        "d.png": images.encode_png(preprocessors.poses_to_map(body, style="v1.0").image),
+        "e.png": images.encode_png(preprocessors.poses_to_map(body).image),
+    }
+    for number, (name, content) in enumerate(drawings.items()):
+        put(folder / f"images/{Path(name).stem}.jpg", encoded(photograph(number), "JPEG"))
+        put(folder / f"images/{Path(name).stem}.txt", "x")
+        put(folder / f"openpose/{name}", content)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["openpose", ""])
+@pytest.mark.parametrize("lint", [False, True])
+def test_drawings_that_cannot_be_mirrored_are_named(tmp_path: Path, kind: str, lint: bool) -> None:
+    folder = drawn_poses(tmp_path / "set")
+    settings = {"flip": 0.5}
+    assert found(checked(folder, kind, lint=lint), "error") == []
+    for _ in range(2):  # the second time from memory
+        check = checked(folder, kind, settings=settings, lint=lint)
+        assert found(check, "error") == [(1, "unfit"), (2, "unfit"), (3, "unfit")]
+        assert check.usable == [0, 4]
+        assert "openpose/b.png cannot be mirrored" in check.errors[0].message
+        assert "data.flip=0" in check.errors[0].message
+        assert found(checked(folder, kind, lint=lint), "error") == []
+        assert found(checked(folder, "canny", settings=settings | {"map_column": "openpose"}), "error") == []
+
+
+def test_a_training_refuses_such_drawings_before_its_first_step(tmp_path: Path) -> None:
+    folder = drawn_poses(tmp_path / "set")
+    table = {"task": "controlnet", "map": "openpose", "out": "-", "steps": 100, "batch_size": 1}
+    table |= {"learning_rate": 1e-4, "data": {"source": str(folder), "holdout": 0, "flip": 0.5}}
+    with pytest.raises(ValueError, match=r"3 of 5 pairs cannot.*b\.png.*c\.jpg.*d\.png.*data.bad=skip"):
+        load_pairs(adapters(table), report=lambda _: None)
+    table["data"] |= {"bad": "skip"}
+    assert load_pairs(adapters(table), report=lambda _: None).trained == [0, 4]
+
+
+def adapters(table: dict[str, Any]) -> ControlNetRecipe:
+    recipe = parse_recipe(table, where="here")
+    assert isinstance(recipe, ControlNetRecipe)
+    return recipe
+
+
+def test_coloured_maps_that_must_be_grey_are_named(tmp_path: Path) -> None:
+    folder = drawn_poses(tmp_path / "set")
+    grey = encoded(photograph()[..., 0].copy())
+    put(folder / "openpose/e.png", grey)
+    (folder / "openpose/d.png").unlink()
+    put(folder / "openpose/d.json", json.dumps({"people": [{"pose_keypoints_2d": [9, 9, 1] * 18}]}))
+    check = checked(folder, "openpose", settings={"map_mode": "grey", "flip": 0.5})
+    assert found(check, "error") == [(n, "unfit") for n in range(4)]
+    assert "a.png is coloured, and data.map_mode is grey" in check.errors[0].message
+    assert "d.json is a pose, which is drawn in colours" in check.errors[3].message
+
+
+def test_depth_in_files_of_numbers(tmp_path: Path) -> None:
+    folder = make_set(tmp_path / "set", 2)
+    depth = np.linspace(0, 1, 96 * 128, dtype=np.float32).reshape(96, 128)
+    for number, array in enumerate((depth, depth[:, :64])):
+        (folder / "depth").mkdir(exist_ok=True)
+        np.save(folder / f"depth/{number}.npy", array)
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    rows = [row | {"depth": f"depth/{number}.npy"} for number, row in enumerate(rows)]
+    put(folder / "metadata.jsonl", "\n".join(map(json.dumps, rows)))
+    for lint in (False, True):
+        assert found(checked(folder, "depth", lint=lint)) == [(1, "aspect")]
+    assert found(checked(folder, "seg", settings={"map_column": "depth"}))[0] == (0, "broken")
+
+
+# --- files that are in no pair ---
+
+
+def unpaired(check: Check) -> list[tuple[str, str]]:
+    return [(f.code, f.name) for f in check.findings if f.index is None]
+
+
+def test_maps_of_no_picture(tmp_path: Path) -> None:
+    root = tmp_path / "set"
+    for name in ("a", "below/b", "below/ü c"):
+        put(root / f"{name}.png", encoded(photograph()))
+        put(root / f"{name}.txt", name)
+    for name in ("a", "b", "below/ü c", "gone", "below/a", "gone too"):
+        put(root / f"conditioning/{name}.png", encoded(edges(photograph())))
+    put(root / "conditioning/notes.txt", "no map")
+    check = checked(root)
+    names = ["conditioning/below/a.png", "conditioning/gone too.png", "conditioning/gone.png"]
+    assert unpaired(check) == [("unpaired map", name) for name in names]
+    assert check.usable == [0, 1, 2]
+    assert check.counts["unpaired map"] == 3
+    assert "maps       3 of 3, and 3 in no pair" in check.table()
+    assert "  conditioning/gone.png is the map of no picture" in check.table()
+    assert check.about_unpaired() == "in no pair: 3 maps, such as conditioning/below/a.png"
+    limited = checked(root, settings={"limit": 1})
+    assert (len(limited.sizes), unpaired(limited)) == (1, unpaired(check))  # what limit leaves out has a pair
+    assert unpaired(checked(root, settings={"maps": "made"})) == []
+
+
+def test_files_that_no_row_names(tmp_path: Path) -> None:
+    root = make_set(tmp_path / "set", 2)
+    assert unpaired(checked(root)) == []
+    put(root / "images/new.jpg", GOOD_JPEG)
+    put(root / "top.png", GOOD_PNG)
+    put(root / "canny/9.png", GOOD_PNG)
+    put(root / "depth/0.png", GOOD_PNG)
+    put(root / "sheet.png", GOOD_PNG)  # of controlkit preprocess --sheet
+    put(root / "readme.json", "{}")
+    put(root / ".hidden/x.png", GOOD_PNG)
+    put(root / "test/metadata.jsonl", '{"file_name": "y.png"}')  # a data set of its own
+    put(root / "test/y.png", GOOD_PNG)
+    check = checked(root)
+    assert unpaired(check) == [
+        ("unpaired map", "canny/9.png"),
+        ("unpaired map", "depth/0.png"),
+        ("unpaired picture", "images/new.jpg"),
+        ("unpaired picture", "top.png"),
+    ]
+    assert check.about_unpaired() == "in no pair: 2 maps and 2 pictures, such as canny/9.png"
+    assert "pictures   all 128 x 96, and 2 in no pair" in check.table()
+    assert "  images/new.jpg is named by no row of metadata.jsonl" in check.table()
+
+
+def test_files_of_other_columns_are_named(tmp_path: Path) -> None:
+    root = make_set(tmp_path / "set", 1)
+    joints = json.dumps({"people": [{"pose_keypoints_2d": [9, 9, 1] * 18}]})
+    for name in ("openpose/0.json", "openpose/1.json"):
+        put(root / name, joints)
+    row = json.loads((root / "metadata.jsonl").read_text())
+    row |= {"openpose_json": "./openpose\\\\0.json", "file_name": ".\\images/0.jpg"}
+    put(root / "metadata.jsonl", json.dumps(row))
+    assert unpaired(checked(root)) == [("unpaired map", "openpose/1.json")]
+
+
+def test_a_folder_that_cannot_be_listed_is_said(tmp_path: Path) -> None:
+    root = make_set(tmp_path / "set", 1)
+    os.symlink(tmp_path, root / "elsewhere")
+    check = checked(root)
+    assert [f.code for f in check.findings] == ["unread folder"]
+    assert "leads out of the data set" in check.findings[0].message
+    assert check.usable == [0]
+
+
+def test_the_training_says_it_in_one_line(tmp_path: Path) -> None:
+    root = make_set(tmp_path / "set", 9)
+    put(root / "canny/x.png", GOOD_PNG)
+    lines: list[str] = []
+    table = {"task": "controlnet", "map": "canny", "out": "-", "steps": 100, "batch_size": 1}
+    table |= {"learning_rate": 1e-4, "data": {"source": str(root), "holdout": 2}}
+    load_pairs(adapters(table), report=lines.append)
+    assert lines[1:] == ["in no pair: 1 map, such as canny/x.png (controlkit data check names them)"]
+
+
 # --- the command ---
 
 
@@ -530,6 +697,10 @@ def test_warnings_do_not_change_the_exit_code(
     assert "warning: inverted, 1" in out
     code, out, _ = run(folder, "--map", "canny", "--no-lint")
     assert "inverted" not in out
+    put(folder / "canny/x.png", GOOD_PNG)
+    code, out, _ = run(folder, "--map", "canny", "--no-lint")
+    assert code == 0
+    assert "warning: unpaired map, 1\n  canny/x.png is named by no row of metadata.jsonl" in out
 
 
 @pytest.mark.parametrize(

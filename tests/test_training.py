@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import tomllib
 from pathlib import Path
 
@@ -14,15 +15,19 @@ import controlkit
 from controlkit.training import train_recipe
 from controlkit.training.checkpoints import load_latest, save_checkpoint
 from controlkit.training.config import (
+    TextRecipe,
     VaeRecipe,
     find_recipe,
+    given_keys,
     load_recipe,
     parse_recipe,
     recipe_names,
     to_toml,
 )
 from controlkit.training.draws import Draws
+from controlkit.training.going_on import as_begun
 from controlkit.training.optimizers import learning_rate
+from controlkit.training.saving import write_recipe
 from controlkit.training.text import ATTRIBUTES, attributes, build_tokenizer
 from controlkit.training.world import load_world
 
@@ -260,6 +265,111 @@ def test_a_folder_of_another_recipe_is_refused(text_recipe):
     train_recipe(str(text_recipe), ["steps=2"])
     with pytest.raises(ValueError, match=r"another recipe \(learning_rate 0.001 -> 0.002, steps 2 -> 3\)"):
         train_recipe(str(text_recipe), ["steps=3", "learning_rate=2e-3"])
+
+
+@pytest.fixture
+def defaults(monkeypatch):
+    """Call it with keys of the text encoder's recipe, and what another version might give them."""
+
+    def changed(**new):
+        for key, default in new.items():
+            monkeypatch.setattr(TextRecipe.model_fields[key], "default", default)
+        TextRecipe.model_rebuild(force=True)
+
+    yield changed
+    monkeypatch.undo()
+    TextRecipe.model_rebuild(force=True)
+
+
+def test_a_run_goes_on_as_it_was_begun_when_defaults_change(tmp_path, text_recipe, defaults):
+    whole = train_recipe(str(text_recipe), [f"out={tmp_path / 'whole'}"]).folder
+    run = tmp_path / "run"
+
+    def stop_at_five(step):
+        if step.step == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_recipe(str(text_recipe), progress=stop_at_five)
+    before = tomllib.loads((run / "config.toml").read_text())
+    defaults(weight_decay=0.3, clip=0.001, checkpoints_kept=5)
+    assert load_recipe(str(text_recipe)).weight_decay == 0.3
+    said = []
+    train_recipe(str(text_recipe), progress=lambda step: said.append(step.message))
+    assert "resumed at step 3" in said
+    note = f"the run in {run} goes on; as it was begun: checkpoints_kept 2, clip 1.0, weight_decay 0.01"
+    assert said[0] == note
+    assert losses(run) == losses(whole)
+    assert tomllib.loads((run / "config.toml").read_text()) == before
+    for given, message in (
+        (["weight_decay=0.3"], r"another recipe \(weight_decay 0.01 -> 0.3\): choose another folder"),
+        (["clip=0.001", "steps=9"], r"another recipe \(clip 1.0 -> 0.001, steps 8 -> 9\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train_recipe(str(text_recipe), given)
+    train_recipe(str(text_recipe), ["weight_decay=0.01", "checkpoints_kept=3", "log_every=2"])
+    after = tomllib.loads((run / "config.toml").read_text())
+    assert after == before | {"checkpoints_kept": 3, "log_every": 2}
+    again = train_recipe(str(run / "config.toml"), [f"out={tmp_path / 'again'}", "log_every=1"]).folder
+    assert losses(again) == losses(whole)
+
+
+def test_what_was_given_once_need_not_be_given_again(text_recipe):
+    run = train_recipe(str(text_recipe), ["warmup=2", "betas=[0.8, 0.9]"]).folder
+    said = []
+    train_recipe(str(text_recipe), progress=lambda step: said.append(step.message))
+    recorded = tomllib.loads((run / "config.toml").read_text())
+    assert recorded["betas"] == [0.8, 0.9]
+    assert any("as it was begun: betas [0.8, 0.9]" in (line or "") for line in said)
+    with pytest.raises(ValueError, match=r"\(betas \[0.8, 0.9\] -> \[0.9, 0.99\]\)"):
+        train_recipe(str(text_recipe), ["betas=[0.9, 0.99]"])
+
+
+def test_a_run_goes_on_when_a_key_was_added_or_taken_away(text_recipe):
+    run = train_recipe(str(text_recipe)).folder
+    config = (run / "config.toml").read_text()
+    assert "weight_decay = 0.01\n" in config
+    (run / "config.toml").write_text(config.replace("weight_decay = 0.01\n", ""))  # as if it were new
+    with pytest.raises(ValueError, match=r"another recipe \(weight_decay 0.01 -> 0.3\)"):
+        train_recipe(str(text_recipe), ["weight_decay=0.3"])
+    said = []
+    train_recipe(str(text_recipe), progress=lambda step: said.append(step.message))
+    assert said[0] == f"the run in {run} goes on; new keys: weight_decay 0.01"
+    assert (run / "config.toml").read_text() == config
+    (run / "config.toml").write_text("heaviness = 3\n" + config)
+    with pytest.raises(
+        ValueError, match=r"damaged or of another version \(unknown key 'heaviness'\): choose"
+    ):
+        train_recipe(str(text_recipe))
+
+
+def test_an_adapters_run_goes_on_by_its_own_tables(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    first = ["data.source=photos", "data.flip=0.5", "trackers=tensorboard", f"out={run}"]
+    write_recipe(load_recipe("sd15-canny", first), run)
+    moved = tmp_path / "moved"
+    run.rename(moved)
+    for again in (["data.source=photos"], ["data.source=photos", "data.flip=0.5", "data.workers=3"]):
+        given = [*again, f"out={moved}"]
+        recipe, note = as_begun(load_recipe("sd15-canny", given), given_keys("sd15-canny", given))
+        workers = 3 if "data.workers=3" in again else 8
+        data = {"source": "photos", "flip": 0.5, "workers": workers}
+        assert data.items() <= recipe.data.model_dump().items()
+        assert recipe.data.options == {"low": "50..150", "high": "150..300"}
+        assert (recipe.trackers, recipe.out) == (("tensorboard",), str(moved))
+        assert note.endswith("as it was begun: trackers ['tensorboard']")
+    for given, change in (
+        (["data.source=other"], "data.source photos -> other"),
+        (["data.source=photos", "data.crop=random"], "data.crop centre -> random"),
+        (["data.source=photos", "data.options.low=60"], "data.options.low 50..150 -> 60"),
+    ):
+        given = [*given, f"out={moved}"]
+        with pytest.raises(ValueError, match=re.escape(f"another recipe ({change})")):
+            as_begun(load_recipe("sd15-canny", given), given_keys("sd15-canny", given))
+    given = [f"out={moved}"]
+    with pytest.raises(ValueError, match=r"map canny -> depth"):
+        as_begun(load_recipe("tiny-depth", given), given_keys("tiny-depth", given))
 
 
 def test_losses_that_were_not_yet_logged_survive_a_stop(tmp_path, text_recipe):

@@ -197,6 +197,14 @@ class ControlNetTask:
     def _laid_out(self, tensor: Tensor) -> Tensor:
         return tensor.contiguous(memory_format=torch.channels_last) if self.recipe.channels_last else tensor
 
+    def state(self, step: int) -> dict[str, Any]:
+        """Of the data: see `Feed.state`."""
+        return self.feed.state(step * self.recipe.accumulation * self.machine.processes.count)
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """What `state` gave to a run that stopped."""
+        self.feed.restore(state)
+
     # --- what is shown ---
 
     def look(self, step: int) -> dict[str, float]:

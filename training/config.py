@@ -63,6 +63,14 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     Raises ValueError, one line, for a missing file, broken TOML, an unknown key or task, or a value out of
     range.
     """
+    return parse_recipe(given_keys(name_or_path, overrides), where=str(find_recipe(name_or_path)))
+
+
+def given_keys(name_or_path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """What a recipe's file and the overrides give, and nothing else: no defaults, and nothing checked.
+
+    Raises ValueError, one line, for a missing file, broken TOML, and an override that cannot be read.
+    """
     path = find_recipe(name_or_path)
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
@@ -72,7 +80,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
         raise ValueError(f"cannot read the recipe {path}: {error.strerror}") from error
     for override in overrides:
         _override(table, override)
-    return parse_recipe(table, where=str(path))
+    return table
 
 
 def _override(table: dict[str, Any], override: str) -> None:

@@ -19,8 +19,10 @@ from controlkit.training.config import (
     Recipe,
     TextRecipe,
     VaeRecipe,
+    given_keys,
     load_recipe,
 )
+from controlkit.training.going_on import as_begun
 from controlkit.training.lock import locked
 from controlkit.training.loop import train
 from controlkit.training.machine import Machine, device_name
@@ -52,11 +54,13 @@ class Result:
 def train_recipe(
     name_or_path: str, overrides: Sequence[str] = (), *, progress: Callable[[Progress], None] = lambda _: None
 ) -> Result:
-    """Train what a recipe describes, in its `out` folder; a run that was stopped goes on where it was.
+    """Train what a recipe describes, in its `out` folder; a run that was stopped goes on where it was, by
+    its own recipe in everything that is not given.
 
     Raises ValueError, one line, for whatever the recipe or the folder makes impossible.
     """
-    recipe = load_recipe(name_or_path, overrides)
+    given = given_keys(name_or_path, overrides)
+    recipe, note = as_begun(load_recipe(name_or_path, overrides), given)
     set_threads(recipe)
     folder, name = Path(recipe.out), RESULT.get(recipe.task, "result")
     check_folder(recipe, folder, result=name)
@@ -67,6 +71,8 @@ def train_recipe(
     _make(folder)
     try:
         with locked(folder):
+            if note:
+                progress(Progress(0, recipe.steps, math.nan, 0.0, math.nan, note))
             return _trained(recipe, folder, name, machine, progress)
     finally:
         with suppress(OSError):

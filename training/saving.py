@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from controlkit import files
 from controlkit.training.checkpoints import clear, listed, load_latest, save_checkpoint
-from controlkit.training.config import to_toml
+from controlkit.training.config import parse_recipe, to_toml
 from controlkit.training.config_base import Recipe
 from controlkit.training.optimizers import restore_state, state_of
 from controlkit.training.watch import Window
@@ -31,6 +32,9 @@ MAY_CHANGE |= {
 }
 MAY_CHANGE |= {"data.workers", "data.cache", "data.check", "gradient_checkpointing", "compile"}
 """What may differ when a run goes on: where and how it runs, what it shows, what is done with the result."""
+
+Keys = dict[tuple[str, ...], Any]
+"""A recipe's values by key, with the names of the tables it is in."""
 
 
 class Saver:
@@ -57,6 +61,7 @@ class Saver:
             "bad_steps": run.bad_steps,
             "optimizer": groups,
             "pairs_per_step": run.watch.batch,
+            "task_state": run.task.state(run.step),
         }
         if run.machine.scaler is not None:
             state["scaler"] = run.machine.scaler.state_dict()
@@ -129,6 +134,7 @@ def restore(run: Run) -> None:
             f"the checkpoint of step {step} in {run.folder} does not fit the model that the recipe now makes:"
             " choose another folder with out=FOLDER"
         ) from error
+    run.task.restore(state.get("task_state", {}))
     run.step, run.bad_steps = step, int(state["bad_steps"])
     run.watch.say(step, f"resumed at step {step}")
     before = state.get("pairs_per_step", run.watch.batch)
@@ -158,7 +164,8 @@ def check_folder(recipe: Recipe, folder: Path, *, result: str = "result") -> Non
             return
         files.check_writable(folder / "config.toml")
         if (folder / "config.toml").is_file():
-            _check_same_recipe(recipe, folder)
+            (begun, _), now = recorded(folder), flat_recipe(recipe)
+            refuse_changes(begun, now, begun.keys() | now.keys(), folder)
         elif (folder / result).exists():
             raise ValueError(
                 f"{folder} has {result} in it but no config.toml, so it is not the folder of a run:"
@@ -168,29 +175,44 @@ def check_folder(recipe: Recipe, folder: Path, *, result: str = "result") -> Non
         raise ValueError(f"cannot use {folder} as the run's folder: {error.strerror or error}") from error
 
 
-def _check_same_recipe(recipe: Recipe, folder: Path) -> None:
+def recorded(folder: Path) -> tuple[Keys, Keys]:
+    """The recipe of the run in a folder, and what of it stands in its config.toml.
+
+    That is all but keys that are newer than the run, which have their defaults.
+
+    Raises ValueError, one line, where the file is damaged, or has a key that there is no more.
+    """
     path = folder / "config.toml"
     try:
-        old = _flat(tomllib.loads(path.read_text(encoding="utf-8")))
+        written = tomllib.loads(path.read_text(encoding="utf-8"))
+        return flat_recipe(parse_recipe(written, where="here")), flat(written)
     except ValueError as error:
         raise ValueError(
-            f"{path}, the recipe of the run in this folder, is damaged ({error}):"
-            " choose another folder with out=FOLDER"
+            f"{path}, the recipe of the run in this folder, is damaged or of another version"
+            f" ({str(error).removeprefix('here: ')}): choose another folder with out=FOLDER"
         ) from error
-    new = _flat(tomllib.loads(to_toml(recipe)))
-    changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-    changed = [key for key in changed if key not in MAY_CHANGE]
-    if changed:
-        listed = ", ".join(f"{key} {old.get(key)} -> {new.get(key)}" for key in changed)
+
+
+def refuse_changes(begun: Keys, now: Keys, compared: Iterable[tuple[str, ...]], folder: Path) -> None:
+    """Raise ValueError, naming them, where any of the compared keys differs and may not (`MAY_CHANGE`)."""
+    changed = sorted(key for key in compared if begun.get(key) != now.get(key))
+    named = {".".join(key): f"{begun.get(key)} -> {now.get(key)}" for key in changed}
+    listed = ", ".join(f"{name} {change}" for name, change in named.items() if name not in MAY_CHANGE)
+    if listed:
         raise ValueError(
             f"{folder} holds a run of another recipe ({listed}): choose another folder with out=FOLDER, or go"
-            f" on with that one by its own: controlkit train {path}"
+            f" on with that one by its own: controlkit train {folder / 'config.toml'}"
         )
 
 
-def _flat(table: dict[str, Any], above: str = "") -> dict[str, Any]:
-    """A recipe's keys, those of tables with the table's name and a dot in front."""
-    flat: dict[str, Any] = {}
+def flat_recipe(recipe: Recipe) -> Keys:
+    """A recipe's keys, as its config.toml has them; those that are None are left out."""
+    return flat(tomllib.loads(to_toml(recipe)))
+
+
+def flat(table: Mapping[str, Any], above: tuple[str, ...] = ()) -> Keys:
+    """A table's keys, those of tables in it with the tables' names in front."""
+    found: Keys = {}
     for key, value in table.items():
-        flat |= _flat(value, f"{above}{key}.") if isinstance(value, dict) else {f"{above}{key}": value}
-    return flat
+        found |= flat(value, (*above, key)) if isinstance(value, dict) else {(*above, key): value}
+    return found

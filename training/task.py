@@ -80,6 +80,12 @@ class Task(Protocol):
     def final_scores(self) -> dict[str, Any]:
         """Scores of the finished training, as scores.json has them; none where they cannot be taken."""
 
+    def state(self, step: int) -> dict[str, Any]:
+        """What a run that goes on after so many steps need not find out again, as JSON values."""
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Know what the run that stopped knew: what its `state` was, {} of old checkpoints."""
+
     def close(self) -> None:
         """End threads; nothing is asked for afterwards."""
 
@@ -164,6 +170,13 @@ class DrawnTask(ABC):
     def final_scores(self) -> dict[str, Any]:
         """None."""
         return {}
+
+    def state(self, step: int) -> dict[str, Any]:
+        """Nothing: a step's draws are all there is to it."""
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:  # noqa: B027
+        """There is nothing to know."""
 
     def close(self) -> None:  # noqa: B027
         """There is nothing to end."""

@@ -10,15 +10,18 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import PurePath
 
 from controlkit.preprocessors.linting import KINDS
 from controlkit.training.config_adapter import DataRecipe
 from controlkit.training.data.check_facts import Facts, look_at_map, look_at_picture
 from controlkit.training.data.check_memory import Memory
+from controlkit.training.data.check_result import UNPAIRED_MAP, UNPAIRED_PICTURE
 from controlkit.training.data.check_result import Check as Check
 from controlkit.training.data.check_result import Finding as Finding
 from controlkit.training.data.examples import Example, Examples, Piece
-from controlkit.training.data.source_files import RefusedPiece
+from controlkit.training.data.map_use import MapUse, uses_of
+from controlkit.training.data.source_files import LazyExamples, RefusedPiece
 
 SMALLEST = 64
 """Pixels of the shorter side below which a picture is tiny, where the recipe says no resolution."""
@@ -41,9 +44,11 @@ def check_examples(
     """Open every pair once, in threads, and return what was found.
 
     Errors: a picture or map that is missing, no picture, damaged, cut off, too large or outside of the data
-    set, a map of another aspect than its picture, a pose that is none, a caption that is none. Notes: a map
-    of another size, the same picture twice, tiny and grey pictures, no caption. With `lint`, as warnings,
-    what `controlkit.preprocessors.lint` finds in maps of a `kind` that it knows ("": it guesses).
+    set, a map of another aspect than its picture, a pose that is none, a caption that is none, a map that
+    cannot be mirrored where `data.flip` mirrors it, a coloured one where `data.map_mode` is grey. Warnings:
+    files that are in no pair; and, with `lint`, what `controlkit.preprocessors.lint` finds in maps of a
+    `kind` that it knows ("": it guesses). Notes: a map of another size, the same picture twice, tiny and grey
+    pictures, no caption.
 
     Without `lint`, PNG files are judged by their check sums and not unpacked, so that grey ones do not show.
     remember: keep what was found about each file in the cache folder, and do not look again at files that
@@ -51,7 +56,9 @@ def check_examples(
     """
     started = time.monotonic()
     memory = Memory(data.source) if remember else None
-    look = partial(_look, data=data, lint_kind=_lint_kind(kind, lint), thorough=lint, memory=memory)
+    look = partial(
+        _look, data=data, map_kind=kind, lint_kind=_lint_kind(kind, lint), thorough=lint, memory=memory
+    )
     seen: list[_Seen] = []
     told = started
     try:
@@ -67,7 +74,8 @@ def check_examples(
                 memory.save()
             except ValueError as error:
                 report(f"what the check found is not kept: {error}")
-    return _summarise(seen, time.monotonic() - started)
+    unpaired = _unpaired(examples)
+    return _summarise(seen, unpaired, time.monotonic() - started)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +122,13 @@ def _lint_kind(kind: str, lint: bool) -> str | None:
 
 
 def _look(
-    example: Example, *, data: DataRecipe, lint_kind: str | None, thorough: bool, memory: Memory | None
+    example: Example,
+    *,
+    data: DataRecipe,
+    map_kind: str,
+    lint_kind: str | None,
+    thorough: bool,
+    memory: Memory | None,
 ) -> _Seen:
     findings: list[_Found] = []
     look: _Look = partial(look_at_picture, thorough=thorough)
@@ -124,13 +138,14 @@ def _look(
         findings += _about_picture(example.name, picture, size, data)
     rest = []
     kind = lint_kind if len(example.maps) == 1 or lint_kind is None else ""  # each of a stack is of its own
-    for piece in example.maps:
-        look = partial(look_at_map, canvas=size, kind=kind)
+    for piece, use in zip(example.maps, _uses(example, data, map_kind), strict=True):
+        look = partial(look_at_map, canvas=size, kind=kind, use=use)
         # A pose may have no canvas of its own, so what is found depends on the picture's size.
-        role = f"pose {size}" if piece.name.endswith(".json") else f"map {kind or ''}".strip()
+        what = f"pose {size}" if piece.name.endswith(".json") else "depth" * (use.sense == "depth") or "map"
+        role = " ".join(part for part in (what, use.name, kind) if part)
         facts = _facts(piece, role, kind is not None, look, memory, findings)
         if facts:
-            findings += _about_map(piece, facts, size)
+            findings += _about_map(piece, facts, size, use)
             rest.append(facts.digest)
     if not example.caption:
         findings.append(
@@ -184,7 +199,15 @@ def _about_picture(name: str, facts: Facts, size: tuple[int, int], data: DataRec
         yield "note", "grey", f"{name} has no colour", ""
 
 
-def _about_map(piece: Piece, facts: Facts, size: tuple[int, int] | None) -> Iterator[_Found]:
+def _uses(example: Example, data: DataRecipe, kind: str) -> list[MapUse]:
+    """What visits ask of each map; of one whose kind nobody said, the name of its folder may tell it."""
+    folder = PurePath(example.maps[0].name).parent.name if example.maps and not kind else ""
+    return uses_of(data, kind=kind or folder, count=len(example.maps))
+
+
+def _about_map(piece: Piece, facts: Facts, size: tuple[int, int] | None, use: MapUse) -> Iterator[_Found]:
+    if use.name and facts.refused:
+        yield "error", "unfit", facts.refused, ""
     for code, message, cure in facts.lint:
         yield "warning", code, f"{piece.name}: {message}", cure
     if facts.people == 0:
@@ -213,7 +236,17 @@ def same_aspect(size: tuple[int, int], other: tuple[int, int]) -> bool:
     return other[0] % 8 == other[1] % 8 == 0 and 1 - _ROUNDED <= ratio <= 1 + _ROUNDED
 
 
-def _summarise(seen: Sequence[_Seen], seconds: float) -> Check:
+def _unpaired(examples: Examples) -> list[Finding]:
+    """The files of a data set that are in none of its pairs."""
+    try:
+        left = examples.leftovers() if isinstance(examples, LazyExamples) else []
+    except ValueError as error:  # a folder that cannot be listed
+        return [Finding(None, "", "warning", "unread folder", str(error))]
+    code = {True: UNPAIRED_MAP, False: UNPAIRED_PICTURE}
+    return [Finding(None, one.name, "warning", code[one.is_map], one.problem, one.cure) for one in left]
+
+
+def _summarise(seen: Sequence[_Seen], unpaired: Sequence[Finding], seconds: float) -> Check:
     findings, usable = [], []
     first: dict[str, int] = {}
     for index, one in enumerate(seen):
@@ -230,7 +263,7 @@ def _summarise(seen: Sequence[_Seen], seconds: float) -> Check:
     return Check(
         sizes=[one.size for one in seen],
         digests=[one.digest for one in seen],
-        findings=findings,
+        findings=[*findings, *unpaired],
         usable=usable,
         captioned=sum(one.captioned for one in seen),
         mapped=sum(one.mapped for one in seen),

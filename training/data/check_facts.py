@@ -6,7 +6,7 @@ import io
 import struct
 import threading
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,8 @@ from PIL import Image
 from controlkit import preprocessors
 from controlkit.images import DEFAULT_MAX_PIXELS, load_picture
 from controlkit.training.data.examples import Piece, content_digest
-from controlkit.training.data.map_files import is_json, read_joints
+from controlkit.training.data.map_files import is_json, is_numbers, read_joints
+from controlkit.training.data.map_use import MapUse
 
 LARGE = 16_000_000
 """Pictures of more pixels are decoded one at a time, so that a check's memory stays small."""
@@ -25,6 +26,7 @@ _GREY = 6  # levels between the channels; JPEG tints grey by less
 _PNG = b"\x89PNG\r\n\x1a\n"
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 _ORIENTATION = 0x0112
+_PLAIN = MapUse()
 _one_at_a_time = threading.Lock()
 
 
@@ -43,6 +45,8 @@ class Facts:
     """Of a pose, how many there are."""
     lint: tuple[tuple[str, str, str], ...] = ()
     """Of a map, what `controlkit.preprocessors.lint` found: code, message, cure."""
+    refused: str = ""
+    """Of a map that can be read, why visits would refuse it all the same: see `MapUse.problem`."""
 
 
 def look_at_picture(piece: Piece, *, thorough: bool) -> Facts:
@@ -63,15 +67,30 @@ def look_at_picture(piece: Piece, *, thorough: bool) -> Facts:
     return Facts(width, height, digest, bool(spread.max() <= _GREY))
 
 
-def look_at_map(piece: Piece, *, canvas: tuple[int, int] | None, kind: str | None) -> Facts:
+def look_at_map(
+    piece: Piece, *, canvas: tuple[int, int] | None, kind: str | None, use: MapUse = _PLAIN
+) -> Facts:
     """Read a map to its end, or a pose.
 
     canvas: width and height that a pose without its own refers to. kind: what the map is looked through for
-    (`controlkit.preprocessors.lint`), "" to have it guessed, None to leave that out.
+    (`controlkit.preprocessors.lint`), "" to have it guessed, None to leave that out. use: what is done with
+    it at visits.
 
     Raises ValueError, one line with the piece's name: as `look_at_picture`, or no pose in OpenPose's format.
     """
     content = piece.read()
+    facts = _map_facts(piece, content, canvas=canvas, kind=kind, use=use)
+    return replace(facts, refused=use.problem(content, piece.name))
+
+
+def _map_facts(
+    piece: Piece,
+    content: bytes | NDArray[Any],
+    *,
+    canvas: tuple[int, int] | None,
+    kind: str | None,
+    use: MapUse,
+) -> Facts:
     digest = content_digest(content).hex()
     if not isinstance(content, bytes):
         if content.ndim not in (2, 3) or content.size == 0:
@@ -79,6 +98,9 @@ def look_at_map(piece: Piece, *, canvas: tuple[int, int] | None, kind: str | Non
         return Facts(content.shape[1], content.shape[0], digest)
     if is_json(content):
         return _pose_facts(content, digest, piece.name, canvas)
+    if use.sense == "depth" and is_numbers(content):
+        levels = use.levels(content, piece.name)
+        return Facts(levels.shape[1], levels.shape[0], digest)
     if kind is None and (size := _whole_png(content)):
         return Facts(*size, digest)
     width, height, _ = _named(content, piece)

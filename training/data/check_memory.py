@@ -19,7 +19,7 @@ from controlkit.training.data.source_files import InsideFile, leads_out
 from controlkit.training.data.source_tar import TarPiece
 from controlkit.training.world import cache_folder
 
-VERSION = 1  # raise when the checks or the lint find other things
+VERSION = 2  # raise when the checks or the lint find other things
 
 Key = tuple[str, list[int]]
 """Where a piece lies, and the numbers that change when its content does."""
@@ -72,8 +72,8 @@ class Memory:
             found = next((facts for other, facts in roles.items() if other.startswith(f"{role} ")), None)
         if not found or (thorough and not found[0]):
             return None
-        _, width, height, digest, grey, people, lint = found
-        return Facts(width, height, digest, grey, people, tuple(tuple(finding) for finding in lint))
+        _, width, height, digest, grey, people, lint, refused = found
+        return Facts(width, height, digest, grey, people, tuple(map(tuple, lint)), refused)
 
     def keep(self, key: Key | None, role: str, facts: Facts, *, thorough: bool) -> None:
         """Remember the facts about a piece; `key` is from before it was read."""

@@ -7,18 +7,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 SEVERITIES = ("error", "warning", "note")
+UNPAIRED_MAP, UNPAIRED_PICTURE = "unpaired map", "unpaired picture"
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Something about one pair of a data set."""
+    """Something about one pair of a data set, or about a file that is in none."""
 
-    index: int
-    """Of the example."""
+    index: int | None
+    """Of the example; None of a file that is in no pair."""
     name: str
-    """The example's."""
+    """The example's, or the file's."""
     severity: str
-    """"error": the pair cannot be used. "warning": the map looks wrong. "note": worth knowing."""
+    """"error": the pair cannot be used. "warning": the map looks wrong, or a file is in no pair. "note":
+    worth knowing.
+    """
     code: str
     """A short name that stays the same: "missing", "broken", "aspect", "duplicate" ..."""
     message: str
@@ -35,7 +38,7 @@ class Check:
     digests: list[str | None]
     """SHA-256 of each picture's content (`Piece.digest`), in hexadecimal."""
     findings: list[Finding]
-    """In the order of the examples."""
+    """In the order of the examples; then those of files that are in no pair."""
     usable: list[int]
     """Numbers of the examples that have no error."""
     captioned: int
@@ -46,10 +49,10 @@ class Check:
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many pairs have each finding, by its code, errors first."""
+        """How many pairs (or files in none) have each finding, by its code, errors first."""
         order = sorted(self.findings, key=lambda found: SEVERITIES.index(found.severity))
-        pairs = dict.fromkeys((found.code, found.index) for found in order)
-        return dict(Counter(code for code, _ in pairs))
+        pairs = dict.fromkeys((found.code, found.index, found.name) for found in order)
+        return dict(Counter(code for code, *_ in pairs))
 
     @property
     def errors(self) -> list[Finding]:
@@ -66,12 +69,23 @@ class Check:
         rest = f"; and {count - names:,} more" * (count > names)
         return f"{count:,} of {len(self.sizes):,} pairs cannot be used: {'; '.join(first[:names])}{rest}"
 
+    def about_unpaired(self) -> str:
+        """Return one line about files that are in no pair, naming the first; "" where there are none."""
+        counts, words = self.counts, {UNPAIRED_MAP: "map", UNPAIRED_PICTURE: "picture"}
+        told = [f"{counts[c]:,} {what}{'s' * (counts[c] > 1)}" for c, what in words.items() if c in counts]
+        first = next((found.name for found in self.findings if found.code in words), "")
+        return f"in no pair: {' and '.join(told)}, such as {first}" if told else ""
+
     def table(self, names: int = 5) -> list[str]:
         """Return lines that say what is there, and each sort of finding with at most `names` of its pairs."""
+        maps, pictures = (
+            f", and {self.counts[code]:,} in no pair" if code in self.counts else ""
+            for code in (UNPAIRED_MAP, UNPAIRED_PICTURE)
+        )
         lines = [
             f"pairs      {len(self.sizes):,}, of which {len(self.usable):,} can be used",
-            f"pictures   {_about_sizes(self.sizes)}",
-            f"maps       {f'{self.mapped:,} of {len(self.sizes):,}' if self.mapped else 'none'}",
+            f"pictures   {_about_sizes(self.sizes)}{pictures}",
+            f"maps       {f'{self.mapped:,} of {len(self.sizes):,}' if self.mapped else 'none'}{maps}",
             f"captions   {self.captioned:,} of {len(self.sizes):,}",
         ]
         groups: dict[tuple[str, str], list[Finding]] = {}

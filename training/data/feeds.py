@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol, cast
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,12 @@ class Feed(Protocol):
     @property
     def pairs(self) -> int | None:
         """How many are trained on, where that is known."""
+
+    def state(self, number: int) -> dict[str, Any]:
+        """What a run that goes on at a batch need not find out again, as JSON has it."""
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Know what the run that stopped knew; nothing changes but what is read."""
 
     def digest(self) -> str:
         """SHA-256 over everything that is trained on; "" where not all of it is known."""
@@ -78,6 +84,13 @@ class StoredFeed:
             batch_size=recipe.batch_size,
             seed=recipe.seed,
         )
+
+    def state(self, number: int) -> dict[str, Any]:
+        """Nothing: every pair can be asked for at once."""
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """There is nothing to know."""
 
     def digest(self) -> str:
         """SHA-256 over every trained pair's picture, map and caption, in their order."""

@@ -53,6 +53,16 @@ def is_json(content: bytes | NDArray[Any]) -> bool:
     return isinstance(content, bytes) and content[:64].lstrip(b"\xef\xbb\xbf \t\r\n")[:1] in (b"{", b"[")
 
 
+def is_numbers(content: bytes | NDArray[Any]) -> bool:
+    """Whether a map is a file of numbers (npy, npz, pfm, EXR), which only depth may be."""
+    return isinstance(content, bytes) and content.startswith(_NO_PICTURES)
+
+
+def grey_pose(name: str) -> str:
+    """Why a pose cannot be a grey map."""
+    return f"{name} is a pose, which is drawn in colours, and data.map_mode is grey"
+
+
 def read_joints(content: bytes, name: str, *, width: int | None, height: int | None) -> Poses:
     """The poses of a JSON file in OpenPose's format; the canvas has the size given where it names none.
 

@@ -85,6 +85,8 @@ def _looked_at(examples: Examples, recipe: ControlNetRecipe, report: Report) -> 
     for code, count in check.counts.items():
         if code in _WORTH_SAYING:
             report(f"{count:,} of {len(examples):,} pairs: {code} (controlkit data check names them)")
+    if unpaired := check.about_unpaired():
+        report(f"{unpaired} (controlkit data check names them)")
     return [size if index in usable else None for index, size in enumerate(check.sizes)]
 
 

@@ -101,12 +101,33 @@ def named_file(name: object, root: Path, *, where: str) -> Piece:
     return InsideFile(root / path, root)
 
 
+@dataclass(frozen=True)
+class Leftover:
+    """A file of a data set that is in none of its pairs."""
+
+    name: str
+    """Relative to the data set's folder."""
+    is_map: bool
+    """Whether it lies where the maps lie."""
+    problem: str
+    """Why it is in none, in plain words, with its name."""
+    cure: str
+
+
 class LazyExamples(Sequence[Example]):
     """Examples made when they are asked for: a million rows take no more memory than their names."""
 
-    def __init__(self, count: int, make: Callable[[int], Example]) -> None:
-        """count: how many there are. make: builds one of them by its number; called from several threads."""
-        self._count, self._make = count, make
+    def __init__(
+        self,
+        count: int,
+        make: Callable[[int], Example],
+        leftovers: Callable[[], list[Leftover]] = list,
+    ) -> None:
+        """count: how many there are. make: builds one of them by its number; called from several threads.
+
+        leftovers: lists the files that are in no example, whatever `data.limit` is; it may read folders.
+        """
+        self._count, self._make, self.leftovers = count, make, leftovers
 
     def __len__(self) -> int:
         return self._count

@@ -21,6 +21,7 @@ from controlkit.training.data.source_columns import about_maps
 from controlkit.training.data.source_files import (
     InsideFile,
     LazyExamples,
+    Leftover,
     RefusedPiece,
     read_caption,
     walk,
@@ -45,6 +46,8 @@ MAP_FOLDERS = (
     "sources",
 )
 POSES = ".json"
+SHEET = "sheet.png"
+"""The contact sheet that `controlkit preprocess --sheet` leaves at the top: no picture of the data set."""
 
 
 def open_pairs(
@@ -84,7 +87,10 @@ def open_pairs(
         shown = f"{place}/{name}" if place else name
         return Example(shown, picture, captions.get(index, "") or data.caption, found)
 
-    return LazyExamples(len(pictures), make)
+    def leftovers() -> list[Leftover]:
+        return [left for folder, files in partners for left in _orphans(folder, files, pictures, stems)]
+
+    return LazyExamples(len(pictures), make, leftovers)
 
 
 def _folders(root: Path) -> list[str]:
@@ -146,12 +152,11 @@ def _pictures(root: Path, place: str, folders: Sequence[str], maps: Sequence[str
         *(name for name in folders if name.casefold() in MAP_FOLDERS or name in preprocessors.names()),
     }
     names = walk(root / place, root)
-    # controlkit preprocess --sheet leaves its contact sheet at the top; it is no picture of the data set.
     return sorted(
         name
         for name in names
         if os.path.splitext(name)[1].lower() in SUFFIXES
-        and (place or (name.partition("/")[0] not in closed and name != "sheet.png"))
+        and (place or (name.partition("/")[0] not in closed and name != SHEET))
     )
 
 
@@ -173,13 +178,29 @@ def _by_stem(names: Iterable[str]) -> dict[str, list[str]]:
 def _partner(name: str, files: dict[str, list[str]], folder: Path, root: Path, *, alone: bool) -> Piece:
     """The map of a picture: of its name and folder below; where only one picture has the name, of that."""
     stem = _stem(name)
-    found = files.get(stem) or (files.get(_stem(Path(name).name), []) if alone else [])
+    found = files.get(_key(name, files, alone=alone), [])
     if len(found) == 1:
         return InsideFile(folder / found[0], root)
     where = f"{folder / stem}"
     if found:
         return RefusedPiece(where, f"{folder} has several maps for {name}: {', '.join(found)}")
     return RefusedPiece(where, f"{folder} has no map for {name}: a file {stem}.png, .jpg ... is wanted")
+
+
+def _key(name: str, files: dict[str, list[str]], *, alone: bool) -> str:
+    """Under which name without suffix the map of a picture lies, if there is one."""
+    stem = _stem(name)
+    return _stem(Path(name).name) if alone and stem not in files else stem
+
+
+def _orphans(
+    folder: str, files: dict[str, list[str]], pictures: Sequence[str], stems: Counter[str]
+) -> list[Leftover]:
+    """The maps of a folder that belong to no picture."""
+    taken = {_key(name, files, alone=stems[_stem(Path(name).name)] == 1) for name in pictures}
+    names = [f"{folder}/{name}" for stem, found in files.items() if stem not in taken for name in found]
+    cure = "bring its picture back, or delete the map"
+    return [Leftover(name, True, f"{name} is the map of no picture", cure) for name in names]
 
 
 def _caption_beside(picture: Path, root: Path) -> str:

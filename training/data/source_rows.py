@@ -5,20 +5,32 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
+import posixpath
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from controlkit.picture_files import read_text
+from controlkit import preprocessors
+from controlkit.picture_files import SUFFIXES, read_text
 from controlkit.training.config_adapter import DataRecipe
 from controlkit.training.data.examples import Example, Piece
 from controlkit.training.data.source_columns import about_maps, choose_columns
-from controlkit.training.data.source_files import LazyExamples, RefusedPiece, caption_of, named_file
+from controlkit.training.data.source_files import (
+    LazyExamples,
+    Leftover,
+    RefusedPiece,
+    caption_of,
+    named_file,
+    walk,
+)
+from controlkit.training.data.source_pairs import MAP_FOLDERS, POSES, SHEET
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 """Hugging Face's imagefolder."""
 PROMPTS = "prompt.json"
 """lllyasviel's Fill50K: source is the map, target the picture."""
+_FILES = SUFFIXES | {POSES}
 
 Row = tuple[str, dict[str, Any]]
 """What messages call a row's place ("line 3", "entry 3"), and the row."""
@@ -60,7 +72,45 @@ def open_rows(
         name = values[0] if isinstance(values[0], str) and values[0] else where
         return Example(name, picture, caption or data.caption, tuple(maps))
 
-    return LazyExamples(len(kept), make)
+    return LazyExamples(len(kept), make, lambda: _unlisted(file, columns.picture))
+
+
+def _unlisted(file: Path, picture_key: str) -> list[Leftover]:
+    """The pictures and maps below a listing's folder that no row of it names under any key."""
+    pictures, maps = _named_by(file, picture_key)
+    of_maps = {posixpath.dirname(name) for name in maps} - {posixpath.dirname(name) for name in pictures}
+    of_poses = {posixpath.dirname(name) for name in maps if name.endswith(POSES)}
+    known = {*MAP_FOLDERS, *preprocessors.names()}
+    found = []
+    for name in _below(file.parent):
+        folder, suffix = posixpath.dirname(name), os.path.splitext(name)[1].lower()
+        if name in pictures or name in maps or not (suffix in SUFFIXES or folder in of_poses):
+            continue
+        is_map = folder in of_maps or folder.partition("/")[0].casefold() in known
+        problem = f"{name} is named by no row of {file.name}"
+        found.append(Leftover(name, is_map, problem, "add it to a row, or delete it"))
+    return found
+
+
+def _named_by(file: Path, picture_key: str) -> tuple[set[str], set[str]]:
+    """The pictures that a listing's rows name, and whatever else they name that may be a map."""
+    pictures: set[str] = set()
+    others: set[str] = set()
+    for _, row in _rows_of(file):  # read again: what is asked for once need not be kept
+        for key, value in row.items():
+            if isinstance(value, str) and os.path.splitext(value)[1].lower() in _FILES:
+                name = posixpath.normpath(value.replace("\\", "/"))
+                (pictures if key == picture_key else others).add(name)
+    return pictures, others
+
+
+def _below(root: Path) -> list[str]:
+    """Files that may be pictures or maps of a listing, sorted; not those of a listing in a folder below."""
+    names = sorted(walk(root, root))
+    others = {posixpath.dirname(name) for name in names if posixpath.basename(name) in (*METADATA, PROMPTS)}
+    closed = tuple(f"{folder}/" for folder in others if folder)
+    fitting = (name for name in names if os.path.splitext(name)[1].lower() in _FILES)
+    return [name for name in fitting if name != SHEET and not name.startswith(closed)]
 
 
 class _Absent:

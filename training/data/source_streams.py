@@ -3,34 +3,56 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
+from typing import Any, NamedTuple
 
 from controlkit.training.config_adapter import DataRecipe
 from controlkit.training.data.examples import Example
 from controlkit.training.data.source_columns import Columns, about_maps, choose_columns
 from controlkit.training.data.source_tables import Place, example_of_row, load, plain_errors
 
+_MARKS = 64  # more than the windows that are ever prepared ahead
+
+
+class Mark(NamedTuple):
+    """A place in a stream that reading can begin at."""
+
+    in_lap: int
+    """Number, in the data, of the row that comes next."""
+    skipped: int = 0
+    """How many rows the table that is read leaves out at its start; all before the mark where ``rows`` is
+    None.
+    """
+    rows: dict[str, Any] | None = None
+    """The library's state of that table there, by which it finds the place without reading earlier files."""
+
 
 class Stream:
     """A data set as an endless repetition of its rows, in windows.
 
-    Asked for one window after the other it reads forward; asked for a later one, as after a resume, it has
-    the library skip to it. How long the data is shows at its end; a resumed run sets `length` to what the
-    stopped one had learned, so that nothing need be read again to find out.
+    Asked for one window after the other it reads forward. It notes where windows begin, and how long the data
+    is once its end was seen: a resumed run that is given the `state` of the stopped one goes on there, and
+    reads nothing to find its place.
     """
 
     def __init__(self, table: Any, columns: Columns, place: Place, data: DataRecipe) -> None:
         """table: an IterableDataset of the library datasets."""
         self.length: int | None = None
         self._table, self._columns, self._place, self._data = table, columns, place, data
+        self._reading: Any = table
+        """What is read at present: the table, or a later part of it."""
         self._open: list[Iterator[Any]] = []
-        """The iterator that is read, if there is one."""
+        """Its iterator, if there is one."""
         weakref.finalize(self, _close, self._open)  # also before the interpreter ends, when it would fail
         self._position = -1
         """Number, in the endless repetition, of the row that comes next; -1 before the first."""
         self._in_lap = 0
         """Number of that row in the data."""
+        self._skipped = 0
+        """How many rows of the data come before what is read."""
+        self._marks = {0: Mark(0)}
+        """By position; the latest ones."""
 
     def window(self, number: int, size: int) -> list[Example]:
         """Return examples number * size to (number + 1) * size - 1 of the endless repetition.
@@ -41,47 +63,81 @@ class Stream:
         with plain_errors(self._place.source):
             if start != self._position:
                 self._go_to(start)
-            return [self._next() for _ in range(size)]
+            self._note()
+            examples = [self._next() for _ in range(size)]
+            self._note()  # the next window begins here
+        return examples
+
+    def state(self, position: int) -> dict[str, Any]:
+        """What `restore` needs to read from a position on, as JSON has it: the nearest mark before it."""
+        at, mark = max((at, mark) for at, mark in dict(self._marks).items() if at <= position)
+        return {"length": self.length, "library": _version(), "position": at, **mark._asdict()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Know what an earlier stream knew of the same data when its `state` was taken."""
+        in_lap, mark = state["in_lap"], Mark(state["in_lap"], state["skipped"], state["rows"])
+        if state["library"] != _version():  # which may not understand its state; skipping rows does the same
+            mark = Mark(in_lap, in_lap)
+        self.length = state["length"]
+        self._marks[state["position"]] = mark
+
+    def _note(self) -> None:
+        if self._position in self._marks:  # where reading has just begun the library's state says nothing yet
+            return
+        rows = self._reading.state_dict() if self._in_lap > self._skipped else None
+        self._marks[self._position] = Mark(self._in_lap, self._skipped, rows)
+        for old in list(self._marks)[1:-_MARKS]:
+            del self._marks[old]
 
     def _next(self) -> Example:
+        index, row = self._row()
+        return example_of_row(row, index, columns=self._columns, place=self._place, data=self._data)
+
+    def _row(self) -> tuple[int, Any]:
+        """The next row, and its number in the data."""
         row = next(self._open[0], None)
         if row is None:
             self._end_lap()
             row = next(self._open[0], None)
         if row is None or self._in_lap == self.length:
             raise ValueError("the data has changed: it has not as many rows as it had before")
-        index = self._in_lap
         self._in_lap += 1
         self._position += 1
-        return example_of_row(row, index, columns=self._columns, place=self._place, data=self._data)
+        return self._in_lap - 1, row
 
     def _end_lap(self) -> None:
         if self._in_lap == 0:
             raise ValueError("there are no rows")
         if self.length not in (None, self._in_lap):
             raise ValueError(f"the data has changed: it had {self.length} rows and has {self._in_lap}")
-        self.length, self._in_lap = self._in_lap, 0
-        self._read(self._table)
+        self.length = self._in_lap
+        self._begin(Mark(0))
 
     def _go_to(self, position: int) -> None:
-        if self.length is None and position > 0:
-            self._count_up_to(position)
-        self._in_lap = position if self.length is None else position % self.length
-        self._read(self._table.skip(self._in_lap) if self._in_lap else self._table)
-        self._position = position
+        """Begin at the nearest mark before a position, or in its lap, whichever leaves less to be read."""
+        at = max(at for at in self._marks if at <= position)
+        mark = self._marks[at]
+        if self.length is not None and position % self.length <= position - at:
+            at, mark = position, Mark(position % self.length, position % self.length)
+        self._begin(mark)
+        self._position = at
+        while self._position < position:
+            self._row()
 
-    def _read(self, table: Any) -> None:
+    def _begin(self, mark: Mark) -> None:
         _close(self._open)
-        self._open.append(iter(table))
+        self._in_lap, self._skipped = mark.in_lap, mark.skipped
+        # always a table of its own, for the library keeps in it where it was told to begin
+        self._reading = self._table.skip(mark.skipped)
+        if mark.rows is not None:
+            self._reading.load_state_dict(deepcopy(mark.rows))  # it may be changed as rows are read
+        self._open.append(iter(self._reading))
 
-    def _count_up_to(self, position: int) -> None:
-        """Learn whether the data ends before a position; only then is all of it read."""
-        if next(iter(self._table.skip(position)), None) is not None:
-            return
-        count = sum(1 for _ in self._table)
-        if count == 0:
-            raise ValueError("there are no rows")
-        self.length = count
+
+def _version() -> str:
+    from datasets import __version__
+
+    return str(__version__)
 
 
 def _close(rows: list[Any]) -> None:

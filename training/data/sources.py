@@ -19,7 +19,6 @@ from pathlib import Path
 
 from controlkit.picture_files import SUFFIXES
 from controlkit.training.config_adapter import DataRecipe
-from controlkit.training.data.examples import Examples
 from controlkit.training.data.source_files import LazyExamples, leads_out, walk
 from controlkit.training.data.source_pairs import open_pairs
 from controlkit.training.data.source_rows import METADATA, PROMPTS, open_rows
@@ -38,7 +37,7 @@ LAYOUTS = (
 
 def open_examples(
     data: DataRecipe, *, kind: str = "", report: Callable[[str], None] = lambda _: None
-) -> Examples:
+) -> LazyExamples:
     """Open a data set; no picture is read.
 
     kind: the kind of map that is trained; where a data set has maps of several kinds, its own are taken.
@@ -63,7 +62,7 @@ def open_examples(
     if not len(examples):
         raise ValueError(f"{data.source}: no picture is there; wanted: {LAYOUTS}")
     if 0 < data.limit < len(examples):
-        return LazyExamples(data.limit, examples.__getitem__)
+        return LazyExamples(data.limit, examples.__getitem__, examples.leftovers)
     return examples
 
 

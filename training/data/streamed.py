@@ -1,14 +1,16 @@
 """Batches of a data set that is read from beginning to end: shuffled within windows, encoded on the spot.
 
 A window of so many pairs is read, put in an order drawn from the seed and the window's number, and used up
-before the next; so a batch is a function of its number here, too, and a run that resumes skips to its window.
+before the next; so a batch is a function of its number here, too. Checkpoints keep where the window of the
+next batch begins, so a run that resumes reads on there.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,6 +44,15 @@ class StreamFeed:
     def pairs(self) -> int | None:
         """How many there are, once the end was seen."""
         return None if self.stream.length is None else self.stream.length - self.recipe.data.holdout
+
+    def state(self, number: int) -> dict[str, Any]:
+        """Where the stream is to be read for a batch, and how long it is, if that is known."""
+        return self.stream.state(number * self.recipe.batch_size // self._size * self._size)
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Read on where a run that stopped was."""
+        if state:
+            self.stream.restore(state)
 
     def digest(self) -> str:
         """Not known of a stream."""

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from controlkit.naming import unknown
 from controlkit.training.data import map_files
+from controlkit.training.data.map_use import MapUse, uses_of
 from controlkit.training.data.mirroring import mirrored_drawing, mirrored_normals
 from controlkit.training.data.views import View, look, make_views, nearest_shape, shapes
 from controlkit.training.draws import derived_seed
@@ -97,8 +98,8 @@ class Visits:
         self.made = is_made = data.maps == "made" or (data.maps == "auto" and not has_files)
         self._maker = _maker(kind, data) if is_made else None
         self._count = 1 if is_made else self._count_maps()
-        names = data.map_column if self._count > 1 else (kind,)
-        self._senses = [map_files.sense_of(name) for name in names] or [""] * self._count
+        self._uses = uses_of(data, kind=kind, count=self._count)
+        self._senses = [use.sense for use in self._uses]
         self.channels = self._count * (1 if self._grey else 3)
         self.fixed = data.map_blur == 0 and (self._maker is None or self._maker.fixed)
         made_of = (self._grey, kind) if is_made else (self._grey, *self._senses)
@@ -167,8 +168,8 @@ class Visits:
         example = self._examples[index]
         self._check_maps(example)
         maps = [
-            self._from_file(piece, sense, index, view)
-            for piece, sense in zip(example.maps, self._senses, strict=True)
+            self._from_file(piece, use, index, view)
+            for piece, use in zip(example.maps, self._uses, strict=True)
         ]
         if len({levels.dtype for levels in maps}) > 1:
             maps = [
@@ -177,18 +178,12 @@ class Visits:
             ]
         return np.dstack(maps)
 
-    def _from_file(self, piece: Piece, sense: Sense, index: int, view: View) -> NDArray[Any]:
-        content = piece.read()
+    def _from_file(self, piece: Piece, use: MapUse, index: int, view: View) -> NDArray[Any]:
+        content, sense = piece.read(), use.sense
         if map_files.is_json(content):
             assert isinstance(content, bytes)
             return self._drawn(content, piece.name, index, view)
-        levels = map_files.read_levels(
-            content,
-            piece.name,
-            grey=self._grey,
-            depth=sense == "depth",
-            metric=bool(self._data.options.get(_METRIC, False)),
-        )
+        levels = use.levels(content, piece.name)
         self._check_aspect(levels, piece.name, index)
         if view.mirrored and sense == "pose" and not self._grey:
             levels = mirrored_drawing(levels, piece.name)  # whole, in its own colours and size
@@ -202,7 +197,7 @@ class Visits:
         from controlkit.preprocessors import crop_poses, draw_poses, mirror_poses, scale_poses
 
         if self._grey:
-            raise ValueError(f"{name} is a pose, which is drawn in colours, and data.map_mode is grey")
+            raise ValueError(map_files.grey_pose(name))
         width, height = self._size(index)
         poses = map_files.read_joints(content, name, width=width, height=height)
         poses = scale_poses(poses, view.resized_width, view.resized_height)

@@ -1,0 +1,80 @@
+"""How a recipe's visits read the file of a map, so that a look at the data can say what they would refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from numpy.typing import NDArray
+
+from controlkit.training.data import map_files
+from controlkit.training.data.map_files import Sense
+from controlkit.training.data.mirroring import mirrored_drawing
+
+if TYPE_CHECKING:
+    from controlkit.training.config_adapter import DataRecipe
+
+
+@dataclass(frozen=True)
+class MapUse:
+    """What is asked of each file of one of the maps."""
+
+    sense: Sense = ""
+    grey: bool = False
+    """Whether the map has one channel (``data.map_mode``)."""
+    metric: bool = False
+    """Whether depth grows with the distance (``data.options.metric``)."""
+    mirrored: bool = False
+    """Whether any visit sees the mirror image."""
+
+    @property
+    def name(self) -> str:
+        """What tells this use from others in which a file may be refused; "" where none is."""
+        return " ".join(["grey"] * self.grey + ["mirrored"] * self._mirrors_drawings)
+
+    @property
+    def _mirrors_drawings(self) -> bool:
+        return self.mirrored and self.sense == "pose" and not self.grey
+
+    def levels(self, content: bytes | NDArray[Any], name: str) -> NDArray[Any]:
+        """The whole map, as `map_files.read_levels` reads it for this use."""
+        return map_files.read_levels(
+            content, name, grey=self.grey, depth=self.sense == "depth", metric=self.metric
+        )
+
+    def problem(self, content: bytes | NDArray[Any], name: str) -> str:
+        """Why visits would refuse a map that can be read: one line with its name; "" where they would not."""
+        if not self.name:
+            return ""
+        if map_files.is_json(content):
+            return map_files.grey_pose(name) if self.grey else ""
+        try:
+            levels = self.levels(content, name)
+            if self._mirrors_drawings:
+                mirrored_drawing(levels, name)
+        except ValueError as error:
+            return str(error)
+        return ""
+
+
+def uses_of(data: DataRecipe, *, kind: str, count: int) -> list[MapUse]:
+    """The use of each of ``count`` maps of an example: of stacked ones, each column says what it holds.
+
+    kind: of the map, where there is one; "" where it is not known.
+    """
+    return [
+        MapUse(
+            sense,
+            grey=data.map_mode == "grey",
+            metric=bool(data.options.get("metric", False)),
+            mirrored=data.flip > 0,
+        )
+        for sense in senses_of(data.map_column, kind=kind, count=count)
+    ]
+
+
+def senses_of(columns: Sequence[str], *, kind: str, count: int) -> list[Sense]:
+    """What is known of the values of each of ``count`` maps."""
+    names = columns if count > 1 else (kind,)[:count]
+    return [map_files.sense_of(name) for name in names] or [""] * count
