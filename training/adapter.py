@@ -247,7 +247,7 @@ class ControlNetTask:
 
     def _make_room(self) -> None:
         """Take autoencoder and text encoders off a device, where the cache has what they give."""
-        if self.recipe.data.cache and self.machine.device.type != "cpu":
+        if self.encoded.data.cache and self.machine.device.type != "cpu":  # streams have none
             for part in (self.base.vae, *self.base.text_encoders):
                 part.to("cpu")
             free_memory()
