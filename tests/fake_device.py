@@ -23,15 +23,26 @@ _READS = ("aten._local_scalar_dense", "aten.is_nonzero", "aten.equal", "aten.ite
 
 
 class Reads(TorchDispatchMode):
-    """Answers what the host reads with made-up numbers; counts it by the device that it was read from."""
+    """Answers what the host reads with made-up numbers; counts it by the device that it was read from.
+
+    Copies for which the host waits are counted as "copies".
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.count: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if str(func.overloadpacket) not in _READS:
-            return func(*args, **(kwargs or {}))
+        name = str(func.overloadpacket)
+        if name == "aten._pin_memory":
+            return args[0]
+        if name not in _READS:
+            result = func(*args, **(kwargs or {}))
+            if name == "aten._to_copy" and result.device != args[0].device:
+                self.count["copies"] += not kwargs.get("non_blocking", False)
+            if name == "aten.copy_" and result.device != args[1].device:
+                self.count["copies"] += not any(args[2:])
+            return result
         self.count[args[0].device.type] += 1
         return True if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1
 
@@ -57,8 +68,11 @@ def move(run: Run, device: str) -> None:
     for module in (task.controlnet, base.unet, base.vae, *base.text_encoders):
         module.to(device)
     run.machine.device = torch.device(device)
+    task.alphas_cumprod = task.alphas_cumprod.to(device)
     for holder in (task, task.shown, task.encoded):
         object.__setattr__(holder.base, "device", torch.device(device))
+    if task.resident is not None:
+        task.resident.to(run.machine.device)
     weights.parameters = {
         f"{prefix}.{name}": p
         for prefix, module in task.modules().items()

@@ -49,6 +49,7 @@ def opened(place, name, **changes):
 VARIANTS = {
     "usual": ("cuda", {"accumulation": 2}),
     "half": ("cuda", {"precision": "bf16", "input_perturbation": 0.1}),
+    "resident": ("cuda", {"data_resident": True, "data_map_blur": 0.0, "low": 50, "high": 160}),
     "live": ("cuda", {"data_cache": False}),
     "sdxl": ("cuda", {"base": "sdxl", "data_map_mode": "grey"}),
     "half backward": ("meta", {"precision": "bf16"}),
@@ -63,11 +64,13 @@ def test_a_step_mixes_no_devices(place, variant):
     run = opened(place, variant, **changes)
     with fake_device(device) as reads:
         move(run, device)
+        reads.count.clear()
         if device == "cuda":
             run.machine.backward = lambda loss: _gradients(run, loss)
             if variant == "live":
                 _as_of_a_stream(run.task)
             train_step(run)
+            assert variant == "live" or not reads.count["copies"]
         else:
             (losses, *_) = forward_backward(run)
             assert losses.each.device.type == device
