@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from controlkit.training.loop import Run
 from controlkit.training.optimizers import make_optimizer
+from controlkit.training.stepping import can_read_late
 
 DEVICES = ("cuda", "meta")
 _READS = ("aten._local_scalar_dense", "aten.is_nonzero", "aten.equal", "aten.item")
@@ -85,3 +86,4 @@ def move(run: Run, device: str) -> None:
     if device != "meta":  # where torch has no fused optimizer
         tables = [{**group, "params": [weights.masters[name] for name in of]} for group, of in groups]
         run.optimizer = make_optimizer(run.recipe, tables)
+        run.reads_late = can_read_late(run)
