@@ -292,7 +292,7 @@ def _set_timesteps(scheduler: Any, steps: int, *, device: torch.device) -> None:
     """Set the scheduler to `steps`; raise ValueError where its spacing runs past the trained timesteps."""
     scheduler.set_timesteps(steps, device=device)
     trained = scheduler.config.num_train_timesteps
-    if scheduler.timesteps.max() > trained - 1:  # "leading" spacing plus an offset of 1
+    if float(scheduler.timesteps.max()) > trained - 1:  # "leading" spacing plus an offset of 1
         raise ValueError(f"{steps} steps do not fit into the base's {trained} timesteps: take fewer")
 
 

@@ -55,6 +55,7 @@ def recipe(folder: Path, pictures: Path, **changes: object) -> Path:
         "source": str(pictures), "maps": "made", "resolution": 64, "buckets": True, "bucket_step": 16,
         "crop": "random", "crops": 3, "flip": 0.5, "map_blur": 0.3, "holdout": 3, "workers": 2,
     }  # fmt: skip
+    options = {"low": changes.pop("low", "50..150"), "high": changes.pop("high", "160..250")}
     settings |= {key: value for key, value in changes.items() if not key.startswith("data_")}
     data |= {key.removeprefix("data_"): value for key, value in changes.items() if key.startswith("data_")}
 
@@ -65,7 +66,7 @@ def recipe(folder: Path, pictures: Path, **changes: object) -> Path:
     path = folder.parent / f"{folder.name}.toml"
     tables = [line(key, value) for key, value in settings.items()] + ["[data]\n"]
     tables += [line(key, value) for key, value in data.items()]
-    tables += ["[data.options]\n", 'low = "50..150"\n', 'high = "160..250"\n']
+    tables += ["[data.options]\n", *(line(key, value) for key, value in options.items())]
     path.write_text("".join(tables))
     return path
 

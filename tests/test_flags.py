@@ -219,7 +219,7 @@ NEUTRAL = {
 NEUTRAL_DATA = {
     *("format", "split", "picture_column", "map_column", "caption_column", "options", "caption", "limit"),
     *("bucket_step", "bucket_ratio", "crops", "streaming", "shuffle_window", "bad", "check", "cache"),
-    "workers",
+    *("resident", "workers"),
 }
 
 

@@ -153,6 +153,19 @@ def test_nothing_is_read_from_the_device_between_forward_and_backward(bench):
     assert theirs.count[READS[0]] >= 1  # the counter sees the loss that the script reads
 
 
+def test_a_gpus_whole_step_reads_nothing_until_losses_are_read(bench):
+    _, ours, _ = bench
+    ours.run.reads_late = True
+    with Operators() as mine:
+        ours.step()
+    reads = {name: mine.count[name] for name in READS if mine.count[name]}
+    with Operators() as later:
+        ours.run.read_losses()
+    ours.run.reads_late = False
+    assert reads == {}
+    assert later.count[READS[0]] >= 1  # the norm
+
+
 def test_no_more_is_saved_for_the_backward_pass_than_by_the_script(bench):
     script, ours, pairs = bench
     script.batches = iter([collate(pairs.__getitems__(range(BATCH)))])

@@ -10,7 +10,7 @@ import torch
 from killed_runs import prepared, recipe
 from safetensors.torch import load_file
 
-from controlkit.training import train_recipe
+from controlkit.training import loop, train_recipe
 from controlkit.training.adapter import ControlNetTask
 
 
@@ -139,7 +139,37 @@ def test_steps_without_a_finite_gradient_change_nothing_and_name_their_pairs(pla
     assert all(bool(torch.isfinite(tensor).all()) for tensor in weights(folder).values())
 
 
-def test_too_many_bad_steps_end_the_run_and_leave_the_last_good_checkpoint(place, monkeypatch):
+def test_a_device_that_passes_steps_over_by_itself_gives_the_same_run(place, monkeypatch):
+    """What is done on a GPU, where the host reads norms later, on a processor."""
+    real = ControlNetTask.losses
+
+    def overflowing(self, whole, part):
+        found = real(self, whole, part)
+        return type(found)(found.each * (math.inf if part.step in (0, 2) else 1.0), found.timesteps, 1000)
+
+    monkeypatch.setattr(ControlNetTask, "losses", overflowing)
+    settings = {"steps": 4, "ema": 0.9, "log_every": 3, "checkpoint_every": 3}
+    prompt, said = run(place, "prompt", **settings)
+    monkeypatch.setattr(loop, "can_read_late", lambda run: True)
+    late, said_late = run(place, "late", **settings)
+    assert losses(late) == losses(prompt)
+    assert [row["grad_norm"] for row in rows(late)] == [row["grad_norm"] for row in rows(prompt)]
+    for file in ("weights", "optimizer"):
+        one, other = (
+            load_file(folder / f"checkpoints/step-000004/{file}.safetensors") for folder in (prompt, late)
+        )
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    assert {float(tensor) for name, tensor in one.items() if name.endswith("/step")} == {2.0}
+    changed = [[line for line in lines if "changed nothing" in line] for lines in (said, said_late)]
+    assert changed[0] == changed[1]
+    assert len(changed[0]) == 2
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_too_many_bad_steps_end_the_run_and_leave_the_last_good_checkpoint(place, monkeypatch, late):
+    monkeypatch.setattr(loop, "can_read_late", lambda run: late)
+    name = f"bad-{late}"
     real = ControlNetTask.losses
 
     def broken_from_three(self, whole, part):
@@ -151,8 +181,8 @@ def test_too_many_bad_steps_end_the_run_and_leave_the_last_good_checkpoint(place
     with pytest.raises(
         ValueError, match=r"training stopped at step 6: 3 steps in a row .* checkpoints are good"
     ):
-        run(place, "bad", steps=9, bad_steps=3, checkpoint_every=3)
-    saved = load_file(place / "bad" / "checkpoints" / "step-000003" / "weights.safetensors")
+        run(place, name, steps=9, bad_steps=3, checkpoint_every=3, log_every=4)
+    saved = load_file(place / name / "checkpoints" / "step-000003" / "weights.safetensors")
     assert all(bool(torch.isfinite(tensor).all()) for tensor in saved.values())
 
 

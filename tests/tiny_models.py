@@ -116,9 +116,18 @@ def tokenizer() -> CLIPTokenizer:
 
 
 def build(
-    folder: Path, family: str, *, sample_size: int = 16, prediction_type: str | None = None, seed: int = 0
+    folder: Path,
+    family: str,
+    *,
+    sample_size: int = 16,
+    layers: int = 2,
+    prediction_type: str | None = None,
+    seed: int = 0,
 ) -> Path:
-    """Write a tiny pipeline folder and return it. SD2's default prediction type is v, the others' epsilon."""
+    """Write a tiny pipeline folder and return it. SD2's default prediction type is v, the others' epsilon.
+
+    ``layers`` per block of the U-Net: the families have 2.
+    """
     vae = {"block_out_channels": (8, 8, 16, 16), "norm_num_groups": 4, "sample_size": 8 * sample_size}
     text = {
         "hidden_size": _TEXT_WIDTH,
@@ -127,7 +136,7 @@ def build(
         "num_attention_heads": 4,
         "projection_dim": _TEXT_WIDTH,
     }
-    unet = {"norm_num_groups": 8, **UNETS[family], "sample_size": sample_size}
+    unet = {"norm_num_groups": 8, **UNETS[family], "sample_size": sample_size, "layers_per_block": layers}
     return _write(
         folder,
         family,

@@ -23,16 +23,17 @@ from controlkit.controlnet import (
     trainable_parameters,
 )
 from controlkit.training.config_adapter import ControlNetRecipe
-from controlkit.training.data.encoded import Sample, levels_of
-from controlkit.training.data.feeds import open_feed
+from controlkit.training.data.encoded import Given, Outline, Sample, levels_of
+from controlkit.training.data.feeds import StoredFeed, open_feed
 from controlkit.training.data.loader import Loader
+from controlkit.training.data.resident import open_resident
 from controlkit.training.data.visits import Visits
 from controlkit.training.draws import derived_seed
 from controlkit.training.exporting import save_half
 from controlkit.training.hint_start import start_hint_encoder
 from controlkit.training.machine import Machine
-from controlkit.training.memory import free_memory
-from controlkit.training.noising import draw_batch, noised, schedule, timesteps_of, weighted_loss
+from controlkit.training.memory import free_memory, put
+from controlkit.training.noising import Draw, draw_batch, noised, schedule, timesteps_of, weighted_loss
 from controlkit.training.pair import Pair, PairsPart
 from controlkit.training.reporting.showing import Shown, is_examined
 from controlkit.training.reward import Reward
@@ -60,6 +61,8 @@ class ControlNetTask:
         if machine.dtype != torch.float32 and not machine.sharded:
             self.base.unet.to(machine.dtype)
         self.alphas_cumprod = schedule(recipe, self.base)
+        if machine.device.type == "cuda":  # other devices may have no float64
+            self.alphas_cumprod = self.alphas_cumprod.to(machine.device)
         self.reward = Reward(recipe, self.base, self.alphas_cumprod) if recipe.reward else None
         self.feed = open_feed(recipe, self.base, machine.processes, report=report)
         self.encoded = self.feed.encoded
@@ -78,7 +81,13 @@ class ControlNetTask:
             on_device=self._all_on_device,
         )
         count = machine.processes.count
-        self.loader = Loader(self.feed.samples, lambda number: number + count, workers=recipe.data.workers)
+        self.resident = open_resident(recipe, self.feed, machine.device, report)
+        prepare: Callable[[int], Sequence[Outline]] = self.feed.samples
+        workers = recipe.data.workers
+        if self.resident is not None:
+            assert isinstance(self.feed, StoredFeed)
+            prepare, workers = self.feed.outlines, 0  # nothing is read
+        self.loader = Loader(prepare, lambda number: number + count, workers=workers)
 
     # --- what is trained ---
 
@@ -138,24 +147,16 @@ class ControlNetTask:
 
     def losses(self, whole: nn.Module, part: PairsPart) -> Losses:
         """The weighted error of each pair of a micro-batch."""
-        recipe, device = self.recipe, self.machine.device
-        moments, text = self.encoded.moments(part.samples), self._captions(part)
-        drawn = draw_batch([sample.visit.seed for sample in part.samples], moments.mean.shape[1:])
-        noisy = noised(
-            moments.mean.to(device, non_blocking=True),
-            moments.std.to(device, non_blocking=True),
-            drawn,
-            timesteps_of(self._places(part, drawn.place), recipe, part.step, len(self.alphas_cumprod)),
-            recipe,
-            self.alphas_cumprod,
-        )
-        cond = images.levels_to_cond(levels_of(part.samples).to(device, non_blocking=True))
+        recipe = self.recipe
+        given, drawn, timesteps = self._inputs(part)
+        noisy = noised(given.moments.mean, given.moments.std, drawn, timesteps, recipe, self.alphas_cumprod)
+        cond = images.levels_to_cond(given.levels)
         model_pred = whole(
             self._laid_out(noisy.noisy_latents),
             noisy.timesteps,
-            text.encoder_hidden_states.to(device, torch.float32, non_blocking=True),
+            given.text.encoder_hidden_states.float(),
             self._laid_out(cond),
-            self._added_cond(text.pooled, part.samples),
+            self._added_cond(given.text.pooled, part.samples),
         )
         each = weighted_loss(model_pred, noisy, recipe, self.base.prediction_type, self.alphas_cumprod)
         missed = None
@@ -164,15 +165,27 @@ class ControlNetTask:
             each, missed = each.index_add(0, rows, recipe.reward * missed), missed.detach()
         return Losses(each, noisy.timesteps, len(self.alphas_cumprod), missed)
 
-    def _captions(self, part: PairsPart) -> Any:
+    def _inputs(self, part: PairsPart) -> tuple[Given, Draw, Tensor]:
+        """What the data gives a micro-batch, on the device, what is drawn for it, and its timesteps."""
+        captions = self._captions(part)
+        if self.resident is not None and not isinstance(part.samples[0], Sample):
+            given = self.resident.given(part.samples, captions)
+        else:
+            samples = [sample for sample in part.samples if isinstance(sample, Sample)]
+            given = self.encoded.given(samples, captions, self.machine.device)
+        drawn = draw_batch([sample.visit.seed for sample in part.samples], given.moments.mean.shape[1:])
+        places = self._places(part, drawn.place)
+        timesteps = timesteps_of(places, self.recipe, part.step, len(self.alphas_cumprod))
+        return given, drawn, timesteps
+
+    def _captions(self, part: PairsPart) -> list[str]:
+        """What each pair is told: its caption, or nothing at a share of visits."""
         dropped = [
             float(np.random.default_rng(derived_seed(s.visit.seed, "caption")).random())
             < self.recipe.caption_dropout
             for s in part.samples
         ]
-        return self.encoded.text(
-            ["" if drop else s.example.caption for s, drop in zip(part.samples, dropped, strict=True)]
-        )
+        return ["" if drop else s.example.caption for s, drop in zip(part.samples, dropped, strict=True)]
 
     def _places(self, part: PairsPart, drawn: Tensor) -> Tensor:
         """Uniform numbers for the timesteps: each pair's own, or spread evenly over the step's batch."""
@@ -182,7 +195,7 @@ class ControlNetTask:
         rows = torch.tensor(list(part.rows), dtype=torch.float64)
         return (start + rows / part.batch) % 1.0
 
-    def _added_cond(self, pooled: Tensor | None, samples: Sequence[Sample]) -> dict[str, Tensor] | None:
+    def _added_cond(self, pooled: Tensor | None, samples: Sequence[Outline]) -> dict[str, Tensor] | None:
         """SDXL's further conditioning: sizes and cuts as they were (Podell et al. 2023, section 2.2)."""
         if self.base.family != "sdxl":
             return None
@@ -191,7 +204,7 @@ class ControlNetTask:
         device = self.machine.device
         return {
             "text_embeds": pooled.to(device, torch.float32),
-            "time_ids": torch.tensor(rows, dtype=torch.float32, device=device),
+            "time_ids": put(torch.tensor(rows, dtype=torch.float32), device),
         }
 
     def _laid_out(self, tensor: Tensor) -> Tensor:
@@ -266,7 +279,7 @@ class ControlNetTask:
 
         The autoencoder stays where a reward decodes with it.
         """
-        if self.recipe.data.cache and self.machine.device.type != "cpu":
+        if self.encoded.data.cache and self.machine.device.type != "cpu":  # streams have none
             for part in (*([] if self.reward else [self.base.vae]), *self.base.text_encoders):
                 part.to("cpu")
             free_memory()

@@ -76,6 +76,10 @@ class DataRecipe(Table):
     """Look at every pair before the first step."""
     cache: bool = True
     """Encode pictures and captions once and keep the result on disk, by content."""
+    resident: bool | Literal["auto"] = "auto"
+    """Keep latents, maps and captions on the device and gather each batch there, for the same result; auto:
+    on a GPU, where the cache holds all that visits see and it takes at most a quarter of the free memory.
+    """
     workers: Annotated[int, Field(ge=0, le=256)] = 2
     """Threads that read and prepare pairs beside the training; the result does not depend on them."""
 

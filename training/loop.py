@@ -20,7 +20,7 @@ from controlkit.training.interrupts import Interrupts, watched
 from controlkit.training.machine import Machine
 from controlkit.training.optimizers import learning_rate, make_optimizer, set_rates
 from controlkit.training.saving import Saver, check_folder, restore, stopped_by, write_recipe
-from controlkit.training.sharding import whole_tensor
+from controlkit.training.stepping import Taken, can_read_late, is_finite, update
 from controlkit.training.task import Losses, Part, Task
 from controlkit.training.watch import Progress, Watch, Window, read_rows
 from controlkit.training.weights import Weights
@@ -40,8 +40,10 @@ class Run:
     watch: Watch
     step: int = 0
     window: Window = field(default_factory=Window)
-    unread: list[list[Losses]] = field(default_factory=list)
-    """Losses of steps that are not in the window yet: reading them waits for the device."""
+    unread: list[Taken] = field(default_factory=list)
+    """Steps that are not in the window yet: reading their losses waits for the device."""
+    reads_late: bool = False
+    """Whether it is then, too, that the host learns whether these steps had a finite gradient."""
     grad_norm: float = 0.0
     bad_steps: int = 0
     """How many steps in a row changed nothing, for want of a finite gradient."""
@@ -49,11 +51,13 @@ class Run:
     """Into how many each micro-batch is cut, since it did not fit in one."""
 
     def read_losses(self) -> Window:
-        """The window, with every step until now."""
-        for losses in self.unread:
-            missed = [m for loss in losses if loss.missed is not None for m in loss.missed.tolist()]
-            self.window.add(*_per_pair(losses), missed)
-        self.unread = []
+        """The window, with every step until now. Raises ValueError where too many of them were not finite."""
+        taken, self.unread = self.unread, []
+        for step in taken:
+            if self.reads_late:
+                is_finite(self, step)
+            missed = [m for loss in step.losses if loss.missed is not None for m in loss.missed.tolist()]
+            self.window.add(*_per_pair(step.losses), missed)
         return self.window
 
     @property
@@ -140,14 +144,7 @@ def _train_steps(run: Run, saver: Saver) -> None:
 def train_step(run: Run) -> None:
     """One optimizer step: forward, backward, clip, update, average."""
     set_rates(run.optimizer, learning_rate(run.recipe, run.step))
-    losses = _within_memory(run)
-    run.unread.append(losses)
-    run.grad_norm = _clip(run)
-    if math.isfinite(run.grad_norm):
-        run.bad_steps = 0
-        _update(run)
-    else:
-        _pass_over(run, losses)
+    update(run, _within_memory(run))
     run.optimizer.zero_grad(set_to_none=True)
     run.step += 1
     run.weights.update_average(_decay(run.recipe, run.step))
@@ -193,6 +190,7 @@ def open_run(
         make_optimizer(recipe, tables),
         Watch(folder, steps=recipe.steps, batch=batch, progress=progress),
     )
+    run.reads_late = can_read_late(run)
     if recipe.ema:
         weights.start_average()
     restore(run)
@@ -271,46 +269,6 @@ def _cut(part: Part, pieces: int) -> Sequence[Part]:
             break
         cut = halves
     return cut
-
-
-def _clip(run: Run) -> float:
-    """Scale the gradient down to the recipe's largest norm; returns the norm that it had."""
-    if run.machine.scaler is not None:
-        run.machine.scaler.unscale_(run.optimizer)
-    norm = nn.utils.clip_grad_norm_(list(run.weights.masters.values()), run.recipe.clip)
-    return float(whole_tensor(norm))
-
-
-def _update(run: Run) -> None:
-    scaler = run.machine.scaler
-    if scaler is None:
-        run.optimizer.step()
-    else:
-        scaler.step(run.optimizer)
-        scaler.update()
-    run.weights.give()
-
-
-def _pass_over(run: Run, losses: Sequence[Losses]) -> None:
-    """Take no step, and say which pairs were seen; raise ValueError after too many in a row."""
-    scaler = run.machine.scaler
-    if scaler is not None:
-        scaler.update()  # fp16's first steps find the scale by overflowing
-        if all(bool(torch.isfinite(loss.each).all()) for loss in losses) and scaler.get_scale() >= 1:
-            return
-    run.bad_steps += 1
-    described = "; ".join(part.describe() for part in run.task.parts(run.step))
-    values = ", ".join(f"{value:.4g}" for loss in losses for value in loss.each.tolist())
-    times = [str(t) for loss in losses if loss.timesteps is not None for t in loss.timesteps.tolist()]
-    seen = f"losses {values}; timesteps {', '.join(times) or 'none'}; {described}"
-    message = f"step {run.step + 1} changed nothing: its loss or gradient is not finite ({seen})"
-    run.watch.say(run.step + 1, message, keep=True)
-    if run.bad_steps >= getattr(run.recipe, "bad_steps", 1):
-        raise ValueError(
-            f"training stopped at step {run.step + 1}: {run.bad_steps} steps in a row had no finite gradient;"
-            f" no weight was changed by them, checkpoints are good; the last: {message}; try a lower"
-            " learning_rate, in another folder (out=FOLDER)"
-        )
 
 
 def _decay(recipe: Recipe, step: int) -> float:

@@ -1,4 +1,4 @@
-"""The memory of devices: whether an error says that it is full, what was used at most, giving it back."""
+"""The memory of devices: putting tensors there, what is free, what was used at most, whether it is full."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import gc
 import sys
 
 import torch
+from torch import Tensor
 
 _CPU_MESSAGES = ("can't allocate memory", "not enough memory", "DefaultCPUAllocator")
 
@@ -15,6 +16,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _CPU_MESSAGES)
+
+
+def put(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device. The host does not wait for a GPU: it copies from memory that stays in place."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def free_memory() -> None:

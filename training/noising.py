@@ -16,6 +16,7 @@ from controlkit import diffusion
 from controlkit.base import Base
 from controlkit.training.config_adapter import ControlNetRecipe
 from controlkit.training.draws import derived_seed
+from controlkit.training.memory import put
 
 
 def schedule(recipe: ControlNetRecipe, base: Base) -> Tensor:
@@ -85,14 +86,14 @@ def noised(
     the networks see more noise than they are to predict.
     """
     device = mean.device
-    latents = mean.float() + std.float() * drawn.posterior.to(device)
-    noise = drawn.noise.to(device)
+    latents = mean.float() + std.float() * put(drawn.posterior, device)
+    noise = put(drawn.noise, device)
     if recipe.noise_offset:
-        noise = noise + recipe.noise_offset * drawn.offset.to(device)
-    timesteps = timesteps.to(device)
+        noise = noise + recipe.noise_offset * put(drawn.offset, device)
+    timesteps = put(timesteps, device)
     seen = noise
     if recipe.input_perturbation:
-        seen = noise + recipe.input_perturbation * drawn.perturbation.to(device)
+        seen = noise + recipe.input_perturbation * put(drawn.perturbation, device)
     return Noisy(diffusion.q_sample(latents, seen, timesteps, alphas_cumprod), timesteps, latents, noise)
 
 

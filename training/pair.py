@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from controlkit.controlnet import Residuals, control_residuals, encode_hint, predict
 from controlkit.training.config_adapter import ControlNetRecipe
-from controlkit.training.data.encoded import Sample
+from controlkit.training.data.encoded import Outline
 
 if TYPE_CHECKING:
     from diffusers import ControlNetModel, UNet2DConditionModel
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PairsPart:
-    """A micro-batch: prepared samples, and where each stands in the step's whole batch."""
+    """A micro-batch: its samples, prepared or in outline, and where each stands in the step's whole batch."""
 
-    samples: Sequence[Sample]
+    samples: Sequence[Outline]
     rows: range
     step: int
     batch: int

@@ -30,7 +30,14 @@ MAY_CHANGE |= {
     "push_to_hub",
     "bad_steps",
 }
-MAY_CHANGE |= {"data.workers", "data.cache", "data.check", "gradient_checkpointing", "compile"}
+MAY_CHANGE |= {
+    "data.workers",
+    "data.cache",
+    "data.check",
+    "data.resident",
+    "gradient_checkpointing",
+    "compile",
+}
 """What may differ when a run goes on: where and how it runs, what it shows, what is done with the result."""
 
 Keys = dict[tuple[str, ...], Any]

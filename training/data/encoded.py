@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -37,6 +38,7 @@ from controlkit.training.data.packing import pack, unpack
 from controlkit.training.data.stores import Store
 from controlkit.training.data.views import View
 from controlkit.training.data.visits import Visit, Visits
+from controlkit.training.memory import put
 from controlkit.training.world import cache_folder
 
 VERSION = 1  # raise when pictures or maps are prepared differently
@@ -46,17 +48,33 @@ Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One visit, prepared: latents' moments (2, 4, h, w) or the picture they are to be made of; the map."""
+class Outline:
+    """One visit: to what, and what part of it is seen."""
 
     example: Example
     visit: Visit
     view: View
+    size: tuple[int, int]
+    """Width and height of the whole picture, before it was resized."""
+
+
+@dataclass(frozen=True)
+class Sample(Outline):
+    """One visit, prepared: latents' moments (2, 4, h, w) or the picture they are to be made of; the map."""
+
     moments: Tensor | None
     picture: NDArray[np.uint8] | None
     levels: NDArray[np.uint8 | np.uint16]
-    size: tuple[int, int]
-    """Width and height of the whole picture, before it was resized."""
+
+
+class Given(NamedTuple):
+    """What the data gives a micro-batch of one size, on its device: ``moments`` and ``text`` as they are
+    kept, ``levels`` (B, C, H, W), uint8 or uint16.
+    """
+
+    moments: Moments
+    levels: Tensor
+    text: Text
 
 
 class Encoded:
@@ -116,22 +134,50 @@ class Encoded:
             total.update(" ".join([*self._content[index], self.examples[index].caption]).encode())
         return total.hexdigest()
 
-    def sample(self, turn: Turn) -> Sample:
-        """What a turn sees. Reads and prepares, and computes nothing on a device: threads may call it."""
-        example = self.examples[turn.index]
+    def outline(self, turn: Turn) -> Outline:
+        """What a turn is to see."""
         visit = self.visits.visit(turn.index, turn.lap)
         view = self.visits.views(turn.index)[visit.view]
+        return Outline(self.examples[turn.index], visit, view, self.visits.sizes[turn.index])
+
+    def sample(self, turn: Turn) -> Sample:
+        """What a turn sees. Reads and prepares, and computes nothing on a device: threads may call it."""
+        seen = self.outline(turn)
         moments = picture = None
         if self._latents is None:
-            picture = self.visits.picture(turn.index, view)
+            picture = self.visits.picture(turn.index, seen.view)
         else:
-            moments = self._latents.read(self._name(turn.index, view))
+            moments = self.kept_moments(turn.index, seen.view)
         if self._latents is None or self._maps is None:
-            levels = self.visits.map(turn.index, view, seed=visit.seed, picture=picture)
+            levels = self.visits.map(turn.index, seen.view, seed=seen.visit.seed, picture=picture)
         else:
-            levels = unpack(self._maps.read(self._map_name(turn.index, view)))
-        size = self.visits.sizes[turn.index]
-        return Sample(example, visit, view, moments, picture, levels, size)
+            levels = self.kept_map(turn.index, seen.view)
+        return Sample(seen.example, seen.visit, seen.view, seen.size, moments, picture, levels)
+
+    @property
+    def fixed(self) -> bool:
+        """Whether the cache holds all that any visit sees."""
+        return self._latents is not None and self._maps is not None
+
+    def kept_moments(self, index: int, view: View) -> Tensor:
+        """From the cache: a view's moments, (2, 4, h, w)."""
+        assert self._latents is not None
+        return self._latents.read(self._name(index, view))
+
+    def kept_map(self, index: int, view: View) -> NDArray[np.uint8 | np.uint16]:
+        """From the cache: a view's map, (H, W, C)."""
+        assert self._maps is not None
+        return unpack(self._maps.read(self._map_name(index, view)))
+
+    def given(self, samples: Sequence[Sample], captions: Sequence[str], device: torch.device) -> Given:
+        """What samples of one size give, on a device; ``captions``: what each is told."""
+        moments, text = self.moments(samples), self.text(captions)
+        pooled = None if text.pooled is None else put(text.pooled, device)
+        return Given(
+            Moments(put(moments.mean, device), put(moments.std, device)),
+            put(levels_of(samples), device),
+            Text(put(text.encoder_hidden_states, device), pooled),
+        )
 
     def moments(self, samples: Sequence[Sample]) -> Moments:
         """The latents' moments of samples of one size: (B, 4, h, w) each."""

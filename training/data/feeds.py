@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from controlkit.base import Base
 from controlkit.processes import Processes
 from controlkit.training.config_adapter import ControlNetRecipe
-from controlkit.training.data.encoded import Encoded, Sample
+from controlkit.training.data.encoded import Encoded, Outline, Sample
 from controlkit.training.data.order import Order, Turn
 from controlkit.training.data.pairs import load_pairs
 from controlkit.training.data.visits import Visits
@@ -74,7 +74,7 @@ class StoredFeed:
             resolution=recipe.data.resolution or base.resolution,
             seed=recipe.seed,
         )
-        self.shown, self._trained = pairs.shown, pairs.trained
+        self.shown, self.trained = pairs.shown, pairs.trained
         self.encoded = Encoded(base, pairs.examples, visits, data=recipe.data, report=report)
         self.encoded.fill([*pairs.trained, *pairs.shown], processes)
         trained = set(pairs.trained)
@@ -94,15 +94,19 @@ class StoredFeed:
 
     def digest(self) -> str:
         """SHA-256 over every trained pair's picture, map and caption, in their order."""
-        return self.encoded.digest(self._trained)
+        return self.encoded.digest(self.trained)
 
     def samples(self, number: int) -> list[Sample]:
         """The samples of a batch."""
         return [self.encoded.sample(turn) for turn in self.order.batch(number)]
 
+    def outlines(self, number: int) -> list[Outline]:
+        """The same, with nothing read: for data that is on the device already."""
+        return [self.encoded.outline(turn) for turn in self.order.batch(number)]
+
     def first_maps(self, count: int) -> list[NDArray[np.uint8]]:
         """The maps of the first pairs."""
-        return maps_of(self.encoded, self._trained[:count])
+        return maps_of(self.encoded, self.trained[:count])
 
 
 def maps_of(encoded: Encoded, indices: list[int]) -> list[NDArray[np.uint8]]:

@@ -16,7 +16,7 @@ from controlkit.base import BUNDLED, Base
 from controlkit.control import Control
 from controlkit.sampling import generate
 from controlkit.training.config_adapter import WORLD_KINDS, ControlNetRecipe
-from controlkit.training.data.encoded import Encoded, Sample, levels_of
+from controlkit.training.data.encoded import Encoded, Outline, Sample, levels_of
 from controlkit.training.data.order import Turn
 from controlkit.training.reporting.convergence import advice_for, took_hold
 from controlkit.training.reporting.monitor import Monitor
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _COLUMNS = 4
 _SEEDS = (0, 1)
 _SCORED_STEPS = 12
-AddedCond = Callable[[Tensor | None, Sequence[Sample]], Mapping[str, Tensor] | None]
+AddedCond = Callable[[Tensor | None, Sequence[Outline]], Mapping[str, Tensor] | None]
 
 
 def is_examined(recipe: ControlNetRecipe) -> bool:

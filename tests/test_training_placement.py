@@ -1,0 +1,136 @@
+"""Training on a GPU without one: the real step on a device whose tensors have places but no numbers."""
+
+import numpy as np
+import pytest
+import torch
+from fake_device import fake_device, move
+from killed_runs import recipe, write_pictures
+from tiny_models import build
+
+from controlkit.control import Control, encode_controls
+from controlkit.sampling import denoise, draw_noise, encode_text, make_scheduler
+from controlkit.training.adapter import ControlNetTask
+from controlkit.training.config import load_recipe
+from controlkit.training.data.encoding import encode_captions, encode_pictures
+from controlkit.training.hint_start import start_hint_encoder
+from controlkit.training.loop import forward_backward, open_run, train_step
+from controlkit.training.machine import Machine
+from controlkit.training.reporting.monitor import Monitor
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("placement")
+    write_pictures(folder / "pictures", count=8)
+    for name, family in (("base", "sd1"), ("sdxl", "sdxl")):
+        build(folder / name, family, layers=1)
+    patch = pytest.MonkeyPatch()
+    patch.setenv("CONTROLKIT_CACHE", str(folder / "cache"))
+    yield folder
+    patch.undo()
+
+
+def opened(place, name, **changes):
+    """A run on the CPU before its first step. Files are read by the loader's thread and here, on the CPU."""
+    if "base" in changes:
+        changes["base"] = str(place / changes["base"])
+    settings = {"accumulation": 1, "data_workers": 1, **changes}
+    path = recipe(place / name, place / "pictures", **settings)
+    table = load_recipe(str(path))
+    machine = Machine(table)
+    task = ControlNetTask(table, machine, lambda _: None)
+    run = open_run(task, table, place / name, machine, lambda _: None)
+    task.controlnet.train()
+    if table.data.cache:
+        task.encoded.text(["", *(example.caption for example in task.encoded.examples)])
+    return run
+
+
+VARIANTS = {
+    "usual": ("cuda", {"accumulation": 2}),
+    "half": ("cuda", {"precision": "bf16", "input_perturbation": 0.1}),
+    "resident": ("cuda", {"data_resident": True, "data_map_blur": 0.0, "low": 50, "high": 160}),
+    "live": ("cuda", {"data_cache": False}),
+    "sdxl": ("cuda", {"base": "sdxl", "data_map_mode": "grey"}),
+    "half backward": ("meta", {"precision": "bf16"}),
+    "unlocked": ("meta", {"sd_locked": False, "objective": "v_prediction", "min_snr_gamma": 5.0}),
+    "checkpointed": ("meta", {"gradient_checkpointing": True, "only_mid_control": True}),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_step_mixes_no_devices(place, variant):
+    device, changes = VARIANTS[variant]
+    run = opened(place, variant, **changes)
+    with fake_device(device) as reads:
+        move(run, device)
+        reads.count.clear()
+        if device == "cuda":
+            run.machine.backward = lambda loss: _gradients(run, loss)
+            if variant == "live":
+                _as_of_a_stream(run.task)
+            train_step(run)
+            expected = {"copies"} if variant == "live" else set()  # what was just encoded is taken back
+            assert {name for name, count in reads.count.items() if count} == expected
+        else:
+            (losses, *_) = forward_backward(run)
+            assert losses.each.device.type == device
+    assert {master.device.type for master in run.weights.masters.values()} == {device}
+    if device == "meta":
+        without = [name for name, master in run.weights.masters.items() if master.grad is None]
+        assert without == []
+        assert sum(reads.count.values()) == 0
+
+
+def _as_of_a_stream(task):
+    """A stream encodes on the spot whatever the recipe says of a cache: the encoders must stay."""
+    data = task.recipe.data.model_copy(update={"cache": True})
+    task.recipe = task.recipe.model_copy(update={"data": data})
+    task._make_room()
+
+
+def _gradients(run, loss):
+    """What stands for the backward pass where there is none."""
+    assert loss.requires_grad
+    assert loss.device.type == "cuda"
+    for parameter in run.weights.parameters.values():
+        parameter.grad = torch.empty_like(parameter)
+
+
+def test_a_look_and_the_start_mix_no_devices(place):
+    run = opened(place, "look", precision="bf16")
+    maps = torch.rand(3, 3, 64, 64)
+    pictures = [np.zeros((64, 64, 3), np.uint8)] * 2
+    with fake_device("cuda") as reads:
+        move(run, "cuda")
+        latents = torch.randn(3, 4, 8, 8)
+        text = torch.randn(3, 77, run.task.base.unet.config.cross_attention_dim).to("cuda")
+        monitor = Monitor(run.task.shown.base, latents, maps, text, seed=1)
+        assert monitor.look(run.task.controlnet).row()
+        assert reads.count["cuda"] == 0  # the rows come to the CPU first, all at once
+        start_hint_encoder(run.task.controlnet, maps, seed=1)
+        assert encode_pictures(run.task.base, pictures).mean.device.type == "cpu"
+        assert encode_captions(run.task.base, ["a word"]).encoder_hidden_states.device.type == "cpu"
+        assert reads.count["cuda"] == 0
+
+
+def test_sampling_mixes_no_devices(place):
+    run = opened(place, "sampling")
+    generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    control = Control(run.task.controlnet, torch.rand(1, 3, 64, 64))
+    with torch.no_grad(), fake_device("cuda"):
+        move(run, "cuda")
+        base = run.task.base
+        latents = denoise(
+            base,
+            encode_text(base, "a word", "", guidance=2.0),
+            draw_noise(base, generators, width=64, height=64),
+            controls=encode_controls([control], width=64, height=64, pictures=2),
+            scheduler=make_scheduler("ddim", base),
+            steps=2,
+            guidance=2.0,
+            eta=0.5,
+            generators=generators,
+        )
+        pixels = base.decode_latents(latents)
+    assert latents.device.type == pixels.device.type == "cuda"
