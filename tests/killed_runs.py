@@ -106,27 +106,38 @@ def wait_for(path: Path, process: multiprocessing.process.BaseProcess, *, second
         time.sleep(0.01)
 
 
-def train_as(path: str, cache: str, rank: int, count: int, port: int, sharded: bool) -> None:
+def train_as(path: str, cache: str, rank: int, count: int, port: int, launched: dict[str, str]) -> None:
     """One of several processes that train together, as `accelerate launch` starts them."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-    os.environ["ACCELERATE_USE_FSDP"] = str(sharded).lower()
+    os.environ |= launched
     train(path, cache)
 
 
-def train_together(path: Path, cache: Path, *, count: int, sharded: bool = False) -> list[int | None]:
-    """Train with several processes; their exit codes."""
+FSDP = {"ACCELERATE_USE_FSDP": "true"}
+
+
+def zero(stage: int, **more: str) -> dict[str, str]:
+    """What `accelerate launch` tells of DeepSpeed."""
+    given = {"USE_DEEPSPEED": "true", "DEEPSPEED_ZERO_STAGE": str(stage), **more}
+    return {f"ACCELERATE_{key}": value for key, value in given.items()}
+
+
+def train_together(
+    path: Path, cache: Path, *, count: int, launched: dict[str, str] | None = None
+) -> list[int | None]:
+    """Train with several processes; their exit codes. ``launched``: what the launcher tells beside."""
     import socket
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     processes = [
-        CONTEXT.Process(target=train_as, args=(str(path), str(cache), rank, count, port, sharded))
+        CONTEXT.Process(target=train_as, args=(str(path), str(cache), rank, count, port, launched or {}))
         for rank in range(count)
     ]
     for process in processes:
         process.start()
     for process in processes:
-        process.join(300)
+        process.join(600)  # DeepSpeed compiles something when it is first used
     return [process.exitcode for process in processes]

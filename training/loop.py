@@ -15,6 +15,7 @@ from torch import nn
 
 from controlkit import files, images
 from controlkit.folders import quiet_libraries
+from controlkit.training import zero
 from controlkit.training.config_base import Recipe
 from controlkit.training.interrupts import Interrupts, watched
 from controlkit.training.machine import Machine
@@ -141,10 +142,9 @@ def train_step(run: Run) -> None:
     set_rates(run.optimizer, learning_rate(run.recipe, run.step))
     losses = _within_memory(run)
     run.unread.append(losses)
-    run.grad_norm = _clip(run)
+    run.grad_norm = _move(run)
     if math.isfinite(run.grad_norm):
         run.bad_steps = 0
-        _update(run)
     else:
         _pass_over(run, losses)
     run.optimizer.zero_grad(set_to_none=True)
@@ -172,15 +172,7 @@ def open_run(
 ) -> Run:
     """A fresh run, or the one in `folder` (see `check_folder`) at its newest good checkpoint."""
     folder.mkdir(parents=True, exist_ok=True)
-    whole = task.whole()
-    if machine.sharded:
-        whole = machine.shared(whole)  # makes new parameters, so it comes first
-    weights = Weights(task.modules(), half=None if machine.sharded else task.half)
-    if not machine.sharded:
-        whole = machine.shared(whole)
-    groups = task.parameter_groups()
-    masters = {id(p): weights.masters[name] for name, p in weights.parameters.items()}
-    tables = [{**group, "params": [masters[id(p)] for p in group["params"]]} for group in groups]
+    whole, weights, optimizer = zero.start(task, machine) if machine.zero else _started(task, machine)
     batch = recipe.batch_size * getattr(recipe, "accumulation", 1) * machine.processes.count
     run = Run(
         task,
@@ -189,7 +181,7 @@ def open_run(
         machine,
         whole,
         weights,
-        make_optimizer(recipe, tables),
+        optimizer,
         Watch(folder, steps=recipe.steps, batch=batch, progress=progress),
     )
     if recipe.ema:
@@ -199,6 +191,20 @@ def open_run(
         run.watch.open_log(run.step)
         write_recipe(recipe, folder)
     return run
+
+
+def _started(task: Task, machine: Machine) -> tuple[nn.Module, Weights, torch.optim.Optimizer]:
+    """What a task trains as the processes share it, its weights, and their optimizer."""
+    whole = task.whole()
+    if machine.fsdp:
+        whole = machine.shared(whole)  # makes new parameters, so it comes first
+    weights = Weights(task.modules(), half=None if machine.fsdp else task.half)
+    if not machine.fsdp:
+        whole = machine.shared(whole)
+    masters = {id(p): weights.masters[name] for name, p in weights.parameters.items()}
+    groups = task.parameter_groups()
+    tables = [{**group, "params": [masters[id(p)] for p in group["params"]]} for group in groups]
+    return whole, weights, make_optimizer(machine.recipe, tables)
 
 
 @contextmanager
@@ -236,7 +242,7 @@ def _within_memory(run: Run) -> list[Losses]:
             if not is_out_of_memory(error):
                 raise
             largest, smaller = _largest(run, run.pieces), _largest(run, 2 * run.pieces)
-            if smaller == largest or run.machine.processes.count > 1:
+            if smaller == largest or run.machine.processes.count > 1 or run.machine.sharded:
                 raise ValueError(_too_much(run, largest)) from error
         run.pieces *= 2
         run.optimizer.zero_grad(set_to_none=True)
@@ -270,6 +276,16 @@ def _cut(part: Part, pieces: int) -> Sequence[Part]:
             break
         cut = halves
     return cut
+
+
+def _move(run: Run) -> float:
+    """Clip, and take a step unless the gradient is not finite; returns the norm that it had."""
+    if run.machine.engine is not None:
+        return zero.step(run.machine.engine)
+    norm = _clip(run)
+    if math.isfinite(norm):
+        _update(run)
+    return norm
 
 
 def _clip(run: Run) -> float:
