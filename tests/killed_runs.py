@@ -1,11 +1,14 @@
 """A process that trains and can be killed: forked from a server that has the libraries loaded already."""
 
+import json
+import math
 import multiprocessing
 import os
 import signal
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -141,3 +144,35 @@ def train_together(
     for process in processes:
         process.join(600)  # DeepSpeed compiles something when it is first used
     return [process.exitcode for process in processes]
+
+
+def settings(batch_size: int, **changes: object) -> dict[str, object]:
+    """Of short runs that are compared with each other."""
+    one_size = {
+        "data_buckets": False,
+        "steps": 4,
+        "checkpoint_every": 2,
+        "accumulation": 1,
+        "sample_every": 0,
+    }
+    return {"batch_size": batch_size, **one_size, **changes}
+
+
+def losses(folder: Path) -> list[float]:
+    """The losses that a run has logged."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if "event" not in row]
+
+
+def weights(folder: Path, name: str = "weights") -> dict[str, Any]:
+    """What a run's last checkpoint holds."""
+    from safetensors.torch import load_file
+
+    return load_file(folder / "checkpoints" / "step-000004" / f"{name}.safetensors")
+
+
+def distance(first: dict[str, Any], second: dict[str, Any]) -> float:
+    """Root mean square of what two sets of weights differ by."""
+    assert first.keys() == second.keys()
+    squares = sum(float((first[name].float() - second[name].float()).square().sum()) for name in first)
+    return math.sqrt(squares / sum(tensor.numel() for tensor in first.values()))

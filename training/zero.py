@@ -153,7 +153,9 @@ def _shares(engine: Any) -> Iterator[tuple[int, Share]]:
     """This process's stretch of each trained weight, by the weight's id: none of some in stages 1 and 2."""
     optimizer, device = engine.optimizer, engine.device
     if engine.zero_optimization_stage() < 3:
-        for flat, group in zip(optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups, strict=True):
+        for flat, group in zip(
+            optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups, strict=True
+        ):
             for parameter in group:
                 if (here := parameter._hp_mapping) is None:
                     yield id(parameter), Share(flat, 0, 0, 0, parameter.shape, device)

@@ -114,7 +114,7 @@ def _numbers(recipe: Recipe, given: Mapping[str, Any], *, processes: int) -> dic
 
 
 def _precision(recipe: Recipe, given: Mapping[str, Any], *, stage: int) -> dict[str, Any]:
-    """Where networks compute in bf16: masters, sums of gradients and what processes tell each other in fp32."""
+    """Where networks compute in bf16: masters, sums of gradients and what processes exchange in fp32."""
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     wanted = {name: given.get(name, {}).get("enabled", "auto") for name in ("bf16", "fp16")}
     wrong = [name for name, on in wanted.items() if on not in ("auto", name == recipe.precision)]
