@@ -96,6 +96,8 @@ def _export(run: Run, result: Path) -> None:
     """Write the result, and what is known of it."""
     with averaged(run), quiet_libraries():
         weights = run.weights.whole()  # every process gives its share
+        if run.machine.sharded:
+            weights |= run.weights.frozen(run.task.modules())
         if run.machine.processes.is_first:
             with files.replace_folder(result) as target:
                 run.task.export(target, weights)

@@ -25,7 +25,7 @@ class Weights:
 
     def __init__(self, modules: Mapping[str, nn.Module], *, half: torch.dtype | None) -> None:
         """``half``: the precision that trained modules are turned to; None leaves them, without masters."""
-        self.parameters = trained(modules)
+        self.parameters = named(modules)
         self.masters: Mapping[str, Tensor] = self.parameters
         if half is not None:
             self.masters = {
@@ -99,6 +99,11 @@ class Weights:
         """The trained weights as they are now, by name, fp32."""
         return {name: self._whole(name, master.detach()) for name, master in self.masters.items()}
 
+    def frozen(self, modules: Mapping[str, nn.Module]) -> Tensors:
+        """What stays as it was in modules of which a part is trained, by name, whole."""
+        frozen = named(modules, trained=False)
+        return {name: whole_tensor(parameter.detach()) for name, parameter in frozen.items()}
+
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Put back what `tensors` gave. Raises KeyError or RuntimeError where it does not fit."""
@@ -130,11 +135,11 @@ class Weights:
         return shared_like(whole, self.masters[name])
 
 
-def trained(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
-    """Trained parameters by `module.parameter` name."""
+def named(modules: Mapping[str, nn.Module], *, trained: bool = True) -> dict[str, nn.Parameter]:
+    """Parameters by `module.parameter` name: those that are trained, or the others."""
     return {
         f"{prefix}.{name}": parameter
         for prefix, module in modules.items()
         for name, parameter in module.named_parameters()
-        if parameter.requires_grad
+        if parameter.requires_grad is trained
     }

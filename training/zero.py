@@ -13,6 +13,7 @@ import logging
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from controlkit.training.optimizers import make_optimizer, numbers_of
 from controlkit.training.task import Task
-from controlkit.training.weights import Tensors, Weights, trained
+from controlkit.training.weights import Tensors, Weights, named
 
 if TYPE_CHECKING:
     from controlkit.training.machine import Machine
@@ -39,7 +40,7 @@ def start(task: Task, machine: Machine) -> tuple[Any, Weights, Any]:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     modules = task.modules()
     half = machine.dtype != torch.float32
-    exact = {name: p.detach().to("cpu", copy=True) for name, p in trained(modules).items() if half}
+    exact = {name: p.detach().to("cpu", copy=True) for name, p in named(modules).items() if half}
     optimizer = make_optimizer(machine.recipe, task.parameter_groups())
     machine.engine, *_ = deepspeed.initialize(model=task.whole(), optimizer=optimizer, config=machine.zero)
     weights = ZeroWeights(modules, machine.engine)
@@ -88,7 +89,7 @@ class ZeroWeights(Weights):
     """Trained weights of which each process has a stretch of the masters and of their average."""
 
     def __init__(self, modules: Mapping[str, nn.Module], engine: Any) -> None:
-        self.engine, self.parameters = engine, trained(modules)
+        self.engine, self.parameters = engine, named(modules)
         shares = dict(_shares(engine))
         self.shares = {name: shares[id(parameter)] for name, parameter in self.parameters.items()}
         self.masters = {name: share.of(share.flat.detach()) for name, share in self.shares.items()}
@@ -106,13 +107,25 @@ class ZeroWeights(Weights):
     @torch.no_grad()
     def give(self) -> None:
         """Round the masters into the network."""
+        for name, parameter in self.parameters.items():
+            whole = self._whole(name, self.masters[name])
+            with self._together(parameter):
+                parameter.copy_(whole)
+
+    def frozen(self, modules: Mapping[str, nn.Module]) -> Tensors:
+        """What stays as it was in modules of which a part is trained, by name, whole."""
+        whole = {}
+        for name, parameter in named(modules, trained=False).items():
+            with self._together(parameter):
+                whole[name] = parameter.detach().clone()
+        return whole
+
+    def _together(self, parameter: nn.Parameter) -> AbstractContextManager[Any]:
+        """Within the block a weight of the network is whole, also where processes share it."""
         import deepspeed
 
         apart = self.engine.zero_optimization_stage() == 3
-        for name, parameter in self.parameters.items():
-            whole = self._whole(name, self.masters[name])
-            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=apart):
-                parameter.copy_(whole)
+        return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=apart)
 
     def state_of(self, optimizer: Any) -> tuple[Tensors, list[dict[str, Any]]]:
         """The optimizer's state, whole, named as that of other trainings is."""
