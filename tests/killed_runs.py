@@ -1,11 +1,14 @@
 """A process that trains and can be killed: forked from a server that has the libraries loaded already."""
 
+import json
+import math
 import multiprocessing
 import os
 import signal
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -107,27 +110,70 @@ def wait_for(path: Path, process: multiprocessing.process.BaseProcess, *, second
         time.sleep(0.01)
 
 
-def train_as(path: str, cache: str, rank: int, count: int, port: int, sharded: bool) -> None:
+def train_as(path: str, cache: str, rank: int, count: int, port: int, launched: dict[str, str]) -> None:
     """One of several processes that train together, as `accelerate launch` starts them."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-    os.environ["ACCELERATE_USE_FSDP"] = str(sharded).lower()
+    os.environ |= launched
     train(path, cache)
 
 
-def train_together(path: Path, cache: Path, *, count: int, sharded: bool = False) -> list[int | None]:
-    """Train with several processes; their exit codes."""
+FSDP = {"ACCELERATE_USE_FSDP": "true"}
+
+
+def zero(stage: int, **more: str) -> dict[str, str]:
+    """What `accelerate launch` tells of DeepSpeed."""
+    given = {"USE_DEEPSPEED": "true", "DEEPSPEED_ZERO_STAGE": str(stage), **more}
+    return {f"ACCELERATE_{key}": value for key, value in given.items()}
+
+
+def train_together(
+    path: Path, cache: Path, *, count: int, launched: dict[str, str] | None = None
+) -> list[int | None]:
+    """Train with several processes; their exit codes. ``launched``: what the launcher tells beside."""
     import socket
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     processes = [
-        CONTEXT.Process(target=train_as, args=(str(path), str(cache), rank, count, port, sharded))
+        CONTEXT.Process(target=train_as, args=(str(path), str(cache), rank, count, port, launched or {}))
         for rank in range(count)
     ]
     for process in processes:
         process.start()
     for process in processes:
-        process.join(300)
+        process.join(600)  # DeepSpeed compiles something when it is first used
     return [process.exitcode for process in processes]
+
+
+def settings(batch_size: int, **changes: object) -> dict[str, object]:
+    """Of short runs that are compared with each other."""
+    one_size = {
+        "data_buckets": False,
+        "steps": 4,
+        "checkpoint_every": 2,
+        "accumulation": 1,
+        "sample_every": 0,
+    }
+    return {"batch_size": batch_size, **one_size, **changes}
+
+
+def losses(folder: Path) -> list[float]:
+    """The losses that a run has logged."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if "event" not in row]
+
+
+def weights(folder: Path, name: str = "weights") -> dict[str, Any]:
+    """What a run's last checkpoint holds."""
+    from safetensors.torch import load_file
+
+    return load_file(folder / "checkpoints" / "step-000004" / f"{name}.safetensors")
+
+
+def distance(first: dict[str, Any], second: dict[str, Any]) -> float:
+    """Root mean square of what two sets of weights differ by."""
+    assert first.keys() == second.keys()
+    squares = sum(float((first[name].float() - second[name].float()).square().sum()) for name in first)
+    return math.sqrt(squares / sum(tensor.numel() for tensor in first.values()))

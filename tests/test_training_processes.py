@@ -1,10 +1,9 @@
 """Several processes that train together: the weights of one process with their batches as one."""
 
-import json
-import math
+import shutil
 
 import pytest
-from killed_runs import prepared, recipe, start, train_together
+from killed_runs import FSDP, distance, losses, prepared, recipe, settings, start, train_together, weights
 from safetensors.torch import load_file
 
 
@@ -12,26 +11,6 @@ from safetensors.torch import load_file
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
     return prepared(folder)
-
-
-def settings(batch_size, **changes):
-    one_size = {
-        "data_buckets": False,
-        "steps": 4,
-        "checkpoint_every": 2,
-        "accumulation": 1,
-        "sample_every": 0,
-    }
-    return {"batch_size": batch_size, **one_size, **changes}
-
-
-def losses(folder):
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [row["loss"] for row in rows if "event" not in row]
-
-
-def weights(folder):
-    return load_file(folder / "checkpoints" / "step-000004" / "weights.safetensors")
 
 
 @pytest.fixture(scope="module", params=[2, pytest.param(1, marks=pytest.mark.slow)])
@@ -51,7 +30,7 @@ def test_two_processes_give_the_weights_of_one_with_twice_the_batch(place, alone
     two = place / f"two-{accumulation}-{sharded}"
     changes = settings(2, accumulation=accumulation, channels_last=not sharded)
     path = recipe(two, place / "pictures", **changes)
-    assert train_together(path, place / "cache", count=2, sharded=sharded) == [0, 0]
+    assert train_together(path, place / "cache", count=2, launched=FSDP if sharded else None) == [0, 0]
     assert losses(two) == pytest.approx(losses(one), rel=1e-4)
     assert distance(weights(two), weights(one)) < 1e-5  # a step moves weights by 1e-3 and more
     assert not (two / ".lock").exists()
@@ -63,18 +42,10 @@ def test_two_processes_give_the_weights_of_one_with_twice_the_batch(place, alone
 @pytest.mark.slow
 def test_shared_weights_resume(place):
     folder = place / "resumed"
-    path = recipe(folder, place / "pictures", **settings(2, accumulation=2, channels_last=False))
-    assert train_together(path, place / "cache", count=2, sharded=True) == [0, 0]
+    changes = settings(2, accumulation=2, channels_last=False, sd_locked=False)
+    path = recipe(folder, place / "pictures", **changes)
+    assert train_together(path, place / "cache", count=2, launched=FSDP) == [0, 0]
     before = weights(folder)
-    import shutil
-
     shutil.rmtree(folder / "checkpoints" / "step-000004")
-    assert train_together(path, place / "cache", count=2, sharded=True) == [0, 0]
+    assert train_together(path, place / "cache", count=2, launched=FSDP) == [0, 0]
     assert distance(weights(folder), before) == 0
-
-
-def distance(first, second):
-    """Root mean square of what two sets of weights differ by."""
-    assert first.keys() == second.keys()
-    squares = sum(float((first[name].float() - second[name].float()).square().sum()) for name in first)
-    return math.sqrt(squares / sum(tensor.numel() for tensor in first.values()))

@@ -58,8 +58,7 @@ class ControlNetTask:
         self.half = torch.bfloat16 if recipe.precision == "bf16" else None
         # Pictures and captions are encoded once, so in full precision; the U-Net alone is halved.
         self.base = load_base(recipe.base, device=machine.device)
-        if machine.dtype != torch.float32 and not machine.sharded:
-            self.base.unet.to(machine.dtype)
+        self.base.unet.to(machine.weights_dtype)
         self.alphas_cumprod = schedule(recipe, self.base)
         if machine.device.type == "cuda":  # other devices may have no float64
             self.alphas_cumprod = self.alphas_cumprod.to(machine.device)
@@ -73,7 +72,7 @@ class ControlNetTask:
         self._prepare()
         self.shown = Shown(
             recipe,
-            replace(self.base, dtype=torch.float32 if machine.sharded else machine.dtype),
+            replace(self.base, dtype=machine.weights_dtype),
             self.encoded,
             self.feed.shown,
             alphas_cumprod=self.alphas_cumprod,
@@ -302,10 +301,20 @@ class ControlNetTask:
             title=f"{recipe.map} for the bundled base" if bundled else recipe.map,
             training={"recipe": told, **({"data_sha256": digest} if (digest := self.feed.digest()) else {})},
         )
-        save_adapter(_filled(self.controlnet, weights, "controlnet."), folder, info=info)
+        save_adapter(self._filled(self.controlnet, weights, "controlnet."), folder, info=info)
         if not recipe.sd_locked:
             with files.replace_folder(folder.parent / "unet") as target:
-                save_half(_filled(self.base.unet, weights, "unet."), target)
+                save_half(self._filled(self.base.unet, weights, "unet."), target)
+
+    def _filled(self, network: Any, weights: Mapping[str, Tensor], prefix: str) -> Any:
+        """The network itself; where processes share its weights, one of its kind with whole ones."""
+        if not self.machine.sharded:
+            return network
+        whole = type(network).from_config(network.config)
+        whole.load_state_dict(
+            {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
+        )
+        return whole
 
     def close(self) -> None:
         """End the loader's threads."""
@@ -360,17 +369,6 @@ class ControlNetTask:
             for network in (self.controlnet, unet):
                 network.to(memory_format=torch.channels_last)
         self._make_room()
-
-
-def _filled(network: Any, weights: Mapping[str, Tensor], prefix: str) -> Any:
-    """The network itself; where processes share its weights, one of its kind with whole ones."""
-    if not any(hasattr(parameter, "full_tensor") for parameter in network.parameters()):
-        return network
-    whole = type(network).from_config(network.config)
-    whole.load_state_dict(
-        {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
-    )
-    return whole
 
 
 def _report_bad_maps(kind: str, maps: Sequence[NDArray[np.uint8]], report: Callable[[str], None]) -> None:

@@ -15,6 +15,7 @@ from torch import nn
 
 from controlkit import files, images
 from controlkit.folders import quiet_libraries
+from controlkit.training import zero
 from controlkit.training.config_base import Recipe
 from controlkit.training.interrupts import Interrupts, watched
 from controlkit.training.machine import Machine
@@ -100,6 +101,8 @@ def _export(run: Run, result: Path) -> None:
     """Write the result, and what is known of it."""
     with averaged(run), quiet_libraries():
         weights = run.weights.whole()  # every process gives its share
+        if run.machine.sharded:
+            weights |= run.weights.frozen(run.task.modules())
         if run.machine.processes.is_first:
             with files.replace_folder(result) as target:
                 run.task.export(target, weights)
@@ -170,15 +173,7 @@ def open_run(
 ) -> Run:
     """A fresh run, or the one in `folder` (see `check_folder`) at its newest good checkpoint."""
     folder.mkdir(parents=True, exist_ok=True)
-    whole = task.whole()
-    if machine.sharded:
-        whole = machine.shared(whole)  # makes new parameters, so it comes first
-    weights = Weights(task.modules(), half=None if machine.sharded else task.half)
-    if not machine.sharded:
-        whole = machine.shared(whole)
-    groups = task.parameter_groups()
-    masters = {id(p): weights.masters[name] for name, p in weights.parameters.items()}
-    tables = [{**group, "params": [masters[id(p)] for p in group["params"]]} for group in groups]
+    whole, weights, optimizer = zero.start(task, machine) if machine.zero else _started(task, machine)
     batch = recipe.batch_size * getattr(recipe, "accumulation", 1) * machine.processes.count
     run = Run(
         task,
@@ -187,7 +182,7 @@ def open_run(
         machine,
         whole,
         weights,
-        make_optimizer(recipe, tables),
+        optimizer,
         Watch(folder, steps=recipe.steps, batch=batch, progress=progress),
     )
     run.reads_late = can_read_late(run)
@@ -198,6 +193,20 @@ def open_run(
         run.watch.open_log(run.step)
         write_recipe(recipe, folder)
     return run
+
+
+def _started(task: Task, machine: Machine) -> tuple[nn.Module, Weights, torch.optim.Optimizer]:
+    """What a task trains as the processes share it, its weights, and their optimizer."""
+    whole = task.whole()
+    if machine.fsdp:
+        whole = machine.shared(whole)  # makes new parameters, so it comes first
+    weights = Weights(task.modules(), half=None if machine.fsdp else task.half)
+    if not machine.fsdp:
+        whole = machine.shared(whole)
+    masters = {id(p): weights.masters[name] for name, p in weights.parameters.items()}
+    groups = task.parameter_groups()
+    tables = [{**group, "params": [masters[id(p)] for p in group["params"]]} for group in groups]
+    return whole, weights, make_optimizer(machine.recipe, tables)
 
 
 @contextmanager
@@ -235,7 +244,7 @@ def _within_memory(run: Run) -> list[Losses]:
             if not is_out_of_memory(error):
                 raise
             largest, smaller = _largest(run, run.pieces), _largest(run, 2 * run.pieces)
-            if smaller == largest or run.machine.processes.count > 1:
+            if smaller == largest or run.machine.processes.count > 1 or run.machine.sharded:
                 raise ValueError(_too_much(run, largest)) from error
         run.pieces *= 2
         run.optimizer.zero_grad(set_to_none=True)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from controlkit.devices import check_device
 from controlkit.processes import Processes
-from controlkit.training import sharding
+from controlkit.training import sharding, zero_config
 from controlkit.training.config_base import Recipe
 
 _PATIENCE = timedelta(hours=6)  # for the others, where one process reads or encodes longer
@@ -24,17 +24,39 @@ class Machine:
     """The device of this process, and the other processes of the same run."""
 
     def __init__(self, recipe: Recipe) -> None:
-        """Join the run. Raises ValueError for a device that is not there, or fp16 without a GPU."""
+        """Join the run.
+
+        Raises ValueError for a device that is not there, fp16 without a GPU, and a configuration of DeepSpeed
+        that does not go with the recipe.
+        """
+        if zero_config.is_wanted():
+            zero_config.check_package()
         self.recipe, self.processes = recipe, Processes(patience=_PATIENCE)
         device = torch.device(self.processes.device if self.processes.count > 1 else device_name(recipe))
         self.device = device
-        self.sharded = sharding.is_wanted() and self.processes.count > 1
+        self.fsdp = sharding.is_wanted() and self.processes.count > 1
+        self.zero: dict[str, Any] | None = None
+        """DeepSpeed's configuration, where it trains."""
+        self.engine: Any = None
+        """DeepSpeed's engine, once there is one."""
         check_precision(recipe, device)
+        if zero_config.is_wanted():
+            self.zero = zero_config.read(recipe, processes=self.processes.count)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether processes share the weights: then all of them have to take part in whatever uses them."""
+        return self.fsdp or self.zero is not None
 
     @property
     def dtype(self) -> torch.dtype:
         """The precision that networks compute in."""
         return DTYPES[self.recipe.precision]
+
+    @property
+    def weights_dtype(self) -> torch.dtype:
+        """The precision of networks' weights: fp32 where `fully_shard` casts them as they come together."""
+        return torch.float32 if self.fsdp else self.dtype
 
     @cached_property
     def accelerator(self) -> Any:
@@ -51,7 +73,7 @@ class Machine:
 
     def shared(self, module: nn.Module) -> nn.Module:
         """The module as the run trains it: with several processes, one whose gradients they average."""
-        if self.sharded:
+        if self.fsdp:
             sharding.shard(module, self.device, count=self.processes.count, dtype=self.dtype)
             return module
         if self.processes.count == 1 and self.recipe.precision != "fp16":
@@ -66,13 +88,17 @@ class Machine:
 
     def quiet(self, module: nn.Module, *, last: bool) -> AbstractContextManager[Any]:
         """Within the block gradients stay with this process, except in the last micro-batch of a step."""
+        if self.engine is not None:
+            self.engine.set_gradient_accumulation_boundary(last)
         if last or self.processes.count == 1 or self.sharded:
             return contextlib.nullcontext()
         return self.accelerator.no_sync(module)
 
     def backward(self, loss: Tensor) -> None:
         """The loss's gradient, scaled up where fp16 would lose it."""
-        if self.recipe.precision == "fp16":
+        if self.engine is not None:
+            self.engine.backward(loss, scale_wrt_gas=False)  # the loss is its part of the step's mean
+        elif self.recipe.precision == "fp16":
             self.accelerator.backward(loss)
         else:
             loss.backward()

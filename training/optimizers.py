@@ -111,8 +111,12 @@ def state_of(
         for key, value in state.items():
             if value is not None:
                 tensors[f"{names[id(parameter)]}/{key}"] = whole_tensor(torch.as_tensor(value))
-    groups = [{k: v for k, v in group.items() if _is_number(v)} for group in optimizer.param_groups]
-    return tensors, groups
+    return tensors, numbers_of(optimizer)
+
+
+def numbers_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """The numbers of each of an optimizer's groups."""
+    return [{k: v for k, v in group.items() if _is_number(v)} for group in optimizer.param_groups]
 
 
 def restore_state(

@@ -13,7 +13,6 @@ from controlkit import files
 from controlkit.training.checkpoints import clear, listed, load_latest, save_checkpoint
 from controlkit.training.config import parse_recipe, to_toml
 from controlkit.training.config_base import Recipe
-from controlkit.training.optimizers import restore_state, state_of
 from controlkit.training.watch import Window
 
 if TYPE_CHECKING:
@@ -59,7 +58,7 @@ class Saver:
         windows = run.machine.processes.gather([asdict(run.read_losses())])
         if not (run.machine.processes.is_first or run.machine.sharded):
             return
-        weights, (tensors, groups) = run.weights.tensors(), state_of(run.optimizer, run.weights.names)
+        weights, (tensors, groups) = run.weights.tensors(), run.weights.state_of(run.optimizer)
         if not run.machine.processes.is_first:
             return
         state: dict[str, Any] = {
@@ -130,7 +129,7 @@ def restore(run: Run) -> None:
     step = int(state["step"])
     try:
         run.weights.restore(weights)
-        restore_state(run.optimizer, run.weights.names, optimizer, state["optimizer"])
+        run.weights.restore_state(run.optimizer, optimizer, state["optimizer"])
         windows = state["windows"]
         index = run.machine.processes.index
         run.window = Window(**windows[index]) if index < len(windows) else Window()

@@ -15,12 +15,7 @@ from torch import Tensor, nn
 
 
 def is_wanted() -> bool:
-    """Whether the launcher asks for sharding. Raises ValueError for the other ways that it knows."""
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
-        raise ValueError(
-            "accelerate's configuration asks for DeepSpeed, which this training does not use: choose FSDP,"
-            " which shares weights, gradients and optimizer as its stage 3 does (training/recipes/fsdp.yaml)"
-        )
+    """Whether the launcher asks for it."""
     return os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
 
 

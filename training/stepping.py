@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from controlkit.training import zero
 from controlkit.training.sharding import whole_tensor
 from controlkit.training.task import Losses
 
@@ -35,6 +36,11 @@ class Taken:
 
 def update(run: Run, losses: Sequence[Losses]) -> None:
     """Clip and update, or pass the step over. Raises ValueError after too many of those in a row."""
+    if run.machine.engine is not None:  # DeepSpeed's step does both
+        taken = Taken(run.step, losses, torch.tensor(zero.step(run.machine.engine)))
+        run.unread.append(taken)
+        is_finite(run, taken)
+        return
     taken = Taken(run.step, losses, _clip(run))
     run.unread.append(taken)
     if run.reads_late:

@@ -95,7 +95,8 @@ class Task(Protocol):
     def export(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """Write the result, for others to load, into an empty folder.
 
-        ``weights``: the trained parameters by name, whole even where processes share the modules'.
+        ``weights``: the trained parameters by name, whole even where processes share the modules', and then
+        the others of these modules, too.
         """
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from controlkit.training.optimizers import restore_state, state_of
 from controlkit.training.sharding import shared_like, whole_tensor
 
 Tensors = dict[str, Tensor]
@@ -23,8 +25,8 @@ class Weights:
 
     def __init__(self, modules: Mapping[str, nn.Module], *, half: torch.dtype | None) -> None:
         """``half``: the precision that trained modules are turned to; None leaves them, without masters."""
-        self.parameters = dict(_named(modules))
-        self.masters: dict[str, nn.Parameter] = self.parameters
+        self.parameters = named(modules)
+        self.masters: Mapping[str, Tensor] = self.parameters
         if half is not None:
             self.masters = {
                 name: nn.Parameter(p.detach().float().clone(memory_format=torch.preserve_format))
@@ -78,7 +80,6 @@ class Weights:
             yield
         finally:
             self._swap()
-            self.give()
 
     @torch.no_grad()
     def _swap(self) -> None:
@@ -91,26 +92,54 @@ class Weights:
 
     def tensors(self) -> Tensors:
         """Everything there is to save: `model.NAME`, and `average.NAME` where there is an average."""
-        saved = {f"model.{name}": whole_tensor(master.detach()) for name, master in self.masters.items()}
-        return saved | {f"average.{name}": whole_tensor(tensor) for name, tensor in self.average.items()}
+        saved = {f"model.{name}": tensor for name, tensor in self.whole().items()}
+        return saved | {f"average.{name}": self._whole(name, tensor) for name, tensor in self.average.items()}
 
     def whole(self) -> Tensors:
         """The trained weights as they are now, by name, fp32."""
-        return {name: whole_tensor(master.detach()) for name, master in self.masters.items()}
+        return {name: self._whole(name, master.detach()) for name, master in self.masters.items()}
+
+    def frozen(self, modules: Mapping[str, nn.Module]) -> Tensors:
+        """What stays as it was in modules of which a part is trained, by name, whole."""
+        frozen = named(modules, trained=False)
+        return {name: whole_tensor(parameter.detach()) for name, parameter in frozen.items()}
 
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Put back what `tensors` gave. Raises KeyError or RuntimeError where it does not fit."""
         for name, master in self.masters.items():
-            master.copy_(shared_like(tensors[f"model.{name}"], master))
+            master.copy_(self._share(name, tensors[f"model.{name}"]))
         for name, average in self.average.items():
-            average.copy_(shared_like(tensors[f"average.{name}"], average))
+            average.copy_(self._share(name, tensors[f"average.{name}"]))
         self.give()
 
+    def state_of(self, optimizer: torch.optim.Optimizer) -> tuple[Tensors, list[dict[str, Any]]]:
+        """The state of the optimizer that moves the masters: see `optimizers.state_of`."""
+        return state_of(optimizer, self.names)
 
-def _named(modules: Mapping[str, nn.Module]) -> Iterable[tuple[str, nn.Parameter]]:
-    """Trained parameters by `module.parameter` name."""
-    for prefix, module in modules.items():
-        for name, parameter in module.named_parameters():
-            if parameter.requires_grad:
-                yield f"{prefix}.{name}", parameter
+    def restore_state(
+        self,
+        optimizer: torch.optim.Optimizer,
+        tensors: Mapping[str, Tensor],
+        groups: Sequence[Mapping[str, Any]],
+    ) -> None:
+        """Put back what `state_of` gave. Raises KeyError or ValueError where it does not fit."""
+        restore_state(optimizer, self.names, tensors, groups)
+
+    def _whole(self, name: str, part: Tensor) -> Tensor:
+        """A master, or its average, with the parts that other processes have."""
+        return whole_tensor(part)
+
+    def _share(self, name: str, whole: Tensor) -> Tensor:
+        """This process's part of a master or its average."""
+        return shared_like(whole, self.masters[name])
+
+
+def named(modules: Mapping[str, nn.Module], *, trained: bool = True) -> dict[str, nn.Parameter]:
+    """Parameters by `module.parameter` name: those that are trained, or the others."""
+    return {
+        f"{prefix}.{name}": parameter
+        for prefix, module in modules.items()
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad is trained
+    }
