@@ -22,9 +22,13 @@ SAMPLER_NAMES = {  # our scheduler -> the name that A1111 uses for it
     "euler": "Euler",
     "euler-a": "Euler a",
     "dpm++": "DPM++ 2M",
+    "dpm++-karras": "DPM++ 2M Karras",
+    "dpm++-sde": "DPM++ 2M SDE",
     "unipc": "UniPC",
     "heun": "Heun",
     "lms": "LMS",
+    "lcm": "LCM",
+    "tcd": "TCD",
 }
 
 

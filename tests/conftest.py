@@ -3,8 +3,13 @@
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from controlkit.base import Base
 
 _HUB_HOME = pytest.StashKey[str]()
 
@@ -23,3 +28,27 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_unconfigure(config: pytest.Config) -> None:
     """Remove the empty cache."""
     shutil.rmtree(config.stash[_HUB_HOME], ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def load(tmp_path_factory: pytest.TempPathFactory) -> "Callable[[str], Base]":
+    """Tiny bases of random weights by family, each built and loaded once; nobody may change them."""
+    import tiny_models
+
+    from controlkit.base import load_base
+
+    loaded: dict[str, Base] = {}
+
+    def load(family: str) -> "Base":
+        if family not in loaded:
+            folder = tiny_models.build(tmp_path_factory.mktemp(family), family, sample_size=8)
+            loaded[family] = load_base(str(folder))
+        return loaded[family]
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def sd1(load: "Callable[[str], Base]") -> "Base":
+    """The tiny SD1."""
+    return load("sd1")
