@@ -5,12 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from controlkit.control import Control
 from controlkit.controlnet import Residuals, add_residuals, control_residuals, encode_hint, weigh_residuals
+
+if TYPE_CHECKING:
+    from diffusers import ControlNetModel
+
+
+BAND = 512  # pixels of a large map that are encoded at a time
+_MARGIN = 32  # pixels that a band sees beyond its own; the hint encoder looks 23 to each side
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,9 +98,11 @@ class Rows:
 
 
 def encode_controls(
-    controls: Sequence[Control], *, width: int, height: int, pictures: int
+    controls: Sequence[Control], *, width: int, height: int, pictures: int, in_bands: bool = False
 ) -> list[EncodedControl]:
     """Run each hint encoder once, for `pictures` pictures of width x height pixels.
+
+    in_bands: a part of the map at a time, so that memory stays bounded, with the same result.
 
     Raises ValueError when a map's size or number fits neither one nor all of the pictures, and for layers
     that are not as many as the network's connections.
@@ -106,10 +116,24 @@ def encode_controls(
         if len(cond) not in (1, pictures):
             raise ValueError(f"{len(cond)} maps for {pictures} pictures: give one map, or one per picture")
         cond = cond.to(device=controlnet.device, dtype=controlnet.dtype)
-        # one map at a time, so that a picture's hint does not depend on its neighbours in the batch
-        hint = torch.cat([encode_hint(controlnet, row[None]) for row in cond])
-        encoded.append(EncodedControl(control, hint, weights, control.region()))
+        encoded.append(EncodedControl(control, _hints(controlnet, cond, in_bands), weights, control.region()))
     return encoded
+
+
+def _hints(controlnet: ControlNetModel, cond: Tensor, in_bands: bool) -> Tensor:
+    """Hints of maps (B, C, H, W), one at a time: none depends on its neighbours in the batch."""
+    encode = _hint_in_bands if in_bands else encode_hint
+    return torch.cat([encode(controlnet, row[None]) for row in cond])
+
+
+def _hint_in_bands(controlnet: ControlNetModel, cond: Tensor) -> Tensor:
+    height, bands = cond.shape[-2], []
+    for top in range(0, height, BAND):
+        bottom = min(top + BAND, height)
+        above = max(top - _MARGIN, 0)
+        hint = encode_hint(controlnet, cond[..., above : bottom + _MARGIN, :])
+        bands.append(hint[..., (top - above) // 8 : (bottom - above) // 8, :])
+    return torch.cat(bands, dim=-2)
 
 
 def summed_residuals(

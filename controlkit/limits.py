@@ -70,6 +70,24 @@ def check_strength(strength: float) -> None:
         raise ValueError(f"strength must be a number above 0 and at most 1, not {strength}")
 
 
+def check_share(name: str, share: float) -> None:
+    """Raise ValueError unless a share is a number from 0 to 1."""
+    if not 0 <= share <= 1:
+        raise ValueError(f"{name} must be a number from 0 to 1, not {share}")
+
+
+def check_tile(size: int) -> None:
+    """Raise ValueError unless a tile's side is a multiple of 64 from 64 to 4096 pixels."""
+    if not _is_whole(size) or size % 64 or not 64 <= size <= 4096:
+        raise ValueError(f"a tile's side must be a multiple of 64 from 64 to 4096 pixels, not {size}")
+
+
+def check_factor(factor: float) -> None:
+    """Raise ValueError unless a picture is enlarged by a factor above 1 and up to 8."""
+    if not 1 < factor <= 8:
+        raise ValueError(f"a picture can be enlarged by a factor above 1 and up to 8, not {factor}")
+
+
 def check_every(name: str, every: int) -> None:
     """Raise ValueError unless a number of steps is whole and from 1 to 1000."""
     if not _is_whole(every) or not 1 <= every <= MAX_STEPS:

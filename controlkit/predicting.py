@@ -62,8 +62,7 @@ class Savings:
     def __post_init__(self) -> None:
         limits.check_every("control_every", self.control_every)
         limits.check_every("features_every", self.features_every)
-        if not 0 <= self.guidance_until <= 1:
-            raise ValueError(f"guidance_until must be a number from 0 to 1, not {self.guidance_until}")
+        limits.check_share("guidance_until", self.guidance_until)
 
 
 @dataclass(eq=False)
@@ -82,7 +81,7 @@ class Predictor:
     savings: Savings = Savings()
     shown: Tensor | None = None
     one_branch_at_a_time: bool = False
-    _deep: dict[int, Deep] = field(default_factory=dict)
+    deep: dict[int, Deep] = field(default_factory=dict)
 
     def __call__(self, noisy_latents: Tensor, timestep: Tensor, step: int) -> Tensor:
         """``model_pred`` (B, C, h, w), float32, for ``noisy_latents`` of that shape in step `step` (from 0).
@@ -106,8 +105,8 @@ class Predictor:
         savings, deep = self.savings, None
         if savings.features_every > 1:
             if step % savings.features_every == 0:
-                self._deep[id(rows)] = Deep()
-            deep = self._deep.setdefault(id(rows), Deep())
+                self.deep[id(rows)] = Deep()
+            deep = self.deep.setdefault(id(rows), Deep())
         shallow = deep is not None and deep.x is not None
         residuals = summed_residuals(
             self.controls,

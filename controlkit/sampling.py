@@ -40,6 +40,8 @@ from controlkit.schedulers import make_scheduler as make_scheduler
 from controlkit.starting import Begun, begin
 from controlkit.starting import Start as Start
 from controlkit.starting import draw_noise as draw_noise
+from controlkit.tiling import TiledPredictor, tiled_vae
+from controlkit.tiling import Tiles as Tiles
 
 if TYPE_CHECKING:
     from controlkit.base import Base
@@ -58,7 +60,12 @@ def default_guidance(base: Base) -> float:
 
 
 def picture_size(
-    base: Base, map_size: tuple[int, int] | None, width: int | None = None, height: int | None = None
+    base: Base,
+    map_size: tuple[int, int] | None,
+    width: int | None = None,
+    height: int | None = None,
+    *,
+    any_area: bool = False,
 ) -> tuple[int, int]:
     """Width and height to generate, in pixels.
 
@@ -67,6 +74,7 @@ def picture_size(
     decides: its own size, to multiples of 8, when its area is within a factor of 2 of the base's native area,
     else its shape at the native area, to multiples of the U-Net's coarsest cell (64 pixels). Never a side
     outside `limits.SIZE_RANGE`, however thin the map is. Without a map the picture is the native square.
+    any_area: keep the map's size however large it is, as pictures in tiles do.
     Raises ValueError for a given side that is no multiple of 8.
     """
     limits.check_size(width, height)
@@ -77,7 +85,7 @@ def picture_size(
     native = base.resolution
     map_width, map_height = map_size or (native, native)
     ratio = (native * native / (map_width * map_height)) ** 0.5  # factor to the native area, per side
-    if 1 / AREA_FACTOR <= ratio * ratio <= AREA_FACTOR:
+    if any_area or 1 / AREA_FACTOR <= ratio * ratio <= AREA_FACTOR:
         ratio, cell = 1.0, base.vae_factor
     else:
         cell = base.vae_factor * 2 ** (len(base.unet.config.block_out_channels) - 1)
@@ -107,6 +115,7 @@ def generate(
     height: int | None = None,
     width: int | None = None,
     savings: Savings | None = None,
+    tiles: Tiles | None = None,
     callback: Callback | None = None,
     finished: Callable[[int, np.ndarray], None] | None = None,
     batch_size: int | None = None,
@@ -122,7 +131,8 @@ def generate(
     al. 2024, arXiv:2402.19159, algorithm 4), 0 by default for both; for the other schedulers that draw
     (`limits.STOCHASTIC`) a factor on what they draw, k-diffusion's s_noise, 1 by default. Those that draw
     nothing refuse it.
-    height, width: multiples of 8. savings: lossy, see `Savings`.
+    height, width: multiples of 8. savings: lossy, see `Savings`. tiles: what the networks see
+    at once, for pictures larger than memory or the base's training allow, see `Tiles`.
     callback: see `Callback`; steps are counted over all pictures. finished: called with the index and the
     pixels of each picture as soon as it is made, so that an interruption loses only what is unfinished.
     batch_size: pictures denoised at once, by default one on the CPU and up to four elsewhere. On the CPU
@@ -135,13 +145,16 @@ def generate(
     guided = Guidance(default_guidance(base) if guidance is None else guidance, guidance_rescale)
     _check_request(base, controls, steps=steps, seeds=seeds)
     limits.check_temperature(temperature, scheduler)
-    width, height = picture_size(base, _natural_size(controls, start), width, height)
+    natural = _natural_size(controls, start)
+    width, height = picture_size(base, natural, width, height, any_area=tiles is not None)
     start = None if start is None else start.fitted(width, height)
     batch_size = batch_size or (1 if base.device.type == "cpu" else DEVICE_BATCH)
     pictures: list[np.ndarray] = []
-    with _prepared(base, controls):
+    with _prepared(base, controls), tiled_vae(base, tiles):
         text = encode_text(base, prompt, negative_prompt, guidance=guided.scale)
-        encoded = encode_controls(controls, width=width, height=height, pictures=len(seeds))
+        encoded = encode_controls(
+            controls, width=width, height=height, pictures=len(seeds), in_bands=tiles is not None
+        )
         for first in range(0, len(seeds), batch_size):
             chunk = seeds[first : first + batch_size]
             generators = [torch.Generator("cpu").manual_seed(int(seed)) for seed in chunk]
@@ -157,6 +170,7 @@ def generate(
                 temperature=temperature,
                 generators=generators,
                 savings=savings,
+                tiles=tiles,
                 callback=_counting(callback, batch=first // batch_size, batches=-(-len(seeds) // batch_size)),
             )
             for picture in images.tensor_to_pictures(base.decode_latents(latents)):
@@ -209,6 +223,7 @@ def denoise(
     temperature: float | None = None,
     generators: Sequence[torch.Generator] | None = None,
     savings: Savings | None = None,
+    tiles: Tiles | None = None,
     callback: Callback | None = None,
 ) -> Tensor:
     """The latents of B pictures: float32 (B, C, h, w), from what `starting.begin` gave for the schedule.
@@ -220,7 +235,7 @@ def denoise(
     whatever the networks' precision. Raises ValueError, naming the step, when they stop being finite.
     """
     latents, scheduler, n = begun.latents, schedule.scheduler, schedule.steps
-    predictor = Predictor(
+    whole = Predictor(
         base,
         rows_of(base, text, latents),
         controls,
@@ -229,6 +244,8 @@ def denoise(
         savings=savings or Savings(),
         shown=begun.shown,
     )
+    h, w = latents.shape[-2:]
+    predictor = whole if tiles is None else TiledPredictor(whole, tiles, height=h, width=w)
     options = step_options(scheduler, temperature=temperature, generators=generators)
     timesteps = schedule.timesteps.to(latents.device)  # the networks' copy; the scheduler looks up its own
     health = _Health(n, latents.device)
