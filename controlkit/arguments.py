@@ -77,12 +77,17 @@ def _split_control_settings(rest: str) -> tuple[str, dict[str, Any]]:
             raise unknown("setting of a control", key, _CONTROL_KEYS)
         if key in settings:
             raise ValueError(f"{key} is given twice")
-        try:
-            settings[key] = _CONTROL_KEYS[key](value)
-        except ValueError:
-            raise ValueError(f"{key} cannot be {value!r}") from None
+        settings[key] = parse_control_setting(key, value)
         rest = before
     return rest, settings
+
+
+def parse_control_setting(key: str, text: str) -> Any:
+    """Read the value of one of a control's settings. Raises ValueError where it is none."""
+    try:
+        return _CONTROL_KEYS[key](text)
+    except ValueError:
+        raise ValueError(f"{key} cannot be {text!r}") from None
 
 
 def parse_scale(text: str) -> Scale:

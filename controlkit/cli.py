@@ -295,9 +295,16 @@ def generate(
     height: Annotated[Whole, _option("PIXELS", _SIZE_HELP)] = None,
     device: Annotated[Text, _option("NAME", "auto, cpu, cuda, cuda:1 or mps.  [default: auto]")] = None,
     like: Annotated[Text, _option("PICTURE", "Repeat this picture; other options change it.")] = None,
+    grid: Annotated[
+        Texts, _option("KEY=VALUES", "Vary a setting, or two, on one sheet: scale=0.5,0.8 seed=1..4")
+    ] = None,
+    preview: Annotated[
+        Text, _option("FILE", "Show in this PNG what the picture will be, while it is made.")
+    ] = None,
 ) -> None:
     """Make pictures that follow a prompt and the edges, pose or depth of another picture."""
-    from controlkit import generate_job
+    from controlkit import generate_job, grid_job
+    from controlkit.generate_plan import check_preview
     from controlkit.limits import MAX_SEED
 
     given = {
@@ -334,9 +341,17 @@ def generate(
             output=output,
             like=like,
         )
+        axes = grid_job.parse_axes(grid) if grid else []
+        shown = None if preview is None else check_preview(preview, plan)
+        if axes:
+            grid_job.check(plan, axes)
         for note in plan.notes:
             terminal.note(f"note: {note}")
-        records = generate_job.run(plan, terminal)
+        if axes:
+            made = grid_job.run(plan, axes, terminal, preview=shown)
+            print(f"wrote {plan.outputs[0]}, {len(made)} pictures, in {time.monotonic() - started:.0f} s")
+            return
+        records = generate_job.run(plan, terminal, preview=shown)
     for path, record in zip(plan.outputs, records, strict=True):
         width, height = (round(side * record.hires / 8) * 8 for side in (record.width, record.height))
         print(f"wrote {path} ({width}x{height}, seed {record.seed})")

@@ -110,7 +110,7 @@ class KeptText:
             if known is text:
                 return key, value
         key, value = _heads(attn, attn.to_k(text)), _heads(attn, attn.to_v(text))
-        self.kept.append((text, key, value))
+        self.kept = [*self.kept[-3:], (text, key, value)]  # both branches, of two stages
         return key, value
 
 

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from controlkit import images, limits
+from controlkit import diffusion, images, limits
 from controlkit.adapters import check_fits
 from controlkit.applying import EncodedControl, Rows, encode_controls
 from controlkit.base import Conditioning
@@ -117,6 +117,7 @@ def generate(
     savings: Savings | None = None,
     tiles: Tiles | None = None,
     callback: Callback | None = None,
+    preview: Callable[[Tensor], None] | None = None,
     finished: Callable[[int, np.ndarray], None] | None = None,
     batch_size: int | None = None,
 ) -> list[np.ndarray]:
@@ -133,7 +134,8 @@ def generate(
     nothing refuse it.
     height, width: multiples of 8. savings: lossy, see `Savings`. tiles: what the networks see
     at once, for pictures larger than memory or the base's training allow, see `Tiles`.
-    callback: see `Callback`; steps are counted over all pictures. finished: called with the index and the
+    callback: see `Callback`; steps are counted over all pictures. preview: called after every step with the
+    latents (B, C, h, w) that the network expects at the end. finished: called with the index and the
     pixels of each picture as soon as it is made, so that an interruption loses only what is unfinished.
     batch_size: pictures denoised at once, by default one on the CPU and up to four elsewhere. On the CPU
     one at a time makes picture k of several equal, bit for bit, picture k alone; batched kernels round
@@ -171,6 +173,7 @@ def generate(
                 generators=generators,
                 savings=savings,
                 tiles=tiles,
+                preview=preview,
                 callback=_counting(callback, batch=first // batch_size, batches=-(-len(seeds) // batch_size)),
             )
             for picture in images.tensor_to_pictures(base.decode_latents(latents)):
@@ -225,6 +228,7 @@ def denoise(
     savings: Savings | None = None,
     tiles: Tiles | None = None,
     callback: Callback | None = None,
+    preview: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """The latents of B pictures: float32 (B, C, h, w), from what `starting.begin` gave for the schedule.
 
@@ -250,7 +254,10 @@ def denoise(
     timesteps = schedule.timesteps.to(latents.device)  # the networks' copy; the scheduler looks up its own
     health = _Health(n, latents.device)
     for i, t in enumerate(schedule.timesteps):
-        model_pred = predictor(scheduler.scale_model_input(latents, t), timesteps[i], i)
+        noisy_latents = scheduler.scale_model_input(latents, t)
+        model_pred = predictor(noisy_latents, timesteps[i], i)
+        if preview is not None:
+            preview(expected_latents(base, model_pred, noisy_latents, t))
         with scaled_noise(scheduler, temperature):
             latents = scheduler.step(model_pred, t, latents, **options, return_dict=False)[0]
         latents = begun.with_kept(latents, schedule, i)
@@ -258,6 +265,15 @@ def denoise(
         if callback is not None:
             callback(i + 1, n, latents)
     return latents
+
+
+def expected_latents(base: Base, model_pred: Tensor, noisy_latents: Tensor, t: Tensor) -> Tensor:
+    """The latents (B, C, h, w) without noise that a prediction amounts to, whatever the scheduler.
+
+    ``noisy_latents``: as the network saw them, which is x_t of the training's process.
+    """
+    steps = t.round().long().expand(len(noisy_latents))
+    return diffusion.predict_x0(base.prediction_type, model_pred, noisy_latents, steps, base.alphas_cumprod)
 
 
 def rows_of(base: Base, text: Conditioning, latents: Tensor) -> Rows:
