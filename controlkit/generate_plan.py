@@ -170,7 +170,7 @@ def _options_of(record: PictureRecord | None, given: Mapping[str, Any]) -> dict[
 def _source(argument: arguments.ControlArgument) -> Source:
     if not argument.is_map and argument.kind not in (*preprocessors.names(), INPAINT):
         preprocessors.get(argument.kind)  # raises, with the kinds there are
-    picture = images.load_picture(argument.path)
+    picture, mask = images.load_picture(argument.path), _mask(argument.mask)
     record = ControlRecord(
         kind=argument.kind,
         path=argument.path,
@@ -187,7 +187,7 @@ def _source(argument: arguments.ControlArgument) -> Source:
         mask_sha256=files.sha256_file(argument.mask) if argument.mask else "",
         only_mid=argument.only_mid,
     )
-    return Source(record, picture, Path(argument.path), _mask(argument.mask))
+    return Source(record, picture, Path(argument.path), mask)
 
 
 def _mask(path: str) -> np.ndarray | None:
@@ -204,31 +204,34 @@ def _beginning(
 ) -> Beginning | None:
     """What is started from: what is given, or else what an earlier picture was made from."""
     before = None if remembered is None else remembered.start
-    if start is None and before is not None:
-        assert like is not None
-        place = Path(like)
-        path = _found(before.path, before.sha256, like=place, option="--from")
-        hole = _found(before.mask, before.mask_sha256, like=place, option="--mask") if before.mask else None
-        strength = before.strength if options.strength is None else options.strength
-        record = replace(before, strength=strength)
-    elif start is None:
+    if start is not None:
+        return _begun(start, mask, options.strength)
+    if before is None:
         for name, value in (("--mask", mask), ("--strength", options.strength)):
             if value is not None:
                 raise ValueError(f"{name} {value} belongs to a picture to start from: add --from PICTURE")
         return None
-    else:
-        path, hole = Path(start), None if mask is None else Path(mask)
-        usual = DEFAULT_STRENGTH if mask is None else 1.0
-        record = StartRecord(
-            path=start,
-            sha256=files.sha256_file(start),
-            strength=usual if options.strength is None else options.strength,
-            mask=mask or "",
-            mask_sha256=files.sha256_file(mask) if mask else "",
-        )
-    picture, pixels = images.load_picture(path), None if hole is None else _mask(str(hole))
-    _check_mask(pixels, picture, str(hole), str(path))
-    return Beginning(record, picture, pixels, (path,) if hole is None else (path, hole))
+    place = Path(str(like))
+    path = _found(before.path, before.sha256, like=place, option="--from")
+    hole = _found(before.mask, before.mask_sha256, like=place, option="--mask") if before.mask else None
+    strength = before.strength if options.strength is None else options.strength
+    pixels = None if hole is None else _mask(str(hole))
+    read = (path,) if hole is None else (path, hole)
+    return Beginning(replace(before, strength=strength), images.load_picture(path), pixels, read)
+
+
+def _begun(start: str, mask: str | None, strength: float | None) -> Beginning:
+    picture, pixels = images.load_picture(start), _mask(mask or "")
+    _check_mask(pixels, picture, str(mask), start)
+    usual = DEFAULT_STRENGTH if mask is None else 1.0
+    record = StartRecord(
+        path=start,
+        sha256=files.sha256_file(start),
+        strength=usual if strength is None else strength,
+        mask=mask or "",
+        mask_sha256=files.sha256_file(mask) if mask else "",
+    )
+    return Beginning(record, picture, pixels, (Path(start),) if mask is None else (Path(start), Path(mask)))
 
 
 def _check_mask(mask: np.ndarray | None, picture: np.ndarray, name: str, of: str) -> None:
