@@ -5,45 +5,117 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from controlkit.limits import check_scale
+from controlkit.naming import unknown
 from controlkit.picture_files import SUFFIXES
+from controlkit.rules import check_rule
 
 _SETTING = re.compile(r"[a-z][a-z_0-9]*(\.[a-z][a-z_0-9]*)?=")
 
 
+Scale = float | tuple[float, ...]
+"""A control's strength; several numbers are a schedule over the steps."""
+
+
 @dataclass(frozen=True)
 class ControlArgument:
-    """One --control or --map: the kind of map, the file as it was written, the control's scale."""
+    """One --control or --map: the kind of map, the file as it was written, how the control acts.
+
+    mask: the file of the region in which it acts, "" for everywhere. layers: weights, or a curve's name.
+    """
 
     kind: str
     path: str
-    scale: float
+    scale: Scale
     is_map: bool
+    start: float = 0.0
+    end: float = 1.0
+    gate: str = "diffusers"
+    mode: str = "balanced"
+    layers: str | tuple[float, ...] | None = None
+    mask: str = ""
+    only_mid: bool = False
 
 
 def parse_control(text: str, *, is_map: bool) -> ControlArgument:
-    """Read KIND=PATH or KIND=PATH:SCALE.
+    """Read KIND=PATH, KIND=PATH:SCALE or KIND=PATH:KEY=VALUE:..., the keys being those of ControlArgument.
 
-    The scale is whatever follows the last colon and reads as a number, so `canny=C:\\a.png` and
-    `canny=a:b.png` are paths alone; a file whose whole name ends in `:0.5` is that file if it exists.
-    Raises ValueError when a part is missing or the scale is outside its range.
+    The scale is whatever follows the path's last colon and reads as a number, so `canny=C:\\a.png` and
+    `canny=a:b.png` are paths alone; a file whose whole name ends in `:0.5` is that file if it exists. A
+    schedule is written 1..0.2, or with more points 0..1..0.
+    Raises ValueError when a part is missing, a key unknown or a number outside its range.
     """
     option = "--map" if is_map else "--control"
     kind, equals, rest = text.partition("=")
     if not (kind and equals and rest):
         raise ValueError(f"{option} {text!r} must be KIND=PICTURE or KIND=PICTURE:SCALE, as canny=a.jpg:0.8")
-    path, scale = _split_scale(rest)
-    if not path:
-        raise ValueError(f"{option} {text!r} names no picture: KIND=PICTURE or KIND=PICTURE:SCALE")
     try:
-        check_scale(scale)
+        rest, settings = _split_control_settings(rest)
+        path, scale = _split_scale(rest)
+        if not path:
+            raise ValueError("it names no picture: KIND=PICTURE or KIND=PICTURE:SCALE")
+        found = ControlArgument(kind.strip(), path, **{"scale": scale, **settings}, is_map=is_map)
+        check_rule(found.scale, found.start, found.end, found.gate, found.mode, found.layers)
     except ValueError as error:
         raise ValueError(f"{option} {text!r}: {error}") from None
-    return ControlArgument(kind.strip(), path, scale, is_map)
+    return found
+
+
+def _split_control_settings(rest: str) -> tuple[str, dict[str, Any]]:
+    """Take KEY=VALUE parts off the end."""
+    settings: dict[str, Any] = {}
+    while not os.path.exists(rest):
+        before, colon, tail = rest.rpartition(":")
+        key, equals, value = tail.partition("=")
+        if not (colon and equals and key.isidentifier()):
+            break
+        if key not in _CONTROL_KEYS:
+            raise unknown("setting of a control", key, _CONTROL_KEYS)
+        if key in settings:
+            raise ValueError(f"{key} is given twice")
+        settings[key] = parse_control_setting(key, value)
+        rest = before
+    return rest, settings
+
+
+def parse_control_setting(key: str, text: str) -> Any:
+    """Read the value of one of a control's settings. Raises ValueError where it is none."""
+    try:
+        return _CONTROL_KEYS[key](text)
+    except ValueError:
+        raise ValueError(f"{key} cannot be {text!r}") from None
+
+
+def parse_scale(text: str) -> Scale:
+    """Read a number, or a schedule of numbers, as 1..0.2. Raises ValueError for anything else."""
+    numbers = tuple(float(part) for part in text.split(".."))
+    return numbers if len(numbers) > 1 else numbers[0]
+
+
+def _layers(text: str) -> str | tuple[float, ...]:
+    return tuple(float(part) for part in text.split(",")) if "," in text else text
+
+
+def _yes(text: str) -> bool:
+    if text not in ("true", "false"):
+        raise ValueError
+    return text == "true"
+
+
+_CONTROL_KEYS: dict[str, Callable[[str], Any]] = {
+    "scale": parse_scale,
+    "start": float,
+    "end": float,
+    "gate": str,
+    "mode": str,
+    "layers": _layers,
+    "mask": str,
+    "only_mid": _yes,
+}
 
 
 def parse_adapters(texts: Sequence[str]) -> dict[str, str]:
@@ -126,11 +198,11 @@ def check_not_input(output: Path, inputs: Sequence[Path]) -> None:
         )
 
 
-def _split_scale(rest: str) -> tuple[str, float]:
+def _split_scale(rest: str) -> tuple[str, Scale]:
     path, colon, tail = rest.rpartition(":")
     if not colon or os.path.exists(rest):  # Path.exists raises for a name that is too long
         return rest, 1.0
     try:
-        return path, float(tail)
+        return path, parse_scale(tail)
     except ValueError:
         return rest, 1.0

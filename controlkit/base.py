@@ -290,10 +290,14 @@ def _family(folder: Path, unet_config: Mapping[str, Any]) -> str:
     vae_config = read_json(_part(folder, "vae") / "config.json")
     latent_channels = vae_config.get("latent_channels", 4)
     _check_numbers(folder, unet_config, vae_config)
-    if unet_config.get("in_channels", 4) != latent_channels:
+    taken = unet_config.get("in_channels", 4)
+    if taken not in (
+        latent_channels,
+        2 * latent_channels + 1,
+    ):  # the latter also sees mask and masked picture
         raise ValueError(
-            f"{folder}: its U-Net takes {unet_config['in_channels']} channels but its VAE makes"
-            f" {latent_channels}: inpainting and editing bases are not supported"
+            f"{folder}: its U-Net takes {taken} channels but its VAE makes {latent_channels}:"
+            " bases that edit by instruction are not supported"
         )
     return family_of(unet_config)
 

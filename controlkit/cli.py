@@ -198,8 +198,16 @@ def _option(metavar: str, text: str, *names: str) -> Any:
 Text = str | None
 Texts = list[str] | None
 Whole = int | None
+Number = float | None
 _SIZE_HELP = "A multiple of 8.  [default: in the first map's shape, or the base's]"
-_SCHEDULER_HELP = "ddim, ddpm, pndm, euler, euler-a, dpm++, unipc, heun or lms.  [default: ddim]"
+_SCHEDULER_HELP = (
+    "ddim, ddpm, pndm, euler, euler-a, dpm++, dpm++-karras, dpm++-sde, unipc, heun, lms, lcm or tcd."
+    "  [default: ddim]"
+)
+_CONTROL_HELP = (
+    "Follow this picture's map. How: :0.8 (strength), :1..0.2 (a schedule), :start=0.2, :end=0.5,"
+    " :mode=prompt, :gate=webui, :layers=soft, :mask=region.png, :only_mid=true"
+)
 Output = Annotated[str, _option("FILE", "Where to write it; an older file is replaced.", "-o", "--output")]
 Settings = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings to change.", show_default=False)
@@ -239,8 +247,8 @@ def demo(
 @app.command(epilog='Example:  controlkit generate "a cube" --control canny=photo.jpg -o out.png')
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="What the picture shows.", show_default=False)] = None,
-    control: Annotated[Texts, _option("KIND=PICTURE[:SCALE]", "Follow this picture's map.")] = None,
-    map_: Annotated[Texts, _option("KIND=MAP[:SCALE]", "Follow this file, a map already.", "--map")] = None,
+    control: Annotated[Texts, _option("KIND=PICTURE[:HOW]", _CONTROL_HELP)] = None,
+    map_: Annotated[Texts, _option("KIND=MAP[:HOW]", "Follow this file, a map already.", "--map")] = None,
     base: Annotated[
         Text, _option("NAME", "tiny, sd15, sd21, sdxl, folder or hub id.  [default: tiny]")
     ] = None,
@@ -251,6 +259,35 @@ def generate(
         float | None, _option("X", "How much the prompt counts.  [default: the base's]")
     ] = None,
     scheduler: Annotated[Text, _option("NAME", _SCHEDULER_HELP)] = None,
+    temperature: Annotated[
+        Number, _option("X", "Share of the noise that the scheduler injects: 0 is deterministic.")
+    ] = None,
+    guidance_rescale: Annotated[
+        Number, _option("X", "0 to 1: against washed-out pictures of large guidance.  [default: 0]")
+    ] = None,
+    start: Annotated[Text, _option("PICTURE", "Start from this picture.", "--from")] = None,
+    strength: Annotated[
+        Number, _option("X", "How much of it is redone.  [default: 0.75; with a mask 1]")
+    ] = None,
+    mask: Annotated[Text, _option("MASK", "Redraw only what is white in this picture.")] = None,
+    hires: Annotated[
+        Number, _option("FACTOR", "Then enlarge by this factor, and refine under the same control.")
+    ] = None,
+    hires_strength: Annotated[
+        Number, _option("X", "How much the second stage redoes.  [default: 0.5]")
+    ] = None,
+    tile: Annotated[
+        Whole, _option("PIXELS", "Show the networks tiles of this size: bounded memory for large pictures.")
+    ] = None,
+    control_every: Annotated[
+        Whole, _option("N", "Lossy: run the control networks in every N-th step.  [default: 1]")
+    ] = None,
+    features_every: Annotated[
+        Whole, _option("N", "Lossy: run the networks' deep parts in every N-th step.  [default: 1]")
+    ] = None,
+    guidance_until: Annotated[
+        Number, _option("X", "Lossy: guide only this first share of the steps.  [default: 1]")
+    ] = None,
     seed: Annotated[Whole, _option("N", "Seed of the first picture.  [default: 0]")] = None,
     count: Annotated[int, _option("N", "How many pictures, with consecutive seeds.", "-n", "--count")] = 1,
     output: Output = "out.png",
@@ -258,9 +295,16 @@ def generate(
     height: Annotated[Whole, _option("PIXELS", _SIZE_HELP)] = None,
     device: Annotated[Text, _option("NAME", "auto, cpu, cuda, cuda:1 or mps.  [default: auto]")] = None,
     like: Annotated[Text, _option("PICTURE", "Repeat this picture; other options change it.")] = None,
+    grid: Annotated[
+        Texts, _option("KEY=VALUES", "Vary a setting, or two, on one sheet: scale=0.5,0.8 seed=1..4")
+    ] = None,
+    preview: Annotated[
+        Text, _option("FILE", "Show in this PNG what the picture will be, while it is made.")
+    ] = None,
 ) -> None:
     """Make pictures that follow a prompt and the edges, pose or depth of another picture."""
-    from controlkit import generate_job
+    from controlkit import generate_job, grid_job
+    from controlkit.generate_plan import check_preview
     from controlkit.limits import MAX_SEED
 
     given = {
@@ -270,6 +314,15 @@ def generate(
         "steps": steps,
         "guidance": guidance,
         "scheduler": scheduler,
+        "temperature": temperature,
+        "guidance_rescale": guidance_rescale,
+        "strength": strength,
+        "hires": hires,
+        "hires_strength": hires_strength,
+        "tile": tile,
+        "control_every": control_every,
+        "features_every": features_every,
+        "guidance_until": guidance_until,
         "seed": seed,
         "count": count,
         "width": width,
@@ -283,14 +336,25 @@ def generate(
             controls=control or (),
             maps=map_ or (),
             adapters=adapter or (),
+            start=start,
+            mask=mask,
             output=output,
             like=like,
         )
+        axes = grid_job.parse_axes(grid) if grid else []
+        shown = None if preview is None else check_preview(preview, plan)
+        if axes:
+            grid_job.check(plan, axes)
         for note in plan.notes:
             terminal.note(f"note: {note}")
-        records = generate_job.run(plan, terminal)
+        if axes:
+            made = grid_job.run(plan, axes, terminal, preview=shown)
+            print(f"wrote {plan.outputs[0]}, {len(made)} pictures, in {time.monotonic() - started:.0f} s")
+            return
+        records = generate_job.run(plan, terminal, preview=shown)
     for path, record in zip(plan.outputs, records, strict=True):
-        print(f"wrote {path} ({record.width}x{record.height}, seed {record.seed})")
+        width, height = (round(side * record.hires / 8) * 8 for side in (record.width, record.height))
+        print(f"wrote {path} ({width}x{height}, seed {record.seed})")
     print(f"in {time.monotonic() - started:.0f} s; the same with other seeds:")
     first = shlex.quote(str(plan.outputs[0]))
     seed = min(records[-1].seed + 1, MAX_SEED - 3)

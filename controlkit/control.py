@@ -1,17 +1,11 @@
-"""What is applied while denoising: which ControlNet, to which map, when and how strongly.
+"""What is applied while denoising: which ControlNet, to which map, when, how strongly, where, and to what.
 
-The formulas, for step i of n (i counts from 0) and control c with scale s_c and window [start_c, end_c]:
-
-    active(c, i)  =  s_c != 0  and  start_c <= i / n  and  (i + 1) / n <= end_c
-    residual_k    =  sum over active c of  s_c * ControlNet_c(x_t, t, text, map_c)_k
-
-where k runs over the U-Net's skip connections and its middle block. This is the gate of diffusers'
-pipelines. A control that is not active is not run at all; a residual of zero is what it would have given.
+The formulas stand in `rules.py`, with the systems that they come from.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,8 +14,10 @@ import torch
 
 from controlkit import images
 from controlkit.adapters import Adapter
-from controlkit.controlnet import Residuals, add_residuals, control_residuals, encode_hint, scale_residuals
-from controlkit.limits import check_scale, check_window
+from controlkit.rules import CURVES as CURVES
+from controlkit.rules import GATES as GATES
+from controlkit.rules import MODES as MODES
+from controlkit.rules import check_rule, connection_levels, gate_open, layer_weights, scale_at
 
 if TYPE_CHECKING:
     from diffusers import ControlNetModel
@@ -31,39 +27,45 @@ SHARP_KINDS = ("canny", "openpose")  # maps of pure colours: resized by nearest 
 
 @dataclass(frozen=True, eq=False)
 class Control:
-    """One ControlNet, the map it follows, how strongly and when.
+    """One ControlNet, the map it follows, how strongly, when, where and in which mode.
 
     adapter: a loaded adapter, or a bare diffusers `ControlNetModel`.
     controlnet_cond: the map. Either a picture, uint8 (H, W, 3) RGB, which is scaled and centre-cropped to
-        the size that is generated; or a float tensor (1, C, H, W) or (B, C, H, W) in [0, 1] of exactly
-        that size, with B the number of pictures.
+        the size that is generated; or a float tensor (1, C, H, W) or (B, C, H, W) of exactly that size, in
+        [0, 1] (-1 marks the hole of an inpainting map), with B the number of pictures.
     scale: factor on the residuals, from -10 to 10; 1 is what the network was trained for, 0 switches it off.
+        Two or more numbers are a schedule: one for each step if there are as many, else points at equal
+        distances from the first step to the last with straight lines between them.
     start, end: the window in fractions of the denoising steps, 0 <= start < end <= 1.
+    gate: how the window is read, one of `GATES`. mode: one of `MODES`.
+    layers: weights of the connections, shallowest first and the middle block last (13 numbers for SD1 and
+        SD2, 10 for SDXL), or one of `CURVES`; None leaves the mode's.
+    mask: where the control acts, (H, W), uint8 (255 is everywhere) or float in [0, 1]; it is stretched to
+        each residual bilinearly, as A1111's effective region mask is. None is everywhere.
+    only_mid: leave out all residuals but the middle block's, as the original's `only_mid_control`.
 
-    Raises ValueError for a number outside its range or a map of another shape.
+    A network that pools its residuals (`global_pool_conditions`, as "shuffle") acts on the conditional branch
+    with a flat curve in every mode, as in diffusers' pipelines.
+
+    Raises ValueError for a number or a name that is not allowed, or a map or mask of another shape.
     """
 
     adapter: Adapter | ControlNetModel
     controlnet_cond: np.ndarray | torch.Tensor
-    scale: float = 1.0
+    scale: float | Sequence[float] = 1.0
     start: float = 0.0
     end: float = 1.0
+    gate: str = "diffusers"
+    mode: str = "balanced"
+    layers: str | Sequence[float] | None = None
+    mask: np.ndarray | torch.Tensor | None = None
+    only_mid: bool = False
 
     def __post_init__(self) -> None:
-        check_scale(self.scale)
-        check_window(self.start, self.end)
-        cond = self.controlnet_cond
-        if isinstance(cond, torch.Tensor):
-            if cond.ndim != 4 or not cond.is_floating_point():
-                raise ValueError(
-                    "a map given as a tensor must be float (B, C, H, W) in [0, 1], "
-                    f"not {cond.dtype} {tuple(cond.shape)}"
-                )
-        elif not isinstance(cond, np.ndarray):
-            given = type(cond).__name__
-            raise ValueError(f"a map is an array or a tensor, not {given}: see images.load_picture")
-        elif cond.ndim != 3 or cond.dtype != np.uint8:
-            raise ValueError(f"a map given as an array is uint8 (H, W, 3), not {cond.dtype} {cond.shape}")
+        check_rule(self.scale, self.start, self.end, self.gate, self.mode, self.layers)
+        _check_map(self.controlnet_cond)
+        if self.mask is not None:
+            _check_mask(self.mask)
 
     @property
     def controlnet(self) -> ControlNetModel:
@@ -78,8 +80,29 @@ class Control:
         return self.controlnet_cond.shape[1], self.controlnet_cond.shape[0]
 
     def active(self, i: int, n: int) -> bool:
-        """Whether the control is applied in step `i` (from 0) of `n`: diffusers' gate."""
-        return self.scale != 0 and not (i / n < self.start or (i + 1) / n > self.end)
+        """Whether the control is applied in step `i` (from 0) of `n`."""
+        return self.scale_at(i, n) != 0 and gate_open(self.gate, i, n, start=self.start, end=self.end)
+
+    def scale_at(self, i: int, n: int) -> float:
+        """The scale in step `i` (from 0) of `n`."""
+        return scale_at(self.scale, i, n)
+
+    def acts_on_both(self) -> bool:
+        """Whether the unconditional branch is controlled, too."""
+        return MODES[self.mode].both and not self.controlnet.config.global_pool_conditions
+
+    def weights(self) -> tuple[float, ...]:
+        """The weight of every connection, the middle block's last. Raises ValueError for a wrong count."""
+        levels = connection_levels(self.controlnet.config)
+        pools = self.controlnet.config.global_pool_conditions
+        curve = ("flat" if pools else MODES[self.mode].curve) if self.layers is None else self.layers
+        weights = layer_weights(curve, levels) if isinstance(curve, str) else tuple(map(float, curve))
+        if len(weights) != len(levels):
+            raise ValueError(
+                f"layers has {len(weights)} weights; this control network has {len(levels)} connections:"
+                f" {len(levels) - 1} skips, the shallowest first, and the middle block"
+            )
+        return (0.0,) * (len(weights) - 1) + weights[-1:] if self.only_mid else weights
 
     def cond_for(self, width: int, height: int) -> torch.Tensor:
         """The map as the network takes it: float32 (1|B, C, height, width) in [0, 1].
@@ -96,84 +119,36 @@ class Control:
         sharp = isinstance(self.adapter, Adapter) and self.adapter.info.map.kind in SHARP_KINDS
         return images.map_to_cond([images.cover(self.controlnet_cond, width, height, nearest=sharp)])
 
-
-@dataclass(frozen=True, eq=False)
-class EncodedControl:
-    """A control whose map has been through the hint encoder, once for all steps and pictures.
-
-    hint: (1|B, C0, height/8, width/8), the hint encoder's output.
-    """
-
-    control: Control
-    hint: torch.Tensor
-
-    def rows(self, first: int, last: int) -> EncodedControl:
-        """The control for pictures `first` to `last` (exclusive) of the B."""
-        return self if len(self.hint) == 1 else EncodedControl(self.control, self.hint[first:last])
+    def region(self) -> torch.Tensor | None:
+        """The mask as float32 (1, 1, H, W) in [0, 1], or None."""
+        if self.mask is None:
+            return None
+        mask = torch.as_tensor(self.mask)
+        scaled = mask.float() / 255 if mask.dtype == torch.uint8 else mask.float()
+        return scaled[None, None]
 
 
-def encode_controls(
-    controls: Sequence[Control], *, width: int, height: int, pictures: int
-) -> list[EncodedControl]:
-    """Run each hint encoder once, for `pictures` pictures of width x height pixels.
-
-    Raises ValueError when a map's size or number fits neither one nor all of the pictures.
-    """
-    encoded = []
-    for control in controls:
-        controlnet = control.controlnet
-        cond = control.cond_for(width, height)
-        if len(cond) not in (1, pictures):
-            raise ValueError(f"{len(cond)} maps for {pictures} pictures: give one map, or one per picture")
-        cond = cond.to(device=controlnet.device, dtype=controlnet.dtype)
-        # one map at a time, so that a picture's hint does not depend on its neighbours in the batch
-        encoded.append(
-            EncodedControl(control, torch.cat([encode_hint(controlnet, row[None]) for row in cond]))
-        )
-    return encoded
+def _check_map(cond: np.ndarray | torch.Tensor) -> None:
+    if isinstance(cond, torch.Tensor):
+        if cond.ndim != 4 or not cond.is_floating_point():
+            raise ValueError(
+                "a map given as a tensor must be float (B, C, H, W) in [0, 1], "
+                f"not {cond.dtype} {tuple(cond.shape)}"
+            )
+    elif not isinstance(cond, np.ndarray):
+        given = type(cond).__name__
+        raise ValueError(f"a map is an array or a tensor, not {given}: see images.load_picture")
+    elif cond.ndim != 3 or cond.dtype != np.uint8:
+        raise ValueError(f"a map given as an array is uint8 (H, W, 3), not {cond.dtype} {cond.shape}")
 
 
-def summed_residuals(
-    controls: Sequence[EncodedControl],
-    noisy_latents: torch.Tensor,
-    timesteps: torch.Tensor,
-    encoder_hidden_states: torch.Tensor,
-    *,
-    step: int,
-    steps: int,
-    branches: int = 1,
-    added_cond: Mapping[str, torch.Tensor] | None = None,
-) -> Residuals | None:
-    """The residuals of all controls active in this step, scaled and summed; None when there are none.
-
-    noisy_latents is (R, C, h, w), where R is the number of pictures times `branches`: 2 under classifier-free
-    guidance, with all unconditional rows first. A hint of several rows is repeated to R. A network that pools
-    its residuals (`global_pool_conditions`, as "shuffle") acts on the conditional rows alone, as in
-    diffusers' pipelines.
-    """
-    terms = []
-    for encoded in controls:
-        control, hint = encoded.control, encoded.hint
-        if not control.active(step, steps):
-            continue
-        controlnet, rows = control.controlnet, len(noisy_latents)
-        skipped = rows // 2 if branches == 2 and controlnet.config.global_pool_conditions else 0
-        if len(hint) > 1:
-            hint = hint.repeat((rows - skipped) // len(hint), 1, 1, 1)
-        residuals = control_residuals(
-            controlnet,
-            noisy_latents[skipped:],
-            timesteps,
-            encoder_hidden_states[skipped:],
-            hint,
-            added_cond=None if added_cond is None else {k: v[skipped:] for k, v in added_cond.items()},
-        )
-        if skipped:
-            residuals = Residuals(tuple(map(_after_zeros, residuals.down)), _after_zeros(residuals.mid))
-        terms.append(scale_residuals(residuals, control.scale))
-    return add_residuals(*terms) if terms else None
-
-
-def _after_zeros(residual: torch.Tensor) -> torch.Tensor:
-    """Rows of zeros for the unconditional branch, then the residual of the conditional one."""
-    return torch.cat([torch.zeros_like(residual), residual])
+def _check_mask(mask: np.ndarray | torch.Tensor) -> None:
+    if not isinstance(mask, np.ndarray | torch.Tensor):
+        raise ValueError(f"a control's mask is an array or a tensor, not {type(mask).__name__}")
+    tensor = torch.as_tensor(mask)
+    if tensor.ndim != 2 or 0 in tensor.shape:
+        raise ValueError(f"a control's mask must be (H, W), not {tuple(tensor.shape)}")
+    if tensor.dtype == torch.uint8:
+        return
+    if not tensor.is_floating_point() or not bool(((tensor >= 0) & (tensor <= 1)).all()):
+        raise ValueError("a control's mask must be uint8, or float with values in [0, 1]")

@@ -16,6 +16,10 @@ diffusers' own model classes, and give bit for bit what those classes' ``forward
 Shapes: ``noisy_latents`` (B, 4, h, w), where h and w are the picture's height and width divided by 8;
 ``timesteps`` (B,); ``encoder_hidden_states`` (B, 77, D); ``controlnet_cond`` (B, C, 8h, 8w) in [0, 1].
 ``added_cond`` is SDXL's ``{"text_embeds": (B, P), "time_ids": (B, 6)}`` and None for the other families.
+
+The text (and ``added_cond``) may have a multiple of the latents' rows: the branches of classifier-free
+guidance, one after the other, which all see the same latents. The result has the text's rows, and what does
+not depend on the text is computed once (``reuse.py``).
 """
 
 from __future__ import annotations
@@ -26,6 +30,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from controlkit.reuse import repeat_rows, shared_start
 
 if TYPE_CHECKING:
     from diffusers import ControlNetModel, UNet2DConditionModel
@@ -82,12 +88,18 @@ def from_base(
     The copy is float32 whatever the base's precision, because it is there to be trained, and lies on the
     same device.
 
-    Raises ValueError for a U-Net that is none of SD1, SD2, SDXL, or for channel numbers below 1.
+    Raises ValueError for a U-Net that is none of SD1, SD2, SDXL, one that fills holes, or for channel numbers
+    below 1.
     """
     from diffusers import ControlNetModel
 
     unet: UNet2DConditionModel = getattr(base_or_unet, "unet", base_or_unet)
     check_structure(unet.config)
+    if unet.config.in_channels != unet.config.out_channels:
+        raise ValueError(
+            f"this base fills holes (its U-Net takes {unet.config.in_channels} channels): train the adapter"
+            " on the base that it was made from; it will fit this one, too"
+        )
     if min(conditioning_channels, *hint_channels) < 1:
         raise ValueError(
             f"conditioning_channels {conditioning_channels} and hint_channels {tuple(hint_channels)}"
@@ -140,13 +152,20 @@ def control_residuals(
         )
     emb = _time_embedding(controlnet, noisy_latents, timesteps, added_cond)
     x = controlnet.conv_in(noisy_latents) + hint  # (B, C_0, h, w)
-    x, skips = _encoder(controlnet, x, emb, encoder_hidden_states)
+    x, skips, emb = _encoder(controlnet, x, emb, encoder_hidden_states)
     x = controlnet.mid_block(x, emb, encoder_hidden_states=encoder_hidden_states)
 
     zero_convs = controlnet.controlnet_down_blocks
     down = tuple(zero_conv(skip) for zero_conv, skip in zip(zero_convs, skips, strict=True))
     residuals = Residuals(down, controlnet.controlnet_mid_block(x))
     return _pool(residuals) if controlnet.config.global_pool_conditions else residuals
+
+
+class Deep:
+    """What the U-Net's outermost decoder block was given last, for steps that take it as it is (lossy)."""
+
+    def __init__(self) -> None:
+        self.x: Tensor | None = None
 
 
 def predict(
@@ -159,6 +178,7 @@ def predict(
     added_cond: Mapping[str, Tensor] | None = None,
     sd_locked: bool = True,
     only_mid_control: bool = False,
+    deep: Deep | None = None,
 ) -> Tensor:
     """The U-Net's output with the control network's residuals added: ``model_pred`` (B, 4, h, w).
 
@@ -167,24 +187,34 @@ def predict(
     Without it, the graph goes wherever ``requires_grad`` says.
 
     ``only_mid_control`` adds the mid residual alone and leaves the skips as they are.
+
+    ``deep``: remembers what the outermost decoder block is given; where it does already, only the outermost
+    blocks of encoder and decoder are run (DeepCache: Ma et al. 2023, arXiv:2312.00858).
     """
+    shallow = deep is not None and deep.x is not None
     with torch.no_grad() if sd_locked else contextlib.nullcontext():
         emb = _time_embedding(unet, noisy_latents, timesteps, added_cond)
         x = unet.conv_in(noisy_latents)  # (B, C_0, h, w)
-        x, skips = _encoder(unet, x, emb, encoder_hidden_states)
-        x = unet.mid_block(x, emb, encoder_hidden_states=encoder_hidden_states)  # (B, C_last, h/8, w/8)
+        x, skips, emb = _encoder(unet, x, emb, encoder_hidden_states, blocks=1 if shallow else None)
+        if not shallow:
+            x = unet.mid_block(x, emb, encoder_hidden_states=encoder_hidden_states)  # (B, C_last, h/8, w/8)
 
     if residuals is not None:
-        x = x + residuals.mid
-        if not only_mid_control:
-            skips = [skip + residual for skip, residual in zip(skips, residuals.down, strict=True)]
-    x = _decoder(unet, x, skips, emb, encoder_hidden_states)
+        if not shallow:
+            x = x + residuals.mid
+        if not only_mid_control:  # in a shallow step there are fewer skips
+            skips = [skip + residual for skip, residual in zip(skips, residuals.down, strict=False)]
+    x = _decoder(unet, x, skips, emb, encoder_hidden_states, deep)
     return unet.conv_out(unet.conv_act(unet.conv_norm_out(x)))
 
 
-def scale_residuals(residuals: Residuals, scale: float) -> Residuals:
-    """Every residual multiplied by one number: the strength of a control."""
-    return Residuals(tuple(residual * scale for residual in residuals.down), residuals.mid * scale)
+def weigh_residuals(residuals: Residuals, weights: Sequence[float]) -> Residuals:
+    """Each residual multiplied by its weight, the middle block's last."""
+    *down, mid = (
+        residual if weight == 1 else residual * weight
+        for residual, weight in zip((*residuals.down, residuals.mid), weights, strict=True)
+    )
+    return Residuals(tuple(down), mid)
 
 
 def add_residuals(first: Residuals, *others: Residuals) -> Residuals:
@@ -247,33 +277,59 @@ def _time_embedding(
     assert added_cond is not None, "SDXL's networks need added_cond: Base.added_cond makes it"
     pooled, time_ids = added_cond["text_embeds"], added_cond["time_ids"]
     sizes = network.add_time_proj(time_ids.flatten()).reshape(pooled.shape[0], -1)  # (B, 6 x 256)
-    return emb + network.add_embedding(torch.cat([pooled, sizes], dim=-1).to(emb.dtype))
+    return repeat_rows(emb, len(pooled)) + network.add_embedding(
+        torch.cat([pooled, sizes], dim=-1).to(emb.dtype)
+    )
 
 
 def _encoder(
-    network: ControlNetModel | UNet2DConditionModel, x: Tensor, emb: Tensor, encoder_hidden_states: Tensor
-) -> tuple[Tensor, list[Tensor]]:
-    """The down blocks, which both networks share: the last output, and every skip from the shallowest on."""
-    skips = [x]
-    for block in network.down_blocks:
-        x, outputs = block(x, emb, **_text_for(block, encoder_hidden_states))
+    network: ControlNetModel | UNet2DConditionModel,
+    x: Tensor,
+    emb: Tensor,
+    encoder_hidden_states: Tensor,
+    *,
+    blocks: int | None = None,
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """The down blocks, which both networks share: the last output, and every skip from the shallowest on.
+
+    Both leave with the text's number of rows, and so does the time embedding, which comes back, too.
+    ``blocks``: only so many.
+    """
+    rows = len(encoder_hidden_states)
+    skips = [repeat_rows(x, rows)]
+    for block in network.down_blocks[:blocks]:
+        if len(x) < rows:
+            x, outputs = shared_start(block, x, emb, encoder_hidden_states)
+        else:
+            x, outputs = block(x, repeat_rows(emb, rows), **_text_for(block, encoder_hidden_states))
         skips.extend(outputs)
-    return x, skips
+    return repeat_rows(x, rows), skips, repeat_rows(emb, rows)
 
 
 def _decoder(
-    unet: UNet2DConditionModel, x: Tensor, skips: Sequence[Tensor], emb: Tensor, encoder_hidden_states: Tensor
+    unet: UNet2DConditionModel,
+    x: Tensor,
+    skips: Sequence[Tensor],
+    emb: Tensor,
+    encoder_hidden_states: Tensor,
+    deep: Deep | None,
 ) -> Tensor:
     """The up blocks. Each takes its skips from the deep end and grows to the size of the next block's
-    skips."""
-    remaining = list(skips)
-    for block in unet.up_blocks:
-        taken = len(block.resnets)
-        block_skips, remaining = tuple(remaining[-taken:]), remaining[:-taken]
-        # Not always twice the size: odd latents were rounded up on the way down.
-        size = remaining[-1].shape[2:] if remaining else None
-        x = block(x, block_skips, emb, upsample_size=size, **_text_for(block, encoder_hidden_states))
-    return x
+    skips. With a known ``deep`` only the last block runs, on what it was given then."""
+    *inner, last = unet.up_blocks
+    outer, remaining = list(skips[: len(last.resnets)]), list(skips[len(last.resnets) :])
+    if deep is not None and deep.x is not None:
+        x = deep.x
+    else:
+        for block in inner:
+            taken = len(block.resnets)
+            block_skips, remaining = tuple(remaining[-taken:]), remaining[:-taken]
+            # Not always twice the size: odd latents were rounded up on the way down.
+            size = (remaining or outer)[-1].shape[2:]
+            x = block(x, block_skips, emb, upsample_size=size, **_text_for(block, encoder_hidden_states))
+        if deep is not None:
+            deep.x = x
+    return last(x, tuple(outer), emb, upsample_size=None, **_text_for(last, encoder_hidden_states))
 
 
 def _text_for(block: nn.Module, encoder_hidden_states: Tensor) -> dict[str, Tensor]:

@@ -1,32 +1,37 @@
-"""`controlkit generate`: from what was asked for to files. Two stages, so that mistakes cost no waiting.
+"""`controlkit generate`: from a checked plan to files.
 
-`plan` checks everything that can be checked without the models' libraries: numbers, kinds, pictures, the
-output. `run` checks the models' names, loads them, extracts the maps, generates and writes. The torch-based
-modules are imported by `run` only.
+`generate_plan.plan` checks everything that can be checked without the models' libraries. `run` checks the
+models' names, loads them, extracts the maps, generates and writes. The torch-based modules are imported by
+`run` only.
 """
 
 from __future__ import annotations
 
-import os
+import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from controlkit import __version__, arguments, files, images, infotext, limits, naming, preprocessors
-from controlkit.infotext import ControlRecord, PictureRecord
+from controlkit import images, infotext, naming, preprocessors
+from controlkit.generate_plan import INPAINT, PREVIEW_CHUNK, Beginning, Plan, Source, adapted, versions
+from controlkit.generate_plan import plan as plan
+from controlkit.infotext import PictureRecord
 
 if TYPE_CHECKING:
     import torch
 
+    from controlkit.adapters import Adapter
     from controlkit.base import Base
     from controlkit.control import Control
-
+    from controlkit.sampling import Start
 
 PRECISIONS = ("float32", "float16", "bfloat16")
+CONTROL_SETTINGS = ("scale", "start", "end", "gate", "mode", "layers", "only_mid")  # recorded as they are
+PREVIEW_SECONDS = 1.0  # between two writes of the preview
 
 
 class Report(Protocol):
@@ -39,134 +44,164 @@ class Report(Protocol):
         """How far the current part is."""
 
 
-@dataclass(frozen=True)
-class Options:
-    """What is asked for, with the defaults. None: decided by the base, the map or the device.
+def run(job: Plan, report: Report, *, preview: Path | None = None) -> list[PictureRecord]:
+    """Generate the pictures of a checked plan, each written when it is made; returns the records in them.
 
-    seed: of the first picture; picture k of `count` has seed + k.
+    preview: a PNG that shows what the picture at hand will be, while it is made; it is removed at the end.
     """
-
-    prompt: str = ""
-    negative_prompt: str = ""
-    base: str = "tiny"
-    steps: int = 20
-    guidance: float | None = None
-    scheduler: str = "ddim"
-    seed: int = 0
-    count: int = 1
-    width: int | None = None
-    height: int | None = None
-    device: str = "auto"
-    dtype: str | None = None
-
-    def check(self) -> None:
-        """Raise ValueError for the first number outside its range, or an unknown scheduler."""
-        if self.scheduler not in infotext.SAMPLER_NAMES:
-            raise naming.unknown("scheduler", self.scheduler, infotext.SAMPLER_NAMES)
-        limits.check_steps(self.steps)
-        limits.check_count(self.count)
-        limits.check_seeds([self.seed, self.seed + self.count - 1])
-        limits.check_size(self.width, self.height)
-        if self.guidance is not None:
-            limits.check_guidance(self.guidance)
-
-
-@dataclass(frozen=True, eq=False)
-class Source:
-    """One control's file: how it is recorded, its picture, uint8 (H, W, 3), and where that was found.
-
-    `record.adapter` is "" until the base is known and decides it.
-    """
-
-    record: ControlRecord
-    picture: np.ndarray
-    file: Path
-
-
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """Everything that `run` needs, checked."""
-
-    options: Options
-    sources: tuple[Source, ...]
-    outputs: tuple[Path, ...]
-    notes: tuple[str, ...] = ()
-
-
-def plan(
-    given: Mapping[str, Any],
-    *,
-    controls: Sequence[str] = (),
-    maps: Sequence[str] = (),
-    adapters: Sequence[str] = (),
-    output: str,
-    like: str | None = None,
-) -> Plan:
-    """Check a request and read its pictures.
-
-    given: the fields of `Options` that were given. like: a picture made before, whose parameters fill in
-    whatever is not given. controls, maps, adapters: as on the command line; controls or maps replace
-    those of `like`.
-    Raises ValueError for anything that can be known to be wrong before the models are loaded.
-    """
-    remembered = None if like is None else infotext.parse(images.read_png_text(like), source=like)
-    if remembered is None and "prompt" not in given:
-        raise ValueError('give a prompt, as in: controlkit generate "a red figure" --control canny=photo.jpg')
-    options = Options(**{**_options_of(remembered, given), **given})
-    options.check()
-    wanted = [arguments.parse_control(text, is_map=False) for text in controls]
-    wanted += [arguments.parse_control(text, is_map=True) for text in maps]
-    if wanted or remembered is None:
-        sources = [_source(argument) for argument in wanted]
-    else:
-        sources = [_source_again(record, like=Path(str(like))) for record in remembered.controls]
-        if options.base != remembered.base:
-            sources = [_adapted(source, "") for source in sources]  # the new base decides
-    sources = _with_adapters(sources, arguments.parse_adapters(adapters))
-    _check_text(options, sources)
-    outputs = arguments.numbered_outputs(output, options.count)
-    _check_outputs(outputs, [*(source.file for source in sources), *([Path(like)] if like else [])])
-    notes = () if remembered is None else _version_notes(remembered)
-    return Plan(options, tuple(sources), tuple(outputs), (*notes, *_map_notes(sources)))
-
-
-def run(job: Plan, report: Report) -> list[PictureRecord]:
-    """Generate the pictures of a checked plan, each written when it is made; returns the records in them."""
-    report.status(f"loading the libraries and the base {job.options.base}")
-    from controlkit import sampling
-    from controlkit.adapters import check_adapter
-    from controlkit.base import check_base, load_base
-
-    check_base(job.options.base)
-    for source in job.sources:
-        if source.record.adapter:
-            check_adapter(source.record.adapter)  # before gigabytes of base are downloaded or loaded
-    device, dtype = pick_device(job.options.device, job.options.dtype, base=job.options.base)
-    base = load_base(job.options.base, device=device, dtype=dtype)
-    first, sources = _decided(job, base)
-    controls = [_control(source, base, first.width, first.height, report) for source in sources]
-    seeds = [first.seed + k for k in range(job.options.count)]
-    report.status(f"generating {len(seeds)} x {first.width}x{first.height}, {first.steps} steps, on {device}")
-    records = [replace(first, seed=seed) for seed in seeds]
+    session = Session(job, report, preview=preview)
+    first, count = session.first, job.options.count
+    records = [replace(first, seed=first.seed + k) for k in range(count)]
+    size = f"{first.width}x{first.height}"
+    report.status(f"generating {count} x {size}, {first.steps} steps, on {first.device}")
 
     def write(k: int, picture: np.ndarray) -> None:
         images.write_png(job.outputs[k], picture, text=infotext.chunks(records[k]))
 
-    sampling.generate(
-        base,
-        first.prompt,
-        negative_prompt=first.negative_prompt,
-        controls=controls,
-        steps=first.steps,
-        guidance=first.guidance,
-        scheduler=first.scheduler,
-        seeds=seeds,
-        width=first.width,
-        height=first.height,
-        callback=lambda done, total, _: report.progress(done, total),
-        finished=write,
-    )
+    session.make(records, write)
     return records
+
+
+class Session:
+    """A base and its adapters, loaded for a plan; they make one picture after the other."""
+
+    def __init__(self, job: Plan, report: Report, *, preview: Path | None = None) -> None:
+        """Load everything. `first` is the record of the plan's first picture, with all that was decided."""
+        report.status(f"loading the libraries and the base {job.options.base}")
+        from controlkit.adapters import check_adapter
+        from controlkit.base import check_base, load_base
+
+        check_base(job.options.base)
+        for source in job.sources:
+            if source.record.adapter:
+                check_adapter(source.record.adapter)  # before gigabytes of base are downloaded or loaded
+        device, dtype = pick_device(job.options.device, job.options.dtype, base=job.options.base)
+        self.job, self.report = job, report
+        self.base = load_base(job.options.base, device=device, dtype=dtype)
+        self.first, self.sources = _decided(job, self.base)
+        self.adapters = [_adapter(source, self.base, report) for source in self.sources]
+        self.preview = None if preview is None else Preview(preview, self.base)
+        self._maps: dict[tuple[int, int, int], Any] = {}
+
+    def make(self, records: Sequence[PictureRecord], finished: Callable[[int, np.ndarray], None]) -> None:
+        """Generate pictures that differ by their seeds alone; each is handed over as soon as it is made."""
+        from controlkit import sampling
+
+        first, options = records[0], self._options(records[0])
+        second = self._second_stage(first, options)
+
+        def hand_over(k: int, picture: np.ndarray) -> None:
+            finished(k, picture if second is None else second(picture, records[k].seed))
+
+        try:
+            sampling.generate(
+                self.base,
+                first.prompt,
+                controls=self._controls(first, first.width, first.height),
+                start=_start(self.job.beginning, first),
+                seeds=[record.seed for record in records],
+                width=first.width,
+                height=first.height,
+                finished=hand_over,
+                **options,
+            )
+        finally:
+            if self.preview is not None:
+                self.preview.close()
+
+    def _options(self, record: PictureRecord) -> dict[str, Any]:
+        """What both stages are told in the same words."""
+        from controlkit.sampling import Savings, Tiles
+
+        return {
+            "negative_prompt": record.negative_prompt,
+            "steps": record.steps,
+            "guidance": record.guidance,
+            "guidance_rescale": record.guidance_rescale,
+            "scheduler": record.scheduler,
+            "temperature": record.temperature,
+            "savings": Savings(record.control_every, record.features_every, record.guidance_until),
+            "tiles": None if record.tile is None else Tiles(record.tile),
+            "callback": lambda done, total, _: self.report.progress(done, total),
+            "preview": self.preview,
+        }
+
+    def _second_stage(
+        self, first: PictureRecord, options: Mapping[str, Any]
+    ) -> Callable[[np.ndarray, int], np.ndarray] | None:
+        """Makes a picture larger and refines it, or None where there is one stage; maps are made anew."""
+        if first.hires == 1:
+            return None
+        from controlkit import cascade
+
+        controls = self._controls(first, *cascade.larger_size(first.width, first.height, first.hires))
+        return lambda picture, seed: cascade.refine(
+            self.base,
+            first.prompt,
+            picture,
+            factor=first.hires,
+            strength=first.hires_strength,
+            seed=seed,
+            controls=controls,
+            **options,
+        )
+
+    def _controls(self, record: PictureRecord, width: int, height: int) -> list[Control]:
+        """The controls of a picture of some size, their maps extracted where they are photos."""
+        from controlkit.control import Control
+
+        controls = []
+        rows = zip(record.controls, self.sources, self.adapters, strict=True)
+        for index, (control, source, adapter) in enumerate(rows):
+            key = (index, width, height)
+            if key not in self._maps:
+                self._maps[key] = self._map(source, width, height)
+            how = {name: getattr(control, name) for name in CONTROL_SETTINGS}
+            mask = _fitted(source.mask, width, height)
+            controls.append(Control(adapter, self._maps[key], mask=mask, **how))
+        return controls
+
+    def _map(self, source: Source, width: int, height: int) -> np.ndarray | torch.Tensor:
+        if source.record.kind != INPAINT:
+            return _map_of(source, self.base, width, height, self.report)
+        from controlkit.starting import inpaint_cond
+
+        start = _start(self.job.beginning, self.first)
+        assert start is not None
+        fitted = start.fitted(width, height)
+        return inpaint_cond(fitted.picture, fitted.hole())
+
+
+class Preview:
+    """A small picture in a file, of what the latents at hand will be."""
+
+    def __init__(self, file: Path, base: Base) -> None:
+        self.file, self.base, self.last = file, base, 0.0
+
+    def __call__(self, predicted: torch.Tensor) -> None:
+        """Show predicted latents (B, C, h, w), the first of them, at half the size; now and then."""
+        import torch
+
+        now = time.monotonic()
+        if now - self.last < PREVIEW_SECONDS:
+            return
+        small = torch.nn.functional.avg_pool2d(predicted[:1], 2)
+        (picture,) = images.tensor_to_pictures(self.base.decode_latents(small))
+        images.write_png(self.file, picture, text={PREVIEW_CHUNK: "this picture is not finished"})
+        self.last = time.monotonic()
+
+    def close(self) -> None:
+        """Remove the file."""
+        self.file.unlink(missing_ok=True)
+
+
+def _start(beginning: Beginning | None, record: PictureRecord) -> Start | None:
+    if beginning is None:
+        return None
+    from controlkit.sampling import Start
+
+    assert record.start is not None
+    return Start(beginning.picture, record.start.strength, beginning.mask)
 
 
 def pick_device(name: str, dtype: str | None, *, base: str) -> tuple[str, torch.dtype]:
@@ -201,93 +236,22 @@ def warn_if_black(image: np.ndarray, name: str) -> None:
         warnings.warn(f"{name} is black: nothing was found that a picture could follow", stacklevel=2)
 
 
-def _options_of(record: PictureRecord | None, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that repeat a recorded picture, without those that another base or device decides anew."""
-    if record is None:
-        return {}
-    dropped: set[str] = set()
-    if given.get("base", record.base) != record.base:
-        dropped |= {"guidance", "width", "height", "dtype"}
-    if given.get("device", record.device) != record.device:
-        dropped |= {"dtype"}
-    kept = Options.__dataclass_fields__.keys() - dropped
-    return {name: value for name, value in vars(record).items() if name in kept}
-
-
-def _source(argument: arguments.ControlArgument) -> Source:
-    if not argument.is_map and argument.kind not in preprocessors.names():
-        preprocessors.get(argument.kind)  # raises, with the kinds there are
-    picture = images.load_picture(argument.path)
-    record = ControlRecord(
-        kind=argument.kind,
-        path=argument.path,
-        sha256=files.sha256_file(argument.path),
-        is_map=argument.is_map,
-        adapter="",
-        scale=argument.scale,
-    )
-    return Source(record, picture, Path(argument.path))
-
-
-def _source_again(record: ControlRecord, *, like: Path) -> Source:
-    """The source of an earlier picture, found where it was or beside that picture, and unchanged."""
-    places = [Path(record.path), like.parent / Path(record.path).name]
-    found = next((place for place in places if os.path.isfile(place)), None)
-    if found is None:
-        raise ValueError(f"{like} was made from {record.path}, which is gone: put it back, or use --control")
-    if files.sha256_file(found) != record.sha256:
-        raise ValueError(
-            f"{like} was made from {found}, which has changed since; to use it as it is now, add "
-            f"{'--map' if record.is_map else '--control'} {record.kind}={found}"
-        )
-    return Source(record, images.load_picture(found), found)
-
-
-def _with_adapters(sources: Sequence[Source], adapters: Mapping[str, str]) -> list[Source]:
-    kinds = {source.record.kind for source in sources}
-    for kind, name in adapters.items():
-        if kind not in kinds:
-            raise ValueError(f"--adapter {kind}={name} has no --control or --map {kind} to belong to")
-    for source in sources:
-        kind = source.record.kind
-        if not (kind in preprocessors.names() or kind in adapters or source.record.adapter):
-            raise ValueError(f"{naming.unknown('map', kind, preprocessors.names())}, or name its --adapter")
-    return [_adapted(source, adapters.get(source.record.kind, source.record.adapter)) for source in sources]
-
-
-def _adapted(source: Source, adapter: str) -> Source:
-    return replace(source, record=replace(source.record, adapter=adapter))
-
-
-def _check_outputs(outputs: Sequence[Path], inputs: Sequence[Path]) -> None:
-    for output in outputs:
-        arguments.check_not_input(output, inputs)
-        files.check_writable(output)
-
-
-def _check_text(options: Options, sources: Sequence[Source]) -> None:
-    """Raise ValueError for a text that no PNG could record, as a file's name that is not Unicode."""
-    texts = [options.prompt, options.negative_prompt, options.base]
-    texts += [text for source in sources for text in (source.record.path, source.record.adapter)]
-    for text in texts:
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise ValueError(f"{text!r} is not valid Unicode and cannot be recorded in the PNG") from error
-
-
 def _decided(job: Plan, base: Base) -> tuple[PictureRecord, list[Source]]:
     """The first picture's record and the sources, with all that the base and the map's size decide."""
     from controlkit import sampling
     from controlkit.adapters import default_adapter
 
     sources = [
-        source if source.record.adapter else _adapted(source, default_adapter(source.record.kind, base))
+        source if source.record.adapter else adapted(source, default_adapter(source.record.kind, base))
         for source in job.sources
     ]
     options = job.options
-    map_size = (sources[0].picture.shape[1], sources[0].picture.shape[0]) if sources else None
-    width, height = sampling.picture_size(base, map_size, options.width, options.height)
+    shaping = [source.picture for source in sources]
+    shaping += [] if job.beginning is None else [job.beginning.picture]
+    map_size = (shaping[0].shape[1], shaping[0].shape[0]) if shaping else None
+    width, height = sampling.picture_size(
+        base, map_size, options.width, options.height, any_area=options.tile is not None
+    )
     record = PictureRecord(
         prompt=options.prompt,
         negative_prompt=options.negative_prompt,
@@ -301,18 +265,25 @@ def _decided(job: Plan, base: Base) -> tuple[PictureRecord, list[Source]]:
         height=height,
         device=str(base.device),
         dtype=str(base.dtype).removeprefix("torch."),
-        versions=_versions(),
+        versions=versions(),
+        guidance_rescale=options.guidance_rescale,
+        temperature=options.temperature,
+        start=None if job.beginning is None else job.beginning.record,
+        hires=options.hires,
+        hires_strength=options.hires_strength,
+        tile=options.tile,
+        control_every=options.control_every,
+        features_every=options.features_every,
+        guidance_until=options.guidance_until,
     )
     return record, sources
 
 
-def _control(source: Source, base: Base, width: int, height: int, report: Report) -> Control:
-    """The control of one source: its map extracted where it is a photo, its adapter loaded."""
+def _adapter(source: Source, base: Base, report: Report) -> Adapter:
+    """The adapter of one source, loaded."""
     from controlkit.adapters import load_adapter
-    from controlkit.base import BUNDLED
-    from controlkit.control import SHARP_KINDS, Control
 
-    record, image = source.record, source.picture
+    record = source.record
     report.status(f"loading the {record.kind} adapter {record.adapter}")
     adapter = load_adapter(record.adapter, base=base, device=base.device, dtype=base.dtype)
     learned = adapter.info.map.kind
@@ -320,33 +291,27 @@ def _control(source: Source, base: Base, width: int, height: int, report: Report
         warnings.warn(
             f"adapter {record.adapter} learned to follow {learned} maps, not {record.kind}", stacklevel=2
         )
-    image = images.cover(image, width, height, nearest=record.is_map and record.kind in SHARP_KINDS)
+    return adapter
+
+
+def _fitted(mask: np.ndarray | None, width: int, height: int) -> np.ndarray | None:
+    if mask is None:
+        return None
+    return images.cover(np.repeat(mask[..., None], 3, axis=2), width, height)[..., 0]
+
+
+def _map_of(source: Source, base: Base, width: int, height: int, report: Report) -> np.ndarray:
+    """One source's map at a size."""
+    from controlkit.base import BUNDLED
+    from controlkit.control import SHARP_KINDS
+
+    record = source.record
+    sharp = record.is_map and record.kind in SHARP_KINDS
+    image = images.cover(source.picture, width, height, nearest=sharp)
     if not record.is_map:
         report.status(f"extracting the {record.kind} map from {record.path}")
         bundled = base.name in BUNDLED
         options = extractor_options(record.kind, bundled=bundled, device=str(base.device))
         image = preprocessors.get(record.kind, **options).extract([image])[0].image
         warn_if_black(image, f"the {record.kind} map of {record.path}")
-    return Control(adapter, image, scale=record.scale, start=record.start, end=record.end)
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    libraries = {name: version(name) for name in ("diffusers", "torch", "transformers")}
-    return {"controlkit": __version__, **libraries}
-
-
-def _map_notes(sources: Sequence[Source]) -> Iterator[str]:
-    """What is wrong with the maps that are used as they are, and the cure."""
-    for source in sources:
-        if source.record.is_map and source.record.kind in preprocessors.names():
-            for finding in preprocessors.lint(source.picture, source.record.kind):
-                yield f"{source.record.path}: {finding.message}; {finding.cure}"
-
-
-def _version_notes(record: PictureRecord) -> tuple[str, ...]:
-    here = _versions()
-    then = record.versions
-    other = [f"{name} {then[name]} (here {here.get(name)})" for name in then if here.get(name) != then[name]]
-    return (f"made with {', '.join(other)}: the picture may differ slightly",) if other else ()
+    return image

@@ -22,9 +22,20 @@ SAMPLER_NAMES = {  # our scheduler -> the name that A1111 uses for it
     "euler": "Euler",
     "euler-a": "Euler a",
     "dpm++": "DPM++ 2M",
+    "dpm++-karras": "DPM++ 2M Karras",
+    "dpm++-sde": "DPM++ 2M SDE",
     "unipc": "UniPC",
     "heun": "Heun",
     "lms": "LMS",
+    "lcm": "LCM",
+    "tcd": "TCD",
+}
+
+
+CONTROL_MODES = {  # our mode -> the name that A1111 uses for it
+    "balanced": "Balanced",
+    "prompt": "My prompt is more important",
+    "control": "ControlNet is more important",
 }
 
 
@@ -33,7 +44,8 @@ class ControlRecord:
     """One control of a picture.
 
     kind: canny, openpose, depth. path: of the source picture, as it was given. sha256: of that file's
-    bytes, in hex. is_map: whether the file already was the map. adapter: name, folder or hub id.
+    bytes, in hex. is_map: whether the file already was the map. adapter: name, folder or hub id. mask: the
+    file of the region, "" for none. The rest is as in `control.Control`.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -43,16 +55,37 @@ class ControlRecord:
     sha256: str
     is_map: bool
     adapter: str
-    scale: float = 1.0
+    scale: float | tuple[float, ...] = 1.0
     start: float = 0.0
     end: float = 1.0
+    gate: str = "diffusers"
+    mode: str = "balanced"
+    layers: str | tuple[float, ...] | None = None
+    mask: str = ""
+    mask_sha256: str = ""
+    only_mid: bool = False
+
+
+@dataclass(frozen=True)
+class StartRecord:
+    """The picture that a picture was made from: files as they were given, "" for no mask, and their bytes'
+    SHA-256."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    path: str
+    sha256: str
+    strength: float
+    mask: str = ""
+    mask_sha256: str = ""
 
 
 @dataclass(frozen=True)
 class PictureRecord:
     """Everything that determines one generated picture.
 
-    width, height: pixels. dtype: the networks' precision ("float32"). versions: of the software that made it.
+    width, height: pixels, of the first stage where there are two. dtype: the networks' precision ("float32").
+    versions: of the software that made it. The rest is as in `sampling.generate` and `cascade.refine`.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -70,6 +103,15 @@ class PictureRecord:
     device: str
     dtype: str
     versions: dict[str, str]
+    guidance_rescale: float = 0.0
+    temperature: float | None = None
+    start: StartRecord | None = None
+    hires: float = 1.0
+    hires_strength: float = 0.5
+    tile: int | None = None
+    control_every: int = 1
+    features_every: int = 1
+    guidance_until: float = 1.0
 
 
 def chunks(record: PictureRecord) -> dict[str, str]:
@@ -93,22 +135,32 @@ def infotext(record: PictureRecord) -> str:
         "Size": f"{record.width}x{record.height}",
         "Model": record.base,
     }
+    if record.start is not None:
+        fields["Denoising strength"] = f"{record.start.strength:g}"
+    if record.hires != 1:
+        fields["Hires upscale"] = f"{record.hires:g}"
+        fields["Denoising strength"] = f"{record.hires_strength:g}"
     for i, control in enumerate(record.controls):
-        fields[f"ControlNet {i}"] = _pairs(
-            {
-                "Module": "none" if control.is_map else control.kind,
-                "Model": control.adapter,
-                "Weight": f"{control.scale:g}",
-                "Resize Mode": "Crop and Resize",
-                "Guidance Start": f"{control.start:g}",
-                "Guidance End": f"{control.end:g}",
-            }
-        )
+        fields[f"ControlNet {i}"] = _pairs(_unit(control))
     fields["Version"] = f"controlkit {record.versions.get('controlkit', '')}".strip()
     lines = [record.prompt]
     if record.negative_prompt:
         lines.append(f"Negative prompt: {record.negative_prompt}")
     return "\n".join([*lines, _pairs(fields)])
+
+
+def _unit(control: ControlRecord) -> dict[str, object]:
+    """A control as A1111 writes one. It has one weight; of a schedule that is the first."""
+    scale = control.scale if isinstance(control.scale, int | float) else control.scale[0]
+    return {
+        "Module": "none" if control.is_map else control.kind,
+        "Model": control.adapter,
+        "Weight": f"{scale:g}",
+        "Resize Mode": "Crop and Resize",
+        "Guidance Start": f"{control.start:g}",
+        "Guidance End": f"{control.end:g}",
+        **({"Control Mode": CONTROL_MODES[control.mode]} if control.mode in CONTROL_MODES else {}),
+    }
 
 
 def parse(text: Mapping[str, str], *, source: str | Path) -> PictureRecord:

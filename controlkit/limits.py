@@ -13,6 +13,8 @@ MAX_GUIDANCE = 100.0
 MAX_COUNT = 1000
 SCALE_RANGE = (-10.0, 10.0)
 SIZE_RANGE = (16, 8192)
+STOCHASTIC = ("ddim", "ddpm", "euler-a", "dpm++-sde", "lcm", "tcd")
+"""The schedulers that inject noise, of which `temperature` speaks."""
 
 
 def _is_whole(value: object) -> bool:
@@ -40,10 +42,56 @@ def check_guidance(guidance: float) -> None:
         raise ValueError(f"guidance must be a number from 0 to {MAX_GUIDANCE:g}, not {guidance}")
 
 
-def check_eta(eta: float) -> None:
-    """Raise ValueError unless DDIM's eta is a number from 0 (deterministic) to 1 (DDPM)."""
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta must be a number from 0 to 1, not {eta}")
+def check_rescale(rescale: float) -> None:
+    """Raise ValueError unless guidance's rescaling is a number from 0 (none) to 1 (all)."""
+    if not 0 <= rescale <= 1:
+        raise ValueError(f"guidance_rescale must be a number from 0 to 1, not {rescale}")
+
+
+def check_temperature(temperature: float | None, scheduler: str) -> None:
+    """Raise ValueError unless the scheduler injects noise and the temperature is from 0 to 2, or to 1."""
+    if temperature is None:
+        return
+    if scheduler not in STOCHASTIC:
+        raise ValueError(
+            f"temperature scales the noise that a scheduler injects, and {scheduler} injects none:"
+            f" take one of {', '.join(STOCHASTIC)}"
+        )
+    highest = 1 if scheduler in ("ddim", "tcd") else 2
+    if not 0 <= temperature <= highest:
+        raise ValueError(
+            f"temperature must be a number from 0 to {highest} for {scheduler}, not {temperature}"
+        )
+
+
+def check_strength(strength: float) -> None:
+    """Raise ValueError unless the strength of a start from a picture is above 0 and at most 1."""
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength must be a number above 0 and at most 1, not {strength}")
+
+
+def check_share(name: str, share: float) -> None:
+    """Raise ValueError unless a share is a number from 0 to 1."""
+    if not 0 <= share <= 1:
+        raise ValueError(f"{name} must be a number from 0 to 1, not {share}")
+
+
+def check_tile(size: int) -> None:
+    """Raise ValueError unless a tile's side is a multiple of 64 from 64 to 4096 pixels."""
+    if not _is_whole(size) or size % 64 or not 64 <= size <= 4096:
+        raise ValueError(f"a tile's side must be a multiple of 64 from 64 to 4096 pixels, not {size}")
+
+
+def check_factor(factor: float) -> None:
+    """Raise ValueError unless a picture is enlarged by a factor above 1 and up to 8."""
+    if not 1 < factor <= 8:
+        raise ValueError(f"a picture can be enlarged by a factor above 1 and up to 8, not {factor}")
+
+
+def check_every(name: str, every: int) -> None:
+    """Raise ValueError unless a number of steps is whole and from 1 to 1000."""
+    if not _is_whole(every) or not 1 <= every <= MAX_STEPS:
+        raise ValueError(f"{name} must be a whole number from 1 to {MAX_STEPS}, not {every}")
 
 
 def check_scale(scale: float) -> None:

@@ -7,8 +7,9 @@ One step, in the words of the papers (classifier-free guidance: Ho & Salimans 20
     x_{t-1}       =  scheduler(eps, t, x_t)
 
 The schedulers are diffusers' classes, and the result equals its ControlNet pipelines'
-(tests/test_sampling.py). Done once instead of in every step: the hint encoder. Not done at all: a control
-outside its window.
+(tests/test_sampling.py). Done once instead of in every step: the hint encoder, and the text's keys and
+values. Done once instead of for each branch: what comes before the first cross-attention. Not done at all: a
+control outside its window, or on a branch that its mode ignores.
 
 Every picture's noise comes from its own generator on the CPU, in float32, so that a seed means the same
 noise on every device, alone or in a batch.
@@ -16,56 +17,41 @@ noise on every device, alone or in a batch.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from controlkit import images, limits, naming
+from controlkit import diffusion, images, limits
 from controlkit.adapters import check_fits
+from controlkit.applying import EncodedControl, Rows, encode_controls
 from controlkit.base import Conditioning
-from controlkit.control import Control, EncodedControl, encode_controls, summed_residuals
-from controlkit.controlnet import predict
+from controlkit.control import Control
+from controlkit.predicting import Guidance as Guidance
+from controlkit.predicting import Predictor
+from controlkit.predicting import Savings as Savings
+from controlkit.reuse import text_kept
+from controlkit.schedulers import SCHEDULERS as SCHEDULERS
+from controlkit.schedulers import Schedule, make_schedule, scaled_noise, step_options
+from controlkit.schedulers import make_scheduler as make_scheduler
+from controlkit.starting import Begun, begin
+from controlkit.starting import Start as Start
+from controlkit.starting import draw_noise as draw_noise
+from controlkit.tiling import TiledPredictor, tiled_vae
+from controlkit.tiling import Tiles as Tiles
 
 if TYPE_CHECKING:
     from controlkit.base import Base
 
-SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {  # our name -> (diffusers' class, what it is set to)
-    "ddim": ("DDIMScheduler", {"clip_sample": False}),
-    "ddpm": ("DDPMScheduler", {"clip_sample": False}),
-    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
-    "euler": ("EulerDiscreteScheduler", {}),
-    "euler-a": ("EulerAncestralDiscreteScheduler", {}),
-    "dpm++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}),
-    "unipc": ("UniPCMultistepScheduler", {}),
-    "heun": ("HeunDiscreteScheduler", {}),
-    "lms": ("LMSDiscreteScheduler", {}),
-}
 GUIDANCE = {"tiny": 2.0, "sd1": 7.5, "sd2": 7.5, "sdxl": 5.0}  # by bundled name or family
 DEVICE_BATCH = 4  # pictures at once on a GPU: each one more needs more memory
 AREA_FACTOR = 2.0  # a map whose area is within this factor of the base's native area keeps its size
 
-Callback = Callable[[int, int, torch.Tensor], None]
+Callback = Callable[[int, int, Tensor], None]
 """Called after every step with the steps done, the steps in all, and the latents (B, C, h, w)."""
-
-
-def make_scheduler(name: str, base: Base) -> Any:
-    """The named diffusers scheduler, built from the base's own schedule.
-
-    name: one of `SCHEDULERS`. Latents are not pixels, so clipping to [-1, 1] is off whatever the base's
-    file says, as in diffusers' pipelines. Raises ValueError for an unknown name, or for lms without scipy.
-    """
-    if name not in SCHEDULERS:
-        raise naming.unknown("scheduler", name, SCHEDULERS)
-    import diffusers
-    from diffusers.utils import is_scipy_available
-
-    if name == "lms" and not is_scipy_available():
-        raise ValueError("scheduler 'lms' integrates with scipy, which is not installed: pip install scipy")
-    class_name, settings = SCHEDULERS[name]
-    return getattr(diffusers, class_name).from_config(base.scheduler_config, **settings)
 
 
 def default_guidance(base: Base) -> float:
@@ -74,7 +60,12 @@ def default_guidance(base: Base) -> float:
 
 
 def picture_size(
-    base: Base, map_size: tuple[int, int] | None, width: int | None = None, height: int | None = None
+    base: Base,
+    map_size: tuple[int, int] | None,
+    width: int | None = None,
+    height: int | None = None,
+    *,
+    any_area: bool = False,
 ) -> tuple[int, int]:
     """Width and height to generate, in pixels.
 
@@ -83,6 +74,7 @@ def picture_size(
     decides: its own size, to multiples of 8, when its area is within a factor of 2 of the base's native area,
     else its shape at the native area, to multiples of the U-Net's coarsest cell (64 pixels). Never a side
     outside `limits.SIZE_RANGE`, however thin the map is. Without a map the picture is the native square.
+    any_area: keep the map's size however large it is, as pictures in tiles do.
     Raises ValueError for a given side that is no multiple of 8.
     """
     limits.check_size(width, height)
@@ -93,7 +85,7 @@ def picture_size(
     native = base.resolution
     map_width, map_height = map_size or (native, native)
     ratio = (native * native / (map_width * map_height)) ** 0.5  # factor to the native area, per side
-    if 1 / AREA_FACTOR <= ratio * ratio <= AREA_FACTOR:
+    if any_area or 1 / AREA_FACTOR <= ratio * ratio <= AREA_FACTOR:
         ratio, cell = 1.0, base.vae_factor
     else:
         cell = base.vae_factor * 2 ** (len(base.unet.config.block_out_channels) - 1)
@@ -107,31 +99,43 @@ def _allowed_side(side: float, cell: int) -> int:
     return min(max(round(side / cell) * cell, cell, low), high)
 
 
-@torch.no_grad()
 def generate(
     base: Base,
     prompt: str,
     *,
     negative_prompt: str = "",
     controls: Sequence[Control] = (),
+    start: Start | None = None,
     steps: int = 20,
     guidance: float | None = None,
+    guidance_rescale: float = 0.0,
     scheduler: str = "ddim",
+    temperature: float | None = None,
     seeds: Sequence[int] = (0,),
     height: int | None = None,
     width: int | None = None,
-    eta: float = 0.0,
+    savings: Savings | None = None,
+    tiles: Tiles | None = None,
     callback: Callback | None = None,
+    preview: Callable[[Tensor], None] | None = None,
     finished: Callable[[int, np.ndarray], None] | None = None,
     batch_size: int | None = None,
 ) -> list[np.ndarray]:
     """Pictures of a prompt that follow the controls' maps, one per seed: uint8 (height, width, 3) RGB each.
 
-    controls: their residuals are summed. The first map decides the size where none is given (`picture_size`).
+    controls: their residuals are summed. start: a picture to start from, whole or with a hole to fill. The
+    first map, or else that picture, decides the size where none is given (`picture_size`).
     steps: 1 to 1000. guidance: 0 to 100; at 1 or below the negative prompt is not used; None is the family's
-    usual value. scheduler: one of `SCHEDULERS`. eta: 0 to 1, DDIM's share of fresh noise.
-    height, width: multiples of 8.
-    callback: see `Callback`; steps are counted over all pictures. finished: called with the index and the
+    usual value. guidance_rescale: see `Guidance`. scheduler: one of `SCHEDULERS`.
+    temperature: 0 to 2, how much of the noise that the scheduler injects is taken: 0 is deterministic, 1 as
+    trained. For ddim it is eta (Song et al. 2020, arXiv:2010.02502, equation 16) and for tcd gamma (Zheng et
+    al. 2024, arXiv:2402.19159, algorithm 4), 0 by default for both; for the other schedulers that draw
+    (`limits.STOCHASTIC`) a factor on what they draw, k-diffusion's s_noise, 1 by default. Those that draw
+    nothing refuse it.
+    height, width: multiples of 8. savings: lossy, see `Savings`. tiles: what the networks see
+    at once, for pictures larger than memory or the base's training allow, see `Tiles`.
+    callback: see `Callback`; steps are counted over all pictures. preview: called after every step with the
+    latents (B, C, h, w) that the network expects at the end. finished: called with the index and the
     pixels of each picture as soon as it is made, so that an interruption loses only what is unfinished.
     batch_size: pictures denoised at once, by default one on the CPU and up to four elsewhere. On the CPU
     one at a time makes picture k of several equal, bit for bit, picture k alone; batched kernels round
@@ -140,42 +144,60 @@ def generate(
     Raises ValueError for a number outside its range, a control of another family, or latents that stop
     being finite.
     """
-    guidance = default_guidance(base) if guidance is None else guidance
-    _check_request(base, controls, steps=steps, guidance=guidance, seeds=seeds, eta=eta)
-    width, height = picture_size(base, controls[0].size if controls else None, width, height)
-    text = encode_text(base, prompt, negative_prompt, guidance=guidance)
-    encoded = encode_controls(controls, width=width, height=height, pictures=len(seeds))
+    guided = Guidance(default_guidance(base) if guidance is None else guidance, guidance_rescale)
+    _check_request(base, controls, steps=steps, seeds=seeds)
+    limits.check_temperature(temperature, scheduler)
+    natural = _natural_size(controls, start)
+    width, height = picture_size(base, natural, width, height, any_area=tiles is not None)
+    start = None if start is None else start.fitted(width, height)
     batch_size = batch_size or (1 if base.device.type == "cpu" else DEVICE_BATCH)
-
     pictures: list[np.ndarray] = []
-    for first in range(0, len(seeds), batch_size):
-        chunk = seeds[first : first + batch_size]
-        generators = [torch.Generator("cpu").manual_seed(int(seed)) for seed in chunk]
-        last = first + len(generators)
-        latents = denoise(
-            base,
-            text,
-            draw_noise(base, generators, width=width, height=height),
-            controls=[control.rows(first, last) for control in encoded],
-            scheduler=make_scheduler(scheduler, base),
-            steps=steps,
-            guidance=guidance,
-            eta=eta,
-            generators=generators,
-            callback=_counting(callback, batch=first // batch_size, batches=-(-len(seeds) // batch_size)),
+    with _prepared(base, controls), tiled_vae(base, tiles):
+        text = encode_text(base, prompt, negative_prompt, guidance=guided.scale)
+        encoded = encode_controls(
+            controls, width=width, height=height, pictures=len(seeds), in_bands=tiles is not None
         )
-        for picture in images.tensor_to_pictures(base.decode_latents(latents)):
-            pictures.append(picture)
-            if finished is not None:
-                finished(len(pictures) - 1, picture)
+        for first in range(0, len(seeds), batch_size):
+            chunk = seeds[first : first + batch_size]
+            generators = [torch.Generator("cpu").manual_seed(int(seed)) for seed in chunk]
+            strength = 1.0 if start is None else start.strength
+            schedule = make_schedule(scheduler, base, steps=steps, strength=strength)
+            latents = denoise(
+                base,
+                text,
+                begin(base, schedule, generators, width=width, height=height, start=start),
+                controls=[control.rows(first, first + len(generators)) for control in encoded],
+                schedule=schedule,
+                guidance=guided,
+                temperature=temperature,
+                generators=generators,
+                savings=savings,
+                tiles=tiles,
+                preview=preview,
+                callback=_counting(callback, batch=first // batch_size, batches=-(-len(seeds) // batch_size)),
+            )
+            for picture in images.tensor_to_pictures(base.decode_latents(latents)):
+                pictures.append(picture if start is None else start.pasted(picture))
+                if finished is not None:
+                    finished(len(pictures) - 1, pictures[-1])
     return pictures
 
 
-def draw_noise(base: Base, generators: Sequence[torch.Generator], *, width: int, height: int) -> torch.Tensor:
-    """Unit Gaussian noise: float32 (B, C, height/8, width/8) on the base's device, one CPU generator each."""
-    shape = (1, base.unet.config.in_channels, height // base.vae_factor, width // base.vae_factor)
-    noise = [torch.randn(shape, generator=generator, dtype=torch.float32) for generator in generators]
-    return torch.cat(noise).to(base.device)
+def _natural_size(controls: Sequence[Control], start: Start | None) -> tuple[int, int] | None:
+    """Width and height of what decides the size."""
+    if controls:
+        return controls[0].size
+    return None if start is None else (start.picture.shape[1], start.picture.shape[0])
+
+
+@contextlib.contextmanager
+def _prepared(base: Base, controls: Sequence[Control]) -> Iterator[None]:
+    """Within the block the networks are laid out as they compute fastest, and build no graphs."""
+    networks = [base.unet, *(control.controlnet for control in controls)]
+    for network in [*networks, base.vae]:
+        network.to(memory_format=torch.channels_last)
+    with torch.no_grad(), text_kept(*{id(network): network for network in networks}.values()):
+        yield
 
 
 def encode_text(base: Base, prompt: str, negative_prompt: str, *, guidance: float) -> Conditioning:
@@ -196,58 +218,70 @@ def encode_text(base: Base, prompt: str, negative_prompt: str, *, guidance: floa
 def denoise(
     base: Base,
     text: Conditioning,
-    noise: torch.Tensor,
+    begun: Begun,
     *,
     controls: Sequence[EncodedControl] = (),
-    scheduler: Any,
-    steps: int,
-    guidance: float,
-    eta: float = 0.0,
+    schedule: Schedule,
+    guidance: Guidance,
+    temperature: float | None = None,
     generators: Sequence[torch.Generator] | None = None,
+    savings: Savings | None = None,
+    tiles: Tiles | None = None,
     callback: Callback | None = None,
-) -> torch.Tensor:
-    """The latents of B pictures: float32 (B, C, h, w), from unit Gaussian noise of that shape.
+    preview: Callable[[Tensor], None] | None = None,
+) -> Tensor:
+    """The latents of B pictures: float32 (B, C, h, w), from what `starting.begin` gave for the schedule.
 
     text: what `encode_text` made with the same guidance, one row or two, shared by all pictures.
-    controls: with the hint encoder's output already computed (`control.encode_controls`).
-    scheduler: fresh from `make_scheduler`; it is set to `steps` and keeps its state.
+    controls: with the hint encoder's output already computed (`applying.encode_controls`).
+    schedule: fresh from `make_schedule`; the scheduler keeps its state.
     generators: one per picture, for schedulers that add noise. Latents stay in float32 between the steps
     whatever the networks' precision. Raises ValueError, naming the step, when they stop being finite.
     """
-    pictures, _, h, w = noise.shape
-    branches = len(text.encoder_hidden_states)
-    encoder_hidden_states = text.encoder_hidden_states.repeat_interleave(pictures, dim=0)
-    pooled = None if text.pooled is None else text.pooled.repeat_interleave(pictures, dim=0)
-    added_cond = base.added_cond(pooled, height=h * base.vae_factor, width=w * base.vae_factor)
-
-    _set_timesteps(scheduler, steps, device=noise.device)
-    options = _step_options(scheduler, eta=eta, generators=generators)
-    n = len(scheduler.timesteps)  # more than `steps` where the scheduler evaluates twice
-    latents = noise * scheduler.init_noise_sigma
-    health = _Health(n, noise.device)
-    for i, t in enumerate(scheduler.timesteps):
-        noisy_latents = scheduler.scale_model_input(torch.cat([latents] * branches), t).to(base.dtype)
-        residuals = summed_residuals(
-            controls,
-            noisy_latents,
-            t,
-            encoder_hidden_states,
-            step=i,
-            steps=n,
-            branches=branches,
-            added_cond=added_cond,
-        )
-        model_pred = predict(
-            base.unet, noisy_latents, t, encoder_hidden_states, residuals=residuals, added_cond=added_cond
-        ).float()
-        if branches == 2:
-            uncond, cond = model_pred.chunk(2)
-            model_pred = uncond + guidance * (cond - uncond)
-        latents = scheduler.step(model_pred, t, latents, **options, return_dict=False)[0]
+    latents, scheduler, n = begun.latents, schedule.scheduler, schedule.steps
+    whole = Predictor(
+        base,
+        rows_of(base, text, latents),
+        controls,
+        guidance,
+        steps=n,
+        savings=savings or Savings(),
+        shown=begun.shown,
+    )
+    h, w = latents.shape[-2:]
+    predictor = whole if tiles is None else TiledPredictor(whole, tiles, height=h, width=w)
+    options = step_options(scheduler, temperature=temperature, generators=generators)
+    timesteps = schedule.timesteps.to(latents.device)  # the networks' copy; the scheduler looks up its own
+    health = _Health(n, latents.device)
+    for i, t in enumerate(schedule.timesteps):
+        noisy_latents = scheduler.scale_model_input(latents, t)
+        model_pred = predictor(noisy_latents, timesteps[i], i)
+        if preview is not None:
+            preview(expected_latents(base, model_pred, noisy_latents, t))
+        with scaled_noise(scheduler, temperature):
+            latents = scheduler.step(model_pred, t, latents, **options, return_dict=False)[0]
+        latents = begun.with_kept(latents, schedule, i)
         health.check(latents)
         if callback is not None:
             callback(i + 1, n, latents)
     return latents
+
+
+def expected_latents(base: Base, model_pred: Tensor, noisy_latents: Tensor, t: Tensor) -> Tensor:
+    """The latents (B, C, h, w) without noise that a prediction amounts to, whatever the scheduler.
+
+    ``noisy_latents``: as the network saw them, which is x_t of the training's process.
+    """
+    steps = t.round().long().expand(len(noisy_latents))
+    return diffusion.predict_x0(base.prediction_type, model_pred, noisy_latents, steps, base.alphas_cumprod)
+
+
+def rows_of(base: Base, text: Conditioning, latents: Tensor) -> Rows:
+    """The text for every picture in ``latents`` (B, C, h, w), branch by branch."""
+    pictures, _, h, w = latents.shape
+    pooled = None if text.pooled is None else text.pooled.repeat_interleave(pictures, dim=0)
+    added_cond = base.added_cond(pooled, height=h * base.vae_factor, width=w * base.vae_factor)
+    return Rows(text.encoder_hidden_states.repeat_interleave(pictures, dim=0), added_cond, pictures)
 
 
 class _Health:
@@ -256,9 +290,9 @@ class _Health:
     def __init__(self, steps: int, device: torch.device) -> None:
         self.steps = steps
         self.at_once = device.type == "cpu"
-        self.finite: list[torch.Tensor] = []
+        self.finite: list[Tensor] = []
 
-    def check(self, latents: torch.Tensor) -> None:
+    def check(self, latents: Tensor) -> None:
         """Note one step; raise ValueError at once on the CPU, after the last step elsewhere."""
         self.finite.append(torch.isfinite(latents).all())
         if not self.at_once and len(self.finite) < self.steps:
@@ -271,38 +305,11 @@ class _Health:
             )
 
 
-def _check_request(
-    base: Base,
-    controls: Sequence[Control],
-    *,
-    steps: int,
-    guidance: float,
-    seeds: Sequence[int],
-    eta: float,
-) -> None:
+def _check_request(base: Base, controls: Sequence[Control], *, steps: int, seeds: Sequence[int]) -> None:
     limits.check_steps(steps)
-    limits.check_guidance(guidance)
     limits.check_seeds(seeds)
-    limits.check_eta(eta)
     for control in controls:
         check_fits(control.controlnet, base)
-
-
-def _set_timesteps(scheduler: Any, steps: int, *, device: torch.device) -> None:
-    """Set the scheduler to `steps`; raise ValueError where its spacing runs past the trained timesteps."""
-    scheduler.set_timesteps(steps, device=device)
-    trained = scheduler.config.num_train_timesteps
-    if float(scheduler.timesteps.max()) > trained - 1:  # "leading" spacing plus an offset of 1
-        raise ValueError(f"{steps} steps do not fit into the base's {trained} timesteps: take fewer")
-
-
-def _step_options(
-    scheduler: Any, *, eta: float, generators: Sequence[torch.Generator] | None
-) -> dict[str, Any]:
-    """The keyword arguments that this scheduler's step understands, as in diffusers' pipelines."""
-    understood = inspect.signature(scheduler.step).parameters
-    offered = {"eta": eta, "generator": None if generators is None else list(generators)}
-    return {name: value for name, value in offered.items() if name in understood}
 
 
 def _counting(callback: Callback | None, *, batch: int, batches: int) -> Callback | None:

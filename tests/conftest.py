@@ -3,8 +3,15 @@
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+from outcomes import Outcome, Run
+
+if TYPE_CHECKING:
+    from controlkit.base import Base
 
 _HUB_HOME = pytest.StashKey[str]()
 
@@ -23,3 +30,95 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_unconfigure(config: pytest.Config) -> None:
     """Remove the empty cache."""
     shutil.rmtree(config.stash[_HUB_HOME], ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def load(tmp_path_factory: pytest.TempPathFactory) -> "Callable[[str], Base]":
+    """Tiny bases of random weights by family, each built and loaded once; nobody may change them."""
+    import tiny_models
+
+    from controlkit.base import load_base
+
+    loaded: dict[str, Base] = {}
+
+    def load(family: str) -> "Base":
+        if family not in loaded:
+            folder = tiny_models.build(tmp_path_factory.mktemp(family), family, sample_size=8)
+            loaded[family] = load_base(str(folder))
+        return loaded[family]
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def sd1(load: "Callable[[str], Base]") -> "Base":
+    """The tiny SD1."""
+    return load("sd1")
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with random-weight bases sd1/ and sdxl/ of 64 pixels, and a canny adapter for each."""
+    import tiny_models
+
+    from controlkit.adapters import MAPS, AdapterInfo, save_adapter
+    from controlkit.base import load_base
+    from controlkit.controlnet import from_base
+
+    folder = tmp_path_factory.mktemp("models")
+    for family in ("sd1", "sdxl"):
+        base = load_base(str(tiny_models.build(folder / family, family, sample_size=8)))
+        controlnet = tiny_models.randomize_zero_convs(from_base(base, seed=1), seed=1)
+        save_adapter(
+            controlnet, folder / f"canny-{family}", info=AdapterInfo(map=MAPS["canny"], family=family)
+        )
+    return folder
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    """A picture with edges, in a place whose name is not easy."""
+    import numpy as np
+
+    from controlkit.images import write_png
+
+    path = tmp_path / "mein Bild #1 – été.png"
+    picture = np.full((64, 64, 3), 40, np.uint8)
+    picture[16:48, 20:44] = (200, 60, 90)
+    write_png(path, picture)
+    return path
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> "Run":
+    """Run a command in an empty folder."""
+    from typer.testing import CliRunner
+
+    from controlkit.cli import app
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> Outcome:
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        if result.exception and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return Outcome(result.exit_code, result.stdout, result.stderr)
+
+    return run
+
+
+@pytest.fixture
+def generate(run: "Run", models: Path, photo: Path) -> "Run":
+    """`controlkit generate` with the random SD1 base, one canny control and two steps, and more arguments."""
+    adapter = f"canny={models / 'canny-sd1'}"
+    fixed = [
+        "generate",
+        "a cube",
+        "--base",
+        models / "sd1",
+        "--control",
+        f"canny={photo}",
+        "--adapter",
+        adapter,
+    ]
+    return lambda *more: run(*fixed, "--steps", 2, *more)

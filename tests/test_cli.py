@@ -5,102 +5,20 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny_detectors
-import tiny_models
 import torch
-from typer.testing import CliRunner
+from outcomes import Run
 
 import controlkit
 from controlkit import base as base_module
 from controlkit import generate_job, infotext
-from controlkit.adapters import MAPS, AdapterInfo, save_adapter
 from controlkit.arguments import parse_control
-from controlkit.base import load_base
-from controlkit.cli import app
-from controlkit.controlnet import from_base
 from controlkit.images import load_picture, read_png_text, write_png
 from controlkit.preprocessors import draw_poses, read_poses
-
-Run = Callable[..., "Outcome"]
-
-
-class Outcome:
-    """What one command did: exit code, stdout, stderr."""
-
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-
-    def refused(self) -> str:
-        """The error's text; fails unless it is one plain line on stderr with exit code 2 and no result."""
-        assert self.code == 2, (self.code, self.err)
-        assert self.out == ""
-        (line,) = [line for line in self.err.splitlines() if not line.endswith(" ...")]
-        assert line.startswith("error: ")
-        return line.removeprefix("error: ")
-
-    def done(self) -> str:
-        """What was printed; fails unless it worked."""
-        assert self.code == 0, self.err
-        return self.out
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with random-weight bases sd1/ and sdxl/ of 64 pixels, and a canny adapter for each."""
-    folder = tmp_path_factory.mktemp("models")
-    for family in ("sd1", "sdxl"):
-        base = load_base(str(tiny_models.build(folder / family, family, sample_size=8)))
-        controlnet = tiny_models.randomize_zero_convs(from_base(base, seed=1), seed=1)
-        save_adapter(
-            controlnet, folder / f"canny-{family}", info=AdapterInfo(map=MAPS["canny"], family=family)
-        )
-    return folder
-
-
-@pytest.fixture
-def photo(tmp_path: Path) -> Path:
-    """A picture with edges, in a place whose name is not easy."""
-    path = tmp_path / "mein Bild #1 – été.png"
-    picture = np.full((64, 64, 3), 40, np.uint8)
-    picture[16:48, 20:44] = (200, 60, 90)
-    write_png(path, picture)
-    return path
-
-
-@pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Run a command in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: object) -> Outcome:
-        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-        if result.exception and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        return Outcome(result.exit_code, result.stdout, result.stderr)
-
-    return run
-
-
-@pytest.fixture
-def generate(run: Run, models: Path, photo: Path) -> Run:
-    """`controlkit generate` with the random SD1 base, one canny control and two steps, and more arguments."""
-    adapter = f"canny={models / 'canny-sd1'}"
-    fixed = [
-        "generate",
-        "a cube",
-        "--base",
-        models / "sd1",
-        "--control",
-        f"canny={photo}",
-        "--adapter",
-        adapter,
-    ]
-    return lambda *more: run(*fixed, "--steps", 2, *more)
 
 
 def test_generate_writes_a_picture_that_says_how_it_was_made(
@@ -195,7 +113,7 @@ def test_the_version_and_the_help(run: Run) -> None:
     helped = run("--help").done()
     assert "Pictures that follow an edge map, a pose or a depth map" in helped
     assert "Start with:  controlkit demo" in helped
-    assert "KIND=PICTURE[:SCALE]" in run("generate", "--help").done()
+    assert "KIND=PICTURE[:HOW]" in run("generate", "--help").done()
     bare = run()
     assert (bare.code, bare.out) == (2, "")
     assert bare.err.startswith("Usage: ")

@@ -39,6 +39,8 @@ APPLICATION = {
         "map_folder",
         "map_pipeline",
         "generate_job",
+        "generate_plan",
+        "grid_job",
         "lint_job",
         "preprocess_job",
     )

@@ -221,7 +221,7 @@ def test_scaling_and_adding_residuals() -> None:
     given, controlnet = inputs("sd1"), trained("sd1")
     a = residuals_of(controlnet, given)
     down, mid = controlnet(*given.first, given.controlnet_cond, conditioning_scale=0.7, return_dict=False)
-    scaled = pair.scale_residuals(a, 0.7)
+    scaled = pair.weigh_residuals(a, [0.7] * 13)
     assert all(torch.equal(x, y) for x, y in zip((*scaled.down, scaled.mid), (*down, mid), strict=True))
     total = pair.add_residuals(a, scaled, a)
     assert torch.equal(total.mid, a.mid + scaled.mid + a.mid)

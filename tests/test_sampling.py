@@ -9,110 +9,15 @@ import pytest
 import tiny_models
 import torch
 from PIL import Image
+from sampling_peers import assert_same, cond, controlnet_of, our_latents, their_latents
 
 from controlkit import sampling
-from controlkit.base import Base, load_base
-from controlkit.control import Control, encode_controls
-from controlkit.controlnet import from_base
+from controlkit.base import Base
+from controlkit.control import Control
 from controlkit.infotext import SAMPLER_NAMES
 
 # diffusers' Euler schedulers hand torch tensors to numpy in a way that numpy 2 will drop (diffusers 0.42.1).
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:diffusers")
-
-SIZE = 64  # pixels; latents of 8x8
-
-
-@pytest.fixture(scope="module")
-def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Base]:
-    """Bases by family, each built and loaded once."""
-    loaded: dict[str, Base] = {}
-
-    def load(family: str) -> Base:
-        if family not in loaded:
-            folder = tiny_models.build(tmp_path_factory.mktemp(family), family, sample_size=SIZE // 8)
-            loaded[family] = load_base(str(folder))
-        return loaded[family]
-
-    return load
-
-
-@pytest.fixture(scope="module")
-def sd1(load: Callable[[str], Base]) -> Base:
-    return load("sd1")
-
-
-def controlnet_of(base: Base, *, seed: int = 0) -> Any:
-    """A control network that does something: its zero convolutions are random."""
-    return (
-        tiny_models.randomize_zero_convs(from_base(base, seed=seed), seed=seed).eval().requires_grad_(False)
-    )
-
-
-def cond(seed: int = 0, *, batch: int = 1) -> torch.Tensor:
-    return torch.rand((batch, 3, SIZE, SIZE), generator=torch.Generator().manual_seed(seed))
-
-
-def our_latents(
-    base: Base, controls: list[Control], *, seed: int, steps: int, scheduler: str, **rest: Any
-) -> torch.Tensor:
-    """What `generate` computes before it decodes."""
-    guidance = rest.pop("guidance", 5.0)
-    generators = [torch.Generator().manual_seed(seed)]
-    return sampling.denoise(
-        base,
-        sampling.encode_text(base, "a red cube", rest.pop("negative_prompt", ""), guidance=guidance),
-        sampling.draw_noise(base, generators, width=SIZE, height=SIZE),
-        controls=encode_controls(controls, width=SIZE, height=SIZE, pictures=1),
-        scheduler=sampling.make_scheduler(scheduler, base),
-        steps=steps,
-        guidance=guidance,
-        generators=generators,
-        **rest,
-    )
-
-
-def their_latents(
-    base: Base, controls: list[Control], *, seed: int, steps: int, scheduler: str, **rest: Any
-) -> torch.Tensor:
-    """diffusers' pipeline on the same weights."""
-    from diffusers import StableDiffusionControlNetPipeline, StableDiffusionXLControlNetPipeline
-
-    parts: dict[str, Any] = {
-        "vae": base.vae,
-        "unet": base.unet,
-        "text_encoder": base.text_encoders[0],
-        "tokenizer": base.tokenizers[0],
-        "scheduler": sampling.make_scheduler(scheduler, base),
-        "controlnet": [control.controlnet for control in controls],
-    }
-    if base.family == "sdxl":
-        parts |= {"text_encoder_2": base.text_encoders[1], "tokenizer_2": base.tokenizers[1]}
-        parts["force_zeros_for_empty_prompt"] = base.zeros_for_empty_negative
-        pipeline = StableDiffusionXLControlNetPipeline(**parts, add_watermarker=False)
-    else:
-        pipeline = StableDiffusionControlNetPipeline(
-            **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
-        )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline(
-        "a red cube",
-        image=[control.controlnet_cond for control in controls],
-        controlnet_conditioning_scale=[control.scale for control in controls],
-        control_guidance_start=[control.start for control in controls],
-        control_guidance_end=[control.end for control in controls],
-        num_inference_steps=steps,
-        guidance_scale=rest.pop("guidance", 5.0),
-        generator=torch.Generator().manual_seed(seed),
-        output_type="latent",
-        return_dict=False,
-        **rest,
-    )[0]
-
-
-def assert_same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    assert ours.shape == theirs.shape
-    assert theirs.std() > 0.1
-    assert (ours - theirs).abs().max() < 1e-4 * max(1.0, float(theirs.abs().max()))
 
 
 @pytest.mark.parametrize("family", tiny_models.FAMILIES)
@@ -172,7 +77,7 @@ def test_every_scheduler_takes_few_steps(sd1: Base, scheduler: str, steps: int) 
 
 
 def test_eta_draws_the_same_noise_as_the_pipeline(sd1: Base) -> None:
-    request: dict[str, Any] = {"seed": 5, "steps": 4, "scheduler": "ddim", "eta": 1.0}
+    request: dict[str, Any] = {"seed": 5, "steps": 4, "scheduler": "ddim", "temperature": 1.0}
     controls = [Control(controlnet_of(sd1), cond())]
     assert_same(our_latents(sd1, controls, **request), their_latents(sd1, controls, **request))
 
@@ -281,7 +186,9 @@ def test_as_many_steps_as_were_trained_do_not_fit_behind_an_offset(sd1: Base) ->
         ({"height": 0}, "height must be a multiple of 8"),
         ({"seeds": (-1,)}, "a seed must be a whole number from 0"),
         ({"seeds": ()}, "no seed given"),
-        ({"eta": 2.0}, "eta must be a number from 0 to 1"),
+        ({"temperature": 1.5}, "temperature must be a number from 0 to 1 for ddim, not 1.5"),
+        ({"temperature": 0.5, "scheduler": "euler"}, "euler injects none: take one of ddim, ddpm"),
+        ({"guidance_rescale": -0.1}, "guidance_rescale must be a number from 0 to 1"),
         ({"scheduler": "dim"}, "unknown scheduler 'dim' .did you mean 'ddim'"),
     ],
 )

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from fakes import faked
 from tiny_models import SD15_UNET
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -181,26 +182,13 @@ def test_no_more_is_saved_for_the_backward_pass_than_by_the_script(bench):
     assert mine.by_part["up_blocks"] > 0
 
 
-def _fake(network: nn.Module) -> nn.Module:
-    """The network with tensors that have no content, within a FakeTensorMode."""
-    for module in network.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                empty = torch.empty(parameter.shape)
-                module._parameters[name] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
-    return network
-
-
 def test_flops_of_a_step_of_stable_diffusion(tmp_path):
     with torch.device("meta"):
         unet = lock(UNet2DConditionModel(**SD15_UNET))
         controlnet = from_base(unet)
     recipe = recipe_for("tiny", tmp_path, tmp_path, Setting(1))
     with FakeTensorMode(), FlopCounterMode(display=False) as counter:
-        pair = Pair(_fake(controlnet), _fake(unet), recipe)
+        pair = Pair(faked(controlnet), faked(unet), recipe)
         model_pred = pair(
             torch.randn(1, 4, 64, 64),
             torch.tensor([500]),

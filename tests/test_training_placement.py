@@ -7,8 +7,11 @@ from fake_device import fake_device, move
 from killed_runs import recipe, write_pictures
 from tiny_models import build
 
-from controlkit.control import Control, encode_controls
-from controlkit.sampling import denoise, draw_noise, encode_text, make_scheduler
+from controlkit.applying import encode_controls
+from controlkit.control import Control
+from controlkit.sampling import Guidance, denoise, encode_text
+from controlkit.schedulers import make_schedule
+from controlkit.starting import begin
 from controlkit.training.adapter import ControlNetTask
 from controlkit.training.config import load_recipe
 from controlkit.training.data.encoding import encode_captions, encode_pictures
@@ -121,15 +124,15 @@ def test_sampling_mixes_no_devices(place):
     with torch.no_grad(), fake_device("cuda"):
         move(run, "cuda")
         base = run.task.base
+        schedule = make_schedule("ddim", base, steps=2)
         latents = denoise(
             base,
             encode_text(base, "a word", "", guidance=2.0),
-            draw_noise(base, generators, width=64, height=64),
+            begin(base, schedule, generators, width=64, height=64),
             controls=encode_controls([control], width=64, height=64, pictures=2),
-            scheduler=make_scheduler("ddim", base),
-            steps=2,
-            guidance=2.0,
-            eta=0.5,
+            schedule=schedule,
+            guidance=Guidance(2.0),
+            temperature=0.5,
             generators=generators,
         )
         pixels = base.decode_latents(latents)

@@ -6,6 +6,7 @@ default. The weights are torch's default initialisation under a fixed seed.
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import torch
 from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from controlkit.base import Base
+from controlkit.controlnet import lock
 from controlkit.folders import quiet_libraries
 
 FAMILIES = ("sd1", "sd2", "sdxl")
@@ -223,3 +226,14 @@ def _write_index(folder: Path, family: str, parts: dict[str, Any]) -> None:
         library = "diffusers" if kind.__module__.startswith("diffusers") else "transformers"
         index[name] = [library, "CLIPTokenizer" if "tokenizer" in name else kind.__name__]
     (folder / "model_index.json").write_text(json.dumps(index, indent=2))
+
+
+def nine_channels(base: Base) -> Base:
+    """The same base with a U-Net that is shown a mask and a masked picture, too."""
+    unet = UNet2DConditionModel.from_config({**base.unet.config, "in_channels": 9})
+    weights = base.unet.state_dict()
+    generator = torch.Generator().manual_seed(5)
+    more = 0.1 * torch.randn((len(weights["conv_in.weight"]), 5, 3, 3), generator=generator)
+    weights["conv_in.weight"] = torch.cat([weights["conv_in.weight"], more], dim=1)
+    unet.load_state_dict(weights)
+    return replace(base, unet=lock(unet))

@@ -79,13 +79,13 @@ class Models:
         return copy.deepcopy(self.controlnet).requires_grad_(True).train()
 
 
-def write(name: str, folder: Path) -> Path:
+def write(name: str, folder: Path, *, hint_channels: Sequence[int] | None = None) -> Path:
     """Write a base and a ControlNet of a size: ``folder/base`` and ``folder/controlnet``."""
     size = SIZES[name]
     with quiet_libraries(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         unet = _write_base(size, folder / "base") if size.unet else load_base(name).unet
-        controlnet = lock(from_base(unet, hint_channels=size.hint_channels, seed=0))
+        controlnet = lock(from_base(unet, hint_channels=hint_channels or size.hint_channels, seed=0))
         for name_of, parameter in controlnet.named_parameters():  # at first the map would change nothing
             hint = name_of.startswith("controlnet_cond_embedding")
             if parameter.dim() > 1 and (hint or not parameter.any()):

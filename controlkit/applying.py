@@ -1,0 +1,192 @@
+"""Running the controls of a generation: hints once, then in each step the residuals that are due."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from controlkit.control import Control
+from controlkit.controlnet import Residuals, add_residuals, control_residuals, encode_hint, weigh_residuals
+
+if TYPE_CHECKING:
+    from diffusers import ControlNetModel
+
+
+BAND = 512  # pixels of a large map that are encoded at a time
+_MARGIN = 32  # pixels that a band sees beyond its own; the hint encoder looks 23 to each side
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedControl:
+    """A control whose map has been through the hint encoder, once for all steps and pictures.
+
+    hint: (1|B, C0, height/8, width/8), the hint encoder's output. weights: of the connections. region: the
+    mask, (1, 1, H, W), or None.
+    """
+
+    control: Control
+    hint: Tensor
+    weights: tuple[float, ...]
+    region: Tensor | None = None
+    regions: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
+    """The mask at the sizes that were asked for."""
+    last: dict[int, Residuals] = field(default_factory=dict)
+    """What the network gave last, by the rows it was told."""
+
+    def rows(self, first: int, last: int) -> EncodedControl:
+        """The control for pictures `first` to `last` (exclusive) of the B."""
+        hint = self.hint if len(self.hint) == 1 else self.hint[first:last]
+        return replace(self, hint=hint, last={})
+
+    def region_for(self, residual: Tensor) -> Tensor:
+        """The mask as large as a residual (..., h, w): (1, 1, h, w)."""
+        assert self.region is not None
+        size = tuple(residual.shape[-2:])
+        if size not in self.regions:
+            stretched = torch.nn.functional.interpolate(self.region, size=size, mode="bilinear")
+            self.regions[size] = stretched.to(residual.device, residual.dtype)
+        return self.regions[size]
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """What the networks are told by text, for every row of a generation: the same tensors in each step.
+
+    encoder_hidden_states: (branches x pictures, 77, D), all unconditional rows first where there are two
+    branches. added_cond: SDXL's, with as many rows; else None.
+    """
+
+    encoder_hidden_states: Tensor
+    added_cond: Mapping[str, Tensor] | None
+    pictures: int
+    is_conditional: bool = True
+    """Whether the last rows are conditional ones."""
+
+    @property
+    def branches(self) -> int:
+        """2 under classifier-free guidance, else 1."""
+        return len(self.encoder_hidden_states) // self.pictures
+
+    @cached_property
+    def unconditional(self) -> Rows:
+        """The unconditional rows alone."""
+        assert self.branches == 2
+        added, last = self.added_cond, self.pictures
+        return Rows(
+            self.encoder_hidden_states[:last],
+            None if added is None else {name: rows[:last] for name, rows in added.items()},
+            self.pictures,
+            is_conditional=False,
+        )
+
+    @cached_property
+    def conditional(self) -> Rows:
+        """The conditional rows alone."""
+        if self.branches == 1:
+            return self
+        added, first = self.added_cond, self.pictures
+        return Rows(
+            self.encoder_hidden_states[first:],
+            None if added is None else {name: rows[first:] for name, rows in added.items()},
+            self.pictures,
+        )
+
+
+def encode_controls(
+    controls: Sequence[Control], *, width: int, height: int, pictures: int, in_bands: bool = False
+) -> list[EncodedControl]:
+    """Run each hint encoder once, for `pictures` pictures of width x height pixels.
+
+    in_bands: a part of the map at a time, so that memory stays bounded, with the same result.
+
+    Raises ValueError when a map's size or number fits neither one nor all of the pictures, and for layers
+    that are not as many as the network's connections.
+    """
+    encoded = []
+    for control in controls:
+        controlnet, weights = control.controlnet, control.weights()
+        if control.mask is not None and controlnet.config.global_pool_conditions:
+            raise ValueError("a control network that pools its residuals acts nowhere in particular: no mask")
+        cond = control.cond_for(width, height)
+        if len(cond) not in (1, pictures):
+            raise ValueError(f"{len(cond)} maps for {pictures} pictures: give one map, or one per picture")
+        cond = cond.to(device=controlnet.device, dtype=controlnet.dtype)
+        encoded.append(EncodedControl(control, _hints(controlnet, cond, in_bands), weights, control.region()))
+    return encoded
+
+
+def _hints(controlnet: ControlNetModel, cond: Tensor, in_bands: bool) -> Tensor:
+    """Hints of maps (B, C, H, W), one at a time: none depends on its neighbours in the batch."""
+    encode = _hint_in_bands if in_bands else encode_hint
+    return torch.cat([encode(controlnet, row[None]) for row in cond])
+
+
+def _hint_in_bands(controlnet: ControlNetModel, cond: Tensor) -> Tensor:
+    height, bands = cond.shape[-2], []
+    for top in range(0, height, BAND):
+        bottom = min(top + BAND, height)
+        above = max(top - _MARGIN, 0)
+        hint = encode_hint(controlnet, cond[..., above : bottom + _MARGIN, :])
+        bands.append(hint[..., (top - above) // 8 : (bottom - above) // 8, :])
+    return torch.cat(bands, dim=-2)
+
+
+def summed_residuals(
+    controls: Sequence[EncodedControl],
+    noisy_latents: Tensor,
+    timesteps: Tensor,
+    rows: Rows,
+    *,
+    step: int,
+    steps: int,
+    again: bool = False,
+) -> Residuals | None:
+    """The residuals of all controls active in this step, weighed and summed; None when there are none.
+
+    ``noisy_latents`` (B, C, h, w), one row for each picture: guidance shows both branches the same ones. The
+    residuals have a row for each of `rows`; those of a branch that no control acts on are zero. `again`
+    (lossy): what the networks gave before, where they were run before.
+    """
+    terms = []
+    for encoded in controls:
+        control = encoded.control
+        if not control.active(step, steps):
+            continue
+        told = rows if control.acts_on_both() else rows.conditional
+        if not told.is_conditional and not control.acts_on_both():
+            continue
+        residuals = encoded.last.get(id(told)) if again else None
+        if residuals is None:
+            residuals = control_residuals(
+                control.controlnet,
+                noisy_latents,
+                timesteps,
+                told.encoder_hidden_states,
+                encoded.hint,
+                added_cond=told.added_cond,
+            )
+            encoded.last[id(told)] = residuals
+        scale = control.scale_at(step, steps)
+        residuals = weigh_residuals(residuals, [scale * weight for weight in encoded.weights])
+        residuals = _within_region(encoded, residuals)
+        if told is not rows:
+            residuals = Residuals(tuple(map(_after_zeros, residuals.down)), _after_zeros(residuals.mid))
+        terms.append(residuals)
+    return add_residuals(*terms) if terms else None
+
+
+def _within_region(encoded: EncodedControl, residuals: Residuals) -> Residuals:
+    if encoded.region is None:
+        return residuals
+    *down, mid = (part * encoded.region_for(part) for part in (*residuals.down, residuals.mid))
+    return Residuals(tuple(down), mid)
+
+
+def _after_zeros(residual: Tensor) -> Tensor:
+    """Rows of zeros for the unconditional branch, then the residual of the conditional one."""
+    return torch.cat([torch.zeros_like(residual), residual])

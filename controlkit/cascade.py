@@ -1,0 +1,62 @@
+"""Two stages: a picture at the base's own size, then the same larger and refined under the same control.
+
+A base that was trained for 512 pixels repeats itself at 1024. Its composition comes from the first stage; the
+second starts from that picture, enlarged, with a part of the noise (A1111's "hires. fix").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from controlkit import images, limits
+from controlkit.sampling import generate
+from controlkit.starting import Start
+
+if TYPE_CHECKING:
+    from controlkit.base import Base
+    from controlkit.control import Control
+
+
+def larger_size(width: int, height: int, factor: float) -> tuple[int, int]:
+    """Width and height of the second stage: the factor's, to multiples of 8.
+
+    Raises ValueError for a factor outside 1 to 8, or a side that would be too long.
+    """
+    limits.check_factor(factor)
+    larger = round(width * factor / 8) * 8, round(height * factor / 8) * 8
+    limits.check_size(*larger)
+    return larger
+
+
+def refine(
+    base: Base,
+    prompt: str,
+    picture: np.ndarray,
+    *,
+    factor: float = 2.0,
+    strength: float = 0.5,
+    seed: int = 0,
+    controls: Sequence[Control] = (),
+    **options: Any,
+) -> np.ndarray:
+    """The second stage: a picture, uint8 (H, W, 3), `factor` times as large, refined under its controls.
+
+    strength: above 0, up to 1: the share of the steps that are taken. controls: with maps of the larger
+    picture where there are any; others are resized. options: of `sampling.generate`; with `tiles` memory
+    stays bounded.
+    """
+    width, height = larger_size(picture.shape[1], picture.shape[0], factor)
+    enlarged = images.resize(picture, width, height)
+    return generate(
+        base,
+        prompt,
+        controls=controls,
+        start=Start(enlarged, strength),
+        seeds=[seed],
+        width=width,
+        height=height,
+        **options,
+    )[0]

@@ -1,0 +1,134 @@
+"""One prediction of the pair under guidance: what the loop asks for in every step, and what may be left out.
+
+`Savings` are lossy and off by default; what they cost in control and how far pictures move is measured by
+`tests/benchmarks/sample.py --lossy`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from controlkit import limits
+from controlkit.applying import EncodedControl, Rows, summed_residuals
+from controlkit.base import Base
+from controlkit.controlnet import Deep, predict
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance: ``eps_u + scale * (eps_c - eps_u)``.
+
+    rescale: 0 to 1, the share of the result whose spread is brought back to that of eps_c (Lin et al. 2023,
+    arXiv:2305.08891, equations 15 and 16), against the washed-out pictures of large scales.
+    """
+
+    scale: float
+    rescale: float = 0.0
+
+    def __post_init__(self) -> None:
+        limits.check_guidance(self.scale)
+        limits.check_rescale(self.rescale)
+
+    def apply(self, uncond: Tensor, cond: Tensor) -> Tensor:
+        """The guided prediction of both branches' (B, C, h, w)."""
+        guided = uncond + self.scale * (cond - uncond)
+        if not self.rescale:
+            return guided
+        axes = tuple(range(1, cond.ndim))
+        rescaled = guided * (cond.std(dim=axes, keepdim=True) / guided.std(dim=axes, keepdim=True))
+        return self.rescale * rescaled + (1 - self.rescale) * guided
+
+
+@dataclass(frozen=True)
+class Savings:
+    """Work that is left out at the price of another picture.
+
+    control_every: run the control networks in every k-th step, and use their last residuals in between.
+    features_every: run the deep part of all networks in every k-th step, and the outermost blocks alone in
+        between, on the last deep features (DeepCache: Ma et al. 2023, arXiv:2312.00858).
+    guidance_until: guide the first share of the steps, 0 to 1, and follow the prompt alone after it.
+
+    Raises ValueError for a number outside its range.
+    """
+
+    control_every: int = 1
+    features_every: int = 1
+    guidance_until: float = 1.0
+
+    def __post_init__(self) -> None:
+        limits.check_every("control_every", self.control_every)
+        limits.check_every("features_every", self.features_every)
+        limits.check_share("guidance_until", self.guidance_until)
+
+
+@dataclass(eq=False)
+class Predictor:
+    """The pair of a generation: `base` under `controls`, told `rows`, in `steps` steps.
+
+    shown: further channels of the U-Net's input (B, 5, h, w), for bases that fill holes.
+    one_branch_at_a_time: the same result with half of the memory for activations.
+    """
+
+    base: Base
+    rows: Rows
+    controls: Sequence[EncodedControl]
+    guidance: Guidance
+    steps: int
+    savings: Savings = Savings()
+    shown: Tensor | None = None
+    one_branch_at_a_time: bool = False
+    deep: dict[int, Deep] = field(default_factory=dict)
+
+    def __call__(self, noisy_latents: Tensor, timestep: Tensor, step: int) -> Tensor:
+        """``model_pred`` (B, C, h, w), float32, for ``noisy_latents`` of that shape in step `step` (from 0).
+
+        ``timestep``: a number on the networks' device.
+        """
+        noisy_latents = noisy_latents.to(self.base.dtype).contiguous(memory_format=torch.channels_last)
+        rows = self.rows
+        if rows.branches == 1 or step >= self.savings.guidance_until * self.steps:
+            return self._predict(noisy_latents, timestep, rows.conditional, step)
+        if self.one_branch_at_a_time:
+            uncond, cond = (
+                self._predict(noisy_latents, timestep, part, step)
+                for part in (rows.unconditional, rows.conditional)
+            )
+        else:
+            uncond, cond = self._predict(noisy_latents, timestep, rows, step).chunk(2)
+        return self.guidance.apply(uncond, cond)
+
+    def _predict(self, noisy_latents: Tensor, timestep: Tensor, rows: Rows, step: int) -> Tensor:
+        savings, deep = self.savings, None
+        if savings.features_every > 1:
+            if step % savings.features_every == 0:
+                self.deep[id(rows)] = Deep()
+            deep = self.deep.setdefault(id(rows), Deep())
+        shallow = deep is not None and deep.x is not None
+        residuals = summed_residuals(
+            self.controls,
+            noisy_latents,
+            timestep,
+            rows,
+            step=step,
+            steps=self.steps,
+            again=shallow or step % savings.control_every != 0,
+        )
+        return predict(
+            self.base.unet,
+            self._with_shown(noisy_latents),
+            timestep,
+            rows.encoder_hidden_states,
+            residuals=residuals,
+            added_cond=rows.added_cond,
+            deep=deep,
+        ).float()
+
+    def _with_shown(self, noisy_latents: Tensor) -> Tensor:
+        """The latents, and the mask and the masked picture for a base that takes them."""
+        if self.shown is None:
+            return noisy_latents
+        return torch.cat([noisy_latents, self.shown.to(noisy_latents.dtype)], dim=1)

@@ -1,0 +1,148 @@
+"""What is the same in every step of a generation, or in both branches of guidance, computed once.
+
+Exact but for rounding: the text's keys and values in every cross-attention, which depend on nothing but the
+prompt (`text_kept`), and the start of a network, which does not see the text yet and is therefore the same
+for the unconditional and the conditional branch (`shared_start`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def repeat_rows(x: Tensor, rows: int) -> Tensor:
+    """A batch, again and again until it has so many rows."""
+    return x if len(x) == rows else torch.cat([x] * (rows // len(x)))
+
+
+def shared_start(
+    block: Any, x: Tensor, emb: Tensor, encoder_hidden_states: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """A down block of diffusers on ``x`` (B, C, h, w), for branches x B rows of text.
+
+    What comes before the first cross-attention runs on B rows. ``emb`` has as many rows as ``x`` or as the
+    text; in the latter case (SDXL, where it knows the prompt) nothing is shared. Returns what the block does:
+    the output and the skips, with the text's number of rows; a block without cross-attention that shares all
+    of itself leaves its output at B rows.
+    """
+    rows = len(encoder_hidden_states)
+    if len(emb) != len(x):
+        x = repeat_rows(x, rows)
+    if not getattr(block, "has_cross_attention", False):
+        x, outputs = block(x, emb)
+        return x, [repeat_rows(output, rows) for output in outputs]
+    outputs = []
+    for resnet, attention in zip(block.resnets, block.attentions, strict=True):
+        x = resnet(x, repeat_rows(emb, len(x)))
+        if len(x) < rows:
+            x = _transformer(attention, x, encoder_hidden_states)
+        else:
+            x = attention(x, encoder_hidden_states=encoder_hidden_states, return_dict=False)[0]
+        outputs.append(x)
+    for downsampler in block.downsamplers or ():
+        x = downsampler(x)
+        outputs.append(x)
+    return x, outputs
+
+
+def _transformer(transformer: Any, x: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+    """diffusers' `Transformer2DModel` on ``x`` (B, C, h, w), its first self-attention done once for all
+    branches."""
+    rows, (count, _, height, width) = len(encoder_hidden_states), x.shape
+    residual, x = repeat_rows(x, rows), transformer.norm(x)
+    if transformer.use_linear_projection:
+        x = transformer.proj_in(x.permute(0, 2, 3, 1).reshape(count, height * width, -1))
+    else:
+        x = transformer.proj_in(x).permute(0, 2, 3, 1).reshape(count, height * width, -1)
+    first, *others = transformer.transformer_blocks
+    x = _transformer_block(first, x, encoder_hidden_states)
+    for block in others:
+        x = block(x, encoder_hidden_states=encoder_hidden_states)
+    x = transformer.proj_out(x) if transformer.use_linear_projection else x
+    x = x.reshape(rows, height, width, -1).permute(0, 3, 1, 2).contiguous()
+    return (x if transformer.use_linear_projection else transformer.proj_out(x)) + residual
+
+
+def _transformer_block(block: Any, x: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+    """diffusers' `BasicTransformerBlock`, up to its cross-attention on B rows."""
+    plain = block.norm_type == "layer_norm" and block.pos_embed is None and not block.only_cross_attention
+    if not plain:
+        return block(repeat_rows(x, len(encoder_hidden_states)), encoder_hidden_states=encoder_hidden_states)
+    x = block.attn1(block.norm1(x)) + x
+    x = repeat_rows(x, len(encoder_hidden_states))
+    x = block.attn2(block.norm2(x), encoder_hidden_states=encoder_hidden_states) + x
+    return block.ff(block.norm3(x)) + x
+
+
+class KeptText:
+    """diffusers' `AttnProcessor2_0` for a text that stays the same: its keys and values are computed once.
+
+    They are remembered by the text tensor itself: as long as the same object is given, it is the same text.
+    """
+
+    def __init__(self) -> None:
+        self.kept: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        """The attention's output for ``hidden_states`` (B, S, C) and ``encoder_hidden_states`` (B, 77, D)."""
+        assert encoder_hidden_states is not None
+        assert attention_mask is None
+        key, value = self._keys_and_values(attn, encoder_hidden_states)
+        query = _heads(attn, attn.to_q(hidden_states))
+        out = nn.functional.scaled_dot_product_attention(query, key, value)
+        out = attn.to_out[0](out.transpose(1, 2).flatten(2))  # (B, heads, S, d) to (B, S, heads x d)
+        return out / attn.rescale_output_factor if attn.rescale_output_factor != 1 else out
+
+    def _keys_and_values(self, attn: Any, text: Tensor) -> tuple[Tensor, Tensor]:
+        for known, key, value in self.kept:
+            if known is text:
+                return key, value
+        key, value = _heads(attn, attn.to_k(text)), _heads(attn, attn.to_v(text))
+        self.kept = [*self.kept[-3:], (text, key, value)]  # both branches, of two stages
+        return key, value
+
+
+def _heads(attn: Any, x: Tensor) -> Tensor:
+    """(B, S, heads x d) to (B, heads, S, d)."""
+    return x.view(len(x), x.shape[1], attn.heads, -1).transpose(1, 2)
+
+
+@contextlib.contextmanager
+def text_kept(*networks: nn.Module) -> Iterator[None]:
+    """Within the block the cross-attentions of the networks compute a text's keys and values once.
+
+    Attentions that are not diffusers' plain ones (IP-Adapter's, say) stay as they are. Nothing may change
+    the networks' weights within the block.
+    """
+    from diffusers.models.attention_processor import AttnProcessor2_0
+
+    changed: list[Any] = []
+    try:
+        for network in networks:
+            for name, module in network.named_modules():
+                if not (name.endswith("attn2") and _is_plain(module)):
+                    continue
+                if type(module.processor) is AttnProcessor2_0:
+                    changed.append((module, module.processor))
+                    module.processor = KeptText()
+        yield
+    finally:
+        for module, processor in changed:
+            module.processor = processor
+
+
+def _is_plain(attn: Any) -> bool:
+    special = (attn.spatial_norm, attn.group_norm, attn.norm_cross, attn.norm_q, attn.norm_k)
+    return not any(special) and not attn.residual_connection

@@ -1,0 +1,145 @@
+"""Schedulers by name: diffusers' classes on the base's own noise schedule, and the noise that they inject."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from controlkit import naming
+
+if TYPE_CHECKING:
+    from controlkit.base import Base
+
+SCHEDULERS: Mapping[str, tuple[str, dict[str, Any]]] = {  # our name -> (diffusers' class, what it is set to)
+    "ddim": ("DDIMScheduler", {"clip_sample": False}),
+    "ddpm": ("DDPMScheduler", {"clip_sample": False}),
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler-a": ("EulerAncestralDiscreteScheduler", {}),
+    "dpm++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}),
+    "dpm++-karras": (
+        "DPMSolverMultistepScheduler",
+        {"algorithm_type": "dpmsolver++", "solver_order": 2, "use_karras_sigmas": True},
+    ),
+    "dpm++-sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_order": 2}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "lms": ("LMSDiscreteScheduler", {}),
+    "lcm": ("LCMScheduler", {}),
+    "tcd": ("TCDScheduler", {}),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """A scheduler that is set to a number of steps, and its timesteps from the noisiest on.
+
+    timesteps: (n,) on the CPU, where schedulers look things up without waiting for a device. n is more than
+    the steps asked for where the scheduler evaluates twice. first: how many it leaves out at the beginning,
+    for a generation that starts from a picture.
+    """
+
+    scheduler: Any
+    timesteps: Tensor
+    first: int = 0
+
+    @property
+    def steps(self) -> int:
+        """How many steps will be taken."""
+        return len(self.timesteps)
+
+    def add_noise(self, latents: Tensor, noise: Tensor, step: int) -> Tensor:
+        """Latents as noisy as before step `step` (from 0); as they are, behind the last one."""
+        if step >= len(self.timesteps):
+            return latents
+        return self.scheduler.add_noise(latents, noise, self.timesteps[step : step + 1])
+
+
+def make_scheduler(name: str, base: Base) -> Any:
+    """The named diffusers scheduler, built from the base's own schedule.
+
+    name: one of `SCHEDULERS`. Latents are not pixels, so clipping to [-1, 1] is off whatever the base's
+    file says, as in diffusers' pipelines. Raises ValueError for an unknown name, or for lms without scipy.
+    """
+    if name not in SCHEDULERS:
+        raise naming.unknown("scheduler", name, SCHEDULERS)
+    import diffusers
+    from diffusers.utils import is_scipy_available
+
+    if name == "lms" and not is_scipy_available():
+        raise ValueError("scheduler 'lms' integrates with scipy, which is not installed: pip install scipy")
+    class_name, settings = SCHEDULERS[name]
+    return getattr(diffusers, class_name).from_config(base.scheduler_config, **settings)
+
+
+def make_schedule(name: str, base: Base, *, steps: int, strength: float = 1.0) -> Schedule:
+    """The named scheduler set to `steps`, or to the last `strength` of them, rounded down, at least one.
+
+    A part of the steps is what diffusers' pipelines take that start from a picture. Raises ValueError where
+    the scheduler's spacing runs past the trained timesteps.
+    """
+    scheduler = make_scheduler(name, base)
+    try:
+        scheduler.set_timesteps(steps, device="cpu")
+    except (ValueError, IndexError) as error:  # lcm and tcd have their own limits
+        raise ValueError(f"scheduler {name!r} does not take {steps} steps: {_first_line(error)}") from error
+    trained = scheduler.config.num_train_timesteps
+    if scheduler.timesteps.max() > trained - 1:  # "leading" spacing plus an offset of 1
+        raise ValueError(f"{steps} steps do not fit into the base's {trained} timesteps: take fewer")
+    taken = max(min(int(steps * strength), steps), 1)
+    first = (steps - taken) * scheduler.order
+    if strength < 1 and hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(first)
+    return Schedule(scheduler, scheduler.timesteps[first:], first)
+
+
+def step_options(
+    scheduler: Any, *, temperature: float | None, generators: Sequence[torch.Generator] | None
+) -> dict[str, Any]:
+    """The keyword arguments that this scheduler's step understands, as in diffusers' pipelines."""
+    understood = inspect.signature(scheduler.step).parameters
+    offered = {
+        "eta": (temperature or 0.0) if _has_eta(scheduler) else None,
+        "generator": None if generators is None else list(generators),
+    }
+    return {name: value for name, value in offered.items() if name in understood and value is not None}
+
+
+def _has_eta(scheduler: Any) -> bool:
+    """Whether its step has a parameter of its own for how much noise it injects."""
+    return type(scheduler).__name__ in ("DDIMScheduler", "TCDScheduler")
+
+
+@contextlib.contextmanager
+def scaled_noise(scheduler: Any, temperature: float | None) -> Iterator[None]:
+    """Within the block what the scheduler draws is multiplied by `temperature`; None leaves it.
+
+    DDIM and TCD are told their eta instead (`step_options`). The draws themselves stay the same, so that a
+    seed is the same picture's at every temperature.
+    """
+    module = sys.modules[type(scheduler).__module__]
+    drawn = getattr(module, "randn_tensor", None)
+    if temperature in (None, 1) or drawn is None or _has_eta(scheduler):
+        yield
+        return
+
+    def scaled(*args: Any, **kwargs: Any) -> Tensor:
+        noise: Tensor = drawn(*args, **kwargs)
+        return noise * temperature
+
+    module.randn_tensor = scaled  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        module.randn_tensor = drawn  # type: ignore[attr-defined]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).split("\n")[0].split(". ")[0]

@@ -1,0 +1,219 @@
+"""`controlkit generate` with every way of control, from pictures, in two stages, in tiles and on grids."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from outcomes import Run
+
+from controlkit.arguments import ControlArgument, parse_control
+from controlkit.grid_job import Axis, parse_axes
+from controlkit.images import load_picture, read_png_text, write_png
+
+# diffusers' Euler schedulers hand torch tensors to numpy in a way that numpy 2 will drop (diffusers 0.42.1).
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+
+def recorded(path: str) -> dict[str, object]:
+    found: dict[str, object] = json.loads(read_png_text(path)["controlkit"])
+    return found
+
+
+@pytest.fixture
+def region(tmp_path: Path) -> str:
+    mask = np.zeros((64, 64, 3), np.uint8)
+    mask[:, :32] = 255
+    write_png(tmp_path / "left.png", mask)
+    return "left.png"
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        ("0.7", {"scale": 0.7}),
+        ("1..0.2", {"scale": (1.0, 0.2)}),
+        ("scale=0.5:end=0.5", {"scale": 0.5, "end": 0.5}),
+        ("0.7:mode=prompt:start=0.1", {"scale": 0.7, "mode": "prompt", "start": 0.1}),
+        ("layers=soft:gate=webui", {"layers": "soft", "gate": "webui"}),
+        ("layers=0,0.5,1", {"layers": (0.0, 0.5, 1.0)}),
+        ("only_mid=true:mask=left.png", {"only_mid": True, "mask": "left.png"}),
+    ],
+)
+def test_how_a_control_acts_is_written_behind_its_picture(how: str, expected: dict[str, object]) -> None:
+    found = parse_control(f"canny=C:\\a b.png:{how}", is_map=False)
+    assert found == ControlArgument(
+        "canny",
+        "C:\\a b.png",
+        **{"scale": 1.0, **expected},
+        is_map=False,  # type: ignore[arg-type]
+    )
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("mode=promt", "unknown mode 'promt' (did you mean 'prompt'?)"),
+        ("mod=prompt", "unknown setting of a control 'mod' (did you mean 'mode'?)"),
+        ("end=half", "end cannot be 'half'"),
+        ("start=0.6:end=0.5", "0 <= start < end <= 1"),
+        ("scale=11", "scale must be a number from -10 to 10, not 11.0"),
+        ("0.5:end=0.5:end=0.7", "end is given twice"),
+        ("only_mid=yes", "only_mid cannot be 'yes'"),
+        ("layers=0,nan", "layers must be finite numbers"),
+    ],
+)
+def test_what_a_control_cannot_be_told(generate: Run, photo: Path, how: str, message: str) -> None:
+    assert message in generate("--control", f"canny={photo}:{how}").refused()
+
+
+def test_settings_are_recorded_and_repeated(run: Run, models: Path, photo: Path, region: str) -> None:
+    fixed = ["--base", models / "sd1", "--adapter", f"canny={models / 'canny-sd1'}", "--steps", 3]
+    how = f"1..0.5:end=0.9:gate=webui:mode=guess:mask={region}"
+    more = ["--scheduler", "euler-a", "--temperature", 0.5, "--guidance-rescale", 0.3]
+    run("generate", "x", *fixed, "--control", f"canny={photo}:{how}", *more, "-o", "out.png").done()
+    control = recorded("out.png")["controls"][0]  # type: ignore[index]
+    assert (control["scale"], control["end"], control["gate"]) == ([1.0, 0.5], 0.9, "webui")
+    assert (control["mode"], control["mask"]) == ("guess", region)
+    assert (recorded("out.png")["temperature"], recorded("out.png")["guidance_rescale"]) == (0.5, 0.3)
+    run("generate", "--like", "out.png", "-o", "again.png").done()
+    assert Path("again.png").read_bytes() == Path("out.png").read_bytes()
+    run("generate", "--like", "out.png", "--temperature", 1, "-o", "other.png").done()
+    assert not np.array_equal(load_picture("other.png"), load_picture("out.png"))
+    write_png(region, np.full((64, 64, 3), 255, np.uint8))
+    assert "left.png, which has changed since" in run("generate", "--like", "out.png").refused()
+
+
+def test_a_picture_to_start_from_is_recorded_and_repeated(
+    run: Run, models: Path, photo: Path, region: str
+) -> None:
+    fixed = ["generate", "x", "--base", models / "sd1", "--steps", 4, "--from", photo]
+    run(*fixed, "-o", "whole.png").done()
+    assert recorded("whole.png")["start"]["strength"] == 0.75  # type: ignore[index]
+    assert "Denoising strength: 0.75" in read_png_text("whole.png")["parameters"]
+    run(*fixed, "--mask", region, "-o", "hole.png").done()
+    before, after = load_picture(photo), load_picture("hole.png")
+    assert np.array_equal(after[:, 32:], before[:, 32:])
+    assert not np.array_equal(after[:, :32], before[:, :32])
+    run("generate", "--like", "hole.png", "-o", "again.png").done()
+    assert Path("again.png").read_bytes() == Path("hole.png").read_bytes()
+    run("generate", "--like", "hole.png", "--strength", 0.5, "-o", "half.png").done()
+    assert recorded("half.png")["start"]["strength"] == 0.5  # type: ignore[index]
+
+
+@pytest.mark.filterwarnings("default")  # the command shows them as notes
+def test_an_inpainting_adapter_sees_the_picture_and_its_hole(
+    run: Run, models: Path, photo: Path, region: str
+) -> None:
+    fixed = ["generate", "x", "--base", models / "sd1", "--steps", 2]
+    control = ["--control", f"inpaint={photo}", "--adapter", f"inpaint={models / 'canny-sd1'}"]
+    assert "add --from PICTURE --mask MASK" in run(*fixed, *control).refused()
+    outcome = run(*fixed, *control, "--from", photo, "--mask", region, "-o", "out.png")
+    outcome.done()
+    assert "learned to follow canny maps, not inpaint" in outcome.err
+
+
+def test_two_stages(generate: Run, run: Run) -> None:
+    outcome = generate("--hires", 1.5, "--hires-strength", 0.5, "-n", 2, "-o", "out.png")
+    assert "wrote out-1.png (96x96, seed 0)" in outcome.done()
+    assert load_picture("out-2.png").shape == (96, 96, 3)
+    assert "Hires upscale: 1.5" in read_png_text("out-1.png")["parameters"]
+    run("generate", "--like", "out-2.png", "-o", "again.png").done()
+    assert Path("again.png").read_bytes() == Path("out-2.png").read_bytes()
+
+
+def test_large_pictures_in_tiles_keep_their_size(run: Run, models: Path) -> None:
+    write_png("large.png", np.random.default_rng(0).integers(0, 256, (160, 200, 3), np.uint8))
+    fixed = ["generate", "x", "--base", models / "sd1", "--steps", 2, "--from", "large.png"]
+    run(*fixed, "--tile", 64, "-o", "out.png").done()
+    assert load_picture("out.png").shape == (160, 200, 3)
+
+
+def test_a_grid_over_two_settings(generate: Run) -> None:
+    outcome = generate("--grid", "canny.scale=0,1..0.5", "--grid", "seed=1..3", "-o", "grid.png")
+    assert "wrote grid.png, 6 pictures" in outcome.done()
+    told = json.loads(read_png_text("grid.png")["controlkit-grid"])
+    assert [(one["seed"], one["controls"][0]["scale"]) for one in told] == [
+        (seed, scale) for seed in (1, 2, 3) for scale in (0.0, [1.0, 0.5])
+    ]
+    assert load_picture("grid.png").shape[0] > 3 * 192
+    assert not list(Path().glob("*.part*"))
+
+
+def test_axes_are_read() -> None:
+    assert parse_axes(["scale=0.5,0.8,1.1", "seed=1..4"]) == [
+        Axis("scale", (0.5, 0.8, 1.1)),
+        Axis("seed", (1, 2, 3, 4)),
+    ]
+    assert parse_axes(["mode=balanced,prompt"]) == [Axis("mode", ("balanced", "prompt"))]
+    assert Axis("scale", ()).label((1.0, 0.5)) == "scale=1..0.5"
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        (["scal=1,2"], "unknown setting of a grid 'scal' (did you mean 'scale'?)"),
+        (["scale"], "must be KEY=VALUE,VALUE or KEY=FIRST..LAST"),
+        (["seed=4..1"], "4..1 runs backwards"),
+        (["seed=1..100", "scale=1,2,3,4,5"], "would make 500 pictures; 400 is the most"),
+        (["scale=1", "scale=2"], "varies scale twice"),
+        (["scale=1", "seed=1", "steps=2"], "varies one setting or two, not 3"),
+        (["scale=1,12"], "scale must be a number from -10 to 10, not 12.0"),
+        (["steps=0,2"], "steps must be a whole number from 1 to 1000, not 0"),
+        (["mode=balanced,promt"], "unknown mode 'promt'"),
+        (["depth.scale=1,2"], "unknown control 'depth'"),
+        (["strength=0.5"], "there is no picture to start from"),
+    ],
+)
+def test_grids_that_cannot_be_made(generate: Run, axes: list[str], message: str) -> None:
+    told = [word for axis in axes for word in ("--grid", axis)]
+    assert message in generate(*told, "-o", "grid.png").refused()
+    assert not Path("grid.png").exists()
+
+
+def test_a_preview_lives_as_long_as_the_picture_is_made(
+    generate: Run, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from controlkit import generate_job
+
+    seen = []
+    real = generate_job.images.write_png
+
+    def watch(path: object, picture: np.ndarray, **options: object) -> None:
+        seen.append((str(path), picture.shape))
+        real(path, picture, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(generate_job.images, "write_png", watch)
+    monkeypatch.setattr(generate_job, "PREVIEW_SECONDS", 0.0)
+    generate("--preview", "live.png", "-o", "out.png").done()
+    assert seen == [("live.png", (32, 32, 3))] * 2 + [("out.png", (64, 64, 3))]
+    assert not Path("live.png").exists()
+    assert "would replace a file" in generate("--preview", photo).refused()
+    assert "must end in .png" in generate("--preview", "live.jpg").refused()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--mask", "left.png"), "belongs to a picture to start from: add --from PICTURE"),
+        (("--strength", 0.5), "belongs to a picture to start from"),
+        (("--from", "nowhere.png"), "nowhere.png does not exist"),
+        (("--from", "{photo}", "--strength", 0), "strength must be a number above 0"),
+        (("--from", "{photo}", "--mask", "small.png"), "the mask small.png is 8x8 and its picture"),
+        (("--from", "{photo}", "--mask", "black.png"), "the mask black.png is black"),
+        (("--from", "{photo}", "-o", "{photo}"), "would overwrite the picture it is made from"),
+        (("--hires", 0.5), "enlarged by a factor above 1 and up to 8, not 0.5"),
+        (("--tile", 100), "a tile's side must be a multiple of 64"),
+        (("--temperature", 0.5, "--scheduler", "euler"), "euler injects none"),
+        (("--control-every", 0), "control_every must be a whole number from 1"),
+        (("--guidance-until", 2), "guidance_until must be a number from 0 to 1"),
+        (("--guidance-rescale", -1), "guidance_rescale must be a number from 0 to 1"),
+    ],
+)
+def test_options_that_do_not_fit(
+    generate: Run, photo: Path, region: str, words: tuple[object, ...], message: str
+) -> None:
+    write_png("small.png", np.full((8, 8, 3), 255, np.uint8))
+    write_png("black.png", np.zeros((64, 64, 3), np.uint8))
+    told = [str(word).replace("{photo}", str(photo)) for word in words]
+    assert message in generate(*told).refused()

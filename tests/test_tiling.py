@@ -1,0 +1,143 @@
+"""Large pictures in tiles, and pictures in two stages."""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sampling_peers import SIZE, controlnet_of
+
+from controlkit import sampling
+from controlkit.adapters import load_adapter
+from controlkit.applying import encode_controls
+from controlkit.base import Base, load_base
+from controlkit.cascade import larger_size, refine
+from controlkit.control import Control
+from controlkit.figures import render
+from controlkit.images import cover, resize
+from controlkit.preprocessors import get
+from controlkit.starting import Start
+from controlkit.tiling import Tiles, window_weights, windows
+
+
+def test_tiles_cover_everything_and_overlap() -> None:
+    for height, width, size, overlap in [(64, 64, 64, 0.25), (96, 200, 64, 0.25), (65, 130, 64, 0.5)]:
+        found = windows(height, width, size=size, overlap=overlap)
+        covered = torch.zeros(height, width)
+        for window in found:
+            window.of(covered).add_(1)
+        assert bool((covered >= 1).all())
+        assert all((w.height, w.width) == (min(size, height), min(size, width)) for w in found)
+        lefts = sorted({w.left for w in found})
+        steps = [after - before for before, after in itertools.pairwise(lefts)]
+        assert all(step <= size * (1 - overlap) + 0.5 for step in steps)
+    assert windows(40, 30, size=64, overlap=0.25) == [(0, 0, 40, 30)]
+    weights = window_weights(16, 8)
+    assert bool((weights > 0).all())
+    assert weights.argmax() in (7 * 8 + 3, 7 * 8 + 4, 8 * 8 + 3, 8 * 8 + 4)
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_one_tile_is_the_whole_picture(load: Callable[[str], Base], family: str) -> None:
+    base = load(family)
+    controls = [Control(controlnet_of(base), torch.rand(1, 3, SIZE, SIZE))]
+    given: dict[str, Any] = {"controls": controls, "steps": 2, "seeds": (3,)}
+    (plain,) = sampling.generate(base, "x", **given)
+    (tiled,) = sampling.generate(base, "x", tiles=Tiles(SIZE), **given)
+    assert np.abs(plain.astype(int) - tiled).max() <= 1
+
+
+def test_the_hint_of_a_map_in_bands_is_the_hint(sd1: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    from controlkit import applying
+
+    monkeypatch.setattr(applying, "BAND", 64)
+    control = Control(controlnet_of(sd1), torch.rand(1, 3, 200, 72))
+    with torch.no_grad():
+        whole, bands = (
+            encode_controls([control], width=72, height=200, pictures=1, in_bands=in_bands)[0].hint
+            for in_bands in (False, True)
+        )
+    assert torch.allclose(whole, bands, atol=1e-5)
+    assert whole.std() > 1e-3
+
+
+@pytest.fixture(scope="module")
+def large() -> tuple[np.ndarray, str]:
+    """A picture of the bundled world at twice its size, and its caption."""
+    scene = render(5)
+    return resize(scene.picture, 256, 256), scene.caption
+
+
+def steps_across(picture: np.ndarray, edges: list[int]) -> tuple[float, float]:
+    """The mean step between neighbouring columns: at tile edges, and everywhere else."""
+    steps = np.abs(np.diff(picture.astype(float), axis=1)).mean(axis=(0, 2))
+    at = np.zeros(len(steps), bool)
+    for edge in edges:
+        at[edge - 1] = True
+    return float(steps[at].mean()), float(steps[~at].mean())
+
+
+def test_no_seam_shows_between_tiles(large: tuple[np.ndarray, str]) -> None:
+    base, (picture, caption) = load_base("tiny"), large
+    edges = get("canny")(picture).image
+    control = Control(load_adapter("canny", base=base), edges)
+    given: dict[str, Any] = {
+        "controls": [control],
+        "start": Start(picture, 0.6),
+        "steps": 10,
+        "width": 256,
+        "height": 256,
+    }
+    (refined,) = sampling.generate(base, caption, tiles=Tiles(128), **given)
+    found = windows(32, 32, size=16, overlap=0.25)
+    borders = sorted({8 * w.left for w in found if w.left} | {8 * (w.left + 16) for w in found} - {256})
+    at, elsewhere = steps_across(refined, borders)
+    assert at < 1.5 * elsewhere
+    from controlkit.metrics import edge_f1
+
+    assert edge_f1(get("canny")(refined).image, edges).f1 > 0.5
+
+
+def test_what_the_networks_see_is_bounded(sd1: Base) -> None:
+    seen: list[tuple[int, ...]] = []
+    hook = sd1.unet.conv_in.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape)))
+    start = Start(np.zeros((128, 192, 3), np.uint8), 0.5)
+    (picture,) = sampling.generate(sd1, "x", start=start, steps=4, tiles=Tiles(64))
+    hook.remove()
+    assert picture.shape == (128, 192, 3)
+    assert set(seen) == {(1, 4, 8, 8)}
+
+
+def test_two_stages_keep_the_composition_and_follow_the_map() -> None:
+    base, scene = load_base("tiny"), render(5)
+    adapter = load_adapter("canny", base=base)
+    small, large_map = (get("canny")(resize(scene.picture, side, side)).image for side in (128, 192))
+    (first,) = sampling.generate(base, scene.caption, controls=[Control(adapter, small)], steps=10)
+    second = refine(
+        base, scene.caption, first, factor=1.5, strength=0.4, controls=[Control(adapter, large_map)], steps=10
+    )
+    assert second.shape == (192, 192, 3)
+    again = cover(second, 128, 128).astype(float)
+    other = sampling.generate(base, scene.caption, controls=[Control(adapter, small)], steps=10, seeds=(9,))[
+        0
+    ]
+    assert np.abs(again - first).mean() < np.abs(other.astype(float) - first).mean() * 1.5
+    from controlkit.metrics import edge_f1
+
+    assert edge_f1(get("canny")(second).image, large_map).f1 > 0.5
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Tiles(100), "a tile's side must be a multiple of 64 from 64 to 4096 pixels, not 100"),
+        (lambda: Tiles(128, overlap=0.9), "tiles overlap by a share from 0.1 to 0.75, not 0.9"),
+        (lambda: larger_size(512, 512, 1.0), "a factor above 1 and up to 8, not 1.0"),
+        (lambda: larger_size(4096, 512, 4.0), "width must be a multiple of 8 from 16 to 8192"),
+    ],
+)
+def test_numbers_outside_their_range(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
