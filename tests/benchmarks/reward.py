@@ -1,6 +1,6 @@
 """Does the reward help? A bundled adapter trained on, with it and without, from one start on the same draws.
 
-`uv run python tests/benchmarks/reward.py --settings 0 0.1@0.2 --seeds 1 2 --out runs/reward` trains each
+`uv run python tests/benchmarks/reward.py --settings 0 1@0.2 --seeds 1 2 --out runs/reward` trains each
 setting, WEIGHT@BELOW (the recipe's `reward` and `reward_below`), by the project's own command, and scores the
 result on held-out scenes. What was measured lies in OUT/scores.jsonl, and the same command goes on where it
 was stopped.
@@ -113,7 +113,7 @@ def main() -> None:
     """Train, score, and print the table."""
     parser = argparse.ArgumentParser(description="Whether the reward helps.")
     parser.add_argument("--kind", choices=("canny", "depth"), default="canny")
-    parser.add_argument("--settings", nargs="+", default=["0", "0.1@0.2"], help="WEIGHT@BELOW, or 0")
+    parser.add_argument("--settings", nargs="+", default=["0", "1@0.2", "0.3@0.7"], help="WEIGHT@BELOW, or 0")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--scenes", type=int, default=1000, help="scenes to train on")
