@@ -91,7 +91,7 @@ def make_schedule(name: str, base: Base, *, steps: int, strength: float = 1.0) -
     except (ValueError, IndexError) as error:  # lcm and tcd have their own limits
         raise ValueError(f"scheduler {name!r} does not take {steps} steps: {_first_line(error)}") from error
     trained = scheduler.config.num_train_timesteps
-    if scheduler.timesteps.max() > trained - 1:  # "leading" spacing plus an offset of 1
+    if float(scheduler.timesteps.max()) > trained - 1:  # "leading" spacing plus an offset of 1
         raise ValueError(f"{steps} steps do not fit into the base's {trained} timesteps: take fewer")
     taken = max(min(int(steps * strength), steps), 1)
     first = (steps - taken) * scheduler.order
