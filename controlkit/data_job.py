@@ -185,4 +185,6 @@ def _verdict(check: Check) -> str:
     rate = f" in {check.seconds:.1f} s"
     if not bad:
         return f"looked at {count:,} pairs{rate}: all can be used"
+    if bad == count:
+        return f"looked at {count:,} pairs{rate}: none of them can be used"
     return f"looked at {count:,} pairs{rate}: {bad:,} cannot be used (data.bad=skip would leave them out)"

@@ -703,6 +703,19 @@ def test_warnings_do_not_change_the_exit_code(
     assert "warning: unpaired map, 1\n  canny/x.png is named by no row of metadata.jsonl" in out
 
 
+def test_pictures_without_a_map_are_told_what_to_do(
+    tmp_path: Path, run: Callable[..., tuple[int, str, str]]
+) -> None:
+    put(tmp_path / "set/a.png", GOOD_PNG)
+    (tmp_path / "set/conditioning").mkdir()
+    code, out, _ = run(tmp_path / "set", "--map", "canny")
+    assert code == 1
+    assert "error: no map, 1" in out
+    assert "conditioning has no map for a.png: a file a.png, .jpg ... is wanted" in out
+    assert "cure: bring the maps, take the pictures out, or have maps made" in out
+    assert out.rstrip().endswith("none of them can be used")
+
+
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [

@@ -20,7 +20,7 @@ from controlkit.controlnet import (
     trainable_parameters,
 )
 from controlkit.figures import render
-from controlkit.training.reporting.convergence import LOOKS, advice, advice_for, took_hold
+from controlkit.training.reporting.convergence import LOOKS, advice, advice_for, least_errors, took_hold
 from controlkit.training.reporting.monitor import LEVELS, Gap, Monitor, _summary, as_cond
 from controlkit.training.world import exact_map
 
@@ -57,6 +57,15 @@ LEARNED = [
     (0.5079, 0.0528),
     (0.5022, 0.0447),
 ]
+# Shuffled at 2e-3 and six times that, looked at with 16 pictures: high rates make more of chance.
+SHUFFLED_FAST = [
+    (0.0, 0.0),
+    (-0.0003, 0.0003),
+    (0.0033, 0.0032),
+    (-0.0004, 0.0003),
+    (-0.0001, 0.0001),
+    (-0.0004, 0.0002),
+]
 SHUFFLED = [
     (0.0000, 0.0000),
     (-0.0000, 0.0000),
@@ -84,9 +93,9 @@ SHUFFLED = [
 
 @pytest.fixture(scope="module")
 def tiny():
-    """The bundled base and two held-out scenes: (base, latents, maps, encoder_hidden_states)."""
+    """The bundled base and four held-out scenes: (base, latents, maps, encoder_hidden_states)."""
     base = load_base("tiny")
-    scenes = [render(seed, split="validation", size=128) for seed in range(2)]
+    scenes = [render(seed, split="validation", size=128) for seed in range(4)]
     latents = base.encode_pictures(images.picture_to_tensor([scene.picture for scene in scenes]))
     maps = [exact_map("canny", scene.picture, scene.joints, scene.inverse_depth) for scene in scenes]
     return base, latents, maps, base.encode_prompts([s.caption for s in scenes]).encoder_hidden_states
@@ -292,18 +301,22 @@ def test_the_gap_is_the_same_in_every_prediction_space():
     one, two = _summary(true, alone, other), _summary(factor * true, factor * alone, factor * other)
     assert (one.gap, one.gap_error) == pytest.approx((two.gap, two.gap_error))
     assert one.loss_map != two.loss_map
-    assert Gap(1.0, float("nan"), 2.0, 0.5, float("inf")).row() == {
+    assert Gap(1.0, float("nan"), 2.0, 0.5, float("inf"), 8).row() == {
         "loss_map": 1.0,
         "loss_other_map": 2.0,
         "gap": 0.5,
+        "gap_pictures": 8,
     }
 
 
 # --- when control has taken hold ----
 
 
-def history(pairs, every=10):
-    rows = [{"step": every * k, "gap": gap, "gap_error": error} for k, (gap, error) in enumerate(pairs)]
+def history(pairs, every=10, pictures=8):
+    more = {"gap_pictures": pictures}
+    rows = [
+        {"step": every * k, "gap": gap, "gap_error": error, **more} for k, (gap, error) in enumerate(pairs)
+    ]
     return [entry for row in rows for entry in ({"step": row["step"], "loss": 0.1}, row)]
 
 
@@ -312,10 +325,43 @@ def test_control_takes_hold_where_it_was_learned_and_never_with_shuffled_maps():
     assert held is not None
     assert 90 <= held <= 130
     assert took_hold(history(SHUFFLED)) is None
+    assert took_hold(history(SHUFFLED_FAST, pictures=16)) is None
+
+
+@pytest.mark.parametrize("scale", [0.01, 1, 1.7])
+def test_how_large_the_gap_is_does_not_matter(scale):
+    """Of a base whose pictures say less about the noise, all gaps are smaller by a factor."""
+
+    def scaled(rows):
+        return [(scale * gap, scale * error) for gap, error in rows]
+
+    assert took_hold(history(scaled(LEARNED))) == took_hold(history(LEARNED))
+    assert took_hold(history(scaled(SHUFFLED))) is None
+    assert took_hold(history(scaled(SHUFFLED_FAST), pictures=16)) is None
+
+
+def test_chance_alone_is_rarely_convincing():
+    random = np.random.default_rng(1)
+    for pictures in (2, 3, 5, 8, 13):
+        samples = random.normal(size=(400_000, pictures))
+        errors = samples.std(axis=1, ddof=1) / np.sqrt(pictures)
+        share = (samples.mean(axis=1) >= least_errors(pictures) * errors).mean()
+        assert share == pytest.approx(1 / 200, rel=0.1)
+    assert least_errors(200) == least_errors(13)
+    assert least_errors(1) == least_errors(2)
+
+
+def test_too_few_pictures_are_said_to_be_too_few():
+    rows = history([(0.3, 0.1)] * 9, every=1000, pictures=3)
+    assert took_hold(rows) is None
+    assert took_hold(history([(0.3, 0.02)] * 9, pictures=3)) == 0
+    told = advice(rows, **RECIPE)
+    assert "worse by 30.0%, but 3 held-out pictures of one size are too few to be sure of it" in told
+    assert took_hold(history([(0.3, 0.1)] * 9, pictures=0)) is None  # of old runs: taken for 8
 
 
 def test_a_few_looks_by_chance_are_not_enough():
-    sure, chance, weak = (0.05, 0.01), (0.05, 0.03), (0.015, 0.001)
+    sure, chance, weak = (0.05, 0.01), (0.05, 0.02), (0.0005, 0.0)
     assert took_hold(history([sure] * (LOOKS - 1))) is None
     assert took_hold(history([sure] * LOOKS)) == 0
     assert took_hold(history([weak, sure, sure, chance, sure, sure, sure])) == 40

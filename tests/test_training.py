@@ -86,7 +86,17 @@ def test_any_text_survives_the_run_folders_recipe(text):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("step=3", r"unknown key 'step' \(did you mean 'steps'\?\)"),
+        ("step=3", r"^step=3: unknown key 'step' \(did you mean 'steps'\?\)$"),
+        ("data.sorce=x", r"^data.sorce=x: unknown key 'sorce' in \[data\] \(did you mean 'source'\?\)$"),
+        ("dta.source=x", r"^dta.source=x: unknown key 'dta' \(did you mean 'data'\?\)$"),
+        ("source=photos", r"^source=photos: unknown key 'source' \(did you mean 'data.source'\?\)$"),
+        ("data.steps=3", r"unknown key 'steps' in \[data\] \(did you mean 'steps'\?\)$"),
+        ("data=photos", "^data=photos: data is a table, not 'photos': give its keys, such as data.source="),
+        ("steps=3.5", "^steps=3.5: steps: a whole number is wanted, not 3.5$"),
+        ("learning_rate=fast", "learning_rate: a number is wanted, not 'fast'$"),
+        ("data.buckets=2", "data.buckets: true or false is wanted, not 2$"),
+        ("data.options=3", "data.options: a table is wanted, not 3$"),
+        ("betas=0.9", "betas: a list is wanted, not 0.9$"),
         ("steps=0", "steps: input should be greater than 0, not 0"),
         ("steps=many", "steps: .* not 'many'"),
         ("learning_rate=nan", "learning_rate"),

@@ -63,7 +63,8 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     Raises ValueError, one line, for a missing file, broken TOML, an unknown key or task, or a value out of
     range.
     """
-    return parse_recipe(given_keys(name_or_path, overrides), where=str(find_recipe(name_or_path)))
+    where = str(find_recipe(name_or_path))
+    return parse_recipe(given_keys(name_or_path, overrides), where=where, overrides=overrides)
 
 
 def given_keys(name_or_path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -111,8 +112,11 @@ def _texts() -> set[str]:
     return {name for name, field in fields if field.annotation in (str, str | None)}
 
 
-def parse_recipe(table: dict[str, Any], *, where: str) -> Recipe:
-    """Check a recipe's table. Raises ValueError naming `where`, the key and what is allowed."""
+def parse_recipe(table: dict[str, Any], *, where: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Check a recipe's table. Raises ValueError naming `where`, the key and what is allowed.
+
+    overrides: those that are in the table already; one that is at fault is named in place of `where`.
+    """
     if "task" not in table:
         raise ValueError(f"{where}: no task: a recipe says what to train, one of {', '.join(sorted(_TASKS))}")
     kind = _TASKS.get(str(table["task"]))
@@ -121,22 +125,50 @@ def parse_recipe(table: dict[str, Any], *, where: str) -> Recipe:
     try:
         return kind.model_validate(table)
     except ValidationError as error:
-        raise ValueError(f"{where}: {_fault(error, kind)}") from error
+        place = ".".join(map(str, error.errors()[0]["loc"]))
+        at_fault = next((text for text in overrides if _is_about(text, place)), where)
+        raise ValueError(f"{at_fault}: {_fault(error, kind)}") from error
+
+
+def _is_about(override: str, place: str) -> bool:
+    """Whether an override sets the key at fault, or one below it or above it."""
+    key = override.partition("=")[0].strip()
+    return bool(place) and (f"{key}.".startswith(f"{place}.") or f"{place}.".startswith(f"{key}."))
+
+
+_WANTED = {"int": "a whole number", "float": "a number", "bool": "true or false", "string": "a text"}
+_WANTED |= {"tuple": "a list", "dict": "a table"}
 
 
 def _fault(error: ValidationError, kind: type[BaseModel]) -> str:
     """The first fault of a recipe: the key, what is allowed, and what was given."""
     first = error.errors()[0]
-    *tables, key = first["loc"] or ("",)
+    *tables, key = map(str, first["loc"] or ("",))
     if first["type"] == "extra_forbidden":
-        keys = DataRecipe.model_fields if tables else kind.model_fields
-        place = f" in [{'.'.join(map(str, tables))}]" if tables else ""
-        return f"unknown key {str(key)!r}{place}{did_you_mean(str(key), keys)}"
+        place = f" in [{'.'.join(tables)}]" if tables else ""
+        return f"unknown key {key!r}{place}{_meant(key, tables, kind)}"
     message = first["msg"].removeprefix("Value error, ")
     if not first["loc"]:
         return message
-    got = "" if first["type"] == "missing" else f", not {first['input']!r}"
-    return f"{'.'.join(map(str, first['loc']))}: {message[:1].lower()}{message[1:]}{got}"
+    where, got = ".".join([*tables, key]), "" if first["type"] == "missing" else f", not {first['input']!r}"
+    if first["type"] in ("model_type", "model_attributes_type"):
+        return f"{where} is a table, not {first['input']!r}: give its keys, such as {where}.source=FOLDER"
+    sort, _, problem = first["type"].partition("_")
+    if sort in _WANTED and problem in ("type", "parsing", "from_float"):
+        return f"{where}: {_WANTED[sort]} is wanted{got}"
+    return f"{where}: {message[:1].lower()}{message[1:]}{got}"
+
+
+def _meant(key: str, tables: Sequence[str], kind: type[BaseModel]) -> str:
+    """The key that may have been meant, in its table; a key of another table may be meant just so."""
+    has_data = "data" in kind.model_fields
+    if tables == ["data"]:
+        return f" (did you mean {key!r}?)" * (key in kind.model_fields) or did_you_mean(
+            key, DataRecipe.model_fields
+        )
+    if not tables and has_data and key in DataRecipe.model_fields:
+        return f" (did you mean 'data.{key}'?)"
+    return did_you_mean(key, kind.model_fields)
 
 
 def to_toml(recipe: Recipe) -> str:

@@ -185,7 +185,9 @@ def _unreadable(piece: Piece, error: ValueError) -> _Found:
     message = " ".join(str(error).split())
     if isinstance(error.__cause__, FileNotFoundError):
         return "error", "missing", f"{piece.name} is not there", "bring the file back, or take the pair out"
-    if isinstance(piece, RefusedPiece) or "leads out of the data set" in message:
+    if isinstance(piece, RefusedPiece):
+        return "error", piece.code, message, piece.cure
+    if "leads out of the data set" in message:
         return "error", "refused", message, ""
     return "error", "broken", message, "fetch or make the file anew, or take the pair out"
 

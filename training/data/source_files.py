@@ -49,6 +49,9 @@ class RefusedPiece(Piece):
 
     name: str
     problem: str
+    code: str = "refused"
+    """What a look at the data calls it, in a word or two."""
+    cure: str = ""
 
     def read(self) -> bytes:
         """Raises ValueError with the problem, always."""

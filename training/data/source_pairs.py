@@ -184,7 +184,9 @@ def _partner(name: str, files: dict[str, list[str]], folder: Path, root: Path, *
     where = f"{folder / stem}"
     if found:
         return RefusedPiece(where, f"{folder} has several maps for {name}: {', '.join(found)}")
-    return RefusedPiece(where, f"{folder} has no map for {name}: a file {stem}.png, .jpg ... is wanted")
+    problem = f"{folder} has no map for {name}: a file {stem}.png, .jpg ... is wanted"
+    cure = "bring the maps, take the pictures out, or have maps made of the pictures (data.maps=made)"
+    return RefusedPiece(where, problem, "no map", cure)
 
 
 def _key(name: str, files: dict[str, list[str]], *, alone: bool) -> str:

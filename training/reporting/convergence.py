@@ -9,14 +9,17 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-LEAST_GAP = 0.02
-"""Gap from which another picture's map counts as worse than the true one."""
-LEAST_ERRORS = 2.0
-"""The gap in its own standard errors over the pictures, from which it is not one picture's alone."""
 LOOKS = 3
 """How many looks in a row have to agree."""
-# Seen on the bundled base: with maps shuffled among the pictures no gap beyond 0.002 in 240 steps; with true
-# maps it leaves that range within 20 steps of training, to 0.04 (pose) and 0.15 (edges), and goes on growing.
+LEAST_GAP = 0.001
+"""Gap below which nobody would see what the map does, however sure it is."""
+# How large a gap is depends on the base and on what maps say of its pictures; how far it is beyond chance
+# does not. So it is judged in its own standard errors over the pictures, by Student's t: chance alone exceeds
+# these values (of 2, 3, 4 ... pictures) at one look in 200. tests/test_monitor.py has real trainings' looks.
+_ONE_IN_200 = (63.66, 9.925, 5.841, 4.604, 4.032, 3.707, 3.499, 3.355, 3.25, 3.169, 3.106, 3.055)
+_LIKELY = 2.0  # standard errors that a gap needs not to be called lost
+_USUAL_PICTURES = 8  # of looks that do not say how many they compared
+_FEW = 6  # pictures
 
 # Under Adam a zero convolution moves by about its learning rate per step. Control was seen to set in once
 # steps x rate had come to 0.03 to 0.1 (SD1.5, where it is known for its suddenness) and to 0.35 (the bundled
@@ -31,8 +34,8 @@ History = Sequence[Mapping[str, Any]]
 def took_hold(history: History) -> int | None:
     """The first step from which the map is used, or None.
 
-    That is the first of `LOOKS` looks in a row, each with a gap of at least `LEAST_GAP` and of `LEAST_ERRORS`
-    standard errors. Rows without a gap are passed over.
+    That is the first of `LOOKS` looks in a row, each with a gap of at least `LEAST_GAP` and `least_errors` of
+    its standard errors. Rows without a gap are passed over.
     """
     agreeing: list[int] = []
     for look in _looks(history):
@@ -40,6 +43,11 @@ def took_hold(history: History) -> int | None:
         if len(agreeing) == LOOKS:
             return agreeing[0]
     return None
+
+
+def least_errors(pictures: int) -> float:
+    """How many of its standard errors a gap over so many pictures needs to be beyond chance."""
+    return _ONE_IN_200[min(max(pictures - 1, 1), len(_ONE_IN_200)) - 1]
 
 
 def advice(
@@ -72,6 +80,11 @@ def advice(
     travel = rate * max(step - warmup / 2, 0)  # the warmup walks half the way
     if travel < 2 * USUAL_TRAVEL[1] and not (finished or step >= steps):
         return None
+    if _pictures(last) < _FEW and _exceeds(last, _LIKELY):
+        return (
+            f"At step {step} another picture's map does worse by {last['gap']:.1%}, but {_pictures(last)}"
+            " held-out pictures of one size are too few to be sure of it: a larger data.holdout would tell."
+        )
     said = _diagnosis(
         last, travel, late=warmup / 2 + USUAL_TRAVEL[1] / rate, raised=zero_convolution_rate >= 6
     )
@@ -99,10 +112,16 @@ def _looks(history: History) -> list[Mapping[str, Any]]:
 
 
 def _convincing(look: Mapping[str, Any]) -> bool:
+    return _exceeds(look, least_errors(_pictures(look)))
+
+
+def _exceeds(look: Mapping[str, Any], errors: float) -> bool:
     error = look.get("gap_error")
-    if error is None:
-        return False
-    return bool(look["gap"] >= LEAST_GAP and look["gap"] >= LEAST_ERRORS * error)
+    return error is not None and bool(look["gap"] >= max(LEAST_GAP, errors * error))
+
+
+def _pictures(look: Mapping[str, Any]) -> int:
+    return int(look.get("gap_pictures") or _USUAL_PICTURES)
 
 
 def _ratio(look: Mapping[str, Any]) -> float:
@@ -113,7 +132,7 @@ def _ratio(look: Mapping[str, Any]) -> float:
 
 def _lost(looks: History, held: int) -> str | None:
     recent = looks[-LOOKS:]
-    if len(recent) < LOOKS or any(_convincing(look) for look in recent):
+    if len(recent) < LOOKS or any(_exceeds(look, _LIKELY) for look in recent):
         return None
     return (
         f"Control had taken hold at step {held} and is gone at step {int(recent[-1]['step'])}: the training"

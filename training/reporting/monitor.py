@@ -59,6 +59,8 @@ class Gap:
     """
     gap_error: float
     """Standard error of the gap over the pictures."""
+    gap_pictures: int
+    """How many pictures there are."""
 
     def row(self) -> dict[str, float]:
         """The entries of metrics.jsonl; numbers that are not finite are left out, for JSON has none."""
@@ -224,4 +226,5 @@ def _summary(true: Tensor, alone: Tensor, other: Tensor) -> Gap:
         loss_other_map=float(other.mean()),
         gap=float(relative.mean()),
         gap_error=float(relative.std() / math.sqrt(len(relative))),
+        gap_pictures=len(relative),
     )

@@ -13,12 +13,13 @@ from pathlib import Path
 from controlkit import files
 from controlkit.training.reporting.charts import CSS as CHART_CSS
 from controlkit.training.reporting.charts import Mark, Series, line_chart, smoothed
-from controlkit.training.reporting.convergence import LEAST_GAP, advice_for, took_hold
+from controlkit.training.reporting.convergence import advice_for, took_hold
 from controlkit.training.reporting.page import STYLE, duration, pairs_table, picture
 from controlkit.training.reporting.run_record import RunRecord, read_run, versions
 
 NAME = "report.html"
 _SMALL_WIDTH, _MOST_SMALL = 640, 12
+_GAP_REACH = 0.04  # up to which the gap's axis goes at least, so that chance is seen to be small
 _QUARTERS = ("least noise", "less noise", "more noise", "most noise")
 _FIGURES: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("gap", "gap to another map", "{:.1%}".format),
@@ -152,7 +153,7 @@ def _gap_chart(run: RunRecord, marks: list[Mark]) -> str:
         label="gap by step",
         marks=marks,
         across=run.span,
-        reach=2 * LEAST_GAP,
+        reach=_GAP_REACH,
         percent=True,
         from_zero=True,
     )
