@@ -33,7 +33,15 @@ from controlkit.training.exporting import save_half
 from controlkit.training.hint_start import start_hint_encoder
 from controlkit.training.machine import Machine
 from controlkit.training.memory import free_memory, put
-from controlkit.training.noising import Draw, draw_batch, noised, schedule, timesteps_of, weighted_loss
+from controlkit.training.noising import (
+    draw_batch,
+    drawn_of,
+    noised,
+    schedule,
+    timesteps_of,
+    used,
+    weighted_loss,
+)
 from controlkit.training.pair import Pair, PairsPart
 from controlkit.training.reporting.showing import Shown, is_examined
 from controlkit.training.saving import MAY_CHANGE
@@ -143,31 +151,50 @@ class ControlNetTask:
 
     def losses(self, whole: nn.Module, part: PairsPart) -> Losses:
         """The weighted error of each pair of a micro-batch."""
+        given = self.inputs(part)
+        return Losses(self.errors(whole, given), given["timesteps"], self.levels)
+
+    @property
+    def levels(self) -> int:
+        """How many timesteps there are."""
+        return len(self.alphas_cumprod)
+
+    def inputs(self, part: PairsPart) -> dict[str, Tensor]:
+        """What `errors` computes with, on the device: a micro-batch's data, and what is drawn for it."""
+        recipe, device = self.recipe, self.machine.device
+        given = self._given(part)
+        drawn = draw_batch([sample.visit.seed for sample in part.samples], given.moments.mean.shape[1:])
+        places = self._places(part, drawn.place)
+        found = {
+            **given.moments._asdict(),
+            "levels": given.levels,
+            "encoder_hidden_states": given.text.encoder_hidden_states,
+            **{name: put(tensor, device) for name, tensor in used(drawn, recipe).items()},
+            "timesteps": put(timesteps_of(places, recipe, part.step, self.levels), device),
+        }
+        return found | (self._added_cond(given.text.pooled, part.samples) or {})
+
+    def errors(self, whole: nn.Module, given: Mapping[str, Tensor]) -> Tensor:
+        """The weighted error of each pair, (B,), of `inputs`. Computes on the device alone."""
         recipe = self.recipe
-        given, drawn, timesteps = self._inputs(part)
-        noisy = noised(given.moments.mean, given.moments.std, drawn, timesteps, recipe, self.alphas_cumprod)
+        mean, std, timesteps = given["mean"], given["std"], given["timesteps"]
+        noisy = noised(mean, std, drawn_of(given), timesteps, recipe, self.alphas_cumprod)
+        added = {name: given[name] for name in ("text_embeds", "time_ids") if name in given} or None
         model_pred = whole(
             self._laid_out(noisy.noisy_latents),
             noisy.timesteps,
-            given.text.encoder_hidden_states.float(),
-            self._laid_out(images.levels_to_cond(given.levels)),
-            self._added_cond(given.text.pooled, part.samples),
+            given["encoder_hidden_states"].float(),
+            self._laid_out(images.levels_to_cond(given["levels"])),
+            added,
         )
-        each = weighted_loss(model_pred, noisy, recipe, self.base.prediction_type, self.alphas_cumprod)
-        return Losses(each, noisy.timesteps, len(self.alphas_cumprod))
+        return weighted_loss(model_pred, noisy, recipe, self.base.prediction_type, self.alphas_cumprod)
 
-    def _inputs(self, part: PairsPart) -> tuple[Given, Draw, Tensor]:
-        """What the data gives a micro-batch, on the device, what is drawn for it, and its timesteps."""
+    def _given(self, part: PairsPart) -> Given:
         captions = self._captions(part)
         if self.resident is not None and not isinstance(part.samples[0], Sample):
-            given = self.resident.given(part.samples, captions)
-        else:
-            samples = [sample for sample in part.samples if isinstance(sample, Sample)]
-            given = self.encoded.given(samples, captions, self.machine.device)
-        drawn = draw_batch([sample.visit.seed for sample in part.samples], given.moments.mean.shape[1:])
-        places = self._places(part, drawn.place)
-        timesteps = timesteps_of(places, self.recipe, part.step, len(self.alphas_cumprod))
-        return given, drawn, timesteps
+            return self.resident.given(part.samples, captions)
+        samples = [sample for sample in part.samples if isinstance(sample, Sample)]
+        return self.encoded.given(samples, captions, self.machine.device)
 
     def _captions(self, part: PairsPart) -> list[str]:
         """What each pair is told: its caption, or nothing at a share of visits."""
