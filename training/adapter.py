@@ -22,6 +22,7 @@ from controlkit.controlnet import (
     from_base,
     trainable_parameters,
 )
+from controlkit.training.attention import Attention
 from controlkit.training.config_adapter import ControlNetRecipe
 from controlkit.training.data.encoded import Given, Outline, Sample, levels_of
 from controlkit.training.data.feeds import StoredFeed, open_feed
@@ -75,6 +76,8 @@ class ControlNetTask:
         _report_bad_maps(recipe.map, self.feed.first_maps(_LINTED), report)
         self.controlnet = self._copy()
         self._prepare()
+        measures = recipe.attention == "auto" and machine.device.type == "cuda" and not machine.sharded
+        self.attention = Attention(measures=measures, report=report)
         self.shown = Shown(
             recipe,
             replace(self.base, dtype=torch.float32 if machine.sharded else machine.dtype),
@@ -180,13 +183,17 @@ class ControlNetTask:
         mean, std, timesteps = given["mean"], given["std"], given["timesteps"]
         noisy = noised(mean, std, drawn_of(given), timesteps, recipe, self.alphas_cumprod)
         added = {name: given[name] for name in ("text_embeds", "time_ids") if name in given} or None
-        model_pred = whole(
+        seen = (
             self._laid_out(noisy.noisy_latents),
             noisy.timesteps,
             given["encoder_hidden_states"].float(),
             self._laid_out(images.levels_to_cond(given["levels"])),
             added,
         )
+        if self.attention.measures:
+            self.attention.measure(lambda: Pair(self.controlnet, self.base.unet, recipe)(*seen))
+        with self.attention.preferred():
+            model_pred = whole(*seen)
         return weighted_loss(model_pred, noisy, recipe, self.base.prediction_type, self.alphas_cumprod)
 
     def _given(self, part: PairsPart) -> Given:

@@ -141,6 +141,10 @@ class ControlNetRecipe(Recipe):
     optimizer: Literal[OPTIMIZERS] = "adamw"  # type: ignore[valid-type]
     gradient_checkpointing: bool = False
     """Compute the forward pass twice and keep less in memory."""
+    attention: Literal["auto", "torch"] = "auto"
+    """The kernel of attention: torch's choice, or, on a GPU, the fastest of a measurement before the first
+    step.
+    """
     channels_last: bool = True
     compile: bool = False
     """torch.compile; worth its minutes on a GPU, for many steps."""
