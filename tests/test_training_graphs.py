@@ -166,12 +166,12 @@ def test_a_graph_is_not_trusted_on_a_step_that_is_not_finite(place, recorder, mo
     [
         ({}, "this run is on cpu"),
         ({"gradient_checkpointing": True}, "gradient_checkpointing computes twice"),
-        ({"compile": True}, "compile makes its own"),
+        ({"compile": True}, "this run is on cpu"),
     ],
 )
 def test_where_graphs_cannot_be_it_is_said(place, changes, why, monkeypatch):
     monkeypatch.setattr(Pair, "compile", lambda self, **_: None)  # it takes minutes
-    _, _, said = run(place, why[:4], cuda_graph=True, steps=1, warmup=0, **changes)
+    _, _, said = run(place, "-".join([why[:4], *changes]), cuda_graph=True, steps=1, warmup=0, **changes)
     assert len(said) == 1
     assert said[0].startswith(f"no CUDA graph: {why}")
 
@@ -188,3 +188,37 @@ def test_a_step_that_does_not_fit_goes_on_in_pieces_without_graphs(place, record
     monkeypatch.setattr(ControlNetTask, "errors", small_device)
     losses, _, _ = run(place, "small", cuda_graph=True)
     assert len(losses) == 4
+
+
+def test_gradients_are_kept_for_the_graphs_of_a_compiler(place, recorder, monkeypatch):
+    modes = []
+    monkeypatch.setattr(Pair, "compile", lambda self, **given: modes.append(given))
+    recorder(Repeater())
+    losses, weights, _ = run(place, "uncompiled")
+    found, moved, said = run(place, "compiled", cuda_graph=True, compile=True)
+    assert modes == [{"dynamic": False, "mode": None}]  # reduce-overhead is for CUDA
+    assert found == losses
+    assert same(moved, weights)
+    assert len(said) == 1
+    assert said[0].startswith("CUDA graphs are the compiler's own")
+
+
+@pytest.mark.slow
+def test_compiled_steps_equal_others_and_each_bucket_is_compiled_once(place, tmp_path):
+    """Takes minutes, most of them in the C++ compiler."""
+    from torch._dynamo.utils import counters
+
+    write_pictures(tmp_path / "pictures", count=9)
+    for path in (tmp_path / "pictures").iterdir():
+        if int(path.stem) % 3 == 1:
+            path.unlink()  # two shapes stay
+    (tmp_path / "base").symlink_to(place / "base")
+    settings = {"steps": 3, "accumulation": 2, "data_holdout": 2}
+    losses, weights, _ = run(tmp_path, "eager", **settings)
+    counters.clear()
+    found, moved, _ = run(tmp_path, "compiled", compile=True, **settings)
+    assert found == pytest.approx(losses, rel=1e-4)
+    squares = sum(float((moved[name] - weights[name]).square().sum()) for name in weights)
+    assert (squares / sum(t.numel() for t in weights.values())) ** 0.5 < 1e-4  # a step is 1e-3
+    assert not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == 2

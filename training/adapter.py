@@ -107,8 +107,15 @@ class ControlNetTask:
         """Both networks as one module."""
         pair: nn.Module = Pair(self.controlnet, self.base.unet, self.recipe)
         if self.recipe.compile:
-            pair.compile(dynamic=False)  # one graph for each bucket
+            shapes = len(self.encoded.visits.shapes)
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * shapes)
+            pair.compile(dynamic=False, mode=self._compiled_for())  # one graph for each bucket
         return pair
+
+    def _compiled_for(self) -> str | None:
+        """The compiler's mode: with CUDA graphs of its own where the recipe asks for both."""
+        on_gpu = self.machine.device.type == "cuda"
+        return "reduce-overhead" if self.recipe.cuda_graph and on_gpu else None
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Zero convolutions and hint encoder start from nothing and learn faster than the copied trunk."""

@@ -194,6 +194,10 @@ def open_graphs(run: Run) -> Graphs | None:
     if recorder is None:
         run.watch.say(run.step, f"no CUDA graph: {reason or f'this run is on {run.machine.device}'}")
         return None
+    if getattr(run.recipe, "compile", False):
+        run.weights.keep_gradients()  # those that the compiler's graphs write are written over by the next
+        run.watch.say(run.step, "CUDA graphs are the compiler's own (reduce-overhead), of what it compiles")
+        return None
     run.weights.keeps_gradients = True
     return Graphs(run, recorder)
 
@@ -206,8 +210,6 @@ def _why_not(run: Run) -> str:
         return "fp16 scales its gradients on the way (precision=bf16 does not)"
     if recipe.gradient_checkpointing:
         return "gradient_checkpointing computes twice, with the state of random numbers kept by the host"
-    if recipe.compile:
-        return "compile makes its own"
     return ""
 
 

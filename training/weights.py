@@ -52,6 +52,12 @@ class Weights:
             master.grad = gradient if master.grad is None else master.grad + gradient
         self._drop(self.parameters)
 
+    def keep_gradients(self) -> None:
+        """Allocate the network's gradients, to be added to from now on."""
+        self.keeps_gradients = True
+        for parameter in self.parameters.values():
+            parameter.grad = torch.zeros_like(parameter)
+
     def drop_gradients(self) -> None:
         """Forget all gradients."""
         self._drop(self.parameters)
