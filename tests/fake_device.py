@@ -32,6 +32,7 @@ class Reads(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.count: Counter[str] = Counter()
+        self.moved = 0  # copies between devices, for which the host waits or not
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = str(func.overloadpacket)
@@ -40,12 +41,16 @@ class Reads(TorchDispatchMode):
         if name not in _READS:
             result = func(*args, **(kwargs or {}))
             if name == "aten._to_copy" and result.device != args[0].device:
-                self.count["copies"] += not kwargs.get("non_blocking", False)
+                self._moved(waits=not kwargs.get("non_blocking", False))
             if name == "aten.copy_" and result.device != args[1].device:
-                self.count["copies"] += not any(args[2:])
+                self._moved(waits=not any(args[2:]))
             return result
         self.count[args[0].device.type] += 1
         return True if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1
+
+    def _moved(self, *, waits: bool) -> None:
+        self.moved += 1
+        self.count["copies"] += waits
 
 
 @contextmanager

@@ -212,7 +212,17 @@ def test_the_scripts_defaults_are_written_out():
 
 # Keys that a translated recipe leaves to their defaults, because they do not decide what is trained.
 NEUTRAL = {
-    *("channels_last", "checkpoints_kept", "compile", "device", "init", "log_every", "threads"),
+    *(
+        "attention",
+        "channels_last",
+        "checkpoints_kept",
+        "compile",
+        "cuda_graph",
+        "device",
+        "init",
+        "log_every",
+        "threads",
+    ),
     *("bad_steps", "monitor_every", "push_to_hub", "sample_every", "scenes", "score_every", "score_scenes"),
     *("reward_below", "reward_from"),
 }

@@ -85,6 +85,21 @@ def test_a_step_mixes_no_devices(place, variant):
         assert sum(reads.count.values()) == 0
 
 
+def test_what_a_graph_records_stays_on_the_device(place):
+    changes = {"objective": "v_prediction", "min_snr_gamma": 5.0, "input_perturbation": 0.1}
+    run = opened(place, "recorded", base="sdxl", precision="bf16", **changes)
+    (part,) = run.task.parts(0)
+    with fake_device("cuda") as reads:
+        move(run, "cuda")
+        given = run.task.inputs(part)
+        assert {tensor.device.type for tensor in given.values()} == {"cuda"}
+        reads.count.clear()
+        reads.moved = 0
+        assert run.task.errors(run.whole, given).requires_grad
+        assert not reads.count
+        assert reads.moved == 0
+
+
 def _as_of_a_stream(task):
     """A stream encodes on the spot whatever the recipe says of a cache: the encoders must stay."""
     data = task.recipe.data.model_copy(update={"cache": True})

@@ -22,6 +22,7 @@ from controlkit.controlnet import (
     from_base,
     trainable_parameters,
 )
+from controlkit.training.attention import Attention
 from controlkit.training.config_adapter import ControlNetRecipe
 from controlkit.training.data.encoded import Given, Outline, Sample, levels_of
 from controlkit.training.data.feeds import StoredFeed, open_feed
@@ -33,7 +34,16 @@ from controlkit.training.exporting import save_half
 from controlkit.training.hint_start import start_hint_encoder
 from controlkit.training.machine import Machine
 from controlkit.training.memory import free_memory, put
-from controlkit.training.noising import Draw, draw_batch, noised, schedule, timesteps_of, weighted_loss
+from controlkit.training.noising import (
+    Noisy,
+    draw_batch,
+    drawn_of,
+    noised,
+    schedule,
+    timesteps_of,
+    used,
+    weighted_loss,
+)
 from controlkit.training.pair import Pair, PairsPart
 from controlkit.training.reporting.showing import Shown, is_examined
 from controlkit.training.reward import Reward
@@ -70,6 +80,8 @@ class ControlNetTask:
         _report_bad_maps(recipe.map, self.feed.first_maps(_LINTED), report)
         self.controlnet = self._copy()
         self._prepare()
+        measures = recipe.attention == "auto" and machine.device.type == "cuda" and not machine.sharded
+        self.attention = Attention(measures=measures, report=report)
         self.shown = Shown(
             recipe,
             replace(self.base, dtype=machine.weights_dtype),
@@ -99,8 +111,15 @@ class ControlNetTask:
         """Both networks as one module."""
         pair: nn.Module = Pair(self.controlnet, self.base.unet, self.recipe)
         if self.recipe.compile:
-            pair.compile(dynamic=False)  # one graph for each bucket
+            shapes = len(self.encoded.visits.shapes)
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * shapes)
+            pair.compile(dynamic=False, mode=self._compiled_for())  # one graph for each bucket
         return pair
+
+    def _compiled_for(self) -> str | None:
+        """The compiler's mode: with CUDA graphs of its own where the recipe asks for both."""
+        on_gpu = self.machine.device.type == "cuda"
+        return "reduce-overhead" if self.recipe.cuda_graph and on_gpu else None
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Zero convolutions and hint encoder start from nothing and learn faster than the copied trunk."""
@@ -146,36 +165,67 @@ class ControlNetTask:
 
     def losses(self, whole: nn.Module, part: PairsPart) -> Losses:
         """The weighted error of each pair of a micro-batch."""
-        recipe = self.recipe
-        given, drawn, timesteps = self._inputs(part)
-        noisy = noised(given.moments.mean, given.moments.std, drawn, timesteps, recipe, self.alphas_cumprod)
-        cond = images.levels_to_cond(given.levels)
-        model_pred = whole(
-            self._laid_out(noisy.noisy_latents),
-            noisy.timesteps,
-            given.text.encoder_hidden_states.float(),
-            self._laid_out(cond),
-            self._added_cond(given.text.pooled, part.samples),
-        )
-        each = weighted_loss(model_pred, noisy, recipe, self.base.prediction_type, self.alphas_cumprod)
-        missed = None
-        if self.reward is not None:
-            rows, missed = self.reward(model_pred, noisy, cond, part.step)
-            each, missed = each.index_add(0, rows, recipe.reward * missed), missed.detach()
-        return Losses(each, noisy.timesteps, len(self.alphas_cumprod), missed)
+        given = self.inputs(part)
+        if self.reward is None:
+            return Losses(self.errors(whole, given), given["timesteps"], self.levels)
+        model_pred, noisy, cond = self._predicted(whole, given)
+        each = self._weighted(model_pred, noisy)
+        rows, missed = self.reward(model_pred, noisy, cond, part.step)
+        each = each.index_add(0, rows, self.recipe.reward * missed)
+        return Losses(each, noisy.timesteps, self.levels, missed.detach())
 
-    def _inputs(self, part: PairsPart) -> tuple[Given, Draw, Tensor]:
-        """What the data gives a micro-batch, on the device, what is drawn for it, and its timesteps."""
-        captions = self._captions(part)
-        if self.resident is not None and not isinstance(part.samples[0], Sample):
-            given = self.resident.given(part.samples, captions)
-        else:
-            samples = [sample for sample in part.samples if isinstance(sample, Sample)]
-            given = self.encoded.given(samples, captions, self.machine.device)
+    @property
+    def levels(self) -> int:
+        """How many timesteps there are."""
+        return len(self.alphas_cumprod)
+
+    def inputs(self, part: PairsPart) -> dict[str, Tensor]:
+        """What `errors` computes with, on the device: a micro-batch's data, and what is drawn for it."""
+        recipe, device = self.recipe, self.machine.device
+        given = self._given(part)
         drawn = draw_batch([sample.visit.seed for sample in part.samples], given.moments.mean.shape[1:])
         places = self._places(part, drawn.place)
-        timesteps = timesteps_of(places, self.recipe, part.step, len(self.alphas_cumprod))
-        return given, drawn, timesteps
+        found = {
+            **given.moments._asdict(),
+            "levels": given.levels,
+            "encoder_hidden_states": given.text.encoder_hidden_states,
+            **{name: put(tensor, device) for name, tensor in used(drawn, recipe).items()},
+            "timesteps": put(timesteps_of(places, recipe, part.step, self.levels), device),
+        }
+        return found | (self._added_cond(given.text.pooled, part.samples) or {})
+
+    def errors(self, whole: nn.Module, given: Mapping[str, Tensor]) -> Tensor:
+        """The weighted error of each pair, (B,), of `inputs`. Computes on the device alone."""
+        model_pred, noisy, _ = self._predicted(whole, given)
+        return self._weighted(model_pred, noisy)
+
+    def _weighted(self, model_pred: Tensor, noisy: Noisy) -> Tensor:
+        return weighted_loss(model_pred, noisy, self.recipe, self.base.prediction_type, self.alphas_cumprod)
+
+    def _predicted(self, whole: nn.Module, given: Mapping[str, Tensor]) -> tuple[Tensor, Noisy, Tensor]:
+        """``model_pred`` of `inputs`, what it was predicted from, and the maps in [0, 1]."""
+        recipe, cond = self.recipe, images.levels_to_cond(given["levels"])
+        mean, std, timesteps = given["mean"], given["std"], given["timesteps"]
+        noisy = noised(mean, std, drawn_of(given), timesteps, recipe, self.alphas_cumprod)
+        added = {name: given[name] for name in ("text_embeds", "time_ids") if name in given} or None
+        seen = (
+            self._laid_out(noisy.noisy_latents),
+            noisy.timesteps,
+            given["encoder_hidden_states"].float(),
+            self._laid_out(cond),
+            added,
+        )
+        if self.attention.measures:
+            self.attention.measure(lambda: Pair(self.controlnet, self.base.unet, recipe)(*seen))
+        with self.attention.preferred():
+            return whole(*seen), noisy, cond
+
+    def _given(self, part: PairsPart) -> Given:
+        captions = self._captions(part)
+        if self.resident is not None and not isinstance(part.samples[0], Sample):
+            return self.resident.given(part.samples, captions)
+        samples = [sample for sample in part.samples if isinstance(sample, Sample)]
+        return self.encoded.given(samples, captions, self.machine.device)
 
     def _captions(self, part: PairsPart) -> list[str]:
         """What each pair is told: its caption, or nothing at a share of visits."""

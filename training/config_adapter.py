@@ -149,9 +149,17 @@ class ControlNetRecipe(Recipe):
     optimizer: Literal[OPTIMIZERS] = "adamw"  # type: ignore[valid-type]
     gradient_checkpointing: bool = False
     """Compute the forward pass twice and keep less in memory."""
+    attention: Literal["auto", "torch"] = "auto"
+    """The kernel of attention: torch's choice, or, on a GPU, the fastest of a measurement before the first
+    step.
+    """
     channels_last: bool = True
     compile: bool = False
     """torch.compile; worth its minutes on a GPU, for many steps."""
+    cuda_graph: bool = False
+    """Record forward and backward of each shape once and let the GPU repeat them by itself: worth it at small
+    batches, where the host is slower than the GPU. What is recorded is checked before it is used.
+    """
 
     score_scenes: Count = 24
     """Held-out scenes of the bundled world on which its adapters are measured at the end. Adapters of other

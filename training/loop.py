@@ -17,6 +17,7 @@ from controlkit import files, images
 from controlkit.folders import quiet_libraries
 from controlkit.training import zero
 from controlkit.training.config_base import Recipe
+from controlkit.training.graphs import Graphs, open_graphs
 from controlkit.training.interrupts import Interrupts, watched
 from controlkit.training.machine import Machine
 from controlkit.training.optimizers import learning_rate, make_optimizer, set_rates
@@ -48,6 +49,7 @@ class Run:
     grad_norm: float = 0.0
     bad_steps: int = 0
     """How many steps in a row changed nothing, for want of a finite gradient."""
+    graphs: Graphs | None = None
     pieces: int = 1
     """Into how many each micro-batch is cut, since it did not fit in one."""
 
@@ -148,7 +150,7 @@ def train_step(run: Run) -> None:
     """One optimizer step: forward, backward, clip, update, average."""
     set_rates(run.optimizer, learning_rate(run.recipe, run.step))
     update(run, _within_memory(run))
-    run.optimizer.zero_grad(set_to_none=True)
+    run.weights.drop_gradients()
     run.step += 1
     run.weights.update_average(_decay(run.recipe, run.step))
 
@@ -160,12 +162,20 @@ def forward_backward(run: Run) -> list[Losses]:
     seen = []
     for number, piece in enumerate(pieces, start=1):
         with run.machine.quiet(run.whole, last=number == len(pieces)):
-            with run.machine.autocast():
-                losses = run.task.losses(run.whole, piece)
-            run.machine.backward(losses.each.mean() * (len(piece) / pairs))
+            losses = _of_piece(run, piece, len(piece) / pairs)
         run.weights.take_gradients()
         seen.append(replace(losses, each=losses.each.detach()))
     return seen
+
+
+def _of_piece(run: Run, piece: Part, share: float) -> Losses:
+    """The losses of one piece, after a backward pass of their mean times its share of the step."""
+    if run.graphs is not None:
+        return run.graphs.forward_backward(piece, share)
+    with run.machine.autocast():
+        losses = run.task.losses(run.whole, piece)
+    run.machine.backward(losses.each.mean() * share)
+    return losses
 
 
 def open_run(
@@ -186,6 +196,7 @@ def open_run(
         Watch(folder, steps=recipe.steps, batch=batch, progress=progress),
     )
     run.reads_late = can_read_late(run)
+    run.graphs = open_graphs(run)
     if recipe.ema:
         weights.start_average()
     restore(run)
@@ -247,9 +258,8 @@ def _within_memory(run: Run) -> list[Losses]:
             if smaller == largest or run.machine.processes.count > 1 or run.machine.sharded:
                 raise ValueError(_too_much(run, largest)) from error
         run.pieces *= 2
-        run.optimizer.zero_grad(set_to_none=True)
-        for parameter in run.weights.parameters.values():
-            parameter.grad = None
+        run.graphs, run.weights.keeps_gradients = None, False
+        run.weights.drop_gradients()
         free_memory()
         message = f"{largest} pairs at once do not fit in memory: from step {run.step + 1} on"
         run.watch.say(run.step, f"{message} {smaller} at once, with the same batch", keep=True)

@@ -6,7 +6,7 @@ order it comes in.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -68,6 +68,21 @@ def draw_batch(visit_seeds: Sequence[int], shape: Sequence[int]) -> Draw:
     """The choices of several visits, stacked."""
     draws = [draw(seed, shape) for seed in visit_seeds]
     return Draw(*(torch.stack(column) for column in zip(*draws, strict=True)))
+
+
+def used(drawn: Draw, recipe: ControlNetRecipe) -> dict[str, Tensor]:
+    """Of what was drawn, by name, what makes noisy latents under a recipe."""
+    found = {"posterior": drawn.posterior, "noise": drawn.noise}
+    if recipe.noise_offset:
+        found["offset"] = drawn.offset
+    if recipe.input_perturbation:
+        found["perturbation"] = drawn.perturbation
+    return found
+
+
+def drawn_of(found: Mapping[str, Tensor]) -> Draw:
+    """What `used` gave, with noise in place of what is not used."""
+    return Draw(*(found.get(name, found["noise"]) for name in Draw._fields))
 
 
 def noised(

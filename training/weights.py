@@ -35,6 +35,8 @@ class Weights:
             for module in modules.values():
                 module.to(half)
         self.average: Tensors = {}
+        self.keeps_gradients = False
+        """Whether the network's gradients stay allocated: graphs know them by their addresses."""
 
     @property
     def names(self) -> dict[int, str]:
@@ -45,11 +47,32 @@ class Weights:
         """Move the network's gradients to the masters, adding to what is there."""
         if self.masters is self.parameters:
             return
-        for name, parameter in self.parameters.items():
-            if parameter.grad is None:
-                continue
-            master, gradient = self.masters[name], parameter.grad.float()
+        found = [(self.masters[name], p.grad) for name, p in self.parameters.items() if p.grad is not None]
+        new = [torch.empty_like(master, requires_grad=False) for master, _ in found]
+        torch._foreach_copy_(new, [gradient for _, gradient in found])
+        for (master, _), gradient in zip(found, new, strict=True):
             master.grad = gradient if master.grad is None else master.grad + gradient
+        self._drop(self.parameters)
+
+    def keep_gradients(self) -> None:
+        """Allocate the network's gradients, to be added to from now on."""
+        self.keeps_gradients = True
+        for parameter in self.parameters.values():
+            parameter.grad = torch.zeros_like(parameter)
+
+    def drop_gradients(self) -> None:
+        """Forget all gradients."""
+        self._drop(self.parameters)
+        if self.masters is not self.parameters:
+            for master in self.masters.values():
+                master.grad = None
+
+    def _drop(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        kept = [p.grad for p in parameters.values() if p.grad is not None]
+        if self.keeps_gradients and kept:
+            torch._foreach_zero_(kept)
+            return
+        for parameter in parameters.values():
             parameter.grad = None
 
     def give(self) -> None:

@@ -56,7 +56,7 @@ def compared(runs: dict[bool, Run], work: Callable[[Run], object]) -> tuple[floa
 
 def _inputs(run: Run) -> None:
     for part in run.task.parts(run.step):
-        run.task._inputs(part)  # type: ignore[attr-defined]
+        run.task.inputs(part)  # type: ignore[attr-defined]
     run.step += 1
 
 

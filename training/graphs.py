@@ -1,0 +1,219 @@
+"""Forward and backward of a micro-batch as one recorded graph, which a GPU runs without the host's help.
+
+A step of a ControlNet is some thousand small kernels; at small batches the host takes longer to start them
+than a GPU to run them. A CUDA graph is started as a whole. It reads its inputs and writes its results at
+fixed addresses: inputs are copied into buffers, and gradients stay allocated and are added to. There is one
+graph for each shape of a micro-batch, and all use the same memory for what they compute in between.
+
+No graph is trusted before it has been seen to compute right: it is recorded on zeros, so that nothing of real
+inputs can be fixed in it, and its first results are compared with those computed without it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from controlkit.training.task import Losses
+
+if TYPE_CHECKING:
+    from controlkit.training.loop import Run
+
+TOLERANCE = 0.02
+"""How far losses and gradients may be from those computed without a graph, as a share of their size (root
+mean square): room for bf16's rounding where sums are taken in another order, far less than what is wrong."""
+_WARM_UPS = 3  # as torch's documentation of whole-network capture has it
+Work = Callable[[], Tensor]
+
+
+class Recorder(Protocol):
+    """What records work, to be done again at will."""
+
+    def record(self, work: Work) -> tuple[Callable[[], None], Tensor]:
+        """What does the work again, and where its result then lies. Raises RuntimeError if it cannot."""
+
+
+class CudaRecorder:
+    """CUDA graphs, by the pattern of torch.cuda.graph's documentation; all share one pool of memory."""
+
+    def __init__(self) -> None:
+        self._pool: Any = None
+
+    def record(self, work: Work) -> tuple[Callable[[], None], Tensor]:
+        """Warm up on a stream of its own, then capture. Nothing in the work may wait for the device."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UPS):
+                work()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads, which read data and write checkpoints, may go on using the device.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            result = work()
+        self._pool = graph.pool()
+        return graph.replay, result
+
+
+class Repeater:
+    """For devices without graphs: the work is kept and done again."""
+
+    def record(self, work: Work) -> tuple[Callable[[], None], Tensor]:
+        """Do the work once, to know its result's shape."""
+        result = work()
+
+        def again() -> None:
+            result.copy_(work())
+
+        return again, result
+
+
+@dataclass
+class _Recorded:
+    """A micro-batch of one shape: its input buffers, what computes it, and where each pair's loss then is."""
+
+    buffers: dict[str, Tensor]
+    replay: Callable[[], None]
+    each: Tensor
+    trusted: bool = False
+
+
+class Graphs:
+    """Computes a run's micro-batches by recorded graphs, as long as these prove right."""
+
+    def __init__(self, run: Run, recorder: Recorder) -> None:
+        self._task: Any = run.task
+        self._run, self._recorder = run, recorder
+        self._recorded: dict[tuple[object, ...], _Recorded] = {}
+        self._gradients: dict[nn.Parameter, Tensor] = {}  # where graphs add theirs to
+
+    @torch.no_grad()
+    def forward_backward(self, part: Any, share: float) -> Losses:
+        """Add to the gradients those of ``share`` times the part's mean loss; the part's losses."""
+        given = self._task.inputs(part)
+        given["share"] = torch.full((), share, device=self._run.machine.device)
+        key = tuple((name, tensor.shape, tensor.dtype) for name, tensor in given.items())
+        recorded = self._recorded.get(key)
+        if recorded is not None and recorded.trusted:
+            each = _computed(recorded, given)
+        else:
+            each = self._checked(key, given)
+        return Losses(each, given["timesteps"], self._task.levels)
+
+    def _checked(self, key: tuple[object, ...], given: Mapping[str, Tensor]) -> Tensor:
+        """Compute without a graph, and beside it with one, which is made if need be and trusted if alike."""
+        parameters = list(self._run.weights.parameters.values())
+        before = [None if p.grad is None else p.grad.clone() for p in parameters]
+        for p in parameters:
+            p.grad = None
+        each = self._work(given).clone()
+        expected = [p.grad for p in parameters]
+        reason = self._compare(key, given, each, expected)
+        for p, old, new in zip(parameters, before, expected, strict=True):
+            total = old if new is None else new if old is None else old + new
+            kept = self._gradients.get(p)
+            p.grad = total if reason or kept is None or total is None else kept.copy_(total)
+        if reason:
+            self._give_up(reason)
+        return each
+
+    def _compare(
+        self,
+        key: tuple[object, ...],
+        given: Mapping[str, Tensor],
+        each: Tensor,
+        expected: Sequence[Tensor | None],
+    ) -> str:
+        """Compute by graph; "" if it is as expected, or what is wrong."""
+        parameters = list(self._run.weights.parameters.values())
+        try:
+            for p, gradient in zip(parameters, expected, strict=True):
+                if gradient is not None:
+                    p.grad = self._gradients.setdefault(p, torch.zeros_like(p))
+                elif p in self._gradients:
+                    return "another set of parameters has gradients"
+            if key not in self._recorded:
+                self._recorded[key] = self._record(given)
+            for gradient in self._gradients.values():
+                gradient.zero_()
+            found = _computed(self._recorded[key], given)
+        except RuntimeError as error:
+            return str(error).splitlines()[0] if str(error) else type(error).__name__
+        gradients = [(p.grad, e) for p, e in zip(parameters, expected, strict=True)]
+        pairs = [(one, other) for one, other in gradients if one is not None and other is not None]
+        if not all(bool(torch.isfinite(other).all()) for _, other in [(found, each), *pairs]):
+            return ""  # nothing can be compared: the next step will tell
+        apart = max(_apart([(found, each)]), _apart(pairs))
+        self._recorded[key].trusted = apart <= TOLERANCE  # not a number is not, either
+        return "" if apart <= TOLERANCE else f"it is {apart:.2g} away from what it should compute"
+
+    def _record(self, given: Mapping[str, Tensor]) -> _Recorded:
+        buffers = {name: torch.zeros_like(tensor) for name, tensor in given.items()}
+        return _Recorded(buffers, *self._recorder.record(lambda: self._work(buffers)))
+
+    def _work(self, given: Mapping[str, Tensor]) -> Tensor:
+        with torch.enable_grad():
+            each: Tensor = self._task.errors(self._run.whole, given)
+            (each.mean() * given["share"]).backward()
+        return each.detach()
+
+    def _give_up(self, reason: str) -> None:
+        """From now on the run computes without graphs."""
+        run = self._run
+        run.graphs, run.weights.keeps_gradients = None, False
+        self._recorded.clear()
+        run.watch.say(run.step + 1, f"no CUDA graph from step {run.step + 1} on: {reason}", keep=True)
+
+
+def _computed(recorded: _Recorded, given: Mapping[str, Tensor]) -> Tensor:
+    """Each pair's loss; its gradients are added where they belong."""
+    for name, buffer in recorded.buffers.items():
+        buffer.copy_(given[name])
+    recorded.replay()
+    return recorded.each.clone()  # the next replay writes over it
+
+
+def _apart(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
+    """How far the first of each pair is from the second, as a share of it (root mean square over all)."""
+    off = sum((one.float() - other.float()).square().sum() for one, other in pairs)
+    size = sum(other.float().square().sum() for _, other in pairs)
+    return math.sqrt(float(off) / max(float(size), 1e-30))
+
+
+def open_graphs(run: Run) -> Graphs | None:
+    """Graphs for a run whose recipe asks for them; None, with a line, where they cannot be."""
+    if not getattr(run.recipe, "cuda_graph", False):
+        return None
+    reason = _why_not(run)
+    recorder = None if reason else _recorder_for(run.machine.device)
+    if recorder is None:
+        run.watch.say(run.step, f"no CUDA graph: {reason or f'this run is on {run.machine.device}'}")
+        return None
+    if getattr(run.recipe, "compile", False):
+        run.weights.keep_gradients()  # those that the compiler's graphs write are written over by the next
+        run.watch.say(run.step, "CUDA graphs are the compiler's own (reduce-overhead), of what it compiles")
+        return None
+    run.weights.keeps_gradients = True
+    return Graphs(run, recorder)
+
+
+def _why_not(run: Run) -> str:
+    recipe: Any = run.recipe
+    if run.machine.processes.count > 1:
+        return "several processes exchange gradients while they compute"
+    if recipe.precision == "fp16":
+        return "fp16 scales its gradients on the way (precision=bf16 does not)"
+    if recipe.reward:
+        return "a reward looks at other pairs in each step"
+    if recipe.gradient_checkpointing:
+        return "gradient_checkpointing computes twice, with the state of random numbers kept by the host"
+    return ""
+
+
+def _recorder_for(device: torch.device) -> Recorder | None:
+    return CudaRecorder() if device.type == "cuda" else None
