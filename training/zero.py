@@ -94,6 +94,7 @@ class ZeroWeights(Weights):
         self.shares = {name: shares[id(parameter)] for name, parameter in self.parameters.items()}
         self.masters = {name: share.of(share.flat.detach()) for name, share in self.shares.items()}
         self.average: Tensors = {}
+        self.keeps_gradients = False
 
     @torch.no_grad()
     def set_masters(self, exact: Mapping[str, Tensor]) -> None:
@@ -103,6 +104,10 @@ class ZeroWeights(Weights):
 
     def take_gradients(self) -> None:
         """DeepSpeed has them already."""
+
+    def drop_gradients(self) -> None:
+        """Forget all gradients."""
+        self.engine.optimizer.zero_grad(set_to_none=True)
 
     @torch.no_grad()
     def give(self) -> None:
