@@ -30,7 +30,8 @@ from controlkit.training.data.source_tar import find_shards, is_shards
 
 LAYOUTS = (
     "a metadata.jsonl or .csv (file_name, text, conditioning_image_file_name), a prompt.json (source, "
-    "target, prompt), pictures beside a folder conditioning/, .tar shards, or what the library datasets wrote"
+    "target, prompt), pictures (maps of their names may lie in conditioning/), .tar shards, or "
+    "what the library datasets wrote"
 )
 """What a folder may hold, for messages."""
 
