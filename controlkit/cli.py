@@ -254,6 +254,9 @@ def generate(
     ] = None,
     adapter: Annotated[Texts, _option("KIND=NAME", "Another ControlNet: a folder or a hub id.")] = None,
     negative: Annotated[Text, _option("TEXT", "What the picture should not show.")] = None,
+    prompt_syntax: Annotated[
+        Text, _option("NAME", "a1111: (word:1.3) weighs a word, and prompts may be long.  [default: plain]")
+    ] = None,
     steps: Annotated[Whole, _option("N", "Denoising steps, 1 to 1000.  [default: 20]")] = None,
     guidance: Annotated[
         float | None, _option("X", "How much the prompt counts.  [default: the base's]")
@@ -310,6 +313,7 @@ def generate(
     given = {
         "prompt": prompt,
         "negative_prompt": negative,
+        "prompt_syntax": prompt_syntax,
         "base": base,
         "steps": steps,
         "guidance": guidance,

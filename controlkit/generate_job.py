@@ -115,6 +115,7 @@ class Session:
 
         return {
             "negative_prompt": record.negative_prompt,
+            "prompt_syntax": record.prompt_syntax,
             "steps": record.steps,
             "guidance": record.guidance,
             "guidance_rescale": record.guidance_rescale,
@@ -275,6 +276,7 @@ def _decided(job: Plan, base: Base) -> tuple[PictureRecord, list[Source]]:
         control_every=options.control_every,
         features_every=options.features_every,
         guidance_until=options.guidance_until,
+        prompt_syntax=options.prompt_syntax,
     )
     return record, sources
 

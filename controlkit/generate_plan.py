@@ -13,7 +13,17 @@ from typing import Any
 
 import numpy as np
 
-from controlkit import __version__, arguments, files, images, infotext, limits, naming, preprocessors
+from controlkit import (
+    __version__,
+    arguments,
+    files,
+    images,
+    infotext,
+    limits,
+    naming,
+    preprocessors,
+    prompt_syntax,
+)
 from controlkit.infotext import ControlRecord, PictureRecord, StartRecord
 
 PREVIEW_CHUNK = "controlkit-preview"  # marks a PNG that a later preview may replace
@@ -49,6 +59,7 @@ class Options:
     control_every: int = 1
     features_every: int = 1
     guidance_until: float = 1.0
+    prompt_syntax: str = "plain"
 
     def check(self) -> None:
         """Raise ValueError for the first number outside its range, or an unknown scheduler."""
@@ -72,6 +83,10 @@ class Options:
         limits.check_every("control_every", self.control_every)
         limits.check_every("features_every", self.features_every)
         limits.check_share("guidance_until", self.guidance_until)
+        prompt_syntax.check_syntax(self.prompt_syntax)
+        if self.prompt_syntax == "a1111":
+            for text in (self.prompt, self.negative_prompt):
+                prompt_syntax.parse(text)
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,7 +165,9 @@ def plan(
     read = [file for source in sources for file in (source.file, Path(source.record.mask or source.file))]
     read += [] if beginning is None else beginning.files
     _check_outputs(outputs, [*read, *([Path(like)] if like else [])])
-    notes = () if remembered is None else _version_notes(remembered)
+    notes = [] if remembered is None else list(_version_notes(remembered))
+    for text in (options.prompt, options.negative_prompt):
+        notes += prompt_syntax.notes(text, options.prompt_syntax)
     return Plan(options, tuple(sources), tuple(outputs), beginning, (*notes, *_map_notes(sources)))
 
 

@@ -112,6 +112,7 @@ class PictureRecord:
     control_every: int = 1
     features_every: int = 1
     guidance_until: float = 1.0
+    prompt_syntax: str = "plain"
 
 
 def chunks(record: PictureRecord) -> dict[str, str]:
@@ -140,6 +141,9 @@ def infotext(record: PictureRecord) -> str:
     if record.hires != 1:
         fields["Hires upscale"] = f"{record.hires:g}"
         fields["Denoising strength"] = f"{record.hires_strength:g}"
+    text = record.prompt + record.negative_prompt
+    if record.prompt_syntax == "plain" and any(sign in text for sign in "()[]"):
+        fields["Emphasis"] = "None"  # to A1111, too, its brackets are letters
     for i, control in enumerate(record.controls):
         fields[f"ControlNet {i}"] = _pairs(_unit(control))
     fields["Version"] = f"controlkit {record.versions.get('controlkit', '')}".strip()

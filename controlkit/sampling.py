@@ -33,6 +33,8 @@ from controlkit.control import Control
 from controlkit.predicting import Guidance as Guidance
 from controlkit.predicting import Predictor
 from controlkit.predicting import Savings as Savings
+from controlkit.prompt_syntax import check_syntax
+from controlkit.prompts import encode_weighted
 from controlkit.reuse import text_kept
 from controlkit.schedulers import SCHEDULERS as SCHEDULERS
 from controlkit.schedulers import Schedule, make_schedule, scaled_noise, step_options
@@ -104,6 +106,7 @@ def generate(
     prompt: str,
     *,
     negative_prompt: str = "",
+    prompt_syntax: str = "plain",
     controls: Sequence[Control] = (),
     start: Start | None = None,
     steps: int = 20,
@@ -123,8 +126,10 @@ def generate(
 ) -> list[np.ndarray]:
     """Pictures of a prompt that follow the controls' maps, one per seed: uint8 (height, width, 3) RGB each.
 
-    controls: their residuals are summed. start: a picture to start from, whole or with a hole to fill. The
-    first map, or else that picture, decides the size where none is given (`picture_size`).
+    prompt_syntax: how both prompts are read, one of `prompt_syntax.SYNTAXES`; "a1111" understands
+    (word:1.3) and any length. controls: their residuals are summed. start: a picture to start from, whole or
+    with a hole to fill. The first map, or else that picture, decides the size where none is given
+    (`picture_size`).
     steps: 1 to 1000. guidance: 0 to 100; at 1 or below the negative prompt is not used; None is the family's
     usual value. guidance_rescale: see `Guidance`. scheduler: one of `SCHEDULERS`.
     temperature: 0 to 2, how much of the noise that the scheduler injects is taken: 0 is deterministic, 1 as
@@ -146,6 +151,7 @@ def generate(
     """
     guided = Guidance(default_guidance(base) if guidance is None else guidance, guidance_rescale)
     _check_request(base, controls, steps=steps, seeds=seeds)
+    check_syntax(prompt_syntax)
     limits.check_temperature(temperature, scheduler)
     natural = _natural_size(controls, start)
     width, height = picture_size(base, natural, width, height, any_area=tiles is not None)
@@ -153,7 +159,7 @@ def generate(
     batch_size = batch_size or (1 if base.device.type == "cpu" else DEVICE_BATCH)
     pictures: list[np.ndarray] = []
     with _prepared(base, controls), tiled_vae(base, tiles):
-        text = encode_text(base, prompt, negative_prompt, guidance=guided.scale)
+        text = encode_text(base, prompt, negative_prompt, guidance=guided.scale, syntax=prompt_syntax)
         encoded = encode_controls(
             controls, width=width, height=height, pictures=len(seeds), in_bands=tiles is not None
         )
@@ -200,15 +206,18 @@ def _prepared(base: Base, controls: Sequence[Control]) -> Iterator[None]:
         yield
 
 
-def encode_text(base: Base, prompt: str, negative_prompt: str, *, guidance: float) -> Conditioning:
+def encode_text(
+    base: Base, prompt: str, negative_prompt: str, *, guidance: float, syntax: str = "plain"
+) -> Conditioning:
     """The text as `denoise` takes it: rows [negative prompt, prompt], or only the prompt when guidance <= 1.
 
-    An SDXL takes an absent negative prompt as zeros, where it was trained so, not as the encoding of "".
+    syntax: see `prompt_syntax`. An SDXL takes an absent negative prompt as zeros, where it was trained so,
+    not as the encoding of "".
     """
-    if guidance <= 1:
-        return base.encode_prompts([prompt])
-    text = base.encode_prompts([negative_prompt, prompt])
-    if base.family != "sdxl" or negative_prompt or not base.zeros_for_empty_negative:
+    prompts = [prompt] if guidance <= 1 else [negative_prompt, prompt]
+    text = base.encode_prompts(prompts) if syntax == "plain" else encode_weighted(base, prompts)
+    zeros = base.family == "sdxl" and base.zeros_for_empty_negative
+    if guidance <= 1 or negative_prompt or not zeros:
         return text
     assert text.pooled is not None, "SDXL's text encoders give a pooled vector"
     keep = torch.tensor([0.0, 1.0], device=text.pooled.device, dtype=text.pooled.dtype)[:, None]
