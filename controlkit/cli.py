@@ -297,6 +297,9 @@ def generate(
     width: Annotated[Whole, _option("PIXELS", _SIZE_HELP)] = None,
     height: Annotated[Whole, _option("PIXELS", _SIZE_HELP)] = None,
     device: Annotated[Text, _option("NAME", "auto, cpu, cuda, cuda:1 or mps.  [default: auto]")] = None,
+    memory: Annotated[
+        Text, _option("AMOUNT", "Stay within this memory, as 4GB: what that takes is chosen and told.")
+    ] = None,
     like: Annotated[Text, _option("PICTURE", "Repeat this picture; other options change it.")] = None,
     grid: Annotated[
         Texts, _option("KEY=VALUES", "Vary a setting, or two, on one sheet: scale=0.5,0.8 seed=1..4")
@@ -306,7 +309,7 @@ def generate(
     ] = None,
 ) -> None:
     """Make pictures that follow a prompt and the edges, pose or depth of another picture."""
-    from controlkit import generate_job, grid_job
+    from controlkit import arguments, generate_job, grid_job
     from controlkit.generate_plan import check_preview
     from controlkit.limits import MAX_SEED
 
@@ -332,6 +335,7 @@ def generate(
         "width": width,
         "height": height,
         "device": device,
+        "memory_limit": None if memory is None else arguments.parse_bytes(memory),
     }
     started = time.monotonic()
     with _terminal() as terminal:

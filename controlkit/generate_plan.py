@@ -35,7 +35,8 @@ DEFAULT_STRENGTH = 0.75  # of a start from a whole picture; a hole is filled fro
 class Options:
     """What is asked for, with the defaults. None: decided by the base, the map or the device.
 
-    seed: of the first picture; picture k of `count` has seed + k.
+    seed: of the first picture; picture k of `count` has seed + k. memory: measures that save it, by name, and
+    memory_limit: the bytes within which they are chosen anew.
     """
 
     prompt: str = ""
@@ -60,6 +61,8 @@ class Options:
     features_every: int = 1
     guidance_until: float = 1.0
     prompt_syntax: str = "plain"
+    memory: tuple[str, ...] = ()
+    memory_limit: int | None = None
 
     def check(self) -> None:
         """Raise ValueError for the first number outside its range, or an unknown scheduler."""
@@ -177,9 +180,9 @@ def _options_of(record: PictureRecord | None, given: Mapping[str, Any]) -> dict[
         return {}
     dropped: set[str] = set()
     if given.get("base", record.base) != record.base:
-        dropped |= {"guidance", "width", "height", "dtype"}
+        dropped |= {"guidance", "width", "height", "dtype", "memory"}
     if given.get("device", record.device) != record.device:
-        dropped |= {"dtype"}
+        dropped |= {"dtype", "memory"}
     kept = Options.__dataclass_fields__.keys() - dropped
     return {name: value for name, value in vars(record).items() if name in kept}
 

@@ -85,6 +85,7 @@ class PictureRecord:
     """Everything that determines one generated picture.
 
     width, height: pixels, of the first stage where there are two. dtype: the networks' precision ("float32").
+    memory: the measures of `memory.Memory`, none where memory is not limited.
     versions: of the software that made it. The rest is as in `sampling.generate` and `cascade.refine`.
     """
 
@@ -113,6 +114,7 @@ class PictureRecord:
     features_every: int = 1
     guidance_until: float = 1.0
     prompt_syntax: str = "plain"
+    memory: tuple[str, ...] = ()
 
 
 def chunks(record: PictureRecord) -> dict[str, str]:

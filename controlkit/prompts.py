@@ -59,6 +59,12 @@ def encode_weighted(base: Base, prompts: Sequence[str]) -> Conditioning:
     return Conditioning(hidden, torch.cat(pooled) if pooled else None)
 
 
+def tokens_of(base: Base, prompts: Sequence[str]) -> int:
+    """How many tokens the U-Net sees of such prompts: 77 for each chunk of the longest."""
+    counts = [len(chunks_of(parse(text), *pair)) * pair[1] for text in prompts for pair in _readers(base)]
+    return max(counts)
+
+
 def chunks_of(parts: Sequence[Sequence[Words]], tokenizer: CLIPTokenizer, length: int) -> list[Chunk]:
     """The chunks of a parsed prompt, for a text encoder that reads `length` tokens (77); at least one."""
     comma = tokenizer.convert_tokens_to_ids(",</w>")

@@ -30,6 +30,8 @@ from controlkit.adapters import check_fits
 from controlkit.applying import EncodedControl, Rows, encode_controls
 from controlkit.base import Conditioning
 from controlkit.control import Control
+from controlkit.memory import Memory as Memory
+from controlkit.memory import at_work, kept_small
 from controlkit.predicting import Guidance as Guidance
 from controlkit.predicting import Predictor
 from controlkit.predicting import Savings as Savings
@@ -59,6 +61,11 @@ Callback = Callable[[int, int, Tensor], None]
 def default_guidance(base: Base) -> float:
     """The guidance scale that is used when none is given: the usual one of the base's family."""
     return GUIDANCE.get(base.name, GUIDANCE[base.family])
+
+
+def default_batch(base: Base) -> int:
+    """How many pictures are denoised at once where nobody says."""
+    return 1 if base.device.type == "cpu" else DEVICE_BATCH
 
 
 def picture_size(
@@ -123,6 +130,7 @@ def generate(
     preview: Callable[[Tensor], None] | None = None,
     finished: Callable[[int, np.ndarray], None] | None = None,
     batch_size: int | None = None,
+    memory: Memory | None = None,
 ) -> list[np.ndarray]:
     """Pictures of a prompt that follow the controls' maps, one per seed: uint8 (height, width, 3) RGB each.
 
@@ -145,6 +153,8 @@ def generate(
     batch_size: pictures denoised at once, by default one on the CPU and up to four elsewhere. On the CPU
     one at a time makes picture k of several equal, bit for bit, picture k alone; batched kernels round
     differently.
+    memory: measures for small devices, from `memory_plan.fit` or by name, and with them the batch's size;
+    networks that rest on the CPU are taken from there.
 
     Raises ValueError for a number outside its range, a control of another family, or latents that stop
     being finite.
@@ -156,33 +166,48 @@ def generate(
     natural = _natural_size(controls, start)
     width, height = picture_size(base, natural, width, height, any_area=tiles is not None)
     start = None if start is None else start.fitted(width, height)
-    batch_size = batch_size or (1 if base.device.type == "cpu" else DEVICE_BATCH)
+    batch_size = memory.batch_size if memory else batch_size or default_batch(base)
+    pair = [base.unet, *{id(c.controlnet): c.controlnet for c in controls}.values()]
     pictures: list[np.ndarray] = []
-    with _prepared(base, controls), tiled_vae(base, tiles):
-        text = encode_text(base, prompt, negative_prompt, guidance=guided.scale, syntax=prompt_syntax)
-        encoded = encode_controls(
-            controls, width=width, height=height, pictures=len(seeds), in_bands=tiles is not None
-        )
+    with (
+        _prepared(base, controls),
+        kept_small(memory, base, *pair[1:]),
+        tiled_vae(base, tiles is not None or (memory is not None and memory.tiled_vae)),
+    ):
+        with at_work(memory, base, *base.text_encoders):
+            text = encode_text(base, prompt, negative_prompt, guidance=guided.scale, syntax=prompt_syntax)
+        with at_work(memory, base, *pair[1:]):
+            encoded = encode_controls(
+                controls, width=width, height=height, pictures=len(seeds), in_bands=tiles is not None
+            )
         for first in range(0, len(seeds), batch_size):
             chunk = seeds[first : first + batch_size]
             generators = [torch.Generator("cpu").manual_seed(int(seed)) for seed in chunk]
             strength = 1.0 if start is None else start.strength
             schedule = make_schedule(scheduler, base, steps=steps, strength=strength)
-            latents = denoise(
-                base,
-                text,
-                begin(base, schedule, generators, width=width, height=height, start=start),
-                controls=[control.rows(first, first + len(generators)) for control in encoded],
-                schedule=schedule,
-                guidance=guided,
-                temperature=temperature,
-                generators=generators,
-                savings=savings,
-                tiles=tiles,
-                preview=preview,
-                callback=_counting(callback, batch=first // batch_size, batches=-(-len(seeds) // batch_size)),
-            )
-            for picture in images.tensor_to_pictures(base.decode_latents(latents)):
+            with at_work(memory, base, *([] if start is None else [base.vae])):
+                begun = begin(base, schedule, generators, width=width, height=height, start=start)
+            with at_work(memory, base, *pair):
+                latents = denoise(
+                    base,
+                    text,
+                    begun,
+                    controls=[control.rows(first, first + len(generators)) for control in encoded],
+                    schedule=schedule,
+                    guidance=guided,
+                    temperature=temperature,
+                    generators=generators,
+                    savings=savings,
+                    tiles=tiles,
+                    preview=preview,
+                    callback=_counting(
+                        callback, batch=first // batch_size, batches=-(-len(seeds) // batch_size)
+                    ),
+                    one_branch_at_a_time=memory is not None and memory.one_branch,
+                )
+            with at_work(memory, base, base.vae):
+                decoded = base.decode_latents(latents)
+            for picture in images.tensor_to_pictures(decoded):
                 pictures.append(picture if start is None else start.pasted(picture))
                 if finished is not None:
                     finished(len(pictures) - 1, pictures[-1])
@@ -238,6 +263,7 @@ def denoise(
     tiles: Tiles | None = None,
     callback: Callback | None = None,
     preview: Callable[[Tensor], None] | None = None,
+    one_branch_at_a_time: bool = False,
 ) -> Tensor:
     """The latents of B pictures: float32 (B, C, h, w), from what `starting.begin` gave for the schedule.
 
@@ -256,6 +282,7 @@ def denoise(
         steps=n,
         savings=savings or Savings(),
         shown=begun.shown,
+        one_branch_at_a_time=one_branch_at_a_time,
     )
     h, w = latents.shape[-2:]
     predictor = whole if tiles is None else TiledPredictor(whole, tiles, height=h, width=w)
