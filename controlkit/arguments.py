@@ -206,3 +206,18 @@ def _split_scale(rest: str) -> tuple[str, Scale]:
         return path, parse_scale(tail)
     except ValueError:
         return rest, 1.0
+
+
+def parse_bytes(text: str) -> int:
+    """An amount of memory in bytes: 4GB, 3.5gb or 800MB, of 1000s; GiB and MiB of 1024s.
+
+    Raises ValueError for anything else, or nothing at all.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([gm])(i?)b\s*", text.lower())
+    if match is None:
+        raise ValueError(f"an amount of memory is written as in 4GB, 3.5GB or 800MB, not {text!r}")
+    number, unit, binary = match.groups()
+    amount = int(float(number) * (1024 if binary else 1000) ** (3 if unit == "g" else 2))
+    if amount <= 0:
+        raise ValueError(f"an amount of memory must be more than nothing, not {text!r}")
+    return amount

@@ -165,29 +165,46 @@ class Base:
                 total.update(flat.view(torch.uint8).numpy().data)
         return total.hexdigest()
 
-    def _encode_prompt(self, prompt: str) -> Conditioning:
+    def encode_tokens(self, tokens: Sequence[Mapping[str, Tensor]]) -> tuple[list[Tensor], Tensor | None]:
+        """What each text encoder gives for its own ``input_ids`` and ``attention_mask`` (B, 77).
+
+        Returns each encoder's (B, 77, D), which the U-Net takes side by side, and the pooled text (B, P). Of
+        an SDXL these are both encoders' last layer but one and the second encoder's projection; else the last
+        layer and None.
+        """
         outputs = [
-            encoder(**self._tokens(prompt, tokenizer, encoder), output_hidden_states=True)
-            for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True)
+            encoder(**_wanted(told, encoder), output_hidden_states=True)
+            for told, encoder in zip(tokens, self.text_encoders, strict=True)
         ]
         if self.family != "sdxl":
-            return Conditioning(outputs[0].last_hidden_state.to(self.dtype), None)
-        # SDXL reads both encoders' last layer but one; the second encoder's projection is the pooled text.
-        hidden = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)  # (1, 77, D1 + D2)
-        return Conditioning(hidden.to(self.dtype), outputs[1].text_embeds.to(self.dtype))
+            return [outputs[0].last_hidden_state.to(self.dtype)], None
+        hidden = [output.hidden_states[-2].to(self.dtype) for output in outputs]
+        return hidden, outputs[1].text_embeds.to(self.dtype)
+
+    def _encode_prompt(self, prompt: str) -> Conditioning:
+        tokens = [
+            self._tokens(prompt, tokenizer, encoder)
+            for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True)
+        ]
+        hidden, pooled = self.encode_tokens(tokens)
+        return Conditioning(torch.cat(hidden, dim=-1), pooled)
 
     def _tokens(self, prompt: str, tokenizer: CLIPTokenizer, encoder: CLIPTextModel) -> dict[str, Tensor]:
-        """The prompt's token ids (1, 77), padded or cut; with the padding's mask if the encoder wants it."""
+        """The prompt's token ids (1, 77), padded or cut, and the padding's mask."""
         length = encoder.config.max_position_embeddings  # the tokenizer's own limit is a setting, often wrong
         if len(tokenizer(prompt, verbose=False).input_ids) > length:
             warnings.warn(f"the prompt has more than {length} tokens; the rest is ignored", stacklevel=5)
         tokens = tokenizer(
             prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
         )
-        wanted = ["input_ids"]
-        if getattr(encoder.config, "use_attention_mask", False):
-            wanted.append("attention_mask")
-        return {key: tokens[key].to(self.device) for key in wanted}
+        return {key: tokens[key] for key in ("input_ids", "attention_mask")}
+
+
+def _wanted(tokens: Mapping[str, Tensor], encoder: CLIPTextModel) -> dict[str, Tensor]:
+    """What a text encoder is to be told of its tokens, on its device: the mask only where it asks for it."""
+    asks = getattr(encoder.config, "use_attention_mask", False)
+    keys = ("input_ids", "attention_mask") if asks else ("input_ids",)
+    return {key: tokens[key].to(encoder.device) for key in keys}
 
 
 def load_base(

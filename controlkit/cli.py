@@ -254,6 +254,9 @@ def generate(
     ] = None,
     adapter: Annotated[Texts, _option("KIND=NAME", "Another ControlNet: a folder or a hub id.")] = None,
     negative: Annotated[Text, _option("TEXT", "What the picture should not show.")] = None,
+    prompt_syntax: Annotated[
+        Text, _option("NAME", "a1111: (word:1.3) weighs a word, and prompts may be long.  [default: plain]")
+    ] = None,
     steps: Annotated[Whole, _option("N", "Denoising steps, 1 to 1000.  [default: 20]")] = None,
     guidance: Annotated[
         float | None, _option("X", "How much the prompt counts.  [default: the base's]")
@@ -294,6 +297,9 @@ def generate(
     width: Annotated[Whole, _option("PIXELS", _SIZE_HELP)] = None,
     height: Annotated[Whole, _option("PIXELS", _SIZE_HELP)] = None,
     device: Annotated[Text, _option("NAME", "auto, cpu, cuda, cuda:1 or mps.  [default: auto]")] = None,
+    memory: Annotated[
+        Text, _option("AMOUNT", "Stay within this memory, as 4GB: what that takes is chosen and told.")
+    ] = None,
     like: Annotated[Text, _option("PICTURE", "Repeat this picture; other options change it.")] = None,
     grid: Annotated[
         Texts, _option("KEY=VALUES", "Vary a setting, or two, on one sheet: scale=0.5,0.8 seed=1..4")
@@ -303,13 +309,14 @@ def generate(
     ] = None,
 ) -> None:
     """Make pictures that follow a prompt and the edges, pose or depth of another picture."""
-    from controlkit import generate_job, grid_job
+    from controlkit import arguments, generate_job, grid_job
     from controlkit.generate_plan import check_preview
     from controlkit.limits import MAX_SEED
 
     given = {
         "prompt": prompt,
         "negative_prompt": negative,
+        "prompt_syntax": prompt_syntax,
         "base": base,
         "steps": steps,
         "guidance": guidance,
@@ -328,6 +335,7 @@ def generate(
         "width": width,
         "height": height,
         "device": device,
+        "memory_limit": None if memory is None else arguments.parse_bytes(memory),
     }
     started = time.monotonic()
     with _terminal() as terminal:

@@ -69,7 +69,7 @@ class Session:
         """Load everything. `first` is the record of the plan's first picture, with all that was decided."""
         report.status(f"loading the libraries and the base {job.options.base}")
         from controlkit.adapters import check_adapter
-        from controlkit.base import check_base, load_base
+        from controlkit.base import check_base
 
         check_base(job.options.base)
         for source in job.sources:
@@ -77,11 +77,38 @@ class Session:
                 check_adapter(source.record.adapter)  # before gigabytes of base are downloaded or loaded
         device, dtype = pick_device(job.options.device, job.options.dtype, base=job.options.base)
         self.job, self.report = job, report
-        self.base = load_base(job.options.base, device=device, dtype=dtype)
+        rests = bool(job.options.memory) or job.options.memory_limit is not None
+        self.base = _load_base(job.options.base, device=device, dtype=dtype, rests=rests)
         self.first, self.sources = _decided(job, self.base)
-        self.adapters = [_adapter(source, self.base, report) for source in self.sources]
+        self.adapters = [_adapter(source, self.base, report, rests=rests) for source in self.sources]
         self.preview = None if preview is None else Preview(preview, self.base)
         self._maps: dict[tuple[int, int, int], Any] = {}
+        self.first = self._within_memory(self.first)
+
+    def _within_memory(self, first: PictureRecord) -> PictureRecord:
+        """The record with the measures under which both stages stay within the memory that is allowed."""
+        options = self.job.options
+        if options.memory_limit is None:
+            return first
+        from controlkit import cascade, memory_plan, prompts, sampling
+
+        size = first.width, first.height
+        if first.hires != 1:
+            size = cascade.larger_size(*size, first.hires)
+        texts = [first.prompt, first.negative_prompt] if first.prompt_syntax == "a1111" else [""]
+        request = memory_plan.Request(
+            *size,
+            pictures=options.count,
+            guided=first.guidance > 1,
+            tile=first.tile,
+            tokens=prompts.tokens_of(self.base, texts),
+            starts=first.start is not None or first.hires != 1,
+        )
+        estimate = memory_plan.Estimate(self.base, self._controls(first, *size), request)
+        batch_size = sampling.default_batch(self.base)
+        memory, told = memory_plan.fit(estimate, limit=options.memory_limit, batch_size=batch_size)
+        self.report.status(told)
+        return replace(first, memory=memory.measures)
 
     def make(self, records: Sequence[PictureRecord], finished: Callable[[int, np.ndarray], None]) -> None:
         """Generate pictures that differ by their seeds alone; each is handed over as soon as it is made."""
@@ -111,10 +138,11 @@ class Session:
 
     def _options(self, record: PictureRecord) -> dict[str, Any]:
         """What both stages are told in the same words."""
-        from controlkit.sampling import Savings, Tiles
+        from controlkit.sampling import Memory, Savings, Tiles
 
         return {
             "negative_prompt": record.negative_prompt,
+            "prompt_syntax": record.prompt_syntax,
             "steps": record.steps,
             "guidance": record.guidance,
             "guidance_rescale": record.guidance_rescale,
@@ -124,6 +152,7 @@ class Session:
             "tiles": None if record.tile is None else Tiles(record.tile),
             "callback": lambda done, total, _: self.report.progress(done, total),
             "preview": self.preview,
+            "memory": Memory.of(record.memory) if record.memory else None,
         }
 
     def _second_stage(
@@ -275,17 +304,32 @@ def _decided(job: Plan, base: Base) -> tuple[PictureRecord, list[Source]]:
         control_every=options.control_every,
         features_every=options.features_every,
         guidance_until=options.guidance_until,
+        prompt_syntax=options.prompt_syntax,
+        memory=options.memory,
     )
     return record, sources
 
 
-def _adapter(source: Source, base: Base, report: Report) -> Adapter:
-    """The adapter of one source, loaded."""
+def _load_base(name: str, *, device: str, dtype: torch.dtype, rests: bool) -> Base:
+    """The base on its device, or, where memory is scarce, on the processor until it works."""
+    from controlkit.base import load_base
+    from controlkit.devices import check_device
+    from controlkit.memory import HOST, rested
+
+    if not rests:
+        return load_base(name, device=device, dtype=dtype)
+    place = check_device(device)
+    return rested(load_base(name, device=HOST, dtype=dtype), place)
+
+
+def _adapter(source: Source, base: Base, report: Report, *, rests: bool) -> Adapter:
+    """The adapter of one source, loaded beside the base, or on the processor until it works."""
     from controlkit.adapters import load_adapter
 
     record = source.record
     report.status(f"loading the {record.kind} adapter {record.adapter}")
-    adapter = load_adapter(record.adapter, base=base, device=base.device, dtype=base.dtype)
+    device = base.unet.device if rests else base.device
+    adapter = load_adapter(record.adapter, base=base, device=device, dtype=base.dtype)
     learned = adapter.info.map.kind
     if learned not in ("", record.kind):
         warnings.warn(
@@ -311,7 +355,7 @@ def _map_of(source: Source, base: Base, width: int, height: int, report: Report)
     if not record.is_map:
         report.status(f"extracting the {record.kind} map from {record.path}")
         bundled = base.name in BUNDLED
-        options = extractor_options(record.kind, bundled=bundled, device=str(base.device))
+        options = extractor_options(record.kind, bundled=bundled, device=str(base.unet.device))
         image = preprocessors.get(record.kind, **options).extract([image])[0].image
         warn_if_black(image, f"the {record.kind} map of {record.path}")
     return image

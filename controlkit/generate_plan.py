@@ -13,7 +13,17 @@ from typing import Any
 
 import numpy as np
 
-from controlkit import __version__, arguments, files, images, infotext, limits, naming, preprocessors
+from controlkit import (
+    __version__,
+    arguments,
+    files,
+    images,
+    infotext,
+    limits,
+    naming,
+    preprocessors,
+    prompt_syntax,
+)
 from controlkit.infotext import ControlRecord, PictureRecord, StartRecord
 
 PREVIEW_CHUNK = "controlkit-preview"  # marks a PNG that a later preview may replace
@@ -25,7 +35,8 @@ DEFAULT_STRENGTH = 0.75  # of a start from a whole picture; a hole is filled fro
 class Options:
     """What is asked for, with the defaults. None: decided by the base, the map or the device.
 
-    seed: of the first picture; picture k of `count` has seed + k.
+    seed: of the first picture; picture k of `count` has seed + k. memory: measures that save it, by name, and
+    memory_limit: the bytes within which they are chosen anew.
     """
 
     prompt: str = ""
@@ -49,6 +60,9 @@ class Options:
     control_every: int = 1
     features_every: int = 1
     guidance_until: float = 1.0
+    prompt_syntax: str = "plain"
+    memory: tuple[str, ...] = ()
+    memory_limit: int | None = None
 
     def check(self) -> None:
         """Raise ValueError for the first number outside its range, or an unknown scheduler."""
@@ -72,6 +86,10 @@ class Options:
         limits.check_every("control_every", self.control_every)
         limits.check_every("features_every", self.features_every)
         limits.check_share("guidance_until", self.guidance_until)
+        prompt_syntax.check_syntax(self.prompt_syntax)
+        if self.prompt_syntax == "a1111":
+            for text in (self.prompt, self.negative_prompt):
+                prompt_syntax.parse(text)
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,7 +168,9 @@ def plan(
     read = [file for source in sources for file in (source.file, Path(source.record.mask or source.file))]
     read += [] if beginning is None else beginning.files
     _check_outputs(outputs, [*read, *([Path(like)] if like else [])])
-    notes = () if remembered is None else _version_notes(remembered)
+    notes = [] if remembered is None else list(_version_notes(remembered))
+    for text in (options.prompt, options.negative_prompt):
+        notes += prompt_syntax.notes(text, options.prompt_syntax)
     return Plan(options, tuple(sources), tuple(outputs), beginning, (*notes, *_map_notes(sources)))
 
 
@@ -160,9 +180,9 @@ def _options_of(record: PictureRecord | None, given: Mapping[str, Any]) -> dict[
         return {}
     dropped: set[str] = set()
     if given.get("base", record.base) != record.base:
-        dropped |= {"guidance", "width", "height", "dtype"}
+        dropped |= {"guidance", "width", "height", "dtype", "memory"}
     if given.get("device", record.device) != record.device:
-        dropped |= {"dtype"}
+        dropped |= {"dtype", "memory"}
     kept = Options.__dataclass_fields__.keys() - dropped
     return {name: value for name, value in vars(record).items() if name in kept}
 

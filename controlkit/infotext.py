@@ -85,6 +85,7 @@ class PictureRecord:
     """Everything that determines one generated picture.
 
     width, height: pixels, of the first stage where there are two. dtype: the networks' precision ("float32").
+    memory: the measures of `memory.Memory`, none where memory is not limited.
     versions: of the software that made it. The rest is as in `sampling.generate` and `cascade.refine`.
     """
 
@@ -112,6 +113,8 @@ class PictureRecord:
     control_every: int = 1
     features_every: int = 1
     guidance_until: float = 1.0
+    prompt_syntax: str = "plain"
+    memory: tuple[str, ...] = ()
 
 
 def chunks(record: PictureRecord) -> dict[str, str]:
@@ -140,6 +143,9 @@ def infotext(record: PictureRecord) -> str:
     if record.hires != 1:
         fields["Hires upscale"] = f"{record.hires:g}"
         fields["Denoising strength"] = f"{record.hires_strength:g}"
+    text = record.prompt + record.negative_prompt
+    if record.prompt_syntax == "plain" and any(sign in text for sign in "()[]"):
+        fields["Emphasis"] = "None"  # to A1111, too, its brackets are letters
     for i, control in enumerate(record.controls):
         fields[f"ControlNet {i}"] = _pairs(_unit(control))
     fields["Version"] = f"controlkit {record.versions.get('controlkit', '')}".strip()

@@ -13,6 +13,7 @@ MAX_GUIDANCE = 100.0
 MAX_COUNT = 1000
 SCALE_RANGE = (-10.0, 10.0)
 SIZE_RANGE = (16, 8192)
+WEIGHT_RANGE = (-100.0, 100.0)
 STOCHASTIC = ("ddim", "ddpm", "euler-a", "dpm++-sde", "lcm", "tcd")
 """The schedulers that inject noise, of which `temperature` speaks."""
 
@@ -124,3 +125,10 @@ def check_count(count: int) -> None:
     """Raise ValueError unless the number of pictures is from 1 to 1000."""
     if not 1 <= count <= MAX_COUNT:
         raise ValueError(f"the number of pictures must be from 1 to {MAX_COUNT}, not {count}")
+
+
+def check_weight(weight: float) -> None:
+    """Raise ValueError unless a weight in a prompt is a number from -100 to 100 (1 is none)."""
+    low, high = WEIGHT_RANGE
+    if not low <= weight <= high:
+        raise ValueError(f"a weight in a prompt must be from {low:g} to {high:g}, not {weight:g}")

@@ -30,9 +30,13 @@ from controlkit.adapters import check_fits
 from controlkit.applying import EncodedControl, Rows, encode_controls
 from controlkit.base import Conditioning
 from controlkit.control import Control
+from controlkit.memory import Memory as Memory
+from controlkit.memory import at_work, kept_small
 from controlkit.predicting import Guidance as Guidance
 from controlkit.predicting import Predictor
 from controlkit.predicting import Savings as Savings
+from controlkit.prompt_syntax import check_syntax
+from controlkit.prompts import encode_weighted
 from controlkit.reuse import text_kept
 from controlkit.schedulers import SCHEDULERS as SCHEDULERS
 from controlkit.schedulers import Schedule, make_schedule, scaled_noise, step_options
@@ -57,6 +61,11 @@ Callback = Callable[[int, int, Tensor], None]
 def default_guidance(base: Base) -> float:
     """The guidance scale that is used when none is given: the usual one of the base's family."""
     return GUIDANCE.get(base.name, GUIDANCE[base.family])
+
+
+def default_batch(base: Base) -> int:
+    """How many pictures are denoised at once where nobody says."""
+    return 1 if base.device.type == "cpu" else DEVICE_BATCH
 
 
 def picture_size(
@@ -104,6 +113,7 @@ def generate(
     prompt: str,
     *,
     negative_prompt: str = "",
+    prompt_syntax: str = "plain",
     controls: Sequence[Control] = (),
     start: Start | None = None,
     steps: int = 20,
@@ -120,11 +130,14 @@ def generate(
     preview: Callable[[Tensor], None] | None = None,
     finished: Callable[[int, np.ndarray], None] | None = None,
     batch_size: int | None = None,
+    memory: Memory | None = None,
 ) -> list[np.ndarray]:
     """Pictures of a prompt that follow the controls' maps, one per seed: uint8 (height, width, 3) RGB each.
 
-    controls: their residuals are summed. start: a picture to start from, whole or with a hole to fill. The
-    first map, or else that picture, decides the size where none is given (`picture_size`).
+    prompt_syntax: how both prompts are read, one of `prompt_syntax.SYNTAXES`; "a1111" understands
+    (word:1.3) and any length. controls: their residuals are summed. start: a picture to start from, whole or
+    with a hole to fill. The first map, or else that picture, decides the size where none is given
+    (`picture_size`).
     steps: 1 to 1000. guidance: 0 to 100; at 1 or below the negative prompt is not used; None is the family's
     usual value. guidance_rescale: see `Guidance`. scheduler: one of `SCHEDULERS`.
     temperature: 0 to 2, how much of the noise that the scheduler injects is taken: 0 is deterministic, 1 as
@@ -140,43 +153,61 @@ def generate(
     batch_size: pictures denoised at once, by default one on the CPU and up to four elsewhere. On the CPU
     one at a time makes picture k of several equal, bit for bit, picture k alone; batched kernels round
     differently.
+    memory: measures for small devices, from `memory_plan.fit` or by name, and with them the batch's size;
+    networks that rest on the CPU are taken from there.
 
     Raises ValueError for a number outside its range, a control of another family, or latents that stop
     being finite.
     """
     guided = Guidance(default_guidance(base) if guidance is None else guidance, guidance_rescale)
     _check_request(base, controls, steps=steps, seeds=seeds)
+    check_syntax(prompt_syntax)
     limits.check_temperature(temperature, scheduler)
     natural = _natural_size(controls, start)
     width, height = picture_size(base, natural, width, height, any_area=tiles is not None)
     start = None if start is None else start.fitted(width, height)
-    batch_size = batch_size or (1 if base.device.type == "cpu" else DEVICE_BATCH)
+    batch_size = memory.batch_size if memory else batch_size or default_batch(base)
+    pair = [base.unet, *{id(c.controlnet): c.controlnet for c in controls}.values()]
     pictures: list[np.ndarray] = []
-    with _prepared(base, controls), tiled_vae(base, tiles):
-        text = encode_text(base, prompt, negative_prompt, guidance=guided.scale)
-        encoded = encode_controls(
-            controls, width=width, height=height, pictures=len(seeds), in_bands=tiles is not None
-        )
+    with (
+        _prepared(base, controls),
+        kept_small(memory, base, *pair[1:]),
+        tiled_vae(base, tiles is not None or (memory is not None and memory.tiled_vae)),
+    ):
+        with at_work(memory, base, *base.text_encoders):
+            text = encode_text(base, prompt, negative_prompt, guidance=guided.scale, syntax=prompt_syntax)
+        with at_work(memory, base, *pair[1:]):
+            encoded = encode_controls(
+                controls, width=width, height=height, pictures=len(seeds), in_bands=tiles is not None
+            )
         for first in range(0, len(seeds), batch_size):
             chunk = seeds[first : first + batch_size]
             generators = [torch.Generator("cpu").manual_seed(int(seed)) for seed in chunk]
             strength = 1.0 if start is None else start.strength
             schedule = make_schedule(scheduler, base, steps=steps, strength=strength)
-            latents = denoise(
-                base,
-                text,
-                begin(base, schedule, generators, width=width, height=height, start=start),
-                controls=[control.rows(first, first + len(generators)) for control in encoded],
-                schedule=schedule,
-                guidance=guided,
-                temperature=temperature,
-                generators=generators,
-                savings=savings,
-                tiles=tiles,
-                preview=preview,
-                callback=_counting(callback, batch=first // batch_size, batches=-(-len(seeds) // batch_size)),
-            )
-            for picture in images.tensor_to_pictures(base.decode_latents(latents)):
+            with at_work(memory, base, *([] if start is None else [base.vae])):
+                begun = begin(base, schedule, generators, width=width, height=height, start=start)
+            with at_work(memory, base, *pair):
+                latents = denoise(
+                    base,
+                    text,
+                    begun,
+                    controls=[control.rows(first, first + len(generators)) for control in encoded],
+                    schedule=schedule,
+                    guidance=guided,
+                    temperature=temperature,
+                    generators=generators,
+                    savings=savings,
+                    tiles=tiles,
+                    preview=preview,
+                    callback=_counting(
+                        callback, batch=first // batch_size, batches=-(-len(seeds) // batch_size)
+                    ),
+                    one_branch_at_a_time=memory is not None and memory.one_branch,
+                )
+            with at_work(memory, base, base.vae):
+                decoded = base.decode_latents(latents)
+            for picture in images.tensor_to_pictures(decoded):
                 pictures.append(picture if start is None else start.pasted(picture))
                 if finished is not None:
                     finished(len(pictures) - 1, pictures[-1])
@@ -200,15 +231,18 @@ def _prepared(base: Base, controls: Sequence[Control]) -> Iterator[None]:
         yield
 
 
-def encode_text(base: Base, prompt: str, negative_prompt: str, *, guidance: float) -> Conditioning:
+def encode_text(
+    base: Base, prompt: str, negative_prompt: str, *, guidance: float, syntax: str = "plain"
+) -> Conditioning:
     """The text as `denoise` takes it: rows [negative prompt, prompt], or only the prompt when guidance <= 1.
 
-    An SDXL takes an absent negative prompt as zeros, where it was trained so, not as the encoding of "".
+    syntax: see `prompt_syntax`. An SDXL takes an absent negative prompt as zeros, where it was trained so,
+    not as the encoding of "".
     """
-    if guidance <= 1:
-        return base.encode_prompts([prompt])
-    text = base.encode_prompts([negative_prompt, prompt])
-    if base.family != "sdxl" or negative_prompt or not base.zeros_for_empty_negative:
+    prompts = [prompt] if guidance <= 1 else [negative_prompt, prompt]
+    text = base.encode_prompts(prompts) if syntax == "plain" else encode_weighted(base, prompts)
+    zeros = base.family == "sdxl" and base.zeros_for_empty_negative
+    if guidance <= 1 or negative_prompt or not zeros:
         return text
     assert text.pooled is not None, "SDXL's text encoders give a pooled vector"
     keep = torch.tensor([0.0, 1.0], device=text.pooled.device, dtype=text.pooled.dtype)[:, None]
@@ -229,6 +263,7 @@ def denoise(
     tiles: Tiles | None = None,
     callback: Callback | None = None,
     preview: Callable[[Tensor], None] | None = None,
+    one_branch_at_a_time: bool = False,
 ) -> Tensor:
     """The latents of B pictures: float32 (B, C, h, w), from what `starting.begin` gave for the schedule.
 
@@ -247,6 +282,7 @@ def denoise(
         steps=n,
         savings=savings or Savings(),
         shown=begun.shown,
+        one_branch_at_a_time=one_branch_at_a_time,
     )
     h, w = latents.shape[-2:]
     predictor = whole if tiles is None else TiledPredictor(whole, tiles, height=h, width=w)

@@ -131,9 +131,9 @@ def _told_where(rows: Rows, window: Window, base: Base, height: int, width: int)
 
 
 @contextlib.contextmanager
-def tiled_vae(base: Base, tiles: Tiles | None) -> Iterator[None]:
-    """Within the block the autoencoder works in tiles, too, where there are tiles."""
-    if tiles is None:
+def tiled_vae(base: Base, tiled: bool) -> Iterator[None]:
+    """Within the block the autoencoder works in tiles, too, if so told."""
+    if not tiled:
         yield
         return
     base.vae.enable_tiling()

@@ -39,7 +39,13 @@ def our_latents(
     with torch.no_grad():
         return sampling.denoise(
             base,
-            sampling.encode_text(base, "a red cube", rest.pop("negative_prompt", ""), guidance=guidance),
+            sampling.encode_text(
+                base,
+                rest.pop("prompt", "a red cube"),
+                rest.pop("negative_prompt", ""),
+                guidance=guidance,
+                syntax=rest.pop("syntax", "plain"),
+            ),
             begin(base, schedule, generators, width=SIZE, height=SIZE, start=start),
             controls=encode_controls(controls, width=SIZE, height=SIZE, pictures=1),
             schedule=schedule,

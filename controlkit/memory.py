@@ -1,0 +1,101 @@
+"""Generations in little memory: what is done at a time, and what rests on the processor meanwhile.
+
+Measures, in the order of what they cost, which is the order in which `memory_plan.fit` takes them:
+
+    sliced-vae    pictures are decoded one by one: nothing
+    offload       text encoders, the pair and the autoencoder are on the device only while they work: moving
+                  their weights, once for each batch of pictures
+    batch=N       fewer pictures are denoised at once, down to one: time, where a device is not filled
+    one-branch    unconditional and conditional branch one after the other: time, and rounding
+    tiled-vae     the autoencoder works in overlapping tiles: differences that can be seen when looked for
+
+The first two leave every bit as it was. On the processor itself nothing can be moved away, and `offload` does
+nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from controlkit.base import Base
+
+HOST = "cpu"  # where networks rest
+_BATCH = re.compile(r"batch=([1-9]\d*)")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The measures that a generation takes, and how many pictures it denoises at once."""
+
+    batch_size: int
+    sliced_vae: bool = False
+    offload: bool = False
+    one_branch: bool = False
+    tiled_vae: bool = False
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """Their names, as the module's text has them."""
+        switches = ("sliced_vae", "offload", "one_branch", "tiled_vae")
+        names = [name.replace("_", "-") for name in switches if getattr(self, name)]
+        return (*names, f"batch={self.batch_size}")
+
+    @classmethod
+    def of(cls, measures: Iterable[str]) -> Memory:
+        """Measures by their names. Raises ValueError for another name."""
+        memory = cls(1)
+        for name in measures:
+            batch = _BATCH.fullmatch(name)
+            if batch is not None:
+                memory = replace(memory, batch_size=int(batch[1]))
+            elif name in ("sliced-vae", "offload", "one-branch", "tiled-vae"):
+                memory = replace(memory, **{name.replace("-", "_"): True})
+            else:
+                raise ValueError(f"{name!r} is none of the ways to save memory that this version knows")
+        return memory
+
+
+@contextlib.contextmanager
+def kept_small(memory: Memory | None, base: Base, *controlnets: Any) -> Iterator[None]:
+    """Within the block the measures are taken; the networks start where they belong, wherever they were."""
+    if memory is None:
+        yield
+        return
+    place = HOST if memory.offload else base.device
+    for network in (*base.text_encoders, base.unet, *controlnets, base.vae):
+        network.to(place)
+    if memory.sliced_vae:
+        base.vae.enable_slicing()
+    try:
+        yield
+    finally:
+        base.vae.disable_slicing()
+
+
+@contextlib.contextmanager
+def at_work(memory: Memory | None, base: Base, *networks: Any) -> Iterator[None]:
+    """Within the block the networks are on the base's device, behind it they rest again, if they are to."""
+    if memory is None or not memory.offload:
+        yield
+        return
+    for network in networks:
+        network.to(base.device)
+    try:
+        yield
+    finally:
+        for network in networks:
+            network.to(HOST)
+        if base.device.type == "cuda" and torch.cuda.is_initialized():
+            torch.cuda.empty_cache()  # or the room of one network is not whole enough for the next
+
+
+def rested(base: Base, device: torch.device) -> Base:
+    """A base that was loaded on the processor, told to work on a device that has little memory."""
+    return replace(base, device=device)
