@@ -253,6 +253,7 @@ def generate(
         Text, _option("NAME", "tiny, sd15, sd21, sdxl, folder or hub id.  [default: tiny]")
     ] = None,
     adapter: Annotated[Texts, _option("KIND=NAME", "Another ControlNet: a folder or a hub id.")] = None,
+    lora: Annotated[Texts, _option("FILE[:WEIGHT]", "Put a LoRA onto the base: file or hub id.")] = None,
     negative: Annotated[Text, _option("TEXT", "What the picture should not show.")] = None,
     steps: Annotated[Whole, _option("N", "Denoising steps, 1 to 1000.  [default: 20]")] = None,
     guidance: Annotated[
@@ -338,6 +339,7 @@ def generate(
             adapters=adapter or (),
             start=start,
             mask=mask,
+            loras=lora or (),
             output=output,
             like=like,
         )

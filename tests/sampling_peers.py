@@ -32,14 +32,14 @@ def our_latents(
     base: Base, controls: list[Control], *, seed: int, steps: int, scheduler: str, **rest: Any
 ) -> torch.Tensor:
     """What `generate` computes before it decodes."""
-    guidance = rest.pop("guidance", 5.0)
+    guidance, prompt = rest.pop("guidance", 5.0), rest.pop("prompt", "a red cube")
     generators = [torch.Generator().manual_seed(seed)]
     start = rest.pop("start", None)
     schedule = make_schedule(scheduler, base, steps=steps, strength=start.strength if start else 1.0)
     with torch.no_grad():
         return sampling.denoise(
             base,
-            sampling.encode_text(base, "a red cube", rest.pop("negative_prompt", ""), guidance=guidance),
+            sampling.encode_text(base, prompt, rest.pop("negative_prompt", ""), guidance=guidance),
             begin(base, schedule, generators, width=SIZE, height=SIZE, start=start),
             controls=encode_controls(controls, width=SIZE, height=SIZE, pictures=1),
             schedule=schedule,
@@ -65,9 +65,7 @@ def parts_of(base: Base, controls: list[Control], scheduler: str) -> dict[str, A
     return parts
 
 
-def their_latents(
-    base: Base, controls: list[Control], *, seed: int, steps: int, scheduler: str, **rest: Any
-) -> torch.Tensor:
+def pipeline_of(base: Base, controls: list[Control], scheduler: str) -> Any:
     """diffusers' pipeline on the same weights."""
     from diffusers import StableDiffusionControlNetPipeline, StableDiffusionXLControlNetPipeline
 
@@ -79,8 +77,17 @@ def their_latents(
             **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
         )
     pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def their_latents(
+    base: Base, controls: list[Control], *, seed: int, steps: int, scheduler: str, **rest: Any
+) -> torch.Tensor:
+    """What diffusers' pipeline makes; `prepare` is called with it first."""
+    pipeline = pipeline_of(base, controls, scheduler)
+    rest.pop("prepare", lambda pipeline: None)(pipeline)
     return pipeline(
-        "a red cube",
+        rest.pop("prompt", "a red cube"),
         image=[control.controlnet_cond for control in controls],
         controlnet_conditioning_scale=[control.scale for control in controls],
         control_guidance_start=[control.start for control in controls],
