@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from controlkit.base import load_base as load_base
     from controlkit.control import Control as Control
     from controlkit.images import load_picture as load_picture
+    from controlkit.loras import Lora as Lora
+    from controlkit.loras import with_loras as with_loras
     from controlkit.sampling import generate as generate
 
 __version__ = "0.1.0"
@@ -18,10 +20,12 @@ _HOME = {
     "Adapter": "adapters",
     "Base": "base",
     "Control": "control",
+    "Lora": "loras",
     "generate": "sampling",
     "load_adapter": "adapters",
     "load_base": "base",
     "load_picture": "images",
+    "with_loras": "loras",
 }
 __all__ = [*_HOME, "__version__"]
 

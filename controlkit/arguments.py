@@ -134,6 +134,12 @@ def parse_adapters(texts: Sequence[str]) -> dict[str, str]:
     return adapters
 
 
+def parse_weighted(text: str) -> tuple[str, float]:
+    """Read SOURCE or SOURCE:WEIGHT; a file whose whole name ends in `:0.5` is that file if it exists."""
+    source, scale = _split_scale(text)
+    return (text, 1.0) if isinstance(scale, tuple) else (source, scale)
+
+
 def parse_settings(texts: Sequence[str]) -> dict[str, str]:
     """Read several KEY=VALUE into a mapping.
 

@@ -101,6 +101,23 @@ class Base:
         return str(self.scheduler_config.get("prediction_type", "epsilon"))
 
     @property
+    def is_told_guidance(self) -> bool:
+        """Whether the U-Net takes the guidance scale as an input, as latent consistency models do."""
+        return self.unet.config.time_cond_proj_dim is not None
+
+    @property
+    def is_turbo(self) -> bool:
+        """Whether it was distilled to few steps without guidance, going by how its scheduler spaces them.
+
+        SD-Turbo and SDXL-Turbo (Sauer et al. 2023, arXiv:2311.17042) come with an Euler scheduler that starts
+        at the last timestep. So do bases trained to zero signal-to-noise, which are guided.
+        """
+        config = self.scheduler_config
+        euler = str(config.get("_class_name", "")).startswith("Euler")
+        trailing = config.get("timestep_spacing") == "trailing"
+        return euler and trailing and not config.get("rescale_betas_zero_snr", False)
+
+    @property
     def vae_factor(self) -> int:
         """Pixels per latent along each side."""
         return int(2 ** (len(self.vae.config.block_out_channels) - 1))
@@ -191,6 +208,7 @@ class Base:
 
     def _tokens(self, prompt: str, tokenizer: CLIPTokenizer, encoder: CLIPTextModel) -> dict[str, Tensor]:
         """The prompt's token ids (1, 77), padded or cut, and the padding's mask."""
+        prompt = _with_all_vectors(prompt, tokenizer)
         length = encoder.config.max_position_embeddings  # the tokenizer's own limit is a setting, often wrong
         if len(tokenizer(prompt, verbose=False).input_ids) > length:
             warnings.warn(f"the prompt has more than {length} tokens; the rest is ignored", stacklevel=5)
@@ -205,6 +223,13 @@ def _wanted(tokens: Mapping[str, Tensor], encoder: CLIPTextModel) -> dict[str, T
     asks = getattr(encoder.config, "use_attention_mask", False)
     keys = ("input_ids", "attention_mask") if asks else ("input_ids",)
     return {key: tokens[key].to(encoder.device) for key in keys}
+
+
+def _with_all_vectors(prompt: str, tokenizer: CLIPTokenizer) -> str:
+    """The prompt in which learned words of several vectors (`embeddings.py`) stand for all of them."""
+    from diffusers.loaders import TextualInversionLoaderMixin
+
+    return TextualInversionLoaderMixin().maybe_convert_prompt(prompt, tokenizer)
 
 
 def load_base(

@@ -253,6 +253,7 @@ def generate(
         Text, _option("NAME", "tiny, sd15, sd21, sdxl, folder or hub id.  [default: tiny]")
     ] = None,
     adapter: Annotated[Texts, _option("KIND=NAME", "Another ControlNet: a folder or a hub id.")] = None,
+    lora: Annotated[Texts, _option("FILE[:WEIGHT]", "Put a LoRA onto the base: file or hub id.")] = None,
     negative: Annotated[Text, _option("TEXT", "What the picture should not show.")] = None,
     prompt_syntax: Annotated[
         Text, _option("NAME", "a1111: (word:1.3) weighs a word, and prompts may be long.  [default: plain]")
@@ -346,6 +347,7 @@ def generate(
             adapters=adapter or (),
             start=start,
             mask=mask,
+            loras=lora or (),
             output=output,
             like=like,
         )

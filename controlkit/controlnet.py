@@ -50,7 +50,6 @@ _KNOWN_STRUCTURE: Mapping[str, tuple[object, ...]] = {
     "encoder_hid_dim": (None,),
     "mid_block_type": ("UNetMidBlock2DCrossAttn",),
     "num_class_embeds": (None,),
-    "time_cond_proj_dim": (None,),
     "time_embedding_act_fn": (None,),
     "time_embedding_dim": (None,),
     "time_embedding_type": ("positional",),
@@ -88,13 +87,13 @@ def from_base(
     The copy is float32 whatever the base's precision, because it is there to be trained, and lies on the
     same device.
 
-    Raises ValueError for a U-Net that is none of SD1, SD2, SDXL, one that fills holes, or for channel numbers
-    below 1.
+    Raises ValueError for a U-Net that is none of SD1, SD2, SDXL, one that fills holes or is told the
+    guidance, or for channel numbers below 1.
     """
     from diffusers import ControlNetModel
 
     unet: UNet2DConditionModel = getattr(base_or_unet, "unet", base_or_unet)
-    check_structure(unet.config)
+    check_copyable(unet.config)
     if unet.config.in_channels != unet.config.out_channels:
         raise ValueError(
             f"this base fills holes (its U-Net takes {unet.config.in_channels} channels): train the adapter"
@@ -176,6 +175,7 @@ def predict(
     *,
     residuals: Residuals | None = None,
     added_cond: Mapping[str, Tensor] | None = None,
+    timestep_cond: Tensor | None = None,
     sd_locked: bool = True,
     only_mid_control: bool = False,
     deep: Deep | None = None,
@@ -188,12 +188,15 @@ def predict(
 
     ``only_mid_control`` adds the mid residual alone and leaves the skips as they are.
 
+    ``timestep_cond`` (1 or B, D) is the guidance as `predicting.guidance_embedding` tells it to U-Nets that
+    were distilled to take it, and None for all others.
+
     ``deep``: remembers what the outermost decoder block is given; where it does already, only the outermost
     blocks of encoder and decoder are run (DeepCache: Ma et al. 2023, arXiv:2312.00858).
     """
     shallow = deep is not None and deep.x is not None
     with torch.no_grad() if sd_locked else contextlib.nullcontext():
-        emb = _time_embedding(unet, noisy_latents, timesteps, added_cond)
+        emb = _time_embedding(unet, noisy_latents, timesteps, added_cond, timestep_cond)
         x = unet.conv_in(noisy_latents)  # (B, C_0, h, w)
         x, skips, emb = _encoder(unet, x, emb, encoder_hidden_states, blocks=1 if shallow else None)
         if not shallow:
@@ -262,16 +265,27 @@ def check_structure(config: Mapping[str, Any]) -> None:
             )
 
 
+def check_copyable(config: Mapping[str, Any]) -> None:
+    """Raise ValueError if a control network cannot be made of the U-Net with this ``config``."""
+    check_structure(config)
+    if config.get("time_cond_proj_dim") is not None:
+        raise ValueError(
+            "this base is told the guidance (time_cond_proj_dim), as those distilled to few steps: train the"
+            " adapter on the base that it was distilled from; it will fit this one, too"
+        )
+
+
 def _time_embedding(
     network: ControlNetModel | UNet2DConditionModel,
     x: Tensor,
     timesteps: Tensor,
     added_cond: Mapping[str, Tensor] | None,
+    timestep_cond: Tensor | None = None,
 ) -> Tensor:
     """(B, 4 C_0): the timestep's sinusoids through two layers, plus SDXL's pooled text and picture sizes."""
     timesteps = timesteps.to(x.device).reshape(-1).expand(x.shape[0])
     sinusoids = network.time_proj(timesteps)  # (B, C_0), always float32
-    emb = network.time_embedding(sinusoids.to(x.dtype))
+    emb = network.time_embedding(sinusoids.to(x.dtype), timestep_cond)
     if network.config.addition_embed_type is None:
         return emb
     assert added_cond is not None, "SDXL's networks need added_cond: Base.added_cond makes it"

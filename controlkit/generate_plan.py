@@ -17,6 +17,7 @@ from controlkit import (
     __version__,
     arguments,
     files,
+    hub,
     images,
     infotext,
     limits,
@@ -24,7 +25,7 @@ from controlkit import (
     preprocessors,
     prompt_syntax,
 )
-from controlkit.infotext import ControlRecord, PictureRecord, StartRecord
+from controlkit.infotext import ControlRecord, LoraRecord, PictureRecord, StartRecord
 
 PREVIEW_CHUNK = "controlkit-preview"  # marks a PNG that a later preview may replace
 INPAINT = "inpaint"  # the kind of control whose map is made of the picture to start from and its mask
@@ -124,6 +125,8 @@ class Plan:
     outputs: tuple[Path, ...]
     beginning: Beginning | None = None
     notes: tuple[str, ...] = ()
+    loras: tuple[tuple[LoraRecord, str], ...] = ()
+    """With the place where each was found."""
 
 
 def plan(
@@ -134,14 +137,15 @@ def plan(
     adapters: Sequence[str] = (),
     start: str | None = None,
     mask: str | None = None,
+    loras: Sequence[str] = (),
     output: str,
     like: str | None = None,
 ) -> Plan:
     """Check a request and read its pictures.
 
     given: the fields of `Options` that were given. like: a picture made before, whose parameters fill in
-    whatever is not given. controls, maps, adapters, start, mask: as on the command line; controls or maps
-    replace those of `like`, and start its start.
+    whatever is not given. controls, maps, adapters, start, mask, loras: as on the command line; controls or
+    maps replace those of `like`, start its start, and loras its loras.
     Raises ValueError for anything that can be known to be wrong before the models are loaded.
     """
     remembered = None if like is None else infotext.parse(images.read_png_text(like), source=like)
@@ -163,15 +167,17 @@ def plan(
         raise ValueError(
             f"an {INPAINT} control follows a picture with a hole: add --from PICTURE --mask MASK"
         )
-    _check_text(options, sources)
+    on_base = _loras(loras, remembered, like)
+    _check_text(options, sources, [lora.source for lora, _ in on_base])
     outputs = arguments.numbered_outputs(output, options.count)
     read = [file for source in sources for file in (source.file, Path(source.record.mask or source.file))]
     read += [] if beginning is None else beginning.files
+    read += [Path(place) for _, place in on_base]
     _check_outputs(outputs, [*read, *([Path(like)] if like else [])])
     notes = [] if remembered is None else list(_version_notes(remembered))
     for text in (options.prompt, options.negative_prompt):
         notes += prompt_syntax.notes(text, options.prompt_syntax)
-    return Plan(options, tuple(sources), tuple(outputs), beginning, (*notes, *_map_notes(sources)))
+    return Plan(options, tuple(sources), tuple(outputs), beginning, (*notes, *_map_notes(sources)), on_base)
 
 
 def _options_of(record: PictureRecord | None, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -208,6 +214,31 @@ def _source(argument: arguments.ControlArgument) -> Source:
         only_mid=argument.only_mid,
     )
     return Source(record, picture, Path(argument.path), mask)
+
+
+def _loras(
+    texts: Sequence[str], remembered: PictureRecord | None, like: str | None
+) -> tuple[tuple[LoraRecord, str], ...]:
+    """The LoRAs that are given, or else those of an earlier picture, unchanged, and where they are."""
+    given = []
+    for text in texts:
+        source, weight = arguments.parse_weighted(text)
+        limits.check_lora_weight(weight)
+        hub.check_weight_file(source, what="LoRA")
+        sha256 = files.sha256_file(source) if os.path.isfile(source) else ""
+        given.append((LoraRecord(source, weight, sha256), source))
+    if texts or remembered is None:
+        return tuple(given)
+    place = Path(str(like))
+    return tuple(
+        (
+            lora,
+            str(_found(lora.source, lora.sha256, like=place, option="--lora"))
+            if lora.sha256
+            else lora.source,
+        )
+        for lora in remembered.loras
+    )
 
 
 def _mask(path: str) -> np.ndarray | None:
@@ -331,10 +362,11 @@ def check_preview(preview: str, job: Plan) -> Path:
     return path
 
 
-def _check_text(options: Options, sources: Sequence[Source]) -> None:
+def _check_text(options: Options, sources: Sequence[Source], others: Sequence[str]) -> None:
     """Raise ValueError for a text that no PNG could record, as a file's name that is not Unicode."""
     texts = [options.prompt, options.negative_prompt, options.base]
     texts += [text for source in sources for text in (source.record.path, source.record.adapter)]
+    texts += others
     for text in texts:
         try:
             text.encode("utf-8")

@@ -19,6 +19,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 CONNECT_SECONDS = 3.0  # for the hub to answer; with name resolution never more than _GIVE_UP_SECONDS
 _GIVE_UP_SECONDS = 4.0
 _WEIGHTS = (".safetensors", ".bin")
+_PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 
 
 def find_folder(
@@ -65,8 +66,10 @@ def check_exists(
             raise _no_model(place, answer, what=what, partial=False, bundled=bundled)
 
 
-def find_file(source: str, name: str) -> Path:
+def find_file(source: str, name: str, *, hint: str = "give model=FOLDER") -> Path:
     """The path of one file: in a folder, or of a hub repository (``owner/name``), downloaded where needed.
+
+    ``hint``: what to do with a folder into which it was downloaded elsewhere, for messages.
 
     Raises ValueError, one line within about 5 seconds, when it is not to be had: it names the file, the
     repository, the folder where it could be put, and why the hub could not help.
@@ -93,8 +96,58 @@ def find_file(source: str, name: str) -> Path:
             answer = f"the download failed: {first_sentence(error)}"
     raise ValueError(
         f"{name} of {source} is needed: it is not in the cache {constants.HF_HUB_CACHE} and {answer}; "
-        f"download it elsewhere into a folder and give model=FOLDER"
+        f"download it elsewhere into a folder and {hint}"
     )
+
+
+def find_weight_file(source: str, *, what: str, usual: str) -> Path:
+    """One .safetensors file: named itself, alone in a folder, or of a hub repository.
+
+    ``source``: the file, the folder, ``owner/name`` or ``owner/name/file.safetensors``. ``usual``: the file's
+    name where none is given. ``what`` names the kind in messages ("LoRA").
+
+    Raises ValueError, one line within about 5 seconds, when there is none, for a pickle, and for a folder
+    that holds several of other names.
+    """
+    path = os.path.expanduser(source)
+    if os.path.isdir(path):
+        return _only_weights(Path(path), what=what, usual=usual)
+    check_weight_file(source, what=what)
+    if os.path.isfile(path):
+        return Path(path)
+    owner, _, rest = source.partition("/")
+    name, _, file = rest.partition("/")
+    return find_file(f"{owner}/{name}", file or usual, hint="name that file")
+
+
+def check_weight_file(source: str, *, what: str) -> None:
+    """Raise the error of `find_weight_file` for what is no file, folder or hub id, and for a pickle."""
+    path = os.path.expanduser(source)
+    if os.path.isdir(path):
+        return
+    is_id = re.fullmatch(rf"{_HUB_ID.pattern}(/[\w./-]+\.safetensors)?", source)
+    if not os.path.isfile(path) and (not is_id or source.endswith(_PICKLES)):
+        raise ValueError(
+            f"there is no {what} {source}: give a .safetensors file, a folder that holds one, or a hub id"
+            " (owner/name or owner/name/file.safetensors)"
+        )
+    if os.path.isfile(path) and not path.endswith(".safetensors"):
+        pickle = path.endswith(_PICKLES)
+        raise ValueError(
+            f"{what} {source} is {'a pickle, which could run code' if pickle else 'no .safetensors file'}:"
+            " give one in safetensors format"
+        )
+
+
+def _only_weights(folder: Path, *, what: str, usual: str) -> Path:
+    found = sorted(folder.glob("*.safetensors"))
+    if folder / usual in found:
+        return folder / usual
+    if len(found) != 1:
+        raise ValueError(
+            f"{what} {folder}: the folder holds {len(found) or 'no'} .safetensors files; name the one"
+        )
+    return found[0]
 
 
 def _place(

@@ -81,6 +81,17 @@ class StartRecord:
 
 
 @dataclass(frozen=True)
+class LoraRecord:
+    """A LoRA on the base: file, folder or hub id as it was given; the SHA-256 of a file's bytes, else ""."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    source: str
+    weight: float = 1.0
+    sha256: str = ""
+
+
+@dataclass(frozen=True)
 class PictureRecord:
     """Everything that determines one generated picture.
 
@@ -115,6 +126,7 @@ class PictureRecord:
     guidance_until: float = 1.0
     prompt_syntax: str = "plain"
     memory: tuple[str, ...] = ()
+    loras: tuple[LoraRecord, ...] = ()
 
 
 def chunks(record: PictureRecord) -> dict[str, str]:
@@ -149,7 +161,9 @@ def infotext(record: PictureRecord) -> str:
     for i, control in enumerate(record.controls):
         fields[f"ControlNet {i}"] = _pairs(_unit(control))
     fields["Version"] = f"controlkit {record.versions.get('controlkit', '')}".strip()
-    lines = [record.prompt]
+    # A1111 names LoRAs in the prompt, and reads them there.
+    loras = [f"<lora:{Path(lora.source).stem}:{lora.weight:g}>" for lora in record.loras]
+    lines = [" ".join([record.prompt, *loras])]
     if record.negative_prompt:
         lines.append(f"Negative prompt: {record.negative_prompt}")
     return "\n".join([*lines, _pairs(fields)])

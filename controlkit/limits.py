@@ -102,6 +102,13 @@ def check_scale(scale: float) -> None:
         raise ValueError(f"a control's scale must be a number from {low:g} to {high:g}, not {scale}")
 
 
+def check_lora_weight(weight: float) -> None:
+    """Raise ValueError unless a LoRA's weight is a finite number from -10 to 10 (1 is as trained)."""
+    low, high = SCALE_RANGE
+    if not (math.isfinite(weight) and low <= weight <= high):
+        raise ValueError(f"a LoRA's weight must be a number from {low:g} to {high:g}, not {weight}")
+
+
 def check_window(start: float, end: float) -> None:
     """Raise ValueError unless 0 <= start < end <= 1 (fractions of the denoising steps)."""
     if not 0 <= start < end <= 1:

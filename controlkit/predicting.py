@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -41,6 +42,21 @@ class Guidance:
         axes = tuple(range(1, cond.ndim))
         rescaled = guided * (cond.std(dim=axes, keepdim=True) / guided.std(dim=axes, keepdim=True))
         return self.rescale * rescaled + (1 - self.rescale) * guided
+
+
+def guidance_embedding(base: Base, scale: float) -> Tensor | None:
+    """The guidance as a latent consistency model is told it, (1, D); None for all other bases.
+
+    Such a U-Net learned what guidance of that scale gives, so that one branch does (Luo et al. 2023,
+    arXiv:2310.04378, section 4.2; diffusers' pipelines tell it scale - 1, in sinusoids).
+    """
+    size = base.unet.config.time_cond_proj_dim
+    if size is None:
+        return None
+    from diffusers.models.embeddings import get_timestep_embedding
+
+    told = torch.tensor([1000.0 * (scale - 1)], device=base.device)
+    return get_timestep_embedding(told, size, downscale_freq_shift=1).to(base.dtype)
 
 
 @dataclass(frozen=True)
@@ -83,6 +99,11 @@ class Predictor:
     one_branch_at_a_time: bool = False
     deep: dict[int, Deep] = field(default_factory=dict)
 
+    @cached_property
+    def timestep_cond(self) -> Tensor | None:
+        """The guidance, for a base that is told it."""
+        return guidance_embedding(self.base, self.guidance.scale)
+
     def __call__(self, noisy_latents: Tensor, timestep: Tensor, step: int) -> Tensor:
         """``model_pred`` (B, C, h, w), float32, for ``noisy_latents`` of that shape in step `step` (from 0).
 
@@ -124,6 +145,7 @@ class Predictor:
             rows.encoder_hidden_states,
             residuals=residuals,
             added_cond=rows.added_cond,
+            timestep_cond=self.timestep_cond,
             deep=deep,
         ).float()
 

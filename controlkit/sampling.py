@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from controlkit.base import Base
 
 GUIDANCE = {"tiny": 2.0, "sd1": 7.5, "sd2": 7.5, "sdxl": 5.0}  # by bundled name or family
+TOLD_GUIDANCE = 8.5  # of bases that are told it, as diffusers' LatentConsistencyModelPipeline
 DEVICE_BATCH = 4  # pictures at once on a GPU: each one more needs more memory
 AREA_FACTOR = 2.0  # a map whose area is within this factor of the base's native area keeps its size
 
@@ -59,7 +60,15 @@ Callback = Callable[[int, int, Tensor], None]
 
 
 def default_guidance(base: Base) -> float:
-    """The guidance scale that is used when none is given: the usual one of the base's family."""
+    """The guidance scale that is used when none is given: the usual one of the base's family.
+
+    Bases distilled to few steps have their own: a latent consistency model is told 8.5, and those of the
+    Turbo kind (`Base.is_turbo`) take none, which is 1.
+    """
+    if base.is_told_guidance:
+        return TOLD_GUIDANCE
+    if base.is_turbo:
+        return 1.0
     return GUIDANCE.get(base.name, GUIDANCE[base.family])
 
 
@@ -138,8 +147,9 @@ def generate(
     (word:1.3) and any length. controls: their residuals are summed. start: a picture to start from, whole or
     with a hole to fill. The first map, or else that picture, decides the size where none is given
     (`picture_size`).
-    steps: 1 to 1000. guidance: 0 to 100; at 1 or below the negative prompt is not used; None is the family's
-    usual value. guidance_rescale: see `Guidance`. scheduler: one of `SCHEDULERS`.
+    steps: 1 to 1000. guidance: 0 to 100; at 1 or below, and by bases that are told the guidance, the negative
+    prompt is not used; None is `default_guidance`. guidance_rescale: see `Guidance`. scheduler: one of
+    `SCHEDULERS`.
     temperature: 0 to 2, how much of the noise that the scheduler injects is taken: 0 is deterministic, 1 as
     trained. For ddim it is eta (Song et al. 2020, arXiv:2010.02502, equation 16) and for tcd gamma (Zheng et
     al. 2024, arXiv:2402.19159, algorithm 4), 0 by default for both; for the other schedulers that draw
@@ -234,15 +244,17 @@ def _prepared(base: Base, controls: Sequence[Control]) -> Iterator[None]:
 def encode_text(
     base: Base, prompt: str, negative_prompt: str, *, guidance: float, syntax: str = "plain"
 ) -> Conditioning:
-    """The text as `denoise` takes it: rows [negative prompt, prompt], or only the prompt when guidance <= 1.
+    """The text as `denoise` takes it: rows [negative prompt, prompt], or only the prompt where nothing is
+    guided: when guidance <= 1, or for a base that is told the guidance.
 
     syntax: see `prompt_syntax`. An SDXL takes an absent negative prompt as zeros, where it was trained so,
     not as the encoding of "".
     """
-    prompts = [prompt] if guidance <= 1 else [negative_prompt, prompt]
+    alone = guidance <= 1 or base.is_told_guidance
+    prompts = [prompt] if alone else [negative_prompt, prompt]
     text = base.encode_prompts(prompts) if syntax == "plain" else encode_weighted(base, prompts)
     zeros = base.family == "sdxl" and base.zeros_for_empty_negative
-    if guidance <= 1 or negative_prompt or not zeros:
+    if alone or negative_prompt or not zeros:
         return text
     assert text.pooled is not None, "SDXL's text encoders give a pooled vector"
     keep = torch.tensor([0.0, 1.0], device=text.pooled.device, dtype=text.pooled.dtype)[:, None]

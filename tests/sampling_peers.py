@@ -71,9 +71,7 @@ def parts_of(base: Base, controls: list[Control], scheduler: str) -> dict[str, A
     return parts
 
 
-def their_latents(
-    base: Base, controls: list[Control], *, seed: int, steps: int, scheduler: str, **rest: Any
-) -> torch.Tensor:
+def pipeline_of(base: Base, controls: list[Control], scheduler: str) -> Any:
     """diffusers' pipeline on the same weights."""
     from diffusers import StableDiffusionControlNetPipeline, StableDiffusionXLControlNetPipeline
 
@@ -85,8 +83,17 @@ def their_latents(
             **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
         )
     pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def their_latents(
+    base: Base, controls: list[Control], *, seed: int, steps: int, scheduler: str, **rest: Any
+) -> torch.Tensor:
+    """What diffusers' pipeline makes; `prepare` is called with it first."""
+    pipeline = pipeline_of(base, controls, scheduler)
+    rest.pop("prepare", lambda pipeline: None)(pipeline)
     return pipeline(
-        "a red cube",
+        rest.pop("prompt", "a red cube"),
         image=[control.controlnet_cond for control in controls],
         controlnet_conditioning_scale=[control.scale for control in controls],
         control_guidance_start=[control.start for control in controls],

@@ -230,11 +230,11 @@ def test_missing_parts_and_files(broken: Path) -> None:
 
 
 def test_bases_of_another_kind(broken: Path) -> None:
-    rewrite(broken / "unet" / "config.json", in_channels=9)
-    assert "takes 9 channels but its VAE makes 4: inpainting" in message_of(broken)
-    rewrite(broken / "unet" / "config.json", in_channels=4, time_cond_proj_dim=256)
-    assert "has time_cond_proj_dim 256" in message_of(broken)
-    rewrite(broken / "unet" / "config.json", time_cond_proj_dim=None)
+    rewrite(broken / "unet" / "config.json", in_channels=8)
+    assert "takes 8 channels but its VAE makes 4: bases that edit by instruction" in message_of(broken)
+    rewrite(broken / "unet" / "config.json", in_channels=4, class_embed_type="timestep")
+    assert "has class_embed_type 'timestep'" in message_of(broken)
+    rewrite(broken / "unet" / "config.json", class_embed_type=None)
     rewrite(broken / "scheduler" / "scheduler_config.json", beta_schedule="sigmoid")
     assert "beta_schedule 'sigmoid' is not one of linear, scaled_linear" in message_of(broken)
     rewrite(broken / "scheduler" / "scheduler_config.json", _class_name="EDMEulerScheduler")

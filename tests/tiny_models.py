@@ -237,3 +237,13 @@ def nine_channels(base: Base) -> Base:
     weights["conv_in.weight"] = torch.cat([weights["conv_in.weight"], more], dim=1)
     unet.load_state_dict(weights)
     return replace(base, unet=lock(unet))
+
+
+def told_guidance(base: Base) -> Base:
+    """The same base with a U-Net that is told the guidance, as latent consistency models are."""
+    unet = UNet2DConditionModel.from_config({**base.unet.config, "time_cond_proj_dim": 24})
+    weights = base.unet.state_dict()
+    size = unet.time_embedding.cond_proj.weight.shape
+    weights["time_embedding.cond_proj.weight"] = torch.randn(size, generator=torch.Generator().manual_seed(5))
+    unet.load_state_dict(weights)
+    return replace(base, unet=lock(unet))

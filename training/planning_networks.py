@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from controlkit.adapters import BUNDLED_ADAPTERS
 from controlkit.base import ALIASES, BUNDLED, family_of
-from controlkit.controlnet import HINT_CHANNELS, check_structure, trainable_parameters
+from controlkit.controlnet import HINT_CHANNELS, check_copyable, trainable_parameters
 from controlkit.folders import quiet_libraries, read_json
 from controlkit.hub import find_folder
 from controlkit.training.config_adapter import ControlNetRecipe
@@ -73,7 +73,7 @@ def build(recipe: ControlNetRecipe) -> Networks:
     folder = config_folder(recipe.base)
     unet_config = read_json(folder / "unet" / "config.json")
     try:
-        check_structure(unet_config)
+        check_copyable(unet_config)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
     channels = (1 if recipe.data.map_mode == "grey" else 3) * max(len(recipe.data.map_column), 1)

@@ -1,0 +1,300 @@
+"""LoRA files on a base: small changes of its weights, trained apart (Hu et al. 2021, arXiv:2106.09685).
+
+For a layer's weight W the file holds two factors, A (rank x in) and B (out x rank), and a number alpha:
+
+    W'  =  W + weight * (alpha / rank) * B A
+
+merged once, in float32, into a copy of the base. The base that was given stays as it is, and the copy shares
+every tensor with it that no LoRA changes. The result equals diffusers' `load_lora_weights` and `fuse_lora`
+(tests/test_loras.py). Reading and renaming keys, of kohya's files and of diffusers' own, is diffusers' work;
+applying them needs no peft.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from controlkit import limits
+from controlkit.base import FAMILY_TITLES
+from controlkit.folders import quiet_libraries, read_header
+from controlkit.hub import find_weight_file, first_sentence
+
+if TYPE_CHECKING:
+    from controlkit.base import Base
+
+DEFAULT_FILE = "pytorch_lora_weights.safetensors"  # as diffusers' training scripts call it
+METADATA_KEY = "lora_adapter_metadata"  # in the header of files that diffusers wrote
+
+_FACTOR = re.compile(r"(lora_(down|up|A|B)|(lora|_lora|lora_linear_layer)\.(down|up))\.weight$")
+_OTHER_KINDS: Mapping[str, str] = {  # part of a key -> what it belongs to
+    "dora_scale": "DoRA",
+    "lora_magnitude_vector": "DoRA",
+    ".hada_": "LoHa",
+    ".lokr_": "LoKr",
+    ".oft_": "OFT",
+    "lora_mid": "LoCon with a core tensor",
+}
+_TEXT_WIDTHS: Mapping[int, str] = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA to put onto a base.
+
+    source: a .safetensors file, a folder that holds one, or a hub id, ``owner/name`` or
+    ``owner/name/file.safetensors``. weight: factor on its change, from -10 to 10; 1 is as trained, and a
+    negative one is away from it.
+
+    Raises ValueError for a weight outside its range.
+    """
+
+    source: str
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        limits.check_lora_weight(self.weight)
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """What a file changes in one layer.
+
+    network: "unet", "text_encoder" or "text_encoder_2". path: of the layer in it. down: (rank, in) or (rank,
+    in, kh, kw); up: (out, rank) or (out, rank, 1, 1). scale: alpha / rank.
+    """
+
+    network: str
+    path: str
+    down: Tensor
+    up: Tensor
+    scale: float
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight that it changes."""
+        return (len(self.up), *self.down.shape[1:])
+
+    def delta(self, like: Tensor) -> Tensor:
+        """scale * up @ down, float32, with the shape and on the device of a weight."""
+        up, down = (factor.to(like.device, torch.float32).flatten(1) for factor in (self.up, self.down))
+        return self.scale * (up @ down).reshape(like.shape)
+
+
+def with_loras(base: Base, loras: Sequence[Lora]) -> Base:
+    """A base whose weights hold the LoRAs; they add up, in any order. The given base is not changed.
+
+    Raises ValueError, naming the file, for one that leads nowhere, is damaged or a pickle, holds something
+    else than a LoRA of linear and convolution layers (DoRA, LoHa ...), numbers that are not finite, or was
+    made for a base of another family (the sizes are named).
+    """
+    networks = _networks(base)
+    changes: dict[str, dict[str, list[tuple[float, Layer]]]] = {}
+    for lora in loras:
+        for layer in read_lora(lora.source, base):
+            of_network = changes.setdefault(layer.network, {})
+            of_network.setdefault(layer.path, []).append((lora.weight, layer))
+    merged = {name: _merged(networks[name], layers) for name, layers in changes.items()}
+    texts = [name for name in networks if name != "unet"]
+    return replace(
+        base,
+        unet=merged.get("unet", base.unet),
+        text_encoders=[merged.get(name, networks[name]) for name in texts],
+    )
+
+
+def read_lora(source: str, base: Base) -> list[Layer]:
+    """The layers of a LoRA, checked against the base's. Raises ValueError as `with_loras`."""
+    file = find_weight_file(source, what="LoRA", usual=DEFAULT_FILE)
+    header = read_header(file)
+    told = header.pop("__metadata__", {})
+    _check_keys(file, header)
+    _check_family(file, header, base)
+    state, alphas = _converted(file, base)
+    rules = _rules(file, told)
+    layers = [
+        _layer(file, base, name, factors, alphas.get(name), rules) for name, factors in _pairs(state).items()
+    ]
+    if not layers:
+        raise ValueError(f"{file} is empty: it holds no LoRA")
+    return layers
+
+
+def _networks(base: Base) -> dict[str, Any]:
+    names = ("text_encoder", "text_encoder_2")[: len(base.text_encoders)]
+    return {"unet": base.unet, **dict(zip(names, base.text_encoders, strict=True))}
+
+
+def _merged(network: Any, layers: Mapping[str, Sequence[tuple[float, Layer]]]) -> Any:
+    """A copy of the network with other weights in these layers, and the same tensors everywhere else."""
+    copied = shallow_copy(network)
+    for path, terms in layers.items():
+        module = copied.get_submodule(path)
+        total = module.weight.float()
+        for weight, layer in terms:
+            total = total + weight * layer.delta(total)
+        module.weight = nn.Parameter(total.to(module.weight.dtype), requires_grad=False)
+    return copied
+
+
+def shallow_copy(network: Any) -> Any:
+    """A copy of a network's modules that shares all of its tensors."""
+    return copy.deepcopy(network, {id(t): t for t in (*network.parameters(), *network.buffers())})
+
+
+def _check_keys(file: Path, keys: Iterable[str]) -> None:
+    """Raise ValueError for a file in which anything but factors and alphas stands."""
+    keys = list(keys)
+    strange = next((key for key in keys if not (_FACTOR.search(key) or key.endswith(".alpha"))), None)
+    if strange is None:
+        return
+    kind = next((kind for key in keys for part, kind in _OTHER_KINDS.items() if part in key), None)
+    if kind is not None:
+        first = next(key for key in keys if any(part in key for part in _OTHER_KINDS))
+        raise ValueError(f"{file} is a {kind} ({first}); only LoRA is supported")
+    if not any(_FACTOR.search(key) for key in keys):
+        raise ValueError(f"{file} is not a LoRA: it holds {strange}")
+    raise ValueError(f"{file} holds {strange}, which is no part of a LoRA of linear and convolution layers")
+
+
+def _check_family(file: Path, header: Mapping[str, Any], base: Base) -> None:
+    """Raise ValueError for a LoRA whose cross-attentions read a text of another width."""
+    expected = base.unet.config.cross_attention_dim
+    for key, entry in header.items():
+        reads_text = "attn2" in key and re.search(r"to_[kv]", key)
+        if not (reads_text and re.search(r"down|lora_A", key)) or len(entry["shape"]) < 2:
+            continue
+        width = entry["shape"][1]
+        if width != expected:
+            family = _TEXT_WIDTHS.get(width)
+            made = f", as {FAMILY_TITLES[family]}" if family else ""
+            raise ValueError(
+                f"{file} was made for a base whose text is {width} wide{made}; that of the"
+                f" {FAMILY_TITLES[base.family]} base {base.name} is {expected} wide"
+            )
+        return
+
+
+def _converted(file: Path, base: Base) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """The factors by peft's names for diffusers' layers, ``unet.….lora_A.weight``; alphas by the layer."""
+    from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
+    from diffusers.utils import state_dict_utils as names
+
+    with quiet_libraries():
+        try:
+            state, alphas = StableDiffusionXLLoraLoaderMixin.lora_state_dict(
+                str(file),
+                weight_name=file.name,
+                use_safetensors=True,
+                local_files_only=True,
+                unet_config=base.unet.config,  # only SDXL's keys are renamed by it
+            )
+        except (OSError, ValueError, LookupError, AttributeError, RuntimeError) as error:
+            raise ValueError(f"{file} was made for another base than {base.name}: {_why(error)}") from error
+    of_unet = names.UNET_TO_DIFFUSERS
+    of_text = {**names.DIFFUSERS_OLD_TO_PEFT, **names.DIFFUSERS_TO_PEFT}
+    state |= {key: torch.tensor(alpha) for key, alpha in (alphas or {}).items()}
+    renamed: dict[str, Tensor] = {}
+    for key, tensor in state.items():
+        mapping = of_text if key.startswith("text_encoder") else of_unet
+        prefix = "" if key.startswith(("unet.", "text_encoder")) else "unet."  # the oldest files name none
+        renamed |= names.convert_state_dict({prefix + key: tensor}, mapping)
+    factors = {key: tensor for key, tensor in renamed.items() if not key.endswith(".alpha")}
+    told = {key: tensor for key, tensor in renamed.items() if key.endswith(".alpha")}
+    return factors, {re.sub(r"(\.lora_A\.weight)?\.alpha$", "", key): float(told[key]) for key in told}
+
+
+def _why(error: Exception) -> str:
+    return f"{type(error).__name__} {error}" if isinstance(error, LookupError) else first_sentence(error)
+
+
+def _pairs(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The factors of each layer, {"lora_A": down, "lora_B": up}."""
+    pairs: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in state.items():
+        name, _, factor = key.removesuffix(".weight").rpartition(".")
+        pairs.setdefault(name, {})[factor] = tensor
+    return pairs
+
+
+def _rules(file: Path, told: Mapping[str, str]) -> Mapping[str, Any]:
+    """What diffusers wrote into the header about alphas, if it did."""
+    try:
+        rules = json.loads(told.get(METADATA_KEY, "{}"))
+        if not isinstance(rules, dict):
+            raise ValueError("it is no JSON object")
+    except ValueError as error:
+        raise ValueError(f"{file}: its {METADATA_KEY} cannot be read: {error}") from error
+    return rules
+
+
+def _layer(
+    file: Path,
+    base: Base,
+    name: str,
+    factors: Mapping[str, Tensor],
+    alpha: float | None,
+    rules: Mapping[str, Any],
+) -> Layer:
+    """One layer, checked against the base. Raises ValueError, naming the file and the layer."""
+    if set(factors) != {"lora_A", "lora_B"}:
+        raise ValueError(f"{file} is damaged: {name} has not both factors of a LoRA")
+    network, _, path = name.partition(".")
+    down, up = factors["lora_A"], factors["lora_B"]
+    for factor in (down, up):
+        if not (factor.is_floating_point() and factor.ndim in (2, 4) and torch.isfinite(factor).all()):
+            raise ValueError(f"{file} is damaged: {name} holds no finite matrix")
+    if down.shape[0] != up.shape[1] or up[0, 0].numel() != 1 or len(down) == 0:
+        raise ValueError(
+            f"{file} is damaged: {name} has factors {_by(up.shape)} and {_by(down.shape)},"
+            " which no product fits"
+        )
+    rank = len(down)
+    scale = _scale_by_rules(rules, network, path, rank=rank) if alpha is None else alpha / rank
+    layer = Layer(network, _path(file, base, network, path), down, up, scale)
+    weight = _networks(base)[network].get_submodule(layer.path).weight
+    if _without_ones(weight.shape) != _without_ones(layer.shape):
+        raise ValueError(
+            f"{file} was made for another base than {base.name}: {name} is {_by(layer.shape)} in it and"
+            f" {_by(weight.shape)} in the base"
+        )
+    return layer
+
+
+def _scale_by_rules(rules: Mapping[str, Any], network: str, path: str, *, rank: int) -> float:
+    """alpha / rank as peft reads its configuration; 1 where there is none."""
+    alpha = rules.get(f"{network}.lora_alpha", rank)
+    for pattern, value in (rules.get(f"{network}.alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", path):
+            alpha = value
+            break
+    return float(alpha) / (math.sqrt(rank) if rules.get(f"{network}.use_rslora") else rank)
+
+
+def _path(file: Path, base: Base, network: str, path: str) -> str:
+    """The layer's path in this version of the libraries, which move CLIP's ``text_model``."""
+    modules = dict(_networks(base)[network].named_modules()) if network in _networks(base) else {}
+    for name in (path, path.removeprefix("text_model."), f"text_model.{path}"):
+        if isinstance(modules.get(name), nn.Linear | nn.Conv2d):
+            return name
+    raise ValueError(
+        f"{file} was made for another base than {base.name}, which has no layer {network}.{path}"
+    )
+
+
+def _without_ones(shape: Sequence[int]) -> tuple[int, ...]:
+    """A linear layer's shape for a convolution of one pixel."""
+    return tuple(shape[:2]) if tuple(shape[2:]) == (1, 1) else tuple(shape)
+
+
+def _by(shape: Sequence[int]) -> str:
+    return "x".join(str(side) for side in _without_ones(shape))

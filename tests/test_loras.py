@@ -1,0 +1,338 @@
+"""LoRA files on a base: against a plain computation, and against diffusers' pipelines where peft is there."""
+
+import copy
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from outcomes import Run
+from safetensors.torch import load_file, save_file
+from sampling_peers import assert_same, cond, controlnet_of, our_latents, their_latents
+from torch import Tensor
+
+from controlkit.base import Base, load_base
+from controlkit.control import Control
+from controlkit.files import sha256_file
+from controlkit.images import load_picture, read_png_text
+from controlkit.loras import Lora, with_loras
+
+# Of each family: the layer's path -> its name in kohya's files. Linear and convolution layers, of both parts.
+SD1 = {
+    "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q": "lora_unet_down_blocks_0_attentions_0_"
+    "transformer_blocks_0_attn1_to_q",
+    "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k": "lora_unet_mid_block_attentions_0_"
+    "transformer_blocks_0_attn2_to_k",
+    "unet.up_blocks.1.attentions.0.transformer_blocks.0.attn2.to_out.0": "lora_unet_up_blocks_1_attentions_0_"
+    "transformer_blocks_0_attn2_to_out_0",
+    "unet.up_blocks.1.attentions.0.transformer_blocks.0.ff.net.0.proj": "lora_unet_up_blocks_1_attentions_0_"
+    "transformer_blocks_0_ff_net_0_proj",
+    "unet.down_blocks.0.attentions.0.proj_in": "lora_unet_down_blocks_0_attentions_0_proj_in",
+    "unet.down_blocks.0.resnets.0.conv1": "lora_unet_down_blocks_0_resnets_0_conv1",
+    "text_encoder.encoder.layers.0.self_attn.q_proj": "lora_te_text_model_encoder_layers_0_self_attn_q_proj",
+    "text_encoder.encoder.layers.0.self_attn.out_proj": "lora_te_text_model_encoder_layers_0_"
+    "self_attn_out_proj",
+    "text_encoder.encoder.layers.2.mlp.fc1": "lora_te_text_model_encoder_layers_2_mlp_fc1",
+}
+SDXL = {
+    "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q": "lora_unet_input_blocks_4_1_"
+    "transformer_blocks_0_attn1_to_q",
+    "unet.mid_block.attentions.0.transformer_blocks.1.attn2.to_v": "lora_unet_middle_block_1_"
+    "transformer_blocks_1_attn2_to_v",
+    "unet.up_blocks.0.attentions.2.proj_in": "lora_unet_output_blocks_2_1_proj_in",
+    "unet.down_blocks.0.resnets.0.conv1": "lora_unet_input_blocks_1_0_in_layers_2",
+    "text_encoder.encoder.layers.0.self_attn.k_proj": "lora_te1_text_model_encoder_layers_0_self_attn_k_proj",
+    "text_encoder.encoder.layers.0.self_attn.out_proj": "lora_te1_text_model_encoder_layers_0_"
+    "self_attn_out_proj",
+    "text_encoder_2.text_model.encoder.layers.1.self_attn.out_proj": "lora_te2_text_model_encoder_layers_1_"
+    "self_attn_out_proj",
+    "text_encoder_2.text_model.encoder.layers.0.mlp.fc2": "lora_te2_text_model_encoder_layers_0_mlp_fc2",
+}
+LAYERS = {"sd1": SD1, "sdxl": SDXL}
+WEIGHT = 0.8
+
+# By the layer's place and rank. A file without alphas means its ranks.
+ALPHAS: dict[str, Callable[[int, int], float]] = {
+    "differ": lambda index, rank: 3.0 if index % 3 else 1.5,
+    "equal": lambda index, rank: 3.0,
+    "none": lambda index, rank: float(rank),
+}
+
+Factors = dict[str, tuple[Tensor, Tensor, float]]
+
+
+def part(base: Base, name: str) -> tuple[Any, str]:
+    """The network and the path in it."""
+    network, _, path = name.partition(".")
+    return {
+        "unet": base.unet,
+        **dict(zip(("text_encoder", "text_encoder_2"), base.text_encoders, strict=False)),
+    }[network], path
+
+
+def layer(base: Base, name: str) -> Any:
+    network, path = part(base, name)
+    for found in (path, path.removeprefix("text_model."), f"text_model.{path}"):
+        try:
+            return network.get_submodule(found)
+        except AttributeError:
+            continue
+    raise AssertionError(name)
+
+
+def random_factors(
+    base: Base, family: str, *, alphas: Callable[[int, int], float] = ALPHAS["differ"]
+) -> Factors:
+    """Down, up and alpha of every layer; the ranks differ."""
+    generator = torch.Generator().manual_seed(3)
+    found = {}
+    for index, name in enumerate(LAYERS[family]):
+        shape, rank = layer(base, name).weight.shape, 2 + index % 2
+        down = 0.3 * torch.randn((rank, *shape[1:]), generator=generator)
+        up = 0.3 * torch.randn((shape[0], rank, *(1 for _ in shape[2:])), generator=generator)
+        found[name] = (down, up, alphas(index, rank))
+    return found
+
+
+def kohya(factors: Factors, family: str) -> dict[str, Tensor]:
+    state = {}
+    for name, (down, up, alpha) in factors.items():
+        stem = LAYERS[family][name]
+        state |= {
+            f"{stem}.lora_down.weight": down,
+            f"{stem}.lora_up.weight": up,
+            f"{stem}.alpha": torch.tensor(alpha),
+        }
+    return state
+
+
+def with_text_model(name: str) -> str:
+    """How files name a layer of CLIP, whatever the libraries here call it."""
+    return name.replace("text_encoder.encoder", "text_encoder.text_model.encoder")
+
+
+def peft_keys(factors: Factors, family: str) -> dict[str, Tensor]:
+    state = {}
+    for name, (down, up, _) in factors.items():
+        stem = with_text_model(name)
+        state |= {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up}
+    return state
+
+
+def diffusers_keys(factors: Factors, family: str) -> dict[str, Tensor]:
+    state = {}
+    for name, (down, up, _) in factors.items():
+        kind = "lora_linear_layer" if name.startswith("text") else "lora"
+        stem = with_text_model(name)
+        state |= {f"{stem}.{kind}.down.weight": down, f"{stem}.{kind}.up.weight": up}
+    return state
+
+
+STYLES: dict[str, Callable[[Factors, str], dict[str, Tensor]]] = {
+    "kohya": kohya,
+    "peft": peft_keys,
+    "diffusers": diffusers_keys,
+}
+
+
+def write(path: Path, base: Base, family: str, style: str, alphas: str = "differ") -> tuple[Path, Factors]:
+    factors = random_factors(base, family, alphas=ALPHAS[alphas if style == "kohya" else "none"])
+    state = {key: tensor.contiguous() for key, tensor in STYLES[style](factors, family).items()}
+    save_file(state, path)
+    return path, factors
+
+
+def merged(weight: Tensor, down: Tensor, up: Tensor, alpha: float) -> Tensor:
+    """W + 0.8 alpha/rank B A, in words of its own."""
+    if weight.ndim == 2:
+        change = torch.einsum("or,ri->oi", up, down)
+    else:
+        change = torch.einsum("or,rihw->oihw", up[..., 0, 0], down)
+    return weight + WEIGHT * alpha / len(down) * change
+
+
+def copied(base: Base) -> Base:
+    """The same base in tensors of its own."""
+    return replace(
+        base,
+        unet=copy.deepcopy(base.unet),
+        text_encoders=[copy.deepcopy(part) for part in base.text_encoders],
+    )
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("family", LAYERS)
+def test_a_lora_is_merged_into_a_copy(
+    load: Callable[[str], Base], tmp_path: Path, family: str, style: str
+) -> None:
+    base = load(family)
+    before = base.digest()
+    file, factors = write(tmp_path / "lora.safetensors", base, family, style)
+    changed = with_loras(base, [Lora(str(file), WEIGHT)])
+    assert base.digest() == before
+    for name, (down, up, alpha) in factors.items():
+        expected = merged(layer(base, name).weight, down, up, alpha)
+        torch.testing.assert_close(layer(changed, name).weight.data, expected, rtol=1e-5, atol=1e-6)
+        assert (expected - layer(base, name).weight).abs().max() > 1e-2
+    kept = {
+        id(parameter) for network in (base.unet, *base.text_encoders) for parameter in network.parameters()
+    }
+    others = [p for network in (changed.unet, *changed.text_encoders) for p in network.parameters()]
+    assert sum(id(parameter) not in kept for parameter in others) == len(factors), "the rest is shared"
+    assert not any(parameter.requires_grad for parameter in others)
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("family", LAYERS)
+def test_pictures_with_a_lora_equal_the_pipelines(
+    load: Callable[[str], Base], tmp_path: Path, family: str, style: str
+) -> None:
+    pytest.importorskip("peft")
+    base = load(family)
+    # Of alphas that differ diffusers 0.42.1 loses those of attentions (peft 0.21.2 warns of it).
+    file, _ = write(tmp_path / "lora.safetensors", base, family, style, alphas="equal")
+    controls = [Control(controlnet_of(base), cond())]
+
+    def fused(pipeline: Any) -> None:
+        pipeline.load_lora_weights(str(file.parent), weight_name=file.name)
+        pipeline.fuse_lora(lora_scale=WEIGHT)
+
+    request: dict[str, Any] = {"seed": 7, "steps": 3, "scheduler": "ddim"}
+    ours = our_latents(with_loras(base, [Lora(str(file), WEIGHT)]), controls, **request)
+    assert_same(ours, their_latents(copied(base), controls, **request, prepare=fused))
+    assert (ours - our_latents(base, controls, **request)).abs().max() > 1e-2
+
+
+def test_the_oldest_names_are_read(sd1: Base, tmp_path: Path) -> None:
+    name = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    down, up, _ = random_factors(sd1, "sd1", alphas=ALPHAS["none"])[name]
+    for prefix in ("unet.", ""):
+        stem = prefix + "down_blocks.0.attentions.0.transformer_blocks.0.attn1.processor.to_q_lora"
+        save_file({f"{stem}.down.weight": down, f"{stem}.up.weight": up}, tmp_path / "old.safetensors")
+        changed = with_loras(sd1, [Lora(str(tmp_path / "old.safetensors"), WEIGHT)])
+        expected = merged(layer(sd1, name).weight, down, up, len(down))
+        torch.testing.assert_close(layer(changed, name).weight.data, expected)
+
+
+def test_alphas_stand_in_the_header_of_newer_files(sd1: Base, tmp_path: Path) -> None:
+    name = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+    factors = random_factors(sd1, "sd1", alphas=ALPHAS["none"])
+    down, up, _ = factors[name]
+    rules = {"unet.lora_alpha": 1, "unet.alpha_pattern": {"attn2.to_k": 5}}
+    for told, alpha in (
+        (rules, 5.0),
+        ({"unet.lora_alpha": 7, "unet.use_rslora": True}, 7 * len(down) ** 0.5),
+    ):
+        file = tmp_path / "lora.safetensors"
+        save_file(peft_keys({name: factors[name]}, "sd1"), file, {"lora_adapter_metadata": json.dumps(told)})
+        changed = with_loras(sd1, [Lora(str(file), WEIGHT)])
+        expected = merged(layer(sd1, name).weight, down, up, alpha)
+        torch.testing.assert_close(layer(changed, name).weight.data, expected)
+
+
+def test_several_loras_add_up_and_a_folder_is_searched(sd1: Base, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    file, factors = write(tmp_path / "folder" / "some.safetensors", sd1, "sd1", "kohya")
+    twice = with_loras(sd1, [Lora(str(file), 0.5 * WEIGHT), Lora(str(file.parent), 0.5 * WEIGHT)])
+    for name, (down, up, alpha) in factors.items():
+        expected = merged(layer(sd1, name).weight, down, up, alpha)
+        torch.testing.assert_close(layer(twice, name).weight.data, expected, rtol=1e-5, atol=1e-6)
+    assert with_loras(sd1, []).digest() == sd1.digest()
+    assert with_loras(sd1, [Lora(str(file), 0)]).digest() == sd1.digest()
+
+
+def refusal(base: Base, source: object, weight: float = 1.0) -> str:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        with_loras(base, [Lora(str(source), weight)])
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_what_is_no_lora_for_this_base(load: Callable[[str], Base], tmp_path: Path) -> None:
+    sd1, file = load("sd1"), tmp_path / "lora.safetensors"
+    for style in STYLES:
+        write(file, load("sdxl"), "sdxl", style)
+        assert refusal(sd1, file) == (
+            f"{file} was made for a base whose text is 64 wide; that of the SD1 base {sd1.name} is 32 wide"
+        )
+    stem = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    save_file({f"{stem}.lora_A.weight": torch.ones(2, 17), f"{stem}.lora_B.weight": torch.ones(16, 2)}, file)
+    assert f"{stem} is 16x17 in it and 16x16 in the base" in refusal(sd1, file)
+    save_file(
+        {"transformer.x.lora_A.weight": torch.ones(2, 2), "transformer.x.lora_B.weight": torch.ones(2, 2)},
+        file,
+    )
+    assert "has no layer unet.transformer.x" in refusal(sd1, file)
+    assert "a LoRA's weight must be a number from -10 to 10, not 11" in refusal(sd1, file, 11)
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("lora_unet_mid_block_attentions_0_proj_in.dora_scale", "is a DoRA (lora_unet_mid_block"),
+        ("lora_unet_mid_block_attentions_0_proj_in.hada_w1_a", "is a LoHa (lora_unet_mid_block"),
+        ("lora_unet_mid_block_attentions_0_proj_in.lora_mid.weight", "is a LoCon with a core tensor"),
+        ("unet.conv_in.lora_B.bias", "holds unet.conv_in.lora_B.bias, which is no part of a LoRA"),
+    ],
+)
+def test_other_kinds_are_named(sd1: Base, tmp_path: Path, key: str, message: str) -> None:
+    file, _ = write(tmp_path / "lora.safetensors", sd1, "sd1", "kohya")
+    save_file({**load_file(file), key: torch.ones(2)}, file)
+    assert message in refusal(sd1, file)
+
+
+def test_damaged_files(sd1: Base, tmp_path: Path) -> None:
+    file, _ = write(tmp_path / "lora.safetensors", sd1, "sd1", "peft")
+    state, whole = load_file(file), file.read_bytes()
+    first = next(iter(state))
+    for changes, message in (
+        ({first: torch.full_like(state[first], float("nan"))}, "holds no finite matrix"),
+        ({first: torch.ones(5, state[first].shape[1])}, "which no product fits"),
+    ):
+        save_file({**state, **changes}, file)
+        assert message in refusal(sd1, file)
+    save_file({key: tensor for key, tensor in state.items() if key != first}, file)
+    assert "has not both factors" in refusal(sd1, file)
+    file.write_bytes(whole[:-10])
+    assert "is cut short" in refusal(sd1, file)
+    save_file({"conv_in.weight": torch.ones(2)}, file)
+    assert "is not a LoRA: it holds conv_in.weight" in refusal(sd1, file)
+    save_file({}, file)
+    assert "is empty" in refusal(sd1, file)
+    pickle = tmp_path / "lora.pt"
+    torch.save(state, pickle)
+    assert "is a pickle, which could run code" in refusal(sd1, pickle)
+    assert "there is no LoRA nowhere.safetensors" in refusal(sd1, "nowhere.safetensors")
+    assert "of owner/name is needed: it is not in the cache" in refusal(sd1, "owner/name")
+    (tmp_path / "empty").mkdir()
+    assert "the folder holds no .safetensors files" in refusal(sd1, tmp_path / "empty")
+
+
+def test_loras_on_the_command_line(generate: Run, run: Run, models: Path) -> None:
+    base = load_base(str(models / "sd1"))
+    file, _ = write(Path("ein Stil.safetensors"), base, "sd1", "kohya")
+    generate("-o", "plain.png").done()
+    generate("--lora", f"{file}:0.5", "-o", "out.png").done()
+    told = read_png_text("out.png")
+    (lora,) = json.loads(told["controlkit"])["loras"]
+    assert (lora["source"], lora["weight"], lora["sha256"]) == (str(file), 0.5, sha256_file(file))
+    assert told["parameters"].splitlines()[0] == "a cube <lora:ein Stil:0.5>"
+    assert not np.array_equal(load_picture("out.png"), load_picture("plain.png"))
+    Path("moved").mkdir()
+    for moved in (file, Path("out.png")):
+        shutil.copy(moved, "moved")
+    file.unlink()
+    run("generate", "--like", "moved/out.png", "-o", "again.png").done()
+    assert Path("again.png").read_bytes() == Path("out.png").read_bytes()
+    shutil.copy(Path("moved") / file, file)
+    run("generate", "--like", "out.png", "--lora", f"{file}:0", "-o", "off.png").done()
+    assert np.array_equal(load_picture("off.png"), load_picture("plain.png"))
+    assert "from -10 to 10, not 11" in generate("--lora", f"{file}:11").refused()
+    assert "there is no LoRA nowhere" in generate("--lora", "nowhere").refused()
+    write(file, base, "sd1", "peft")
+    assert "which has changed since" in run("generate", "--like", "out.png").refused()
