@@ -144,7 +144,10 @@ def train_together(
         process.start()
     for process in processes:
         process.join(600)  # DeepSpeed compiles something when it is first used
-    return [process.exitcode for process in processes]
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()  # one that waits for another in vain
+    return codes
 
 
 def settings(batch_size: int, **changes: object) -> dict[str, object]:
@@ -165,11 +168,11 @@ def losses(folder: Path) -> list[float]:
     return [row["loss"] for row in rows if "event" not in row]
 
 
-def weights(folder: Path, name: str = "weights") -> dict[str, Any]:
-    """What a run's last checkpoint holds."""
+def weights(folder: Path, name: str = "weights", *, step: int = 4) -> dict[str, Any]:
+    """What a run's checkpoint holds, the last one or another."""
     from safetensors.torch import load_file
 
-    return load_file(folder / "checkpoints" / "step-000004" / f"{name}.safetensors")
+    return load_file(folder / "checkpoints" / f"step-{step:06d}" / f"{name}.safetensors")
 
 
 def distance(first: dict[str, Any], second: dict[str, Any]) -> float:

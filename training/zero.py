@@ -98,9 +98,11 @@ class ZeroWeights(Weights):
 
     @torch.no_grad()
     def set_masters(self, exact: Mapping[str, Tensor]) -> None:
-        """Put whole values in place of masters."""
+        """Put the first process's whole values in place of masters."""
         for name, whole in exact.items():
-            self.masters[name].copy_(self._share(name, whole))
+            value = whole.to(self.engine.device)
+            torch.distributed.broadcast(value, 0)
+            self.masters[name].copy_(self._share(name, value))
 
     def take_gradients(self) -> None:
         """DeepSpeed has them already."""
