@@ -254,6 +254,7 @@ def generate(
     ] = None,
     adapter: Annotated[Texts, _option("KIND=NAME", "Another ControlNet: a folder or a hub id.")] = None,
     lora: Annotated[Texts, _option("FILE[:WEIGHT]", "Put a LoRA onto the base: file or hub id.")] = None,
+    embedding: Annotated[Texts, _option("[WORD=]FILE", "Teach the base a word: textual inversion.")] = None,
     negative: Annotated[Text, _option("TEXT", "What the picture should not show.")] = None,
     steps: Annotated[Whole, _option("N", "Denoising steps, 1 to 1000.  [default: 20]")] = None,
     guidance: Annotated[
@@ -340,6 +341,7 @@ def generate(
             start=start,
             mask=mask,
             loras=lora or (),
+            embeddings=embedding or (),
             output=output,
             like=like,
         )

@@ -77,7 +77,7 @@ class Session:
                 check_adapter(source.record.adapter)  # before gigabytes of base are downloaded or loaded
         device, dtype = pick_device(job.options.device, job.options.dtype, base=job.options.base)
         self.job, self.report = job, report
-        self.base = _with_loras(job, load_base(job.options.base, device=device, dtype=dtype), report)
+        self.base = job.additions.onto(load_base(job.options.base, device=device, dtype=dtype))
         self.first, self.sources = _decided(job, self.base)
         self.adapters = [_adapter(source, self.base, report) for source in self.sources]
         self.preview = None if preview is None else Preview(preview, self.base)
@@ -275,18 +275,10 @@ def _decided(job: Plan, base: Base) -> tuple[PictureRecord, list[Source]]:
         control_every=options.control_every,
         features_every=options.features_every,
         guidance_until=options.guidance_until,
-        loras=tuple(lora for lora, _ in job.loras),
+        loras=tuple(lora for lora, _ in job.additions.loras),
+        embeddings=tuple(word for word, _ in job.additions.embeddings),
     )
     return record, sources
-
-
-def _with_loras(job: Plan, base: Base, report: Report) -> Base:
-    if not job.loras:
-        return base
-    from controlkit.loras import Lora, with_loras
-
-    report.status(f"putting {len(job.loras)} LoRA on the base")
-    return with_loras(base, [Lora(place, lora.weight) for lora, place in job.loras])
 
 
 def _adapter(source: Source, base: Base, report: Report) -> Adapter:
