@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from controlkit.base import Base as Base
     from controlkit.base import load_base as load_base
     from controlkit.control import Control as Control
+    from controlkit.embeddings import Embedding as Embedding
+    from controlkit.embeddings import with_embeddings as with_embeddings
     from controlkit.images import load_picture as load_picture
     from controlkit.loras import Lora as Lora
     from controlkit.loras import with_loras as with_loras
@@ -20,11 +22,13 @@ _HOME = {
     "Adapter": "adapters",
     "Base": "base",
     "Control": "control",
+    "Embedding": "embeddings",
     "Lora": "loras",
     "generate": "sampling",
     "load_adapter": "adapters",
     "load_base": "base",
     "load_picture": "images",
+    "with_embeddings": "embeddings",
     "with_loras": "loras",
 }
 __all__ = [*_HOME, "__version__"]

@@ -140,6 +140,12 @@ def parse_weighted(text: str) -> tuple[str, float]:
     return (text, 1.0) if isinstance(scale, tuple) else (source, scale)
 
 
+def parse_word(text: str) -> tuple[str, str]:
+    """Read FILE or WORD=FILE, as the word, or "", and the file; a file whose name has a = is that file."""
+    word, _, file = text.rpartition("=")
+    return ("", text) if os.path.exists(text) else (word, file)
+
+
 def parse_settings(texts: Sequence[str]) -> dict[str, str]:
     """Read several KEY=VALUE into a mapping.
 

@@ -254,6 +254,7 @@ def generate(
     ] = None,
     adapter: Annotated[Texts, _option("KIND=NAME", "Another ControlNet: a folder or a hub id.")] = None,
     lora: Annotated[Texts, _option("FILE[:WEIGHT]", "Put a LoRA onto the base: file or hub id.")] = None,
+    embedding: Annotated[Texts, _option("[WORD=]FILE", "Teach the base a word: textual inversion.")] = None,
     negative: Annotated[Text, _option("TEXT", "What the picture should not show.")] = None,
     prompt_syntax: Annotated[
         Text, _option("NAME", "a1111: (word:1.3) weighs a word, and prompts may be long.  [default: plain]")
@@ -348,6 +349,7 @@ def generate(
             start=start,
             mask=mask,
             loras=lora or (),
+            embeddings=embedding or (),
             output=output,
             like=like,
         )

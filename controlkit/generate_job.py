@@ -78,8 +78,8 @@ class Session:
         device, dtype = pick_device(job.options.device, job.options.dtype, base=job.options.base)
         self.job, self.report = job, report
         rests = bool(job.options.memory) or job.options.memory_limit is not None
-        self.base = _load_base(job.options.base, device=device, dtype=dtype, rests=rests)
-        self.base = _with_loras(job, self.base, report)
+        base = _load_base(job.options.base, device=device, dtype=dtype, rests=rests)
+        self.base = job.additions.onto(base)
         self.first, self.sources = _decided(job, self.base)
         self.adapters = [_adapter(source, self.base, report, rests=rests) for source in self.sources]
         self.preview = None if preview is None else Preview(preview, self.base)
@@ -307,7 +307,8 @@ def _decided(job: Plan, base: Base) -> tuple[PictureRecord, list[Source]]:
         guidance_until=options.guidance_until,
         prompt_syntax=options.prompt_syntax,
         memory=options.memory,
-        loras=tuple(lora for lora, _ in job.loras),
+        loras=tuple(lora for lora, _ in job.additions.loras),
+        embeddings=tuple(word for word, _ in job.additions.embeddings),
     )
     return record, sources
 
@@ -322,15 +323,6 @@ def _load_base(name: str, *, device: str, dtype: torch.dtype, rests: bool) -> Ba
         return load_base(name, device=device, dtype=dtype)
     place = check_device(device)
     return rested(load_base(name, device=HOST, dtype=dtype), place)
-
-
-def _with_loras(job: Plan, base: Base, report: Report) -> Base:
-    if not job.loras:
-        return base
-    from controlkit.loras import Lora, with_loras
-
-    report.status(f"putting {len(job.loras)} LoRA on the base")
-    return with_loras(base, [Lora(place, lora.weight) for lora, place in job.loras])
 
 
 def _adapter(source: Source, base: Base, report: Report, *, rests: bool) -> Adapter:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ import numpy as np
 
 from controlkit import (
     __version__,
+    additions,
     arguments,
     files,
-    hub,
     images,
     infotext,
     limits,
@@ -25,7 +26,8 @@ from controlkit import (
     preprocessors,
     prompt_syntax,
 )
-from controlkit.infotext import ControlRecord, LoraRecord, PictureRecord, StartRecord
+from controlkit.additions import Additions
+from controlkit.infotext import ControlRecord, PictureRecord, StartRecord
 
 PREVIEW_CHUNK = "controlkit-preview"  # marks a PNG that a later preview may replace
 INPAINT = "inpaint"  # the kind of control whose map is made of the picture to start from and its mask
@@ -125,8 +127,7 @@ class Plan:
     outputs: tuple[Path, ...]
     beginning: Beginning | None = None
     notes: tuple[str, ...] = ()
-    loras: tuple[tuple[LoraRecord, str], ...] = ()
-    """With the place where each was found."""
+    additions: Additions = field(default_factory=Additions)
 
 
 def plan(
@@ -138,14 +139,15 @@ def plan(
     start: str | None = None,
     mask: str | None = None,
     loras: Sequence[str] = (),
+    embeddings: Sequence[str] = (),
     output: str,
     like: str | None = None,
 ) -> Plan:
     """Check a request and read its pictures.
 
     given: the fields of `Options` that were given. like: a picture made before, whose parameters fill in
-    whatever is not given. controls, maps, adapters, start, mask, loras: as on the command line; controls or
-    maps replace those of `like`, start its start, and loras its loras.
+    whatever is not given. controls, maps, adapters, start, mask, loras, embeddings: as on the command line;
+    controls or maps replace those of `like`, start its start, loras its loras, embeddings its embeddings.
     Raises ValueError for anything that can be known to be wrong before the models are loaded.
     """
     remembered = None if like is None else infotext.parse(images.read_png_text(like), source=like)
@@ -167,17 +169,18 @@ def plan(
         raise ValueError(
             f"an {INPAINT} control follows a picture with a hole: add --from PICTURE --mask MASK"
         )
-    on_base = _loras(loras, remembered, like)
-    _check_text(options, sources, [lora.source for lora, _ in on_base])
+    added = additions.asked(loras, embeddings, remembered, find=partial(_found, like=Path(str(like))))
+    _check_text(options, sources, added.texts())
     outputs = arguments.numbered_outputs(output, options.count)
     read = [file for source in sources for file in (source.file, Path(source.record.mask or source.file))]
     read += [] if beginning is None else beginning.files
-    read += [Path(place) for _, place in on_base]
+    read += added.places()
     _check_outputs(outputs, [*read, *([Path(like)] if like else [])])
     notes = [] if remembered is None else list(_version_notes(remembered))
     for text in (options.prompt, options.negative_prompt):
         notes += prompt_syntax.notes(text, options.prompt_syntax)
-    return Plan(options, tuple(sources), tuple(outputs), beginning, (*notes, *_map_notes(sources)), on_base)
+    notes += _map_notes(sources)
+    return Plan(options, tuple(sources), tuple(outputs), beginning, tuple(notes), added)
 
 
 def _options_of(record: PictureRecord | None, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -214,31 +217,6 @@ def _source(argument: arguments.ControlArgument) -> Source:
         only_mid=argument.only_mid,
     )
     return Source(record, picture, Path(argument.path), mask)
-
-
-def _loras(
-    texts: Sequence[str], remembered: PictureRecord | None, like: str | None
-) -> tuple[tuple[LoraRecord, str], ...]:
-    """The LoRAs that are given, or else those of an earlier picture, unchanged, and where they are."""
-    given = []
-    for text in texts:
-        source, weight = arguments.parse_weighted(text)
-        limits.check_lora_weight(weight)
-        hub.check_weight_file(source, what="LoRA")
-        sha256 = files.sha256_file(source) if os.path.isfile(source) else ""
-        given.append((LoraRecord(source, weight, sha256), source))
-    if texts or remembered is None:
-        return tuple(given)
-    place = Path(str(like))
-    return tuple(
-        (
-            lora,
-            str(_found(lora.source, lora.sha256, like=place, option="--lora"))
-            if lora.sha256
-            else lora.source,
-        )
-        for lora in remembered.loras
-    )
 
 
 def _mask(path: str) -> np.ndarray | None:

@@ -92,6 +92,17 @@ class LoraRecord:
 
 
 @dataclass(frozen=True)
+class EmbeddingRecord:
+    """A word that the base was taught: the file as it was given, its bytes' SHA-256, the word or ""."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    file: str
+    token: str
+    sha256: str
+
+
+@dataclass(frozen=True)
 class PictureRecord:
     """Everything that determines one generated picture.
 
@@ -127,6 +138,7 @@ class PictureRecord:
     prompt_syntax: str = "plain"
     memory: tuple[str, ...] = ()
     loras: tuple[LoraRecord, ...] = ()
+    embeddings: tuple[EmbeddingRecord, ...] = ()
 
 
 def chunks(record: PictureRecord) -> dict[str, str]:

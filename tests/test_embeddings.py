@@ -1,0 +1,155 @@
+"""Textual inversion: in every layout of its files, against diffusers' pipelines."""
+
+import copy
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from outcomes import Run
+from safetensors.torch import save_file
+from sampling_peers import assert_same, cond, controlnet_of, our_latents, their_latents
+from torch import Tensor
+
+from controlkit.base import Base
+from controlkit.control import Control
+from controlkit.embeddings import Embedding, with_embeddings
+from controlkit.files import sha256_file
+from controlkit.images import load_picture, read_png_text
+
+WORD = "<styl>"
+
+
+def vectors(count: int, seed: int = 0, width: int = 32) -> Tensor:
+    return torch.randn((count, width), generator=torch.Generator().manual_seed(seed))
+
+
+def a1111(rows: Tensor) -> dict[str, Any]:
+    return {"string_to_token": {"*": 265}, "string_to_param": {"*": rows}, "name": "x", "step": 7}
+
+
+def copied(base: Base) -> Base:
+    """The same base, in parts that may be changed."""
+    return replace(
+        base,
+        text_encoders=[copy.deepcopy(encoder) for encoder in base.text_encoders],
+        tokenizers=[copy.deepcopy(tokenizer) for tokenizer in base.tokenizers],
+    )
+
+
+@pytest.mark.parametrize(("family", "count"), [("sd1", 1), ("sd1", 3), ("sdxl", 2)])
+def test_pictures_with_a_word_equal_the_pipelines(
+    load: Callable[[str], Base], tmp_path: Path, family: str, count: int
+) -> None:
+    base, before = load(family), load(family).digest()
+    rows = [vectors(count, seed) for seed in range(len(base.text_encoders))]
+    state = {"clip_l": rows[0], "clip_g": rows[-1]} if family == "sdxl" else {WORD: rows[0]}
+    save_file(state, tmp_path / "word.safetensors")
+
+    def told(pipeline: Any) -> None:
+        for index, part in enumerate(rows):
+            end = "_2" if index else ""
+            taught = {"tokenizer": getattr(pipeline, f"tokenizer{end}")}
+            taught["text_encoder"] = getattr(pipeline, f"text_encoder{end}")
+            pipeline.load_textual_inversion({WORD: part}, token=WORD, **taught)
+
+    controls = [Control(controlnet_of(base), cond())]
+    request: dict[str, Any] = {"seed": 7, "steps": 2, "scheduler": "ddim", "prompt": f"a {WORD} cube"}
+    ours = our_latents(
+        with_embeddings(base, [Embedding(str(tmp_path / "word.safetensors"), WORD)]), controls, **request
+    )
+    assert_same(ours, their_latents(copied(base), controls, **request, prepare=told))
+    assert (ours - our_latents(base, controls, **request)).abs().max() > 1e-3
+    assert base.digest() == before
+    assert WORD not in base.tokenizers[0].get_vocab()
+
+
+def test_every_layout_means_the_same(sd1: Base, tmp_path: Path) -> None:
+    rows = vectors(2)
+    save_file({WORD: rows}, tmp_path / "one.safetensors")
+    save_file({"emb_params": rows}, tmp_path / "two.safetensors")
+    torch.save({WORD: rows}, tmp_path / "three.bin")
+    torch.save(a1111(rows), tmp_path / "four.pt")
+    words = {"one.safetensors": WORD, "two.safetensors": "two", "three.bin": WORD, "four.pt": "four"}
+    said = []
+    for name, word in words.items():
+        known = with_embeddings(sd1, [Embedding(str(tmp_path / name))])
+        said.append(known.encode_prompts([f"a {word} cube"]).encoder_hidden_states)
+    assert all(torch.equal(said[0], other) for other in said)
+    assert not torch.equal(said[0], sd1.encode_prompts([f"a {WORD} cube"]).encoder_hidden_states)
+
+
+def test_several_words(sd1: Base, tmp_path: Path) -> None:
+    files = [tmp_path / "first.safetensors", tmp_path / "second.safetensors"]
+    for seed, file in enumerate(files):
+        save_file({"emb_params": vectors(1, seed)}, file)
+    known = with_embeddings(sd1, [Embedding(str(file)) for file in files])
+    one = with_embeddings(sd1, [Embedding(str(files[1]))])
+    said = known.encode_prompts(["a second"]).encoder_hidden_states
+    assert torch.equal(said, one.encode_prompts(["a second"]).encoder_hidden_states)
+
+
+def test_the_end_is_found_behind_a_new_word_under_an_old_configuration(
+    load: Callable[[str], Base], tmp_path: Path
+) -> None:
+    save_file({"clip_l": vectors(1), "clip_g": vectors(1)}, tmp_path / "word.safetensors")
+    old = copied(load("sdxl"))
+    old.text_encoders[1].text_model.eos_token_id = 2  # as SDXL's own file says: the largest id is the end
+    pooled = []
+    for base in (load("sdxl"), old):
+        known = with_embeddings(base, [Embedding(str(tmp_path / "word.safetensors"))])
+        pooled.append(known.encode_prompts(["a word"]).pooled)
+    assert torch.equal(pooled[0], pooled[1])
+    assert old.text_encoders[1].text_model.eos_token_id == 2
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({WORD: vectors(1, width=48)}, "whose words are 48 wide; those of the SD1 base"),
+        ({"clip_l": vectors(1), "clip_g": vectors(1)}, "has vectors for 2 text encoder(s), and the SD1 base"),
+        ({WORD: vectors(1) * float("inf")}, "no finite vectors"),
+        ({"a": vectors(1), "b": vectors(1)}, "is no embedding: it holds a, b"),
+        ({"a</w>": vectors(1)}, "the base knows the word 'a</w>' already"),
+    ],
+)
+def test_what_is_no_word_for_this_base(
+    sd1: Base, tmp_path: Path, state: dict[str, Tensor], message: str
+) -> None:
+    save_file({key: rows.clone() for key, rows in state.items()}, tmp_path / "word.safetensors")
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        with_embeddings(sd1, [Embedding(str(tmp_path / "word.safetensors"))])
+    assert message in str(caught.value)
+
+
+def test_files_that_cannot_be_read(sd1: Base, tmp_path: Path) -> None:
+    torch.save({"x": Path("x")}, tmp_path / "code.pt")
+    (tmp_path / "cut.bin").write_bytes((tmp_path / "code.pt").read_bytes()[:60])
+    save_file({WORD: vectors(1)}, tmp_path / "whole.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "whole.safetensors").read_bytes()[:-4])
+    for name, message in (
+        ("code.pt", "is damaged, or holds more than tensors"),
+        ("cut.bin", "is damaged, or holds more than tensors"),
+        ("cut.safetensors", "is cut short"),
+        ("nowhere.pt", "there is no embedding"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            with_embeddings(sd1, [Embedding(str(tmp_path / name))])
+
+
+def test_words_on_the_command_line(generate: Run, run: Run) -> None:
+    save_file({"emb_params": vectors(2)}, "styl.safetensors")
+    generate("-o", "plain.png").done()
+    generate("--embedding", "cube=styl.safetensors", "-o", "out.png").done()
+    (told,) = json.loads(read_png_text("out.png")["controlkit"])["embeddings"]
+    assert told == {"file": "styl.safetensors", "token": "cube", "sha256": sha256_file("styl.safetensors")}
+    assert not np.array_equal(load_picture("out.png"), load_picture("plain.png"))
+    run("generate", "--like", "out.png", "-o", "again.png").done()
+    assert Path("again.png").read_bytes() == Path("out.png").read_bytes()
+    assert "there is no embedding nowhere.pt" in generate("--embedding", "nowhere.pt").refused()
+    save_file({"emb_params": vectors(1)}, "styl.safetensors")
+    assert "which has changed since" in run("generate", "--like", "out.png").refused()
