@@ -81,7 +81,7 @@ def check_data(
     if json:
         files.write_json(json, as_json(check))
         written.append(Path(json))
-    lines = [*check.table(NAMES), "", _verdict(check)]
+    lines = [*check.table(NAMES), "", _verdict(check, data)]
     return Result(lines, written, 1 if check.errors else 0)
 
 
@@ -180,11 +180,12 @@ def _pixels(piece: Piece, canvas: tuple[int, int] | None) -> np.ndarray:
     return images.load_picture(content)
 
 
-def _verdict(check: Check) -> str:
+def _verdict(check: Check, data: DataRecipe) -> str:
     count, bad = len(check.sizes), len(check.sizes) - len(check.usable)
     rate = f" in {check.seconds:.1f} s"
     if not bad:
         return f"looked at {count:,} pairs{rate}: all can be used"
     if bad == count:
         return f"looked at {count:,} pairs{rate}: none of them can be used"
-    return f"looked at {count:,} pairs{rate}: {bad:,} cannot be used (data.bad=skip would leave them out)"
+    left_out = "leaves" if data.bad == "skip" else "would leave"
+    return f"looked at {count:,} pairs{rate}: {bad:,} cannot be used (data.bad=skip {left_out} them out)"

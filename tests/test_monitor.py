@@ -357,6 +357,12 @@ def test_too_few_pictures_are_said_to_be_too_few():
     assert took_hold(history([(0.3, 0.02)] * 9, pictures=3)) == 0
     told = advice(rows, **RECIPE)
     assert "worse by 30.0%, but 3 held-out pictures of one size are too few to be sure of it" in told
+    twice = history([(0.0, 0.0), (0.3, 0.01), (0.3, 0.01)], every=1000)
+    told = advice(twice, **RECIPE, finished=True)
+    assert told.startswith(
+        "At step 2000 another picture's map does worse by 30.0%, but it was not beyond chance"
+    )
+    assert "at 3 looks in a row" in told
     assert took_hold(history([(0.3, 0.1)] * 9, pictures=0)) is None  # of old runs: taken for 8
 
 

@@ -33,7 +33,7 @@ class Weights:
                 for name, p in self.parameters.items()
             }
             for module in modules.values():
-                module.to(half)
+                nn.Module.to(module, half)  # diffusers' own warns of layers that have to stay fp32: none
         self.average: Tensors = {}
         self.keeps_gradients = False
         """Whether the network's gradients stay allocated: graphs know them by their addresses."""

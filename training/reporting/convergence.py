@@ -80,11 +80,8 @@ def advice(
     travel = rate * max(step - warmup / 2, 0)  # the warmup walks half the way
     if travel < 2 * USUAL_TRAVEL[1] and not (finished or step >= steps):
         return None
-    if _pictures(last) < _FEW and _exceeds(last, _LIKELY):
-        return (
-            f"At step {step} another picture's map does worse by {last['gap']:.1%}, but {_pictures(last)}"
-            " held-out pictures of one size are too few to be sure of it: a larger data.holdout would tell."
-        )
+    if _exceeds(last, _LIKELY):
+        return _unsure(last)
     said = _diagnosis(
         last, travel, late=warmup / 2 + USUAL_TRAVEL[1] / rate, raised=zero_convolution_rate >= 6
     )
@@ -137,6 +134,19 @@ def _lost(looks: History, held: int) -> str | None:
     return (
         f"Control had taken hold at step {held} and is gone at step {int(recent[-1]['step'])}: the training"
         " has become unstable. Lower learning_rate; an average of the weights (ema) helps, too."
+    )
+
+
+def _unsure(look: Mapping[str, Any]) -> str:
+    begin = f"At step {int(look['step'])} another picture's map does worse by {look['gap']:.1%}, but"
+    if _pictures(look) < _FEW and not _convincing(look):
+        return (
+            f"{begin} {_pictures(look)} held-out pictures of one size are too few to be sure of it:"
+            " a larger data.holdout would tell."
+        )
+    return (
+        f"{begin} it was not beyond chance at {LOOKS} looks in a row: train longer, or look more often"
+        " (monitor_every)."
     )
 
 
