@@ -119,12 +119,11 @@ def table(known: dict[str, Any]) -> str:
 
 
 def curves(known: dict[str, Any]) -> str:
-    """Control and colours by scale, window and steps, one above the other, as one picture."""
-    charts = []
+    """Control and colours by scale and by window, one above the other, as one picture."""
+    charts = {}
     for title, sweep, key in (
-        ("by scale", "scale", "scale"),
-        ("by end of the window", "end", "end"),
-        ("by number of steps (ddim)", "steps, ddim", "steps"),
+        ("by strength of the control", "scale", "scale"),
+        ("by end of the window, as a share of the steps", "end", "end"),
     ):
         colours = {_name(s): known["figures"][_name(s)]["colours"] for s in SWEEPS[sweep]}
         points = [(float(s[key]), _share(known, s), colours[_name(s)]) for s in SWEEPS[sweep]]
@@ -132,23 +131,25 @@ def curves(known: dict[str, Any]) -> str:
             Series("control", [(x, control) for x, control, _ in points], 0),
             Series("colours", [(x, colours) for x, _, colours in points], 1),
         ]
-        charts.append(line_chart(series, label=title, percent=True))
+        charts[title] = line_chart(series, label=title, percent=True)
     return figure(charts)
 
 
-def figure(charts: list[str]) -> str:
-    """Charts below each other in one SVG with its colours."""
+def figure(charts: dict[str, str]) -> str:
+    """Charts with their titles, below each other, in one SVG with its colours."""
     from controlkit.training.reporting.charts import CSS
 
-    height, width = 280, 580
+    height, width = 310, 580
     shown = "".join(
-        f'<svg x="10" y="{10 + i * height}" width="{width - 20}" height="{height - 20}">{chart}</svg>'
-        for i, chart in enumerate(charts)
+        f'<text x="20" y="{24 + i * height}" font-size="14" font-weight="600" fill="#202124">{title}</text>'
+        f'<svg x="10" y="{34 + i * height}" width="{width - 20}" height="{height - 44}">{chart}</svg>'
+        for i, (title, chart) in enumerate(charts.items())
     )
     style = ":root{--c0:#3b6fb6;--c1:#c0562b;--ink:#202124;--faint:#5f6368;--grid:#e3e5e8}" + CSS
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height * len(charts)}">'
-        f'<style>{style}</style><rect width="100%" height="100%" fill="#fff"/>{shown}</svg>\n'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height * len(charts)}"'
+        f' font-family="system-ui,sans-serif"><style>{style}</style>'
+        f'<rect width="100%" height="100%" fill="#fff"/>{shown}</svg>\n'
     )
 
 
