@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     from controlkit.control import Control
 
 _CUDA_CONTEXT = 700 * 10**6  # with the workspaces of cuBLAS and cuDNN
-_LIBRARIES = 1040 * 10**6  # resident with torch and the model libraries imported
+_LIBRARIES = (
+    1100 * 10**6
+)  # of a process that has imported and once run them: tests/memory_trial.py 64 batch=1
 _WASTE = {"cpu": 0.25, "cuda": 0.1}  # share of what comes and goes that is lost between allocations
 _TOKENS = 77
 
@@ -190,15 +192,22 @@ class Estimate:
         return self.known[key] + 4 * 3 * self.request.width * self.request.height * memory.batch_size
 
     def _decoder(self, at_once: int, tiled: bool) -> int:
-        request, factor, vae = self.request, self.base.vae_factor, self.vae
-        vae.enable_tiling() if tiled else vae.disable_tiling()
-        size = (request.height // factor, request.width // factor)
+        request, vae = self.request, self.vae
+        vae.disable_tiling()
+        width, height, kept = request.width, request.height, 0
+        if tiled:  # one tile stands for all of them, whose results stay until the last one is there
+            side = vae.tile_latent_min_size * self.base.vae_factor
+            step = int(side * (1 - vae.tile_overlap_factor))
+            count = -(-width // step) * -(-height // step)
+            kept = at_once * 3 * (count * side * side + 2 * width * height) * vae.dtype.itemsize
+            width, height = min(width, side), min(height, side)
+        size = (height // self.base.vae_factor, width // self.base.vae_factor)
         latents = torch.empty(at_once, vae.config.latent_channels, *size, dtype=vae.dtype)
         most = peak_of(lambda: vae.decode(latents).sample)
         if request.starts:
-            pixels = torch.empty(1, 3, request.height, request.width, dtype=vae.dtype)
+            pixels = torch.empty(1, 3, height, width, dtype=vae.dtype)
             most = max(most, peak_of(lambda: vae.encode(pixels).latent_dist.mean))
-        return most
+        return most + kept
 
 
 class _Under:
