@@ -367,6 +367,7 @@ def test_the_environment_stays_as_it_is(before: str | None, monkeypatch: pytest.
     assert os.environ.get("KMP_DUPLICATE_LIB_OK") == before
 
 
+@pytest.mark.slow
 def test_a_broken_package_breaks_only_what_needs_it(weights: Any) -> None:
     (weights("hed") / "dpt_hybrid-midas-501f0c75.pt").touch()
     code = f"""

@@ -68,6 +68,7 @@ def test_sd15s_parameters_and_flops_are_those_known(sd15):
     assert optimizer_bytes("adamw", list(networks.controlnet.parameters())) == (8 * 361_279_120, 0)
 
 
+@pytest.mark.slow
 def test_sdxl_is_planned(tmp_path):
     base = config_only(
         tmp_path / "sdxl", unet=SDXL_UNET, texts=(SD15_TEXT, {**SD15_TEXT, "projection_dim": 512})
@@ -98,6 +99,7 @@ def test_every_family_and_way_of_training_is_planned(family, changes, tmp_path):
     assert step.worst.total >= step.saved
 
 
+@pytest.mark.slow
 def test_a_reward_is_counted_and_holds_one_picture_whatever_the_batch():
     without, one, many, recomputed = (
         count(recipe(batch_size=size, **changes))
@@ -166,6 +168,7 @@ def test_gradients_stay_where_steps_have_several_micro_batches():
     assert held.saved == alone.saved
 
 
+@pytest.mark.slow
 def test_checkpointing_keeps_less_and_computes_more():
     plain, again = (recipe(batch_size=4, gradient_checkpointing=flag) for flag in (False, True))
     steps = [simulate_step(build_networks(r), r, width=128, height=128) for r in (plain, again)]

@@ -369,6 +369,7 @@ def test_a_run_that_goes_on_equals_one_that_was_not_stopped(place):
         assert (stopped / place_of).read_bytes() == (whole / place_of).read_bytes()
 
 
+@pytest.mark.slow
 def test_bf16_is_rewarded_like_fp32(place, plain):
     full, half = (
         run(place, precision, reward=0.5, reward_below=1.0, precision=precision)

@@ -111,6 +111,7 @@ def test_flops_of_a_mode_that_controls_one_branch(around: float) -> None:
         (Savings(guidance_until=0.1), 0.77),
     ],
 )
+@pytest.mark.slow
 def test_flops_of_what_is_left_out(savings: Savings, share: float) -> None:
     assert sum(flops_of(4, savings=savings)) < share * sum(flops_of(4))
 

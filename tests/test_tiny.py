@@ -100,6 +100,7 @@ def test_adapters_follow_their_maps_far_better_than_the_prompt_alone(quality):
     assert quality.scores["openpose"]["joints"] > 2 * quality.scores["floor"]["joints"]
 
 
+@pytest.mark.slow
 def test_a_fresh_measurement_agrees_with_the_card(base, quality):
     adapters = {kind: load_adapter(kind, base=base) for kind in KINDS}
     now = examine(base, adapters, scenes=4)
@@ -154,6 +155,7 @@ def test_any_prompt_works(base):
         assert picture.shape == (128, 128, 3)
 
 
+@pytest.mark.slow
 def test_an_adapter_trains_on_a_locked_base_and_loads_everywhere(tmp_path, monkeypatch):
     from diffusers import ControlNetModel
 

@@ -231,6 +231,7 @@ def test_no_checkpoint_at_all(tmp_path):
 # --- the loop ----
 
 
+@pytest.mark.slow
 def test_a_stopped_run_equals_an_uninterrupted_one(tmp_path, text_recipe):
     whole = train_recipe(str(text_recipe), [f"out={tmp_path / 'whole'}"])
 
@@ -594,6 +595,7 @@ STARTS = {
         ("depth", "depth", "model.safetensors"),
     ],
 )
+@pytest.mark.slow
 def test_a_training_goes_on_from_the_weights_of_init(tmp_path, task, init, weights):
     (tmp_path / "recipe.toml").write_text(
         started(TINY / init, task=task, out=str(tmp_path / "run"), **STARTS[task])

@@ -248,6 +248,7 @@ def test_samples_that_cannot_be_made_do_not_end_the_run(place, plain, monkeypatc
     assert losses(unlucky) == losses(plain)
 
 
+@pytest.mark.slow
 def test_bf16_trains_like_fp32(place, plain):
     full, _ = run(place, "full", steps=12, learning_rate=3e-4)
     half, _ = run(place, "half", steps=12, learning_rate=3e-4, precision="bf16")
@@ -341,6 +342,7 @@ def test_adafactor_runs_and_resumes(place):
 
 
 @pytest.mark.parametrize("name", ["lion", "prodigy", "schedule-free", "adamw8bit"])
+@pytest.mark.slow
 def test_other_optimizers_run_or_say_what_is_missing(place, name):
     from importlib.util import find_spec
 
