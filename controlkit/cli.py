@@ -14,7 +14,7 @@ import shlex
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -22,8 +22,11 @@ import typer
 from typer.core import TyperGroup
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from rich.progress import Progress
 
+    from controlkit.infotext import PictureRecord
     from controlkit.preprocess_job import Beside
     from controlkit.training.watch import Progress as Step
 
@@ -246,6 +249,7 @@ def demo(
 
 @app.command(epilog='Example:  controlkit generate "a cube" --control canny=photo.jpg -o out.png')
 def generate(
+    context: typer.Context,
     prompt: Annotated[str | None, typer.Argument(help="What the picture shows.", show_default=False)] = None,
     control: Annotated[Texts, _option("KIND=PICTURE[:HOW]", _CONTROL_HELP)] = None,
     map_: Annotated[Texts, _option("KIND=MAP[:HOW]", "Follow this file, a map already.", "--map")] = None,
@@ -255,7 +259,9 @@ def generate(
     adapter: Annotated[Texts, _option("KIND=NAME", "Another ControlNet: a folder or a hub id.")] = None,
     lora: Annotated[Texts, _option("FILE[:WEIGHT]", "Put a LoRA onto the base: file or hub id.")] = None,
     embedding: Annotated[Texts, _option("[WORD=]FILE", "Teach the base a word: textual inversion.")] = None,
-    negative: Annotated[Text, _option("TEXT", "What the picture should not show.")] = None,
+    negative_prompt: Annotated[
+        Text, _option("TEXT", "What the picture should not show.", "--negative", "--negative-prompt")
+    ] = None,
     prompt_syntax: Annotated[
         Text, _option("NAME", "a1111: (word:1.3) weighs a word, and prompts may be long.  [default: plain]")
     ] = None,
@@ -312,37 +318,16 @@ def generate(
 ) -> None:
     """Make pictures that follow a prompt and the edges, pose or depth of another picture."""
     from controlkit import arguments, generate_job, grid_job
-    from controlkit.generate_plan import check_preview
-    from controlkit.limits import MAX_SEED
+    from controlkit.generate_plan import Options, check_preview
 
-    given = {
-        "prompt": prompt,
-        "negative_prompt": negative,
-        "prompt_syntax": prompt_syntax,
-        "base": base,
-        "steps": steps,
-        "guidance": guidance,
-        "scheduler": scheduler,
-        "temperature": temperature,
-        "guidance_rescale": guidance_rescale,
-        "strength": strength,
-        "hires": hires,
-        "hires_strength": hires_strength,
-        "tile": tile,
-        "control_every": control_every,
-        "features_every": features_every,
-        "guidance_until": guidance_until,
-        "seed": seed,
-        "count": count,
-        "width": width,
-        "height": height,
-        "device": device,
-        "memory_limit": None if memory is None else arguments.parse_bytes(memory),
-    }
+    asked = {name: value for name, value in context.params.items() if value is not None}
+    given = {name: value for name, value in asked.items() if name in Options.__dataclass_fields__}
+    if memory is not None:
+        given["memory_limit"] = arguments.parse_bytes(given.pop("memory"))
     started = time.monotonic()
     with _terminal() as terminal:
         plan = generate_job.plan(
-            {name: value for name, value in given.items() if value is not None},
+            given,
             controls=control or (),
             maps=map_ or (),
             adapters=adapter or (),
@@ -364,11 +349,18 @@ def generate(
             print(f"wrote {plan.outputs[0]}, {len(made)} pictures, in {time.monotonic() - started:.0f} s")
             return
         records = generate_job.run(plan, terminal, preview=shown)
-    for path, record in zip(plan.outputs, records, strict=True):
+    _tell_pictures(plan.outputs, records, time.monotonic() - started)
+
+
+def _tell_pictures(outputs: Sequence[Path], records: Sequence[PictureRecord], seconds: float) -> None:
+    """What was made, and how to make more of it."""
+    from controlkit.limits import MAX_SEED
+
+    for path, record in zip(outputs, records, strict=True):
         width, height = (round(side * record.hires / 8) * 8 for side in (record.width, record.height))
         print(f"wrote {path} ({width}x{height}, seed {record.seed})")
-    print(f"in {time.monotonic() - started:.0f} s; the same with other seeds:")
-    first = shlex.quote(str(plan.outputs[0]))
+    print(f"in {seconds:.0f} s; the same with other seeds:")
+    first = shlex.quote(str(outputs[0]))
     seed = min(records[-1].seed + 1, MAX_SEED - 3)
     print(f"  controlkit generate --like {first} --seed {seed} -n 4 -o more.png")
 

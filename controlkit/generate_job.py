@@ -20,6 +20,7 @@ from controlkit import images, infotext, naming, preprocessors
 from controlkit.generate_plan import INPAINT, PREVIEW_CHUNK, Beginning, Plan, Source, adapted, versions
 from controlkit.generate_plan import plan as plan
 from controlkit.infotext import PictureRecord
+from controlkit.settings import shared
 
 if TYPE_CHECKING:
     import torch
@@ -283,30 +284,15 @@ def _decided(job: Plan, base: Base) -> tuple[PictureRecord, list[Source]]:
         base, map_size, options.width, options.height, any_area=options.tile is not None
     )
     record = PictureRecord(
-        prompt=options.prompt,
-        negative_prompt=options.negative_prompt,
-        base=options.base,
+        **shared(options),
         controls=tuple(source.record for source in sources),
-        steps=options.steps,
         guidance=sampling.default_guidance(base) if options.guidance is None else options.guidance,
-        scheduler=options.scheduler,
-        seed=options.seed,
         width=width,
         height=height,
         device=str(base.device),
         dtype=str(base.dtype).removeprefix("torch."),
         versions=versions(),
-        guidance_rescale=options.guidance_rescale,
-        temperature=options.temperature,
         start=None if job.beginning is None else job.beginning.record,
-        hires=options.hires,
-        hires_strength=options.hires_strength,
-        tile=options.tile,
-        control_every=options.control_every,
-        features_every=options.features_every,
-        guidance_until=options.guidance_until,
-        prompt_syntax=options.prompt_syntax,
-        memory=options.memory,
         loras=tuple(lora for lora, _ in job.additions.loras),
         embeddings=tuple(word for word, _ in job.additions.embeddings),
     )

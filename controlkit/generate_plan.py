@@ -28,71 +28,48 @@ from controlkit import (
 )
 from controlkit.additions import Additions
 from controlkit.infotext import ControlRecord, PictureRecord, StartRecord
+from controlkit.settings import Settings
 
 PREVIEW_CHUNK = "controlkit-preview"  # marks a PNG that a later preview may replace
 INPAINT = "inpaint"  # the kind of control whose map is made of the picture to start from and its mask
 DEFAULT_STRENGTH = 0.75  # of a start from a whole picture; a hole is filled from nothing
 
 
-@dataclass(frozen=True)
-class Options:
+@dataclass(frozen=True, kw_only=True)
+class Options(Settings):
     """What is asked for, with the defaults. None: decided by the base, the map or the device.
 
-    seed: of the first picture; picture k of `count` has seed + k. memory: measures that save it, by name, and
-    memory_limit: the bytes within which they are chosen anew.
+    seed: of the first picture; picture k of `count` has seed + k. memory_limit: the bytes within which the
+    measures that save memory are chosen anew.
     """
 
     prompt: str = ""
     negative_prompt: str = ""
     base: str = "tiny"
     steps: int = 20
-    guidance: float | None = None
     scheduler: str = "ddim"
     seed: int = 0
+    guidance: float | None = None
     count: int = 1
     width: int | None = None
     height: int | None = None
     device: str = "auto"
     dtype: str | None = None
-    guidance_rescale: float = 0.0
-    temperature: float | None = None
     strength: float | None = None
-    hires: float = 1.0
-    hires_strength: float = 0.5
-    tile: int | None = None
-    control_every: int = 1
-    features_every: int = 1
-    guidance_until: float = 1.0
-    prompt_syntax: str = "plain"
-    memory: tuple[str, ...] = ()
     memory_limit: int | None = None
 
     def check(self) -> None:
         """Raise ValueError for the first number outside its range, or an unknown scheduler."""
         if self.scheduler not in infotext.SAMPLER_NAMES:
             raise naming.unknown("scheduler", self.scheduler, infotext.SAMPLER_NAMES)
-        limits.check_steps(self.steps)
+        super().check()
         limits.check_count(self.count)
-        limits.check_seeds([self.seed, self.seed + self.count - 1])
+        limits.check_seeds([self.seed + self.count - 1])
         limits.check_size(self.width, self.height)
         if self.guidance is not None:
             limits.check_guidance(self.guidance)
-        limits.check_rescale(self.guidance_rescale)
-        limits.check_temperature(self.temperature, self.scheduler)
-        limits.check_strength(self.hires_strength)
         if self.strength is not None:
             limits.check_strength(self.strength)
-        if self.hires != 1:
-            limits.check_factor(self.hires)
-        if self.tile is not None:
-            limits.check_tile(self.tile)
-        limits.check_every("control_every", self.control_every)
-        limits.check_every("features_every", self.features_every)
-        limits.check_share("guidance_until", self.guidance_until)
-        prompt_syntax.check_syntax(self.prompt_syntax)
-        if self.prompt_syntax == "a1111":
-            for text in (self.prompt, self.negative_prompt):
-                prompt_syntax.parse(text)
 
 
 @dataclass(frozen=True, eq=False)

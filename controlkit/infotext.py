@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from controlkit.settings import Settings
+
 JSON_CHUNK = "controlkit"
 INFOTEXT_CHUNK = "parameters"
 
@@ -102,41 +104,24 @@ class EmbeddingRecord:
     sha256: str
 
 
-@dataclass(frozen=True)
-class PictureRecord:
+@dataclass(frozen=True, kw_only=True)
+class PictureRecord(Settings):
     """Everything that determines one generated picture.
 
     width, height: pixels, of the first stage where there are two. dtype: the networks' precision ("float32").
-    memory: the measures of `memory.Memory`, none where memory is not limited.
-    versions: of the software that made it. The rest is as in `sampling.generate` and `cascade.refine`.
+    versions: of the software that made it.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
-    prompt: str
-    negative_prompt: str
-    base: str
     controls: tuple[ControlRecord, ...]
-    steps: int
     guidance: float
-    scheduler: str
-    seed: int
     width: int
     height: int
     device: str
     dtype: str
     versions: dict[str, str]
-    guidance_rescale: float = 0.0
-    temperature: float | None = None
     start: StartRecord | None = None
-    hires: float = 1.0
-    hires_strength: float = 0.5
-    tile: int | None = None
-    control_every: int = 1
-    features_every: int = 1
-    guidance_until: float = 1.0
-    prompt_syntax: str = "plain"
-    memory: tuple[str, ...] = ()
     loras: tuple[LoraRecord, ...] = ()
     embeddings: tuple[EmbeddingRecord, ...] = ()
 

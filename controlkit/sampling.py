@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -178,6 +178,15 @@ def generate(
     start = None if start is None else start.fitted(width, height)
     batch_size = memory.batch_size if memory else batch_size or default_batch(base)
     pair = [base.unet, *{id(c.controlnet): c.controlnet for c in controls}.values()]
+    how: dict[str, Any] = {
+        "guidance": guided,
+        "temperature": temperature,
+        "savings": savings,
+        "tiles": tiles,
+        "preview": preview,
+        "one_branch_at_a_time": memory is not None and memory.one_branch,
+    }
+    pair = [base.unet, *{id(c.controlnet): c.controlnet for c in controls}.values()]
     pictures: list[np.ndarray] = []
     with (
         _prepared(base, controls),
@@ -190,9 +199,10 @@ def generate(
             encoded = encode_controls(
                 controls, width=width, height=height, pictures=len(seeds), in_bands=tiles is not None
             )
-        for first in range(0, len(seeds), batch_size):
-            chunk = seeds[first : first + batch_size]
-            generators = [torch.Generator("cpu").manual_seed(int(seed)) for seed in chunk]
+        batches = -(-len(seeds) // batch_size)
+        for batch in range(batches):
+            first, last = batch * batch_size, min((batch + 1) * batch_size, len(seeds))
+            generators = [torch.Generator("cpu").manual_seed(int(seed)) for seed in seeds[first:last]]
             strength = 1.0 if start is None else start.strength
             schedule = make_schedule(scheduler, base, steps=steps, strength=strength)
             with at_work(memory, base, *([] if start is None else [base.vae])):
@@ -202,18 +212,11 @@ def generate(
                     base,
                     text,
                     begun,
-                    controls=[control.rows(first, first + len(generators)) for control in encoded],
+                    controls=[control.rows(first, last) for control in encoded],
                     schedule=schedule,
-                    guidance=guided,
-                    temperature=temperature,
                     generators=generators,
-                    savings=savings,
-                    tiles=tiles,
-                    preview=preview,
-                    callback=_counting(
-                        callback, batch=first // batch_size, batches=-(-len(seeds) // batch_size)
-                    ),
-                    one_branch_at_a_time=memory is not None and memory.one_branch,
+                    callback=_counting(callback, batch=batch, batches=batches),
+                    **how,
                 )
             with at_work(memory, base, base.vae):
                 decoded = base.decode_latents(latents)

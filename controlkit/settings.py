@@ -1,0 +1,61 @@
+"""The settings of a generation that are asked for, recorded and repeated in the same words.
+
+`generate_plan.Options` adds what may be left to the base or the device, `infotext.PictureRecord` what was
+decided. Needs neither torch nor numpy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from controlkit import limits, prompt_syntax
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a picture is made with, in plain values; as in `sampling.generate` and `cascade.refine`.
+
+    memory: the measures of `memory.Memory` by name, none where memory is not limited.
+    """
+
+    prompt: str
+    negative_prompt: str
+    base: str
+    steps: int
+    scheduler: str
+    seed: int
+    guidance_rescale: float = 0.0
+    temperature: float | None = None
+    hires: float = 1.0
+    hires_strength: float = 0.5
+    tile: int | None = None
+    control_every: int = 1
+    features_every: int = 1
+    guidance_until: float = 1.0
+    prompt_syntax: str = "plain"
+    memory: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        """Raise ValueError for the first number outside its range, or a prompt that cannot be read."""
+        limits.check_steps(self.steps)
+        limits.check_seeds([self.seed])
+        limits.check_rescale(self.guidance_rescale)
+        limits.check_temperature(self.temperature, self.scheduler)
+        limits.check_strength(self.hires_strength)
+        if self.hires != 1:
+            limits.check_factor(self.hires)
+        if self.tile is not None:
+            limits.check_tile(self.tile)
+        limits.check_every("control_every", self.control_every)
+        limits.check_every("features_every", self.features_every)
+        limits.check_share("guidance_until", self.guidance_until)
+        prompt_syntax.check_syntax(self.prompt_syntax)
+        if self.prompt_syntax == "a1111":
+            for text in (self.prompt, self.negative_prompt):
+                prompt_syntax.parse(text)
+
+
+def shared(settings: Settings) -> dict[str, Any]:
+    """The fields of `Settings` alone, by name."""
+    return {field.name: getattr(settings, field.name) for field in fields(Settings)}
