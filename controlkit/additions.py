@@ -1,4 +1,4 @@
-"""What is put onto a base for a generation, LoRAs and learned words.
+"""What is put onto a base for a generation: LoRAs, learned words, and pictures as prompts.
 
 Read from the command line, or again from a picture, and checked before the models' libraries are loaded.
 """
@@ -11,11 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from controlkit import arguments, files, hub, limits
-from controlkit.infotext import EmbeddingRecord, LoraRecord, PictureRecord
+import numpy as np
+
+from controlkit import arguments, files, hub, images, limits
+from controlkit.infotext import EmbeddingRecord, LoraRecord, PictureRecord, PromptPictureRecord
 
 if TYPE_CHECKING:
     from controlkit.base import Base
+    from controlkit.ip_adapter import PicturePrompt
 
 
 class Finder(Protocol):
@@ -26,23 +29,37 @@ class Finder(Protocol):
 
 
 @dataclass(frozen=True)
+class PromptPictures:
+    """Pictures for an IP-Adapter: as they are recorded, the places of all files, and the pixels."""
+
+    record: PromptPictureRecord
+    source: str
+    places: tuple[str, ...]
+    pictures: tuple[np.ndarray, ...]
+
+
+@dataclass(frozen=True)
 class Additions:
     """What is put onto a base: as it is recorded, and the place where each was found."""
 
     loras: tuple[tuple[LoraRecord, str], ...] = ()
     embeddings: tuple[tuple[EmbeddingRecord, str], ...] = ()
+    ip_adapters: tuple[PromptPictures, ...] = ()
 
     def texts(self) -> list[str]:
         """All that is recorded as text."""
         words = [text for word, _ in self.embeddings for text in (word.file, word.token)]
-        return [*(lora.source for lora, _ in self.loras), *words]
+        told = [(told.record.source, told.record.encoder, *told.record.pictures) for told in self.ip_adapters]
+        return [*(lora.source for lora, _ in self.loras), *words, *(text for texts in told for text in texts)]
 
     def places(self) -> list[Path]:
         """The files that are read."""
-        return [Path(place) for _, place in (*self.loras, *self.embeddings)]
+        told = [place for told in self.ip_adapters for place in (told.source, *told.places)]
+        return [Path(place) for place in (*(place for _, place in (*self.loras, *self.embeddings)), *told)]
 
     def onto(self, base: Base) -> Base:
-        """A base with all of it; the given one stays as it is. Raises ValueError for what does not fit."""
+        """A base with LoRAs and words; the given one stays as it is. Raises ValueError for what does not
+        fit."""
         if self.loras:
             from controlkit.loras import Lora, with_loras
 
@@ -53,9 +70,32 @@ class Additions:
             base = with_embeddings(base, [Embedding(place, word.token) for word, place in self.embeddings])
         return base
 
+    def picture_prompts(self, base: Base) -> list[PicturePrompt]:
+        """What the base is told by pictures. Raises ValueError for adapters that do not fit."""
+        if not self.ip_adapters:
+            return []
+        from controlkit.ip_adapter import picture_prompt
+
+        return [
+            picture_prompt(
+                base,
+                told.source,
+                told.pictures,
+                scale=told.record.scale,
+                image_encoder=told.record.encoder or None,
+            )
+            for told in self.ip_adapters
+        ]
+
 
 def asked(
-    loras: Sequence[str], embeddings: Sequence[str], remembered: PictureRecord | None, *, find: Finder
+    loras: Sequence[str],
+    embeddings: Sequence[str],
+    ip_adapters: Sequence[str],
+    image_encoder: str | None,
+    remembered: PictureRecord | None,
+    *,
+    find: Finder,
 ) -> Additions:
     """What is asked for, as on the command line, or else what an earlier picture had of its kind.
 
@@ -66,16 +106,22 @@ def asked(
         before = Additions(
             () if loras else tuple(_lora_again(lora, find) for lora in remembered.loras),
             () if embeddings else tuple(_word_again(word, find) for word in remembered.embeddings),
+            () if ip_adapters else tuple(_told_again(told, find) for told in remembered.ip_adapters),
         )
-    return Additions((*before.loras, *map(_lora, loras)), (*before.embeddings, *map(_embedding, embeddings)))
+    if image_encoder is not None and not ip_adapters:
+        raise ValueError(f"--image-encoder {image_encoder} belongs to an --ip-adapter, and there is none")
+    return Additions(
+        (*before.loras, *map(_lora, loras)),
+        (*before.embeddings, *map(_embedding, embeddings)),
+        (*before.ip_adapters, *(_told(text, image_encoder or "") for text in ip_adapters)),
+    )
 
 
 def _lora(text: str) -> tuple[LoraRecord, str]:
     source, weight = arguments.parse_weighted(text)
     limits.check_lora_weight(weight)
     hub.check_weight_file(source, what="LoRA")
-    sha256 = files.sha256_file(source) if os.path.isfile(source) else ""
-    return LoraRecord(source, weight, sha256), source
+    return LoraRecord(source, weight, _sha256(source)), source
 
 
 def _embedding(text: str) -> tuple[EmbeddingRecord, str]:
@@ -85,6 +131,24 @@ def _embedding(text: str) -> tuple[EmbeddingRecord, str]:
     return EmbeddingRecord(file, token, files.sha256_file(file)), file
 
 
+def _told(text: str, encoder: str) -> PromptPictures:
+    source, names, scale = arguments.parse_picture_prompt(text)
+    limits.check_picture_scale(scale)
+    if not (source.endswith((".bin", ".pt")) and os.path.isfile(source)):
+        hub.check_weight_file(source, what="IP-Adapter")
+    if encoder and not os.path.isdir(encoder):
+        raise ValueError(f"there is no folder {encoder}: --image-encoder is that of a CLIP picture encoder")
+    pictures = tuple(images.load_picture(name) for name in names)
+    sums = tuple(map(files.sha256_file, names))
+    record = PromptPictureRecord(source, names, sums, scale, _sha256(source), encoder)
+    return PromptPictures(record, source, names, pictures)
+
+
+def _sha256(source: str) -> str:
+    """Of a file's bytes; "" for a folder or a hub id."""
+    return files.sha256_file(source) if os.path.isfile(source) else ""
+
+
 def _lora_again(lora: LoraRecord, find: Finder) -> tuple[LoraRecord, str]:
     place = str(find(lora.source, lora.sha256, option="--lora")) if lora.sha256 else lora.source
     return lora, place
@@ -92,3 +156,11 @@ def _lora_again(lora: LoraRecord, find: Finder) -> tuple[LoraRecord, str]:
 
 def _word_again(word: EmbeddingRecord, find: Finder) -> tuple[EmbeddingRecord, str]:
     return word, str(find(word.file, word.sha256, option="--embedding"))
+
+
+def _told_again(told: PromptPictureRecord, find: Finder) -> PromptPictures:
+    option = f"--ip-adapter {told.source}="
+    source = str(find(told.source, told.sha256, option="--ip-adapter")) if told.sha256 else told.source
+    sums = zip(told.pictures, told.pictures_sha256, strict=True)
+    places = tuple(str(find(name, sha256, option=option)) for name, sha256 in sums)
+    return PromptPictures(told, source, places, tuple(map(images.load_picture, places)))

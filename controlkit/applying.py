@@ -58,7 +58,8 @@ class Rows:
     """What the networks are told by text, for every row of a generation: the same tensors in each step.
 
     encoder_hidden_states: (branches x pictures, 77, D), all unconditional rows first where there are two
-    branches. added_cond: SDXL's, with as many rows; else None.
+    branches. added_cond: SDXL's, with as many rows; else None. for_unet: what the U-Net reads, the text with
+    pictures' tokens behind it (`ip_adapter`); the text itself where there are none.
     """
 
     encoder_hidden_states: Tensor
@@ -66,6 +67,12 @@ class Rows:
     pictures: int
     is_conditional: bool = True
     """Whether the last rows are conditional ones."""
+    for_unet: Tensor | None = None
+
+    @property
+    def unet_states(self) -> Tensor:
+        """What the U-Net reads."""
+        return self.encoder_hidden_states if self.for_unet is None else self.for_unet
 
     @property
     def branches(self) -> int:
@@ -76,24 +83,21 @@ class Rows:
     def unconditional(self) -> Rows:
         """The unconditional rows alone."""
         assert self.branches == 2
-        added, last = self.added_cond, self.pictures
-        return Rows(
-            self.encoder_hidden_states[:last],
-            None if added is None else {name: rows[:last] for name, rows in added.items()},
-            self.pictures,
-            is_conditional=False,
-        )
+        return self._part(slice(None, self.pictures), is_conditional=False)
 
     @cached_property
     def conditional(self) -> Rows:
         """The conditional rows alone."""
-        if self.branches == 1:
-            return self
-        added, first = self.added_cond, self.pictures
+        return self if self.branches == 1 else self._part(slice(self.pictures, None), is_conditional=True)
+
+    def _part(self, which: slice, *, is_conditional: bool) -> Rows:
+        added = self.added_cond
         return Rows(
-            self.encoder_hidden_states[first:],
-            None if added is None else {name: rows[first:] for name, rows in added.items()},
+            self.encoder_hidden_states[which],
+            None if added is None else {name: rows[which] for name, rows in added.items()},
             self.pictures,
+            is_conditional,
+            None if self.for_unet is None else self.for_unet[which],
         )
 
 

@@ -140,6 +140,22 @@ def parse_weighted(text: str) -> tuple[str, float]:
     return (text, 1.0) if isinstance(scale, tuple) else (source, scale)
 
 
+def parse_picture_prompt(text: str) -> tuple[str, tuple[str, ...], float]:
+    """Read ADAPTER=PICTURE, or ADAPTER=PICTURE,PICTURE:SCALE, as its three parts.
+
+    A file whose name has a comma, or ends like a scale, is that file if it exists. Raises ValueError where a
+    part is missing.
+    """
+    source, _, rest = text.partition("=")
+    rest, scale = parse_weighted(rest)
+    pictures = (rest,) if os.path.exists(rest) else tuple(rest.split(","))
+    if not (source and all(pictures)):
+        raise ValueError(
+            f"--ip-adapter {text!r} must be FILE=PICTURE or FILE=PICTURE:SCALE, as a.safetensors=b.jpg:0.6"
+        )
+    return source, pictures, scale
+
+
 def parse_word(text: str) -> tuple[str, str]:
     """Read FILE or WORD=FILE, as the word, or "", and the file; a file whose name has a = is that file."""
     word, _, file = text.rpartition("=")

@@ -259,6 +259,12 @@ def generate(
     adapter: Annotated[Texts, _option("KIND=NAME", "Another ControlNet: a folder or a hub id.")] = None,
     lora: Annotated[Texts, _option("FILE[:WEIGHT]", "Put a LoRA onto the base: file or hub id.")] = None,
     embedding: Annotated[Texts, _option("[WORD=]FILE", "Teach the base a word: textual inversion.")] = None,
+    ip_adapter: Annotated[
+        Texts, _option("FILE=PICTURE[:SCALE]", "Show the base a picture, as an IP-Adapter puts it in words.")
+    ] = None,
+    image_encoder: Annotated[
+        Text, _option("FOLDER", "The IP-Adapter's picture encoder.  [default: the one beside it]")
+    ] = None,
     negative_prompt: Annotated[
         Text, _option("TEXT", "What the picture should not show.", "--negative", "--negative-prompt")
     ] = None,
@@ -335,6 +341,8 @@ def generate(
             mask=mask,
             loras=lora or (),
             embeddings=embedding or (),
+            ip_adapters=ip_adapter or (),
+            image_encoder=image_encoder,
             output=output,
             like=like,
         )

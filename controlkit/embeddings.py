@@ -9,7 +9,6 @@ The base that was given stays as it is. The result equals that of diffusers' `lo
 from __future__ import annotations
 
 import copy
-import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from controlkit.base import FAMILY_TITLES
-from controlkit.folders import read_header, refuse_impostor
+from controlkit.folders import read_state
 from controlkit.loras import shallow_copy
 
 if TYPE_CHECKING:
@@ -85,7 +84,7 @@ def _find_the_end_by_its_id(encoder: Any, tokenizer: Any) -> None:
 def _read(embedding: Embedding, base: Base) -> tuple[str, list[Tensor]]:
     """The word and the vectors (n, D) for each text encoder. Raises ValueError as `with_embeddings`."""
     file = Path(embedding.file).expanduser()
-    own, parts = _parts(file, _load(file))
+    own, parts = _parts(file, read_state(file, what="embedding"))
     if len(parts) != len(base.text_encoders):
         raise ValueError(
             f"{file} has vectors for {len(parts)} text encoder(s), and the {FAMILY_TITLES[base.family]} base"
@@ -106,25 +105,6 @@ def _read(embedding: Embedding, base: Base) -> tuple[str, list[Tensor]]:
     if len({len(rows) for rows in vectors}) != 1:
         raise ValueError(f"{file} is damaged: its text encoders get different numbers of vectors")
     return embedding.token or own or file.stem, vectors
-
-
-def _load(file: Path) -> Mapping[str, Any]:
-    if not file.is_file():
-        raise ValueError(f"there is no embedding {file}")
-    if file.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        read_header(file)
-        return load_file(file)
-    with file.open("rb") as stream:
-        refuse_impostor(file, stream.read(512))
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError) as error:
-        raise ValueError(f"{file} is damaged, or holds more than tensors, which is refused") from error
-    if not isinstance(state, dict):
-        raise ValueError(f"{file} is no embedding: it holds a {type(state).__name__}")
-    return state
 
 
 def _parts(file: Path, state: Mapping[str, Any]) -> tuple[str, list[Tensor]]:

@@ -126,6 +126,32 @@ def read_header(file: Path) -> dict[str, Any]:
     return header
 
 
+def read_state(file: Path, *, what: str) -> dict[str, Any]:
+    """What stands in a weight file, by its keys, on the CPU: of a pickle, tensors and plain values alone.
+
+    Raises ValueError, naming the file, for one that is missing, damaged, holds anything else, or no mapping;
+    ``what`` it should be ("embedding").
+    """
+    if not file.is_file():
+        raise ValueError(f"there is no {what} {file}")
+    if file.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        read_header(file)
+        return load_file(file)
+    import torch
+
+    with file.open("rb") as stream:
+        refuse_impostor(file, stream.read(512))
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError) as error:
+        raise ValueError(f"{file} is damaged, or holds more than tensors, which is refused") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{file} is no {what}: it holds a {type(state).__name__}")
+    return state
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises ValueError naming the file if it is missing or something else."""
     try:

@@ -81,6 +81,7 @@ class Session:
         rests = bool(job.options.memory) or job.options.memory_limit is not None
         base = _load_base(job.options.base, device=device, dtype=dtype, rests=rests)
         self.base = job.additions.onto(base)
+        self.picture_prompts = job.additions.picture_prompts(self.base)
         self.first, self.sources = _decided(job, self.base)
         self.adapters = [_adapter(source, self.base, report, rests=rests) for source in self.sources]
         self.preview = None if preview is None else Preview(preview, self.base)
@@ -144,6 +145,7 @@ class Session:
 
         return {
             "negative_prompt": record.negative_prompt,
+            "picture_prompts": self.picture_prompts,
             "prompt_syntax": record.prompt_syntax,
             "steps": record.steps,
             "guidance": record.guidance,
@@ -295,6 +297,7 @@ def _decided(job: Plan, base: Base) -> tuple[PictureRecord, list[Source]]:
         start=None if job.beginning is None else job.beginning.record,
         loras=tuple(lora for lora, _ in job.additions.loras),
         embeddings=tuple(word for word, _ in job.additions.embeddings),
+        ip_adapters=tuple(told.record for told in job.additions.ip_adapters),
     )
     return record, sources
 

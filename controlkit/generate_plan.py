@@ -117,14 +117,16 @@ def plan(
     mask: str | None = None,
     loras: Sequence[str] = (),
     embeddings: Sequence[str] = (),
+    ip_adapters: Sequence[str] = (),
+    image_encoder: str | None = None,
     output: str,
     like: str | None = None,
 ) -> Plan:
     """Check a request and read its pictures.
 
     given: the fields of `Options` that were given. like: a picture made before, whose parameters fill in
-    whatever is not given. controls, maps, adapters, start, mask, loras, embeddings: as on the command line;
-    controls or maps replace those of `like`, start its start, loras its loras, embeddings its embeddings.
+    whatever is not given. controls, maps, adapters, start, mask, loras, embeddings, ip_adapters: as on the
+    command line; controls or maps replace those of `like`, start its start, each other kind its own.
     Raises ValueError for anything that can be known to be wrong before the models are loaded.
     """
     remembered = None if like is None else infotext.parse(images.read_png_text(like), source=like)
@@ -146,7 +148,8 @@ def plan(
         raise ValueError(
             f"an {INPAINT} control follows a picture with a hole: add --from PICTURE --mask MASK"
         )
-    added = additions.asked(loras, embeddings, remembered, find=partial(_found, like=Path(str(like))))
+    find = partial(_found, like=Path(str(like)))
+    added = additions.asked(loras, embeddings, ip_adapters, image_encoder, remembered, find=find)
     _check_text(options, sources, added.texts())
     outputs = arguments.numbered_outputs(output, options.count)
     read = [file for source in sources for file in (source.file, Path(source.record.mask or source.file))]

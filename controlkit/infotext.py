@@ -104,6 +104,24 @@ class EmbeddingRecord:
     sha256: str
 
 
+@dataclass(frozen=True)
+class PromptPictureRecord:
+    """Pictures that the base was told through an IP-Adapter.
+
+    source: the adapter's file or hub id as it was given; pictures: files as they were given. sha256: of each
+    file's bytes, "" for a hub id. encoder: the picture encoder's folder, "" for the one beside the adapter.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    source: str
+    pictures: tuple[str, ...]
+    pictures_sha256: tuple[str, ...]
+    scale: float = 1.0
+    sha256: str = ""
+    encoder: str = ""
+
+
 @dataclass(frozen=True, kw_only=True)
 class PictureRecord(Settings):
     """Everything that determines one generated picture.
@@ -124,6 +142,7 @@ class PictureRecord(Settings):
     start: StartRecord | None = None
     loras: tuple[LoraRecord, ...] = ()
     embeddings: tuple[EmbeddingRecord, ...] = ()
+    ip_adapters: tuple[PromptPictureRecord, ...] = ()
 
 
 def chunks(record: PictureRecord) -> dict[str, str]:

@@ -97,16 +97,23 @@ def check_every(name: str, every: int) -> None:
 
 def check_scale(scale: float) -> None:
     """Raise ValueError unless a control's scale is a finite number from -10 to 10 (1 is as trained)."""
-    low, high = SCALE_RANGE
-    if not (math.isfinite(scale) and low <= scale <= high):
-        raise ValueError(f"a control's scale must be a number from {low:g} to {high:g}, not {scale}")
+    _check_strong("a control's scale", scale)
 
 
 def check_lora_weight(weight: float) -> None:
     """Raise ValueError unless a LoRA's weight is a finite number from -10 to 10 (1 is as trained)."""
+    _check_strong("a LoRA's weight", weight)
+
+
+def check_picture_scale(scale: float) -> None:
+    """Raise ValueError unless an IP-Adapter's scale is a finite number from -10 to 10 (1 is as trained)."""
+    _check_strong("an IP-Adapter's scale", scale)
+
+
+def _check_strong(what: str, number: float) -> None:
     low, high = SCALE_RANGE
-    if not (math.isfinite(weight) and low <= weight <= high):
-        raise ValueError(f"a LoRA's weight must be a number from {low:g} to {high:g}, not {weight}")
+    if not (math.isfinite(number) and low <= number <= high):
+        raise ValueError(f"{what} must be a number from {low:g} to {high:g}, not {number}")
 
 
 def check_window(start: float, end: float) -> None:

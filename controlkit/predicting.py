@@ -142,7 +142,7 @@ class Predictor:
             self.base.unet,
             self._with_shown(noisy_latents),
             timestep,
-            rows.encoder_hidden_states,
+            rows.unet_states,
             residuals=residuals,
             added_cond=rows.added_cond,
             timestep_cond=self.timestep_cond,

@@ -8,8 +8,8 @@ for the unconditional and the conditional branch (`shared_start`).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -79,14 +79,28 @@ def _transformer_block(block: Any, x: Tensor, encoder_hidden_states: Tensor) -> 
     return block.ff(block.norm3(x)) + x
 
 
+class PicturePart(NamedTuple):
+    """What one cross-attention reads of pictures behind the text (`ip_adapter`).
+
+    tokens: how many. to_k, to_v: (heads x d, D). scale: of what they add.
+    """
+
+    tokens: int
+    to_k: Tensor
+    to_v: Tensor
+    scale: float
+
+
 class KeptText:
     """diffusers' `AttnProcessor2_0` for a text that stays the same: its keys and values are computed once.
 
     They are remembered by the text tensor itself: as long as the same object is given, it is the same text.
+    pictures: what stands behind the text in it, in its order; each is attended to by itself.
     """
 
-    def __init__(self) -> None:
-        self.kept: list[tuple[Tensor, Tensor, Tensor]] = []
+    def __init__(self, pictures: Sequence[PicturePart] = ()) -> None:
+        self.pictures = pictures
+        self.kept: list[tuple[Tensor, list[tuple[Tensor, Tensor]]]] = []
 
     def __call__(
         self,
@@ -99,19 +113,28 @@ class KeptText:
         """The attention's output for ``hidden_states`` (B, S, C) and ``encoder_hidden_states`` (B, 77, D)."""
         assert encoder_hidden_states is not None
         assert attention_mask is None
-        key, value = self._keys_and_values(attn, encoder_hidden_states)
+        (key, value), *others = self._keys_and_values(attn, encoder_hidden_states)
         query = _heads(attn, attn.to_q(hidden_states))
         out = nn.functional.scaled_dot_product_attention(query, key, value)
+        for part, (key, value) in zip(self.pictures, others, strict=True):
+            if part.scale:
+                out = out + part.scale * nn.functional.scaled_dot_product_attention(query, key, value)
         out = attn.to_out[0](out.transpose(1, 2).flatten(2))  # (B, heads, S, d) to (B, S, heads x d)
         return out / attn.rescale_output_factor if attn.rescale_output_factor != 1 else out
 
-    def _keys_and_values(self, attn: Any, text: Tensor) -> tuple[Tensor, Tensor]:
-        for known, key, value in self.kept:
-            if known is text:
-                return key, value
-        key, value = _heads(attn, attn.to_k(text)), _heads(attn, attn.to_v(text))
-        self.kept = [*self.kept[-3:], (text, key, value)]  # both branches, of two stages
-        return key, value
+    def _keys_and_values(self, attn: Any, told: Tensor) -> list[tuple[Tensor, Tensor]]:
+        for known, pairs in self.kept:
+            if known is told:
+                return pairs
+        counts = [part.tokens for part in self.pictures]
+        text, *tokens = told.split([told.shape[1] - sum(counts), *counts], dim=1)
+        pairs = [(_heads(attn, attn.to_k(text)), _heads(attn, attn.to_v(text)))]
+        for part, rows in zip(self.pictures, tokens, strict=True):
+            projected = (nn.functional.linear(rows, w.to(rows.device)) for w in (part.to_k, part.to_v))
+            key, value = (_heads(attn, x) for x in projected)
+            pairs.append((key, value))
+        self.kept = [*self.kept[-3:], (told, pairs)]  # both branches, of two stages
+        return pairs
 
 
 def _heads(attn: Any, x: Tensor) -> Tensor:
@@ -123,7 +146,7 @@ def _heads(attn: Any, x: Tensor) -> Tensor:
 def text_kept(*networks: nn.Module) -> Iterator[None]:
     """Within the block the cross-attentions of the networks compute a text's keys and values once.
 
-    Attentions that are not diffusers' plain ones (IP-Adapter's, say) stay as they are. Nothing may change
+    Attentions that are not diffusers' plain ones stay as they are. Nothing may change
     the networks' weights within the block.
     """
     from diffusers.models.attention_processor import AttnProcessor2_0
@@ -131,9 +154,7 @@ def text_kept(*networks: nn.Module) -> Iterator[None]:
     changed: list[Any] = []
     try:
         for network in networks:
-            for name, module in network.named_modules():
-                if not (name.endswith("attn2") and _is_plain(module)):
-                    continue
+            for module in filter(_is_plain, cross_attentions(network)):
                 if type(module.processor) is AttnProcessor2_0:
                     changed.append((module, module.processor))
                     module.processor = KeptText()
@@ -141,6 +162,11 @@ def text_kept(*networks: nn.Module) -> Iterator[None]:
     finally:
         for module, processor in changed:
             module.processor = processor
+
+
+def cross_attentions(network: nn.Module) -> Iterator[Any]:
+    """The attentions of a network that read the text, in the order of its modules."""
+    return (module for name, module in network.named_modules() if name.endswith("attn2"))
 
 
 def _is_plain(attn: Any) -> bool:

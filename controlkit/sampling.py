@@ -30,6 +30,8 @@ from controlkit.adapters import check_fits
 from controlkit.applying import EncodedControl, Rows, encode_controls
 from controlkit.base import Conditioning
 from controlkit.control import Control
+from controlkit.ip_adapter import PicturePrompt as PicturePrompt
+from controlkit.ip_adapter import pictures_told, with_pictures
 from controlkit.memory import Memory as Memory
 from controlkit.memory import at_work, kept_small
 from controlkit.predicting import Guidance as Guidance
@@ -125,6 +127,7 @@ def generate(
     prompt_syntax: str = "plain",
     controls: Sequence[Control] = (),
     start: Start | None = None,
+    picture_prompts: Sequence[PicturePrompt] = (),
     steps: int = 20,
     guidance: float | None = None,
     guidance_rescale: float = 0.0,
@@ -146,7 +149,7 @@ def generate(
     prompt_syntax: how both prompts are read, one of `prompt_syntax.SYNTAXES`; "a1111" understands
     (word:1.3) and any length. controls: their residuals are summed. start: a picture to start from, whole or
     with a hole to fill. The first map, or else that picture, decides the size where none is given
-    (`picture_size`).
+    (`picture_size`). picture_prompts: what IP-Adapters made of pictures (`ip_adapter.picture_prompt`).
     steps: 1 to 1000. guidance: 0 to 100; at 1 or below, and by bases that are told the guidance, the negative
     prompt is not used; None is `default_guidance`. guidance_rescale: see `Guidance`. scheduler: one of
     `SCHEDULERS`.
@@ -180,6 +183,7 @@ def generate(
     pair = [base.unet, *{id(c.controlnet): c.controlnet for c in controls}.values()]
     how: dict[str, Any] = {
         "guidance": guided,
+        "picture_prompts": picture_prompts,
         "temperature": temperature,
         "savings": savings,
         "tiles": tiles,
@@ -190,6 +194,7 @@ def generate(
     pictures: list[np.ndarray] = []
     with (
         _prepared(base, controls),
+        pictures_told(base.unet, picture_prompts),
         kept_small(memory, base, *pair[1:]),
         tiled_vae(base, tiles is not None or (memory is not None and memory.tiled_vae)),
     ):
@@ -270,6 +275,7 @@ def denoise(
     begun: Begun,
     *,
     controls: Sequence[EncodedControl] = (),
+    picture_prompts: Sequence[PicturePrompt] = (),
     schedule: Schedule,
     guidance: Guidance,
     temperature: float | None = None,
@@ -284,6 +290,7 @@ def denoise(
 
     text: what `encode_text` made with the same guidance, one row or two, shared by all pictures.
     controls: with the hint encoder's output already computed (`applying.encode_controls`).
+    picture_prompts: those that the U-Net was told of, too (`ip_adapter.pictures_told`).
     schedule: fresh from `make_schedule`; the scheduler keeps its state.
     generators: one per picture, for schedulers that add noise. Latents stay in float32 between the steps
     whatever the networks' precision. Raises ValueError, naming the step, when they stop being finite.
@@ -291,7 +298,7 @@ def denoise(
     latents, scheduler, n = begun.latents, schedule.scheduler, schedule.steps
     whole = Predictor(
         base,
-        rows_of(base, text, latents),
+        rows_of(base, text, latents, picture_prompts),
         controls,
         guidance,
         steps=n,
@@ -327,12 +334,20 @@ def expected_latents(base: Base, model_pred: Tensor, noisy_latents: Tensor, t: T
     return diffusion.predict_x0(base.prediction_type, model_pred, noisy_latents, steps, base.alphas_cumprod)
 
 
-def rows_of(base: Base, text: Conditioning, latents: Tensor) -> Rows:
+def rows_of(
+    base: Base, text: Conditioning, latents: Tensor, picture_prompts: Sequence[PicturePrompt] = ()
+) -> Rows:
     """The text for every picture in ``latents`` (B, C, h, w), branch by branch."""
     pictures, _, h, w = latents.shape
+    states = text.encoder_hidden_states
     pooled = None if text.pooled is None else text.pooled.repeat_interleave(pictures, dim=0)
-    added_cond = base.added_cond(pooled, height=h * base.vae_factor, width=w * base.vae_factor)
-    return Rows(text.encoder_hidden_states.repeat_interleave(pictures, dim=0), added_cond, pictures)
+    told = with_pictures(states, picture_prompts) if picture_prompts else None
+    return Rows(
+        states.repeat_interleave(pictures, dim=0),
+        base.added_cond(pooled, height=h * base.vae_factor, width=w * base.vae_factor),
+        pictures,
+        for_unet=None if told is None else told.repeat_interleave(pictures, dim=0),
+    )
 
 
 class _Health:

@@ -25,8 +25,8 @@ def pytest_configure(config: pytest.Config) -> None:
     for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_CACHE", "HF_TOKEN"):
         os.environ.pop(name, None)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a fork after its use would warn
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        os.environ.setdefault("OMP_NUM_THREADS", "1")  # each worker has a core; torch's threads would share it
+    if "PYTEST_XDIST_WORKER" in os.environ:  # each worker has a core, which torch's threads would share
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

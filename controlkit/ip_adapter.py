@@ -1,0 +1,270 @@
+"""Pictures as prompts: IP-Adapters on a base (Ye et al. 2023, arXiv:2308.06721).
+
+A picture becomes a few tokens, by CLIP's picture encoder and a small projection. Every cross-attention of the
+U-Net reads them by keys and values of their own (equation 5):
+
+    Z  =  Attention(Q, K, V)  +  scale * Attention(Q, K', V')
+
+Control networks keep to the text. The tokens are computed once, before the first step, and neither the
+encoder nor the projection is kept. Equal to diffusers' pipelines (tests/test_ip_adapter.py), for files of the
+plain, "light", "plus" and "full" kinds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from controlkit import limits
+from controlkit.base import FAMILY_TITLES
+from controlkit.folders import load_part, quiet_libraries, read_json, read_state
+from controlkit.hub import find_file, find_weight_file, first_sentence
+from controlkit.reuse import KeptText, PicturePart, cross_attentions
+
+if TYPE_CHECKING:
+    from controlkit.base import Base
+
+USUAL_FILE = "ip-adapter_sd15.safetensors"  # in a folder that holds several
+ENCODER = "image_encoder"  # the folder of the picture encoder, beside the file's or in a folder beside that
+_HUB_FOLDERS = ("models", "sdxl_models")  # of h94/IP-Adapter, which hold the two encoders
+
+
+@dataclass(frozen=True, eq=False)
+class PicturePrompt:
+    """What a base is told by pictures.
+
+    tokens: (2, n, D), of no picture and of the pictures. weights: keys' and values' matrices (heads x d, D)
+    of every cross-attention of the U-Net, in its order. scale: how much they count; 0 is nothing, 1 as
+    trained.
+    """
+
+    tokens: Tensor
+    weights: tuple[tuple[Tensor, Tensor], ...]
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        limits.check_picture_scale(self.scale)
+
+    def parts(self) -> Iterator[PicturePart]:
+        """What each cross-attention needs, in the U-Net's order."""
+        for to_k, to_v in self.weights:
+            yield PicturePart(self.tokens.shape[1], to_k, to_v, self.scale)
+
+
+def picture_prompt(
+    base: Base,
+    source: str,
+    pictures: Sequence[np.ndarray],
+    *,
+    scale: float = 1.0,
+    image_encoder: str | None = None,
+) -> PicturePrompt:
+    """What an IP-Adapter makes of pictures, uint8 (H, W, 3) RGB each, for `sampling.generate`.
+
+    source: a file, a folder that holds one, or a hub id, ``owner/name/folder/file.safetensors``.
+    scale: -10 to 10. image_encoder: the folder of CLIP's picture encoder; by default it is looked for beside
+    the file, as in h94/IP-Adapter.
+
+    Raises ValueError, naming the file, for one that leads nowhere, is damaged, none of the kinds that the
+    module's text names, or made for a base of another family, and where no encoder of its width is found.
+    """
+    file = _find(source)
+    state = _split(file, read_state(file, what="IP-Adapter"))
+    weights = _attention_weights(file, state["ip_adapter"], base)
+    projection = _projection(file, state["image_proj"], base)
+    encoder, size = _encoder(source, file, state["image_proj"], image_encoder, base)
+    tokens = _tokens(projection, encoder, _pixels(pictures, size), base)
+    return PicturePrompt(tokens, weights, scale)
+
+
+@contextmanager
+def pictures_told(unet: Any, prompts: Sequence[PicturePrompt]) -> Iterator[None]:
+    """Within the block, which is within `text_kept`'s, the U-Net reads the pictures' tokens, too."""
+    parts = zip(*(prompt.parts() for prompt in prompts), strict=True) if prompts else ()
+    told = list(zip(cross_attentions(unet), parts, strict=True)) if prompts else []
+    for attention, its_parts in told:
+        assert type(attention.processor) is KeptText, "text_kept comes first"
+        attention.processor.pictures = its_parts
+    try:
+        yield
+    finally:
+        for attention, _ in told:
+            attention.processor = KeptText()
+
+
+def with_pictures(text: Tensor, prompts: Sequence[PicturePrompt]) -> Tensor:
+    """What the U-Net reads: `encode_text`'s rows (1|2, 77, D) with the pictures' tokens behind them."""
+    tokens = [prompt.tokens[-len(text) :].to(text.device, text.dtype) for prompt in prompts]
+    return torch.cat([text, *tokens], dim=1) if tokens else text
+
+
+def _find(source: str) -> Path:
+    path = Path(source).expanduser()
+    if path.suffix in (".bin", ".pt") and path.is_file():
+        return path  # tensors and nothing else are read from it
+    return find_weight_file(source, what="IP-Adapter", usual=USUAL_FILE)
+
+
+def _split(file: Path, state: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
+    """The projection's and the attentions' tensors by their keys. Raises ValueError for another file."""
+    parts: dict[str, dict[str, Tensor]] = {"image_proj": {}, "ip_adapter": {}}
+    for key, value in state.items():
+        name, _, rest = key.partition(".")
+        of_part = value if isinstance(value, Mapping) else {rest: value}
+        if name not in parts or not all(isinstance(tensor, Tensor) for tensor in of_part.values()):
+            raise ValueError(f"{file} is not an IP-Adapter: it holds {key}")
+        parts[name] |= of_part
+    for name, tensors in parts.items():
+        if not tensors:
+            raise ValueError(f"{file} is not an IP-Adapter: it holds no {name}")
+        for key, tensor in tensors.items():
+            if not torch.isfinite(tensor).all():
+                raise ValueError(f"{file} is damaged: {name}.{key} has numbers that are not finite")
+    of_faces = {"perceiver_resampler.proj_in.weight", "norm.weight"} & set(parts["image_proj"])
+    if of_faces and "proj.weight" not in parts["image_proj"]:
+        raise ValueError(f"{file} is a FaceID adapter, which reads faces by another network: not supported")
+    return parts
+
+
+def _attention_weights(
+    file: Path, state: Mapping[str, Tensor], base: Base
+) -> tuple[tuple[Tensor, Tensor], ...]:
+    """The matrices for each cross-attention, which the files number 1, 3, 5 ...: self-attentions count."""
+    attentions = list(cross_attentions(base.unet))
+    numbers = range(1, 2 * len(attentions), 2)
+    expected = {f"{number}.to_{part}_ip.weight" for number in numbers for part in "kv"}
+    title = FAMILY_TITLES[base.family]
+    if set(state) != expected:
+        raise ValueError(
+            f"{file} was made for a base with {len(state) // 2} cross-attentions; the {title} base"
+            f" {base.name} has {len(attentions)}"
+        )
+    weights = []
+    for number, attention in zip(numbers, attentions, strict=True):
+        pair = tuple(state[f"{number}.to_{part}_ip.weight"] for part in "kv")
+        for own, tensor in zip((attention.to_k.weight, attention.to_v.weight), pair, strict=True):
+            if tensor.shape != own.shape:
+                raise ValueError(
+                    f"{file} was made for another base: its {number}.to_k_ip is {tuple(tensor.shape)}, and"
+                    f" the {title} base {base.name} has {tuple(own.shape)} there"
+                )
+        weights.append(tuple(tensor.to(base.unet.device, base.dtype) for tensor in pair))
+    return tuple((to_k, to_v) for to_k, to_v in weights)
+
+
+def _projection(file: Path, state: Mapping[str, Tensor], base: Base) -> Any:
+    """diffusers' module that makes tokens of what the encoder gives; renaming the keys is its work, too."""
+    with quiet_libraries(), torch.random.fork_rng(devices=[]):
+        try:
+            made = base.unet._convert_ip_adapter_image_proj_to_diffusers(dict(state), low_cpu_mem_usage=False)
+        except (KeyError, IndexError, RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"{file} is none of the IP-Adapters that are known (plain, plus, full):"
+                f" {first_sentence(error)}"
+            ) from error
+    return made.to(base.unet.device, base.dtype).eval().requires_grad_(False)
+
+
+class _Wanted(NamedTuple):
+    """The width of what an encoder has to give, and the name of it in the encoder's configuration."""
+
+    width: int
+    field: str
+
+
+def _wanted(state: Mapping[str, Tensor]) -> _Wanted:
+    if "proj.weight" in state:
+        return _Wanted(state["proj.weight"].shape[1], "projection_dim")
+    first = state["proj.0.weight"] if "proj.0.weight" in state else state["proj_in.weight"]
+    return _Wanted(first.shape[1], "hidden_size")
+
+
+def _encoder(
+    source: str, file: Path, state: Mapping[str, Tensor], named: str | None, base: Base
+) -> tuple[Any, int]:
+    """CLIP's picture encoder, and the side of the pictures that it takes."""
+    from transformers import CLIPVisionModelWithProjection
+
+    wanted = _wanted(state)
+    folder = _encoder_folder(source, file, wanted, named)
+    encoder = load_part(CLIPVisionModelWithProjection, folder, dtype=base.dtype)
+    return encoder.to(base.unet.device).requires_grad_(False), int(encoder.config.image_size)
+
+
+def _encoder_folder(source: str, file: Path, wanted: _Wanted, named: str | None) -> Path:
+    """The first folder with an encoder of the width that is wanted. Raises ValueError where there is none."""
+    if named is not None:
+        folder = Path(named).expanduser()
+        nested = folder / ENCODER
+        candidates: Iterator[Path] = iter([folder if (folder / "config.json").is_file() else nested])
+    elif Path(source).expanduser().exists():
+        beside = file.parent / ENCODER
+        candidates = iter([beside, *sorted(file.resolve().parent.parent.glob(f"*/{ENCODER}"))])
+    else:
+        candidates = _hub_folders(source)
+    seen = []
+    for folder in candidates:
+        if not (folder / "config.json").is_file():
+            continue
+        width = read_json(folder / "config.json").get(wanted.field)
+        if width == wanted.width:
+            return folder
+        seen.append(f"that of {folder} has {width}")
+    raise ValueError(
+        f"{file.name} reads a CLIP picture encoder with {wanted.field} {wanted.width}, and"
+        f" {', '.join(seen) or 'none was found'}: name its folder with --image-encoder"
+    )
+
+
+def _hub_folders(source: str) -> Iterator[Path]:
+    """The encoders' folders of a hub repository, each downloaded when its configuration is asked for."""
+    owner, name, *rest = PurePosixPath(source).parts
+    for folder in dict.fromkeys(["/".join(rest[:-1]) or ".", *_HUB_FOLDERS]):
+        place = str(PurePosixPath(folder, ENCODER))
+        try:
+            config = find_file(f"{owner}/{name}", f"{place}/config.json", hint="name it with --image-encoder")
+            find_file(f"{owner}/{name}", f"{place}/model.safetensors", hint="name it with --image-encoder")
+        except ValueError:
+            continue
+        yield config.parent
+
+
+def _pixels(pictures: Sequence[np.ndarray], size: int) -> Tensor:
+    """Pictures as CLIP reads them, (N, 3, size, size): centre squares, normalised."""
+    from PIL import Image
+    from transformers import CLIPImageProcessor
+
+    prepare = CLIPImageProcessor(size=size, crop_size=size)
+    prepared: Tensor = prepare(
+        [Image.fromarray(picture) for picture in pictures], return_tensors="pt"
+    ).pixel_values
+    return prepared
+
+
+def _tokens(projection: Any, encoder: Any, pixels: Tensor, base: Base) -> Tensor:
+    """(2, n, D): of no picture, and of all pictures one after the other.
+
+    No picture is, to a plain adapter, an embedding of zeros, and to the others what the encoder makes of a
+    grey picture (which is zero when it is normalised), as in diffusers.
+    """
+    from diffusers.models.embeddings import ImageProjection
+
+    pixels = pixels.to(encoder.device, base.dtype)
+    with torch.no_grad():
+        if isinstance(projection, ImageProjection):
+            shown = encoder(pixels).image_embeds
+            nothing = torch.zeros_like(shown)
+        else:
+            shown, nothing = (
+                encoder(x, output_hidden_states=True).hidden_states[-2]
+                for x in (pixels, torch.zeros_like(pixels))
+            )
+        rows = [projection(embeds).flatten(0, 1) for embeds in (nothing, shown)]
+    return torch.stack(rows)

@@ -1,0 +1,284 @@
+"""Pictures as prompts: files of every kind in their published layout, against diffusers' pipelines."""
+
+import copy
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from outcomes import Run
+from PIL import Image
+from safetensors.torch import save_file
+from sampling_peers import assert_same, cond, controlnet_of, our_latents, their_latents
+from torch import Tensor
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from controlkit.base import Base
+from controlkit.control import Control
+from controlkit.images import load_picture, read_png_text
+from controlkit.ip_adapter import picture_prompt, pictures_told
+from controlkit.reuse import text_kept
+from controlkit.sampling import Memory, Savings, Tiles, generate
+
+HIDDEN, PROJECTED, SIDE = 48, 40, 32  # of the picture encoder
+KINDS = ("plain", "plus", "full")
+
+
+def drawn(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return 0.3 * torch.randn(shape, generator=generator)
+
+
+def projection(kind: str, width: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """The part `image_proj` of a file, for text `width` wide."""
+    shapes: dict[str, tuple[int, ...]]
+    if kind == "plain":
+        shapes = {"proj.weight": (4 * width, PROJECTED), "proj.bias": (4 * width,), "norm.weight": (width,)}
+        shapes["norm.bias"] = (width,)
+    elif kind == "full":
+        shapes = {"proj.0.weight": (HIDDEN, HIDDEN), "proj.0.bias": (HIDDEN,), "proj.2.bias": (width,)}
+        shapes |= {"proj.2.weight": (width, HIDDEN), "proj.3.weight": (width,), "proj.3.bias": (width,)}
+    else:
+        inner = 64  # one head
+        shapes = {"latents": (1, 5, inner), "proj_in.weight": (inner, HIDDEN), "proj_in.bias": (inner,)}
+        shapes |= {"proj_out.weight": (width, inner), "proj_out.bias": (width,)}
+        shapes |= {"norm_out.weight": (width,), "norm_out.bias": (width,)}
+        for layer in (f"layers.{index}" for index in range(4)):
+            for norm in ("0.norm1", "0.norm2", "1.0"):
+                shapes |= {f"{layer}.{norm}.{name}": (inner,) for name in ("weight", "bias")}
+            shapes |= {
+                f"{layer}.0.to_q.weight": (inner, inner),
+                f"{layer}.0.to_kv.weight": (2 * inner, inner),
+            }
+            shapes |= {f"{layer}.0.to_out.weight": (inner, inner)}
+            shapes |= {f"{layer}.1.1.weight": (4 * inner, inner), f"{layer}.1.3.weight": (inner, 4 * inner)}
+    return {name: drawn(shape, generator) for name, shape in shapes.items()}
+
+
+def adapter(base: Base, kind: str, *, seed: int = 0) -> dict[str, dict[str, Tensor]]:
+    """A file's content, by its two parts."""
+    generator = torch.Generator().manual_seed(seed)
+    width = base.unet.config.cross_attention_dim
+    names = [name for name in base.unet.attn_processors if name.endswith("attn2.processor")]
+    attentions: dict[str, Tensor] = {}
+    for index, name in enumerate(names):
+        rows = base.unet.get_submodule(name.removesuffix(".processor")).to_k.weight.shape[0]
+        for part in ("k", "v"):
+            attentions[f"{2 * index + 1}.to_{part}_ip.weight"] = drawn((rows, width), generator)
+    return {"image_proj": projection(kind, width, generator), "ip_adapter": attentions}
+
+
+def flat(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {f"{name}.{key}": tensor for name, part in parts.items() for key, tensor in part.items()}
+
+
+def write_encoder(folder: Path, *, projected: int = PROJECTED) -> Path:
+    config = CLIPVisionConfig(
+        hidden_size=HIDDEN,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=SIDE,
+        patch_size=16,
+        projection_dim=projected,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        CLIPVisionModelWithProjection(config).save_pretrained(folder)
+    return folder
+
+
+def photo(seed: int, height: int = 50, width: int = 70) -> np.ndarray:
+    made: np.ndarray = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    return made
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory, load: Callable[[str], Base]) -> Path:
+    """A folder laid out as the published ones: a file for each family and kind, and the encoder beside."""
+    folder = tmp_path_factory.mktemp("home") / "models"
+    write_encoder(folder / "image_encoder")
+    for family in ("sd1", "sdxl"):
+        for seed, kind in enumerate(KINDS):
+            save_file(flat(adapter(load(family), kind, seed=seed)), folder / f"{family}-{kind}.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "guidance"),
+    [
+        ("sd1", "plain", 5.0),
+        ("sd1", "plus", 5.0),
+        ("sd1", "full", 5.0),
+        ("sd1", "plus", 1.0),
+        ("sdxl", "plain", 5.0),
+    ],
+)
+def test_pictures_equal_the_pipelines(
+    load: Callable[[str], Base], home: Path, family: str, kind: str, guidance: float
+) -> None:
+    base, before = load(family), load(family).digest()
+    pictures = [photo(1), photo(2, 40, 40)]
+    file = home / f"{family}-{kind}.safetensors"
+    prompt = picture_prompt(base, str(file), pictures, scale=0.7)
+    controls = [Control(controlnet_of(base), cond())]
+    request: dict[str, Any] = {"seed": 7, "steps": 3, "scheduler": "ddim", "guidance": guidance}
+    with text_kept(base.unet), pictures_told(base.unet, [prompt]):
+        ours = our_latents(base, controls, **request, picture_prompts=[prompt])
+    without = our_latents(base, controls, **request)
+    assert (ours - without).abs().max() > 1e-2
+    assert base.digest() == before
+
+    def told(pipeline: Any) -> None:
+        pipeline.load_ip_adapter(str(home.parent), subfolder=home.name, weight_name=file.name)
+        pipeline.set_ip_adapter_scale(0.7)
+
+    theirs = their_latents(
+        replace(base, unet=copy.deepcopy(base.unet)),
+        controls,
+        **request,
+        prepare=told,
+        ip_adapter_image=[[Image.fromarray(picture) for picture in pictures]],
+    )
+    assert_same(ours, theirs)
+
+
+def test_several_adapters_and_no_scale(sd1: Base, home: Path) -> None:
+    files = [str(home / "sd1-plain.safetensors"), str(home / "sd1-plus.safetensors")]
+    first, second = (picture_prompt(sd1, file, [photo(1)]) for file in files)
+    idle = picture_prompt(sd1, files[1], [photo(1)], scale=0)
+    request: dict[str, Any] = {"steps": 2, "seeds": [0, 1], "height": 64, "width": 64}
+    one, two, silent, plain = (
+        generate(sd1, "x", picture_prompts=prompts, **request)
+        for prompts in ([first], [first, second], [first, idle], [])
+    )
+    assert np.array_equal(one[0], silent[0])
+    assert not np.array_equal(one[0], two[0])
+    assert not np.array_equal(one[0], plain[0])
+    alone = generate(sd1, "x", picture_prompts=[first, second], **{**request, "seeds": [1]})
+    assert np.array_equal(two[1], alone[0])  # whatever else is made with it
+    again = generate(sd1, "x", **request)
+    assert np.array_equal(plain[0], again[0])  # nothing is left on the base
+
+
+def test_what_a_pickle_says_and_both_layouts(sd1: Base, home: Path, tmp_path: Path) -> None:
+    torch.save(adapter(sd1, "plain"), tmp_path / "nested.bin")
+    write_encoder(tmp_path / "image_encoder")
+    ours, theirs = (
+        picture_prompt(sd1, str(file), [photo(1)])
+        for file in (home / "sd1-plain.safetensors", tmp_path / "nested.bin")
+    )
+    assert torch.equal(ours.tokens, theirs.tokens)
+    assert all(torch.equal(a, b) for a, b in zip(sum(ours.weights, ()), sum(theirs.weights, ()), strict=True))
+
+
+def test_with_everything_else(sd1: Base, home: Path) -> None:
+    prompt = picture_prompt(sd1, str(home / "sd1-plain.safetensors"), [photo(1)])
+    control = Control(controlnet_of(sd1), cond(), mode="control")
+    large = generate(sd1, "x", steps=2, picture_prompts=[prompt], tiles=Tiles(64), width=128, height=64)
+    assert large[0].shape == (64, 128, 3)
+    request: dict[str, Any] = {"steps": 4, "controls": [control], "picture_prompts": [prompt]}
+    usual = generate(sd1, "x", **request)[0]
+    one_branch = generate(sd1, "x", memory=Memory(1, one_branch=True), **request)[0]
+    assert np.abs(usual.astype(int) - one_branch).max() <= 1
+    for savings in (Savings(guidance_until=0.5), Savings(features_every=2), Savings(control_every=2)):
+        assert not np.array_equal(generate(sd1, "x", savings=savings, **request)[0], usual)
+
+
+def changed(parts: dict[str, dict[str, Tensor]], how: str) -> dict[str, dict[str, Tensor]]:
+    attentions = parts["ip_adapter"]
+    if how == "another family":
+        return {**parts, "ip_adapter": {key: torch.zeros(8, 12) for key in attentions}}
+    if how == "fewer attentions":
+        return {**parts, "ip_adapter": {key: attentions[key] for key in list(attentions)[:4]}}
+    if how == "not finite":
+        return {**parts, "image_proj": {**parts["image_proj"], "proj.bias": torch.full((128,), torch.nan)}}
+    if how == "no projection":
+        return {"image_proj": {}, "ip_adapter": attentions}
+    if how == "a face":
+        face = {"proj.0.weight": torch.zeros(8, 8), "norm.weight": torch.zeros(32)}
+        return {**parts, "image_proj": face}
+    if how == "an unknown projection":
+        return {**parts, "image_proj": {"proj_in.weight": torch.zeros(8, 8)}}
+    return {"lora": {"x": torch.zeros(1)}}
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("another family", "was made for another base: its 1.to_k_ip is (8, 12), and the SD1 base"),
+        ("fewer attentions", "was made for a base with 2 cross-attentions; the SD1 base"),
+        ("not finite", "is damaged: image_proj.proj.bias has numbers that are not finite"),
+        ("no projection", "is not an IP-Adapter: it holds no image_proj"),
+        ("a face", "is a FaceID adapter"),
+        ("an unknown projection", "is none of the IP-Adapters that are known"),
+        ("something else", "is not an IP-Adapter: it holds lora.x"),
+    ],
+)
+def test_what_is_no_adapter_for_this_base(sd1: Base, tmp_path: Path, how: str, message: str) -> None:
+    save_file(flat(changed(adapter(sd1, "plain"), how)), tmp_path / "a.safetensors")
+    write_encoder(tmp_path / "image_encoder")
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        picture_prompt(sd1, str(tmp_path / "a.safetensors"), [photo(0)])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_encoder_that_fits_is_found(sd1: Base, home: Path, tmp_path: Path) -> None:
+    file = tmp_path / "models" / "a.safetensors"
+    file.parent.mkdir()
+    file.write_bytes((home / "sd1-plain.safetensors").read_bytes())
+    with pytest.raises(ValueError, match="projection_dim 40, and none was found: name its folder"):
+        picture_prompt(sd1, str(file), [photo(0)])
+    wrong = write_encoder(file.parent / "image_encoder", projected=24)
+    with pytest.raises(ValueError, match=r"that of .* has 24: name its folder"):
+        picture_prompt(sd1, str(file), [photo(0)])
+    elsewhere = write_encoder(tmp_path / "other" / "image_encoder")
+    found = picture_prompt(sd1, str(file), [photo(0)])
+    for named in (elsewhere, elsewhere.parent):
+        told = picture_prompt(sd1, str(file), [photo(0)], image_encoder=str(named))
+        assert torch.equal(found.tokens, told.tokens)
+    with pytest.raises(ValueError, match="has 24: name its folder"):
+        picture_prompt(sd1, str(file), [photo(0)], image_encoder=str(wrong))
+
+
+def test_the_command_records_and_repeats(
+    run: Run, models: Path, home: Path, load: Callable[[str], Base]
+) -> None:
+    Image.fromarray(photo(1)).save("one.png")
+    Image.fromarray(photo(2)).save("two, and more.png")
+    fixed = ["generate", "x", "--base", models / "sd1", "--steps", 2]
+    told = ["--ip-adapter", f"{home / 'sd1-plain.safetensors'}=one.png:0.6"]
+    more = ["--ip-adapter", f"{home / 'sd1-plus.safetensors'}=two, and more.png"]
+    run(*fixed, "-o", "plain.png").done()
+    run(*fixed, *told, *more, "-o", "out.png").done()
+    assert not np.array_equal(load_picture("out.png"), load_picture("plain.png"))
+    records = json.loads(read_png_text("out.png")["controlkit"])["ip_adapters"]
+    assert [(record["pictures"], record["scale"]) for record in records] == [
+        (["one.png"], 0.6),
+        (["two, and more.png"], 1.0),
+    ]
+    run("generate", "--like", "out.png", "-o", "again.png").done()
+    assert Path("again.png").read_bytes() == Path("out.png").read_bytes()
+    Image.fromarray(photo(3)).save("one.png")
+    assert "one.png, which has changed since" in run("generate", "--like", "out.png").refused()
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        (["--ip-adapter", "a.safetensors"], "must be FILE=PICTURE"),
+        (["--ip-adapter", "gone.safetensors=one.png"], "there is no IP-Adapter gone.safetensors"),
+        (["--ip-adapter", "{}=gone.png"], "gone.png"),
+        (["--ip-adapter", "{}=one.png:11"], "an IP-Adapter's scale must be a number from -10 to 10, not 11"),
+        (["--ip-adapter", "{}=one.png", "--image-encoder", "gone"], "there is no folder gone"),
+        (["--image-encoder", "x"], "belongs to an --ip-adapter"),
+    ],
+)
+def test_what_the_command_refuses(run: Run, home: Path, told: list[str], message: str) -> None:
+    Image.fromarray(photo(1)).save("one.png")
+    filled = [part.format(home / "sd1-plain.safetensors") for part in told]
+    assert message in run("generate", "x", *filled).refused()
