@@ -45,7 +45,8 @@ from controlkit.starting import begin
 
 PROMPT, GUIDANCE, SEED = "a red figure next to a blue cube", 7.5, 1
 VOID = (0.97, 1.03)
-CLOSE = 5e-6  # relative difference of latents (L2)
+CLOSE = 5e-6  # relative difference of latents (L2) after few steps
+CLOSE_AFTER_ALL = 2e-5  # after 20: each step adds the rounding of its own
 NAMES = ("documented", "documented again", "tuned", "ours", "documented, half", "tuned, half", "ours, half")
 LOSSY = {
     "exact": Savings(),
@@ -125,11 +126,14 @@ def theirs(pipeline: Any, job: Job, end: float) -> torch.Tensor:
 
 
 def variants(make: Callable[[], Job], *, device: str) -> dict[str, Callable[[], torch.Tensor]]:
-    """Each of NAMES, with networks of its own, laid out as it has them."""
-    plain, tuned, mine = make(), make(), make()
+    """Each of NAMES, with networks laid out as it has them."""
+    plain, tuned = make(), make()
     for network in (tuned.base.unet, tuned.controlnet):
         network.to(memory_format=torch.channels_last)
-        if device == "cuda":
+    mine = tuned  # three at Stable Diffusion's size would not fit into 24 gigabytes
+    if device == "cuda":
+        mine = make()
+        for network in (tuned.base.unet, tuned.controlnet):
             network.compile(mode="reduce-overhead", fullgraph=True)
     documented, faster = pipeline_of(plain), pipeline_of(tuned)
     return {
@@ -181,7 +185,13 @@ def compare(works: dict[str, Callable[[], torch.Tensor]], *, close: float) -> It
     for ending, title in (("", "control in every step"), (", half", "control until half of the steps")):
         mine, peer = works[f"ours{ending}"](), works[f"documented{ending}"]()
         apart = float((mine - peer).norm() / peer.norm())
-        yield f"{title}: relative difference {apart:.1e}, at most {float((mine - peer).abs().max()):.1e}"
+        tuned = works[f"tuned{ending}"]()
+        itself = float((tuned - peer).norm() / peer.norm())
+        largest = float((mine - peer).abs().max())
+        yield (
+            f"{title}: relative difference {apart:.1e}, at most {largest:.1e};"
+            f" of the pipeline tuned to the pipeline {itself:.1e}"
+        )
         assert apart < close, f"{title}: {apart}"
 
 
@@ -206,7 +216,8 @@ def beside_diffusers(given: argparse.Namespace) -> Iterator[str]:
 
         works = variants(make, device=given.device)
         yield f"size {given.size}, {given.steps} steps, {given.device}, batch 1, {dtype}"
-        yield from compare(works, close=CLOSE if dtype == torch.float32 else 1e-2)
+        exact = CLOSE if given.steps < 10 else CLOSE_AFTER_ALL
+        yield from compare(works, close=exact if dtype == torch.float32 else 1e-2)
         for work in works.values():
             work()
         spent = measure(works, rounds=given.rounds, device=given.device)
