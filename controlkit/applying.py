@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from controlkit.control import Control
-from controlkit.controlnet import Residuals, add_residuals, control_residuals, encode_hint, weigh_residuals
+from controlkit.controlnet import (
+    Residuals,
+    add_residuals,
+    control_residuals,
+    encode_hint,
+    predict,
+    weigh_residuals,
+)
+from controlkit.reuse import text_fixed
 
 if TYPE_CHECKING:
     from diffusers import ControlNetModel
@@ -101,6 +109,17 @@ class Rows:
         )
 
 
+class Networks(NamedTuple):
+    """The functions that run the two networks, as they are or compiled (`execution`)."""
+
+    predict: Callable[..., Tensor] = predict
+    control_residuals: Callable[..., Residuals] = control_residuals
+    compiled: bool = False
+
+
+EAGER = Networks()
+
+
 def encode_controls(
     controls: Sequence[Control], *, width: int, height: int, pictures: int, in_bands: bool = False
 ) -> list[EncodedControl]:
@@ -149,12 +168,13 @@ def summed_residuals(
     step: int,
     steps: int,
     again: bool = False,
+    networks: Networks = EAGER,
 ) -> Residuals | None:
     """The residuals of all controls active in this step, weighed and summed; None when there are none.
 
     ``noisy_latents`` (B, C, h, w), one row for each picture: guidance shows both branches the same ones. The
     residuals have a row for each of `rows`; those of a branch that no control acts on are zero. `again`
-    (lossy): what the networks gave before, where they were run before.
+    (lossy): what the networks gave before, where they were run before. networks: what runs them.
     """
     terms = []
     for encoded in controls:
@@ -166,7 +186,9 @@ def summed_residuals(
             continue
         residuals = encoded.last.get(id(told)) if again else None
         if residuals is None:
-            residuals = control_residuals(
+            if networks.compiled:
+                text_fixed(control.controlnet, told.encoder_hidden_states)
+            residuals = networks.control_residuals(
                 control.controlnet,
                 noisy_latents,
                 timesteps,

@@ -202,6 +202,7 @@ Text = str | None
 Texts = list[str] | None
 Whole = int | None
 Number = float | None
+Switch = bool | None
 _SIZE_HELP = "A multiple of 8.  [default: in the first map's shape, or the base's]"
 _SCHEDULER_HELP = (
     "ddim, ddpm, pndm, euler, euler-a, dpm++, dpm++-karras, dpm++-sde, unipc, heun, lms, lcm or tcd."
@@ -311,6 +312,13 @@ def generate(
     width: Annotated[Whole, _option("PIXELS", _SIZE_HELP)] = None,
     height: Annotated[Whole, _option("PIXELS", _SIZE_HELP)] = None,
     device: Annotated[Text, _option("NAME", "auto, cpu, cuda, cuda:1 or mps.  [default: auto]")] = None,
+    compile_: Annotated[
+        Switch,
+        typer.Option("--compile", help="Compile the networks: minutes once, worth it for many pictures."),
+    ] = None,
+    cuda_graph: Annotated[
+        Switch, typer.Option("--cuda-graph", help="On a GPU: record a step, and start it as a whole.")
+    ] = None,
     memory: Annotated[
         Text, _option("AMOUNT", "Stay within this memory, as 4GB: what that takes is chosen and told.")
     ] = None,
@@ -327,7 +335,11 @@ def generate(
     from controlkit.generate_plan import Options, check_preview
 
     asked = {name: value for name, value in context.params.items() if value is not None}
-    given = {name: value for name, value in asked.items() if name in Options.__dataclass_fields__}
+    given = {
+        name.rstrip("_"): value
+        for name, value in asked.items()
+        if name.rstrip("_") in Options.__dataclass_fields__
+    }
     if memory is not None:
         given["memory_limit"] = arguments.parse_bytes(given.pop("memory"))
     started = time.monotonic()

@@ -141,7 +141,7 @@ class Session:
 
     def _options(self, record: PictureRecord) -> dict[str, Any]:
         """What both stages are told in the same words."""
-        from controlkit.sampling import Memory, Savings, Tiles
+        from controlkit.sampling import Execution, Memory, Savings, Tiles
 
         return {
             "negative_prompt": record.negative_prompt,
@@ -156,6 +156,7 @@ class Session:
             "tiles": None if record.tile is None else Tiles(record.tile),
             "callback": lambda done, total, _: self.report.progress(done, total),
             "preview": self.preview,
+            "execution": Execution(record.compile, record.cuda_graph),
             "memory": Memory.of(record.memory) if record.memory else None,
         }
 

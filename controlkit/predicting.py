@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from controlkit import limits
-from controlkit.applying import EncodedControl, Rows, summed_residuals
+from controlkit.applying import EAGER, EncodedControl, Networks, Rows, summed_residuals
 from controlkit.base import Base
-from controlkit.controlnet import Deep, predict
+from controlkit.controlnet import Deep
+from controlkit.reuse import text_fixed
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class Predictor:
     """The pair of a generation: `base` under `controls`, told `rows`, in `steps` steps.
 
     shown: further channels of the U-Net's input (B, 5, h, w), for bases that fill holes.
-    one_branch_at_a_time: the same result with half of the memory for activations.
+    one_branch_at_a_time: the same result with half of the memory for activations. networks: what runs them.
     """
 
     base: Base
@@ -97,6 +98,7 @@ class Predictor:
     savings: Savings = Savings()
     shown: Tensor | None = None
     one_branch_at_a_time: bool = False
+    networks: Networks = EAGER
     deep: dict[int, Deep] = field(default_factory=dict)
 
     @cached_property
@@ -122,6 +124,24 @@ class Predictor:
             uncond, cond = self._predict(noisy_latents, timestep, rows, step).chunk(2)
         return self.guidance.apply(uncond, cond)
 
+    def settings_at(self, step: int) -> tuple[object, ...]:
+        """What a step does apart from its latents and timestep: the same of two steps, the same work."""
+        controls = tuple(
+            (control.control.active(step, self.steps), control.control.scale_at(step, self.steps))
+            for control in self.controls
+        )
+        return step >= self.savings.guidance_until * self.steps, controls
+
+    def reads(self) -> tuple[object, ...]:
+        """What every step reads where it is: the text, the hints, the regions, what a hole is shown."""
+        held = [part for control in self.controls for part in (control.control, control.hint, control.region)]
+        return (self.rows, *held, self.shown)
+
+    @property
+    def keeps_nothing(self) -> bool:
+        """Whether a step depends on no other step."""
+        return self.savings.control_every == 1 and self.savings.features_every == 1
+
     def _predict(self, noisy_latents: Tensor, timestep: Tensor, rows: Rows, step: int) -> Tensor:
         savings, deep = self.savings, None
         if savings.features_every > 1:
@@ -137,8 +157,11 @@ class Predictor:
             step=step,
             steps=self.steps,
             again=shallow or step % savings.control_every != 0,
+            networks=self.networks,
         )
-        return predict(
+        if self.networks.compiled:
+            text_fixed(self.base.unet, rows.unet_states)
+        return self.networks.predict(
             self.base.unet,
             self._with_shown(noisy_latents),
             timestep,

@@ -100,6 +100,7 @@ class KeptText:
 
     def __init__(self, pictures: Sequence[PicturePart] = ()) -> None:
         self.pictures = pictures
+        self.fixed: list[tuple[Tensor, Tensor]] | None = None
         self.kept: list[tuple[Tensor, list[tuple[Tensor, Tensor]]]] = []
 
     def __call__(
@@ -113,7 +114,8 @@ class KeptText:
         """The attention's output for ``hidden_states`` (B, S, C) and ``encoder_hidden_states`` (B, 77, D)."""
         assert encoder_hidden_states is not None
         assert attention_mask is None
-        (key, value), *others = self._keys_and_values(attn, encoder_hidden_states)
+        pairs = self._keys_and_values(attn, encoder_hidden_states) if self.fixed is None else self.fixed
+        (key, value), *others = pairs
         query = _heads(attn, attn.to_q(hidden_states))
         out = nn.functional.scaled_dot_product_attention(query, key, value)
         for part, (key, value) in zip(self.pictures, others, strict=True):
@@ -121,6 +123,10 @@ class KeptText:
                 out = out + part.scale * nn.functional.scaled_dot_product_attention(query, key, value)
         out = attn.to_out[0](out.transpose(1, 2).flatten(2))  # (B, heads, S, d) to (B, S, heads x d)
         return out / attn.rescale_output_factor if attn.rescale_output_factor != 1 else out
+
+    def fix(self, attn: Any, told: Tensor) -> None:
+        """From now on it is this text, whatever is given: compiled code would ask again and again."""
+        self.fixed = self._keys_and_values(attn, told)
 
     def _keys_and_values(self, attn: Any, told: Tensor) -> list[tuple[Tensor, Tensor]]:
         for known, pairs in self.kept:
@@ -162,6 +168,13 @@ def text_kept(*networks: nn.Module) -> Iterator[None]:
     finally:
         for module, processor in changed:
             module.processor = processor
+
+
+def text_fixed(network: nn.Module, told: Tensor) -> None:
+    """Tell a network's cross-attentions, within `text_kept`, that the next call is about this text."""
+    for attention in cross_attentions(network):
+        if type(attention.processor) is KeptText:
+            attention.processor.fix(attention, told)
 
 
 def cross_attentions(network: nn.Module) -> Iterator[Any]:

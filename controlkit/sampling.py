@@ -30,6 +30,8 @@ from controlkit.adapters import check_fits
 from controlkit.applying import EncodedControl, Rows, encode_controls
 from controlkit.base import Conditioning
 from controlkit.control import Control
+from controlkit.execution import Execution as Execution
+from controlkit.execution import Runner
 from controlkit.ip_adapter import PicturePrompt as PicturePrompt
 from controlkit.ip_adapter import pictures_told, with_pictures
 from controlkit.memory import Memory as Memory
@@ -143,6 +145,7 @@ def generate(
     finished: Callable[[int, np.ndarray], None] | None = None,
     batch_size: int | None = None,
     memory: Memory | None = None,
+    execution: Execution | None = None,
 ) -> list[np.ndarray]:
     """Pictures of a prompt that follow the controls' maps, one per seed: uint8 (height, width, 3) RGB each.
 
@@ -168,6 +171,7 @@ def generate(
     differently.
     memory: measures for small devices, from `memory_plan.fit` or by name, and with them the batch's size;
     networks that rest on the CPU are taken from there.
+    execution: compiled, or as CUDA graphs; see `Execution`.
 
     Raises ValueError for a number outside its range, a control of another family, or latents that stop
     being finite.
@@ -189,6 +193,8 @@ def generate(
         "tiles": tiles,
         "preview": preview,
         "one_branch_at_a_time": memory is not None and memory.one_branch,
+        "runner": Runner(execution or Execution(), base.device),
+        "moves": memory is not None and memory.offload,
     }
     pair = [base.unet, *{id(c.controlnet): c.controlnet for c in controls}.values()]
     pictures: list[np.ndarray] = []
@@ -285,6 +291,8 @@ def denoise(
     callback: Callback | None = None,
     preview: Callable[[Tensor], None] | None = None,
     one_branch_at_a_time: bool = False,
+    runner: Runner | None = None,
+    moves: bool = False,
 ) -> Tensor:
     """The latents of B pictures: float32 (B, C, h, w), from what `starting.begin` gave for the schedule.
 
@@ -292,22 +300,28 @@ def denoise(
     controls: with the hint encoder's output already computed (`applying.encode_controls`).
     picture_prompts: those that the U-Net was told of, too (`ip_adapter.pictures_told`).
     schedule: fresh from `make_schedule`; the scheduler keeps its state.
-    generators: one per picture, for schedulers that add noise. Latents stay in float32 between the steps
-    whatever the networks' precision. Raises ValueError, naming the step, when they stop being finite.
+    runner: runs the networks; the same one for several batches of one text. moves: the networks come and go
+    between batches. generators: one per picture, for schedulers that add noise. Latents stay in float32
+    between the steps whatever the networks' precision. Raises ValueError, naming the step, when they stop
+    being finite.
     """
     latents, scheduler, n = begun.latents, schedule.scheduler, schedule.steps
+    runner = runner or Runner(Execution(), base.device)
     whole = Predictor(
         base,
-        rows_of(base, text, latents, picture_prompts),
+        runner.rows(latents.shape, lambda: rows_of(base, text, latents, picture_prompts)),
         controls,
         guidance,
         steps=n,
         savings=savings or Savings(),
         shown=begun.shown,
         one_branch_at_a_time=one_branch_at_a_time,
+        networks=runner.networks,
     )
     h, w = latents.shape[-2:]
-    predictor = whole if tiles is None else TiledPredictor(whole, tiles, height=h, width=w)
+    predictor = runner.predictor(whole, can_be_kept=tiles is None and not moves and whole.keeps_nothing)
+    if tiles is not None:
+        predictor = TiledPredictor(whole, tiles, height=h, width=w)
     options = step_options(scheduler, temperature=temperature, generators=generators)
     timesteps = schedule.timesteps.to(latents.device)  # the networks' copy; the scheduler looks up its own
     health = _Health(n, latents.device)

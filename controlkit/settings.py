@@ -35,6 +35,8 @@ class Settings:
     guidance_until: float = 1.0
     prompt_syntax: str = "plain"
     memory: tuple[str, ...] = ()
+    compile: bool = False
+    cuda_graph: bool = False
 
     def check(self) -> None:
         """Raise ValueError for the first number outside its range, or a prompt that cannot be read."""

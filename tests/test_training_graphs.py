@@ -9,9 +9,9 @@ from killed_runs import recipe, write_pictures
 from safetensors.torch import load_file
 from tiny_models import build
 
+from controlkit.recording import Repeater
 from controlkit.training import graphs, train_recipe
 from controlkit.training.adapter import ControlNetTask
-from controlkit.training.graphs import Repeater
 from controlkit.training.pair import Pair
 
 

@@ -11,14 +11,14 @@ inputs can be fixed in it, and its first results are compared with those compute
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from controlkit.recording import CudaRecorder, Recorder, apart
 from controlkit.training.task import Losses
 
 if TYPE_CHECKING:
@@ -27,50 +27,6 @@ if TYPE_CHECKING:
 TOLERANCE = 0.02
 """How far losses and gradients may be from those computed without a graph, as a share of their size (root
 mean square): room for bf16's rounding where sums are taken in another order, far less than what is wrong."""
-_WARM_UPS = 3  # as torch's documentation of whole-network capture has it
-Work = Callable[[], Tensor]
-
-
-class Recorder(Protocol):
-    """What records work, to be done again at will."""
-
-    def record(self, work: Work) -> tuple[Callable[[], None], Tensor]:
-        """What does the work again, and where its result then lies. Raises RuntimeError if it cannot."""
-
-
-class CudaRecorder:
-    """CUDA graphs, by the pattern of torch.cuda.graph's documentation; all share one pool of memory."""
-
-    def __init__(self) -> None:
-        self._pool: Any = None
-
-    def record(self, work: Work) -> tuple[Callable[[], None], Tensor]:
-        """Warm up on a stream of its own, then capture. Nothing in the work may wait for the device."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(_WARM_UPS):
-                work()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads, which read data and write checkpoints, may go on using the device.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            result = work()
-        self._pool = graph.pool()
-        return graph.replay, result
-
-
-class Repeater:
-    """For devices without graphs: the work is kept and done again."""
-
-    def record(self, work: Work) -> tuple[Callable[[], None], Tensor]:
-        """Do the work once, to know its result's shape."""
-        result = work()
-
-        def again() -> None:
-            result.copy_(work())
-
-        return again, result
 
 
 @dataclass
@@ -148,9 +104,9 @@ class Graphs:
         pairs = [(one, other) for one, other in gradients if one is not None and other is not None]
         if not all(bool(torch.isfinite(other).all()) for _, other in [(found, each), *pairs]):
             return ""  # nothing can be compared: the next step will tell
-        apart = max(_apart([(found, each)]), _apart(pairs))
-        self._recorded[key].trusted = apart <= TOLERANCE  # not a number is not, either
-        return "" if apart <= TOLERANCE else f"it is {apart:.2g} away from what it should compute"
+        off = max(apart([(found, each)]), apart(pairs))
+        self._recorded[key].trusted = off <= TOLERANCE  # not a number is not, either
+        return "" if off <= TOLERANCE else f"it is {off:.2g} away from what it should compute"
 
     def _record(self, given: Mapping[str, Tensor]) -> _Recorded:
         buffers = {name: torch.zeros_like(tensor) for name, tensor in given.items()}
@@ -176,13 +132,6 @@ def _computed(recorded: _Recorded, given: Mapping[str, Tensor]) -> Tensor:
         buffer.copy_(given[name])
     recorded.replay()
     return recorded.each.clone()  # the next replay writes over it
-
-
-def _apart(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
-    """How far the first of each pair is from the second, as a share of it (root mean square over all)."""
-    off = sum((one.float() - other.float()).square().sum() for one, other in pairs)
-    size = sum(other.float().square().sum() for _, other in pairs)
-    return math.sqrt(float(off) / max(float(size), 1e-30))
 
 
 def open_graphs(run: Run) -> Graphs | None:

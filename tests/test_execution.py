@@ -1,0 +1,184 @@
+"""Recorded graphs, on a device without any, and compiled networks: the same pictures; when they are made."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from outcomes import Run
+from sampling_peers import cond, controlnet_of
+from torch import Tensor
+
+from controlkit import execution
+from controlkit.applying import EAGER, Networks
+from controlkit.base import Base
+from controlkit.control import Control
+from controlkit.execution import Execution
+from controlkit.recording import Repeater, Work
+from controlkit.sampling import Memory, Savings, Tiles, generate
+
+GRAPHS = Execution(cuda_graph=True)
+
+
+class Counting(Repeater):
+    """Counts what is recorded and how often it is repeated."""
+
+    def __init__(self) -> None:
+        self.recorded = self.repeated = 0
+
+    def record(self, work: Work) -> tuple[Callable[[], None], Tensor]:
+        again, result = super().record(work)
+        self.recorded += 1
+
+        def counted() -> None:
+            self.repeated += 1
+            again()
+
+        return counted, result
+
+
+class Deaf(Repeater):
+    """Repeats what it recorded, whatever the inputs are now: a constant in a graph."""
+
+    def record(self, work: Work) -> tuple[Callable[[], None], Tensor]:
+        _, result = super().record(work)
+        return lambda: None, result
+
+
+class Failing:
+    """A capture that does not succeed."""
+
+    def record(self, work: Work) -> tuple[Callable[[], None], Tensor]:
+        work()
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nand more")
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], Any]:
+    """Puts a recorder where a GPU has CUDA graphs."""
+
+    def put(made: Any) -> Any:
+        monkeypatch.setattr(execution, "_recorder_for", lambda device: made)
+        return made
+
+    return put
+
+
+@pytest.mark.parametrize(
+    ("family", "how", "seeds", "recorded", "repeated"),
+    [
+        # one kind of step: seen in the first, recorded in the second, repeated from then on, in all batches
+        ("sd1", {}, [0, 1], 1, 5 + 6),
+        ("sdxl", {}, [0], 1, 5),
+        ("sd1", {"end": 0.5}, [0], 2, 2 + 2),  # with control and without
+        ("sd1", {"scale": (1.0, 0.5)}, [0], 0, 0),  # no two steps are the same
+        ("sd1", {"mode": "control"}, [0], 1, 5),
+    ],
+)
+def test_graphs_change_nothing(
+    load: Callable[[str], Base],
+    recorder: Callable[[Any], Any],
+    family: str,
+    how: dict[str, Any],
+    seeds: list[int],
+    recorded: int,
+    repeated: int,
+) -> None:
+    base = load(family)
+    request: dict[str, Any] = {
+        "seeds": seeds,
+        "steps": 6,
+        "controls": [Control(controlnet_of(base), cond(), **how)],
+    }
+    expected = generate(base, "a red cube", **request)
+    made = recorder(Counting())
+    found = generate(base, "a red cube", execution=GRAPHS, **request)
+    assert all(np.array_equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert (made.recorded, made.repeated) == (recorded, repeated)
+
+
+def test_every_map_has_its_own_graph(sd1: Base, recorder: Callable[[Any], Any]) -> None:
+    request: dict[str, Any] = {
+        "seeds": [0, 1],
+        "steps": 4,
+        "controls": [Control(controlnet_of(sd1), cond(batch=2))],
+        "guidance": 1.0,
+    }
+    expected = generate(sd1, "x", **request)
+    made = recorder(Counting())
+    found = generate(sd1, "x", execution=GRAPHS, **request)
+    assert all(np.array_equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert made.recorded == 2
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"savings": Savings(control_every=2)},
+        {"savings": Savings(features_every=2)},
+        {"tiles": Tiles(64)},
+        {"memory": Memory(1, offload=True)},
+    ],
+)
+def test_what_cannot_be_recorded_is_run(
+    sd1: Base, recorder: Callable[[Any], Any], how: dict[str, Any]
+) -> None:
+    request: dict[str, Any] = {"steps": 5, "controls": [Control(controlnet_of(sd1), cond())], **how}
+    expected = generate(sd1, "x", **request)
+    made = recorder(Counting())
+    assert np.array_equal(generate(sd1, "x", execution=GRAPHS, **request)[0], expected[0])
+    assert made.recorded == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"), [(Deaf, "away from what"), (Failing, "operation not permitted when")]
+)
+def test_a_graph_that_is_wrong_is_dropped(
+    sd1: Base, recorder: Callable[[Any], Any], kind: type, reason: str
+) -> None:
+    request: dict[str, Any] = {"steps": 5, "seeds": [0, 1], "controls": [Control(controlnet_of(sd1), cond())]}
+    expected = generate(sd1, "x", **request)
+    recorder(kind())
+    with pytest.warns(UserWarning, match=f"no CUDA graph: .*{reason}") as told:
+        found = generate(sd1, "x", execution=GRAPHS, **request)
+    assert len(told) == 1
+    assert all(np.array_equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], int]]:
+    """Traces as a compiler would, refusing any break, and computes as before; how many graphs there are."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    options: dict[str, Any] = {"backend": "eager", "fullgraph": True, "dynamic": False}
+    parts = (torch.compile(part, **options) for part in (EAGER.predict, EAGER.control_residuals))
+    monkeypatch.setitem(execution._COMPILED, None, Networks(*parts, compiled=True))
+    yield lambda: int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("default")  # torch's tracing warns of its own parts
+def test_networks_are_traced_once_for_all_steps_and_pictures(sd1: Base, traced: Callable[[], int]) -> None:
+    request: dict[str, Any] = {"steps": 4, "controls": [Control(controlnet_of(sd1), cond(), end=0.5)]}
+    expected = [generate(sd1, word, seeds=[seed], **request)[0] for seed, word in enumerate("xyz")]
+    for seed, word in enumerate("xyz"):
+        found = generate(sd1, word, seeds=[seed], execution=Execution(compiled=True), **request)[0]
+        assert np.array_equal(found, expected[seed])
+    assert traced() == 3  # the control network, and the U-Net with its residuals and without
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_compiled_networks_make_the_same_pictures(sd1: Base) -> None:
+    request: dict[str, Any] = {"steps": 3, "controls": [Control(controlnet_of(sd1), cond())]}
+    expected = generate(sd1, "x", **request)[0]
+    found = generate(sd1, "x", execution=Execution(compiled=True), **request)[0]
+    assert np.abs(found.astype(int) - expected).max() <= 1
+
+
+def test_the_command_records_and_repeats(generate: Run, run: Run) -> None:
+    generate("--cuda-graph", "--steps", 3, "-o", "out.png").done()
+    run("generate", "--like", "out.png", "-o", "again.png").done()
+    assert Path("again.png").read_bytes() == Path("out.png").read_bytes()
