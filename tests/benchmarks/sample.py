@@ -1,10 +1,11 @@
 """A generation of ControlKit beside that of diffusers' ControlNet pipeline, in one run, outputs compared.
 
 `uv run python tests/benchmarks/sample.py --size 34M` takes some minutes on two cores, `--size tiny` less;
-`--size sd15` is Stable Diffusion 1.5's real configuration at 512 pixels: for a GPU, or with `--steps 2` on a
-CPU with 12 gigabytes to spare. Weights are random (the bundled ones at tiny); seed, prompt, map and steps are
-the same, and the result is latents, so that both decode alike. The hint encoder is as large as diffusers
-makes it whatever the base: a tenth of the work at 34M, a hundredth at Stable Diffusion's size.
+`--size xl` has SDXL's structure, and its pipeline as the peer; `--size sd15` is Stable Diffusion 1.5's real
+configuration at 512 pixels: for a GPU, or with `--steps 2` on a CPU with 14 gigabytes to spare. Weights are
+random (the bundled ones at tiny); seed, prompt, map and steps are the same, and the result is latents, so
+that both decode alike. The hint encoder is as large as diffusers makes it whatever the base: a tenth of the
+work at 34M, a hundredth at Stable Diffusion's size.
 
 Every round makes a picture with the pipeline as documented (twice, the second time as its own peer), with the
 pipeline tuned, and with ours, under control in every step and under control that ends at half of the steps,
@@ -93,19 +94,23 @@ def ours(job: Job, end: float) -> torch.Tensor:
 
 def pipeline_of(job: Job) -> Any:
     """diffusers' pipeline of the same parts."""
-    from diffusers import StableDiffusionControlNetPipeline
+    from diffusers import StableDiffusionControlNetPipeline, StableDiffusionXLControlNetPipeline
 
-    pipeline = StableDiffusionControlNetPipeline(
-        vae=job.base.vae,
-        unet=job.base.unet,
-        text_encoder=job.base.text_encoders[0],
-        tokenizer=job.base.tokenizers[0],
-        scheduler=make_scheduler("ddim", job.base),
-        controlnet=job.controlnet,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    base = job.base
+    parts = {
+        "vae": base.vae,
+        "unet": base.unet,
+        "text_encoder": base.text_encoders[0],
+        "tokenizer": base.tokenizers[0],
+        "scheduler": make_scheduler("ddim", base),
+        "controlnet": job.controlnet,
+    }
+    if base.family == "sdxl":
+        parts |= {"text_encoder_2": base.text_encoders[1], "tokenizer_2": base.tokenizers[1]}
+        pipeline = StableDiffusionXLControlNetPipeline(**parts, add_watermarker=False)
+    else:
+        unsafe = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        pipeline = StableDiffusionControlNetPipeline(**parts, **unsafe)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -273,14 +278,14 @@ def main() -> None:
     """Print the figures as they are found."""
     parser = argparse.ArgumentParser(description="ControlKit's sampling beside diffusers'.")
     parser.add_argument("--size", choices=SIZES, default="34M")
-    parser.add_argument("--steps", type=int, help="default 20; at 34M on a CPU 4")
+    parser.add_argument("--steps", type=int, help="default 20; at 34M and xl on a CPU 4")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")
     parser.add_argument("--lossy", action="store_true", help="measure the lossy settings instead")
     parser.add_argument("--scenes", type=int, default=32, help="of the bundled world, with --lossy")
     given = parser.parse_args()
-    short = given.size == "34M" and given.device == "cpu" and not given.lossy
+    short = given.size in ("34M", "xl") and given.device == "cpu" and not given.lossy
     given.steps = given.steps or (4 if short else 20)
     torch.set_num_threads(given.threads)
     for line in lossy(given) if given.lossy else beside_diffusers(given):

@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from train_models import SIZES, Models, read, write, write_data
+from train_models import SIZES, TRAINED, Models, read, write, write_data
 from train_ours import Ours, compare_losses
 from train_script import Pairs, Script, Setting, load
 
@@ -311,7 +311,7 @@ def lines(told: dict[str, Any]) -> Iterator[str]:
 def main() -> None:
     """Print the tables, or the figures as JSON."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--size", choices=SIZES, default="34M")
+    parser.add_argument("--size", choices=TRAINED, default="34M")
     parser.add_argument("--rounds", type=int, help="default 9, on a GPU 5")
     parser.add_argument("--steps", type=int, help="steps of each in a round; default 1, tiny 4, on a GPU 10")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")

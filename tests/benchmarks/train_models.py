@@ -1,4 +1,4 @@
-"""Bases of three sizes, a ControlNet and data for each, in a folder, for measuring a training step."""
+"""Bases of several sizes, a ControlNet and data for each, in a folder, for measuring a step."""
 
 import copy
 import json
@@ -12,7 +12,7 @@ import torch
 from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DConditionModel
 from numpy.typing import NDArray
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from controlkit.base import load_base
 from controlkit.controlnet import from_base, lock
@@ -28,13 +28,17 @@ SCHEDULE: dict[str, Any] = {"beta_schedule": "scaled_linear", "beta_start": 0.00
 
 @dataclass(frozen=True)
 class Size:
-    """What a base is made of. Without ``unet`` it is the bundled one, with its real weights."""
+    """What a base is made of. Without ``unet`` it is the bundled one, with its real weights.
+
+    ``text_2`` makes it an SDXL, for sampling alone.
+    """
 
     resolution: int
     hint_channels: tuple[int, int, int, int]
     unet: Mapping[str, Any] = field(default_factory=dict)
     vae: Mapping[str, Any] = field(default_factory=dict)
     text: Mapping[str, int] = field(default_factory=dict)
+    text_2: Mapping[str, int] = field(default_factory=dict)
 
 
 def _text(width: int, inner: int, layers: int, heads: int) -> dict[str, int]:
@@ -52,6 +56,25 @@ SIZES = {
         vae={"block_out_channels": (28, 52, 108, 108), "norm_num_groups": 4},
         text=_text(256, 1024, 2, 4),
     ),
+    "xl": Size(  # a fifth of SDXL's width, and fewer transformers in its last level (4 for 10)
+        256,
+        (4, 8, 24, 64),
+        unet={
+            "block_out_channels": (64, 128, 256),
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            "transformer_layers_per_block": (1, 2, 4),
+            "attention_head_dim": (2, 4, 8),
+            "use_linear_projection": True,
+            "cross_attention_dim": 512,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 64,
+            "projection_class_embeddings_input_dim": 6 * 64 + 256,
+        },
+        vae={"block_out_channels": (28, 52, 108, 108), "norm_num_groups": 4},
+        text=_text(256, 1024, 2, 4),
+        text_2=_text(256, 1024, 2, 4),
+    ),
     "sd15": Size(
         512,
         (16, 32, 96, 256),
@@ -60,6 +83,9 @@ SIZES = {
         text=_text(768, 3072, 12, 12),
     ),
 }
+
+
+TRAINED = tuple(name for name, size in SIZES.items() if not size.text_2)
 
 
 @dataclass(frozen=True)
@@ -103,7 +129,12 @@ def _write_base(size: Size, folder: Path) -> UNet2DConditionModel:
         "tokenizer": tokenizer,
         "scheduler": DDPMScheduler(**SCHEDULE),
     }
-    index: dict[str, Any] = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.38.0"}
+    kind = "StableDiffusionPipeline"
+    if size.text_2:
+        kind = "StableDiffusionXLPipeline"
+        config = CLIPTextConfig(vocab_size=len(tokenizer), projection_dim=256, **size.text_2)
+        parts |= {"text_encoder_2": CLIPTextModelWithProjection(config), "tokenizer_2": tokenizer}
+    index: dict[str, Any] = {"_class_name": kind, "_diffusers_version": "0.38.0"}
     for name, part in parts.items():
         part.save_pretrained(folder / name)
         library = "diffusers" if type(part).__module__.startswith("diffusers") else "transformers"
