@@ -1,4 +1,4 @@
-"""What is put onto a base for a generation, LoRAs and learned words.
+"""What is put onto a base for a generation, LoRAs and learned words, and the picture that a base is told.
 
 Read from the command line, or again from a picture, and checked before the models' libraries are loaded.
 """
@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from controlkit import arguments, files, hub, limits
-from controlkit.infotext import EmbeddingRecord, LoraRecord, PictureRecord
+import numpy as np
+
+from controlkit import arguments, files, hub, images, limits
+from controlkit.infotext import EmbeddingRecord, ImageRecord, LoraRecord, PictureRecord
 
 if TYPE_CHECKING:
     from controlkit.base import Base
@@ -25,21 +27,33 @@ class Finder(Protocol):
         """The file's place; `option` would name another."""
 
 
+@dataclass(frozen=True, eq=False)
+class Shown:
+    """The picture that a base is told: how it is recorded, its pixels, (H, W, 3), where it was found."""
+
+    record: ImageRecord
+    picture: np.ndarray
+    place: str
+
+
 @dataclass(frozen=True)
 class Additions:
     """What is put onto a base: as it is recorded, and the place where each was found."""
 
     loras: tuple[tuple[LoraRecord, str], ...] = ()
     embeddings: tuple[tuple[EmbeddingRecord, str], ...] = ()
+    shown: Shown | None = None
 
     def texts(self) -> list[str]:
         """All that is recorded as text."""
         words = [text for word, _ in self.embeddings for text in (word.file, word.token)]
-        return [*(lora.source for lora, _ in self.loras), *words]
+        pictures = [] if self.shown is None else [self.shown.record.path]
+        return [*(lora.source for lora, _ in self.loras), *words, *pictures]
 
     def places(self) -> list[Path]:
         """The files that are read."""
-        return [Path(place) for _, place in (*self.loras, *self.embeddings)]
+        pictures = [] if self.shown is None else [Path(self.shown.place)]
+        return [*(Path(place) for _, place in (*self.loras, *self.embeddings)), *pictures]
 
     def onto(self, base: Base) -> Base:
         """A base with all of it; the given one stays as it is. Raises ValueError for what does not fit."""
@@ -55,11 +69,18 @@ class Additions:
 
 
 def asked(
-    loras: Sequence[str], embeddings: Sequence[str], remembered: PictureRecord | None, *, find: Finder
+    loras: Sequence[str],
+    embeddings: Sequence[str],
+    remembered: PictureRecord | None,
+    *,
+    find: Finder,
+    image: str | None = None,
+    base: str = "",
 ) -> Additions:
     """What is asked for, as on the command line, or else what an earlier picture had of its kind.
 
-    Raises ValueError for a name that leads nowhere, a pickle as a LoRA, or a weight outside its range.
+    image: the picture that `base` is told; an earlier one's is for the same base alone. Raises ValueError for
+    a name that leads nowhere, a pickle as a LoRA, or a weight outside its range.
     """
     before = Additions()
     if remembered is not None:
@@ -67,7 +88,22 @@ def asked(
             () if loras else tuple(_lora_again(lora, find) for lora in remembered.loras),
             () if embeddings else tuple(_word_again(word, find) for word in remembered.embeddings),
         )
-    return Additions((*before.loras, *map(_lora, loras)), (*before.embeddings, *map(_embedding, embeddings)))
+    return Additions(
+        (*before.loras, *map(_lora, loras)),
+        (*before.embeddings, *map(_embedding, embeddings)),
+        _shown(image, remembered, base, find),
+    )
+
+
+def _shown(image: str | None, remembered: PictureRecord | None, base: str, find: Finder) -> Shown | None:
+    if image is not None:
+        picture = images.load_picture(image)  # which says what is wrong with the file
+        return Shown(ImageRecord(image, files.sha256_file(image)), picture, image)
+    if remembered is None or remembered.image is None or remembered.base != base:
+        return None
+    record = remembered.image
+    place = find(record.path, record.sha256, option="--image")
+    return Shown(record, images.load_picture(place), str(place))
 
 
 def _lora(text: str) -> tuple[LoraRecord, str]:

@@ -58,7 +58,8 @@ class Rows:
     """What the networks are told by text, for every row of a generation: the same tensors in each step.
 
     encoder_hidden_states: (branches x pictures, 77, D), all unconditional rows first where there are two
-    branches. added_cond: SDXL's, with as many rows; else None.
+    branches. added_cond: SDXL's, with as many rows; else None. class_labels: with as many rows, or with one
+    for each picture where both branches are told the same; None for most bases.
     """
 
     encoder_hidden_states: Tensor
@@ -66,6 +67,7 @@ class Rows:
     pictures: int
     is_conditional: bool = True
     """Whether the last rows are conditional ones."""
+    class_labels: Tensor | None = None
 
     @property
     def branches(self) -> int:
@@ -76,24 +78,23 @@ class Rows:
     def unconditional(self) -> Rows:
         """The unconditional rows alone."""
         assert self.branches == 2
-        added, last = self.added_cond, self.pictures
-        return Rows(
-            self.encoder_hidden_states[:last],
-            None if added is None else {name: rows[:last] for name, rows in added.items()},
-            self.pictures,
-            is_conditional=False,
-        )
+        return self._half(slice(self.pictures), is_conditional=False)
 
     @cached_property
     def conditional(self) -> Rows:
         """The conditional rows alone."""
         if self.branches == 1:
             return self
-        added, first = self.added_cond, self.pictures
+        return self._half(slice(self.pictures, None), is_conditional=True)
+
+    def _half(self, part: slice, *, is_conditional: bool) -> Rows:
+        added, labels = self.added_cond, self.class_labels
         return Rows(
-            self.encoder_hidden_states[first:],
-            None if added is None else {name: rows[first:] for name, rows in added.items()},
+            self.encoder_hidden_states[part],
+            None if added is None else {name: rows[part] for name, rows in added.items()},
             self.pictures,
+            is_conditional=is_conditional,
+            class_labels=labels if labels is None or len(labels) == self.pictures else labels[part],
         )
 
 
@@ -169,6 +170,7 @@ def summed_residuals(
                 told.encoder_hidden_states,
                 encoded.hint,
                 added_cond=told.added_cond,
+                class_labels=told.class_labels,
             )
             encoded.last[id(told)] = residuals
         scale = control.scale_at(step, steps)

@@ -281,6 +281,11 @@ def generate(
         Number, _option("X", "How much of it is redone.  [default: 0.75; with a mask 1]")
     ] = None,
     mask: Annotated[Text, _option("MASK", "Redraw only what is white in this picture.")] = None,
+    image: Annotated[Text, _option("PICTURE", "Tell an unCLIP base this picture besides the text.")] = None,
+    image_noise: Annotated[
+        Whole, _option("N", "How freely it is taken, 0 to 999.  [default: 0]", "--image-noise")
+    ] = None,
+    class_label: Annotated[Whole, _option("N", "The class, for a base that is told one.", "--class")] = None,
     hires: Annotated[
         Number, _option("FACTOR", "Then enlarge by this factor, and refine under the same control.")
     ] = None,
@@ -335,6 +340,7 @@ def generate(
             mask=mask,
             loras=lora or (),
             embeddings=embedding or (),
+            image=image,
             output=output,
             like=like,
         )

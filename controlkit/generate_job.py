@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from controlkit.adapters import Adapter
     from controlkit.base import Base
+    from controlkit.class_labels import Told
     from controlkit.control import Control
     from controlkit.sampling import Start
 
@@ -51,6 +52,7 @@ def run(job: Plan, report: Report, *, preview: Path | None = None) -> list[Pictu
     preview: a PNG that shows what the picture at hand will be, while it is made; it is removed at the end.
     """
     session = Session(job, report, preview=preview)
+    session.check_told()
     first, count = session.first, job.options.count
     records = [replace(first, seed=first.seed + k) for k in range(count)]
     size = f"{first.width}x{first.height}"
@@ -86,6 +88,19 @@ class Session:
         self.preview = None if preview is None else Preview(preview, self.base)
         self._maps: dict[tuple[int, int, int], Any] = {}
         self.first = self._within_memory(self.first)
+
+    def check_told(self) -> None:
+        """Raise ValueError unless the base is told what it takes besides the text."""
+        from controlkit.class_labels import check_told
+
+        check_told(self.base, self._told(self.first))
+
+    def _told(self, record: PictureRecord) -> Told:
+        """What the base is told besides the text."""
+        from controlkit.class_labels import Told
+
+        shown = self.job.additions.shown
+        return Told(None if shown is None else shown.picture, record.image_noise, record.class_label)
 
     def _within_memory(self, first: PictureRecord) -> PictureRecord:
         """The record with the measures under which both stages stay within the memory that is allowed."""
@@ -144,6 +159,7 @@ class Session:
 
         return {
             "negative_prompt": record.negative_prompt,
+            "told": self._told(record),
             "prompt_syntax": record.prompt_syntax,
             "steps": record.steps,
             "guidance": record.guidance,
@@ -295,6 +311,7 @@ def _decided(job: Plan, base: Base) -> tuple[PictureRecord, list[Source]]:
         start=None if job.beginning is None else job.beginning.record,
         loras=tuple(lora for lora, _ in job.additions.loras),
         embeddings=tuple(word for word, _ in job.additions.embeddings),
+        image=None if job.additions.shown is None else job.additions.shown.record,
     )
     return record, sources
 

@@ -117,14 +117,16 @@ def plan(
     mask: str | None = None,
     loras: Sequence[str] = (),
     embeddings: Sequence[str] = (),
+    image: str | None = None,
     output: str,
     like: str | None = None,
 ) -> Plan:
     """Check a request and read its pictures.
 
     given: the fields of `Options` that were given. like: a picture made before, whose parameters fill in
-    whatever is not given. controls, maps, adapters, start, mask, loras, embeddings: as on the command line;
-    controls or maps replace those of `like`, start its start, loras its loras, embeddings its embeddings.
+    whatever is not given. controls, maps, adapters, start, mask, loras, embeddings, image: as on the command
+    line; controls or maps replace those of `like`, start its start, loras its loras, embeddings its
+    embeddings, image its image.
     Raises ValueError for anything that can be known to be wrong before the models are loaded.
     """
     remembered = None if like is None else infotext.parse(images.read_png_text(like), source=like)
@@ -146,7 +148,10 @@ def plan(
         raise ValueError(
             f"an {INPAINT} control follows a picture with a hole: add --from PICTURE --mask MASK"
         )
-    added = additions.asked(loras, embeddings, remembered, find=partial(_found, like=Path(str(like))))
+    find = partial(_found, like=Path(str(like)))
+    added = additions.asked(loras, embeddings, remembered, find=find, image=image, base=options.base)
+    if options.image_noise and added.shown is None:
+        raise ValueError("--image-noise belongs to a picture that the base is told: add --image PICTURE")
     _check_text(options, sources, added.texts())
     outputs = arguments.numbered_outputs(output, options.count)
     read = [file for source in sources for file in (source.file, Path(source.record.mask or source.file))]
@@ -166,7 +171,7 @@ def _options_of(record: PictureRecord | None, given: Mapping[str, Any]) -> dict[
         return {}
     dropped: set[str] = set()
     if given.get("base", record.base) != record.base:
-        dropped |= {"guidance", "width", "height", "dtype", "memory"}
+        dropped |= {"guidance", "width", "height", "dtype", "memory", "image_noise", "class_label"}
     if given.get("device", record.device) != record.device:
         dropped |= {"dtype", "memory"}
     kept = Options.__dataclass_fields__.keys() - dropped

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from controlkit.applying import EncodedControl, Rows
+from controlkit.class_labels import classes_of, takes_picture
 from controlkit.controlnet import encode_hint
 from controlkit.memory import Memory
 from controlkit.predicting import Guidance, Predictor
@@ -117,7 +118,7 @@ class Estimate:
         """The most bytes while the text is encoded, while denoising, and while pictures are decoded."""
         kind = self.base.device.type
         weights = {
-            "text": weight_bytes(*self.base.text_encoders),
+            "text": weight_bytes(*self.base.encoders),
             "denoising": weight_bytes(self.unet, *self.distinct),
             "decoding": weight_bytes(self.vae),
         }
@@ -161,7 +162,7 @@ class Estimate:
         added = self._added(branches * batch)
         predictor = Predictor(
             replace(base, unet=self.unet, vae=self.vae),
-            Rows(text, added, batch),
+            Rows(text, added, batch, class_labels=self._labels(batch)),
             encoded,
             Guidance(5.0 if request.guided else 1.0),
             1,
@@ -181,6 +182,16 @@ class Estimate:
             "text_embeds": torch.empty(rows, pooled, dtype=self.base.dtype),
             "time_ids": torch.empty(rows, 6, dtype=self.base.dtype),
         }
+
+    def _labels(self, pictures: int) -> Tensor | None:
+        """What `class_labels.Labels` would draw."""
+        config = self.base.unet.config
+        if classes_of(config):
+            return torch.zeros(pictures, dtype=torch.int64)
+        if not takes_picture(config):
+            return None
+        rows = pictures * (2 if self.request.guided else 1)
+        return torch.empty(rows, config.projection_class_embeddings_input_dim, dtype=self.base.dtype)
 
     def _decoding(self, memory: Memory) -> int:
         tiled = memory.tiled_vae or self.request.tile is not None

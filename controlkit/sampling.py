@@ -29,6 +29,8 @@ from controlkit import diffusion, images, limits
 from controlkit.adapters import check_fits
 from controlkit.applying import EncodedControl, Rows, encode_controls
 from controlkit.base import Conditioning
+from controlkit.class_labels import Labels
+from controlkit.class_labels import Told as Told
 from controlkit.control import Control
 from controlkit.memory import Memory as Memory
 from controlkit.memory import at_work, kept_small
@@ -125,6 +127,7 @@ def generate(
     prompt_syntax: str = "plain",
     controls: Sequence[Control] = (),
     start: Start | None = None,
+    told: Told | None = None,
     steps: int = 20,
     guidance: float | None = None,
     guidance_rescale: float = 0.0,
@@ -146,7 +149,7 @@ def generate(
     prompt_syntax: how both prompts are read, one of `prompt_syntax.SYNTAXES`; "a1111" understands
     (word:1.3) and any length. controls: their residuals are summed. start: a picture to start from, whole or
     with a hole to fill. The first map, or else that picture, decides the size where none is given
-    (`picture_size`).
+    (`picture_size`). told: the class or the picture that the base is told besides the text, if it is.
     steps: 1 to 1000. guidance: 0 to 100; at 1 or below, and by bases that are told the guidance, the negative
     prompt is not used; None is `default_guidance`. guidance_rescale: see `Guidance`. scheduler: one of
     `SCHEDULERS`.
@@ -193,8 +196,9 @@ def generate(
         kept_small(memory, base, *pair[1:]),
         tiled_vae(base, tiles is not None or (memory is not None and memory.tiled_vae)),
     ):
-        with at_work(memory, base, *base.text_encoders):
+        with at_work(memory, base, *base.encoders):
             text = encode_text(base, prompt, negative_prompt, guidance=guided.scale, syntax=prompt_syntax)
+            labels = Labels(base, told or Told())
         with at_work(memory, base, *pair[1:]):
             encoded = encode_controls(
                 controls, width=width, height=height, pictures=len(seeds), in_bands=tiles is not None
@@ -203,6 +207,7 @@ def generate(
         for batch in range(batches):
             first, last = batch * batch_size, min((batch + 1) * batch_size, len(seeds))
             generators = [torch.Generator("cpu").manual_seed(int(seed)) for seed in seeds[first:last]]
+            class_labels = labels.draw(generators, branches=len(text.encoder_hidden_states))
             strength = 1.0 if start is None else start.strength
             schedule = make_schedule(scheduler, base, steps=steps, strength=strength)
             with at_work(memory, base, *([] if start is None else [base.vae])):
@@ -215,6 +220,7 @@ def generate(
                     controls=[control.rows(first, last) for control in encoded],
                     schedule=schedule,
                     generators=generators,
+                    class_labels=class_labels,
                     callback=_counting(callback, batch=batch, batches=batches),
                     **how,
                 )
@@ -274,6 +280,7 @@ def denoise(
     guidance: Guidance,
     temperature: float | None = None,
     generators: Sequence[torch.Generator] | None = None,
+    class_labels: Tensor | None = None,
     savings: Savings | None = None,
     tiles: Tiles | None = None,
     callback: Callback | None = None,
@@ -285,13 +292,14 @@ def denoise(
     text: what `encode_text` made with the same guidance, one row or two, shared by all pictures.
     controls: with the hint encoder's output already computed (`applying.encode_controls`).
     schedule: fresh from `make_schedule`; the scheduler keeps its state.
-    generators: one per picture, for schedulers that add noise. Latents stay in float32 between the steps
-    whatever the networks' precision. Raises ValueError, naming the step, when they stop being finite.
+    generators: one per picture, for schedulers that add noise. class_labels: of `Labels.draw`. Latents stay
+    in float32 between the steps whatever the networks' precision. Raises ValueError, naming the step, when
+    they stop being finite.
     """
     latents, scheduler, n = begun.latents, schedule.scheduler, schedule.steps
     whole = Predictor(
         base,
-        rows_of(base, text, latents),
+        rows_of(base, text, latents, class_labels),
         controls,
         guidance,
         steps=n,
@@ -327,12 +335,13 @@ def expected_latents(base: Base, model_pred: Tensor, noisy_latents: Tensor, t: T
     return diffusion.predict_x0(base.prediction_type, model_pred, noisy_latents, steps, base.alphas_cumprod)
 
 
-def rows_of(base: Base, text: Conditioning, latents: Tensor) -> Rows:
+def rows_of(base: Base, text: Conditioning, latents: Tensor, class_labels: Tensor | None = None) -> Rows:
     """The text for every picture in ``latents`` (B, C, h, w), branch by branch."""
     pictures, _, h, w = latents.shape
     pooled = None if text.pooled is None else text.pooled.repeat_interleave(pictures, dim=0)
     added_cond = base.added_cond(pooled, height=h * base.vae_factor, width=w * base.vae_factor)
-    return Rows(text.encoder_hidden_states.repeat_interleave(pictures, dim=0), added_cond, pictures)
+    hidden = text.encoder_hidden_states.repeat_interleave(pictures, dim=0)
+    return Rows(hidden, added_cond, pictures, class_labels=class_labels)
 
 
 class _Health:

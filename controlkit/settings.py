@@ -35,6 +35,8 @@ class Settings:
     guidance_until: float = 1.0
     prompt_syntax: str = "plain"
     memory: tuple[str, ...] = ()
+    image_noise: int = 0
+    class_label: int | None = None
 
     def check(self) -> None:
         """Raise ValueError for the first number outside its range, or a prompt that cannot be read."""
@@ -50,6 +52,8 @@ class Settings:
         limits.check_every("control_every", self.control_every)
         limits.check_every("features_every", self.features_every)
         limits.check_share("guidance_until", self.guidance_until)
+        limits.check_noise_level(self.image_noise)
+        limits.check_class(self.class_label)
         prompt_syntax.check_syntax(self.prompt_syntax)
         if self.prompt_syntax == "a1111":
             for text in (self.prompt, self.negative_prompt):
