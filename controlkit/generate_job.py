@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from controlkit.adapters import Adapter
     from controlkit.base import Base
     from controlkit.class_labels import Told
+    from controlkit.clip_guidance import Clip
     from controlkit.control import Control
     from controlkit.sampling import Start
 
@@ -73,7 +74,10 @@ class Session:
         report.status(f"loading the libraries and the base {job.options.base}")
         from controlkit.adapters import check_adapter
         from controlkit.base import check_base
+        from controlkit.clip_guidance import check_clip
 
+        if job.options.clip:
+            check_clip(job.options.clip)
         check_base(job.options.base)
         for source in job.sources:
             if source.record.adapter:
@@ -85,6 +89,7 @@ class Session:
         self.base = job.additions.onto(base)
         self.first, self.sources = _decided(job, self.base)
         self.adapters = [_adapter(source, self.base, report, rests=rests) for source in self.sources]
+        self.clip = _clip(job.options.clip, self.base, report, rests=rests)
         self.preview = None if preview is None else Preview(preview, self.base)
         self._maps: dict[tuple[int, int, int], Any] = {}
         self.first = self._within_memory(self.first)
@@ -155,11 +160,12 @@ class Session:
 
     def _options(self, record: PictureRecord) -> dict[str, Any]:
         """What both stages are told in the same words."""
-        from controlkit.sampling import Memory, Savings, Tiles
+        from controlkit.sampling import ClipGuidance, Memory, Savings, Tiles
 
         return {
             "negative_prompt": record.negative_prompt,
             "told": self._told(record),
+            "clip_guidance": None if self.clip is None else ClipGuidance(self.clip, record.clip_guidance),
             "prompt_syntax": record.prompt_syntax,
             "steps": record.steps,
             "guidance": record.guidance,
@@ -342,6 +348,16 @@ def _adapter(source: Source, base: Base, report: Report, *, rests: bool) -> Adap
             f"adapter {record.adapter} learned to follow {learned} maps, not {record.kind}", stacklevel=2
         )
     return adapter
+
+
+def _clip(name: str, base: Base, report: Report, *, rests: bool) -> Clip | None:
+    """The CLIP that guides, loaded beside the base, or on the processor until it works."""
+    if not name:
+        return None
+    from controlkit.clip_guidance import load_clip
+
+    report.status(f"loading the CLIP {name}")
+    return load_clip(name, device=base.unet.device if rests else base.device, dtype=base.dtype)
 
 
 def _fitted(mask: np.ndarray | None, width: int, height: int) -> np.ndarray | None:

@@ -324,7 +324,7 @@ def check_preview(preview: str, job: Plan) -> Path:
 
 def _check_text(options: Options, sources: Sequence[Source], others: Sequence[str]) -> None:
     """Raise ValueError for a text that no PNG could record, as a file's name that is not Unicode."""
-    texts = [options.prompt, options.negative_prompt, options.base]
+    texts = [options.prompt, options.negative_prompt, options.base, options.clip]
     texts += [text for source in sources for text in (source.record.path, source.record.adapter)]
     texts += others
     for text in texts:

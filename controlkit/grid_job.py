@@ -34,6 +34,7 @@ _PICTURE_KEYS: Mapping[str, Callable[[str], Any]] = {
     "guidance_until": float,
     "image_noise": int,
     "class_label": int,
+    "clip_guidance": float,
 }
 _CONTROL_KEYS = ("scale", "start", "end", "gate", "mode", "layers", "only_mid")
 

@@ -31,6 +31,8 @@ from controlkit.applying import EncodedControl, Rows, encode_controls
 from controlkit.base import Conditioning
 from controlkit.class_labels import Labels
 from controlkit.class_labels import Told as Told
+from controlkit.clip_guidance import ClipGuidance as ClipGuidance
+from controlkit.clip_guidance import ClipGuide
 from controlkit.control import Control
 from controlkit.memory import Memory as Memory
 from controlkit.memory import at_work, kept_small
@@ -131,6 +133,7 @@ def generate(
     steps: int = 20,
     guidance: float | None = None,
     guidance_rescale: float = 0.0,
+    clip_guidance: ClipGuidance | None = None,
     scheduler: str = "ddim",
     temperature: float | None = None,
     seeds: Sequence[int] = (0,),
@@ -151,8 +154,9 @@ def generate(
     with a hole to fill. The first map, or else that picture, decides the size where none is given
     (`picture_size`). told: the class or the picture that the base is told besides the text, if it is.
     steps: 1 to 1000. guidance: 0 to 100; at 1 or below, and by bases that are told the guidance, the negative
-    prompt is not used; None is `default_guidance`. guidance_rescale: see `Guidance`. scheduler: one of
-    `SCHEDULERS`.
+    prompt is not used; None is `default_guidance`. guidance_rescale: see `Guidance`. clip_guidance: a CLIP
+    that pulls the picture towards the prompt besides, in the share of the steps that `savings` leaves guided
+    (see `clip_guidance.py`). scheduler: one of `SCHEDULERS`.
     temperature: 0 to 2, how much of the noise that the scheduler injects is taken: 0 is deterministic, 1 as
     trained. For ddim it is eta (Song et al. 2020, arXiv:2010.02502, equation 16) and for tcd gamma (Zheng et
     al. 2024, arXiv:2402.19159, algorithm 4), 0 by default for both; for the other schedulers that draw
@@ -189,16 +193,18 @@ def generate(
         "preview": preview,
         "one_branch_at_a_time": memory is not None and memory.one_branch,
     }
-    pair = [base.unet, *{id(c.controlnet): c.controlnet for c in controls}.values()]
+    judges = [] if clip_guidance is None or not clip_guidance.scale else [clip_guidance.clip.model]
     pictures: list[np.ndarray] = []
     with (
         _prepared(base, controls),
-        kept_small(memory, base, *pair[1:]),
+        kept_small(memory, base, *pair[1:], *judges),
         tiled_vae(base, tiles is not None or (memory is not None and memory.tiled_vae)),
     ):
         with at_work(memory, base, *base.encoders):
             text = encode_text(base, prompt, negative_prompt, guidance=guided.scale, syntax=prompt_syntax)
             labels = Labels(base, told or Told())
+        with at_work(memory, base, *judges):
+            how["guide"] = _guide(base, clip_guidance, prompt, prompt_syntax)
         with at_work(memory, base, *pair[1:]):
             encoded = encode_controls(
                 controls, width=width, height=height, pictures=len(seeds), in_bands=tiles is not None
@@ -212,7 +218,7 @@ def generate(
             schedule = make_schedule(scheduler, base, steps=steps, strength=strength)
             with at_work(memory, base, *([] if start is None else [base.vae])):
                 begun = begin(base, schedule, generators, width=width, height=height, start=start)
-            with at_work(memory, base, *pair):
+            with at_work(memory, base, *pair, *judges, *([base.vae] if judges else [])):
                 latents = denoise(
                     base,
                     text,
@@ -238,6 +244,13 @@ def _natural_size(controls: Sequence[Control], start: Start | None) -> tuple[int
     if controls:
         return controls[0].size
     return None if start is None else (start.picture.shape[1], start.picture.shape[0])
+
+
+def _guide(base: Base, guidance: ClipGuidance | None, prompt: str, syntax: str) -> ClipGuide | None:
+    """CLIP's guidance towards a prompt, where there is any."""
+    if guidance is None or not guidance.scale:
+        return None
+    return ClipGuide(base, guidance, prompt, syntax=syntax)
 
 
 @contextlib.contextmanager
@@ -278,6 +291,7 @@ def denoise(
     controls: Sequence[EncodedControl] = (),
     schedule: Schedule,
     guidance: Guidance,
+    guide: ClipGuide | None = None,
     temperature: float | None = None,
     generators: Sequence[torch.Generator] | None = None,
     class_labels: Tensor | None = None,
@@ -315,6 +329,8 @@ def denoise(
     for i, t in enumerate(schedule.timesteps):
         noisy_latents = scheduler.scale_model_input(latents, t)
         model_pred = predictor(noisy_latents, timesteps[i], i)
+        if guide is not None and i < whole.savings.guidance_until * n:
+            model_pred = guide(model_pred, noisy_latents, t)
         if preview is not None:
             preview(expected_latents(base, model_pred, noisy_latents, t))
         with scaled_noise(scheduler, temperature):

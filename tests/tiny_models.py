@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
 from transformers import (
+    CLIPConfig,
     CLIPImageProcessor,
+    CLIPModel,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
@@ -196,6 +198,29 @@ def build_unclip(folder: Path, *, sample_size: int = 8, seed: int = 0) -> Path:
     for library, (name, part) in zip(libraries, parts.items(), strict=True):
         index[name] = [library, type(part).__name__]
     (folder / "model_index.json").write_text(json.dumps(index, indent=2))
+    return folder
+
+
+def build_clip(folder: Path, *, seed: int = 0) -> Path:
+    """Write a tiny CLIP of random weights that looks at 32x32 pixels, and return its folder."""
+    tokens = tokenizer()
+    ids = {
+        "vocab_size": len(tokens),
+        "bos_token_id": tokens.bos_token_id,
+        "eos_token_id": tokens.eos_token_id,
+    }
+    text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = CLIPConfig(
+        text_config={**ids, **text, "pad_token_id": tokens.pad_token_id},
+        vision_config=_CLIP_VISION,
+        projection_dim=_TEXT_WIDTH,
+    )
+    size = _CLIP_VISION["image_size"]
+    with quiet_libraries(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        CLIPModel(config).save_pretrained(folder)
+        tokens.save_pretrained(folder)
+        CLIPImageProcessor(size={"shortest_edge": size}, crop_size=size).save_pretrained(folder)
     return folder
 
 
