@@ -126,7 +126,7 @@ class Session:
             tokens=prompts.tokens_of(self.base, texts),
             starts=first.start is not None or first.hires != 1,
         )
-        estimate = memory_plan.Estimate(self.base, self._controls(first, *size), request)
+        estimate = memory_plan.Estimate(self.base, self._controls(first, *size), request, self.clip)
         batch_size = sampling.default_batch(self.base)
         memory, told = memory_plan.fit(estimate, limit=options.memory_limit, batch_size=batch_size)
         self.report.status(told)

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_flatten
 
 from controlkit.applying import EncodedControl, Rows
 from controlkit.class_labels import classes_of, takes_picture
+from controlkit.clip_guidance import ClipGuidance, ClipGuide
 from controlkit.controlnet import encode_hint
 from controlkit.memory import Memory
 from controlkit.predicting import Guidance, Predictor
@@ -28,6 +29,7 @@ from controlkit.reuse import text_kept
 
 if TYPE_CHECKING:
     from controlkit.base import Base
+    from controlkit.clip_guidance import Clip
     from controlkit.control import Control
 
 _CUDA_CONTEXT = 700 * 10**6  # with the workspaces of cuBLAS and cuDNN
@@ -99,6 +101,8 @@ class Estimate:
     base: Base
     controls: Sequence[Control]
     request: Request
+    clip: Clip | None = None
+    """The CLIP that guides the denoising, if one does."""
     mode: FakeTensorMode = field(default_factory=lambda: FakeTensorMode(allow_non_fake_inputs=True))
     known: dict[Any, int] = field(default_factory=dict)
 
@@ -107,6 +111,8 @@ class Estimate:
             self.unet, self.vae = _copy(self.base.unet), _copy(self.base.vae)
             nets = {id(control.controlnet): control.controlnet for control in self.controls}
             copies = {key: _copy(network) for key, network in nets.items()}
+            if self.clip is not None:
+                self.clip = replace(self.clip, model=_copy(self.clip.model))
         self.controlnets = [copies[id(control.controlnet)] for control in self.controls]
         self.distinct = list(copies.values())
 
@@ -122,16 +128,21 @@ class Estimate:
             "denoising": weight_bytes(self.unet, *self.distinct),
             "decoding": weight_bytes(self.vae),
         }
+        everything = sum(weights.values())
+        if self.clip is not None:  # it looks at what the autoencoder decodes, in every step
+            judge = weight_bytes(self.clip.model)
+            weights["denoising"] += judge + weights["decoding"]
+            everything += judge
         moving = memory.offload and kind != "cpu"
         besides = _LIBRARIES if kind == "cpu" else _CUDA_CONTEXT
         share = 1 + _WASTE.get(kind, _WASTE["cuda"])
         needed = {
             "text": 0,  # a few vectors
-            "denoising": self._denoising(memory),
+            "denoising": max(self._denoising(memory), self._looking()),
             "decoding": self._decoding(memory),
         }
         return {
-            name: besides + int(share * needed[name]) + (weights[name] if moving else sum(weights.values()))
+            name: besides + int(share * needed[name]) + (weights[name] if moving else everything)
             for name in weights
         }
 
@@ -172,6 +183,19 @@ class Estimate:
         latents = torch.empty(batch, channels, h, w)
         with text_kept(self.unet, *self.distinct):
             return hints + peak_of(lambda: predictor(latents, torch.empty((), dtype=torch.int64), 0))
+
+    def _looking(self) -> int:
+        """CLIP's look at one picture, forward and back."""
+        if self.clip is None:
+            return 0
+        if "looking" not in self.known:
+            base, request = self.base, self.request
+            size = (request.height // base.vae_factor, request.width // base.vae_factor)
+            with self.mode:
+                guide = ClipGuide(replace(base, vae=self.vae), ClipGuidance(self.clip, 1.0), "")
+                latents = torch.empty(1, base.vae.config.latent_channels, *size)
+                self.known["looking"] = peak_of(lambda: guide.gradient(latents))
+        return self.known["looking"]
 
     def _added(self, rows: int) -> dict[str, Tensor] | None:
         if self.base.family != "sdxl":

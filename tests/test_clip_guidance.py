@@ -1,8 +1,10 @@
 """CLIP guidance with a tiny CLIP of random weights: its gradient, what it changes, and the command."""
 
+import contextlib
 import copy
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from controlkit.clip_guidance import Clip, ClipGuidance, ClipGuide, load_clip, s
 from controlkit.control import Control
 from controlkit.images import read_png_text
 from controlkit.memory import Memory
+from controlkit.memory_plan import Estimate, Request, peak_of
 from controlkit.sampling import Savings, Start, Tiles
 
 # diffusers' Euler schedulers hand torch tensors to numpy in a way that numpy 2 will drop (diffusers 0.42.1).
@@ -162,6 +165,57 @@ def test_picture_k_of_several_is_picture_k_alone(sd1: Base, clip: Clip) -> None:
     assert torch.equal(guide(*x, torch.tensor(500))[1:2], guide(*x[:, 1:2], torch.tensor(500)))
 
 
+def test_where_little_memory_is_the_clip_and_the_decoder_are_at_work_in_the_loop(
+    sd1: Base, clip: Clip, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_work: list[Any] = []
+    real = sampling.at_work
+
+    @contextlib.contextmanager
+    def noted(memory: Memory | None, base: Base, *networks: Any) -> Iterator[None]:
+        with real(memory, base, *networks):
+            at_work.extend(networks)
+            yield
+            at_work.clear()
+
+    monkeypatch.setattr(sampling, "at_work", noted)
+    ran: list[str] = []
+
+    def check(network: torch.nn.Module, name: str) -> None:
+        ran.append(name)
+        assert network in at_work, name
+
+    networks = {"clip": clip.model, "vae": sd1.vae, "unet": sd1.unet}
+    parts = {
+        "clip": [clip.model.vision_model, clip.model.text_model],
+        "vae": [sd1.vae.decoder],
+        "unet": [sd1.unet.mid_block],
+    }
+    hooks = [
+        part.register_forward_pre_hook(lambda *_, name=name: check(networks[name], name))
+        for name, own in parts.items()
+        for part in own
+    ]
+    request: dict[str, Any] = {"steps": 2, "clip_guidance": ClipGuidance(clip, 10.0)}
+    sampling.generate(sd1, PROMPT, memory=Memory(1, offload=True), guidance=1.0, **request)
+    for hook in hooks:
+        hook.remove()
+    assert ran == ["clip", *["unet", "vae", "clip"] * 2, "vae"]
+
+
+def test_memory_is_reckoned_with_the_gradient(sd1: Base, clip: Clip) -> None:
+    plain, guided = (Estimate(sd1, [], Request(96, 64), judge) for judge in (None, clip))
+    weights = sum(parameter.nbytes for parameter in clip.model.parameters())
+    assert guided.phases(Memory(1))["text"] - plain.phases(Memory(1))["text"] >= weights
+    guide = ClipGuide(sd1, ClipGuidance(clip, 1.0), PROMPT)
+    x_0 = torch.randn((1, 4, 8, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        forward = peak_of(lambda: guide.distance(x_0))
+        truth = peak_of(lambda: guide.gradient(x_0))
+    assert truth > 1.5 * forward
+    assert guided._looking() == pytest.approx(truth, rel=0.05)
+
+
 def test_it_goes_with_starts_holes_and_tiles_and_keeps_no_graph(sd1: Base, clip: Clip) -> None:
     picture = np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)
     mask = np.zeros((64, 96), np.uint8)
@@ -229,6 +283,7 @@ def test_the_command_records_and_repeats_it(generate: Run, run: Run, folder: Pat
     assert np.array_equal(images.load_picture("off.png"), images.load_picture("plain.png"))
     assert not np.array_equal(images.load_picture("out-1.png"), images.load_picture("plain.png"))
     generate(*asked, "--hires", 1.5, "-o", "two.png").done()
+    generate(*asked, "--memory", "4GB", "-o", "small.png").done()
     generate("--clip", folder, "--grid", "clip_guidance=0,3000", "-o", "grid.png").done()
     assert "add --clip MODEL" in generate("--clip-guidance", 100).refused()
     assert "add --clip MODEL" in generate("--grid", "clip_guidance=0,10").refused()
