@@ -185,7 +185,7 @@ def load_clip(
         raise ValueError(f"{folder} holds a model of the type {kind!r}, not a CLIP with both halves ('clip')")
     model = lock(load_part(CLIPModel, folder, dtype=dtype)).to(device)
     mean, std = (
-        torch.tensor(values, dtype=torch.float64).reshape(1, 3, 1, 1) for values in _pixels_of(folder)
+        torch.tensor(values, dtype=torch.float32).reshape(1, 3, 1, 1) for values in _pixels_of(folder)
     )
     return Clip(model, load_tokenizer(folder), mean, std)
 

@@ -57,6 +57,7 @@ if TYPE_CHECKING:
 GUIDANCE = {"tiny": 2.0, "sd1": 7.5, "sd2": 7.5, "sdxl": 5.0}  # by bundled name or family
 TOLD_GUIDANCE = 8.5  # of bases that are told it, as diffusers' LatentConsistencyModelPipeline
 DEVICE_BATCH = 4  # pictures at once on a GPU: each one more needs more memory
+PICTURE_GUIDANCE = 10.0  # of bases that are told a picture, as diffusers' StableUnCLIPImg2ImgPipeline
 AREA_FACTOR = 2.0  # a map whose area is within this factor of the base's native area keeps its size
 
 Callback = Callable[[int, int, Tensor], None]
@@ -67,12 +68,14 @@ def default_guidance(base: Base) -> float:
     """The guidance scale that is used when none is given: the usual one of the base's family.
 
     Bases distilled to few steps have their own: a latent consistency model is told 8.5, and those of the
-    Turbo kind (`Base.is_turbo`) take none, which is 1.
+    Turbo kind (`Base.is_turbo`) take none, which is 1. One that is told a picture takes 10.
     """
     if base.is_told_guidance:
         return TOLD_GUIDANCE
     if base.is_turbo:
         return 1.0
+    if base.picture_encoder is not None:
+        return PICTURE_GUIDANCE
     return GUIDANCE.get(base.name, GUIDANCE[base.family])
 
 

@@ -78,6 +78,7 @@ def pipeline_latents(base: Base, *, seed: int, scheduler: str, level: int, **res
 @pytest.mark.parametrize(("level", "scheduler"), [(0, "ddim"), (300, "ddim"), (999, "euler-a")])
 def test_a_picture_is_told_as_the_pipeline_tells_it(unclip: Base, level: int, scheduler: str) -> None:
     assert unclip.prediction_type == "v_prediction"
+    assert sampling.default_guidance(unclip) == 10.0
     request: dict[str, Any] = {"seed": 7, "steps": 4, "scheduler": scheduler}
     ours = our_latents(unclip, [], **request, guidance=5.0, told=Told(PICTURE, level))
     theirs = pipeline_latents(
