@@ -91,8 +91,7 @@ class Clip:
         """
         dtype = torch.promote_types(pixels.dtype, torch.float32)
         size, (height, width) = self.size, pixels.shape[-2:]
-        scale = size / min(height, width)
-        sides = [max(round(scale * side), size) for side in (height, width)]
+        sides = [size * side // min(height, width) for side in (height, width)]
         seen = (pixels.to(dtype) / 2 + 0.5).clamp(0, 1)
         seen = functional.interpolate(seen, size=sides, mode="bicubic", antialias=True)
         top, left = (sides[0] - size) // 2, (sides[1] - size) // 2

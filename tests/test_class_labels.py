@@ -16,10 +16,10 @@ from PIL import Image
 from sampling_peers import assert_same, cond, controlnet_of, our_latents, parts_of
 
 from controlkit import sampling
-from controlkit.base import Base, load_base
+from controlkit.base import Base, _is_complete, load_base
 from controlkit.class_labels import Told
 from controlkit.control import Control
-from controlkit.controlnet import from_base, lock
+from controlkit.controlnet import from_base, lock, predict
 from controlkit.folders import quiet_libraries
 from controlkit.images import read_png_text, write_png
 from controlkit.memory import Memory
@@ -164,6 +164,20 @@ def test_with_a_control_it_equals_a_plain_loop(
     assert (ours - different).abs().max() > 1e-3
 
 
+def test_an_sdxl_that_is_told_a_class_predicts_what_the_library_does() -> None:
+    unet = tiny_models.tiny_unet("sdxl", num_class_embeds=CLASSES)
+    generator = torch.Generator().manual_seed(0)
+    x, text, pooled = (
+        torch.randn(size, generator=generator) for size in ((2, 4, 8, 8), (2, 77, 64), (2, 32))
+    )
+    added = {"text_embeds": pooled, "time_ids": torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 2)}
+    t, labels = torch.tensor([7, 500]), torch.tensor([1, 4])
+    with torch.no_grad():
+        ours = predict(unet, x, t, text, added_cond=added, class_labels=labels)
+        theirs = unet(x, t, text, class_labels=labels, added_cond_kwargs=added).sample
+    assert torch.equal(ours, theirs)
+
+
 @pytest.mark.parametrize("kind", ["unclip", "classes"])
 def test_picture_k_of_several_is_picture_k_alone_and_the_picture_is_encoded_once(
     unclip: Base, classes: Base, kind: str
@@ -300,9 +314,11 @@ def test_folders_of_which_a_part_is_missing_or_does_not_fit(folders: dict[str, P
         damaged.write_text("{")
         assert f"{damaged} is not valid JSON" in refusal()
         damaged.write_text(kept)
+    assert _is_complete(folder)
     tiny_models.replace_image_encoder(folder, projection_dim=48)
     assert "is told 64 numbers, which must be twice those of image_encoder (48)" in refusal()
     shutil.rmtree(folder / "image_encoder")
+    assert not _is_complete(folder), "or a cached copy of it would not be completed"
     assert "has no image_encoder/: its U-Net is told a vector" in refusal()
 
 
