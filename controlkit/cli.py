@@ -270,7 +270,7 @@ def generate(
         float | None, _option("X", "How much the prompt counts.  [default: the base's]")
     ] = None,
     clip_guidance: Annotated[
-        Number, _option("X", "How much --clip's view of the prompt counts besides: 100, say.  [default: 0]")
+        Number, _option("X", "How much --clip's view of the prompt counts besides: 30, say.  [default: 0]")
     ] = None,
     clip: Annotated[Text, _option("NAME", "The CLIP: clip-b, clip-l, folder or hub id.")] = None,
     scheduler: Annotated[Text, _option("NAME", _SCHEDULER_HELP)] = None,

@@ -12,7 +12,10 @@ and the scheduler is given the prediction that implies x_0'. This is classifier 
 taken as that of a unit Gaussian prior, sqrt(alpha_bar_t). No gradient goes through the U-Net: a step costs
 one decoding and one look of CLIP, forward and back, and the U-Net keeps no graph. diffusers' community
 pipeline clip_guided_stable_diffusion has the same loss in the same unit (100 is its usual scale), but
-differentiates through the U-Net, so that the same scale need not have the same effect.
+differentiates through the U-Net, so that the same scale need not have the same effect. A scale that is too
+large overshoots: pictures move away from the prompt and fall apart. With the bundled base and a small CLIP
+trained on its world, pictures of scales from 10 to 100 were a tenth nearer to their prompts and kept colours
+and edges; at 300 they began to lose them, and at 1000 they were farther away than without.
 
 The picture that CLIP judges is small: where it is several times as large as CLIP's own, the latents are
 averaged by so many, decoded, and the middle square of that is looked at, as in CLIP's training.
@@ -49,7 +52,7 @@ ALIASES: Mapping[str, str] = {
 _PLACES: Mapping[str, Any] = {"what": "CLIP", "top_file": "config.json", "bundled": {}, "aliases": ALIASES}
 _HUB_FILES = ("*.json", "merges.txt", "*.safetensors", "*pytorch_model*.bin")
 _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of OpenAI's CLIPs
-_UNIT = 4096.0  # the loss is differentiated in this unit: float16 has no numbers for gradients of pixels
+_UNIT = 4096.0  # the loss is multiplied by it and the gradient divided: small ones would be 0 in float16
 _FARTHEST = 1 - 1e-6  # of |a - b| / 2: at 1, opposite vectors, the distance has no derivative
 
 

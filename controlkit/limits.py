@@ -12,7 +12,7 @@ MAX_SEED = 2**63 - 1
 MAX_GUIDANCE = 100.0
 MAX_COUNT = 1000
 MAX_NOISE_LEVEL = 999
-MAX_CLIP_GUIDANCE = 10_000.0
+MAX_CLIP_GUIDANCE = 1000.0
 SCALE_RANGE = (-10.0, 10.0)
 SIZE_RANGE = (16, 8192)
 WEIGHT_RANGE = (-100.0, 100.0)
@@ -124,7 +124,7 @@ def check_class(label: int | None) -> None:
 
 
 def check_clip_guidance(scale: float) -> None:
-    """Raise ValueError unless the scale of CLIP guidance is a number from 0 (off) to 10000."""
+    """Raise ValueError unless the scale of CLIP guidance is a number from 0 (off) to 1000."""
     if not (math.isfinite(scale) and 0 <= scale <= MAX_CLIP_GUIDANCE):
         raise ValueError(f"clip_guidance must be a number from 0 to {MAX_CLIP_GUIDANCE:g}, not {scale}")
 
