@@ -8,6 +8,9 @@ if TYPE_CHECKING:
     from controlkit.adapters import load_adapter as load_adapter
     from controlkit.base import Base as Base
     from controlkit.base import load_base as load_base
+    from controlkit.class_labels import Told as Told
+    from controlkit.clip_guidance import ClipGuidance as ClipGuidance
+    from controlkit.clip_guidance import load_clip as load_clip
     from controlkit.control import Control as Control
     from controlkit.embeddings import Embedding as Embedding
     from controlkit.embeddings import with_embeddings as with_embeddings
@@ -21,12 +24,15 @@ __version__ = "0.1.0"
 _HOME = {
     "Adapter": "adapters",
     "Base": "base",
+    "ClipGuidance": "clip_guidance",
     "Control": "control",
     "Embedding": "embeddings",
     "Lora": "loras",
+    "Told": "class_labels",
     "generate": "sampling",
     "load_adapter": "adapters",
     "load_base": "base",
+    "load_clip": "clip_guidance",
     "load_picture": "images",
     "with_embeddings": "embeddings",
     "with_loras": "loras",

@@ -21,6 +21,7 @@ from torch import Tensor
 from controlkit import files
 from controlkit.base import BUNDLED as BUNDLED_BASES
 from controlkit.base import FAMILY_TITLES, Base, family_of
+from controlkit.class_labels import check_labels_fit
 from controlkit.controlnet import lock
 from controlkit.folders import is_pickle, load_part, read_header, read_json, weight_files, write_weights
 from controlkit.hub import check_exists, find_folder
@@ -231,6 +232,7 @@ def check_fits(controlnet: ControlNetModel, base: Base) -> None:
     """Raise ValueError, one line with both networks' sizes, unless ``controlnet`` is a copy of this base's
     encoder."""
     _check_sizes(controlnet.config, base, name="control network")
+    check_labels_fit(controlnet, base)
 
 
 def _check_sizes(config: Mapping[str, Any], base: Base, *, name: str) -> None:

@@ -1,4 +1,4 @@
-"""What is put onto a base for a generation: LoRAs, learned words, and pictures as prompts.
+"""What is put onto a base for a generation: LoRAs, learned words, and the pictures that it is told.
 
 Read from the command line, or again from a picture, and checked before the models' libraries are loaded.
 """
@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from controlkit import arguments, files, hub, images, limits
-from controlkit.infotext import EmbeddingRecord, LoraRecord, PictureRecord, PromptPictureRecord
+from controlkit.infotext import (
+    EmbeddingRecord,
+    ImageRecord,
+    LoraRecord,
+    PictureRecord,
+    PromptPictureRecord,
+)
 
 if TYPE_CHECKING:
     from controlkit.base import Base
@@ -26,6 +32,15 @@ class Finder(Protocol):
 
     def __call__(self, path: str, sha256: str, *, option: str) -> Path:
         """The file's place; `option` would name another."""
+
+
+@dataclass(frozen=True, eq=False)
+class Shown:
+    """The picture that a base is told: how it is recorded, its pixels, (H, W, 3), where it was found."""
+
+    record: ImageRecord
+    picture: np.ndarray
+    place: str
 
 
 @dataclass(frozen=True)
@@ -45,17 +60,22 @@ class Additions:
     loras: tuple[tuple[LoraRecord, str], ...] = ()
     embeddings: tuple[tuple[EmbeddingRecord, str], ...] = ()
     ip_adapters: tuple[PromptPictures, ...] = ()
+    shown: Shown | None = None
 
     def texts(self) -> list[str]:
         """All that is recorded as text."""
         words = [text for word, _ in self.embeddings for text in (word.file, word.token)]
         told = [(told.record.source, told.record.encoder, *told.record.pictures) for told in self.ip_adapters]
-        return [*(lora.source for lora, _ in self.loras), *words, *(text for texts in told for text in texts)]
+        pictures = [] if self.shown is None else [self.shown.record.path]
+        loras = [lora.source for lora, _ in self.loras]
+        return [*loras, *words, *(text for texts in told for text in texts), *pictures]
 
     def places(self) -> list[Path]:
         """The files that are read."""
         told = [place for told in self.ip_adapters for place in (told.source, *told.places)]
-        return [Path(place) for place in (*(place for _, place in (*self.loras, *self.embeddings)), *told)]
+        pictures = [] if self.shown is None else [self.shown.place]
+        put = [place for _, place in (*self.loras, *self.embeddings)]
+        return [Path(place) for place in (*put, *told, *pictures)]
 
     def onto(self, base: Base) -> Base:
         """A base with LoRAs and words; the given one stays as it is. Raises ValueError for what does not
@@ -96,10 +116,13 @@ def asked(
     remembered: PictureRecord | None,
     *,
     find: Finder,
+    image: str | None = None,
+    base: str = "",
 ) -> Additions:
     """What is asked for, as on the command line, or else what an earlier picture had of its kind.
 
-    Raises ValueError for a name that leads nowhere, a pickle as a LoRA, or a weight outside its range.
+    image: the picture that `base` is told; an earlier one's is for the same base alone. Raises ValueError for
+    a name that leads nowhere, a pickle as a LoRA, or a weight outside its range.
     """
     before = Additions()
     if remembered is not None:
@@ -114,7 +137,19 @@ def asked(
         (*before.loras, *map(_lora, loras)),
         (*before.embeddings, *map(_embedding, embeddings)),
         (*before.ip_adapters, *(_told(text, image_encoder or "") for text in ip_adapters)),
+        _shown(image, remembered, base, find),
     )
+
+
+def _shown(image: str | None, remembered: PictureRecord | None, base: str, find: Finder) -> Shown | None:
+    if image is not None:
+        picture = images.load_picture(image)  # which says what is wrong with the file
+        return Shown(ImageRecord(image, files.sha256_file(image)), picture, image)
+    if remembered is None or remembered.image is None or remembered.base != base:
+        return None
+    record = remembered.image
+    place = find(record.path, record.sha256, option="--image")
+    return Shown(record, images.load_picture(place), str(place))
 
 
 def _lora(text: str) -> tuple[LoraRecord, str]:

@@ -67,7 +67,8 @@ class Rows:
 
     encoder_hidden_states: (branches x pictures, 77, D), all unconditional rows first where there are two
     branches. added_cond: SDXL's, with as many rows; else None. for_unet: what the U-Net reads, the text with
-    pictures' tokens behind it (`ip_adapter`); the text itself where there are none.
+    pictures' tokens behind it (`ip_adapter`); the text itself where there are none. class_labels: with as
+    many rows, or with one for each picture where both branches are told the same; None for most bases.
     """
 
     encoder_hidden_states: Tensor
@@ -76,6 +77,7 @@ class Rows:
     is_conditional: bool = True
     """Whether the last rows are conditional ones."""
     for_unet: Tensor | None = None
+    class_labels: Tensor | None = None
 
     @property
     def unet_states(self) -> Tensor:
@@ -99,13 +101,14 @@ class Rows:
         return self if self.branches == 1 else self._part(slice(self.pictures, None), is_conditional=True)
 
     def _part(self, which: slice, *, is_conditional: bool) -> Rows:
-        added = self.added_cond
+        added, labels, told = self.added_cond, self.class_labels, self.for_unet
         return Rows(
             self.encoder_hidden_states[which],
             None if added is None else {name: rows[which] for name, rows in added.items()},
             self.pictures,
-            is_conditional,
-            None if self.for_unet is None else self.for_unet[which],
+            is_conditional=is_conditional,
+            for_unet=None if told is None else told[which],
+            class_labels=labels if labels is None or len(labels) == self.pictures else labels[which],
         )
 
 
@@ -195,6 +198,7 @@ def summed_residuals(
                 told.encoder_hidden_states,
                 encoded.hint,
                 added_cond=told.added_cond,
+                class_labels=told.class_labels,
             )
             encoded.last[id(told)] = residuals
         scale = control.scale_at(step, steps)

@@ -18,6 +18,13 @@ import torch
 from torch import Tensor
 
 from controlkit import diffusion
+from controlkit.class_labels import (
+    PICTURE_PARTS,
+    PictureEncoder,
+    check_picture_parts,
+    load_picture_encoder,
+    takes_picture,
+)
 from controlkit.controlnet import check_structure, lock
 from controlkit.devices import check_device
 from controlkit.folders import load_part, quiet_libraries, read_json, weight_files
@@ -55,7 +62,7 @@ _CLASSES: Mapping[str, tuple[str, ...]] = {
 _HUB_KINDS = ("*.json", "*.txt", "*.safetensors", "*pytorch_model*.bin")
 _HUB_FILES = (
     "model_index.json",
-    *(f"{part}/{kind}" for part in _ALWAYS + _SECOND_TEXT for kind in _HUB_KINDS),
+    *(f"{part}/{kind}" for part in _ALWAYS + _SECOND_TEXT + PICTURE_PARTS for kind in _HUB_KINDS),
 )
 _SAMPLE_SIZE = {"sd1": 64, "sd2": 64, "sdxl": 128}  # where a U-Net does not say
 _SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
@@ -80,7 +87,7 @@ class Base:
     "v_prediction" or "sample". ``resolution`` is the side in pixels that it was trained for, ``vae_factor``
     how many pixels make one latent (8). ``alphas_cumprod`` is its noise schedule, (T,) float64 on the CPU.
     ``zeros_for_empty_negative``: an SDXL that was trained with zeros for no text, not with the encoding of
-    "" (diffusers' ``force_zeros_for_empty_prompt``).
+    "" (diffusers' ``force_zeros_for_empty_prompt``). ``picture_encoder``: of a base that is told a picture.
     """
 
     name: str
@@ -94,11 +101,18 @@ class Base:
     device: torch.device
     dtype: torch.dtype
     zeros_for_empty_negative: bool = True
+    picture_encoder: PictureEncoder | None = field(default=None, repr=False)
 
     @property
     def prediction_type(self) -> str:
         """What the U-Net was trained to output: a name of ``diffusion.PREDICTION_TYPES``."""
         return str(self.scheduler_config.get("prediction_type", "epsilon"))
+
+    @property
+    def encoders(self) -> list[Any]:
+        """The networks that are run before the denoising alone: the text's, and the picture's if any."""
+        picture = [] if self.picture_encoder is None else [self.picture_encoder.image_encoder]
+        return [*self.text_encoders, *picture]
 
     @property
     def is_told_guidance(self) -> bool:
@@ -175,7 +189,7 @@ class Base:
     def digest(self) -> str:
         """SHA-256 over every weight and buffer with its name, type and shape: equal digests, equal bytes."""
         total = hashlib.sha256()
-        for index, module in enumerate([self.unet, self.vae, *self.text_encoders]):
+        for index, module in enumerate([self.unet, self.vae, *self.encoders]):
             for key, tensor in sorted(module.state_dict().items()):
                 total.update(f"{index}.{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
                 flat = tensor.detach().cpu().contiguous().reshape(-1)
@@ -251,6 +265,9 @@ def load_base(
     _check_parts(folder, family)
     scheduler_config, alphas_cumprod = _read_scheduler(folder / "scheduler" / "scheduler_config.json")
     unet, vae, text_encoders = _load_models(folder, family, dtype=dtype)
+    picture_encoder = _load_picture_encoder(folder, unet_config, dtype=dtype)
+    if picture_encoder is not None:
+        picture_encoder.image_encoder.to(device)
     return Base(
         name=name_or_path,
         family=family,
@@ -265,6 +282,7 @@ def load_base(
         device=device,
         dtype=dtype,
         zeros_for_empty_negative=_zeros_for_empty_negative(folder),
+        picture_encoder=picture_encoder,
     )
 
 
@@ -360,7 +378,8 @@ def _is_complete(folder: Path) -> bool:
     """Whether a cached copy has every part that its index names, with all of its files."""
     try:
         index = read_json(folder / "model_index.json")
-        optional = [part for part in _SECOND_TEXT if index.get(part) not in (None, [None, None])]
+        parts = _SECOND_TEXT + (PICTURE_PARTS if "image_normalizer" in index else ())
+        optional = [part for part in parts if index.get(part) not in (None, [None, None])]
         return all(file.is_file() for part in (*_ALWAYS, *optional) for file in _files_of(folder / part))
     except ValueError:
         return False
@@ -368,7 +387,9 @@ def _is_complete(folder: Path) -> bool:
 
 def _files_of(part: Path) -> list[Path]:
     """The files without which a part of a pipeline is not whole. Raises ValueError where it has none."""
-    if part.name == "scheduler":
+    if part.name == "feature_extractor":
+        return [part / "preprocessor_config.json"]
+    if part.name.endswith("scheduler"):
         return [part / "scheduler_config.json"]
     if part.name.startswith("tokenizer"):
         return [_vocabulary(part)]
@@ -425,6 +446,17 @@ def _load_models(
     if family == "sdxl":
         text_encoders.append(load_part(CLIPTextModelWithProjection, folder / "text_encoder_2", dtype=dtype))
     return load_part(UNet2DConditionModel, folder / "unet", dtype=dtype), vae, text_encoders
+
+
+def _load_picture_encoder(
+    folder: Path, unet_config: Mapping[str, Any], *, dtype: torch.dtype
+) -> PictureEncoder | None:
+    """What a base that is told a picture makes of it; None for all others."""
+    if not takes_picture(unet_config):
+        return None
+    check_picture_parts(folder)
+    _, alphas_cumprod = _read_scheduler(folder / "image_noising_scheduler" / "scheduler_config.json")
+    return load_picture_encoder(folder, unet_config, alphas_cumprod, dtype=dtype)
 
 
 def load_tokenizer(folder: Path) -> CLIPTokenizer:

@@ -276,6 +276,10 @@ def generate(
     guidance: Annotated[
         float | None, _option("X", "How much the prompt counts.  [default: the base's]")
     ] = None,
+    clip_guidance: Annotated[
+        Number, _option("X", "How much --clip's view of the prompt counts besides: 30, say.  [default: 0]")
+    ] = None,
+    clip: Annotated[Text, _option("NAME", "The CLIP: clip-b, clip-l, folder or hub id.")] = None,
     scheduler: Annotated[Text, _option("NAME", _SCHEDULER_HELP)] = None,
     temperature: Annotated[
         Number, _option("X", "Share of the noise that the scheduler injects: 0 is deterministic.")
@@ -288,6 +292,11 @@ def generate(
         Number, _option("X", "How much of it is redone.  [default: 0.75; with a mask 1]")
     ] = None,
     mask: Annotated[Text, _option("MASK", "Redraw only what is white in this picture.")] = None,
+    image: Annotated[Text, _option("PICTURE", "Tell an unCLIP base this picture besides the text.")] = None,
+    image_noise: Annotated[
+        Whole, _option("N", "How freely it is taken, 0 to 999.  [default: 0]", "--image-noise")
+    ] = None,
+    class_label: Annotated[Whole, _option("N", "The class, for a base that is told one.", "--class")] = None,
     hires: Annotated[
         Number, _option("FACTOR", "Then enlarge by this factor, and refine under the same control.")
     ] = None,
@@ -355,6 +364,7 @@ def generate(
             embeddings=embedding or (),
             ip_adapters=ip_adapter or (),
             image_encoder=image_encoder,
+            image=image,
             output=output,
             like=like,
         )

@@ -16,10 +16,11 @@ diffusers' own model classes, and give bit for bit what those classes' ``forward
 Shapes: ``noisy_latents`` (B, 4, h, w), where h and w are the picture's height and width divided by 8;
 ``timesteps`` (B,); ``encoder_hidden_states`` (B, 77, D); ``controlnet_cond`` (B, C, 8h, 8w) in [0, 1].
 ``added_cond`` is SDXL's ``{"text_embeds": (B, P), "time_ids": (B, 6)}`` and None for the other families.
+``class_labels`` is what some bases are told besides (`class_labels.py`): classes, (B,), or vectors, (B, P).
 
-The text (and ``added_cond``) may have a multiple of the latents' rows: the branches of classifier-free
-guidance, one after the other, which all see the same latents. The result has the text's rows, and what does
-not depend on the text is computed once (``reuse.py``).
+The text (and ``added_cond`` and ``class_labels``) may have a multiple of the latents' rows: the branches of
+classifier-free guidance, one after the other, which all see the same latents. The result has the text's rows,
+and what does not depend on the text is computed once (``reuse.py``).
 """
 
 from __future__ import annotations
@@ -45,11 +46,11 @@ _KNOWN_STRUCTURE: Mapping[str, tuple[object, ...]] = {
     "addition_embed_type": (None, "text_time"),
     "attention_type": ("default",),
     "center_input_sample": (False,),
-    "class_embed_type": (None,),
+    "class_embed_type": (None, "projection"),
+    "class_embeddings_concat": (False,),
     "conv_in_kernel": (3,),
     "encoder_hid_dim": (None,),
     "mid_block_type": ("UNetMidBlock2DCrossAttn",),
-    "num_class_embeds": (None,),
     "time_embedding_act_fn": (None,),
     "time_embedding_dim": (None,),
     "time_embedding_type": ("positional",),
@@ -88,7 +89,7 @@ def from_base(
     same device.
 
     Raises ValueError for a U-Net that is none of SD1, SD2, SDXL, one that fills holes or is told the
-    guidance, or for channel numbers below 1.
+    guidance, a class or a picture, or for channel numbers below 1.
     """
     from diffusers import ControlNetModel
 
@@ -138,18 +139,20 @@ def control_residuals(
     hint: Tensor,
     *,
     added_cond: Mapping[str, Tensor] | None = None,
+    class_labels: Tensor | None = None,
 ) -> Residuals:
     """Z(F(x + hint; Θ_c)): what the trainable copy adds to the locked U-Net.
 
     ``hint`` is :func:`encode_hint`'s output, (B, C_0, h, w) or (1, C_0, h, w) for one map shared by the
-    batch. Raises ValueError when its height and width are not those of the latents.
+    batch. ``class_labels`` may be given to networks that take none: they are not told. Raises ValueError when
+    the hint's height and width are not those of the latents.
     """
     if hint.shape[-2:] != noisy_latents.shape[-2:]:
         raise ValueError(
             f"the encoded map is {tuple(hint.shape[-2:])} (height, width) but the latents are"
             f" {tuple(noisy_latents.shape[-2:])}: give a map of the picture's size"
         )
-    emb = _time_embedding(controlnet, noisy_latents, timesteps, added_cond)
+    emb = _time_embedding(controlnet, noisy_latents, timesteps, added_cond, class_labels=class_labels)
     x = controlnet.conv_in(noisy_latents) + hint  # (B, C_0, h, w)
     x, skips, emb = _encoder(controlnet, x, emb, encoder_hidden_states)
     x = controlnet.mid_block(x, emb, encoder_hidden_states=encoder_hidden_states)
@@ -176,6 +179,7 @@ def predict(
     residuals: Residuals | None = None,
     added_cond: Mapping[str, Tensor] | None = None,
     timestep_cond: Tensor | None = None,
+    class_labels: Tensor | None = None,
     sd_locked: bool = True,
     only_mid_control: bool = False,
     deep: Deep | None = None,
@@ -196,7 +200,9 @@ def predict(
     """
     shallow = deep is not None and deep.x is not None
     with torch.no_grad() if sd_locked else contextlib.nullcontext():
-        emb = _time_embedding(unet, noisy_latents, timesteps, added_cond, timestep_cond)
+        emb = _time_embedding(
+            unet, noisy_latents, timesteps, added_cond, timestep_cond, class_labels=class_labels
+        )
         x = unet.conv_in(noisy_latents)  # (B, C_0, h, w)
         x, skips, emb = _encoder(unet, x, emb, encoder_hidden_states, blocks=1 if shallow else None)
         if not shallow:
@@ -268,6 +274,12 @@ def check_structure(config: Mapping[str, Any]) -> None:
 def check_copyable(config: Mapping[str, Any]) -> None:
     """Raise ValueError if a control network cannot be made of the U-Net with this ``config``."""
     check_structure(config)
+    told = config.get("class_embed_type") or config.get("num_class_embeds")
+    if told:
+        raise ValueError(
+            "this base is told a class or a picture (class_embed_type, num_class_embeds): train the adapter"
+            " on the base that it was made from; it will fit this one, too"
+        )
     if config.get("time_cond_proj_dim") is not None:
         raise ValueError(
             "this base is told the guidance (time_cond_proj_dim), as those distilled to few steps: train the"
@@ -281,11 +293,17 @@ def _time_embedding(
     timesteps: Tensor,
     added_cond: Mapping[str, Tensor] | None,
     timestep_cond: Tensor | None = None,
+    *,
+    class_labels: Tensor | None = None,
 ) -> Tensor:
-    """(B, 4 C_0): the timestep's sinusoids through two layers, plus SDXL's pooled text and picture sizes."""
+    """(B, 4 C_0): the timestep's sinusoids through two layers, plus what the network is told of classes or
+    pictures, plus SDXL's pooled text and picture sizes."""
     timesteps = timesteps.to(x.device).reshape(-1).expand(x.shape[0])
     sinusoids = network.time_proj(timesteps)  # (B, C_0), always float32
     emb = network.time_embedding(sinusoids.to(x.dtype), timestep_cond)
+    if network.class_embedding is not None:
+        assert class_labels is not None, "this network is told class_labels: Labels.draw makes them"
+        emb = repeat_rows(emb, len(class_labels)) + network.class_embedding(class_labels).to(emb.dtype)
     if network.config.addition_embed_type is None:
         return emb
     assert added_cond is not None, "SDXL's networks need added_cond: Base.added_cond makes it"

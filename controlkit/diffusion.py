@@ -121,6 +121,24 @@ def predict_x0(
     raise unknown("prediction type", prediction_type, PREDICTION_TYPES)
 
 
+def prediction_of(
+    prediction_type: str, x_0: Tensor, x_t: Tensor, timesteps: Tensor, alphas_cumprod: Tensor
+) -> Tensor:
+    """The ``model_pred`` that implies ``x_0`` at x_t: the inverse of :func:`predict_x0`. Dtype of ``x_t``.
+
+    ``epsilon``: (x_t - √ᾱ_t x_0) / √(1 - ᾱ_t). ``v_prediction``: (√ᾱ_t x_t - x_0) / √(1 - ᾱ_t).
+    Raises ValueError for an unknown type.
+    """
+    if prediction_type == "sample":
+        return x_0
+    signal, spread = _coefficients(x_t, timesteps, alphas_cumprod)
+    if prediction_type == "epsilon":
+        return ((x_t - signal * x_0) / spread).to(x_t.dtype)
+    if prediction_type == "v_prediction":
+        return ((signal * x_t - x_0) / spread).to(x_t.dtype)
+    raise unknown("prediction type", prediction_type, PREDICTION_TYPES)
+
+
 def predict_noise(
     prediction_type: str, model_pred: Tensor, x_t: Tensor, timesteps: Tensor, alphas_cumprod: Tensor
 ) -> Tensor:

@@ -58,7 +58,12 @@ class Runner:
         return Replayed(whole, self) if can_be_kept and self.recorder is not None else whole
 
     def rows(self, key: object, make: Callable[[], Rows]) -> Rows:
-        """What the networks are told, the same object for the same key: recordings know it by its place."""
+        """What the networks are told, the same object for the same key: recordings know it by its place.
+
+        None is no key: it is made anew.
+        """
+        if key is None:
+            return make()
         if key not in self._rows:
             self._rows[key] = make()
         return self._rows[key]

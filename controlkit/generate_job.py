@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
     from controlkit.adapters import Adapter
     from controlkit.base import Base
+    from controlkit.class_labels import Told
+    from controlkit.clip_guidance import Clip
     from controlkit.control import Control
     from controlkit.sampling import Start
 
@@ -51,6 +53,7 @@ def run(job: Plan, report: Report, *, preview: Path | None = None) -> list[Pictu
     preview: a PNG that shows what the picture at hand will be, while it is made; it is removed at the end.
     """
     session = Session(job, report, preview=preview)
+    session.check_told()
     first, count = session.first, job.options.count
     records = [replace(first, seed=first.seed + k) for k in range(count)]
     size = f"{first.width}x{first.height}"
@@ -71,7 +74,10 @@ class Session:
         report.status(f"loading the libraries and the base {job.options.base}")
         from controlkit.adapters import check_adapter
         from controlkit.base import check_base
+        from controlkit.clip_guidance import check_clip
 
+        if job.options.clip:
+            check_clip(job.options.clip)
         check_base(job.options.base)
         for source in job.sources:
             if source.record.adapter:
@@ -84,9 +90,23 @@ class Session:
         self.picture_prompts = job.additions.picture_prompts(self.base)
         self.first, self.sources = _decided(job, self.base)
         self.adapters = [_adapter(source, self.base, report, rests=rests) for source in self.sources]
+        self.clip = _clip(job.options.clip, self.base, report, rests=rests)
         self.preview = None if preview is None else Preview(preview, self.base)
         self._maps: dict[tuple[int, int, int], Any] = {}
         self.first = self._within_memory(self.first)
+
+    def check_told(self) -> None:
+        """Raise ValueError unless the base is told what it takes besides the text."""
+        from controlkit.class_labels import check_told
+
+        check_told(self.base, self._told(self.first))
+
+    def _told(self, record: PictureRecord) -> Told:
+        """What the base is told besides the text."""
+        from controlkit.class_labels import Told
+
+        shown = self.job.additions.shown
+        return Told(None if shown is None else shown.picture, record.image_noise, record.class_label)
 
     def _within_memory(self, first: PictureRecord) -> PictureRecord:
         """The record with the measures under which both stages stay within the memory that is allowed."""
@@ -107,7 +127,7 @@ class Session:
             tokens=prompts.tokens_of(self.base, texts),
             starts=first.start is not None or first.hires != 1,
         )
-        estimate = memory_plan.Estimate(self.base, self._controls(first, *size), request)
+        estimate = memory_plan.Estimate(self.base, self._controls(first, *size), request, self.clip)
         batch_size = sampling.default_batch(self.base)
         memory, told = memory_plan.fit(estimate, limit=options.memory_limit, batch_size=batch_size)
         self.report.status(told)
@@ -141,11 +161,13 @@ class Session:
 
     def _options(self, record: PictureRecord) -> dict[str, Any]:
         """What both stages are told in the same words."""
-        from controlkit.sampling import Execution, Memory, Savings, Tiles
+        from controlkit.sampling import ClipGuidance, Execution, Memory, Savings, Tiles
 
         return {
             "negative_prompt": record.negative_prompt,
             "picture_prompts": self.picture_prompts,
+            "told": self._told(record),
+            "clip_guidance": None if self.clip is None else ClipGuidance(self.clip, record.clip_guidance),
             "prompt_syntax": record.prompt_syntax,
             "steps": record.steps,
             "guidance": record.guidance,
@@ -299,6 +321,7 @@ def _decided(job: Plan, base: Base) -> tuple[PictureRecord, list[Source]]:
         loras=tuple(lora for lora, _ in job.additions.loras),
         embeddings=tuple(word for word, _ in job.additions.embeddings),
         ip_adapters=tuple(told.record for told in job.additions.ip_adapters),
+        image=None if job.additions.shown is None else job.additions.shown.record,
     )
     return record, sources
 
@@ -329,6 +352,16 @@ def _adapter(source: Source, base: Base, report: Report, *, rests: bool) -> Adap
             f"adapter {record.adapter} learned to follow {learned} maps, not {record.kind}", stacklevel=2
         )
     return adapter
+
+
+def _clip(name: str, base: Base, report: Report, *, rests: bool) -> Clip | None:
+    """The CLIP that guides, loaded beside the base, or on the processor until it works."""
+    if not name:
+        return None
+    from controlkit.clip_guidance import load_clip
+
+    report.status(f"loading the CLIP {name}")
+    return load_clip(name, device=base.unet.device if rests else base.device, dtype=base.dtype)
 
 
 def _fitted(mask: np.ndarray | None, width: int, height: int) -> np.ndarray | None:

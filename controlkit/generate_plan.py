@@ -119,14 +119,15 @@ def plan(
     embeddings: Sequence[str] = (),
     ip_adapters: Sequence[str] = (),
     image_encoder: str | None = None,
+    image: str | None = None,
     output: str,
     like: str | None = None,
 ) -> Plan:
     """Check a request and read its pictures.
 
     given: the fields of `Options` that were given. like: a picture made before, whose parameters fill in
-    whatever is not given. controls, maps, adapters, start, mask, loras, embeddings, ip_adapters: as on the
-    command line; controls or maps replace those of `like`, start its start, each other kind its own.
+    whatever is not given. controls, maps, adapters, start, mask, loras, embeddings, ip_adapters, image: as on
+    the command line; controls or maps replace those of `like`, start its start, each other kind its own.
     Raises ValueError for anything that can be known to be wrong before the models are loaded.
     """
     remembered = None if like is None else infotext.parse(images.read_png_text(like), source=like)
@@ -149,7 +150,18 @@ def plan(
             f"an {INPAINT} control follows a picture with a hole: add --from PICTURE --mask MASK"
         )
     find = partial(_found, like=Path(str(like)))
-    added = additions.asked(loras, embeddings, ip_adapters, image_encoder, remembered, find=find)
+    added = additions.asked(
+        loras,
+        embeddings,
+        ip_adapters,
+        image_encoder,
+        remembered,
+        find=find,
+        image=image,
+        base=options.base,
+    )
+    if options.image_noise and added.shown is None:
+        raise ValueError("--image-noise belongs to a picture that the base is told: add --image PICTURE")
     _check_text(options, sources, added.texts())
     outputs = arguments.numbered_outputs(output, options.count)
     read = [file for source in sources for file in (source.file, Path(source.record.mask or source.file))]
@@ -169,7 +181,7 @@ def _options_of(record: PictureRecord | None, given: Mapping[str, Any]) -> dict[
         return {}
     dropped: set[str] = set()
     if given.get("base", record.base) != record.base:
-        dropped |= {"guidance", "width", "height", "dtype", "memory"}
+        dropped |= {"guidance", "width", "height", "dtype", "memory", "image_noise", "class_label"}
     if given.get("device", record.device) != record.device:
         dropped |= {"dtype", "memory"}
     kept = Options.__dataclass_fields__.keys() - dropped
@@ -322,7 +334,7 @@ def check_preview(preview: str, job: Plan) -> Path:
 
 def _check_text(options: Options, sources: Sequence[Source], others: Sequence[str]) -> None:
     """Raise ValueError for a text that no PNG could record, as a file's name that is not Unicode."""
-    texts = [options.prompt, options.negative_prompt, options.base]
+    texts = [options.prompt, options.negative_prompt, options.base, options.clip]
     texts += [text for source in sources for text in (source.record.path, source.record.adapter)]
     texts += others
     for text in texts:

@@ -32,6 +32,9 @@ _PICTURE_KEYS: Mapping[str, Callable[[str], Any]] = {
     "control_every": int,
     "features_every": int,
     "guidance_until": float,
+    "image_noise": int,
+    "class_label": int,
+    "clip_guidance": float,
 }
 _CONTROL_KEYS = ("scale", "start", "end", "gate", "mode", "layers", "only_mid")
 

@@ -83,6 +83,16 @@ class StartRecord:
 
 
 @dataclass(frozen=True)
+class ImageRecord:
+    """The picture that the base was told besides the text: the file as it was given, its bytes' SHA-256."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    path: str
+    sha256: str
+
+
+@dataclass(frozen=True)
 class LoraRecord:
     """A LoRA on the base: file, folder or hub id as it was given; the SHA-256 of a file's bytes, else ""."""
 
@@ -143,6 +153,7 @@ class PictureRecord(Settings):
     loras: tuple[LoraRecord, ...] = ()
     embeddings: tuple[EmbeddingRecord, ...] = ()
     ip_adapters: tuple[PromptPictureRecord, ...] = ()
+    image: ImageRecord | None = None
 
 
 def chunks(record: PictureRecord) -> dict[str, str]:

@@ -11,6 +11,8 @@ MAX_STEPS = 1000  # Stable Diffusion's schedules have 1000 training timesteps
 MAX_SEED = 2**63 - 1
 MAX_GUIDANCE = 100.0
 MAX_COUNT = 1000
+MAX_NOISE_LEVEL = 999
+MAX_CLIP_GUIDANCE = 1000.0
 SCALE_RANGE = (-10.0, 10.0)
 SIZE_RANGE = (16, 8192)
 WEIGHT_RANGE = (-100.0, 100.0)
@@ -114,6 +116,24 @@ def _check_strong(what: str, number: float) -> None:
     low, high = SCALE_RANGE
     if not (math.isfinite(number) and low <= number <= high):
         raise ValueError(f"{what} must be a number from {low:g} to {high:g}, not {number}")
+
+
+def check_noise_level(level: int) -> None:
+    """Raise ValueError unless the noise on a picture that a base is told is a whole number from 0 to 999."""
+    if not _is_whole(level) or not 0 <= level <= MAX_NOISE_LEVEL:
+        raise ValueError(f"image_noise must be a whole number from 0 to {MAX_NOISE_LEVEL}, not {level}")
+
+
+def check_class(label: int | None) -> None:
+    """Raise ValueError unless a class, where there is one, is a whole number from 0 on."""
+    if label is not None and (not _is_whole(label) or label < 0):
+        raise ValueError(f"a class must be a whole number from 0, not {label}")
+
+
+def check_clip_guidance(scale: float) -> None:
+    """Raise ValueError unless the scale of CLIP guidance is a number from 0 (off) to 1000."""
+    if not (math.isfinite(scale) and 0 <= scale <= MAX_CLIP_GUIDANCE):
+        raise ValueError(f"clip_guidance must be a number from 0 to {MAX_CLIP_GUIDANCE:g}, not {scale}")
 
 
 def check_window(start: float, end: float) -> None:

@@ -69,7 +69,7 @@ def kept_small(memory: Memory | None, base: Base, *controlnets: Any) -> Iterator
         yield
         return
     place = HOST if memory.offload else base.device
-    for network in (*base.text_encoders, base.unet, *controlnets, base.vae):
+    for network in (*base.encoders, base.unet, *controlnets, base.vae):
         network.to(place)
     if memory.sliced_vae:
         base.vae.enable_slicing()

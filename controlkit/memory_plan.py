@@ -20,6 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from controlkit.applying import EncodedControl, Rows
+from controlkit.class_labels import classes_of, takes_picture
+from controlkit.clip_guidance import ClipGuidance, ClipGuide
 from controlkit.controlnet import encode_hint
 from controlkit.memory import Memory
 from controlkit.predicting import Guidance, Predictor
@@ -27,6 +29,7 @@ from controlkit.reuse import text_kept
 
 if TYPE_CHECKING:
     from controlkit.base import Base
+    from controlkit.clip_guidance import Clip
     from controlkit.control import Control
 
 _CUDA_CONTEXT = 700 * 10**6  # with the workspaces of cuBLAS and cuDNN
@@ -98,6 +101,8 @@ class Estimate:
     base: Base
     controls: Sequence[Control]
     request: Request
+    clip: Clip | None = None
+    """The CLIP that guides the denoising, if one does."""
     mode: FakeTensorMode = field(default_factory=lambda: FakeTensorMode(allow_non_fake_inputs=True))
     known: dict[Any, int] = field(default_factory=dict)
 
@@ -106,6 +111,8 @@ class Estimate:
             self.unet, self.vae = _copy(self.base.unet), _copy(self.base.vae)
             nets = {id(control.controlnet): control.controlnet for control in self.controls}
             copies = {key: _copy(network) for key, network in nets.items()}
+            if self.clip is not None:
+                self.clip = replace(self.clip, model=_copy(self.clip.model))
         self.controlnets = [copies[id(control.controlnet)] for control in self.controls]
         self.distinct = list(copies.values())
 
@@ -117,20 +124,25 @@ class Estimate:
         """The most bytes while the text is encoded, while denoising, and while pictures are decoded."""
         kind = self.base.device.type
         weights = {
-            "text": weight_bytes(*self.base.text_encoders),
+            "text": weight_bytes(*self.base.encoders),
             "denoising": weight_bytes(self.unet, *self.distinct),
             "decoding": weight_bytes(self.vae),
         }
+        everything = sum(weights.values())
+        if self.clip is not None:  # it looks at what the autoencoder decodes, in every step
+            judge = weight_bytes(self.clip.model)
+            weights["denoising"] += judge + weights["decoding"]
+            everything += judge
         moving = memory.offload and kind != "cpu"
         besides = _LIBRARIES if kind == "cpu" else _CUDA_CONTEXT
         share = 1 + _WASTE.get(kind, _WASTE["cuda"])
         needed = {
             "text": 0,  # a few vectors
-            "denoising": self._denoising(memory),
+            "denoising": max(self._denoising(memory), self._looking()),
             "decoding": self._decoding(memory),
         }
         return {
-            name: besides + int(share * needed[name]) + (weights[name] if moving else sum(weights.values()))
+            name: besides + int(share * needed[name]) + (weights[name] if moving else everything)
             for name in weights
         }
 
@@ -161,7 +173,7 @@ class Estimate:
         added = self._added(branches * batch)
         predictor = Predictor(
             replace(base, unet=self.unet, vae=self.vae),
-            Rows(text, added, batch),
+            Rows(text, added, batch, class_labels=self._labels(batch)),
             encoded,
             Guidance(5.0 if request.guided else 1.0),
             1,
@@ -172,6 +184,19 @@ class Estimate:
         with text_kept(self.unet, *self.distinct):
             return hints + peak_of(lambda: predictor(latents, torch.empty((), dtype=torch.int64), 0))
 
+    def _looking(self) -> int:
+        """CLIP's look at one picture, forward and back."""
+        if self.clip is None:
+            return 0
+        if "looking" not in self.known:
+            base, request = self.base, self.request
+            size = (request.height // base.vae_factor, request.width // base.vae_factor)
+            with self.mode:
+                guide = ClipGuide(replace(base, vae=self.vae), ClipGuidance(self.clip, 1.0), "")
+                latents = torch.empty(1, base.vae.config.latent_channels, *size)
+                self.known["looking"] = peak_of(lambda: guide.gradient(latents))
+        return self.known["looking"]
+
     def _added(self, rows: int) -> dict[str, Tensor] | None:
         if self.base.family != "sdxl":
             return None
@@ -181,6 +206,16 @@ class Estimate:
             "text_embeds": torch.empty(rows, pooled, dtype=self.base.dtype),
             "time_ids": torch.empty(rows, 6, dtype=self.base.dtype),
         }
+
+    def _labels(self, pictures: int) -> Tensor | None:
+        """What `class_labels.Labels` would draw."""
+        config = self.base.unet.config
+        if classes_of(config):
+            return torch.zeros(pictures, dtype=torch.int64)
+        if not takes_picture(config):
+            return None
+        rows = pictures * (2 if self.request.guided else 1)
+        return torch.empty(rows, config.projection_class_embeddings_input_dim, dtype=self.base.dtype)
 
     def _decoding(self, memory: Memory) -> int:
         tiled = memory.tiled_vae or self.request.tile is not None

@@ -169,6 +169,7 @@ class Predictor:
             residuals=residuals,
             added_cond=rows.added_cond,
             timestep_cond=self.timestep_cond,
+            class_labels=rows.class_labels,
             deep=deep,
         ).float()
 

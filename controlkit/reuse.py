@@ -26,7 +26,8 @@ def shared_start(
     """A down block of diffusers on ``x`` (B, C, h, w), for branches x B rows of text.
 
     What comes before the first cross-attention runs on B rows. ``emb`` has as many rows as ``x`` or as the
-    text; in the latter case (SDXL, where it knows the prompt) nothing is shared. Returns what the block does:
+    text; in the latter case (SDXL, where it knows the prompt, and bases that are told a picture in one branch
+    alone) nothing is shared. Returns what the block does:
     the output and the skips, with the text's number of rows; a block without cross-attention that shares all
     of itself leaves its output at B rows.
     """

@@ -29,6 +29,10 @@ from controlkit import diffusion, images, limits
 from controlkit.adapters import check_fits
 from controlkit.applying import EncodedControl, Rows, encode_controls
 from controlkit.base import Conditioning
+from controlkit.class_labels import Labels
+from controlkit.class_labels import Told as Told
+from controlkit.clip_guidance import ClipGuidance as ClipGuidance
+from controlkit.clip_guidance import ClipGuide
 from controlkit.control import Control
 from controlkit.execution import Execution as Execution
 from controlkit.execution import Runner
@@ -57,6 +61,7 @@ if TYPE_CHECKING:
 GUIDANCE = {"tiny": 2.0, "sd1": 7.5, "sd2": 7.5, "sdxl": 5.0}  # by bundled name or family
 TOLD_GUIDANCE = 8.5  # of bases that are told it, as diffusers' LatentConsistencyModelPipeline
 DEVICE_BATCH = 4  # pictures at once on a GPU: each one more needs more memory
+PICTURE_GUIDANCE = 10.0  # of bases that are told a picture, as diffusers' StableUnCLIPImg2ImgPipeline
 AREA_FACTOR = 2.0  # a map whose area is within this factor of the base's native area keeps its size
 
 Callback = Callable[[int, int, Tensor], None]
@@ -67,12 +72,14 @@ def default_guidance(base: Base) -> float:
     """The guidance scale that is used when none is given: the usual one of the base's family.
 
     Bases distilled to few steps have their own: a latent consistency model is told 8.5, and those of the
-    Turbo kind (`Base.is_turbo`) take none, which is 1.
+    Turbo kind (`Base.is_turbo`) take none, which is 1. One that is told a picture takes 10.
     """
     if base.is_told_guidance:
         return TOLD_GUIDANCE
     if base.is_turbo:
         return 1.0
+    if base.picture_encoder is not None:
+        return PICTURE_GUIDANCE
     return GUIDANCE.get(base.name, GUIDANCE[base.family])
 
 
@@ -130,9 +137,11 @@ def generate(
     controls: Sequence[Control] = (),
     start: Start | None = None,
     picture_prompts: Sequence[PicturePrompt] = (),
+    told: Told | None = None,
     steps: int = 20,
     guidance: float | None = None,
     guidance_rescale: float = 0.0,
+    clip_guidance: ClipGuidance | None = None,
     scheduler: str = "ddim",
     temperature: float | None = None,
     seeds: Sequence[int] = (0,),
@@ -152,10 +161,12 @@ def generate(
     prompt_syntax: how both prompts are read, one of `prompt_syntax.SYNTAXES`; "a1111" understands
     (word:1.3) and any length. controls: their residuals are summed. start: a picture to start from, whole or
     with a hole to fill. The first map, or else that picture, decides the size where none is given
-    (`picture_size`). picture_prompts: what IP-Adapters made of pictures (`ip_adapter.picture_prompt`).
+    (`picture_size`). told: the class or the picture that the base is told besides the text, if it is.
+    picture_prompts: what IP-Adapters made of pictures (`ip_adapter.picture_prompt`).
     steps: 1 to 1000. guidance: 0 to 100; at 1 or below, and by bases that are told the guidance, the negative
-    prompt is not used; None is `default_guidance`. guidance_rescale: see `Guidance`. scheduler: one of
-    `SCHEDULERS`.
+    prompt is not used; None is `default_guidance`. guidance_rescale: see `Guidance`. clip_guidance: a CLIP
+    that pulls the picture towards the prompt besides, in the share of the steps that `savings` leaves guided
+    (see `clip_guidance.py`). scheduler: one of `SCHEDULERS`.
     temperature: 0 to 2, how much of the noise that the scheduler injects is taken: 0 is deterministic, 1 as
     trained. For ddim it is eta (Song et al. 2020, arXiv:2010.02502, equation 16) and for tcd gamma (Zheng et
     al. 2024, arXiv:2402.19159, algorithm 4), 0 by default for both; for the other schedulers that draw
@@ -196,16 +207,19 @@ def generate(
         "runner": Runner(execution or Execution(), base.device),
         "moves": memory is not None and memory.offload,
     }
-    pair = [base.unet, *{id(c.controlnet): c.controlnet for c in controls}.values()]
+    judges = [] if clip_guidance is None or not clip_guidance.scale else [clip_guidance.clip.model]
     pictures: list[np.ndarray] = []
     with (
         _prepared(base, controls),
         pictures_told(base.unet, picture_prompts),
-        kept_small(memory, base, *pair[1:]),
+        kept_small(memory, base, *pair[1:], *judges),
         tiled_vae(base, tiles is not None or (memory is not None and memory.tiled_vae)),
     ):
-        with at_work(memory, base, *base.text_encoders):
+        with at_work(memory, base, *base.encoders):
             text = encode_text(base, prompt, negative_prompt, guidance=guided.scale, syntax=prompt_syntax)
+            labels = Labels(base, told or Told())
+        with at_work(memory, base, *judges):
+            how["guide"] = _guide(base, clip_guidance, prompt, prompt_syntax)
         with at_work(memory, base, *pair[1:]):
             encoded = encode_controls(
                 controls, width=width, height=height, pictures=len(seeds), in_bands=tiles is not None
@@ -214,11 +228,12 @@ def generate(
         for batch in range(batches):
             first, last = batch * batch_size, min((batch + 1) * batch_size, len(seeds))
             generators = [torch.Generator("cpu").manual_seed(int(seed)) for seed in seeds[first:last]]
+            class_labels = labels.draw(generators, branches=len(text.encoder_hidden_states))
             strength = 1.0 if start is None else start.strength
             schedule = make_schedule(scheduler, base, steps=steps, strength=strength)
             with at_work(memory, base, *([] if start is None else [base.vae])):
                 begun = begin(base, schedule, generators, width=width, height=height, start=start)
-            with at_work(memory, base, *pair):
+            with at_work(memory, base, *pair, *judges, *([base.vae] if judges else [])):
                 latents = denoise(
                     base,
                     text,
@@ -226,6 +241,7 @@ def generate(
                     controls=[control.rows(first, last) for control in encoded],
                     schedule=schedule,
                     generators=generators,
+                    class_labels=class_labels,
                     callback=_counting(callback, batch=batch, batches=batches),
                     **how,
                 )
@@ -243,6 +259,13 @@ def _natural_size(controls: Sequence[Control], start: Start | None) -> tuple[int
     if controls:
         return controls[0].size
     return None if start is None else (start.picture.shape[1], start.picture.shape[0])
+
+
+def _guide(base: Base, guidance: ClipGuidance | None, prompt: str, syntax: str) -> ClipGuide | None:
+    """CLIP's guidance towards a prompt, where there is any."""
+    if guidance is None or not guidance.scale:
+        return None
+    return ClipGuide(base, guidance, prompt, syntax=syntax)
 
 
 @contextlib.contextmanager
@@ -284,8 +307,10 @@ def denoise(
     picture_prompts: Sequence[PicturePrompt] = (),
     schedule: Schedule,
     guidance: Guidance,
+    guide: ClipGuide | None = None,
     temperature: float | None = None,
     generators: Sequence[torch.Generator] | None = None,
+    class_labels: Tensor | None = None,
     savings: Savings | None = None,
     tiles: Tiles | None = None,
     callback: Callback | None = None,
@@ -300,16 +325,19 @@ def denoise(
     controls: with the hint encoder's output already computed (`applying.encode_controls`).
     picture_prompts: those that the U-Net was told of, too (`ip_adapter.pictures_told`).
     schedule: fresh from `make_schedule`; the scheduler keeps its state.
-    runner: runs the networks; the same one for several batches of one text. moves: the networks come and go
-    between batches. generators: one per picture, for schedulers that add noise. Latents stay in float32
-    between the steps whatever the networks' precision. Raises ValueError, naming the step, when they stop
-    being finite.
+    class_labels: of `Labels.draw`. runner: runs the networks; the same one for several batches of one text.
+    moves: the networks come and go between batches. generators: one per picture, for schedulers that add
+    noise. Latents stay in float32 between the steps whatever the networks' precision. Raises ValueError,
+    naming the step, when they stop being finite.
     """
     latents, scheduler, n = begun.latents, schedule.scheduler, schedule.steps
     runner = runner or Runner(Execution(), base.device)
     whole = Predictor(
         base,
-        runner.rows(latents.shape, lambda: rows_of(base, text, latents, picture_prompts)),
+        runner.rows(
+            latents.shape if class_labels is None else None,  # these are drawn anew for every batch
+            lambda: rows_of(base, text, latents, picture_prompts, class_labels),
+        ),
         controls,
         guidance,
         steps=n,
@@ -328,6 +356,8 @@ def denoise(
     for i, t in enumerate(schedule.timesteps):
         noisy_latents = scheduler.scale_model_input(latents, t)
         model_pred = predictor(noisy_latents, timesteps[i], i)
+        if guide is not None and i < whole.savings.guidance_until * n:
+            model_pred = guide(model_pred, noisy_latents, t)
         if preview is not None:
             preview(expected_latents(base, model_pred, noisy_latents, t))
         with scaled_noise(scheduler, temperature):
@@ -349,7 +379,11 @@ def expected_latents(base: Base, model_pred: Tensor, noisy_latents: Tensor, t: T
 
 
 def rows_of(
-    base: Base, text: Conditioning, latents: Tensor, picture_prompts: Sequence[PicturePrompt] = ()
+    base: Base,
+    text: Conditioning,
+    latents: Tensor,
+    picture_prompts: Sequence[PicturePrompt] = (),
+    class_labels: Tensor | None = None,
 ) -> Rows:
     """The text for every picture in ``latents`` (B, C, h, w), branch by branch."""
     pictures, _, h, w = latents.shape
@@ -361,6 +395,7 @@ def rows_of(
         base.added_cond(pooled, height=h * base.vae_factor, width=w * base.vae_factor),
         pictures,
         for_unet=None if told is None else told.repeat_interleave(pictures, dim=0),
+        class_labels=class_labels,
     )
 
 

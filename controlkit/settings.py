@@ -16,7 +16,8 @@ from controlkit import limits, prompt_syntax
 class Settings:
     """What a picture is made with, in plain values; as in `sampling.generate` and `cascade.refine`.
 
-    memory: the measures of `memory.Memory` by name, none where memory is not limited.
+    memory: the measures of `memory.Memory` by name, none where memory is not limited. clip: the name of the
+    CLIP that `clip_guidance` asks, "" for none.
     """
 
     prompt: str
@@ -37,6 +38,10 @@ class Settings:
     memory: tuple[str, ...] = ()
     compile: bool = False
     cuda_graph: bool = False
+    image_noise: int = 0
+    class_label: int | None = None
+    clip_guidance: float = 0.0
+    clip: str = ""
 
     def check(self) -> None:
         """Raise ValueError for the first number outside its range, or a prompt that cannot be read."""
@@ -52,6 +57,13 @@ class Settings:
         limits.check_every("control_every", self.control_every)
         limits.check_every("features_every", self.features_every)
         limits.check_share("guidance_until", self.guidance_until)
+        limits.check_noise_level(self.image_noise)
+        limits.check_class(self.class_label)
+        limits.check_clip_guidance(self.clip_guidance)
+        if self.clip_guidance and not self.clip:
+            raise ValueError(
+                "CLIP guidance asks a CLIP for pictures and texts, and no base holds one: add --clip MODEL"
+            )
         prompt_syntax.check_syntax(self.prompt_syntax)
         if self.prompt_syntax == "a1111":
             for text in (self.prompt, self.negative_prompt):

@@ -8,6 +8,7 @@ import torch
 from controlkit import sampling
 from controlkit.applying import encode_controls
 from controlkit.base import Base
+from controlkit.class_labels import Labels, Told
 from controlkit.control import Control
 from controlkit.controlnet import from_base
 from controlkit.sampling import Guidance
@@ -37,20 +38,24 @@ def our_latents(
     start = rest.pop("start", None)
     schedule = make_schedule(scheduler, base, steps=steps, strength=start.strength if start else 1.0)
     with torch.no_grad():
+        text = sampling.encode_text(
+            base,
+            rest.pop("prompt", "a red cube"),
+            rest.pop("negative_prompt", ""),
+            guidance=guidance,
+            syntax=rest.pop("syntax", "plain"),
+        )
+        labels = Labels(base, rest.pop("told", Told()))
+        class_labels = labels.draw(generators, branches=len(text.encoder_hidden_states))
         return sampling.denoise(
             base,
-            sampling.encode_text(
-                base,
-                rest.pop("prompt", "a red cube"),
-                rest.pop("negative_prompt", ""),
-                guidance=guidance,
-                syntax=rest.pop("syntax", "plain"),
-            ),
+            text,
             begin(base, schedule, generators, width=SIZE, height=SIZE, start=start),
             controls=encode_controls(controls, width=SIZE, height=SIZE, pictures=1),
             schedule=schedule,
             guidance=Guidance(guidance, rest.pop("rescale", 0.0)),
             generators=generators,
+            class_labels=class_labels,
             **rest,
         )
 

@@ -289,8 +289,10 @@ def test_user_errors() -> None:
         pair.control_residuals(controlnet, *given.first, hint)
     with pytest.raises(ValueError, match="must be 1 or more"):
         pair.from_base(locked_unet("sd1"), conditioning_channels=0)
-    labelled = tiny_models.tiny_unet("sd1", num_class_embeds=10)
-    with pytest.raises(ValueError, match="num_class_embeds 10; only the structures of SD1, SD2 and SDXL"):
+    labelled = tiny_models.tiny_unet("sd1", class_embed_type="identity")
+    with pytest.raises(
+        ValueError, match="class_embed_type 'identity'; only the structures of SD1, SD2 and SDXL"
+    ):
         pair.from_base(labelled)
 
 

@@ -6,10 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_models
 import torch
 from killed_runs import prepared, recipe
 from safetensors.torch import load_file
 
+from controlkit.adapters import MAPS, AdapterInfo, save_adapter
+from controlkit.base import load_base
+from controlkit.controlnet import from_base
 from controlkit.training import loop, train_recipe
 from controlkit.training.adapter import ControlNetTask
 
@@ -359,6 +363,17 @@ def test_other_optimizers_run_or_say_what_is_missing(place, name):
     else:
         folder, _ = run(place, name, optimizer=name, steps=2, sample_every=2)
         assert all(math.isfinite(loss) for loss in losses(folder))
+
+
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_a_base_that_is_told_a_picture_is_refused_and_nothing_is_written(place, goes_on):
+    base = tiny_models.build_unclip(place / "unclip")
+    own = load_base(str(tiny_models.build(place / "sd2", "sd2", sample_size=8)))
+    save_adapter(from_base(own), place / "adapter", info=AdapterInfo(map=MAPS["canny"], family="sd2"))
+    init = {"init": str(place / "adapter")} if goes_on else {}
+    with pytest.raises(ValueError, match=r"told a class or a picture .* train the adapter on"):
+        run(place, "told", base=str(base), **init)
+    assert not (place / "told" / "checkpoints").exists()
 
 
 def test_fp16_without_a_gpu_is_refused_before_anything_is_loaded(place):

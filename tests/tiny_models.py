@@ -11,8 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
 
 from controlkit.base import Base
 from controlkit.controlnet import lock
@@ -22,6 +32,15 @@ FAMILIES = ("sd1", "sd2", "sdxl")
 PREDICTION_TYPES = {"sd1": "epsilon", "sd2": "v_prediction", "sdxl": "epsilon"}
 
 _TEXT_WIDTH = 32
+_CLIP_VISION: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 32,
+    "patch_size": 8,
+    "projection_dim": _TEXT_WIDTH,
+}
 _FOUR_LEVELS: dict[str, Any] = {
     "block_out_channels": (16, 32, 32, 32),
     "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
@@ -126,10 +145,11 @@ def build(
     layers: int = 2,
     prediction_type: str | None = None,
     seed: int = 0,
+    **changes: Any,
 ) -> Path:
     """Write a tiny pipeline folder and return it. SD2's default prediction type is v, the others' epsilon.
 
-    ``layers`` per block of the U-Net: the families have 2.
+    ``layers`` per block of the U-Net: the families have 2. ``changes``: of the U-Net's configuration.
     """
     vae = {"block_out_channels": (8, 8, 16, 16), "norm_num_groups": 4, "sample_size": 8 * sample_size}
     text = {
@@ -140,6 +160,7 @@ def build(
         "projection_dim": _TEXT_WIDTH,
     }
     unet = {"norm_num_groups": 8, **UNETS[family], "sample_size": sample_size, "layers_per_block": layers}
+    unet |= changes
     return _write(
         folder,
         family,
@@ -149,6 +170,65 @@ def build(
         prediction_type=prediction_type or PREDICTION_TYPES[family],
         seed=seed,
     )
+
+
+def build_unclip(folder: Path, *, sample_size: int = 8, seed: int = 0) -> Path:
+    """Write a tiny folder for StableUnCLIPImg2ImgPipeline, an SD2 that is told a picture, and return it."""
+    from diffusers.pipelines.stable_diffusion import StableUnCLIPImageNormalizer
+
+    told = {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 2 * _TEXT_WIDTH}
+    build(folder, "sd2", sample_size=sample_size, seed=seed, **told)
+    with quiet_libraries(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        normalizer = StableUnCLIPImageNormalizer(embedding_dim=_TEXT_WIDTH)
+        normalizer.mean.data.normal_(std=0.2)
+        normalizer.std.data.uniform_(0.5, 1.5)
+        size = _CLIP_VISION["image_size"]
+        parts = {
+            "feature_extractor": CLIPImageProcessor(size={"shortest_edge": size}, crop_size=size),
+            "image_encoder": CLIPVisionModelWithProjection(CLIPVisionConfig(**_CLIP_VISION)),
+            "image_normalizer": normalizer,
+            "image_noising_scheduler": DDPMScheduler(beta_schedule="squaredcos_cap_v2"),
+        }
+        for name, part in parts.items():
+            part.save_pretrained(folder / name)
+    index = json.loads((folder / "model_index.json").read_text())
+    index["_class_name"] = "StableUnCLIPImg2ImgPipeline"
+    libraries = ("transformers", "transformers", "stable_diffusion", "diffusers")
+    for library, (name, part) in zip(libraries, parts.items(), strict=True):
+        index[name] = [library, type(part).__name__]
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2))
+    return folder
+
+
+def build_clip(folder: Path, *, seed: int = 0) -> Path:
+    """Write a tiny CLIP of random weights that looks at 32x32 pixels, and return its folder."""
+    tokens = tokenizer()
+    ids = {
+        "vocab_size": len(tokens),
+        "bos_token_id": tokens.bos_token_id,
+        "eos_token_id": tokens.eos_token_id,
+    }
+    text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = CLIPConfig(
+        text_config={**ids, **text, "pad_token_id": tokens.pad_token_id},
+        vision_config=_CLIP_VISION,
+        projection_dim=_TEXT_WIDTH,
+    )
+    size = _CLIP_VISION["image_size"]
+    with quiet_libraries(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        CLIPModel(config).save_pretrained(folder)
+        tokens.save_pretrained(folder)
+        CLIPImageProcessor(size={"shortest_edge": size}, crop_size=size).save_pretrained(folder)
+    return folder
+
+
+def replace_image_encoder(folder: Path, **changes: Any) -> None:
+    """Put an image encoder of another configuration into an unCLIP's folder."""
+    with quiet_libraries():
+        encoder = CLIPVisionModelWithProjection(CLIPVisionConfig(**{**_CLIP_VISION, **changes}))
+        encoder.save_pretrained(folder / "image_encoder")
 
 
 def build_sd15(folder: Path, *, dtype: torch.dtype = torch.float16, seed: int = 0) -> Path:

@@ -19,6 +19,7 @@ from controlkit.adapters import MAPS, AdapterInfo, MapSpec, load_adapter, save_a
 from controlkit.base import BUNDLED, load_base
 from controlkit.controlnet import (
     HINT_CHANNELS,
+    check_copyable,
     from_base,
     trainable_parameters,
 )
@@ -68,6 +69,7 @@ class ControlNetTask:
         self.half = torch.bfloat16 if recipe.precision == "bf16" else None
         # Pictures and captions are encoded once, so in full precision; the U-Net alone is halved.
         self.base = load_base(recipe.base, device=machine.device)
+        check_copyable(self.base.unet.config)  # also of an adapter that is trained on: it is not told more
         self.base.unet.to(machine.weights_dtype)
         self.alphas_cumprod = schedule(recipe, self.base)
         if machine.device.type == "cuda":  # other devices may have no float64
