@@ -6,14 +6,15 @@ The formulas stand in `rules.py`, with the systems that they come from.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from controlkit import images
 from controlkit.adapters import Adapter
+from controlkit.map_sizes import cover_map
 from controlkit.rules import CURVES as CURVES
 from controlkit.rules import GATES as GATES
 from controlkit.rules import MODES as MODES
@@ -22,7 +23,10 @@ from controlkit.rules import check_rule, connection_levels, gate_open, layer_wei
 if TYPE_CHECKING:
     from diffusers import ControlNetModel
 
-SHARP_KINDS = ("canny", "openpose")  # maps of pure colours: resized by nearest neighbour, never blended
+PALETTES = ("openpose",)  # maps whose colours have meanings, and are never blended
+
+MapSource = Any
+"""A path, bytes, a PIL image, an array or a tensor: see `images.load_pictures`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,9 +34,11 @@ class Control:
     """One ControlNet, the map it follows, how strongly, when, where and in which mode.
 
     adapter: a loaded adapter, or a bare diffusers `ControlNetModel`.
-    controlnet_cond: the map. Either a picture, uint8 (H, W, 3) RGB, which is scaled and centre-cropped to
-        the size that is generated; or a float tensor (1, C, H, W) or (B, C, H, W) of exactly that size, in
-        [0, 1] (-1 marks the hole of an inpainting map), with B the number of pictures.
+    controlnet_cond: the map, or one for each picture. Either whatever `images.load_pictures` takes (a path, a
+        PIL image, an array (H, W[, C]) or (N, H, W, C) of uint8, or of floats in [0, 1], a list of these),
+        which is scaled and centre-cropped to the size that is generated; or a float tensor (1, C, H, W) or
+        (B, C, H, W) of exactly that size, in [0, 1] (-1 marks the hole of an inpainting map), which the
+        network gets as it is.
     scale: factor on the residuals, from -10 to 10; 1 is what the network was trained for, 0 switches it off.
         Two or more numbers are a schedule: one for each step if there are as many, else points at equal
         distances from the first step to the last with straight lines between them.
@@ -51,7 +57,7 @@ class Control:
     """
 
     adapter: Adapter | ControlNetModel
-    controlnet_cond: np.ndarray | torch.Tensor
+    controlnet_cond: MapSource
     scale: float | Sequence[float] = 1.0
     start: float = 0.0
     end: float = 1.0
@@ -60,10 +66,12 @@ class Control:
     layers: str | Sequence[float] | None = None
     mask: np.ndarray | torch.Tensor | None = None
     only_mid: bool = False
+    maps: torch.Tensor | list[np.ndarray] = field(init=False, repr=False)
+    """The tensor that was given, or the pictures, uint8 (H, W, 3) each."""
 
     def __post_init__(self) -> None:
         check_rule(self.scale, self.start, self.end, self.gate, self.mode, self.layers)
-        _check_map(self.controlnet_cond)
+        object.__setattr__(self, "maps", _read(self.controlnet_cond))
         if self.mask is not None:
             _check_mask(self.mask)
 
@@ -75,9 +83,9 @@ class Control:
     @property
     def size(self) -> tuple[int, int]:
         """Width and height of the map, in pixels."""
-        if isinstance(self.controlnet_cond, torch.Tensor):
-            return self.controlnet_cond.shape[-1], self.controlnet_cond.shape[-2]
-        return self.controlnet_cond.shape[1], self.controlnet_cond.shape[0]
+        if isinstance(self.maps, torch.Tensor):
+            return self.maps.shape[-1], self.maps.shape[-2]
+        return self.maps[0].shape[1], self.maps[0].shape[0]
 
     def active(self, i: int, n: int) -> bool:
         """Whether the control is applied in step `i` (from 0) of `n`."""
@@ -107,17 +115,25 @@ class Control:
     def cond_for(self, width: int, height: int) -> torch.Tensor:
         """The map as the network takes it: float32 (1|B, C, height, width) in [0, 1].
 
-        Raises ValueError when a map given as a tensor has another size.
+        A network with one channel is given the grey of a picture. Raises ValueError when a map given as a
+        tensor has another size, or one for such a network is coloured.
         """
-        if isinstance(self.controlnet_cond, torch.Tensor):
+        if isinstance(self.maps, torch.Tensor):
             if self.size != (width, height):
                 raise ValueError(
                     f"a map given as a tensor must have the size of the picture, {width}x{height}, "
                     f"not {self.size[0]}x{self.size[1]}"
                 )
-            return self.controlnet_cond
-        sharp = isinstance(self.adapter, Adapter) and self.adapter.info.map.kind in SHARP_KINDS
-        return images.map_to_cond([images.cover(self.controlnet_cond, width, height, nearest=sharp)])
+            return self.maps
+        palette = isinstance(self.adapter, Adapter) and self.adapter.info.map.kind in PALETTES
+        cond = images.map_to_cond(
+            [cover_map(picture, width, height, palette=palette) for picture in self.maps]
+        )
+        if self.controlnet.config.conditioning_channels != 1:
+            return cond
+        if not torch.equal(cond, cond[:, :1].expand_as(cond)):
+            raise ValueError("this control network takes grey maps, and the map is coloured")
+        return cond[:, :1]
 
     def region(self) -> torch.Tensor | None:
         """The mask as float32 (1, 1, H, W) in [0, 1], or None."""
@@ -128,18 +144,18 @@ class Control:
         return scaled[None, None]
 
 
-def _check_map(cond: np.ndarray | torch.Tensor) -> None:
-    if isinstance(cond, torch.Tensor):
-        if cond.ndim != 4 or not cond.is_floating_point():
+def _read(given: MapSource) -> torch.Tensor | list[np.ndarray]:
+    if isinstance(given, torch.Tensor) and given.ndim == 4 and given.is_floating_point():
+        if not bool(((given >= -1) & (given <= 1)).all()):
             raise ValueError(
-                "a map given as a tensor must be float (B, C, H, W) in [0, 1], "
-                f"not {cond.dtype} {tuple(cond.shape)}"
+                "a map given as a tensor has values in [0, 1], or -1 in a hole, not"
+                f" {float(given.min()):g} to {float(given.max()):g}"
             )
-    elif not isinstance(cond, np.ndarray):
-        given = type(cond).__name__
-        raise ValueError(f"a map is an array or a tensor, not {given}: see images.load_picture")
-    elif cond.ndim != 3 or cond.dtype != np.uint8:
-        raise ValueError(f"a map given as an array is uint8 (H, W, 3), not {cond.dtype} {cond.shape}")
+        return given
+    pictures, _ = images.load_pictures(given)
+    if not pictures:
+        raise ValueError("no map given")
+    return pictures
 
 
 def _check_mask(mask: np.ndarray | torch.Tensor) -> None:

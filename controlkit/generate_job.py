@@ -373,12 +373,14 @@ def _fitted(mask: np.ndarray | None, width: int, height: int) -> np.ndarray | No
 def _map_of(source: Source, base: Base, width: int, height: int, report: Report) -> np.ndarray:
     """One source's map at a size."""
     from controlkit.base import BUNDLED
-    from controlkit.control import SHARP_KINDS
+    from controlkit.control import PALETTES
+    from controlkit.map_sizes import cover_map
 
     record = source.record
-    sharp = record.is_map and record.kind in SHARP_KINDS
-    image = images.cover(source.picture, width, height, nearest=sharp)
-    if not record.is_map:
+    if record.is_map:
+        image = cover_map(source.picture, width, height, palette=record.kind in PALETTES)
+    else:
+        image = images.cover(source.picture, width, height)
         report.status(f"extracting the {record.kind} map from {record.path}")
         bundled = base.name in BUNDLED
         options = extractor_options(record.kind, bundled=bundled, device=str(base.unet.device))

@@ -204,15 +204,25 @@ def cover(image: np.ndarray, width: int, height: int, *, nearest: bool = False) 
     Raises:
         ValueError: ``width`` or ``height`` is below 1.
     """
+    return resize(central_part(image, width, height), width, height, nearest=nearest)
+
+
+def central_part(image: np.ndarray, width: int, height: int) -> np.ndarray:
+    """Return the largest central part of ``image`` that has the shape width : height, not resized.
+
+    Raises:
+        ValueError: ``width`` or ``height`` is below 1, or ``image`` is empty.
+    """
     if width < 1 or height < 1:
         raise ValueError(f"cannot crop to {width} x {height}: width and height must be at least 1")
     source_height, source_width = image.shape[:2]
+    if not (source_height and source_width):
+        raise ValueError(f"a picture of {source_width} x {source_height} pixels is empty")
     shrink = min(source_width / width, source_height / height)
     part_width = min(source_width, max(1, round(width * shrink)))
     part_height = min(source_height, max(1, round(height * shrink)))
     left, top = (source_width - part_width) // 2, (source_height - part_height) // 2
-    part = image[top : top + part_height, left : left + part_width]
-    return resize(part, width, height, nearest=nearest)
+    return image[top : top + part_height, left : left + part_width]
 
 
 def picture_to_tensor(pictures: np.ndarray | Sequence[np.ndarray]) -> "torch.Tensor":

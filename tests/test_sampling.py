@@ -2,18 +2,21 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import tiny_models
 import torch
 from PIL import Image
-from sampling_peers import assert_same, cond, controlnet_of, our_latents, their_latents
+from sampling_peers import SIZE, assert_same, cond, controlnet_of, our_latents, their_latents
 
 from controlkit import sampling
 from controlkit.base import Base
 from controlkit.control import Control
+from controlkit.controlnet import from_base
 from controlkit.infotext import SAMPLER_NAMES
 
 # diffusers' Euler schedulers hand torch tensors to numpy in a way that numpy 2 will drop (diffusers 0.42.1).
@@ -197,18 +200,77 @@ def test_numbers_outside_their_range(sd1: Base, request_: dict[str, Any], messag
         sampling.generate(sd1, "x", **request_)
 
 
+def test_a_map_may_be_given_in_any_way(sd1: Base, tmp_path: Path) -> None:
+    controlnet = controlnet_of(sd1)
+    edges = np.where(np.random.default_rng(0).random((SIZE, SIZE)) < 0.1, 255, 0).astype(np.uint8)
+    coloured = np.dstack([edges] * 3)
+    Image.fromarray(edges).save(tmp_path / "edges.png")
+    expected = torch.from_numpy(edges / 255).float().expand(1, 3, -1, -1)
+    opaque = np.dstack([coloured, np.full_like(edges, 255)])
+    ways = [
+        coloured,
+        coloured[None],
+        [coloured],
+        opaque,
+        edges,
+        edges[..., None],
+        edges > 0,
+        edges / 255,
+        (coloured / 255).astype(np.float32),
+        coloured.astype(np.uint16) * 257,
+        Image.fromarray(edges),
+        Image.fromarray(coloured).convert("RGBA"),
+        torch.from_numpy(edges),
+        torch.from_numpy(coloured).permute(2, 0, 1),
+        torch.from_numpy(coloured).permute(2, 0, 1)[None],
+        torch.from_numpy(coloured).permute(2, 0, 1)[None] / 255,
+        tmp_path / "edges.png",
+        (tmp_path / "edges.png").read_bytes(),
+    ]
+    for way in ways:
+        assert torch.equal(Control(controlnet, way).cond_for(SIZE, SIZE), expected), type(way)
+    two = Control(controlnet, [edges, 255 - edges]).cond_for(SIZE, SIZE)
+    assert torch.equal(two, torch.cat([expected, 1 - expected]))
+
+
+def test_a_network_of_one_channel_gets_the_grey(sd1: Base) -> None:
+    controlnet = from_base(sd1, conditioning_channels=1)
+    grey = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE), np.uint8)
+    assert torch.equal(
+        Control(controlnet, grey).cond_for(SIZE, SIZE), torch.from_numpy(grey / 255).float()[None, None]
+    )
+    with pytest.raises(ValueError, match="takes grey maps, and the map is coloured"):
+        Control(controlnet, np.dstack([grey, grey, 255 - grey])).cond_for(SIZE, SIZE)
+
+
+def test_lines_stay_thin_and_whole_at_another_size(sd1: Base) -> None:
+    drawn = np.zeros((96, 96), np.uint8)
+    cv2.polylines(drawn, [np.array([[10, 12], [80, 30], [50, 85]])], isClosed=True, color=255)
+    light = Control(controlnet_of(sd1), drawn).cond_for(SIZE, SIZE)[0, 0].numpy()
+    dark = Control(controlnet_of(sd1), 255 - drawn).cond_for(SIZE, SIZE)[0, 0].numpy()
+    assert set(np.unique(light)) == {0, 1}
+    assert np.array_equal(dark, 1 - light)
+    lines = (255 * light).astype(np.uint8)
+    assert cv2.connectedComponents(lines, connectivity=8)[0] == 2  # the ground, and one line
+    assert (lines > 0).mean() < 1.8 * (drawn > 0).mean()
+
+
 def test_controls_outside_their_range(sd1: Base) -> None:
     controlnet = controlnet_of(sd1)
     with pytest.raises(ValueError, match="scale must be a number from -10 to 10, not nan"):
         Control(controlnet, cond(), scale=float("nan"))
     with pytest.raises(ValueError, match="start < end"):
         Control(controlnet, cond(), start=0.5, end=0.5)
-    with pytest.raises(ValueError, match="is uint8"):
-        Control(controlnet, np.zeros((8, 8, 3)))
-    with pytest.raises(ValueError, match="a map is an array or a tensor, not Image"):
-        Control(controlnet, Image.new("RGB", (8, 8)))
-    with pytest.raises(ValueError, match="must be float"):
-        Control(controlnet, torch.zeros(3, 8, 8))
+    with pytest.raises(ValueError, match="float values from nan to nan; they must lie in"):
+        Control(controlnet, np.full((8, 8, 3), np.nan))
+    with pytest.raises(ValueError, match="a picture is a path, bytes, a PIL image, an array or a tensor"):
+        Control(controlnet, None)
+    with pytest.raises(ValueError, match=r"values in \[0, 1\], or -1 in a hole, not 0 to 255"):
+        Control(controlnet, 255 * torch.eye(8)[None, None])
+    with pytest.raises(ValueError, match="no map given"):
+        Control(controlnet, [])
+    with pytest.raises(ValueError, match=r"picture 1 of the batch: gone.png"):
+        Control(controlnet, [np.zeros((8, 8), np.uint8), "gone.png"])
     with pytest.raises(ValueError, match="must have the size of the picture, 64x64, not 32x64"):
         sampling.generate(sd1, "x", controls=[Control(controlnet, cond()[..., :32])], width=64, height=64)
     with pytest.raises(ValueError, match="2 maps for 3 pictures"):

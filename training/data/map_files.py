@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from controlkit import images
+from controlkit.map_sizes import is_black_and_white
 
 if TYPE_CHECKING:
     from controlkit.preprocessors import Poses
@@ -108,7 +109,7 @@ def right_sampling(levels: NDArray[Any], sense: Sense) -> Sampling:
     Lines are 0 and 255 in equal channels; labels have up to 199 colours and are neither depth, nor normals,
     nor soft.
     """
-    if levels.dtype == np.uint8 and _is_black_and_white(levels):
+    if levels.dtype == np.uint8 and is_black_and_white(levels):
         return "lines"
     if sense in ("depth", "normals", "soft"):
         return "smooth"
@@ -169,16 +170,6 @@ def _deep_levels(content: bytes | NDArray[Any]) -> NDArray[np.uint16]:
 
 
 # --- colours ---
-
-
-def _is_black_and_white(levels: NDArray[np.uint8]) -> bool:
-    """Whether every value is 0 or 255, and every pixel has equal channels."""
-    import cv2
-
-    rows = np.ascontiguousarray(levels).reshape(len(levels), -1)
-    if cv2.countNonZero(cv2.inRange(rows, np.array(1), np.array(254))):
-        return False
-    return levels.ndim == 2 or all(np.array_equal(levels[..., 0], levels[..., k]) for k in (1, 2))
 
 
 def _one_channel(picture: NDArray[np.uint8], name: str) -> NDArray[np.uint8]:

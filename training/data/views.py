@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from controlkit import images
+from controlkit.map_sizes import resize_black_and_white
 from controlkit.training.draws import derived_seed
 
 if TYPE_CHECKING:
@@ -133,19 +134,10 @@ def _part(image: NDArray[Any], view: View, sampling: Sampling) -> NDArray[Any]:
         return _only_part(image, view, sampling)
     wide, high = view.resized_width, view.resized_height
     if sampling == "lines":
-        whole = _resize_lines(image, wide, high)
+        whole = resize_black_and_white(image, wide, high)
     else:
         whole = images.resize(image, wide, high, nearest=sampling == "nearest")
     return whole[view.top : view.top + view.height, view.left : view.left + view.width]
-
-
-def _resize_lines(image: NDArray[Any], width: int, height: int) -> NDArray[Any]:
-    """Lines at another size, whichever of black and white they are."""
-    import cv2
-
-    if cv2.mean(image)[0] < 128:
-        return images.resize_lines(image, width, height)
-    return cv2.bitwise_not(images.resize_lines(cv2.bitwise_not(image), width, height))
 
 
 def _only_part(image: NDArray[Any], view: View, sampling: Sampling) -> NDArray[Any]:
