@@ -299,6 +299,9 @@ def generate(
     guidance_until: Annotated[
         Number, _option("X", "Lossy: guide only this first share of the steps.  [default: 1]")
     ] = None,
+    merge_tokens: Annotated[
+        Number, _option("X", "Lossy: merge this share of like tokens, up to 0.75.  [default: 0]")
+    ] = None,
     seed: Annotated[Whole, _option("N", "Seed of the first picture.  [default: 0]")] = None,
     count: Annotated[int, _option("N", "How many pictures, with consecutive seeds.", "-n", "--count")] = 1,
     output: Output = "out.png",

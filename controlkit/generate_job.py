@@ -105,6 +105,7 @@ class Session:
             tile=first.tile,
             tokens=prompts.tokens_of(self.base, texts),
             starts=first.start is not None or first.hires != 1,
+            merge_tokens=first.merge_tokens,
         )
         estimate = memory_plan.Estimate(self.base, self._controls(first, *size), request)
         batch_size = sampling.default_batch(self.base)
@@ -150,7 +151,9 @@ class Session:
             "guidance_rescale": record.guidance_rescale,
             "scheduler": record.scheduler,
             "temperature": record.temperature,
-            "savings": Savings(record.control_every, record.features_every, record.guidance_until),
+            "savings": Savings(
+                record.control_every, record.features_every, record.guidance_until, record.merge_tokens
+            ),
             "tiles": None if record.tile is None else Tiles(record.tile),
             "callback": lambda done, total, _: self.report.progress(done, total),
             "preview": self.preview,

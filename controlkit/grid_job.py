@@ -32,6 +32,7 @@ _PICTURE_KEYS: Mapping[str, Callable[[str], Any]] = {
     "control_every": int,
     "features_every": int,
     "guidance_until": float,
+    "merge_tokens": float,
 }
 _CONTROL_KEYS = ("scale", "start", "end", "gate", "mode", "layers", "only_mid")
 

@@ -77,6 +77,12 @@ def check_share(name: str, share: float) -> None:
         raise ValueError(f"{name} must be a number from 0 to 1, not {share}")
 
 
+def check_merged(share: float) -> None:
+    """Raise ValueError unless the share of tokens to merge is a number from 0 (none) to 0.75."""
+    if not 0 <= share <= 0.75:  # one token of every 2x2 stays
+        raise ValueError(f"merge_tokens must be a number from 0 to 0.75, not {share}")
+
+
 def check_tile(size: int) -> None:
     """Raise ValueError unless a tile's side is a multiple of 64 from 64 to 4096 pixels."""
     if not _is_whole(size) or size % 64 or not 64 <= size <= 4096:

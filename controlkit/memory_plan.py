@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_flatten
 from controlkit.applying import EncodedControl, Rows
 from controlkit.controlnet import encode_hint
 from controlkit.memory import Memory
-from controlkit.predicting import Guidance, Predictor
+from controlkit.predicting import Guidance, Predictor, Savings
 from controlkit.reuse import text_kept
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def peak_of(call: Callable[[], object]) -> int:
 @dataclass(frozen=True)
 class Request:
     """What is generated: pixels of a picture, how many pictures, whether guided, the tile if there are tiles,
-    the tokens of the text, and whether a picture is encoded first."""
+    the tokens of the text, whether a picture is encoded first, and the share of tokens that are merged."""
 
     width: int
     height: int
@@ -89,6 +89,7 @@ class Request:
     tile: int | None = None
     tokens: int = _TOKENS
     starts: bool = False
+    merge_tokens: float = 0.0
 
 
 @dataclass(eq=False)
@@ -165,6 +166,7 @@ class Estimate:
             encoded,
             Guidance(5.0 if request.guided else 1.0),
             1,
+            Savings(merge_tokens=request.merge_tokens),
             one_branch_at_a_time=one,
         )
         channels = base.unet.config.in_channels

@@ -33,6 +33,7 @@ class Settings:
     control_every: int = 1
     features_every: int = 1
     guidance_until: float = 1.0
+    merge_tokens: float = 0.0
     prompt_syntax: str = "plain"
     memory: tuple[str, ...] = ()
 
@@ -50,6 +51,7 @@ class Settings:
         limits.check_every("control_every", self.control_every)
         limits.check_every("features_every", self.features_every)
         limits.check_share("guidance_until", self.guidance_until)
+        limits.check_merged(self.merge_tokens)
         prompt_syntax.check_syntax(self.prompt_syntax)
         if self.prompt_syntax == "a1111":
             for text in (self.prompt, self.negative_prompt):

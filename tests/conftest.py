@@ -26,7 +26,9 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.pop(name, None)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a fork after its use would warn
     if "PYTEST_XDIST_WORKER" in os.environ:
-        os.environ.setdefault("OMP_NUM_THREADS", "1")  # each worker has a core; torch's threads would share it
+        os.environ.setdefault(
+            "OMP_NUM_THREADS", "1"
+        )  # each worker has a core; torch's threads would share it
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -54,6 +54,8 @@ LOSSY = {
     "features_every=2": Savings(features_every=2),
     "features_every=3": Savings(features_every=3),
     "guidance_until=0.5": Savings(guidance_until=0.5),
+    "merge_tokens=0.25": Savings(merge_tokens=0.25),
+    "merge_tokens=0.5": Savings(merge_tokens=0.5),
     "features_every=2, guidance_until=0.5": Savings(features_every=2, guidance_until=0.5),
     "features_every=3, guidance_until=0.6": Savings(features_every=3, guidance_until=0.6),
 }
