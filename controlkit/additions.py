@@ -1,4 +1,4 @@
-"""What is put onto a base for a generation, LoRAs and learned words.
+"""What is put onto a base for a generation: LoRAs, learned words, another autoencoder.
 
 Read from the command line, or again from a picture, and checked before the models' libraries are loaded.
 """
@@ -27,22 +27,37 @@ class Finder(Protocol):
 
 @dataclass(frozen=True)
 class Additions:
-    """What is put onto a base: as it is recorded, and the place where each was found."""
+    """What is put onto a base: as it is recorded, and the place where each was found.
+
+    vae: another autoencoder's name, "" for the base's own.
+    """
 
     loras: tuple[tuple[LoraRecord, str], ...] = ()
     embeddings: tuple[tuple[EmbeddingRecord, str], ...] = ()
+    vae: str = ""
 
     def texts(self) -> list[str]:
         """All that is recorded as text."""
         words = [text for word, _ in self.embeddings for text in (word.file, word.token)]
-        return [*(lora.source for lora, _ in self.loras), *words]
+        return [*(lora.source for lora, _ in self.loras), *words, self.vae]
 
     def places(self) -> list[Path]:
         """The files that are read."""
         return [Path(place) for _, place in (*self.loras, *self.embeddings)]
 
+    def check_names(self) -> None:
+        """Raise ValueError for a name that leads nowhere on this machine and on the hub, loading nothing."""
+        if self.vae:
+            from controlkit.vaes import check_vae
+
+            check_vae(self.vae)
+
     def onto(self, base: Base) -> Base:
         """A base with all of it; the given one stays as it is. Raises ValueError for what does not fit."""
+        if self.vae:
+            from controlkit.vaes import with_vae
+
+            base = with_vae(base, self.vae)
         if self.loras:
             from controlkit.loras import Lora, with_loras
 

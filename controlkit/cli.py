@@ -259,6 +259,9 @@ def generate(
     adapter: Annotated[Texts, _option("KIND=NAME", "Another ControlNet: a folder or a hub id.")] = None,
     lora: Annotated[Texts, _option("FILE[:WEIGHT]", "Put a LoRA onto the base: file or hub id.")] = None,
     embedding: Annotated[Texts, _option("[WORD=]FILE", "Teach the base a word: textual inversion.")] = None,
+    vae: Annotated[
+        Text, _option("NAME", "Another autoencoder: folder or hub id; taesd and taesdxl are small.")
+    ] = None,
     negative_prompt: Annotated[
         Text, _option("TEXT", "What the picture should not show.", "--negative", "--negative-prompt")
     ] = None,

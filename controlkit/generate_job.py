@@ -73,6 +73,7 @@ class Session:
         from controlkit.base import check_base
 
         check_base(job.options.base)
+        job.additions.check_names()
         for source in job.sources:
             if source.record.adapter:
                 check_adapter(source.record.adapter)  # before gigabytes of base are downloaded or loaded

@@ -147,6 +147,7 @@ def plan(
             f"an {INPAINT} control follows a picture with a hole: add --from PICTURE --mask MASK"
         )
     added = additions.asked(loras, embeddings, remembered, find=partial(_found, like=Path(str(like))))
+    added = replace(added, vae=options.vae)
     _check_text(options, sources, added.texts())
     outputs = arguments.numbered_outputs(output, options.count)
     read = [file for source in sources for file in (source.file, Path(source.record.mask or source.file))]
@@ -166,7 +167,7 @@ def _options_of(record: PictureRecord | None, given: Mapping[str, Any]) -> dict[
         return {}
     dropped: set[str] = set()
     if given.get("base", record.base) != record.base:
-        dropped |= {"guidance", "width", "height", "dtype", "memory"}
+        dropped |= {"guidance", "width", "height", "dtype", "memory", "vae"}
     if given.get("device", record.device) != record.device:
         dropped |= {"dtype", "memory"}
     kept = Options.__dataclass_fields__.keys() - dropped

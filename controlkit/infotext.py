@@ -152,6 +152,8 @@ def infotext(record: PictureRecord) -> str:
     if record.hires != 1:
         fields["Hires upscale"] = f"{record.hires:g}"
         fields["Denoising strength"] = f"{record.hires_strength:g}"
+    if record.vae:
+        fields["VAE"] = record.vae
     if record.merge_tokens:
         fields["Token merging ratio"] = f"{record.merge_tokens:g}"
     text = record.prompt + record.negative_prompt

@@ -194,6 +194,8 @@ class Estimate:
         return self.known[key] + 4 * 3 * self.request.width * self.request.height * memory.batch_size
 
     def _decoder(self, at_once: int, tiled: bool) -> int:
+        from diffusers import AutoencoderTiny
+
         request, vae = self.request, self.vae
         vae.disable_tiling()
         width, height, kept = request.width, request.height, 0
@@ -202,13 +204,15 @@ class Estimate:
             step = int(side * (1 - vae.tile_overlap_factor))
             count = -(-width // step) * -(-height // step)
             kept = at_once * 3 * (count * side * side + 2 * width * height) * vae.dtype.itemsize
+            if isinstance(vae, AutoencoderTiny):  # it adds each into the picture at once, in float32
+                kept = at_once * 3 * width * height * 4
             width, height = min(width, side), min(height, side)
         size = (height // self.base.vae_factor, width // self.base.vae_factor)
         latents = torch.empty(at_once, vae.config.latent_channels, *size, dtype=vae.dtype)
         most = peak_of(lambda: vae.decode(latents).sample)
         if request.starts:
             pixels = torch.empty(1, 3, height, width, dtype=vae.dtype)
-            most = max(most, peak_of(lambda: vae.encode(pixels).latent_dist.mean))
+            most = max(most, peak_of(lambda: vae.encode(pixels)))
         return most + kept
 
 

@@ -16,7 +16,8 @@ from controlkit import limits, prompt_syntax
 class Settings:
     """What a picture is made with, in plain values; as in `sampling.generate` and `cascade.refine`.
 
-    memory: the measures of `memory.Memory` by name, none where memory is not limited.
+    vae: another autoencoder than the base's own, as in `vaes.with_vae`, or "". memory: the measures of
+    `memory.Memory` by name, none where memory is not limited.
     """
 
     prompt: str
@@ -35,6 +36,7 @@ class Settings:
     guidance_until: float = 1.0
     merge_tokens: float = 0.0
     prompt_syntax: str = "plain"
+    vae: str = ""
     memory: tuple[str, ...] = ()
 
     def check(self) -> None:
