@@ -1,8 +1,9 @@
 """Another autoencoder for a base: one that was trained further, or a small one that is faster.
 
 Either of the base's own class (as stabilityai/sd-vae-ft-mse, whose decoder draws faces better than SD1.5's),
-or diffusers' `AutoencoderTiny` (as madebyollin/taesd, with a hundredth of the work: lossy). It takes the
-base's latents as they are, so it must come from the base's family; a file does not say which that is.
+or diffusers' `AutoencoderTiny` (as madebyollin/taesd, which decodes with an eighteenth of the work: lossy).
+It takes the base's latents as they are, so it must come from the base's family; a file does not say which
+that is.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _PLACES: Mapping[str, Any] = {
     "bundled": {},
     "aliases": ALIASES,
 }
-_HUB_FILES = tuple(
+HUB_FILES = tuple(
     f"{folder}{name}"
     for folder in ("", f"{_PART}/")
     for name in ("config.json", "diffusion_pytorch_model*.safetensors", "diffusion_pytorch_model*.bin")
@@ -60,7 +61,7 @@ def with_vae(base: Base, name: str) -> Base:
     from controlkit.base import vae_dtype
     from controlkit.controlnet import lock
 
-    folder = _part(find_folder(name, complete=_is_complete, files=_HUB_FILES, **_PLACES))
+    folder = _part(find_folder(name, complete=_is_complete, files=HUB_FILES, **_PLACES))
     config = read_json(folder / "config.json")
     kind = config.get("_class_name")
     if kind not in CLASSES:

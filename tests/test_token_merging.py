@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from controlkit import sampling
 from controlkit.base import Base
 from controlkit.control import Control
 from controlkit.images import load_picture, read_png_text
+from controlkit.memory import Memory
+from controlkit.memory_plan import Estimate, Request
 from controlkit.sampling import Savings, Tiles
 from controlkit.token_merging import Pattern, TokenMerging, match, outermost_transformers, pattern
 
@@ -187,6 +190,17 @@ def test_odd_latents_and_tiles(load: Callable[[str], Base], family: str) -> None
     tiles = Tiles(64)
     (large,) = sampling.generate(load(family), "a cube", width=120, height=72, tiles=tiles, **request)
     assert large.shape == (72, 120, 3)
+
+
+def test_memory_is_reckoned_with_it(sd1: Base) -> None:
+    """The table of likenesses comes on top, and fewer tokens attend."""
+    needed = {}
+    for share in (0.0, 0.5):
+        request = Request(512, 512, merge_tokens=share)
+        estimate = Estimate(replace(sd1, device=torch.device("cuda")), [], request)
+        needed[share] = estimate.phases(Memory(1))["denoising"]
+    table = 3072 * 1024 * 4
+    assert needed[0.0] < needed[0.5] < needed[0.0] + 2 * 2 * table
 
 
 # --- the command ---

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,22 @@ import pytest
 import tiny_models
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
+from fakes import faked
 from outcomes import Run
 from sampling_peers import assert_same, cond, controlnet_of, our_latents, pipeline_of
 from test_starting import IMG2IMG, INPAINT, mask, picture, theirs
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from controlkit import sampling
 from controlkit.base import Base, load_base
 from controlkit.control import Control
+from controlkit.hub import wanted_files
 from controlkit.images import load_picture, picture_to_tensor, read_png_text, tensor_to_pictures
 from controlkit.memory import HOST, Memory
 from controlkit.memory_plan import Estimate, Request
 from controlkit.sampling import Start, Tiles
-from controlkit.vaes import check_vae, with_vae
+from controlkit.vaes import HUB_FILES, check_vae, with_vae
 
 # diffusers' schedulers hand torch tensors to numpy in a way that numpy 2 will drop (diffusers 0.42.1).
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -156,6 +161,18 @@ def test_a_tiny_autoencoder_draws_nothing(sd1: Base, folders: dict[str, Path]) -
         assert torch.equal(latents, base.vae.encode(pixel_values).latents * 0.9)
 
 
+def test_what_a_tiny_autoencoder_saves() -> None:
+    """TAESD's real size beside SD1.5's autoencoder, for a picture of 512 pixels."""
+    spent = []
+    for made in (AutoencoderTiny, partial(AutoencoderKL, **tiny_models.SD15_VAE)):
+        with torch.device("meta"):
+            vae = made()
+        with FakeTensorMode(), torch.no_grad(), FlopCounterMode(display=False) as counter:
+            faked(vae).decode(torch.empty(1, 4, 64, 64))
+        spent.append(counter.get_total_flops())
+    assert 17 < spent[1] / spent[0] < 18.5
+
+
 # --- memory ---
 
 
@@ -231,6 +248,17 @@ def test_a_cached_repository(sd1: Base, folders: dict[str, Path], inner: str) ->
     for weights in (snapshot / inner).glob("*.safetensors"):
         weights.unlink()
     assert "only a part of it is in the cache" in refusal(sd1, f"{owner}/small")
+
+
+def test_of_a_repository_only_the_autoencoder_is_downloaded() -> None:
+    taesd = ["README.md", "config.json", "diffusion_pytorch_model.bin", "diffusion_pytorch_model.safetensors"]
+    taesd += ["taesd_decoder.safetensors", "taesd_encoder.safetensors"]
+    assert wanted_files(taesd, HUB_FILES) == ["config.json", "diffusion_pytorch_model.safetensors"]
+    base = [
+        f"{part}/diffusion_pytorch_model.{kind}" for part in ("unet", "vae") for kind in ("bin", "fp16.bin")
+    ]
+    base += ["model_index.json", "unet/config.json", "vae/config.json"]
+    assert wanted_files(base, HUB_FILES) == ["vae/diffusion_pytorch_model.bin", "vae/config.json"]
 
 
 def test_names_that_lead_nowhere(sd1: Base, tmp_path: Path, folders: dict[str, Path]) -> None:
