@@ -60,11 +60,11 @@ class Merge(NamedTuple):
     def merge(self, x: Tensor) -> Tensor:
         """Tokens (B, N, C) to (B, N - R, C): the sources that are kept, and the destinations, each the mean
         of itself and of what is merged into it."""
-        destinations = x[:, self.pattern.destinations]
-        total = _added(destinations, self.into, _taken(x, self.merged))
+        destinations = x[:, self.pattern.destinations].float()  # half precision cannot count to a thousand
+        total = _added(destinations, self.into, _taken(x, self.merged).float())
         ones = torch.ones_like(destinations[..., :1])
-        count = _added(ones, self.into, torch.ones_like(self.into, dtype=x.dtype)[..., None])
-        return torch.cat([_taken(x, self.kept), total / count], dim=1)
+        count = _added(ones, self.into, torch.ones_like(self.into, dtype=torch.float32)[..., None])
+        return torch.cat([_taken(x, self.kept), (total / count).to(x.dtype)], dim=1)
 
     def unmerge(self, x: Tensor) -> Tensor:
         """What (B, N - R, C) were made of, (B, N, C): each token a copy of what it was merged into."""
@@ -205,5 +205,7 @@ def outermost_transformers(network: Any) -> list[Any]:
 
 def _attends_to_itself(block: Any) -> bool:
     attention = block.attn1
+    if isinstance(attention.processor, nn.Module):  # IP-Adapter's, say
+        return False
     special = (attention.spatial_norm, attention.group_norm, attention.residual_connection)
     return not any(special) and not block.only_cross_attention

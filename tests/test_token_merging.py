@@ -111,6 +111,17 @@ def test_tokens_that_are_equal_in_groups_come_back(height: int, width: int) -> N
     assert torch.allclose(merge.unmerge(merged), x, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_many_tokens_become_one_in_every_precision(dtype: torch.dtype) -> None:
+    """Equal tokens are all merged into the same destination, a thousand and more."""
+    x = torch.linspace(-3, 3, 12).to(dtype).expand(2, 48 * 48, 12)
+    merge = match(x, pattern(48, 48), 0.75)
+    merged = merge.merge(x)
+    assert len(merge.into.unique()) == 1
+    assert merged.dtype == dtype
+    assert torch.allclose(merge.unmerge(merged).float(), x.float(), rtol=0.01)
+
+
 def test_rows_do_not_see_each_other() -> None:
     x, found = tokens(8, 8, rows=4), pattern(8, 8)
     together = match(x, found, 0.5)
