@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from controlkit.loras import Lora as Lora
     from controlkit.loras import with_loras as with_loras
     from controlkit.sampling import generate as generate
+    from controlkit.vaes import with_vae as with_vae
 
 __version__ = "0.1.0"
 
@@ -36,6 +37,7 @@ _HOME = {
     "load_picture": "images",
     "with_embeddings": "embeddings",
     "with_loras": "loras",
+    "with_vae": "vaes",
 }
 __all__ = [*_HOME, "__version__"]
 

@@ -1,4 +1,4 @@
-"""What is put onto a base for a generation: LoRAs, learned words, and the pictures that it is told.
+"""What is put onto a base for a generation: LoRAs, learned words, another autoencoder, pictures it is told.
 
 Read from the command line, or again from a picture, and checked before the models' libraries are loaded.
 """
@@ -55,12 +55,16 @@ class PromptPictures:
 
 @dataclass(frozen=True)
 class Additions:
-    """What is put onto a base: as it is recorded, and the place where each was found."""
+    """What is put onto a base: as it is recorded, and the place where each was found.
+
+    vae: another autoencoder's name, "" for the base's own.
+    """
 
     loras: tuple[tuple[LoraRecord, str], ...] = ()
     embeddings: tuple[tuple[EmbeddingRecord, str], ...] = ()
     ip_adapters: tuple[PromptPictures, ...] = ()
     shown: Shown | None = None
+    vae: str = ""
 
     def texts(self) -> list[str]:
         """All that is recorded as text."""
@@ -68,7 +72,7 @@ class Additions:
         told = [(told.record.source, told.record.encoder, *told.record.pictures) for told in self.ip_adapters]
         pictures = [] if self.shown is None else [self.shown.record.path]
         loras = [lora.source for lora, _ in self.loras]
-        return [*loras, *words, *(text for texts in told for text in texts), *pictures]
+        return [*loras, *words, *(text for texts in told for text in texts), *pictures, self.vae]
 
     def places(self) -> list[Path]:
         """The files that are read."""
@@ -77,9 +81,22 @@ class Additions:
         put = [place for _, place in (*self.loras, *self.embeddings)]
         return [Path(place) for place in (*put, *told, *pictures)]
 
+    def check_names(self) -> None:
+        """Raise ValueError for a name that leads nowhere on this machine and on the hub, loading nothing."""
+        if self.vae:
+            from controlkit.vaes import check_vae
+
+            check_vae(self.vae)
+
     def onto(self, base: Base) -> Base:
-        """A base with LoRAs and words; the given one stays as it is. Raises ValueError for what does not
-        fit."""
+        """A base with LoRAs, words and autoencoder; the given one stays as it is.
+
+        Raises ValueError for what does not fit.
+        """
+        if self.vae:
+            from controlkit.vaes import with_vae
+
+            base = with_vae(base, self.vae)
         if self.loras:
             from controlkit.loras import Lora, with_loras
 

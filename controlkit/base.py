@@ -32,7 +32,7 @@ from controlkit.hub import check_exists, find_folder, first_sentence
 from controlkit.naming import unknown
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
 BUNDLED: Mapping[str, Path] = {"tiny": Path(__file__).parent / "tiny" / "base"}
@@ -93,7 +93,7 @@ class Base:
     name: str
     family: str
     unet: UNet2DConditionModel = field(repr=False)
-    vae: AutoencoderKL = field(repr=False)
+    vae: AutoencoderKL | AutoencoderTiny = field(repr=False)
     text_encoders: list[CLIPTextModel] = field(repr=False)
     tokenizers: list[CLIPTokenizer] = field(repr=False)
     scheduler_config: dict[str, Any] = field(repr=False)
@@ -174,10 +174,15 @@ class Base:
         """Pictures (B, 3, H, W) in [-1, 1] to latents (B, 4, H/8, W/8), scaled to about unit variance.
 
         Without a ``generator`` the result is the mean of the encoder's distribution; with one (a CPU
-        generator gives the same latents on every device) it is a draw from it.
+        generator gives the same latents on every device) it is a draw from it. A tiny autoencoder has no
+        distribution, and draws nothing.
         """
-        posterior = self.vae.encode(pixel_values.to(self.vae.device, self.vae.dtype)).latent_dist
-        latents = posterior.mode() if generator is None else posterior.sample(generator)
+        encoded = self.vae.encode(pixel_values.to(self.vae.device, self.vae.dtype))
+        if hasattr(encoded, "latents"):
+            latents = encoded.latents
+        else:
+            posterior = encoded.latent_dist
+            latents = posterior.mode() if generator is None else posterior.sample(generator)
         return (latents * self.vae.config.scaling_factor).to(self.dtype)
 
     @torch.no_grad()
@@ -439,9 +444,8 @@ def _load_models(
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-    upcast = read_json(folder / "vae" / "config.json").get("force_upcast", True)
-    overflows = family == "sdxl" and dtype == torch.float16 and upcast
-    vae = load_part(AutoencoderKL, folder / "vae", dtype=torch.float32 if overflows else dtype)
+    config = read_json(folder / "vae" / "config.json")
+    vae = load_part(AutoencoderKL, folder / "vae", dtype=vae_dtype(config, family=family, dtype=dtype))
     text_encoders = [load_part(CLIPTextModel, folder / "text_encoder", dtype=dtype)]
     if family == "sdxl":
         text_encoders.append(load_part(CLIPTextModelWithProjection, folder / "text_encoder_2", dtype=dtype))
@@ -457,6 +461,12 @@ def _load_picture_encoder(
     check_picture_parts(folder)
     _, alphas_cumprod = _read_scheduler(folder / "image_noising_scheduler" / "scheduler_config.json")
     return load_picture_encoder(folder, unet_config, alphas_cumprod, dtype=dtype)
+
+
+def vae_dtype(config: Mapping[str, Any], *, family: str, dtype: torch.dtype) -> torch.dtype:
+    """The precision of an autoencoder with this configuration, in a base of a family and a precision."""
+    upcast = config.get("force_upcast", config.get("_class_name") != "AutoencoderTiny")  # diffusers' defaults
+    return torch.float32 if family == "sdxl" and dtype == torch.float16 and upcast else dtype
 
 
 def load_tokenizer(folder: Path) -> CLIPTokenizer:

@@ -266,6 +266,9 @@ def generate(
     image_encoder: Annotated[
         Text, _option("FOLDER", "The IP-Adapter's picture encoder.  [default: the one beside it]")
     ] = None,
+    vae: Annotated[
+        Text, _option("NAME", "Another autoencoder: folder or hub id; taesd and taesdxl are small.")
+    ] = None,
     negative_prompt: Annotated[
         Text, _option("TEXT", "What the picture should not show.", "--negative", "--negative-prompt")
     ] = None,
@@ -314,6 +317,9 @@ def generate(
     ] = None,
     guidance_until: Annotated[
         Number, _option("X", "Lossy: guide only this first share of the steps.  [default: 1]")
+    ] = None,
+    merge_tokens: Annotated[
+        Number, _option("X", "Lossy: merge this share of like tokens, up to 0.75.  [default: 0]")
     ] = None,
     seed: Annotated[Whole, _option("N", "Seed of the first picture.  [default: 0]")] = None,
     count: Annotated[int, _option("N", "How many pictures, with consecutive seeds.", "-n", "--count")] = 1,

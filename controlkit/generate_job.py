@@ -79,6 +79,7 @@ class Session:
         if job.options.clip:
             check_clip(job.options.clip)
         check_base(job.options.base)
+        job.additions.check_names()
         for source in job.sources:
             if source.record.adapter:
                 check_adapter(source.record.adapter)  # before gigabytes of base are downloaded or loaded
@@ -126,6 +127,7 @@ class Session:
             tile=first.tile,
             tokens=prompts.tokens_of(self.base, texts),
             starts=first.start is not None or first.hires != 1,
+            merge_tokens=first.merge_tokens,
         )
         estimate = memory_plan.Estimate(self.base, self._controls(first, *size), request, self.clip)
         batch_size = sampling.default_batch(self.base)
@@ -174,7 +176,9 @@ class Session:
             "guidance_rescale": record.guidance_rescale,
             "scheduler": record.scheduler,
             "temperature": record.temperature,
-            "savings": Savings(record.control_every, record.features_every, record.guidance_until),
+            "savings": Savings(
+                record.control_every, record.features_every, record.guidance_until, record.merge_tokens
+            ),
             "tiles": None if record.tile is None else Tiles(record.tile),
             "callback": lambda done, total, _: self.report.progress(done, total),
             "preview": self.preview,

@@ -160,6 +160,7 @@ def plan(
         image=image,
         base=options.base,
     )
+    added = replace(added, vae=options.vae)
     if options.image_noise and added.shown is None:
         raise ValueError("--image-noise belongs to a picture that the base is told: add --image PICTURE")
     _check_text(options, sources, added.texts())
@@ -181,7 +182,7 @@ def _options_of(record: PictureRecord | None, given: Mapping[str, Any]) -> dict[
         return {}
     dropped: set[str] = set()
     if given.get("base", record.base) != record.base:
-        dropped |= {"guidance", "width", "height", "dtype", "memory", "image_noise", "class_label"}
+        dropped |= {"guidance", "width", "height", "dtype", "memory", "vae", "image_noise", "class_label"}
     if given.get("device", record.device) != record.device:
         dropped |= {"dtype", "memory"}
     kept = Options.__dataclass_fields__.keys() - dropped

@@ -35,6 +35,7 @@ _PICTURE_KEYS: Mapping[str, Callable[[str], Any]] = {
     "image_noise": int,
     "class_label": int,
     "clip_guidance": float,
+    "merge_tokens": float,
 }
 _CONTROL_KEYS = ("scale", "start", "end", "gate", "mode", "layers", "only_mid")
 

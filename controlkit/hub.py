@@ -26,7 +26,7 @@ def find_folder(
     name_or_path: str,
     *,
     what: str,
-    top_file: str,
+    top_file: str | Sequence[str],
     complete: Callable[[Path], bool],
     files: Sequence[str],
     bundled: Mapping[str, Path],
@@ -34,7 +34,8 @@ def find_folder(
 ) -> Path:
     """The local folder of a model: bundled, given as a path, in the hub's cache, or downloaded into it.
 
-    ``what`` names the kind of model in messages ("base"). ``top_file`` is a file at the top of its folder.
+    ``what`` names the kind of model in messages ("base"). ``top_file`` is a file at the top of its folder,
+    or several, of which one is there.
     ``complete`` says whether a cached copy has all that is needed; the rest of an incomplete one is
     downloaded. ``files`` are the patterns to download. ``aliases`` maps short names to hub ids.
 
@@ -54,7 +55,7 @@ def check_exists(
     name_or_path: str,
     *,
     what: str,
-    top_file: str,
+    top_file: str | Sequence[str],
     bundled: Mapping[str, Path],
     aliases: Mapping[str, str] | None = None,
 ) -> None:
@@ -199,11 +200,14 @@ def _bundled_folder(what: str, name: str, folder: Path) -> Path:
     return folder
 
 
-def _cached_folder(repo_id: str, top_file: str) -> Path | None:
+def _cached_folder(repo_id: str, top_file: str | Sequence[str]) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(repo_id, top_file)
-    return Path(found).parent if isinstance(found, str) else None
+    for name in [top_file] if isinstance(top_file, str) else top_file:
+        found = try_to_load_from_cache(repo_id, name)
+        if isinstance(found, str):
+            return Path(found).parents[name.count("/")]
+    return None
 
 
 def _download(

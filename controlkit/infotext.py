@@ -182,6 +182,10 @@ def infotext(record: PictureRecord) -> str:
     if record.hires != 1:
         fields["Hires upscale"] = f"{record.hires:g}"
         fields["Denoising strength"] = f"{record.hires_strength:g}"
+    if record.vae:
+        fields["VAE"] = record.vae
+    if record.merge_tokens:
+        fields["Token merging ratio"] = f"{record.merge_tokens:g}"
     text = record.prompt + record.negative_prompt
     if record.prompt_syntax == "plain" and any(sign in text for sign in "()[]"):
         fields["Emphasis"] = "None"  # to A1111, too, its brackets are letters

@@ -79,6 +79,12 @@ def check_share(name: str, share: float) -> None:
         raise ValueError(f"{name} must be a number from 0 to 1, not {share}")
 
 
+def check_merged(share: float) -> None:
+    """Raise ValueError unless the share of tokens to merge is a number from 0 (none) to 0.75."""
+    if not 0 <= share <= 0.75:  # one token of every 2x2 stays
+        raise ValueError(f"merge_tokens must be a number from 0 to 0.75, not {share}")
+
+
 def check_tile(size: int) -> None:
     """Raise ValueError unless a tile's side is a multiple of 64 from 64 to 4096 pixels."""
     if not _is_whole(size) or size % 64 or not 64 <= size <= 4096:
@@ -95,6 +101,15 @@ def check_every(name: str, every: int) -> None:
     """Raise ValueError unless a number of steps is whole and from 1 to 1000."""
     if not _is_whole(every) or not 1 <= every <= MAX_STEPS:
         raise ValueError(f"{name} must be a whole number from 1 to {MAX_STEPS}, not {every}")
+
+
+def check_compiled(compiled: bool, features_every: int, merge_tokens: float) -> None:
+    """Raise ValueError for a compiled generation whose networks would be changed between its steps."""
+    for name, changes in (("features_every", features_every > 1), ("merge_tokens", merge_tokens > 0)):
+        if compiled and changes:
+            raise ValueError(
+                f"compiled networks stay as they are in all steps: compile does not go with {name}"
+            )
 
 
 def check_scale(scale: float) -> None:

@@ -24,7 +24,7 @@ from controlkit.class_labels import classes_of, takes_picture
 from controlkit.clip_guidance import ClipGuidance, ClipGuide
 from controlkit.controlnet import encode_hint
 from controlkit.memory import Memory
-from controlkit.predicting import Guidance, Predictor
+from controlkit.predicting import Guidance, Predictor, Savings
 from controlkit.reuse import text_kept
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def peak_of(call: Callable[[], object]) -> int:
 @dataclass(frozen=True)
 class Request:
     """What is generated: pixels of a picture, how many pictures, whether guided, the tile if there are tiles,
-    the tokens of the text, and whether a picture is encoded first."""
+    the tokens of the text, whether a picture is encoded first, and the share of tokens that are merged."""
 
     width: int
     height: int
@@ -92,6 +92,7 @@ class Request:
     tile: int | None = None
     tokens: int = _TOKENS
     starts: bool = False
+    merge_tokens: float = 0.0
 
 
 @dataclass(eq=False)
@@ -177,6 +178,7 @@ class Estimate:
             encoded,
             Guidance(5.0 if request.guided else 1.0),
             1,
+            Savings(merge_tokens=request.merge_tokens),
             one_branch_at_a_time=one,
         )
         channels = base.unet.config.in_channels
@@ -227,6 +229,8 @@ class Estimate:
         return self.known[key] + 4 * 3 * self.request.width * self.request.height * memory.batch_size
 
     def _decoder(self, at_once: int, tiled: bool) -> int:
+        from diffusers import AutoencoderTiny
+
         request, vae = self.request, self.vae
         vae.disable_tiling()
         width, height, kept = request.width, request.height, 0
@@ -235,13 +239,15 @@ class Estimate:
             step = int(side * (1 - vae.tile_overlap_factor))
             count = -(-width // step) * -(-height // step)
             kept = at_once * 3 * (count * side * side + 2 * width * height) * vae.dtype.itemsize
+            if isinstance(vae, AutoencoderTiny):  # it adds each into the picture at once, in float32
+                kept = at_once * 3 * width * height * 4
             width, height = min(width, side), min(height, side)
         size = (height // self.base.vae_factor, width // self.base.vae_factor)
         latents = torch.empty(at_once, vae.config.latent_channels, *size, dtype=vae.dtype)
         most = peak_of(lambda: vae.decode(latents).sample)
         if request.starts:
             pixels = torch.empty(1, 3, height, width, dtype=vae.dtype)
-            most = max(most, peak_of(lambda: vae.encode(pixels).latent_dist.mean))
+            most = max(most, peak_of(lambda: vae.encode(pixels)))
         return most + kept
 
 

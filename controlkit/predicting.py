@@ -18,6 +18,7 @@ from controlkit.applying import EAGER, EncodedControl, Networks, Rows, summed_re
 from controlkit.base import Base
 from controlkit.controlnet import Deep
 from controlkit.reuse import text_fixed
+from controlkit.token_merging import TokenMerging
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,9 @@ class Savings:
     features_every: run the deep part of all networks in every k-th step, and the outermost blocks alone in
         between, on the last deep features (DeepCache: Ma et al. 2023, arXiv:2312.00858).
     guidance_until: guide the first share of the steps, 0 to 1, and follow the prompt alone after it.
+    merge_tokens: the share of like tokens, 0 to 0.75, that the self-attentions at the highest resolution see
+        as one (ToMe: Bolya & Hoffman 2023, arXiv:2303.17604), see `token_merging`. Of fewer than
+        some 256 tokens (128 pixels to a side, of SD1) finding like ones takes longer than it saves.
 
     Raises ValueError for a number outside its range.
     """
@@ -75,11 +79,13 @@ class Savings:
     control_every: int = 1
     features_every: int = 1
     guidance_until: float = 1.0
+    merge_tokens: float = 0.0
 
     def __post_init__(self) -> None:
         limits.check_every("control_every", self.control_every)
         limits.check_every("features_every", self.features_every)
         limits.check_share("guidance_until", self.guidance_until)
+        limits.check_merged(self.merge_tokens)
 
 
 @dataclass(eq=False)
@@ -105,6 +111,11 @@ class Predictor:
     def timestep_cond(self) -> Tensor | None:
         """The guidance, for a base that is told it."""
         return guidance_embedding(self.base, self.guidance.scale)
+
+    @cached_property
+    def merging(self) -> TokenMerging:
+        """What merges tokens, in all steps."""
+        return TokenMerging(self.savings.merge_tokens)
 
     def __call__(self, noisy_latents: Tensor, timestep: Tensor, step: int) -> Tensor:
         """``model_pred`` (B, C, h, w), float32, for ``noisy_latents`` of that shape in step `step` (from 0).
@@ -143,6 +154,11 @@ class Predictor:
         return self.savings.control_every == 1 and self.savings.features_every == 1
 
     def _predict(self, noisy_latents: Tensor, timestep: Tensor, rows: Rows, step: int) -> Tensor:
+        networks = {id(network): network for network in (c.control.controlnet for c in self.controls)}
+        with self.merging.within(self.base.unet, *networks.values()):
+            return self._pair(noisy_latents, timestep, rows, step)
+
+    def _pair(self, noisy_latents: Tensor, timestep: Tensor, rows: Rows, step: int) -> Tensor:
         savings, deep = self.savings, None
         if savings.features_every > 1:
             if step % savings.features_every == 0:

@@ -191,6 +191,8 @@ def generate(
     _check_request(base, controls, steps=steps, seeds=seeds)
     check_syntax(prompt_syntax)
     limits.check_temperature(temperature, scheduler)
+    execution, savings = execution or Execution(), savings or Savings()
+    limits.check_compiled(execution.compiled, savings.features_every, savings.merge_tokens)
     natural = _natural_size(controls, start)
     width, height = picture_size(base, natural, width, height, any_area=tiles is not None)
     start = None if start is None else start.fitted(width, height)
@@ -204,7 +206,7 @@ def generate(
         "tiles": tiles,
         "preview": preview,
         "one_branch_at_a_time": memory is not None and memory.one_branch,
-        "runner": Runner(execution or Execution(), base.device),
+        "runner": Runner(execution, base.device),
         "moves": memory is not None and memory.offload,
     }
     judges = [] if clip_guidance is None or not clip_guidance.scale else [clip_guidance.clip.model]

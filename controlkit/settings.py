@@ -16,8 +16,9 @@ from controlkit import limits, prompt_syntax
 class Settings:
     """What a picture is made with, in plain values; as in `sampling.generate` and `cascade.refine`.
 
-    memory: the measures of `memory.Memory` by name, none where memory is not limited. clip: the name of the
-    CLIP that `clip_guidance` asks, "" for none.
+    vae: another autoencoder than the base's own, as in `vaes.with_vae`, or "". memory: the measures of
+    `memory.Memory` by name, none where memory is not limited. clip: the name of the CLIP that `clip_guidance`
+    asks, "" for none.
     """
 
     prompt: str
@@ -34,7 +35,9 @@ class Settings:
     control_every: int = 1
     features_every: int = 1
     guidance_until: float = 1.0
+    merge_tokens: float = 0.0
     prompt_syntax: str = "plain"
+    vae: str = ""
     memory: tuple[str, ...] = ()
     compile: bool = False
     cuda_graph: bool = False
@@ -64,6 +67,8 @@ class Settings:
             raise ValueError(
                 "CLIP guidance asks a CLIP for pictures and texts, and no base holds one: add --clip MODEL"
             )
+        limits.check_merged(self.merge_tokens)
+        limits.check_compiled(self.compile, self.features_every, self.merge_tokens)
         prompt_syntax.check_syntax(self.prompt_syntax)
         if self.prompt_syntax == "a1111":
             for text in (self.prompt, self.negative_prompt):

@@ -11,7 +11,7 @@ from outcomes import Run
 from sampling_peers import cond, controlnet_of
 from torch import Tensor
 
-from controlkit import execution
+from controlkit import execution, sampling
 from controlkit.applying import EAGER, Networks
 from controlkit.base import Base
 from controlkit.control import Control
@@ -176,6 +176,14 @@ def test_compiled_networks_make_the_same_pictures(sd1: Base) -> None:
     expected = generate(sd1, "x", **request)[0]
     found = generate(sd1, "x", execution=Execution(compiled=True), **request)[0]
     assert np.abs(found.astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("more", [("--features-every", 2), ("--merge-tokens", 0.5)])
+def test_what_does_not_go_with_compiling(generate: Run, sd1: Base, more: tuple[str, float]) -> None:
+    name = more[0].removeprefix("--").replace("-", "_")
+    assert f"compile does not go with {name}" in generate("--compile", *more).refused()
+    with pytest.raises(ValueError, match=f"compile does not go with {name}"):
+        sampling.generate(sd1, "x", execution=Execution(compiled=True), savings=Savings(**{name: more[1]}))
 
 
 def test_the_command_records_and_repeats(generate: Run, run: Run) -> None:

@@ -220,7 +220,6 @@ def test_a_map_may_be_given_in_any_way(sd1: Base, tmp_path: Path) -> None:
         coloured.astype(np.uint16) * 257,
         Image.fromarray(edges),
         Image.fromarray(coloured).convert("RGBA"),
-        torch.from_numpy(edges),
         torch.from_numpy(coloured).permute(2, 0, 1),
         torch.from_numpy(coloured).permute(2, 0, 1)[None],
         torch.from_numpy(coloured).permute(2, 0, 1)[None] / 255,

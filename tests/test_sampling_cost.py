@@ -109,11 +109,29 @@ def test_flops_of_a_mode_that_controls_one_branch(around: float) -> None:
         (Savings(control_every=2), 0.89),
         (Savings(features_every=2), 0.65),
         (Savings(guidance_until=0.1), 0.77),
+        (Savings(merge_tokens=0.5), 0.91),
+        (Savings(merge_tokens=0.75), 0.88),
     ],
 )
 @pytest.mark.slow
 def test_flops_of_what_is_left_out(savings: Savings, share: float) -> None:
     assert sum(flops_of(4, savings=savings)) < share * sum(flops_of(4))
+
+
+def test_flops_of_attention_among_merged_tokens() -> None:
+    """Half as many tokens are a quarter of the products, in every self-attention of the highest resolution:
+    five of the U-Net and two of the control network, of which the first of each has a row for both branches.
+    """
+    spent, networks = [], stable_diffusion()
+    for share in (0.0, 0.5):
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+            predictor = fake_predictor(networks, savings=Savings(merge_tokens=share))
+            with FlopCounterMode(display=False) as counter:
+                predictor(torch.empty(1, 4, 64, 64), torch.empty((), dtype=torch.int64), 0)
+        operators = counter.get_flop_counts()["Global"].items()
+        spent.append(sum(flops for name, flops in operators if "scaled_dot_product" in str(name)))
+    rows = 2 * (5 + 2) - 2
+    assert spent[0] - spent[1] == rows * 4 * 320 * (4096**2 - 2048**2)
 
 
 # --- operators, and waiting for a device ---
@@ -167,7 +185,7 @@ def test_a_step_never_waits_for_a_gpu() -> None:
     mixing devices."""
     networks = stable_diffusion()
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        for settings in ({}, {"mode": "guess", "layers": "soft"}):
+        for settings in ({}, {"mode": "guess", "layers": "soft"}, {"savings": Savings(merge_tokens=0.5)}):
             predictor = fake_predictor(networks, "cuda", **settings)
             with text_kept(*networks):
                 for step in (0, 1):
