@@ -261,7 +261,7 @@ def generate(
     lora: Annotated[Texts, _option("FILE[:WEIGHT]", "Put a LoRA onto the base: file or hub id.")] = None,
     embedding: Annotated[Texts, _option("[WORD=]FILE", "Teach the base a word: textual inversion.")] = None,
     ip_adapter: Annotated[
-        Texts, _option("FILE=PICTURE[:SCALE]", "Show the base a picture, as an IP-Adapter puts it in words.")
+        Texts, _option("FILE=PICTURE[:SCALE]", "Show the base a picture through an IP-Adapter.")
     ] = None,
     image_encoder: Annotated[
         Text, _option("FOLDER", "The IP-Adapter's picture encoder.  [default: the one beside it]")
@@ -329,10 +329,15 @@ def generate(
     device: Annotated[Text, _option("NAME", "auto, cpu, cuda, cuda:1 or mps.  [default: auto]")] = None,
     compile_: Annotated[
         Switch,
-        typer.Option("--compile", help="Compile the networks: minutes once, worth it for many pictures."),
+        typer.Option(
+            "--compile/--no-compile", help="Compile the networks: minutes once, worth it for many pictures."
+        ),
     ] = None,
     cuda_graph: Annotated[
-        Switch, typer.Option("--cuda-graph", help="On a GPU: record a step, and start it as a whole.")
+        Switch,
+        typer.Option(
+            "--cuda-graph/--no-cuda-graph", help="On a GPU: record a step, and start it as a whole."
+        ),
     ] = None,
     memory: Annotated[
         Text, _option("AMOUNT", "Stay within this memory, as 4GB: what that takes is chosen and told.")

@@ -14,6 +14,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from controlkit.training import planning_parts
 from controlkit.training.config import load_recipe
 from controlkit.training.planning import (
     batch_need,
@@ -216,6 +217,42 @@ def test_a_plans_parts_add_up_and_are_told(tiny_plan):
     assert told["samples_per_s"] == pytest.approx(4 / tiny_plan.step_s)
 
 
+def test_what_encodes_stays_whole_in_half_precision(tmp_path):
+    r = recipe(base=str(build(tmp_path / "base", "sd1")), precision="bf16")
+    networks = build_networks(r)
+    step = simulate_step(networks, r, width=128, height=128)
+    parts = count_memory(networks, r, step, Place("cpu", 0, 1, 128, 128)).parts
+    assert parts["autoencoder"] == 4 * sum(p.numel() for p in networks.vae.parameters())
+    assert parts["text encoders"] == 4 * networks.text_parameters
+    assert parts["locked U-Net"] < 4 * sum(p.numel() for p in networks.unet.parameters())
+
+
+def test_what_a_gpu_holds_besides_is_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(planning_parts, "available_memory", lambda device: 10**9)
+    base = str(build(tmp_path / "base", "sd1"))
+
+    def parts(pictures, **changes):
+        data = changes.pop("data", {})
+        r = recipe(base=base, **changes)
+        r = r.model_copy(update={"data": r.data.model_copy(update=data)})
+        networks = build_networks(r)
+        step = simulate_step(networks, r, width=128, height=128)
+        place = Place("cuda", 0, 1, 128, 128, pictures)
+        return count_memory(networks, r, step, place).parts, step
+
+    usual, _ = parts(None)
+    assert "recorded graphs" not in usual
+    assert "data on the device" not in usual
+    graphs, step = parts(None, cuda_graph=True)
+    assert graphs["recorded graphs"] == step.worst.saved + step.worst.workspace
+    assert parts(1000)[0]["data on the device"] == 1000 * (
+        2 * (2 * 4 * 16 * 16 + 77 * 32) + 3 * 128 * 128  # mean and spread, text, map
+    )
+    assert "data on the device" not in parts(10_000)[0]  # more than a quarter of what is free
+    assert "data on the device" in parts(10_000, data={"resident": True})[0]
+    assert "data on the device" not in parts(1000, data={"resident": False})[0]
+
+
 @pytest.mark.slow
 def test_what_does_not_fit_comes_with_what_would(monkeypatch):
     r = recipe(batch_size=64, ema=0.0)
@@ -361,7 +398,12 @@ def test_memory_is_within_15_percent_of_a_tiny_training(tmp_path, batch_size, ch
 @needs_rss
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "changes", [["batch_size=16"], ["batch_size=16", "gradient_checkpointing=true", "ema=0"]]
+    "changes",
+    [
+        ["batch_size=16"],
+        ["batch_size=16", "gradient_checkpointing=true", "ema=0"],
+        ["batch_size=16", "precision=bf16"],
+    ],
 )
 def test_memory_is_within_15_percent_of_a_training_of_34_million_parameters(tmp_path, changes):
     widths = {"block_out_channels": (64, 128, 256, 256), "norm_num_groups": 32, "attention_head_dim": 8}

@@ -166,7 +166,7 @@ def plan(
     largest = max(chosen, key=lambda size: size[0] * size[1])
     area = sum(w * h for w, h in chosen) / len(chosen) / (largest[0] * largest[1])
     step = simulate_step(networks, recipe, width=largest[0], height=largest[1])
-    place = Place(device, imported, processes, *largest)
+    place = Place(device, imported, processes, *largest, pictures)
     speed = measure_speed(step, device)
     micro_s = (speed.total_s + _reward_seconds(networks, recipe, place)) * area
     result = Plan(

@@ -21,7 +21,7 @@ from controlkit.training.machine import DTYPES
 from controlkit.training.pair import Pair
 from controlkit.training.planning_memory import Simulated, simulate
 
-_TOKENS = 77
+TOKENS = 77
 _SIDES = {"sd1": 64, "sd2": 64, "sdxl": 128}  # latents, where a U-Net's configuration does not say
 _CONFIGS = ("unet/config.json", "vae/config.json", "text_encoder/config.json")
 
@@ -105,7 +105,10 @@ def build(recipe: ControlNetRecipe) -> Networks:
 
 
 def _prepare(networks: Networks, recipe: ControlNetRecipe) -> None:
-    """Precision, layout, and what is trained, as `ControlNetTask` and `Weights` leave them."""
+    """Precision, layout, and what is trained, as `ControlNetTask` and `Weights` leave them.
+
+    The autoencoder and the text encoders stay in fp32: what they make is made once.
+    """
     unet, controlnet, half = networks.unet, networks.controlnet, DTYPES[recipe.precision]
     trainable_parameters(controlnet, unet, sd_locked=recipe.sd_locked)
     if recipe.only_mid_control:
@@ -115,12 +118,12 @@ def _prepare(networks: Networks, recipe: ControlNetRecipe) -> None:
         unet.enable_gradient_checkpointing()
     stays_whole = recipe.precision == "fp16"  # of what is trained: autocast lowers it where it is used
     with networks.mode:
-        for module in (unet, controlnet, networks.vae):
+        for module in (unet, controlnet):
             trained = any(parameter.requires_grad for parameter in module.parameters())
             for tensor in [*module.parameters(), *module.buffers()]:
                 if tensor.is_floating_point() and not (trained and stays_whole):
                     tensor.data = tensor.data.to(half)
-                if recipe.channels_last and tensor.dim() == 4 and module is not networks.vae:
+                if recipe.channels_last and tensor.dim() == 4:
                     tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
 
 
@@ -139,10 +142,10 @@ def _text_encoder(config: Mapping[str, Any]) -> tuple[int, int]:
     width, inner = int(config.get("hidden_size", 512)), int(config.get("intermediate_size", 2048))
     layers = int(config.get("num_hidden_layers", 12))
     block = 4 * (width * width + width) + 2 * width * inner + inner + width + 4 * width
-    embedded = (int(config.get("vocab_size", 49408)) + _TOKENS) * width
+    embedded = (int(config.get("vocab_size", 49408)) + TOKENS) * width
     architectures = config.get("architectures") or [""]
     projection = width * int(config.get("projection_dim", 0)) if "Projection" in architectures[0] else 0
-    flops = layers * (2 * _TOKENS * (4 * width * width + 2 * width * inner) + 4 * _TOKENS**2 * width)
+    flops = layers * (2 * TOKENS * (4 * width * width + 2 * width * inner) + 4 * TOKENS**2 * width)
     return layers * block + embedded + 2 * width + projection, flops
 
 
@@ -209,7 +212,7 @@ def _inputs(
     inputs: dict[str, Any] = {
         "noisy_latents": torch.empty(latents, memory_format=layout),
         "timesteps": torch.empty(batch, dtype=torch.int64),
-        "encoder_hidden_states": torch.empty(batch, _TOKENS, config.cross_attention_dim),
+        "encoder_hidden_states": torch.empty(batch, TOKENS, config.cross_attention_dim),
         "controlnet_cond": torch.empty(cond, memory_format=layout),
     }
     if networks.family == "sdxl":

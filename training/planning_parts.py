@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from controlkit.training.config_adapter import ControlNetRecipe
-from controlkit.training.planning_batch import resident_memory
+from controlkit.training.data.encoding import KEPT
+from controlkit.training.data.resident import SHARE
+from controlkit.training.planning_batch import available_memory, resident_memory
 from controlkit.training.planning_memory import Simulated, optimizer_bytes, weight_bytes
 from controlkit.training.planning_networks import (
+    TOKENS,
     Networks,
     simulate_decoding,
     simulate_encoding,
@@ -37,6 +40,8 @@ class Place:
     processes: int
     width: int
     height: int
+    pictures: int | None = None
+    """How many views there are, if anyone knows."""
 
     @property
     def on_cpu(self) -> bool:
@@ -77,7 +82,7 @@ def count_memory(networks: Networks, recipe: ControlNetRecipe, step: Simulated, 
     """The parts of the phase that needs most, and the totals of all."""
     base = _base(networks, recipe, place)
     trained = _trained(networks, recipe)
-    encoders = _encoders(networks, recipe)
+    encoders = _encoders(networks)
     stays = place.on_cpu or not recipe.data.cache
     phases = {
         "encoding": {**base, **encoders, "at work": _encoding(networks, place)},
@@ -86,6 +91,8 @@ def count_memory(networks: Networks, recipe: ControlNetRecipe, step: Simulated, 
             **(encoders if stays else {}),
             **trained,
             **_step(networks, recipe, step, place),
+            **_recorded(recipe, step, place),
+            **_resident(networks, recipe, place),
             **_rewarded(networks, recipe, step, place, stays=stays),
             **_saved(recipe, trained, place),
         },
@@ -101,12 +108,8 @@ def _base(networks: Networks, recipe: ControlNetRecipe, place: Place) -> dict[st
     return {"process and libraries": process, "locked U-Net": weight_bytes([networks.unet], trained=False)}
 
 
-def _encoders(networks: Networks, recipe: ControlNetRecipe) -> dict[str, int]:
-    per_weight = 4 if recipe.precision == "fp32" else 2
-    return {
-        "autoencoder": weight_bytes([networks.vae]),
-        "text encoders": per_weight * networks.text_parameters,
-    }
+def _encoders(networks: Networks) -> dict[str, int]:
+    return {"autoencoder": weight_bytes([networks.vae]), "text encoders": 4 * networks.text_parameters}
 
 
 def _trained(networks: Networks, recipe: ControlNetRecipe) -> dict[str, int]:
@@ -143,6 +146,29 @@ def _step(networks: Networks, recipe: ControlNetRecipe, step: Simulated, place: 
         "workspace": workspace,
         "lost between allocations": fixed + int(share * (saved + workspace)),
     }
+
+
+def _recorded(recipe: ControlNetRecipe, step: Simulated, place: Place) -> dict[str, int]:
+    """The memory of recorded graphs: a step's own, beside that of the step that was run to compare."""
+    if place.on_cpu or not recipe.cuda_graph:
+        return {}
+    return {"recorded graphs": step.worst.saved + step.worst.workspace}
+
+
+def _resident(networks: Networks, recipe: ControlNetRecipe, place: Place) -> dict[str, int]:
+    """The data that stays on the device, as `data.resident` puts it there; captions are counted as all
+    different.
+    """
+    wanted = recipe.data.resident
+    if place.pictures is None or wanted is False or (wanted == "auto" and place.on_cpu):
+        return {}
+    latents = 2 * networks.vae.config.latent_channels * place.width * place.height // networks.factor**2
+    text = TOKENS * networks.unet.config.cross_attention_dim
+    channels = networks.conditioning_channels
+    each = KEPT.itemsize * (latents + text) + channels * place.width * place.height
+    if wanted == "auto" and place.pictures * each > SHARE * (available_memory(place.device) or 0):
+        return {}
+    return {"data on the device": place.pictures * each}
 
 
 def _rewarded(

@@ -295,7 +295,7 @@ def lines(told: dict[str, Any]) -> Iterator[str]:
         if spent:
             device, wall = (told["batch"] / spent[key] for key in ("device", "wall"))
             peak = f"{memory['peak'] / 1e9:.2f}" if memory else ""
-            yield f"| {name} | {device:.2f} | {wall:.2f} | {peak} |"
+            yield f"| {name} | {device:.3g} | {wall:.3g} | {peak} |"
     yield ""
     if "itself" in told:
         for name in ("ours to documented", "ours to tuned", "tuned to documented", "itself"):
