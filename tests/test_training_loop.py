@@ -372,8 +372,8 @@ def test_a_base_that_is_told_a_picture_is_refused_and_nothing_is_written(place, 
     save_adapter(from_base(own), place / "adapter", info=AdapterInfo(map=MAPS["canny"], family="sd2"))
     init = {"init": str(place / "adapter")} if goes_on else {}
     with pytest.raises(ValueError, match=r"told a class or a picture .* train the adapter on"):
-        run(place, "told", base=str(base), **init)
-    assert not (place / "told" / "checkpoints").exists()
+        run(place, "told-a-picture", base=str(base), **init)
+    assert not (place / "told-a-picture" / "checkpoints").exists()
 
 
 def test_fp16_without_a_gpu_is_refused_before_anything_is_loaded(place):
