@@ -20,7 +20,8 @@ from torch import Tensor
 
 from controlkit import files
 from controlkit.base import BUNDLED as BUNDLED_BASES
-from controlkit.base import FAMILY_TITLES, Base, family_of
+from controlkit.base import FAMILY_TITLES, Base
+from controlkit.base_parts import family_of
 from controlkit.class_labels import check_labels_fit
 from controlkit.controlnet import lock
 from controlkit.folders import is_pickle, load_part, read_header, read_json, weight_files, write_weights

@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from controlkit import diffusion, limits
-from controlkit.base import load_tokenizer
+from controlkit.base_parts import load_tokenizer
 from controlkit.controlnet import lock
 from controlkit.devices import check_device
 from controlkit.folders import load_part, read_json, weight_files

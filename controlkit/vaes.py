@@ -58,7 +58,7 @@ def with_vae(base: Base, name: str) -> Base:
     """
     import diffusers
 
-    from controlkit.base import vae_dtype
+    from controlkit.base_parts import vae_dtype
     from controlkit.controlnet import lock
 
     folder = _part(find_folder(name, complete=_is_complete, files=HUB_FILES, **_PLACES))

@@ -16,7 +16,8 @@ from PIL import Image
 from sampling_peers import assert_same, cond, controlnet_of, our_latents, parts_of
 
 from controlkit import sampling
-from controlkit.base import Base, _is_complete, load_base
+from controlkit.base import Base, load_base
+from controlkit.base_parts import is_complete
 from controlkit.class_labels import Told
 from controlkit.control import Control
 from controlkit.controlnet import from_base, lock, predict
@@ -314,11 +315,11 @@ def test_folders_of_which_a_part_is_missing_or_does_not_fit(folders: dict[str, P
         damaged.write_text("{")
         assert f"{damaged} is not valid JSON" in refusal()
         damaged.write_text(kept)
-    assert _is_complete(folder)
+    assert is_complete(folder)
     tiny_models.replace_image_encoder(folder, projection_dim=48)
     assert "is told 64 numbers, which must be twice those of image_encoder (48)" in refusal()
     shutil.rmtree(folder / "image_encoder")
-    assert not _is_complete(folder), "or a cached copy of it would not be completed"
+    assert not is_complete(folder), "or a cached copy of it would not be completed"
     assert "has no image_encoder/: its U-Net is told a vector" in refusal()
 
 

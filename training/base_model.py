@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from controlkit import diffusion, files
-from controlkit.base import Base, load_tokenizer, noise_schedule
+from controlkit.base import Base
+from controlkit.base_parts import load_tokenizer, noise_schedule
 from controlkit.controlnet import lock
 from controlkit.folders import load_part
 from controlkit.sampling import generate

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from controlkit.adapters import BUNDLED_ADAPTERS
-from controlkit.base import ALIASES, BUNDLED, family_of
+from controlkit.base_parts import ALIASES, BUNDLED, family_of
 from controlkit.controlnet import HINT_CHANNELS, check_copyable, trainable_parameters
 from controlkit.folders import quiet_libraries, read_json
 from controlkit.hub import find_folder
