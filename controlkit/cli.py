@@ -248,7 +248,10 @@ def demo(
     print("  controlkit train tiny-canny")
 
 
-@app.command(epilog='Example:  controlkit generate "a cube" --control canny=photo.jpg -o out.png')
+@app.command(
+    epilog='Example:  controlkit generate "a cube" --control canny=photo.jpg -o out.png',
+    context_settings={"allow_extra_args": True},  # the second setting of a grid
+)
 def generate(
     context: typer.Context,
     prompt: Annotated[str | None, typer.Argument(help="What the picture shows.", show_default=False)] = None,
@@ -344,7 +347,7 @@ def generate(
     ] = None,
     like: Annotated[Text, _option("PICTURE", "Repeat this picture; other options change it.")] = None,
     grid: Annotated[
-        Texts, _option("KEY=VALUES", "Vary a setting, or two, on one sheet: scale=0.5,0.8 seed=1..4")
+        Texts, _option("KEY=VALUES", "Vary one setting, or two, on a sheet: scale=0.5,0.8 seed=1..4")
     ] = None,
     preview: Annotated[
         Text, _option("FILE", "Show in this PNG what the picture will be, while it is made.")
@@ -354,11 +357,14 @@ def generate(
     from controlkit import arguments, generate_job, grid_job
     from controlkit.generate_plan import Options, check_preview
 
+    words = [word for word in (prompt, *context.args) if word is not None]
+    prompt, axes_texts = grid_job.split_words(words, grid or ())
     asked = {name: value for name, value in context.params.items() if value is not None}
+    asked["prompt"] = prompt
     given = {
         name.rstrip("_"): value
         for name, value in asked.items()
-        if name.rstrip("_") in Options.__dataclass_fields__
+        if name.rstrip("_") in Options.__dataclass_fields__ and value is not None
     }
     if memory is not None:
         given["memory_limit"] = arguments.parse_bytes(given.pop("memory"))
@@ -379,7 +385,7 @@ def generate(
             output=output,
             like=like,
         )
-        axes = grid_job.parse_axes(grid) if grid else []
+        axes = grid_job.parse_axes(axes_texts) if axes_texts else []
         shown = None if preview is None else check_preview(preview, plan)
         if axes:
             grid_job.check(plan, axes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -51,6 +52,19 @@ class Axis:
         """How a value is named on the sheet."""
         shown = "..".join(f"{number:g}" for number in value) if isinstance(value, tuple) else value
         return f"{self.key}={shown:g}" if isinstance(shown, float) else f"{self.key}={shown}"
+
+
+def split_words(words: Sequence[str], grid: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The prompt and the settings of a grid, from the words on the command line: `--grid` may be followed by
+    two settings, of which the shell gives the second as a word of its own.
+
+    Raises ValueError for more than one word that is no setting.
+    """
+    settings = [word for word in words if grid and re.match(r"[a-z_.]+=", word)]
+    others = [word for word in words if word not in settings]
+    if len(others) > 1:
+        raise ValueError(f"unexpected extra argument {others[1]!r}: put quotes around the prompt")
+    return (others[0] if others else None), [*grid, *settings]
 
 
 def parse_axes(texts: Sequence[str]) -> list[Axis]:

@@ -14,8 +14,7 @@ import torch
 from outcomes import Run
 
 import controlkit
-from controlkit import base as base_module
-from controlkit import generate_job, infotext
+from controlkit import base_parts, generate_job, infotext
 from controlkit.arguments import parse_control
 from controlkit.images import load_picture, read_png_text, write_png
 from controlkit.preprocessors import draw_poses, read_poses
@@ -168,10 +167,10 @@ def test_bad_models_are_one_plain_line(
     for folder in (models / "canny-sd1", models):
         assert "is not a diffusers pipeline folder: it has no model_index.json" in attempt("--base", folder)
     sd1 = ("--base", models / "sd1")
-    before = base_module.load_part
-    monkeypatch.setattr(base_module, "load_part", None)  # a name is checked before anything is loaded
+    before = base_parts.load_part
+    monkeypatch.setattr(base_parts, "load_part", None)  # a name is checked before anything is loaded
     assert "no adapter called 'cany' (did you mean 'canny'?)" in attempt(*sd1, "--adapter", "canny=cany")
-    monkeypatch.setattr(base_module, "load_part", before)
+    monkeypatch.setattr(base_parts, "load_part", before)
     other_family = attempt(*sd1, "--adapter", f"canny={models / 'canny-sdxl'}")
     assert "cross_attention_dim 64" in other_family
     assert "cross_attention_dim 32" in other_family

@@ -129,6 +129,15 @@ def test_large_pictures_in_tiles_keep_their_size(run: Run, models: Path) -> None
     assert load_picture("out.png").shape == (160, 200, 3)
 
 
+@pytest.mark.parametrize("quoted", [["seed=0,1", "steps=1..2"], ["seed=0,1", "--grid", "steps=1..2"]])
+def test_the_second_setting_may_stand_behind_the_first(generate: Run, run: Run, quoted: list[str]) -> None:
+    generate("-o", "one.png").done()
+    for start in (generate, lambda *more: run("generate", "--like", "one.png", *more)):
+        assert "wrote grid.png, 4 pictures" in start("--grid", *quoted, "-o", "grid.png").done()
+    assert "unknown setting of a grid 'stps'" in generate("--grid", "seed=0,1", "stps=1..2").refused()
+    assert "unexpected extra argument 'more'" in generate("--grid", "seed=0,1", "more").refused()
+
+
 def test_a_grid_over_two_settings(generate: Run) -> None:
     outcome = generate("--grid", "canny.scale=0,1..0.5", "--grid", "seed=1..3", "-o", "grid.png")
     assert "wrote grid.png, 6 pictures" in outcome.done()
