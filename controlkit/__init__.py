@@ -14,10 +14,16 @@ if TYPE_CHECKING:
     from controlkit.control import Control as Control
     from controlkit.embeddings import Embedding as Embedding
     from controlkit.embeddings import with_embeddings as with_embeddings
+    from controlkit.execution import Execution as Execution
     from controlkit.images import load_picture as load_picture
+    from controlkit.ip_adapter import picture_prompt as picture_prompt
     from controlkit.loras import Lora as Lora
     from controlkit.loras import with_loras as with_loras
+    from controlkit.memory import Memory as Memory
+    from controlkit.predicting import Savings as Savings
     from controlkit.sampling import generate as generate
+    from controlkit.starting import Start as Start
+    from controlkit.tiling import Tiles as Tiles
     from controlkit.vaes import with_vae as with_vae
 
 __version__ = "0.1.0"
@@ -28,13 +34,19 @@ _HOME = {
     "ClipGuidance": "clip_guidance",
     "Control": "control",
     "Embedding": "embeddings",
+    "Execution": "execution",
     "Lora": "loras",
+    "Memory": "memory",
+    "Savings": "predicting",
+    "Start": "starting",
+    "Tiles": "tiling",
     "Told": "class_labels",
     "generate": "sampling",
     "load_adapter": "adapters",
     "load_base": "base",
     "load_clip": "clip_guidance",
     "load_picture": "images",
+    "picture_prompt": "ip_adapter",
     "with_embeddings": "embeddings",
     "with_loras": "loras",
     "with_vae": "vaes",
