@@ -237,12 +237,14 @@ def check_fits(controlnet: ControlNetModel, base: Base) -> None:
 
 
 def _check_sizes(config: Mapping[str, Any], base: Base, *, name: str) -> None:
-    different = [key for key in _SIZES if _plain(config.get(key)) != _plain(base.unet.config[key])]
+    # A base that fills holes sees more besides the latents, and its control networks do not.
+    own = {**{key: base.unet.config[key] for key in _SIZES}, "in_channels": base.unet.config.out_channels}
+    different = [key for key in _SIZES if _plain(config.get(key)) != _plain(own[key])]
     family = family_of(config)
     if not different and family == base.family:
         return
     adapter_sizes = ", ".join(f"{key} {_plain(config.get(key))}" for key in different) or "other attention"
-    base_sizes = ", ".join(f"{key} {_plain(base.unet.config[key])}" for key in different) or "its own"
+    base_sizes = ", ".join(f"{key} {_plain(own[key])}" for key in different) or "its own"
     raise ValueError(
         f"{name} does not fit the base {base.name}: it is for {FAMILY_TITLES[family]} ({adapter_sizes}),"
         f" the base is {FAMILY_TITLES[base.family]} ({base_sizes})"

@@ -100,6 +100,17 @@ class Rows:
         """The conditional rows alone."""
         return self if self.branches == 1 else self._part(slice(self.pictures, None), is_conditional=True)
 
+    def with_added(self, added_cond: Mapping[str, Tensor]) -> Rows:
+        """The same text under another `added_cond`; the halves share their text, too."""
+        rows = replace(self, added_cond=added_cond)
+        if self.branches == 2:
+            for name in ("unconditional", "conditional"):
+                half: Rows = getattr(self, name)
+                part = slice(None, self.pictures) if name == "unconditional" else slice(self.pictures, None)
+                added = {key: tensor[part] for key, tensor in added_cond.items()}
+                rows.__dict__[name] = replace(half, added_cond=added)
+        return rows
+
     def _part(self, which: slice, *, is_conditional: bool) -> Rows:
         added, labels, told = self.added_cond, self.class_labels, self.for_unet
         return Rows(

@@ -202,7 +202,7 @@ class Base:
 
     def _tokens(self, prompt: str, tokenizer: CLIPTokenizer, encoder: CLIPTextModel) -> dict[str, Tensor]:
         """The prompt's token ids (1, 77), padded or cut, and the padding's mask."""
-        prompt = _with_all_vectors(prompt, tokenizer)
+        prompt = with_all_vectors(prompt, tokenizer)
         length = encoder.config.max_position_embeddings  # the tokenizer's own limit is a setting, often wrong
         if len(tokenizer(prompt, verbose=False).input_ids) > length:
             warnings.warn(f"the prompt has more than {length} tokens; the rest is ignored", stacklevel=5)
@@ -219,7 +219,7 @@ def _wanted(tokens: Mapping[str, Tensor], encoder: CLIPTextModel) -> dict[str, T
     return {key: tokens[key].to(encoder.device) for key in keys}
 
 
-def _with_all_vectors(prompt: str, tokenizer: CLIPTokenizer) -> str:
+def with_all_vectors(prompt: str, tokenizer: CLIPTokenizer) -> str:
     """The prompt in which learned words of several vectors (`embeddings.py`) stand for all of them."""
     from diffusers.loaders import TextualInversionLoaderMixin
 

@@ -40,21 +40,26 @@ def refine(
     strength: float = 0.5,
     seed: int = 0,
     controls: Sequence[Control] = (),
+    start: Start | None = None,
     **options: Any,
 ) -> np.ndarray:
     """The second stage: a picture, uint8 (H, W, 3), `factor` times as large, refined under its controls.
 
     strength: above 0, up to 1: the share of the steps that are taken. controls: with maps of the larger
-    picture where there are any; others are resized. options: of `sampling.generate`; with `tiles` memory
+    picture where there are any; others are resized. start: what the first stage started from; outside of its
+    hole the result has its pixels, at the larger size. options: of `sampling.generate`; with `tiles` memory
     stays bounded.
     """
     width, height = larger_size(picture.shape[1], picture.shape[0], factor)
-    enlarged = images.resize(picture, width, height)
+    refined = Start(images.resize(picture, width, height), strength)
+    if start is not None and start.mask is not None:
+        whole = start.fitted(width, height)
+        refined = Start(whole.pasted(refined.picture), strength, whole.mask, start.paste)
     return generate(
         base,
         prompt,
         controls=controls,
-        start=Start(enlarged, strength),
+        start=refined,
         seeds=[seed],
         width=width,
         height=height,

@@ -9,7 +9,7 @@ on as before, with a warning.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from controlkit.applying import EAGER, Networks, Rows
 from controlkit.predicting import Predictor
 from controlkit.recording import CudaRecorder, Recorder, apart
+from controlkit.reuse import kept_text
 
 TOLERANCE = 0.02
 """How far a graph's prediction may be from that without it, as a share of its size (root mean square): room
@@ -94,10 +95,11 @@ def _compiled(mode: str | None) -> Networks:
 class Recording:
     """One kind of step: where its inputs are read, what computes it, and where the prediction then lies.
 
-    fixed: tensors that it reads where they are, and which must therefore live as long.
+    held: whatever holds tensors that it reads where they are, and which must therefore live as long: what it
+    is told, the predictor with what that computed once, the text's keys and values.
     """
 
-    fixed: Sequence[Any]
+    held: tuple[Any, ...]
     noisy_latents: Tensor | None = None
     timestep: Tensor | None = None
     replay: Callable[[], None] | None = None
@@ -122,8 +124,9 @@ class Replayed:
         if runner.recorder is None:  # given up
             return model_pred
         if known is None:
-            recordings[key] = Recording(fixed)  # and what is computed once has been computed by now
+            recordings[key] = Recording((fixed, self._whole))
             return model_pred
+        known.held += (kept_text(self._whole.base.unet, *self._whole.controlnets),)  # all computed by now
         again = lambda shown, told: self._whole(shown, told, step)  # noqa: E731
         reason = _record(known, runner.recorder, again, (noisy_latents, timestep), model_pred)
         if reason:

@@ -195,6 +195,7 @@ class Session:
         from controlkit import cascade
 
         controls = self._controls(first, *cascade.larger_size(first.width, first.height, first.hires))
+        start = _start(self.job.beginning, first)
         return lambda picture, seed: cascade.refine(
             self.base,
             first.prompt,
@@ -203,6 +204,7 @@ class Session:
             strength=first.hires_strength,
             seed=seed,
             controls=controls,
+            start=start,
             **options,
         )
 
@@ -310,7 +312,11 @@ def _decided(job: Plan, base: Base) -> tuple[PictureRecord, list[Source]]:
     shaping += [] if job.beginning is None else [job.beginning.picture]
     map_size = (shaping[0].shape[1], shaping[0].shape[0]) if shaping else None
     width, height = sampling.picture_size(
-        base, map_size, options.width, options.height, any_area=options.tile is not None
+        base,
+        map_size,
+        options.width,
+        options.height,
+        any_area=options.tile is not None and options.hires == 1,
     )
     record = PictureRecord(
         **shared(options),

@@ -86,17 +86,24 @@ def picture_prompt(
 
 @contextmanager
 def pictures_told(unet: Any, prompts: Sequence[PicturePrompt]) -> Iterator[None]:
-    """Within the block, which is within `text_kept`'s, the U-Net reads the pictures' tokens, too."""
-    parts = zip(*(prompt.parts() for prompt in prompts), strict=True) if prompts else ()
-    told = list(zip(cross_attentions(unet), parts, strict=True)) if prompts else []
-    for attention, its_parts in told:
-        assert type(attention.processor) is KeptText, "text_kept comes first"
-        attention.processor.pictures = its_parts
+    """Within the block, which is itself within `reuse.text_kept`, the U-Net reads the pictures' tokens, too.
+
+    Raises ValueError for a U-Net whose attentions somebody has changed.
+    """
+    if not prompts:
+        yield
+        return
+    processors = [attention.processor for attention in cross_attentions(unet)]
+    if not all(type(processor) is KeptText for processor in processors):
+        raise ValueError("the U-Net has attention processors of its own, which read no pictures: remove them")
+    before = [processor.pictures for processor in processors]
     try:
+        for processor, *parts in zip(processors, *(prompt.parts() for prompt in prompts), strict=True):
+            processor.read(parts)
         yield
     finally:
-        for attention, _ in told:
-            attention.processor = KeptText()
+        for processor, pictures in zip(processors, before, strict=True):
+            processor.read(pictures)
 
 
 def with_pictures(text: Tensor, prompts: Sequence[PicturePrompt]) -> Tensor:

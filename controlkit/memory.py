@@ -64,19 +64,25 @@ class Memory:
 
 @contextlib.contextmanager
 def kept_small(memory: Memory | None, base: Base, *controlnets: Any) -> Iterator[None]:
-    """Within the block the measures are taken; the networks start where they belong, wherever they were."""
+    """Within the block the measures are taken: the networks start where they belong, and end where they
+    were.
+    """
     if memory is None:
         yield
         return
-    place = HOST if memory.offload else base.device
-    for network in (*base.encoders, base.unet, *controlnets, base.vae):
-        network.to(place)
-    if memory.sliced_vae:
+    networks = (*base.encoders, base.unet, *controlnets, base.vae)
+    before, slices = [network.device for network in networks], memory.sliced_vae and not base.vae.use_slicing
+    for network in networks:
+        network.to(HOST if memory.offload else base.device)
+    if slices:
         base.vae.enable_slicing()
     try:
         yield
     finally:
-        base.vae.disable_slicing()
+        if slices:
+            base.vae.disable_slicing()
+        for network, place in zip(networks, before, strict=True):
+            network.to(place)
 
 
 @contextlib.contextmanager

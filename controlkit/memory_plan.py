@@ -172,6 +172,7 @@ class Estimate:
         width = int(base.unet.config.cross_attention_dim)
         text = torch.empty(branches * batch, request.tokens, width, dtype=dtype)
         added = self._added(branches * batch)
+        taken, channels = base.unet.config.in_channels, base.vae.config.latent_channels
         predictor = Predictor(
             replace(base, unet=self.unet, vae=self.vae),
             Rows(text, added, batch, class_labels=self._labels(batch)),
@@ -179,9 +180,9 @@ class Estimate:
             Guidance(5.0 if request.guided else 1.0),
             1,
             Savings(merge_tokens=request.merge_tokens),
+            shown=None if taken == channels else torch.empty(batch, taken - channels, h, w),
             one_branch_at_a_time=one,
         )
-        channels = base.unet.config.in_channels
         latents = torch.empty(batch, channels, h, w)
         with text_kept(self.unet, *self.distinct):
             return hints + peak_of(lambda: predictor(latents, torch.empty((), dtype=torch.int64), 0))

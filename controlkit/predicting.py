@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -149,13 +150,17 @@ class Predictor:
         return (self.rows, *held, self.shown)
 
     @property
+    def controlnets(self) -> list[Any]:
+        """The control networks, each once."""
+        return list({id(c.control.controlnet): c.control.controlnet for c in self.controls}.values())
+
+    @property
     def keeps_nothing(self) -> bool:
         """Whether a step depends on no other step."""
         return self.savings.control_every == 1 and self.savings.features_every == 1
 
     def _predict(self, noisy_latents: Tensor, timestep: Tensor, rows: Rows, step: int) -> Tensor:
-        networks = {id(network): network for network in (c.control.controlnet for c in self.controls)}
-        with self.merging.within(self.base.unet, *networks.values()):
+        with self.merging.within(self.base.unet, *self.controlnets):
             return self._pair(noisy_latents, timestep, rows, step)
 
     def _pair(self, noisy_latents: Tensor, timestep: Tensor, rows: Rows, step: int) -> Tensor:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from controlkit.base import Base, Conditioning
+from controlkit.base import Base, Conditioning, with_all_vectors
 from controlkit.prompt_syntax import Words, parse
 
 if TYPE_CHECKING:
@@ -70,15 +70,17 @@ def chunks_of(parts: Sequence[Sequence[Words]], tokenizer: CLIPTokenizer, length
     comma = tokenizer.convert_tokens_to_ids(",</w>")
     pieces: list[list[tuple[int, float]]] = []
     for part in parts:
-        tokens = [
-            (token, words.weight)
-            for words in part
-            for token in tokenizer(words.text, add_special_tokens=False, verbose=False).input_ids
-        ]
+        tokens = [(token, words.weight) for words in part for token in _ids(words.text, tokenizer)]
         pieces += _pieces(tokens, comma, length - 2)
     if len(pieces) > 1 and not pieces[-1]:  # nothing behind the last BREAK
         pieces.pop()
     return [_bounded(piece, tokenizer, length) for piece in pieces]
+
+
+def _ids(text: str, tokenizer: CLIPTokenizer) -> list[int]:
+    said = with_all_vectors(text, tokenizer)
+    ids: list[int] = tokenizer(said, add_special_tokens=False, verbose=False).input_ids
+    return ids
 
 
 def _pieces(tokens: list[tuple[int, float]], comma: int, size: int) -> list[list[tuple[int, float]]]:

@@ -125,6 +125,10 @@ class KeptText:
         out = attn.to_out[0](out.transpose(1, 2).flatten(2))  # (B, heads, S, d) to (B, S, heads x d)
         return out / attn.rescale_output_factor if attn.rescale_output_factor != 1 else out
 
+    def read(self, pictures: Sequence[PicturePart]) -> None:
+        """From now on it is these pictures."""
+        self.pictures, self.fixed, self.kept = pictures, None, []
+
     def fix(self, attn: Any, told: Tensor) -> None:
         """From now on it is this text, whatever is given: compiled code would ask again and again."""
         self.fixed = self._keys_and_values(attn, told)
@@ -153,8 +157,8 @@ def _heads(attn: Any, x: Tensor) -> Tensor:
 def text_kept(*networks: nn.Module) -> Iterator[None]:
     """Within the block the cross-attentions of the networks compute a text's keys and values once.
 
-    Attentions that are not diffusers' plain ones stay as they are. Nothing may change
-    the networks' weights within the block.
+    Attentions that are not diffusers' plain ones stay as they are. Nothing may change the networks' weights
+    within the block. Blocks may be nested, as generations are: the inner one leaves the outer one as it was.
     """
     from diffusers.models.attention_processor import AttnProcessor2_0
 
@@ -162,7 +166,7 @@ def text_kept(*networks: nn.Module) -> Iterator[None]:
     try:
         for network in networks:
             for module in filter(_is_plain, cross_attentions(network)):
-                if type(module.processor) is AttnProcessor2_0:
+                if type(module.processor) in (AttnProcessor2_0, KeptText):
                     changed.append((module, module.processor))
                     module.processor = KeptText()
         yield
@@ -176,6 +180,12 @@ def text_fixed(network: nn.Module, told: Tensor) -> None:
     for attention in cross_attentions(network):
         if type(attention.processor) is KeptText:
             attention.processor.fix(attention, told)
+
+
+def kept_text(*networks: nn.Module) -> list[object]:
+    """The keys and values that the networks' cross-attentions remember."""
+    attentions = (attention for network in networks for attention in cross_attentions(network))
+    return [list(a.processor.kept) for a in attentions if type(a.processor) is KeptText]
 
 
 def cross_attentions(network: nn.Module) -> Iterator[Any]:

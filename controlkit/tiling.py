@@ -127,13 +127,14 @@ def _told_where(rows: Rows, window: Window, base: Base, height: int, width: int)
     factor, time_ids = base.vae_factor, rows.added_cond["time_ids"]
     sizes = [height, width, window.top, window.left, window.height, window.width]
     told = torch.tensor([factor * size for size in sizes], dtype=time_ids.dtype, device=time_ids.device)
-    return replace(rows, added_cond={**rows.added_cond, "time_ids": told.expand(len(time_ids), -1)})
+    return rows.with_added({**rows.added_cond, "time_ids": told.expand(len(time_ids), -1)})
 
 
 @contextlib.contextmanager
 def tiled_vae(base: Base, tiled: bool) -> Iterator[None]:
-    """Within the block the autoencoder works in tiles, too, if so told."""
-    if not tiled:
+    """Within the block the autoencoder works in tiles, too, if so told, and behind it as it did before."""
+    before = base.vae.use_tiling
+    if not tiled or before:
         yield
         return
     base.vae.enable_tiling()

@@ -20,6 +20,7 @@ from controlkit.control import Control
 from controlkit.embeddings import Embedding, with_embeddings
 from controlkit.files import sha256_file
 from controlkit.images import load_picture, read_png_text
+from controlkit.prompts import encode_weighted
 
 WORD = "<styl>"
 
@@ -81,6 +82,14 @@ def test_every_layout_means_the_same(sd1: Base, tmp_path: Path) -> None:
         said.append(known.encode_prompts([f"a {word} cube"]).encoder_hidden_states)
     assert all(torch.equal(said[0], other) for other in said)
     assert not torch.equal(said[0], sd1.encode_prompts([f"a {WORD} cube"]).encoder_hidden_states)
+
+
+def test_a_word_of_several_vectors_is_all_of_them_in_a_weighted_prompt(sd1: Base, tmp_path: Path) -> None:
+    save_file({WORD: vectors(3)}, tmp_path / "word.safetensors")
+    known = with_embeddings(sd1, [Embedding(str(tmp_path / "word.safetensors"))])
+    prompts = [f"a {WORD} cube"]
+    plain, weighted = known.encode_prompts(prompts), encode_weighted(known, prompts)
+    assert torch.equal(plain.encoder_hidden_states, weighted.encoder_hidden_states)
 
 
 def test_several_words(sd1: Base, tmp_path: Path) -> None:

@@ -1,11 +1,14 @@
 """Recorded graphs, on a device without any, and compiled networks: the same pictures; when they are made."""
 
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tiny_models
 import torch
 from outcomes import Run
 from sampling_peers import cond, controlnet_of
@@ -17,6 +20,7 @@ from controlkit.base import Base
 from controlkit.control import Control
 from controlkit.execution import Execution
 from controlkit.recording import Repeater, Work
+from controlkit.reuse import cross_attentions
 from controlkit.sampling import Memory, Savings, Tiles, generate
 
 GRAPHS = Execution(cuda_graph=True)
@@ -145,6 +149,51 @@ def test_a_graph_that_is_wrong_is_dropped(
         found = generate(sd1, "x", execution=GRAPHS, **request)
     assert len(told) == 1
     assert all(np.array_equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+class Careless:
+    """Keeps nothing alive that it recorded, as a graph does not, and says what the work said."""
+
+    def record(self, work: Work) -> tuple[Callable[[], None], Tensor]:
+        return lambda: None, work().clone()
+
+
+def test_a_recording_holds_what_it_reads(
+    sd1: Base, recorder: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, read = tiny_models.told_guidance(sd1), []
+    real = execution._record
+
+    def noting(known: Any, *rest: Any) -> str:
+        whole = predictors[-1]()
+        attention = next(iter(cross_attentions(base.unet)))
+        parts = [whole.timestep_cond, *attention.processor.kept[0][1][0]]
+        parts += [tensor for pattern in whole.merging._patterns.values() for tensor in pattern]
+        read.extend(weakref.ref(part) for part in parts if isinstance(part, Tensor))
+        return real(known, *rest)
+
+    predictors: list[Any] = []
+    made = execution.Runner.predictor
+
+    def predictor(self: Any, whole: Any, **more: Any) -> Any:
+        predictors.append(weakref.ref(whole))
+        return made(self, whole, **more)
+
+    monkeypatch.setattr(execution, "TOLERANCE", float("inf"))
+    monkeypatch.setattr(execution, "_record", noting)
+    monkeypatch.setattr(execution.Runner, "predictor", predictor)
+    recorder(Careless())
+    alive: list[bool] = []
+
+    def callback(done: int, total: int, latents: Tensor) -> None:
+        if done > 4:  # in the second batch
+            gc.collect()
+            alive.append(all(reference() is not None for reference in read))
+
+    request: dict[str, Any] = {"seeds": [0, 1], "steps": 4, "savings": Savings(merge_tokens=0.5)}
+    generate(base, "x", execution=GRAPHS, callback=callback, **request)
+    assert len(read) > 4
+    assert alive == [True] * 4
 
 
 @pytest.fixture

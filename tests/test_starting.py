@@ -15,6 +15,7 @@ from controlkit import images, sampling
 from controlkit.base import Base, load_base
 from controlkit.control import Control
 from controlkit.figures import render
+from controlkit.infotext import SAMPLER_NAMES
 from controlkit.starting import Start, inpaint_cond
 
 # diffusers' Euler schedulers hand torch tensors to numpy in a way that numpy 2 will drop (diffusers 0.42.1).
@@ -109,6 +110,22 @@ def test_a_hole_is_filled_as_by_the_pipeline(
     start = Start(picture(), strength=strength, mask=mask())
     ours = our_latents(base, [control], start=start, **request)
     assert_same(ours, theirs(INPAINT[family], base, control, start, **request))
+
+
+@pytest.mark.parametrize("scheduler", SAMPLER_NAMES)
+def test_a_hole_is_filled_as_by_the_pipeline_with_every_scheduler(sd1: Base, scheduler: str) -> None:
+    control = Control(controlnet_of(sd1), cond())
+    request: dict[str, Any] = {"seed": 7, "steps": 6, "scheduler": scheduler}
+    start = Start(picture(), strength=0.6, mask=mask())
+    ours = our_latents(sd1, [control], start=start, **request)
+    assert_same(ours, theirs(INPAINT["sd1"], sd1, control, start, **request))
+
+
+def test_a_hole_between_the_latents_is_too_small(sd1: Base) -> None:
+    small = np.zeros((64, 64), np.uint8)
+    small[1:7, 1:7] = 255
+    with pytest.raises(ValueError, match="the hole is too small: it falls between the latents"):
+        sampling.generate(sd1, "x", start=Start(picture(), 1.0, small), steps=1)
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.6])

@@ -17,7 +17,9 @@ from controlkit.cascade import larger_size, refine
 from controlkit.control import Control
 from controlkit.figures import render
 from controlkit.images import cover, resize
+from controlkit.memory import Memory
 from controlkit.preprocessors import get
+from controlkit.reuse import cross_attentions
 from controlkit.starting import Start
 from controlkit.tiling import Tiles, window_weights, windows
 
@@ -108,6 +110,16 @@ def test_what_the_networks_see_is_bounded(sd1: Base) -> None:
     hook.remove()
     assert picture.shape == (128, 192, 3)
     assert set(seen) == {(1, 4, 8, 8)}
+
+
+def test_tiles_share_the_texts_keys(load: Callable[[str], Base]) -> None:
+    base, computed = load("sdxl"), []
+    attention = next(iter(cross_attentions(base.unet)))
+    hook = attention.to_k.register_forward_hook(lambda *_: computed.append(1))
+    request: dict[str, Any] = {"width": 192, "height": 128, "steps": 4, "tiles": Tiles(64)}
+    sampling.generate(base, "x", memory=Memory(1, one_branch=True), **request)
+    hook.remove()
+    assert len(computed) == 2  # the prompt and its negative, whatever the tile and the step
 
 
 def test_two_stages_keep_the_composition_and_follow_the_map() -> None:
