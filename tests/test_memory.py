@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny_models
 import torch
 from fakes import faked
 from outcomes import Run
@@ -104,6 +105,13 @@ def test_each_measure_lowers_its_phase(sd1: Base) -> None:
     assert estimate.phases(Memory(1, one_branch=True))["denoising"] < estimate.phases(Memory(1))["denoising"]
     weights = sum(p.nbytes for p in sd1.unet.parameters())
     assert estimate.phases(Memory(1))["text"] - estimate.phases(EVERYTHING)["text"] > weights
+
+
+def test_a_base_that_fills_holes_is_reckoned_under_a_control(sd1: Base) -> None:
+    base = tiny_models.nine_channels(sd1)
+    controls = [Control(controlnet_of(sd1), cond())]
+    larger, plain = (Estimate(one, controls, Request(64, 64)).total(Memory(1)) for one in (base, sd1))
+    assert larger > plain
 
 
 def test_the_least_costly_measures_are_taken(sd1: Base) -> None:
