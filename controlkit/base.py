@@ -34,7 +34,7 @@ from controlkit.base_parts import (
 from controlkit.class_labels import PictureEncoder
 from controlkit.controlnet import lock
 from controlkit.devices import check_device
-from controlkit.folders import read_json
+from controlkit.folders import quiet_libraries, read_json
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
@@ -223,7 +223,8 @@ def with_all_vectors(prompt: str, tokenizer: CLIPTokenizer) -> str:
     """The prompt in which learned words of several vectors (`embeddings.py`) stand for all of them."""
     from diffusers.loaders import TextualInversionLoaderMixin
 
-    return TextualInversionLoaderMixin().maybe_convert_prompt(prompt, tokenizer)
+    with quiet_libraries():  # a long prompt is told by `_tokens`, in our words
+        return TextualInversionLoaderMixin().maybe_convert_prompt(prompt, tokenizer)
 
 
 def load_base(

@@ -75,6 +75,10 @@ class Start:
         if self.mask is not None:
             grey = np.repeat(np.where(self.hole(), 255, 0).astype(np.uint8)[..., None], 3, axis=2)
             mask = images.cover(grey, width, height, nearest=True)[..., 0]
+            if not mask.any():
+                raise ValueError(
+                    f"at {width}x{height} the picture is cropped, and all that is white in the mask with it"
+                )
         return Start(images.cover(self.picture, width, height), self.strength, mask, self.paste)
 
     def pasted(self, picture: np.ndarray) -> np.ndarray:

@@ -121,6 +121,15 @@ def test_a_hole_is_filled_as_by_the_pipeline_with_every_scheduler(sd1: Base, sch
     assert_same(ours, theirs(INPAINT["sd1"], sd1, control, start, **request))
 
 
+def test_a_hole_that_is_cropped_away(sd1: Base) -> None:
+    left = np.zeros((64, 64), np.uint8)
+    left[:, :8] = 255
+    with pytest.raises(
+        ValueError, match="at 32x64 the picture is cropped, and all that is white in the mask"
+    ):
+        sampling.generate(sd1, "x", start=Start(picture(), 1.0, left), width=32, height=64, steps=1)
+
+
 def test_a_hole_between_the_latents_is_too_small(sd1: Base) -> None:
     small = np.zeros((64, 64), np.uint8)
     small[1:7, 1:7] = 255
