@@ -357,14 +357,16 @@ def test_free_memory_is_known_on_linux():
 # --- against a real training ---
 
 _TRAIN = """
-import json, resource, sys
+import json, sys
+import torch
 from controlkit.training.config import load_recipe
 from controlkit.training.planning import plan
 from controlkit.training import train_recipe
+from controlkit.training.memory import peak_mb
 overrides = json.loads(sys.argv[1])
 predicted = plan(load_recipe("tiny-canny", overrides)).memory.total
 train_recipe("tiny-canny", overrides)
-print(json.dumps([predicted, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]))
+print(json.dumps([predicted, 1e6 * peak_mb(torch.device("cpu"))]))
 """
 
 
