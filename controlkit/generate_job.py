@@ -82,8 +82,8 @@ class Session:
         from controlkit.clip_guidance import check_clip
 
         clip = job.options.clip if job.options.clip_guidance or by_clip else ""
-        if clip:
-            check_clip(clip)
+        if job.options.clip and (clip or "clip" in job.given):
+            check_clip(job.options.clip)
         check_base(job.options.base)
         job.additions.check_names()
         for source in job.sources:

@@ -202,7 +202,8 @@ def test_a_sheet_is_not_a_picture(run: Run) -> None:
 def test_the_command_takes_none_for_numbers(run: Run, models: Path) -> None:
     fixed = ["generate", "x", "--base", models / "sd1", "--steps", 1]
     run(*fixed, "--tile", 64, "--scheduler", "euler-a", "--temperature", 0.5, "-o", "made.png").done()
-    run("generate", "--like", "made.png", "--tile", "none", "--temperature", "none", "-o", "out.png").done()
+    none = [word for name in ("tile", "temperature", "clip", "vae", "from") for word in (f"--{name}", "none")]
+    run("generate", "--like", "made.png", *none, "-o", "out.png").done()
     told = json.loads(read_png_text("out.png")["controlkit"])
     assert (told["tile"], told["temperature"]) == (None, None)
     run("generate", "--like", "out.png", "-o", "again.png").done()
