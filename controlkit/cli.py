@@ -320,9 +320,7 @@ def generate(
         Text, _option("NAME", "a1111: (word:1.3) weighs a word, and prompts may be long.  [default: plain]")
     ] = None,
     steps: Annotated[Whole, _option("N", "Denoising steps, 1 to 1000.  [default: 20]")] = None,
-    guidance: Annotated[
-        float | None, _option("X", "How much the prompt counts.  [default: the base's]")
-    ] = None,
+    guidance: Annotated[Text, _option("X", "How much the prompt counts.  [default: the base's]")] = None,
     clip_guidance: Annotated[
         Number, _option("X", "How much --clip's view of the prompt counts besides: 30, say.  [default: 0]")
     ] = None,
@@ -368,8 +366,8 @@ def generate(
     seed: Annotated[Whole, _option("N", "Seed of the first picture.  [default: 0]")] = None,
     count: Annotated[int, _option("N", "How many pictures, with consecutive seeds.", "-n", "--count")] = 1,
     output: Output = "out.png",
-    width: Annotated[Whole, _option("PIXELS", _SIZE_HELP)] = None,
-    height: Annotated[Whole, _option("PIXELS", _SIZE_HELP)] = None,
+    width: Annotated[Text, _option("PIXELS", _SIZE_HELP)] = None,
+    height: Annotated[Text, _option("PIXELS", _SIZE_HELP)] = None,
     device: Annotated[Text, _option("NAME", "auto, cpu, cuda, cuda:1 or mps.  [default: auto]")] = None,
     compile_: Annotated[
         Switch,
@@ -410,10 +408,10 @@ def generate(
     }
     if memory is not None:
         given["memory_limit"] = arguments.parse_bytes(given.pop("memory"))
-    if tile is not None:
-        given["tile"] = arguments.parse_number(tile, "--tile", whole=True)
-    if temperature is not None:
-        given["temperature"] = arguments.parse_number(temperature, "--temperature")
+    for name in ("tile", "width", "height", "temperature", "guidance"):  # numbers that may be none
+        if name in given:
+            whole = name in ("tile", "width", "height")
+            given[name] = arguments.parse_number(given[name], f"--{name}", whole=whole)
     started = time.monotonic()
     with _terminal() as terminal:
         plan = generate_job.plan(

@@ -362,26 +362,23 @@ def _load_base(name: str, *, device: str, dtype: torch.dtype, rests: bool) -> Ba
 def _adapters(sources: Sequence[Source], base: Base, report: Report, *, rests: bool) -> list[Adapter]:
     """The adapter of every source, one loaded for all that name it."""
     loaded: dict[str, Adapter] = {}
-    for source in sources:
-        if source.record.adapter not in loaded:
-            loaded[source.record.adapter] = _adapter(source, base, report, rests=rests)
+    for record in (source.record for source in sources):
+        if record.adapter not in loaded:
+            report.status(f"loading the {record.kind} adapter {record.adapter}")
+            loaded[record.adapter] = _adapter(record.adapter, base, rests=rests)
+        learned = loaded[record.adapter].info.map.kind
+        if learned not in ("", record.kind):
+            warnings.warn(
+                f"adapter {record.adapter} learned to follow {learned} maps, not {record.kind}", stacklevel=2
+            )
     return [loaded[source.record.adapter] for source in sources]
 
 
-def _adapter(source: Source, base: Base, report: Report, *, rests: bool) -> Adapter:
-    """The adapter of one source, loaded beside the base, or on the processor until it works."""
+def _adapter(name: str, base: Base, *, rests: bool) -> Adapter:
+    """An adapter, loaded beside the base, or on the processor until it works."""
     from controlkit.adapters import load_adapter
 
-    record = source.record
-    report.status(f"loading the {record.kind} adapter {record.adapter}")
-    device = base.unet.device if rests else base.device
-    adapter = load_adapter(record.adapter, base=base, device=device, dtype=base.dtype)
-    learned = adapter.info.map.kind
-    if learned not in ("", record.kind):
-        warnings.warn(
-            f"adapter {record.adapter} learned to follow {learned} maps, not {record.kind}", stacklevel=2
-        )
-    return adapter
+    return load_adapter(name, base=base, device=base.unet.device if rests else base.device, dtype=base.dtype)
 
 
 def _clip(name: str, base: Base, report: Report, *, rests: bool) -> Clip | None:

@@ -62,8 +62,8 @@ class Earlier:
         scheduler, base = given.get("scheduler", record.scheduler), given.get("base", record.base)
         if "temperature" not in given and not temperature_fits(record.temperature, scheduler):
             yield (
-                f"the temperature {record.temperature:g} of {self.file} is left out: {scheduler} takes none"
-                " or less"
+                f"the temperature {record.temperature:g} of {self.file} is left out: {scheduler} does not"
+                " take it"
             )
         for kind, name in PUT_ON.items():
             if base != record.base and kind not in kinds and getattr(record, kind):

@@ -160,7 +160,8 @@ def plan(
     added = replace(added, vae=options.vae)
     if options.image_noise and added.shown is None:
         raise ValueError("--image-noise belongs to a picture that the base is told: add --image PICTURE")
-    _check_text(options, sources, added.texts())
+    started = [] if beginning is None else [beginning.record.path, beginning.record.mask]
+    _check_text(options, sources, [*added.texts(), *started])
     outputs = arguments.numbered_outputs(output, options.count)
     read = [file for source in sources for file in source.files]
     read += [] if beginning is None else beginning.files
@@ -273,7 +274,8 @@ def check_preview(preview: str, job: Plan) -> Path:
 def _check_text(options: Options, sources: Sequence[Source], others: Sequence[str]) -> None:
     """Raise ValueError for a text that no PNG could record, as a file's name that is not Unicode."""
     texts = [options.prompt, options.negative_prompt, options.base, options.clip]
-    texts += [text for source in sources for text in (source.record.path, source.record.adapter)]
+    for source in sources:
+        texts += [source.record.path, source.record.adapter, source.record.mask]
     texts += others
     for text in texts:
         try:

@@ -1,5 +1,7 @@
 """Masks with transparency, options that change nothing, and what is refused before anything is loaded."""
 
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +233,12 @@ def test_an_inpaint_control_asks_for_its_adapter(generate: Run, photo: Path) -> 
     assert told == "an inpaint control needs its adapter: add --adapter inpaint=NAME"
 
 
+def test_a_start_whose_name_cannot_be_recorded_is_refused(run: Run, photo: Path) -> None:
+    strange = os.fsdecode(b"photo\xff.png")
+    shutil.copy(photo, strange)
+    assert "is not valid Unicode" in run("generate", "x", "--from", strange).refused()
+
+
 def test_a_second_stage_that_is_too_large_is_refused_at_once(run: Run) -> None:
     with pytest.raises(ValueError, match=r"a width of 4096, 4 times as large, is 16384; 8192 is the most"):
         planned({"width": 4096, "height": 64, "hires": 4.0})
@@ -255,24 +263,35 @@ def test_the_infotext_keeps_both_strengths(generate: Run, photo: Path) -> None:
 # --- one file for several controls ---
 
 
+@pytest.mark.parametrize(
+    "more", [[], ["--control-every", 2], ["--features-every", 2], ["--tile", 64], ["--memory", "4GB"]]
+)
 def test_controls_of_one_file_share_its_adapter_and_map(
-    generate: Run, photo: Path, monkeypatch: pytest.MonkeyPatch
+    generate: Run, photo: Path, monkeypatch: pytest.MonkeyPatch, more: list[object]
 ) -> None:
-    outcome = generate("--control", f"canny={photo}:0.5:end=0.5", "-o", "out.png")
+    asked = ["--control", f"canny={photo}:0.5:end=0.5", "--steps", 4, *more]
+    outcome = generate(*asked, "-o", "out.png")
     outcome.done()
     assert outcome.err.count("loading the canny adapter") == 1
     assert outcome.err.count("extracting the canny map") == 1
-    shared = Path("out.png").read_bytes()
-    real = generate_job._adapter
-    monkeypatch.setattr(
-        generate_job,
-        "_adapters",
-        lambda sources, base, report, *, rests: [real(s, base, report, rests=rests) for s in sources],
-    )
-    outcome = generate("--control", f"canny={photo}:0.5:end=0.5", "-o", "out.png")
+
+    def apart(sources: Any, base: Any, report: Any, *, rests: bool) -> Any:
+        return [generate_job._adapter(source.record.adapter, base, rests=rests) for source in sources]
+
+    monkeypatch.setattr(generate_job, "_adapters", apart)
+    generate(*asked, "-o", "apart.png").done()
+    assert np.array_equal(load_picture("apart.png"), load_picture("out.png"))
+
+
+@pytest.mark.filterwarnings("default")  # the command shows them as notes
+def test_an_adapter_that_two_kinds_share_is_told_of_the_wrong_one(
+    generate: Run, photo: Path, models: Path
+) -> None:
+    fixed = ["--map", f"depth={photo}", "--adapter", f"depth={models / 'canny-sd1'}"]
+    outcome = generate(*fixed, "-o", "out.png")
     outcome.done()
-    assert outcome.err.count("loading the canny adapter") == 2
-    assert Path("out.png").read_bytes() == shared
+    assert outcome.err.count("learned to follow canny maps, not depth") == 1
+    assert outcome.err.count("loading the") == 2, "the base, and one adapter"
 
 
 def test_the_help_shows_groups(run: Run) -> None:

@@ -201,17 +201,18 @@ def test_a_sheet_is_not_a_picture(run: Run) -> None:
 
 def test_the_command_takes_none_for_numbers(run: Run, models: Path) -> None:
     fixed = ["generate", "x", "--base", models / "sd1", "--steps", 1]
-    run(*fixed, "--tile", 64, "--scheduler", "euler-a", "--temperature", 0.5, "-o", "made.png").done()
-    none = [word for name in ("tile", "temperature", "clip", "vae", "from") for word in (f"--{name}", "none")]
+    hot = ["--tile", 64, "--scheduler", "euler-a", "--temperature", 0.5, "--guidance", 3]
+    run(*fixed, *hot, "--width", 128, "--height", 128, "-o", "made.png").done()
+    numbers = ("tile", "temperature", "guidance", "width", "height")
+    none = [word for name in (*numbers, "clip", "vae", "from") for word in (f"--{name}", "none")]
     run("generate", "--like", "made.png", *none, "-o", "out.png").done()
     told = json.loads(read_png_text("out.png")["controlkit"])
-    assert (told["tile"], told["temperature"]) == (None, None)
+    assert [told[name] for name in numbers] == [None, None, 7.5, 64, 64]
     run("generate", "--like", "out.png", "-o", "again.png").done()
     assert Path("again.png").read_bytes() == Path("out.png").read_bytes()
     assert "--tile must be a whole number, or none, not '6.5'" in run(*fixed, "--tile", "6.5").refused()
-    assert (
-        "--temperature must be a number, or none, not 'hot'" in run(*fixed, "--temperature", "hot").refused()
-    )
+    hot = ["--temperature", "hot"]
+    assert "--temperature must be a number, or none, not 'hot'" in run(*fixed, *hot).refused()
 
 
 def test_a_grid_of_schedulers_leaves_a_remembered_temperature_out(run: Run, models: Path) -> None:
