@@ -52,39 +52,51 @@ def begun(
     start, mask: files, "none" for nothing, or None for those of the earlier picture, whose strength is kept
     as well. Raises ValueError for a mask or a strength that nothing belongs to, or a mask that does not fit.
     """
-    nothing = start is not None and arguments.is_none(start)
-    before = None if earlier is None or nothing else earlier.record.start
-    if before is None and (start is None or nothing):
+    if start is not None and arguments.is_none(start):
+        start = earlier = None
+    before = None if earlier is None else earlier.record.start
+    if start is None and before is None:
         _check_nothing(mask, strength)
         return None, []
     source = _given(start) if start is not None else _again(earlier, before)
+    hole = _hole(mask, earlier, before)
     picture = images.load_picture(source.place)
-    if mask is not None:
-        hole = None if arguments.is_none(mask) else _given(mask)
-    else:
-        hole = _again(earlier, before, mask=True) if before is not None and before.mask else None
     pixels = None if hole is None else images.load_mask(hole.place)
     notes = []
-    if hole is not None and pixels is not None and mask is None and pixels.shape != picture.shape[:2]:
-        notes.append(f"the mask {hole.name} does not fit {source.name} and is left out")
-        hole = pixels = None
     if hole is not None and pixels is not None:
-        _check_mask(pixels, picture, hole.name, source.name)
-    usual = DEFAULT_STRENGTH if hole is None else MASKED_STRENGTH
-    if strength is None and before is not None:
-        strength = before.strength
-        if before.mask and hole is None and strength == MASKED_STRENGTH:
-            strength = usual  # all of a whole picture redone would be no start from it
-            notes.append(f"without its mask {source.name} is redone by a strength of {usual:g}")
+        if mask is None and pixels.shape != picture.shape[:2]:
+            notes.append(f"the mask {hole.name} does not fit {source.name} and is left out")
+            hole = pixels = None
+        else:
+            _check_mask(pixels, picture, hole.name, source.name)
+    if strength is None:
+        strength = _strength(before, masked=hole is not None)
+        if before is not None and strength != before.strength:
+            notes.append(f"without its mask {source.name} is redone by a strength of {strength:g}")
     record = StartRecord(
         path=source.name,
         sha256=source.sha256,
-        strength=usual if strength is None else strength,
+        strength=strength,
         mask="" if hole is None else hole.name,
         mask_sha256="" if hole is None else hole.sha256,
     )
     read = tuple(file.place for file in (source, hole) if file is not None)
     return Beginning(record, picture, pixels, read), notes
+
+
+def _hole(mask: str | None, earlier: Earlier | None, before: StartRecord | None) -> _File | None:
+    """The mask's file: the given one, or else the earlier picture's, or none."""
+    if mask is not None:
+        return None if arguments.is_none(mask) else _given(mask)
+    return _again(earlier, before, mask=True) if before is not None and before.mask else None
+
+
+def _strength(before: StartRecord | None, *, masked: bool) -> float:
+    """The earlier picture's strength; one that came with a mask would leave nothing of a whole picture."""
+    lost = before is not None and before.mask and not masked and before.strength == MASKED_STRENGTH
+    if before is None or lost:
+        return MASKED_STRENGTH if masked else DEFAULT_STRENGTH
+    return before.strength
 
 
 def _check_nothing(mask: str | None, strength: float | None) -> None:
