@@ -9,29 +9,22 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from controlkit import arguments, files, hub, images, limits
+from controlkit.generate_like import Earlier
 from controlkit.infotext import (
     EmbeddingRecord,
     ImageRecord,
     LoraRecord,
-    PictureRecord,
     PromptPictureRecord,
 )
 
 if TYPE_CHECKING:
     from controlkit.base import Base
     from controlkit.ip_adapter import PicturePrompt
-
-
-class Finder(Protocol):
-    """Finds a file that an earlier picture was made from, unchanged, or raises ValueError."""
-
-    def __call__(self, path: str, sha256: str, *, option: str) -> Path:
-        """The file's place; `option` would name another."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,42 +123,45 @@ def asked(
     embeddings: Sequence[str],
     ip_adapters: Sequence[str],
     image_encoder: str | None,
-    remembered: PictureRecord | None,
+    earlier: Earlier | None,
     *,
-    find: Finder,
     image: str | None = None,
-    base: str = "",
+    base: str,
 ) -> Additions:
-    """What is asked for, as on the command line, or else what an earlier picture had of its kind.
+    """What is asked for, as on the command line, or else what an earlier picture of `base` had of its kind.
 
-    image: the picture that `base` is told; an earlier one's is for the same base alone. Raises ValueError for
-    a name that leads nowhere, a pickle as a LoRA, or a weight outside its range.
+    image: the picture that the base is told. "none" takes away what the earlier picture had. Raises
+    ValueError for a name that leads nowhere, a pickle as a LoRA, or a weight outside its range.
     """
     before = Additions()
-    if remembered is not None:
+    if earlier is not None and earlier.record.base == base:
+        had = earlier.record
         before = Additions(
-            () if loras else tuple(_lora_again(lora, find) for lora in remembered.loras),
-            () if embeddings else tuple(_word_again(word, find) for word in remembered.embeddings),
-            () if ip_adapters else tuple(_told_again(told, find) for told in remembered.ip_adapters),
+            () if loras else tuple(_lora_again(lora, earlier) for lora in had.loras),
+            () if embeddings else tuple(_word_again(word, earlier) for word in had.embeddings),
+            () if ip_adapters else tuple(_told_again(told, earlier) for told in had.ip_adapters),
         )
+    loras, embeddings, ip_adapters = map(arguments.without_none, (loras, embeddings, ip_adapters))
     if image_encoder is not None and not ip_adapters:
         raise ValueError(f"--image-encoder {image_encoder} belongs to an --ip-adapter, and there is none")
     return Additions(
         (*before.loras, *map(_lora, loras)),
         (*before.embeddings, *map(_embedding, embeddings)),
         (*before.ip_adapters, *(_told(text, image_encoder or "") for text in ip_adapters)),
-        _shown(image, remembered, base, find),
+        _shown(image, earlier, base),
     )
 
 
-def _shown(image: str | None, remembered: PictureRecord | None, base: str, find: Finder) -> Shown | None:
+def _shown(image: str | None, earlier: Earlier | None, base: str) -> Shown | None:
+    if image is not None and arguments.is_none(image):
+        return None
     if image is not None:
         picture = images.load_picture(image)  # which says what is wrong with the file
         return Shown(ImageRecord(image, files.sha256_file(image)), picture, image)
-    if remembered is None or remembered.image is None or remembered.base != base:
+    if earlier is None or earlier.record.image is None or earlier.record.base != base:
         return None
-    record = remembered.image
-    place = find(record.path, record.sha256, option="--image")
+    record = earlier.record.image
+    place = earlier.find(record.path, record.sha256, option="--image")
     return Shown(record, images.load_picture(place), str(place))
 
 
@@ -201,18 +197,20 @@ def _sha256(source: str) -> str:
     return files.sha256_file(source) if os.path.isfile(source) else ""
 
 
-def _lora_again(lora: LoraRecord, find: Finder) -> tuple[LoraRecord, str]:
-    place = str(find(lora.source, lora.sha256, option="--lora")) if lora.sha256 else lora.source
+def _lora_again(lora: LoraRecord, earlier: Earlier) -> tuple[LoraRecord, str]:
+    place = str(earlier.find(lora.source, lora.sha256, option="--lora")) if lora.sha256 else lora.source
     return lora, place
 
 
-def _word_again(word: EmbeddingRecord, find: Finder) -> tuple[EmbeddingRecord, str]:
-    return word, str(find(word.file, word.sha256, option="--embedding"))
+def _word_again(word: EmbeddingRecord, earlier: Earlier) -> tuple[EmbeddingRecord, str]:
+    return word, str(earlier.find(word.file, word.sha256, option="--embedding"))
 
 
-def _told_again(told: PromptPictureRecord, find: Finder) -> PromptPictures:
+def _told_again(told: PromptPictureRecord, earlier: Earlier) -> PromptPictures:
     option = f"--ip-adapter {told.source}="
-    source = str(find(told.source, told.sha256, option="--ip-adapter")) if told.sha256 else told.source
+    source = (
+        str(earlier.find(told.source, told.sha256, option="--ip-adapter")) if told.sha256 else told.source
+    )
     sums = zip(told.pictures, told.pictures_sha256, strict=True)
-    places = tuple(str(find(name, sha256, option=option)) for name, sha256 in sums)
+    places = tuple(str(earlier.find(name, sha256, option=option)) for name, sha256 in sums)
     return PromptPictures(told, source, places, tuple(map(images.load_picture, places)))

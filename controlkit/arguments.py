@@ -17,6 +17,9 @@ from controlkit.rules import check_rule
 _SETTING = re.compile(r"[a-z][a-z_0-9]*(\.[a-z][a-z_0-9]*)?=")
 
 
+NONE = "none"
+"""Given to an option, it takes away what an earlier picture had."""
+
 Scale = float | tuple[float, ...]
 """A control's strength; several numbers are a schedule over the steps."""
 
@@ -116,6 +119,27 @@ _CONTROL_KEYS: dict[str, Callable[[str], Any]] = {
     "mask": str,
     "only_mid": _yes,
 }
+
+
+def is_none(text: str) -> bool:
+    """Whether nothing is asked for; a file called none is a file."""
+    return text == NONE and not os.path.exists(text)
+
+
+def without_none(texts: Sequence[str]) -> list[str]:
+    """What is asked for by an option that may be repeated."""
+    return [text for text in texts if not is_none(text)]
+
+
+def parse_number(text: str, option: str, *, whole: bool = False) -> float | None:
+    """Read a number, or none. Raises ValueError for anything else."""
+    if text == NONE:
+        return None
+    try:
+        return int(text) if whole else float(text)
+    except ValueError:
+        kind = "whole number" if whole else "number"
+        raise ValueError(f"{option} must be a {kind}, or none, not {text!r}") from None
 
 
 def parse_adapters(texts: Sequence[str]) -> dict[str, str]:

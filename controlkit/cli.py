@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -93,6 +93,23 @@ def _flush_stdout() -> None:
             _fail(f"cannot print the results: {error.strerror}")
 
 
+class _Grouped(TyperCommand):
+    """A command whose help shows its options in the groups of `_GROUPS`; the others stand at the end."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the arguments, and the options group by group."""
+        groups: dict[str, list[tuple[str, str]]] = {"Arguments": [], **{name: [] for name in _GROUPS}}
+        for parameter in self.get_params(ctx):
+            title = next((title for title, names in _GROUPS.items() if parameter.name in names), "Options")
+            title = "Arguments" if parameter.param_type_name == "argument" else title
+            line = parameter.get_help_record(ctx)
+            groups.setdefault(title, []).extend([] if line is None else [line])
+        for title, lines in groups.items():
+            if lines:
+                with formatter.section(title):
+                    formatter.write_dl(lines)
+
+
 app = typer.Typer(
     cls=_Commands,
     add_completion=False,
@@ -102,6 +119,24 @@ app = typer.Typer(
     help="Pictures that follow an edge map, a pose or a depth map: make them, and train the models that do.",
     epilog="Start with:  controlkit demo",
 )
+
+
+_GROUPS = {  # of the options of `generate`, in its help
+    "What the picture follows": (
+        *("control", "map_", "adapter", "ip_adapter", "image", "image_noise", "class_label"),
+        *("negative_prompt", "prompt_syntax", "guidance", "guidance_rescale", "clip_guidance"),
+    ),
+    "Models": ("base", "lora", "embedding", "vae", "clip", "image_encoder"),
+    "Where it starts, and how it is made": (
+        *("start", "strength", "mask", "seed", "steps", "scheduler", "temperature"),
+        *("width", "height", "hires", "hires_strength"),
+    ),
+    "Speed and memory": (
+        *("device", "compile_", "cuda_graph", "memory", "tile"),
+        *("control_every", "features_every", "guidance_until", "merge_tokens"),
+    ),
+    "Pictures and files": ("output", "count", "like", "grid", "preview"),
+}
 
 
 def _say_version(asked: bool) -> None:
@@ -208,6 +243,11 @@ _SCHEDULER_HELP = (
     "ddim, ddpm, pndm, euler, euler-a, dpm++, dpm++-karras, dpm++-sde, unipc, heun, lms, lcm or tcd."
     "  [default: ddim]"
 )
+_MASK_HELP = (
+    "Redraw only what is white in this picture, and not transparent; of strokes of one colour on a"
+    " transparent layer, what is drawn."
+)
+_LIKE_HELP = "Repeat this picture; other options change it, and none takes away what it had: --lora none."
 _CONTROL_HELP = (
     "Follow this picture's map. How: :0.8 (strength), :1..0.2 (a schedule), :start=0.2, :end=0.5,"
     " :mode=prompt, :gate=webui, :layers=soft, :mask=region.png, :only_mid=true"
@@ -251,6 +291,7 @@ def demo(
 @app.command(
     epilog='Example:  controlkit generate "a cube" --control canny=photo.jpg -o out.png',
     context_settings={"allow_extra_args": True},  # the second setting of a grid
+    cls=_Grouped,
 )
 def generate(
     context: typer.Context,
@@ -279,16 +320,14 @@ def generate(
         Text, _option("NAME", "a1111: (word:1.3) weighs a word, and prompts may be long.  [default: plain]")
     ] = None,
     steps: Annotated[Whole, _option("N", "Denoising steps, 1 to 1000.  [default: 20]")] = None,
-    guidance: Annotated[
-        float | None, _option("X", "How much the prompt counts.  [default: the base's]")
-    ] = None,
+    guidance: Annotated[Text, _option("X", "How much the prompt counts.  [default: the base's]")] = None,
     clip_guidance: Annotated[
         Number, _option("X", "How much --clip's view of the prompt counts besides: 30, say.  [default: 0]")
     ] = None,
     clip: Annotated[Text, _option("NAME", "The CLIP: clip-b, clip-l, folder or hub id.")] = None,
     scheduler: Annotated[Text, _option("NAME", _SCHEDULER_HELP)] = None,
     temperature: Annotated[
-        Number, _option("X", "Share of the noise that the scheduler injects: 0 is deterministic.")
+        Text, _option("X", "Share of the noise that the scheduler injects: 0 is deterministic.")
     ] = None,
     guidance_rescale: Annotated[
         Number, _option("X", "0 to 1: against washed-out pictures of large guidance.  [default: 0]")
@@ -297,7 +336,7 @@ def generate(
     strength: Annotated[
         Number, _option("X", "How much of it is redone.  [default: 0.75; with a mask 1]")
     ] = None,
-    mask: Annotated[Text, _option("MASK", "Redraw only what is white in this picture.")] = None,
+    mask: Annotated[Text, _option("MASK", _MASK_HELP)] = None,
     image: Annotated[Text, _option("PICTURE", "Tell an unCLIP base this picture besides the text.")] = None,
     image_noise: Annotated[
         Whole, _option("N", "How freely it is taken, 0 to 999.  [default: 0]", "--image-noise")
@@ -310,7 +349,7 @@ def generate(
         Number, _option("X", "How much the second stage redoes.  [default: 0.5]")
     ] = None,
     tile: Annotated[
-        Whole, _option("PIXELS", "Show the networks tiles of this size: bounded memory for large pictures.")
+        Text, _option("PIXELS", "Show the networks tiles of this size: bounded memory for large pictures.")
     ] = None,
     control_every: Annotated[
         Whole, _option("N", "Lossy: run the control networks in every N-th step.  [default: 1]")
@@ -327,8 +366,8 @@ def generate(
     seed: Annotated[Whole, _option("N", "Seed of the first picture.  [default: 0]")] = None,
     count: Annotated[int, _option("N", "How many pictures, with consecutive seeds.", "-n", "--count")] = 1,
     output: Output = "out.png",
-    width: Annotated[Whole, _option("PIXELS", _SIZE_HELP)] = None,
-    height: Annotated[Whole, _option("PIXELS", _SIZE_HELP)] = None,
+    width: Annotated[Text, _option("PIXELS", _SIZE_HELP)] = None,
+    height: Annotated[Text, _option("PIXELS", _SIZE_HELP)] = None,
     device: Annotated[Text, _option("NAME", "auto, cpu, cuda, cuda:1 or mps.  [default: auto]")] = None,
     compile_: Annotated[
         Switch,
@@ -345,7 +384,7 @@ def generate(
     memory: Annotated[
         Text, _option("AMOUNT", "Stay within this memory, as 4GB: what that takes is chosen and told.")
     ] = None,
-    like: Annotated[Text, _option("PICTURE", "Repeat this picture; other options change it.")] = None,
+    like: Annotated[Text, _option("PICTURE", _LIKE_HELP)] = None,
     grid: Annotated[
         Texts, _option("KEY=VALUES", "Vary one setting, or two, on a sheet: scale=0.5,0.8 seed=1..4")
     ] = None,
@@ -355,6 +394,7 @@ def generate(
 ) -> None:
     """Make pictures that follow a prompt and the edges, pose or depth of another picture."""
     from controlkit import arguments, generate_job, grid_job
+    from controlkit.generate_notes import without_effect
     from controlkit.generate_plan import Options, check_preview
 
     words = [word for word in (prompt, *context.args) if word is not None]
@@ -368,6 +408,10 @@ def generate(
     }
     if memory is not None:
         given["memory_limit"] = arguments.parse_bytes(given.pop("memory"))
+    for name in ("tile", "width", "height", "temperature", "guidance"):  # numbers that may be none
+        if name in given:
+            whole = name in ("tile", "width", "height")
+            given[name] = arguments.parse_number(given[name], f"--{name}", whole=whole)
     started = time.monotonic()
     with _terminal() as terminal:
         plan = generate_job.plan(
@@ -389,7 +433,10 @@ def generate(
         shown = None if preview is None else check_preview(preview, plan)
         if axes:
             grid_job.check(plan, axes)
-        for note in plan.notes:
+        for note in (
+            *plan.notes,
+            *without_effect(plan, grid_job.variants(plan, axes), [axis.key for axis in axes]),
+        ):
             terminal.note(f"note: {note}")
         if axes:
             made = grid_job.run(plan, axes, terminal, preview=shown)
@@ -401,11 +448,13 @@ def generate(
 
 def _tell_pictures(outputs: Sequence[Path], records: Sequence[PictureRecord], seconds: float) -> None:
     """What was made, and how to make more of it."""
-    from controlkit.limits import MAX_SEED
+    from controlkit.limits import MAX_SEED, enlarged
 
     for path, record in zip(outputs, records, strict=True):
-        width, height = (round(side * record.hires / 8) * 8 for side in (record.width, record.height))
-        print(f"wrote {path} ({width}x{height}, seed {record.seed})")
+        size: tuple[int | None, int | None] = record.width, record.height
+        if record.hires != 1:
+            size = enlarged(*size, record.hires)
+        print(f"wrote {path} ({size[0]}x{size[1]}, seed {record.seed})")
     print(f"in {seconds:.0f} s; the same with other seeds:")
     first = shlex.quote(str(outputs[0]))
     seed = min(records[-1].seed + 1, MAX_SEED - 3)

@@ -69,14 +69,20 @@ def run(job: Plan, report: Report, *, preview: Path | None = None) -> list[Pictu
 class Session:
     """A base and its adapters, loaded for a plan; they make one picture after the other."""
 
-    def __init__(self, job: Plan, report: Report, *, preview: Path | None = None) -> None:
-        """Load everything. `first` is the record of the plan's first picture, with all that was decided."""
+    def __init__(
+        self, job: Plan, report: Report, *, preview: Path | None = None, by_clip: bool = False
+    ) -> None:
+        """Load everything. `first` is the record of the plan's first picture, with all that was decided.
+
+        by_clip: a CLIP guides, whether or not it does in the first picture.
+        """
         report.status(f"loading the libraries and the base {job.options.base}")
         from controlkit.adapters import check_adapter
         from controlkit.base import check_base
         from controlkit.clip_guidance import check_clip
 
-        if job.options.clip:
+        clip = job.options.clip if job.options.clip_guidance or by_clip else ""
+        if job.options.clip and (clip or "clip" in job.given):
             check_clip(job.options.clip)
         check_base(job.options.base)
         job.additions.check_names()
@@ -90,11 +96,22 @@ class Session:
         self.base = job.additions.onto(base)
         self.picture_prompts = job.additions.picture_prompts(self.base)
         self.first, self.sources = _decided(job, self.base)
-        self.adapters = [_adapter(source, self.base, report, rests=rests) for source in self.sources]
-        self.clip = _clip(job.options.clip, self.base, report, rests=rests)
+        self.adapters = _adapters(self.sources, self.base, report, rests=rests)
+        self.clip = _clip(clip, self.base, report, rests=rests)
         self.preview = None if preview is None else Preview(preview, self.base)
-        self._maps: dict[tuple[int, int, int], Any] = {}
+        self._warn()
+        self._maps: dict[tuple[object, ...], Any] = {}
         self.first = self._within_memory(self.first)
+
+    def _warn(self) -> None:
+        """Warn of what is not as it was asked for, now that the device and the size are known."""
+        options, device = self.job.options, self.base.device
+        if options.cuda_graph and options.device == "auto" and device.type != "cuda":
+            warnings.warn(f"--cuda-graph has no effect on the device {device}", stacklevel=2)
+        beginning = self.job.beginning
+        scaled = None if beginning is None else beginning.scaled(self.first.width, self.first.height)
+        if scaled is not None:
+            warnings.warn(scaled, stacklevel=2)
 
     def check_told(self) -> None:
         """Raise ValueError unless the base is told what it takes besides the text."""
@@ -214,8 +231,8 @@ class Session:
 
         controls = []
         rows = zip(record.controls, self.sources, self.adapters, strict=True)
-        for index, (control, source, adapter) in enumerate(rows):
-            key = (index, width, height)
+        for control, source, adapter in rows:
+            key = (control.kind, control.is_map, source.file, width, height)
             if key not in self._maps:
                 self._maps[key] = self._map(source, width, height)
             how = {name: getattr(control, name) for name in CONTROL_SETTINGS}
@@ -348,20 +365,26 @@ def _load_base(name: str, *, device: str, dtype: torch.dtype, rests: bool) -> Ba
     return rested(load_base(name, device=HOST, dtype=dtype), place)
 
 
-def _adapter(source: Source, base: Base, report: Report, *, rests: bool) -> Adapter:
-    """The adapter of one source, loaded beside the base, or on the processor until it works."""
+def _adapters(sources: Sequence[Source], base: Base, report: Report, *, rests: bool) -> list[Adapter]:
+    """The adapter of every source, one loaded for all that name it."""
+    loaded: dict[str, Adapter] = {}
+    for record in (source.record for source in sources):
+        if record.adapter not in loaded:
+            report.status(f"loading the {record.kind} adapter {record.adapter}")
+            loaded[record.adapter] = _adapter(record.adapter, base, rests=rests)
+        learned = loaded[record.adapter].info.map.kind
+        if learned not in ("", record.kind):
+            warnings.warn(
+                f"adapter {record.adapter} learned to follow {learned} maps, not {record.kind}", stacklevel=2
+            )
+    return [loaded[source.record.adapter] for source in sources]
+
+
+def _adapter(name: str, base: Base, *, rests: bool) -> Adapter:
+    """An adapter, loaded beside the base, or on the processor until it works."""
     from controlkit.adapters import load_adapter
 
-    record = source.record
-    report.status(f"loading the {record.kind} adapter {record.adapter}")
-    device = base.unet.device if rests else base.device
-    adapter = load_adapter(record.adapter, base=base, device=device, dtype=base.dtype)
-    learned = adapter.info.map.kind
-    if learned not in ("", record.kind):
-        warnings.warn(
-            f"adapter {record.adapter} learned to follow {learned} maps, not {record.kind}", stacklevel=2
-        )
-    return adapter
+    return load_adapter(name, base=base, device=base.unet.device if rests else base.device, dtype=base.dtype)
 
 
 def _clip(name: str, base: Base, report: Report, *, rests: bool) -> Clip | None:

@@ -13,8 +13,10 @@ import numpy as np
 
 from controlkit import arguments, images, sheets
 from controlkit.generate_job import Session
+from controlkit.generate_like import temperature_fits
+from controlkit.generate_notes import Variant
 from controlkit.generate_plan import Plan
-from controlkit.infotext import ControlRecord, PictureRecord
+from controlkit.infotext import GRID_CHUNK, ControlRecord, PictureRecord
 from controlkit.limits import check_count
 from controlkit.naming import unknown
 from controlkit.rules import check_rule
@@ -60,11 +62,22 @@ def split_words(words: Sequence[str], grid: Sequence[str]) -> tuple[str | None, 
 
     Raises ValueError for more than one word that is no setting.
     """
-    settings = [word for word in words if grid and re.match(r"[a-z_.]+=", word)]
+    settings = [word for k, word in enumerate(words) if grid and _is_setting(word, first=k == 0)]
     others = [word for word in words if word not in settings]
     if len(others) > 1:
         raise ValueError(f"unexpected extra argument {others[1]!r}: put quotes around the prompt")
     return (others[0] if others else None), [*grid, *settings]
+
+
+def _is_setting(word: str, *, first: bool) -> bool:
+    """Whether a word is a setting of a grid; the first word, which may be the prompt, only if it looks whole
+    like one."""
+    match = re.match(r"([a-z_.]+)=", word)
+    if match is None or not first:
+        return match is not None
+    known = match[1].rpartition(".")[2] in (*_PICTURE_KEYS, *_CONTROL_KEYS)
+    several = "," in word or ".." in word  # misspelt, then
+    return not re.search(r"\s", word) and (known or several)
 
 
 def parse_axes(texts: Sequence[str]) -> list[Axis]:
@@ -103,12 +116,21 @@ def _values(name: str, rest: str) -> list[Any]:
     read = _PICTURE_KEYS[name]
     first, dots, last = rest.partition("..")
     if dots and read is int:
-        start, end = int(first), int(last)
+        start, end = _value(name, first), _value(name, last)
         if end < start:
             raise ValueError(f"{first}..{last} runs backwards")
         check_count(end - start + 1)
         return list(range(start, end + 1))
-    return [read(part) for part in rest.split(",")]
+    return [_value(name, part) for part in rest.split(",")]
+
+
+def _value(name: str, text: str) -> Any:
+    read = _PICTURE_KEYS[name]
+    try:
+        return read(text)
+    except ValueError:
+        allowed = "whole numbers, as 1,2,4 or 1..4" if read is int else "numbers, as 0.5,1"
+        raise ValueError(f"{name} cannot be {text!r}: it takes {allowed}") from None
 
 
 def check(job: Plan, axes: Sequence[Axis]) -> None:
@@ -122,14 +144,44 @@ def check(job: Plan, axes: Sequence[Axis]) -> None:
             raise ValueError(f"--grid varies {axis.key}, and there is no control")
         if dot and kind not in kinds:
             raise unknown("control", kind, sorted(kinds))
-        if name == "strength" and job.beginning is None:
-            raise ValueError("--grid varies strength, and there is no picture to start from: add --from")
-    controls = tuple(source.record for source in job.sources)
-    for settings in _combinations(axes):
-        told = {key: value for key, value in settings.items() if key in _PICTURE_KEYS}
-        replace(job.options, **told).check()
-        for control in _with_settings(controls, settings):
+        _check_belongs(job, name)
+    for options, controls in variants(job, axes):
+        options.check()
+        for control in controls:
             check_rule(control.scale, control.start, control.end, control.gate, control.mode, control.layers)
+
+
+def _check_belongs(job: Plan, name: str) -> None:
+    """Raise ValueError for a setting of something that is not there."""
+    missing = {
+        "strength": (job.beginning is None, "there is no picture to start from: add --from"),
+        "image_noise": (job.additions.shown is None, "the base is told no picture: add --image"),
+        "hires_strength": (job.options.hires == 1, "there is no second stage: add --hires 2"),
+        "control_every": (not job.sources, "there is no control"),
+    }
+    absent, why = missing.get(name, (False, ""))
+    if absent:
+        raise ValueError(f"--grid varies {name}, and {why}")
+
+
+def variants(job: Plan, axes: Sequence[Axis]) -> list[Variant]:
+    """The options and the controls of every picture; without axes of the one that is asked for."""
+    controls = tuple(source.record for source in job.sources)
+    return [
+        (replace(job.options, **_of_picture(job, settings)), _with_settings(controls, settings))
+        for settings in _combinations(axes)
+    ]
+
+
+def _of_picture(job: Plan, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that are no control's; another scheduler drops a temperature that nobody gave."""
+    told = {key: value for key, value in settings.items() if key in _PICTURE_KEYS}
+    given = {*told, *job.given}
+    if "temperature" not in given and not temperature_fits(
+        job.options.temperature, told.get("scheduler", job.options.scheduler)
+    ):
+        told["temperature"] = None
+    return told
 
 
 def run(job: Plan, axes: Sequence[Axis], report: Any, *, preview: Path | None = None) -> list[PictureRecord]:
@@ -137,7 +189,8 @@ def run(job: Plan, axes: Sequence[Axis], report: Any, *, preview: Path | None = 
 
     The sheet is written anew after every picture, so that an interruption keeps what is finished.
     """
-    session = Session(job, report, preview=preview)
+    by_clip = any(options.clip_guidance for options, _ in variants(job, axes))
+    session = Session(job, report, preview=preview, by_clip=by_clip)
     columns, rows = axes[0], axes[1] if len(axes) == 2 else None
     records: list[PictureRecord] = []
     cells: list[list[sheets.Cell]] = []
@@ -148,7 +201,7 @@ def run(job: Plan, axes: Sequence[Axis], report: Any, *, preview: Path | None = 
             settings = {columns.key: column, **({rows.key: row} if rows else {})}
             label = ", ".join(axis.label(settings[axis.key]) for axis in axes)
             report.status(f"picture {len(records) + 1} of {total}: {label}")
-            record = _with(session.first, settings)
+            record = _with(job, session.first, settings)
             session.make([record], lambda _, picture, label=label: cells[-1].append((picture, label)))  # type: ignore[misc]
             records.append(record)
             _write(job.outputs[0], cells, records, session.first.prompt)
@@ -161,7 +214,7 @@ def _write(
     side = max(max(picture.shape[:2]) for row in cells for picture, _ in row)
     sheet = sheets.contact_sheet(cells, title=title, cell=min(max(side, 192), 512))
     told = json.dumps([asdict(record) for record in records], ensure_ascii=False)
-    images.write_png(output, sheet, text={"controlkit-grid": told})
+    images.write_png(output, sheet, text={GRID_CHUNK: told})
 
 
 def _combinations(axes: Sequence[Axis]) -> list[dict[str, Any]]:
@@ -171,8 +224,8 @@ def _combinations(axes: Sequence[Axis]) -> list[dict[str, Any]]:
     return found
 
 
-def _with(record: PictureRecord, settings: Mapping[str, Any]) -> PictureRecord:
-    told = {key: value for key, value in settings.items() if key in _PICTURE_KEYS}
+def _with(job: Plan, record: PictureRecord, settings: Mapping[str, Any]) -> PictureRecord:
+    told = _of_picture(job, settings)
     if "strength" in told:
         assert record.start is not None
         told["start"] = replace(record.start, strength=told.pop("strength"))

@@ -96,6 +96,28 @@ def load_picture(source: "Source", *, max_pixels: int = DEFAULT_MAX_PIXELS) -> n
         return _image_to_rgb(image, name)
 
 
+def load_mask(path: PathLike) -> np.ndarray:
+    """Return a mask's file as uint8 of shape (H, W): 255 where it selects, 0 where it does not.
+
+    White selects, black and what is transparent do not: alpha is composited on black. Where all that is
+    visible has one colour, as strokes of a brush on a transparent layer, the alpha alone is the mask: what is
+    opaque selects. Of colours the largest channel counts.
+
+    Raises:
+        ValueError: as :func:`load_picture`.
+    """
+    with _opened(path, max_pixels=DEFAULT_MAX_PIXELS) as (image, name):
+        grey = _image_to_rgb(image, name).max(axis=2)
+        if image.mode.startswith(("I", "F")) or not image.has_transparency_data:
+            return grey
+        rgba = np.asarray(_upright(image).convert("RGBA"))
+    colour, alpha = rgba[..., :3], rgba[..., 3]
+    visible = colour[alpha > 0]
+    if alpha.min() < 255 and len(visible) and (visible == visible[0]).all():
+        return alpha.copy()
+    return ((colour.max(axis=2).astype(np.uint32) * alpha + 127) // 255).astype(np.uint8)
+
+
 def check_picture(path: PathLike, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> tuple[int, int]:
     """Return a picture file's width and height from its header, before EXIF turns it; decodes nothing.
 
@@ -557,12 +579,15 @@ def _what_it_is(file: io.BytesIO | io.BufferedReader, formats: Sequence[str]) ->
 def _image_to_rgb(image: Image.Image, name: str) -> np.ndarray:
     try:
         image.load()
-        turned = image.getexif().get(_ORIENTATION, 1) != 1
-        return _upright_to_rgb(ImageOps.exif_transpose(image) if turned else image, name)
+        return _upright_to_rgb(_upright(image), name)
     except _PictureRefused:
         raise
     except _DECODE_ERRORS as error:
         raise ValueError(f"{name} is damaged or truncated: {_one_line(error)}") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    return ImageOps.exif_transpose(image) if image.getexif().get(_ORIENTATION, 1) != 1 else image
 
 
 class _PictureRefused(ValueError):

@@ -16,6 +16,7 @@ from controlkit.settings import Settings
 
 JSON_CHUNK = "controlkit"
 INFOTEXT_CHUNK = "parameters"
+GRID_CHUNK = "controlkit-grid"  # of a sheet: a JSON list with every picture's
 
 SAMPLER_NAMES = {  # our scheduler -> the name that A1111 uses for it
     "ddim": "DDIM",
@@ -181,7 +182,9 @@ def infotext(record: PictureRecord) -> str:
         fields["Denoising strength"] = f"{record.start.strength:g}"
     if record.hires != 1:
         fields["Hires upscale"] = f"{record.hires:g}"
-        fields["Denoising strength"] = f"{record.hires_strength:g}"
+        # A1111 has one key for both strengths, as it starts from a picture or makes two stages, never both.
+        key = "Denoising strength" if record.start is None else "Hires strength"
+        fields[key] = f"{record.hires_strength:g}"
     if record.vae:
         fields["VAE"] = record.vae
     if record.merge_tokens:
@@ -219,6 +222,10 @@ def parse(text: Mapping[str, str], *, source: str | Path) -> PictureRecord:
 
     Raises ValueError, naming `source`, when there is none, or one that this version cannot read.
     """
+    if GRID_CHUNK in text:
+        raise ValueError(
+            f"{source} is a sheet of several pictures (--grid): only a single one can be repeated"
+        )
     if JSON_CHUNK not in text:
         raise ValueError(f"{source} carries no parameters: it was not made by `controlkit generate`")
     from pydantic import TypeAdapter, ValidationError

@@ -97,6 +97,21 @@ def check_factor(factor: float) -> None:
         raise ValueError(f"a picture can be enlarged by a factor above 1 and up to 8, not {factor}")
 
 
+def enlarged(width: int | None, height: int | None, factor: float) -> tuple[int | None, int | None]:
+    """Width and height times a factor, to multiples of 8; None stays unknown.
+
+    Raises ValueError for a factor that is not above 1 and up to 8, or a side that would be too long.
+    """
+    check_factor(factor)
+    larger = [None if side is None else round(side * factor / 8) * 8 for side in (width, height)]
+    for name, before, side in zip(("width", "height"), (width, height), larger, strict=True):
+        if side is not None and side > SIZE_RANGE[1]:
+            raise ValueError(
+                f"a {name} of {before}, {factor:g} times as large, is {side}; {SIZE_RANGE[1]} is the most"
+            )
+    return larger[0], larger[1]
+
+
 def check_every(name: str, every: int) -> None:
     """Raise ValueError unless a number of steps is whole and from 1 to 1000."""
     if not _is_whole(every) or not 1 <= every <= MAX_STEPS:

@@ -235,6 +235,7 @@ def test_what_does_not_go_with_compiling(generate: Run, sd1: Base, more: tuple[s
         sampling.generate(sd1, "x", execution=Execution(compiled=True), savings=Savings(**{name: more[1]}))
 
 
+@pytest.mark.filterwarnings("default")  # without a GPU the command says that it has no effect
 def test_the_command_records_and_repeats(generate: Run, run: Run) -> None:
     generate("--cuda-graph", "--steps", 3, "-o", "out.png").done()
     run("generate", "--like", "out.png", "-o", "again.png").done()

@@ -39,6 +39,7 @@ APPLICATION = {
         "map_folder",
         "map_pipeline",
         "generate_job",
+        "generate_notes",
         "generate_plan",
         "grid_job",
         "lint_job",

@@ -1,0 +1,84 @@
+"""What `controlkit generate --like` fills in: what of an earlier picture still applies."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from controlkit import files, images, infotext, limits
+from controlkit.infotext import PictureRecord
+
+OF_THE_BASE = {"guidance", "width", "height", "dtype", "memory", "vae", "image_noise", "class_label"}
+OF_THE_DEVICE = {"dtype", "memory"}
+PUT_ON = {"loras": "LoRAs", "embeddings": "words", "ip_adapters": "IP-Adapters"}  # made for one base
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """A picture made before: its file, and what it says of itself."""
+
+    file: Path
+    record: PictureRecord
+
+    def settings(self, given: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+        """Those of its settings in `names` that repeat it, without what is given or thereby decided anew."""
+        record, dropped = self.record, set(given)
+        if given.get("base", record.base) != record.base:
+            dropped |= OF_THE_BASE
+        if given.get("device", record.device) != record.device:
+            dropped |= OF_THE_DEVICE
+        if given.get("clip") == "":
+            dropped |= {"clip_guidance"}
+        if not temperature_fits(record.temperature, given.get("scheduler", record.scheduler)):
+            dropped |= {"temperature"}
+        return {name: value for name, value in vars(record).items() if name in set(names) - dropped}
+
+    def find(self, path: str, sha256: str, *, option: str) -> Path:
+        """A file that it was made from, where it was or beside the picture.
+
+        option: what would name another. Raises ValueError for a file that is gone or has changed.
+        """
+        places = [Path(path), self.file.parent / Path(path).name]
+        found = next((place for place in places if os.path.isfile(place)), None)
+        if found is None:
+            raise ValueError(
+                f"{self.file} was made from {path}, which is gone: put it back, or use"
+                f" {option.partition(' ')[0]}"
+            )
+        if files.sha256_file(found) != sha256:
+            blank = "" if option.endswith("=") else " "
+            raise ValueError(
+                f"{self.file} was made from {found}, which has changed since; to use it as it is now, add"
+                f" {option}{blank}{found}"
+            )
+        return found
+
+    def left_out(self, given: Mapping[str, Any], kinds: Collection[str]) -> Iterator[str]:
+        """What is not repeated, and why. kinds: those of `PUT_ON` that are asked for anew."""
+        record = self.record
+        scheduler, base = given.get("scheduler", record.scheduler), given.get("base", record.base)
+        if "temperature" not in given and not temperature_fits(record.temperature, scheduler):
+            yield (
+                f"the temperature {record.temperature:g} of {self.file} is left out: {scheduler} does not"
+                " take it"
+            )
+        for kind, name in PUT_ON.items():
+            if base != record.base and kind not in kinds and getattr(record, kind):
+                yield f"the {name} of {self.file} are left out: they were made for its base, {record.base}"
+
+
+def read(like: str) -> Earlier:
+    """The picture of that name. Raises ValueError for one that says nothing of itself."""
+    return Earlier(Path(like), infotext.parse(images.read_png_text(like), source=like))
+
+
+def temperature_fits(temperature: float | None, scheduler: str) -> bool:
+    """Whether a scheduler takes a temperature; any takes None."""
+    try:
+        limits.check_temperature(temperature, scheduler)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,104 @@
+"""What is to be known of a generation that can be made, but perhaps not as it was meant."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import fields
+from typing import TYPE_CHECKING
+
+from controlkit import __version__, preprocessors, rules
+from controlkit.infotext import ControlRecord, PictureRecord
+
+if TYPE_CHECKING:
+    from controlkit.generate_plan import Options, Plan, Source
+
+GUIDED = {  # settings that act on guidance alone, and what they are called
+    "negative_prompt": "--negative",
+    "guidance_rescale": "--guidance-rescale",
+    "guidance_until": "--guidance-until",
+}
+
+Variant = tuple["Options", Sequence[ControlRecord]]
+"""One picture's settings, and its controls'."""
+
+
+def versions() -> dict[str, str]:
+    """Of this software and of what a picture depends on besides."""
+    from importlib.metadata import version
+
+    libraries = {name: version(name) for name in ("diffusers", "torch", "transformers")}
+    return {"controlkit": __version__, **libraries}
+
+
+def of_versions(record: PictureRecord) -> Iterator[str]:
+    """What an earlier picture was made with, where that is not what there is here."""
+    here = versions()
+    then = record.versions
+    other = [f"{name} {then[name]} (here {here.get(name)})" for name in then if here.get(name) != then[name]]
+    if other:
+        yield f"made with {', '.join(other)}: the picture may differ slightly"
+
+
+def of_maps(sources: Iterable[Source]) -> Iterator[str]:
+    """What is wrong with the maps that are used as they are, and the cure."""
+    for source in sources:
+        if source.record.is_map and source.record.kind in preprocessors.names():
+            for finding in preprocessors.lint(source.picture, source.record.kind):
+                yield f"{source.record.path}: {finding.message}; {finding.cure}"
+
+
+def without_effect(job: Plan, variants: Sequence[Variant], varied: Collection[str] = ()) -> Iterator[str]:
+    """What is asked for and changes nothing. variants: all pictures; varied: the settings of a grid."""
+    options, given = job.options, {*job.given, *varied}
+    settings = [one for one, _ in variants]
+    by_clip = any(one.clip_guidance for one in settings)
+    if "clip" in given and options.clip and not by_clip:
+        yield "--clip has no effect without --clip-guidance, as in --clip-guidance 30"
+    if "hires_strength" in given and options.hires == 1:
+        yield "--hires-strength has no effect without --hires, as in --hires 2"
+    if "control_every" in given and options.control_every > 1 and not job.sources:
+        yield "--control-every has no effect: there is no control"
+    if all(one.guidance is not None and one.guidance <= 1 for one in settings):
+        for name, option in GUIDED.items():
+            if name in given and _differs(name, settings) and not (by_clip and name == "guidance_until"):
+                yield f"{option} has no effect: nothing is guided where guidance is 1 or below"
+    if "cuda_graph" in given and options.cuda_graph and not _may_be_cuda(options.device):
+        yield f"--cuda-graph has no effect on the device {options.device}"
+    if "temperature" not in given and any(one.temperature != options.temperature for one in settings):
+        yield f"the temperature {options.temperature} is left out for the schedulers that do not take it"
+    yield from _of_windows(job, variants)
+
+
+def _differs(name: str, settings: Sequence[Options]) -> bool:
+    default = next(field.default for field in fields(settings[0]) if field.name == name)
+    return any(getattr(one, name) != default for one in settings)
+
+
+def _may_be_cuda(device: str) -> bool:
+    return device == "auto" or device.startswith("cuda")
+
+
+def _of_windows(job: Plan, variants: Sequence[Variant]) -> Iterator[str]:
+    """Of controls whose windows lie between the steps; each is told once."""
+    told = set()
+    for options, controls in variants:
+        count = _steps_taken(job, options)
+        for control in controls:
+            key = (control.kind, control.start, control.end, count)
+            window = {"start": control.start, "end": control.end}
+            if key in told or any(rules.gate_open(control.gate, i, count, **window) for i in range(count)):
+                continue
+            told.add(key)
+            yield (
+                f"the {control.kind} control has no effect: none of {count} steps lies in its window,"
+                f" start={control.start:g} to end={control.end:g}"
+            )
+
+
+def _steps_taken(job: Plan, options: Options) -> int:
+    """The steps of the loop, of which a control's window speaks."""
+    strength = 1.0
+    if job.beginning is not None:
+        strength = job.beginning.record.strength if options.strength is None else options.strength
+    taken = max(int(options.steps * strength), 1)
+    return {"heun": 2 * taken - 1, "pndm": taken + 1}.get(options.scheduler, taken)  # they look twice
