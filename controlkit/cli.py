@@ -393,6 +393,8 @@ def generate(
     ] = None,
 ) -> None:
     """Make pictures that follow a prompt and the edges, pose or depth of another picture."""
+    started = time.monotonic()
+    typer.echo("reading what is asked for ...", err=True)  # before anything that takes time
     from controlkit import arguments, generate_job, grid_job
     from controlkit.generate_notes import without_effect
     from controlkit.generate_plan import Options, check_preview
@@ -412,7 +414,6 @@ def generate(
         if name in given:
             whole = name in ("tile", "width", "height")
             given[name] = arguments.parse_number(given[name], f"--{name}", whole=whole)
-    started = time.monotonic()
     with _terminal() as terminal:
         plan = generate_job.plan(
             given,

@@ -19,6 +19,7 @@ import numpy as np
 
 from controlkit import figures, metrics, preprocessors, sheets
 from controlkit.generate_job import Report, extractor_options
+from controlkit.startup import nothing_collected
 
 if TYPE_CHECKING:
     from controlkit.base import Base
@@ -79,7 +80,8 @@ def run_demo(seed: int, *, report: Report) -> DemoResult:
     from controlkit.base import load_base
 
     scene = figures.render(seed, split="demo")
-    base = load_base("tiny")
+    with nothing_collected():
+        base = load_base("tiny")
     kinds = list(MEASURES)
     extractors = {kind: preprocessors.get(kind, **extractor_options(kind, bundled=True)) for kind in kinds}
     report.status("extracting the edges, the pose and the depth of the scene")

@@ -21,6 +21,7 @@ from controlkit.generate_plan import INPAINT, PREVIEW_CHUNK, Beginning, Plan, So
 from controlkit.generate_plan import plan as plan
 from controlkit.infotext import PictureRecord
 from controlkit.settings import shared
+from controlkit.startup import nothing_collected
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +53,8 @@ def run(job: Plan, report: Report, *, preview: Path | None = None) -> list[Pictu
 
     preview: a PNG that shows what the picture at hand will be, while it is made; it is removed at the end.
     """
-    session = Session(job, report, preview=preview)
+    with nothing_collected():
+        session = Session(job, report, preview=preview)
     session.check_told()
     first, count = session.first, job.options.count
     records = [replace(first, seed=first.seed + k) for k in range(count)]

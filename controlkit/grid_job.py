@@ -20,6 +20,7 @@ from controlkit.infotext import GRID_CHUNK, ControlRecord, PictureRecord
 from controlkit.limits import check_count
 from controlkit.naming import unknown
 from controlkit.rules import check_rule
+from controlkit.startup import nothing_collected
 
 MOST = 400  # pictures of a grid
 
@@ -190,7 +191,8 @@ def run(job: Plan, axes: Sequence[Axis], report: Any, *, preview: Path | None = 
     The sheet is written anew after every picture, so that an interruption keeps what is finished.
     """
     by_clip = any(options.clip_guidance for options, _ in variants(job, axes))
-    session = Session(job, report, preview=preview, by_clip=by_clip)
+    with nothing_collected():
+        session = Session(job, report, preview=preview, by_clip=by_clip)
     columns, rows = axes[0], axes[1] if len(axes) == 2 else None
     records: list[PictureRecord] = []
     cells: list[list[sheets.Cell]] = []
