@@ -26,7 +26,9 @@ def test_generate_writes_a_picture_that_says_how_it_was_made(
     outcome = generate("--seed", 7, "-o", "out.png")
     assert "wrote out.png (64x64, seed 7)" in outcome.done()
     assert "--like out.png --seed 8" in outcome.out
-    assert outcome.err.startswith("loading"), "the first thing said comes before the slow imports"
+    assert outcome.err.startswith("reading what is asked for ...\nloading the libraries"), (
+        "the first thing said comes before the slow imports"
+    )
     assert load_picture("out.png").shape == (64, 64, 3)
     text = read_png_text("out.png")
     lines = text["parameters"].splitlines()
