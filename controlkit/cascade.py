@@ -21,14 +21,11 @@ if TYPE_CHECKING:
 
 
 def larger_size(width: int, height: int, factor: float) -> tuple[int, int]:
-    """Width and height of the second stage: the factor's, to multiples of 8.
-
-    Raises ValueError for a factor outside 1 to 8, or a side that would be too long.
-    """
-    limits.check_factor(factor)
-    larger = round(width * factor / 8) * 8, round(height * factor / 8) * 8
-    limits.check_size(*larger)
-    return larger
+    """Width and height of the second stage. Raises ValueError as `limits.enlarged`."""
+    larger = limits.enlarged(width, height, factor)
+    assert larger[0] is not None
+    assert larger[1] is not None
+    return larger[0], larger[1]
 
 
 def refine(

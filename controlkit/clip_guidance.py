@@ -13,9 +13,7 @@ taken as that of a unit Gaussian prior, sqrt(alpha_bar_t). No gradient goes thro
 one decoding and one look of CLIP, forward and back, and the U-Net keeps no graph. diffusers' community
 pipeline clip_guided_stable_diffusion has the same loss in the same unit (100 is its usual scale), but
 differentiates through the U-Net, so that the same scale need not have the same effect. A scale that is too
-large overshoots: pictures move away from the prompt and fall apart. With the bundled base and a small CLIP
-trained on its world, pictures of scales from 10 to 100 were a tenth nearer to their prompts and kept colours
-and edges; at 300 they began to lose them, and at 1000 they were farther away than without.
+large overshoots: pictures move away from the prompt and fall apart. Which scale is best is not measured here.
 
 The picture that CLIP judges is small: where it is several times as large as CLIP's own, the latents are
 averaged by so many, decoded, and the middle square of that is looked at, as in CLIP's training.

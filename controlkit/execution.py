@@ -46,7 +46,6 @@ class Runner:
     """
 
     def __init__(self, execution: Execution, device: torch.device) -> None:
-        self.execution = execution
         self.recordings: dict[object, Recording] = {}
         recorded = execution.cuda_graph and not execution.compiled
         self.recorder = _recorder_for(device) if recorded else None

@@ -71,8 +71,8 @@ class Savings:
         between, on the last deep features (DeepCache: Ma et al. 2023, arXiv:2312.00858).
     guidance_until: guide the first share of the steps, 0 to 1, and follow the prompt alone after it.
     merge_tokens: the share of like tokens, 0 to 0.75, that the self-attentions at the highest resolution see
-        as one (ToMe: Bolya & Hoffman 2023, arXiv:2303.17604), see `token_merging`. Of fewer than
-        some 256 tokens (128 pixels to a side, of SD1) finding like ones takes longer than it saves.
+        as one (ToMe: Bolya & Hoffman 2023, arXiv:2303.17604), see `token_merging`. Where tokens are few
+        (the bundled base at 128 pixels) finding like ones takes longer than it saves.
 
     Raises ValueError for a number outside its range.
     """

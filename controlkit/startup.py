@@ -11,8 +11,8 @@ from contextlib import contextmanager
 def nothing_collected() -> Iterator[None]:
     """Within the block Python's garbage collector rests.
 
-    Importing the model libraries makes some million objects that stay, and looking through them again and
-    again is a tenth of the time that it takes (tests/benchmarks/cold.py).
+    Importing the model libraries makes very many objects that stay, and it would look through them again and
+    again: with it `tests/benchmarks/cold.py` gave 0.99, without 1.04.
     """
     was_on = gc.isenabled()
     gc.disable()

@@ -11,6 +11,7 @@ import pytest
 import tiny_models
 import torch
 from outcomes import Run
+from recorders import Counting, Deaf, Failing
 from sampling_peers import cond, controlnet_of
 from torch import Tensor
 
@@ -19,44 +20,11 @@ from controlkit.applying import EAGER, Networks
 from controlkit.base import Base
 from controlkit.control import Control
 from controlkit.execution import Execution
-from controlkit.recording import Repeater, Work
+from controlkit.recording import Work
 from controlkit.reuse import cross_attentions
 from controlkit.sampling import Memory, Savings, Tiles, generate
 
 GRAPHS = Execution(cuda_graph=True)
-
-
-class Counting(Repeater):
-    """Counts what is recorded and how often it is repeated."""
-
-    def __init__(self) -> None:
-        self.recorded = self.repeated = 0
-
-    def record(self, work: Work) -> tuple[Callable[[], None], Tensor]:
-        again, result = super().record(work)
-        self.recorded += 1
-
-        def counted() -> None:
-            self.repeated += 1
-            again()
-
-        return counted, result
-
-
-class Deaf(Repeater):
-    """Repeats what it recorded, whatever the inputs are now: a constant in a graph."""
-
-    def record(self, work: Work) -> tuple[Callable[[], None], Tensor]:
-        _, result = super().record(work)
-        return lambda: None, result
-
-
-class Failing:
-    """A capture that does not succeed."""
-
-    def record(self, work: Work) -> tuple[Callable[[], None], Tensor]:
-        work()
-        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nand more")
 
 
 @pytest.fixture

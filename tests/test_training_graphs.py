@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from killed_runs import recipe, write_pictures
+from recorders import Counting, Deaf, Failing
 from safetensors.torch import load_file
 from tiny_models import build
 
@@ -42,31 +43,6 @@ def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-class Counting(Repeater):
-    """Counts what is recorded and how often it is repeated."""
-
-    def __init__(self) -> None:
-        self.recorded = self.repeated = 0
-
-    def record(self, work):
-        again, result = super().record(work)
-        self.recorded += 1
-
-        def counted() -> None:
-            self.repeated += 1
-            again()
-
-        return counted, result
-
-
-class Deaf(Repeater):
-    """Repeats what it recorded, whatever the inputs are now: a constant in a graph."""
-
-    def record(self, work):
-        _, result = super().record(work)
-        return lambda: None, result
-
-
 class Forgetful(Repeater):
     """Gives the losses and forgets the gradients."""
 
@@ -83,14 +59,6 @@ class Forgetful(Repeater):
                     parameter.grad.zero_()
 
         return forgetful, result
-
-
-class Failing:
-    """A capture that does not succeed."""
-
-    def record(self, work):
-        work()
-        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nand more")
 
 
 @pytest.fixture

@@ -1,0 +1,40 @@
+"""Recorders for devices without graphs: one that counts, and two that are wrong."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from controlkit.recording import Repeater, Work
+
+
+class Counting(Repeater):
+    """Counts what is recorded and how often it is repeated."""
+
+    def __init__(self) -> None:
+        self.recorded = self.repeated = 0
+
+    def record(self, work: Work) -> tuple[Callable[[], None], Tensor]:
+        again, result = super().record(work)
+        self.recorded += 1
+
+        def counted() -> None:
+            self.repeated += 1
+            again()
+
+        return counted, result
+
+
+class Deaf(Repeater):
+    """Repeats what it recorded, whatever the inputs are now: a constant in a graph."""
+
+    def record(self, work: Work) -> tuple[Callable[[], None], Tensor]:
+        _, result = super().record(work)
+        return lambda: None, result
+
+
+class Failing:
+    """A capture that does not succeed."""
+
+    def record(self, work: Work) -> tuple[Callable[[], None], Tensor]:
+        work()
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nand more")
