@@ -8,6 +8,7 @@ and the common ModelSpec keys (``modelspec.*``, specification 1.0.0) that model 
 
 from __future__ import annotations
 
+import importlib
 import json
 import warnings
 from collections.abc import Mapping
@@ -26,10 +27,11 @@ from controlkit.class_labels import check_labels_fit
 from controlkit.controlnet import lock
 from controlkit.folders import is_pickle, load_part, read_header, read_json, weight_files, write_weights
 from controlkit.hub import check_exists, find_folder
+from controlkit.kinds import kind_of
 from controlkit.naming import unknown
 
 if TYPE_CHECKING:
-    from diffusers import ControlNetModel
+    from torch import nn
 
 BUNDLED_ADAPTERS: Mapping[str, Path] = {
     kind: Path(__file__).parent / "tiny" / f"controlnet-{kind}" for kind in ("canny", "openpose", "depth")
@@ -51,6 +53,13 @@ DEFAULT_ADAPTERS: Mapping[str, Mapping[str, str]] = {
         "depth": "diffusers/controlnet-depth-sdxl-1.0",
     },
 }
+CLASSES: Mapping[str, str] = {
+    "ControlNetModel": "diffusers",
+    "ControlNetXSAdapter": "diffusers",
+    "T2IAdapter": "diffusers",
+    "LightControl": "controlkit.light",
+}
+"""The classes of control networks, and the modules that have them."""
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 METADATA_KEY = "controlkit"
 FORMAT_VERSION = 1
@@ -109,7 +118,7 @@ class AdapterInfo:
 class Adapter:
     """A loaded adapter: the control network, what it says of itself, and the name it was asked for by."""
 
-    controlnet: ControlNetModel
+    controlnet: Any
     info: AdapterInfo
     name: str
 
@@ -151,7 +160,7 @@ def load_adapter(
     """
     folder = find_folder(name_or_path, complete=_is_complete, files=_HUB_FILES, **_PLACES)
     config = _adapter_config(folder)
-    _check_sizes(config, base, name=name_or_path)  # before minutes of loading
+    check_sizes(config, base, name=name_or_path)  # before minutes of loading
     info = read_info(folder)
     if info.prediction_type not in ("", base.prediction_type):
         warnings.warn(
@@ -161,7 +170,7 @@ def load_adapter(
         )
     if not info.map.kind:
         info = replace(info, map=_published_map(name_or_path) or info.map)
-    controlnet = _load_network(folder, dtype=dtype or base.dtype)
+    controlnet = _load_network(folder, config["_class_name"], dtype=dtype or base.dtype)
     return Adapter(lock(controlnet).to(device or base.device), info, name_or_path)
 
 
@@ -190,7 +199,8 @@ def read_info(folder: Path) -> AdapterInfo:
     text = header.get("__metadata__", {}).get(METADATA_KEY)
     if text is None:
         return AdapterInfo(
-            map=MapSpec(channels=config.get("conditioning_channels", 3)), family=family_of(config)
+            map=MapSpec(channels=config.get("conditioning_channels") or config.get("in_channels", 3)),
+            family=family_of(config),
         )
     try:
         return _info_from_json(json.loads(text))
@@ -199,7 +209,7 @@ def read_info(folder: Path) -> AdapterInfo:
 
 
 def save_adapter(
-    controlnet: ControlNetModel,
+    controlnet: Any,
     folder: str | Path,
     *,
     info: AdapterInfo,
@@ -229,26 +239,50 @@ def save_adapter(
         write_weights(temporary / WEIGHTS_NAME, tensors, _metadata(info))
 
 
-def check_fits(controlnet: ControlNetModel, base: Base) -> None:
-    """Raise ValueError, one line with both networks' sizes, unless ``controlnet`` is a copy of this base's
-    encoder."""
-    _check_sizes(controlnet.config, base, name="control network")
-    check_labels_fit(controlnet, base)
+def check_fits(controlnet: nn.Module, base: Base) -> None:
+    """Raise ValueError, one line with both networks' sizes, unless ``controlnet`` fits this base's U-Net."""
+    network: Any = controlnet
+    kind_of(network)
+    check_sizes(network.config, base, name="control network")
+    check_labels_fit(network, base)
 
 
-def _check_sizes(config: Mapping[str, Any], base: Base, *, name: str) -> None:
+def check_sizes(config: Mapping[str, Any], base: Base, *, name: str) -> None:
+    """Raise ValueError, one line with both networks' sizes, unless a network of this config fits."""
+    class_name = config.get("_class_name", "ControlNetModel")
+    unet = base.unet.config
     # A base that fills holes sees more besides the latents, and its control networks do not.
-    own = {**{key: base.unet.config[key] for key in _SIZES}, "in_channels": base.unet.config.out_channels}
-    different = [key for key in _SIZES if _plain(config.get(key)) != _plain(own[key])]
-    family = family_of(config)
+    own = {**{key: unet[key] for key in _SIZES}, "in_channels": unet.out_channels}
+    if class_name == "ControlNetXSAdapter":
+        own = {key: own[key] for key in ("cross_attention_dim", "down_block_types")}
+        own["base_block_out_channels"] = unet.block_out_channels
+    elif class_name == "LightControl":
+        own = {"block_out_channels": unet.block_out_channels}
+    elif class_name == "T2IAdapter":
+        own = _t2i_sizes(config, unet)
+    different = [key for key in own if _plain(config.get(key)) != _plain(own[key])]
+    structured = class_name == "ControlNetModel"
+    family = family_of(config) if structured else base.family
     if not different and family == base.family:
         return
     adapter_sizes = ", ".join(f"{key} {_plain(config.get(key))}" for key in different) or "other attention"
     base_sizes = ", ".join(f"{key} {_plain(own[key])}" for key in different) or "its own"
+    whose = f"for {FAMILY_TITLES[family]} " if structured else "for another one "
     raise ValueError(
-        f"{name} does not fit the base {base.name}: it is for {FAMILY_TITLES[family]} ({adapter_sizes}),"
+        f"{name} does not fit the base {base.name}: it is {whose}({adapter_sizes}),"
         f" the base is {FAMILY_TITLES[base.family]} ({base_sizes})"
     )
+
+
+def _t2i_sizes(config: Mapping[str, Any], unet: Any) -> dict[str, Any]:
+    """What a T2I-Adapter's configuration has for this U-Net."""
+    widths, large = list(unet.block_out_channels), unet.addition_embed_type == "text_time"
+    if config.get("adapter_type") == "light_adapter":
+        return {"channels": widths[:-1], "adapter_type": "full_adapter_xl" if large else "light_adapter"}
+    return {
+        "channels": [*widths, widths[-1]] if large else widths,
+        "adapter_type": "full_adapter_xl" if large else "full_adapter",
+    }
 
 
 def _plain(value: Any) -> Any:
@@ -265,8 +299,8 @@ def _adapter_config(folder: Path) -> dict[str, Any]:
         hint = f" (did you mean {inner.parent}?)" if inner else ""
         raise ValueError(f"{folder} is not an adapter folder: it has no config.json{hint}")
     config = read_json(folder / "config.json")
-    if config.get("_class_name") != "ControlNetModel":
-        raise ValueError(f"{folder} holds a {config.get('_class_name')}, not a ControlNetModel")
+    if config.get("_class_name") not in CLASSES:
+        raise ValueError(f"{folder} holds a {config.get('_class_name')}, not a {' or '.join(CLASSES)}")
     return config
 
 
@@ -276,10 +310,9 @@ def _published_map(repo_id: str) -> MapSpec | None:
     return MAPS[kinds[repo_id]] if repo_id in kinds else None
 
 
-def _load_network(folder: Path, *, dtype: torch.dtype) -> ControlNetModel:
-    from diffusers import ControlNetModel
-
-    controlnet = load_part(ControlNetModel, folder, dtype=dtype)
+def _load_network(folder: Path, class_name: str, *, dtype: torch.dtype) -> Any:
+    module = importlib.import_module(CLASSES[class_name])
+    controlnet = load_part(getattr(module, class_name), folder, dtype=dtype)
     _check_finite(controlnet.state_dict(), str(folder))
     return controlnet
 

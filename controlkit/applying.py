@@ -5,25 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from controlkit.control import Control
-from controlkit.controlnet import (
-    Residuals,
-    add_residuals,
-    control_residuals,
-    encode_hint,
-    predict,
-    weigh_residuals,
-)
+from controlkit.controlnet import Residuals, add_residuals, predict, weigh_residuals
+from controlkit.kinds import Hint, control_residuals, encode_hint, join_hints, kind_of, map_hint
 from controlkit.reuse import text_fixed
-
-if TYPE_CHECKING:
-    from diffusers import ControlNetModel
-
 
 BAND = 512  # pixels of a large map that are encoded at a time
 _MARGIN = 32  # pixels that a band sees beyond its own; the hint encoder looks 23 to each side
@@ -33,12 +23,12 @@ _MARGIN = 32  # pixels that a band sees beyond its own; the hint encoder looks 2
 class EncodedControl:
     """A control whose map has been through the hint encoder, once for all steps and pictures.
 
-    hint: (1|B, C0, height/8, width/8), the hint encoder's output. weights: of the connections. region: the
-    mask, (1, 1, H, W), or None.
+    hint: the encoder's output, tensors (1|B, ...), of a ControlNet one of (1|B, C0, height/8, width/8).
+    weights: of the connections. region: the mask, (1, 1, H, W), or None.
     """
 
     control: Control
-    hint: Tensor
+    hint: Hint
     weights: tuple[float, ...]
     region: Tensor | None = None
     regions: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
@@ -48,8 +38,12 @@ class EncodedControl:
 
     def rows(self, first: int, last: int) -> EncodedControl:
         """The control for pictures `first` to `last` (exclusive) of the B."""
-        hint = self.hint if len(self.hint) == 1 else self.hint[first:last]
+        hint = map_hint(self.hint, lambda part: part if len(part) == 1 else part[first:last])
         return replace(self, hint=hint, last={})
+
+    def within_region(self, residual: Tensor) -> Tensor:
+        """A residual where the mask lets it act."""
+        return residual * self.region_for(residual)
 
     def region_for(self, residual: Tensor) -> Tensor:
         """The mask as large as a residual (..., h, w): (1, 1, h, w)."""
@@ -147,28 +141,33 @@ def encode_controls(
     encoded = []
     for control in controls:
         controlnet, weights = control.controlnet, control.weights()
-        if control.mask is not None and controlnet.config.global_pool_conditions:
+        if control.mask is not None and kind_of(controlnet).pools(controlnet):
             raise ValueError("a control network that pools its residuals acts nowhere in particular: no mask")
         cond = control.cond_for(width, height)
         if len(cond) not in (1, pictures):
             raise ValueError(f"{len(cond)} maps for {pictures} pictures: give one map, or one per picture")
         cond = cond.to(device=controlnet.device, dtype=controlnet.dtype)
-        encoded.append(EncodedControl(control, _hints(controlnet, cond, in_bands), weights, control.region()))
+        hint = _hints(controlnet, cond, in_bands, control.map_kind)
+        encoded.append(EncodedControl(control, hint, weights, control.region()))
     return encoded
 
 
-def _hints(controlnet: ControlNetModel, cond: Tensor, in_bands: bool) -> Tensor:
+def _hints(controlnet: Any, cond: Tensor, in_bands: bool, map_kind: str) -> Hint:
     """Hints of maps (B, C, H, W), one at a time: none depends on its neighbours in the batch."""
-    encode = _hint_in_bands if in_bands else encode_hint
-    return torch.cat([encode(controlnet, row[None]) for row in cond])
+    kind = kind_of(controlnet)
+    if in_bands and not kind.local:
+        raise ValueError(f"a {kind.title} sees the map as a whole, and does not go with tiles")
+    if in_bands and kind.bands:
+        return join_hints([(_hint_in_bands(controlnet, row[None], map_kind),) for row in cond])
+    return join_hints([encode_hint(controlnet, row[None], map_kind) for row in cond])
 
 
-def _hint_in_bands(controlnet: ControlNetModel, cond: Tensor) -> Tensor:
+def _hint_in_bands(controlnet: Any, cond: Tensor, map_kind: str) -> Tensor:
     height, bands = cond.shape[-2], []
     for top in range(0, height, BAND):
         bottom = min(top + BAND, height)
         above = max(top - _MARGIN, 0)
-        hint = encode_hint(controlnet, cond[..., above : bottom + _MARGIN, :])
+        (hint,) = encode_hint(controlnet, cond[..., above : bottom + _MARGIN, :], map_kind)
         bands.append(hint[..., (top - above) // 8 : (bottom - above) // 8, :])
     return torch.cat(bands, dim=-2)
 
@@ -193,7 +192,7 @@ def summed_residuals(
     terms = []
     for encoded in controls:
         control = encoded.control
-        if not control.active(step, steps):
+        if kind_of(control.controlnet).crosses or not control.active(step, steps):
             continue
         told = rows if control.acts_on_both() else rows.conditional
         if not told.is_conditional and not control.acts_on_both():
@@ -214,20 +213,26 @@ def summed_residuals(
             encoded.last[id(told)] = residuals
         scale = control.scale_at(step, steps)
         residuals = weigh_residuals(residuals, [scale * weight for weight in encoded.weights])
-        residuals = _within_region(encoded, residuals)
+        if encoded.region is not None:
+            residuals = residuals.map(encoded.within_region)
         if told is not rows:
-            residuals = Residuals(tuple(map(_after_zeros, residuals.down)), _after_zeros(residuals.mid))
+            residuals = residuals.map(lambda part: _after_zeros(part, rows.pictures))
         terms.append(residuals)
     return add_residuals(*terms) if terms else None
 
 
-def _within_region(encoded: EncodedControl, residuals: Residuals) -> Residuals:
-    if encoded.region is None:
-        return residuals
-    *down, mid = (part * encoded.region_for(part) for part in (*residuals.down, residuals.mid))
-    return Residuals(tuple(down), mid)
+def crossing_at(
+    controls: Sequence[EncodedControl], rows: Rows, *, step: int, steps: int
+) -> EncodedControl | None:
+    """The control that works with the U-Net layer by layer, if there is one and it acts in this step."""
+    for encoded in controls:
+        control = encoded.control
+        if kind_of(control.controlnet).crosses and control.active(step, steps):
+            return encoded if control.acts_on_both() or rows.is_conditional else None
+    return None
 
 
-def _after_zeros(residual: Tensor) -> Tensor:
+def _after_zeros(residual: Tensor, pictures: int) -> Tensor:
     """Rows of zeros for the unconditional branch, then the residual of the conditional one."""
+    residual = residual.expand(max(len(residual), pictures), *residual.shape[1:])
     return torch.cat([torch.zeros_like(residual), residual])

@@ -14,14 +14,15 @@ import torch
 
 from controlkit import images
 from controlkit.adapters import Adapter
+from controlkit.kinds import kind_of
 from controlkit.map_sizes import cover_map
 from controlkit.rules import CURVES as CURVES
 from controlkit.rules import GATES as GATES
 from controlkit.rules import MODES as MODES
-from controlkit.rules import check_rule, connection_levels, gate_open, layer_weights, scale_at
+from controlkit.rules import check_rule, gate_open, scale_at
 
 if TYPE_CHECKING:
-    from diffusers import ControlNetModel
+    from torch import nn
 
 PALETTES = ("openpose",)  # maps whose colours have meanings, and are never blended
 
@@ -33,7 +34,7 @@ MapSource = Any
 class Control:
     """One ControlNet, the map it follows, how strongly, when, where and in which mode.
 
-    adapter: a loaded adapter, or a bare diffusers `ControlNetModel`.
+    adapter: a loaded adapter, or a bare network of one of the kinds in `kinds.py`.
     controlnet_cond: the map, or one for each picture. Either whatever `images.load_pictures` takes (a path, a
         PIL image, an array (H, W[, C]) or (N, H, W, C) of uint8, or of floats in [0, 1], a list of these),
         which is scaled and centre-cropped to the size that is generated; or a float tensor (1, C, H, W) or
@@ -49,6 +50,7 @@ class Control:
     mask: where the control acts, (H, W), uint8 (255 is everywhere) or float in [0, 1]; it is stretched to
         each residual bilinearly, as A1111's effective region mask is. None is everywhere.
     only_mid: leave out all residuals but the middle block's, as the original's `only_mid_control`.
+    kind: of the map, for networks that know several (ControlNet-Union); "" is the adapter's own.
 
     A network that pools its residuals (`global_pool_conditions`, as "shuffle") acts on the conditional branch
     with a flat curve in every mode, as in diffusers' pipelines.
@@ -56,7 +58,7 @@ class Control:
     Raises ValueError for a number or a name that is not allowed, or a map or mask of another shape.
     """
 
-    adapter: Adapter | ControlNetModel
+    adapter: Adapter | nn.Module
     controlnet_cond: MapSource
     scale: float | Sequence[float] = 1.0
     start: float = 0.0
@@ -66,6 +68,7 @@ class Control:
     layers: str | Sequence[float] | None = None
     mask: np.ndarray | torch.Tensor | None = None
     only_mid: bool = False
+    kind: str = ""
     maps: torch.Tensor | list[np.ndarray] = field(init=False, repr=False)
     """The tensor that was given, or the pictures, uint8 (H, W, 3) each."""
 
@@ -76,7 +79,7 @@ class Control:
             _check_mask(self.mask)
 
     @property
-    def controlnet(self) -> ControlNetModel:
+    def controlnet(self) -> Any:
         """The network itself."""
         return self.adapter.controlnet if isinstance(self.adapter, Adapter) else self.adapter
 
@@ -97,18 +100,26 @@ class Control:
 
     def acts_on_both(self) -> bool:
         """Whether the unconditional branch is controlled, too."""
-        return MODES[self.mode].both and not self.controlnet.config.global_pool_conditions
+        return MODES[self.mode].both and not self._pools
+
+    @property
+    def _pools(self) -> bool:
+        return kind_of(self.controlnet).pools(self.controlnet)
+
+    @property
+    def map_kind(self) -> str:
+        """What the map is; "" where nobody says."""
+        return self.kind or (self.adapter.info.map.kind if isinstance(self.adapter, Adapter) else "")
 
     def weights(self) -> tuple[float, ...]:
         """The weight of every connection, the middle block's last. Raises ValueError for a wrong count."""
-        levels = connection_levels(self.controlnet.config)
-        pools = self.controlnet.config.global_pool_conditions
-        curve = ("flat" if pools else MODES[self.mode].curve) if self.layers is None else self.layers
-        weights = layer_weights(curve, levels) if isinstance(curve, str) else tuple(map(float, curve))
+        kind = kind_of(self.controlnet)
+        levels = kind.levels(self.controlnet)
+        curve = ("flat" if self._pools else MODES[self.mode].curve) if self.layers is None else self.layers
+        weights = kind.curve(curve, levels) if isinstance(curve, str) else tuple(map(float, curve))
         if len(weights) != len(levels):
             raise ValueError(
-                f"layers has {len(weights)} weights; this control network has {len(levels)} connections:"
-                f" {len(levels) - 1} skips, the shallowest first, and the middle block"
+                f"layers has {len(weights)} weights; this {kind.title} has {kind.connections(len(levels))}"
             )
         return (0.0,) * (len(weights) - 1) + weights[-1:] if self.only_mid else weights
 
@@ -125,11 +136,11 @@ class Control:
                     f"not {self.size[0]}x{self.size[1]}"
                 )
             return self.maps
-        palette = isinstance(self.adapter, Adapter) and self.adapter.info.map.kind in PALETTES
+        palette = self.map_kind in PALETTES
         cond = images.map_to_cond(
             [cover_map(picture, width, height, palette=palette) for picture in self.maps]
         )
-        if self.controlnet.config.conditioning_channels != 1:
+        if kind_of(self.controlnet).channels(self.controlnet) != 1:
             return cond
         if not torch.equal(cond, cond[:, :1].expand_as(cond)):
             raise ValueError("this control network takes grey maps, and the map is coloured")

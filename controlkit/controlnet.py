@@ -26,13 +26,13 @@ and what does not depend on the text is computed once (``reuse.py``).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from controlkit.reuse import repeat_rows, shared_start
+from controlkit.reuse import repeat_rows, shared_start, text_for, whole_block
 
 if TYPE_CHECKING:
     from diffusers import ControlNetModel, UNet2DConditionModel
@@ -60,15 +60,41 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 class Residuals(NamedTuple):
-    """What the control network adds: one tensor per skip connection of the U-Net, and one for its mid block.
+    """What a control network adds to the U-Net, and where.
 
-    ``down``: 12 tensors for SD1 and SD2, 9 for SDXL, from the shallowest (B, C_0, h, w) to the deepest;
-    ``mid``: (B, C_last, h/8, w/8), for SDXL (B, C_last, h/4, w/4). Models with ``global_pool_conditions``
-    have spatial size 1x1.
+    ``down``: to the skip connections, 12 tensors for SD1 and SD2, 9 for SDXL, from the shallowest (B, C_0, h,
+    w) to the deepest; ``mid``: to the mid block's output, (B, C_last, h/8, w/8), for SDXL (B, C_last, h/4,
+    w/4). Models with ``global_pool_conditions`` have spatial size 1x1.
+
+    ``inner``: within the encoder, behind each of its blocks (before it halves the size, where it attends to
+    the text) and, where there is one more, behind the mid block, as T2I-Adapters do. ``first``: behind the
+    first convolution, (B, C_0, h, w), in units of the spread of what it is added to (`light.py`).
     """
 
-    down: tuple[Tensor, ...]
-    mid: Tensor
+    down: tuple[Tensor, ...] = ()
+    mid: Tensor | None = None
+    inner: tuple[Tensor, ...] = ()
+    first: Tensor | None = None
+
+    @property
+    def enters_encoder(self) -> bool:
+        """Whether the U-Net's encoder is changed, too."""
+        return bool(self.inner) or self.first is not None
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of them, in the order of the connections."""
+        single = (part for part in (self.mid, *self.inner, self.first) if part is not None)
+        return (*self.down, *single)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Residuals:
+        """The same with every tensor changed, in the order of `tensors`."""
+        return Residuals(
+            tuple(map(change, self.down)),
+            None if self.mid is None else change(self.mid),
+            tuple(map(change, self.inner)),
+            None if self.first is None else change(self.first),
+        )
 
 
 def from_base(
@@ -105,7 +131,7 @@ def from_base(
             f"conditioning_channels {conditioning_channels} and hint_channels {tuple(hint_channels)}"
             " must be 1 or more"
         )
-    with _seeded(seed):
+    with seeded(seed):
         controlnet = ControlNetModel.from_unet(
             unet,
             conditioning_channels=conditioning_channels,
@@ -147,13 +173,23 @@ def control_residuals(
     batch. ``class_labels`` may be given to networks that take none: they are not told. Raises ValueError when
     the hint's height and width are not those of the latents.
     """
+    check_hint_size(hint, noisy_latents)
+    emb = time_embedding(controlnet, noisy_latents, timesteps, added_cond, class_labels=class_labels)
+    x = controlnet.conv_in(noisy_latents) + hint  # (B, C_0, h, w)
+    return copy_residuals(controlnet, x, emb, encoder_hidden_states)
+
+
+def check_hint_size(hint: Tensor, noisy_latents: Tensor) -> None:
+    """Raise ValueError unless an encoded map has the height and width of the latents."""
     if hint.shape[-2:] != noisy_latents.shape[-2:]:
         raise ValueError(
             f"the encoded map is {tuple(hint.shape[-2:])} (height, width) but the latents are"
             f" {tuple(noisy_latents.shape[-2:])}: give a map of the picture's size"
         )
-    emb = _time_embedding(controlnet, noisy_latents, timesteps, added_cond, class_labels=class_labels)
-    x = controlnet.conv_in(noisy_latents) + hint  # (B, C_0, h, w)
+
+
+def copy_residuals(controlnet: Any, x: Tensor, emb: Tensor, encoder_hidden_states: Tensor) -> Residuals:
+    """What the trainable copy adds, of what enters its first block, ``x`` (B, C_0, h, w)."""
     x, skips, emb = _encoder(controlnet, x, emb, encoder_hidden_states)
     x = controlnet.mid_block(x, emb, encoder_hidden_states=encoder_hidden_states)
 
@@ -188,7 +224,7 @@ def predict(
 
     With ``sd_locked`` the encoder and the mid block run without a graph: the residuals enter behind them,
     so no gradient has to pass. The decoder keeps its graph, which is how the loss reaches the residuals.
-    Without it, the graph goes wherever ``requires_grad`` says.
+    Without it, and for residuals that enter the encoder, the graph goes wherever ``requires_grad`` says.
 
     ``only_mid_control`` adds the mid residual alone and leaves the skips as they are.
 
@@ -198,40 +234,60 @@ def predict(
     ``deep``: remembers what the outermost decoder block is given; where it does already, only the outermost
     blocks of encoder and decoder are run (DeepCache: Ma et al. 2023, arXiv:2312.00858).
     """
+    residuals = residuals or Residuals()
     shallow = deep is not None and deep.x is not None
-    with torch.no_grad() if sd_locked else contextlib.nullcontext():
-        emb = _time_embedding(
+    no_graph = sd_locked and not residuals.enters_encoder
+    with torch.no_grad() if no_graph else contextlib.nullcontext():
+        emb = time_embedding(
             unet, noisy_latents, timesteps, added_cond, timestep_cond, class_labels=class_labels
         )
         x = unet.conv_in(noisy_latents)  # (B, C_0, h, w)
-        x, skips, emb = _encoder(unet, x, emb, encoder_hidden_states, blocks=1 if shallow else None)
+        x, skips, emb = _encoder(
+            unet, x, emb, encoder_hidden_states, blocks=1 if shallow else None, residuals=residuals
+        )
         if not shallow:
             x = unet.mid_block(x, emb, encoder_hidden_states=encoder_hidden_states)  # (B, C_last, h/8, w/8)
+            if len(residuals.inner) > len(unet.down_blocks):
+                x = x + residuals.inner[-1]
 
-    if residuals is not None:
-        if not shallow:
-            x = x + residuals.mid
-        if not only_mid_control:  # in a shallow step there are fewer skips
-            skips = [skip + residual for skip, residual in zip(skips, residuals.down, strict=False)]
+    if residuals.mid is not None and not shallow:
+        x = x + residuals.mid
+    if residuals.down and not only_mid_control:  # in a shallow step there are fewer skips
+        skips = [skip + residual for skip, residual in zip(skips, residuals.down, strict=False)]
     x = _decoder(unet, x, skips, emb, encoder_hidden_states, deep)
     return unet.conv_out(unet.conv_act(unet.conv_norm_out(x)))
 
 
 def weigh_residuals(residuals: Residuals, weights: Sequence[float]) -> Residuals:
-    """Each residual multiplied by its weight, the middle block's last."""
-    *down, mid = (
-        residual if weight == 1 else residual * weight
-        for residual, weight in zip((*residuals.down, residuals.mid), weights, strict=True)
-    )
-    return Residuals(tuple(down), mid)
+    """Each residual multiplied by its weight, in the order of `Residuals.tensors`."""
+    assert len(weights) == len(residuals.tensors), (len(weights), len(residuals.tensors))
+    left = iter(weights)
+
+    def weigh(residual: Tensor) -> Tensor:
+        weight = next(left)
+        return residual if weight == 1 else residual * weight
+
+    return residuals.map(weigh)
 
 
 def add_residuals(first: Residuals, *others: Residuals) -> Residuals:
     """The sum of several controls' residuals, in the order given (which decides the rounding)."""
     for other in others:
-        down = tuple(a + b for a, b in zip(first.down, other.down, strict=True))
-        first = Residuals(down, first.mid + other.mid)
+        first = Residuals(
+            _summed(first.down, other.down),
+            _sum(first.mid, other.mid),
+            _summed(first.inner, other.inner),
+            _sum(first.first, other.first),
+        )
     return first
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
+
+
+def _summed(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(x + y for x, y in zip(a, b, strict=True)) if a and b else a or b
 
 
 def lock(module: ModuleT) -> ModuleT:
@@ -287,7 +343,7 @@ def check_copyable(config: Mapping[str, Any]) -> None:
         )
 
 
-def _time_embedding(
+def time_embedding(
     network: ControlNetModel | UNet2DConditionModel,
     x: Tensor,
     timesteps: Tensor,
@@ -321,19 +377,24 @@ def _encoder(
     encoder_hidden_states: Tensor,
     *,
     blocks: int | None = None,
+    residuals: Residuals | None = None,
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     """The down blocks, which both networks share: the last output, and every skip from the shallowest on.
 
     Both leave with the text's number of rows, and so does the time embedding, which comes back, too.
-    ``blocks``: only so many.
+    ``blocks``: only so many. ``residuals``: those that enter here.
     """
-    rows = len(encoder_hidden_states)
+    rows, inner = len(encoder_hidden_states), residuals.inner if residuals else ()
+    if residuals is not None and residuals.first is not None:
+        x = repeat_rows(x, max(len(x), len(residuals.first)))
+        x = x + residuals.first * x.std(dim=(1, 2, 3), keepdim=True)
     skips = [repeat_rows(x, rows)]
-    for block in network.down_blocks[:blocks]:
+    for k, block in enumerate(network.down_blocks[:blocks]):
+        added = inner[k] if k < len(inner) else None
         if len(x) < rows:
-            x, outputs = shared_start(block, x, emb, encoder_hidden_states)
+            x, outputs = shared_start(block, x, emb, encoder_hidden_states, added)
         else:
-            x, outputs = block(x, repeat_rows(emb, rows), **_text_for(block, encoder_hidden_states))
+            x, outputs = whole_block(block, x, repeat_rows(emb, rows), encoder_hidden_states, added)
         skips.extend(outputs)
     return repeat_rows(x, rows), skips, repeat_rows(emb, rows)
 
@@ -358,26 +419,19 @@ def _decoder(
             block_skips, remaining = tuple(remaining[-taken:]), remaining[:-taken]
             # Not always twice the size: odd latents were rounded up on the way down.
             size = (remaining or outer)[-1].shape[2:]
-            x = block(x, block_skips, emb, upsample_size=size, **_text_for(block, encoder_hidden_states))
+            x = block(x, block_skips, emb, upsample_size=size, **text_for(block, encoder_hidden_states))
         if deep is not None:
             deep.x = x
-    return last(x, tuple(outer), emb, upsample_size=None, **_text_for(last, encoder_hidden_states))
-
-
-def _text_for(block: nn.Module, encoder_hidden_states: Tensor) -> dict[str, Tensor]:
-    """The text, if the block attends to it; plain residual blocks do not take it."""
-    attends = getattr(block, "has_cross_attention", False)
-    return {"encoder_hidden_states": encoder_hidden_states} if attends else {}
+    return last(x, tuple(outer), emb, upsample_size=None, **text_for(last, encoder_hidden_states))
 
 
 def _pool(residuals: Residuals) -> Residuals:
     """Each residual's mean over the picture, (B, C, 1, 1): for controls that carry style but no layout."""
-    down = tuple(residual.mean(dim=(2, 3), keepdim=True) for residual in residuals.down)
-    return Residuals(down, residuals.mid.mean(dim=(2, 3), keepdim=True))
+    return residuals.map(lambda residual: residual.mean(dim=(2, 3), keepdim=True))
 
 
 @contextlib.contextmanager
-def _seeded(seed: int | None) -> Iterator[None]:
+def seeded(seed: int | None) -> Iterator[None]:
     """Run with torch's CPU generator set to ``seed``, and put its state back; None changes nothing."""
     if seed is None:
         yield

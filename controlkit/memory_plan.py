@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_flatten
 from controlkit.applying import EncodedControl, Rows
 from controlkit.class_labels import classes_of, takes_picture
 from controlkit.clip_guidance import ClipGuidance, ClipGuide
-from controlkit.controlnet import encode_hint
+from controlkit.kinds import encode_hint, kind_of
 from controlkit.memory import Memory
 from controlkit.predicting import Guidance, Predictor, Savings
 from controlkit.reuse import text_kept
@@ -163,10 +163,10 @@ class Estimate:
         whole = (request.width // factor) * (request.height // factor)
         encoded, hints = [], 0
         for control, network in zip(self.controls, self.controlnets, strict=True):
-            channels = network.config.conditioning_channels
+            channels = kind_of(network).channels(network)
             cond = torch.empty(1, channels, h * factor, w * factor, dtype=network.dtype)
-            hint = encode_hint(network, cond)
-            hints += hint.nbytes * whole // (h * w)
+            hint = encode_hint(network, cond, control.map_kind)
+            hints += sum(part.nbytes for part in hint) * whole // (h * w)
             encoded.append(EncodedControl(_Under(control, network), hint, control.weights()))  # type: ignore[arg-type]
         branches = 2 if request.guided else 1
         width = int(base.unet.config.cross_attention_dim)

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from controlkit import limits
-from controlkit.applying import EAGER, EncodedControl, Networks, Rows, summed_residuals
+from controlkit.applying import EAGER, EncodedControl, Networks, Rows, crossing_at, summed_residuals
 from controlkit.base import Base
-from controlkit.controlnet import Deep
+from controlkit.controlnet import Deep, Residuals
 from controlkit.reuse import text_fixed
 from controlkit.token_merging import TokenMerging
 
@@ -146,7 +146,7 @@ class Predictor:
 
     def reads(self) -> tuple[object, ...]:
         """What every step reads where it is: the text, the hints, the regions, what a hole is shown."""
-        held = [part for control in self.controls for part in (control.control, control.hint, control.region)]
+        held = [part for c in self.controls for part in (c.control, *c.hint, c.region)]
         return (self.rows, *held, self.shown)
 
     @property
@@ -164,6 +164,10 @@ class Predictor:
             return self._pair(noisy_latents, timestep, rows, step)
 
     def _pair(self, noisy_latents: Tensor, timestep: Tensor, rows: Rows, step: int) -> Tensor:
+        crossing = crossing_at(self.controls, rows, step=step, steps=self.steps)
+        if crossing is not None and rows.branches == 2 and not crossing.control.acts_on_both():
+            parts = (rows.unconditional, rows.conditional)
+            return torch.cat([self._pair(noisy_latents, timestep, part, step) for part in parts])
         savings, deep = self.savings, None
         if savings.features_every > 1:
             if step % savings.features_every == 0:
@@ -182,6 +186,8 @@ class Predictor:
         )
         if self.networks.compiled:
             text_fixed(self.base.unet, rows.unet_states)
+        if crossing is not None:
+            return self._crossed(noisy_latents, timestep, rows, step, crossing, residuals)
         return self.networks.predict(
             self.base.unet,
             self._with_shown(noisy_latents),
@@ -192,6 +198,33 @@ class Predictor:
             timestep_cond=self.timestep_cond,
             class_labels=rows.class_labels,
             deep=deep,
+        ).float()
+
+    def _crossed(
+        self,
+        noisy_latents: Tensor,
+        timestep: Tensor,
+        rows: Rows,
+        step: int,
+        encoded: EncodedControl,
+        residuals: Residuals | None,
+    ) -> Tensor:
+        """The prediction under a control network that works with the U-Net layer by layer."""
+        from controlkit import cross
+
+        control = encoded.control
+        scale = control.scale_at(step, self.steps) * encoded.weights[0]
+        return cross.predict(
+            self.base.unet,
+            self._with_shown(noisy_latents),
+            timestep,
+            rows.unet_states,
+            crossing=cross.Crossing(control.controlnet, encoded.hint[0], scale, encoded.region),
+            text_beside=rows.encoder_hidden_states,
+            residuals=residuals,
+            added_cond=rows.added_cond,
+            timestep_cond=self.timestep_cond,
+            class_labels=rows.class_labels,
         ).float()
 
     def _with_shown(self, noisy_latents: Tensor) -> Tensor:

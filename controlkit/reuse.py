@@ -20,8 +20,34 @@ def repeat_rows(x: Tensor, rows: int) -> Tensor:
     return x if len(x) == rows else torch.cat([x] * (rows // len(x)))
 
 
+def add_rows(x: Tensor, added: Tensor) -> Tensor:
+    """The sum of two batches, the one with fewer rows repeated."""
+    rows = max(len(x), len(added))
+    return repeat_rows(x, rows) + (added if len(added) == 1 else repeat_rows(added, rows))
+
+
+def text_for(block: nn.Module, encoder_hidden_states: Tensor) -> dict[str, Tensor]:
+    """The text, if the block attends to it; plain residual blocks do not take it."""
+    attends = getattr(block, "has_cross_attention", False)
+    return {"encoder_hidden_states": encoder_hidden_states} if attends else {}
+
+
+def whole_block(
+    block: Any, x: Tensor, emb: Tensor, encoder_hidden_states: Tensor, added: Tensor | None
+) -> tuple[Tensor, list[Tensor]]:
+    """A down block of diffusers: its output and skips. ``added``: see `controlnet.Residuals.inner`."""
+    told = text_for(block, encoder_hidden_states)
+    if added is not None and told:
+        told["additional_residuals"] = repeat_rows(added, len(x)) if len(added) > 1 else added
+    x, outputs = block(x, emb, **told)
+    if added is None or told:
+        return x, list(outputs)
+    x = add_rows(x, added)
+    return x, [*outputs[:-1], x]
+
+
 def shared_start(
-    block: Any, x: Tensor, emb: Tensor, encoder_hidden_states: Tensor
+    block: Any, x: Tensor, emb: Tensor, encoder_hidden_states: Tensor, added: Tensor | None = None
 ) -> tuple[Tensor, list[Tensor]]:
     """A down block of diffusers on ``x`` (B, C, h, w), for branches x B rows of text.
 
@@ -29,13 +55,13 @@ def shared_start(
     text; in the latter case (SDXL, where it knows the prompt, and bases that are told a picture in one branch
     alone) nothing is shared. Returns what the block does:
     the output and the skips, with the text's number of rows; a block without cross-attention that shares all
-    of itself leaves its output at B rows.
+    of itself leaves its output at B rows. ``added``: see `controlnet.Residuals.inner`.
     """
     rows = len(encoder_hidden_states)
     if len(emb) != len(x):
         x = repeat_rows(x, rows)
     if not getattr(block, "has_cross_attention", False):
-        x, outputs = block(x, emb)
+        x, outputs = whole_block(block, x, emb, encoder_hidden_states, added)
         return x, [repeat_rows(output, rows) for output in outputs]
     outputs = []
     for resnet, attention in zip(block.resnets, block.attentions, strict=True):
@@ -44,6 +70,8 @@ def shared_start(
             x = _transformer(attention, x, encoder_hidden_states)
         else:
             x = attention(x, encoder_hidden_states=encoder_hidden_states, return_dict=False)[0]
+        if added is not None and resnet is block.resnets[-1]:
+            x = add_rows(x, added)
         outputs.append(x)
     for downsampler in block.downsamplers or ():
         x = downsampler(x)

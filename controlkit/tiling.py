@@ -19,6 +19,7 @@ from torch import Tensor
 
 from controlkit import limits
 from controlkit.applying import EncodedControl, Rows
+from controlkit.kinds import map_hint
 
 if TYPE_CHECKING:
     from controlkit.base import Base
@@ -117,7 +118,7 @@ def _cut(encoded: EncodedControl, window: Window, height: int, width: int) -> En
     if region is not None:
         region = torch.nn.functional.interpolate(region, size=(height, width), mode="bilinear")
         region = window.of(region)
-    return replace(encoded, hint=window.of(encoded.hint), region=region, regions={}, last={})
+    return replace(encoded, hint=map_hint(encoded.hint, window.of), region=region, regions={}, last={})
 
 
 def _told_where(rows: Rows, window: Window, base: Base, height: int, width: int) -> Rows:

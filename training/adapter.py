@@ -1,4 +1,4 @@
-"""Training a ControlNet on a locked base."""
+"""Training a control network on a locked base."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,14 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from controlkit import files, images
-from controlkit.adapters import MAPS, AdapterInfo, MapSpec, load_adapter, save_adapter
+from controlkit.adapters import MAPS, AdapterInfo, MapSpec, save_adapter
 from controlkit.base import BUNDLED, load_base
-from controlkit.controlnet import (
-    HINT_CHANNELS,
-    check_copyable,
-    from_base,
-    trainable_parameters,
-)
+from controlkit.controlnet import check_copyable
+from controlkit.kinds import kind_of
 from controlkit.training.attention import Attention
 from controlkit.training.config_adapter import ControlNetRecipe
 from controlkit.training.data.encoded import Given, Outline, Sample, levels_of
@@ -50,14 +46,16 @@ from controlkit.training.reporting.showing import Shown, is_examined
 from controlkit.training.reward import Reward
 from controlkit.training.saving import MAY_CHANGE
 from controlkit.training.task import Losses
-
-if TYPE_CHECKING:
-    from diffusers import ControlNetModel
+from controlkit.training.variants import (
+    is_low_rank,
+    make_network,
+    mark_trained,
+    started_from,
+    without_low_rank,
+)
 
 _LINTED = 16
 _STARTED_ON = 32  # maps that a new hint encoder is fitted to
-_HINT_ENCODER = "controlnet_cond_embedding"
-_ZERO_CONVOLUTIONS = ("controlnet_down_blocks", "controlnet_mid_block")
 
 
 class ControlNetTask:
@@ -80,7 +78,7 @@ class ControlNetTask:
         if self.reward is not None:
             self.reward.check(self.encoded.visits.channels)
         _report_bad_maps(recipe.map, self.feed.first_maps(_LINTED), report)
-        self.controlnet = self._copy()
+        self.controlnet = self._network()
         self._prepare()
         measures = recipe.attention == "auto" and machine.device.type == "cuda" and not machine.sharded
         self.attention = Attention(measures=measures, report=report)
@@ -132,9 +130,10 @@ class ControlNetTask:
             for n, p in module.named_parameters()
             if p.requires_grad
         ]
-        zero = [p for name, p in named if name.startswith(_ZERO_CONVOLUTIONS)]
-        hint = [p for name, p in named if name.startswith(_HINT_ENCODER)]
-        trunk = [p for name, p in named if not name.startswith((*_ZERO_CONVOLUTIONS, _HINT_ENCODER))]
+        kind = kind_of(self.controlnet)
+        zero = [p for name, p in named if name.startswith(kind.zero)]
+        hint = [p for name, p in named if name.startswith(kind.hint)]
+        trunk = [p for name, p in named if not name.startswith((*kind.zero, *kind.hint))]
         return [
             {"name": "trunk", "params": trunk, "rate": 1.0},
             {"name": "zero_convolutions", "params": zero, "rate": recipe.zero_convolution_rate},
@@ -353,7 +352,8 @@ class ControlNetTask:
             title=f"{recipe.map} for the bundled base" if bundled else recipe.map,
             training={"recipe": told, **({"data_sha256": digest} if (digest := self.feed.digest()) else {})},
         )
-        save_adapter(self._filled(self.controlnet, weights, "controlnet."), folder, info=info)
+        network = self._filled(self.controlnet, weights, "controlnet.")
+        save_adapter(without_low_rank(network) if is_low_rank(recipe) else network, folder, info=info)
         if not recipe.sd_locked:
             with files.replace_folder(folder.parent / "unet") as target:
                 save_half(self._filled(self.base.unet, weights, "unet."), target)
@@ -362,7 +362,10 @@ class ControlNetTask:
         """The network itself; where processes share its weights, one of its kind with whole ones."""
         if not self.machine.sharded:
             return network
-        whole = type(network).from_config(network.config)
+        if network is self.controlnet:
+            whole = make_network(self.recipe, self.base.unet, self.encoded.visits.channels)
+        else:
+            whole = type(network).from_config(network.config)
         whole.load_state_dict(
             {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
         )
@@ -374,27 +377,15 @@ class ControlNetTask:
 
     # --- at the start ---
 
-    def _copy(self) -> ControlNetModel:
+    def _network(self) -> Any:
         recipe, channels = self.recipe, self.encoded.visits.channels
         if recipe.init is not None:
-            controlnet = load_adapter(recipe.init, base=self.base, dtype=torch.float32).controlnet
-            if controlnet.config.conditioning_channels != channels:
-                raise ValueError(
-                    f"init {recipe.init!r} takes maps of {controlnet.config.conditioning_channels} channels,"
-                    f" and the data's have {channels}"
-                )
-            return controlnet
-        usual = (8, 16, 48, 96) if recipe.base in BUNDLED else HINT_CHANNELS
-        controlnet = from_base(
-            self.base,
-            conditioning_channels=channels,
-            hint_channels=recipe.hint_channels or usual,
-            seed=recipe.seed,
-        ).float()
-        if recipe.hint_start == "unit":
+            return started_from(recipe, self.base, channels)
+        network = make_network(recipe, self.base.unet, channels)
+        if recipe.hint_start == "unit" and hasattr(network, "controlnet_cond_embedding"):
             levels = levels_of(self._alike(_STARTED_ON))
-            start_hint_encoder(controlnet, images.levels_to_cond(levels), seed=recipe.seed)
-        return controlnet
+            start_hint_encoder(network, images.levels_to_cond(levels), seed=recipe.seed)
+        return network
 
     def _alike(self, count: int) -> list[Sample]:
         """Samples of the first batches, as many as there are of one size, up to a count."""
@@ -409,14 +400,9 @@ class ControlNetTask:
     def _prepare(self) -> None:
         """Mark what is trained, and lay the networks out as they compute fastest."""
         recipe, unet = self.recipe, self.base.unet
-        trainable_parameters(self.controlnet, unet, sd_locked=recipe.sd_locked)
+        mark_trained(self.controlnet, unet, recipe)
         if not recipe.sd_locked:
             unet.float()  # a trained part keeps fp32 weights, or masters of them
-        if recipe.only_mid_control:
-            self.controlnet.controlnet_down_blocks.requires_grad_(False)
-        if recipe.gradient_checkpointing:
-            self.controlnet.enable_gradient_checkpointing()
-            unet.enable_gradient_checkpointing()
         if recipe.channels_last and not self.machine.sharded:  # which takes contiguous weights only
             for network in (self.controlnet, unet):
                 network.to(memory_format=torch.channels_last)

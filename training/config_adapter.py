@@ -13,6 +13,8 @@ WORLD_KINDS = ("canny", "openpose", "depth")  # maps that the bundled world has 
 FORMATS = ("auto", "imagefolder", "fill50k", "paired", "huggingface", "webdataset", "world")
 OPTIMIZERS = ("adamw", "adamw8bit", "adafactor", "lion", "prodigy", "schedule-free")
 TIMESTEPS = ("uniform", "cubic", "logit-normal", "structure")
+VARIANTS = ("controlnet", "control-lora", "t2i-adapter", "controlnet-xs", "lite")
+COPIES = ("controlnet", "control-lora")  # variants that are a copy of the base's encoder
 REWARDED = ("canny", "depth")  # kinds of map that can be taken of a picture by differentiable means
 Side = Annotated[int, Field(ge=0, le=16384, multiple_of=8)]
 
@@ -98,8 +100,21 @@ class ControlNetRecipe(Recipe):
     maps from files, any word.
     """
     base: str = "tiny"
+    adapter: Literal[VARIANTS] = "controlnet"  # type: ignore[valid-type]
+    """What is trained: a whole copy of the base's encoder; low-rank updates of one (control-lora); a narrow
+    encoder connected with the base's both ways (controlnet-xs); features of the map (t2i-adapter); one small
+    encoder, added once (lite).
+    """
+    rank: Annotated[int, Field(ge=1, le=1024)] = 32
+    """Of control-lora's updates."""
+    size_ratio: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 0.25
+    """Of controlnet-xs: the width of its encoder, in units of the base's."""
     init: str | None = None
-    """Adapter (bundled name, folder, hub id) that is trained on. None: a fresh copy of the base's encoder."""
+    """Adapter (bundled name, file, folder, hub id) that is trained on. None: a new one of the base."""
+    init_base: str | None = None
+    """The base that init was trained on, where it is another one of the family: what the adapter learned
+    beyond it is carried over (weights + this base - that base).
+    """
     data: DataRecipe = DataRecipe()
 
     accumulation: PositiveInt = 1
@@ -189,6 +204,7 @@ class ControlNetRecipe(Recipe):
             raise ValueError(
                 f"warmup={self.warmup} is longer than the training, steps={self.steps}: give less"
             )
+        self._check_variant()
         if self.reward:
             self._check_reward()
         if self.data.streaming and self.data.buckets:
@@ -200,6 +216,17 @@ class ControlNetRecipe(Recipe):
             if self.map not in known:
                 raise unknown("kind of map", self.map, known)
         return self
+
+    def _check_variant(self) -> None:
+        """Refuse what the variant has no part for."""
+        if self.only_mid_control and self.adapter not in COPIES:
+            raise ValueError(f"only_mid_control goes with adapter {' and '.join(COPIES)}, not {self.adapter}")
+        if self.gradient_checkpointing and self.adapter == "controlnet-xs":
+            raise ValueError("gradient_checkpointing does not go with adapter controlnet-xs")
+        if self.init_base is not None and self.init is None:
+            raise ValueError("init_base says what init was trained on, and there is no init")
+        if self.init_base is not None and self.adapter not in COPIES:
+            raise ValueError(f"init_base goes with adapter {' and '.join(COPIES)}, not {self.adapter}")
 
     def _check_reward(self) -> None:
         """Refuse what the reward cannot be taken of."""

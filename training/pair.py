@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
-from controlkit.controlnet import Residuals, control_residuals, encode_hint, predict
+from controlkit.kinds import encode_hint, predict_pair
 from controlkit.training.config_adapter import ControlNetRecipe
 from controlkit.training.data.encoded import Outline
 
 if TYPE_CHECKING:
-    from diffusers import ControlNetModel, UNet2DConditionModel
+    from diffusers import UNet2DConditionModel
 
 
 @dataclass(frozen=True)
@@ -48,9 +47,7 @@ class PairsPart:
 class Pair(nn.Module):
     """The locked U-Net and its trainable copy as one module, which processes share and compilers see."""
 
-    def __init__(
-        self, controlnet: ControlNetModel, unet: UNet2DConditionModel, recipe: ControlNetRecipe
-    ) -> None:
+    def __init__(self, controlnet: Any, unet: UNet2DConditionModel, recipe: ControlNetRecipe) -> None:
         super().__init__()
         self.controlnet, self.unet = controlnet, unet
         self.sd_locked, self.only_mid_control = recipe.sd_locked, recipe.only_mid_control
@@ -64,28 +61,14 @@ class Pair(nn.Module):
         added_cond: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """``model_pred`` (B, 4, h, w), in the U-Net's precision: see `controlkit.controlnet`."""
-        copy, base = self.controlnet.dtype, self.unet.dtype
-        hint = encode_hint(self.controlnet, controlnet_cond)
-        residuals = control_residuals(
+        return predict_pair(
             self.controlnet,
-            noisy_latents.to(copy),
-            timesteps,
-            encoder_hidden_states.to(copy),
-            hint,
-            added_cond=in_precision(added_cond, copy),
-        )
-        return predict(
             self.unet,
-            noisy_latents.to(base),
+            noisy_latents,
             timesteps,
-            encoder_hidden_states.to(base),
-            residuals=Residuals(tuple(r.to(base) for r in residuals.down), residuals.mid.to(base)),
-            added_cond=in_precision(added_cond, base),
+            encoder_hidden_states,
+            encode_hint(self.controlnet, controlnet_cond),
+            added_cond=added_cond,
             sd_locked=self.sd_locked,
             only_mid_control=self.only_mid_control,
         )
-
-
-def in_precision(added_cond: Mapping[str, Tensor] | None, dtype: torch.dtype) -> dict[str, Tensor] | None:
-    """SDXL's further conditioning in a network's precision; None for the other families."""
-    return None if added_cond is None else {key: tensor.to(dtype) for key, tensor in added_cond.items()}

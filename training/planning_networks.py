@@ -13,13 +13,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from controlkit.adapters import BUNDLED_ADAPTERS
 from controlkit.base_parts import ALIASES, BUNDLED, family_of
-from controlkit.controlnet import HINT_CHANNELS, check_copyable, trainable_parameters
+from controlkit.controlnet import HINT_CHANNELS, check_copyable
 from controlkit.folders import quiet_libraries, read_json
 from controlkit.hub import find_folder
 from controlkit.training.config_adapter import ControlNetRecipe
 from controlkit.training.machine import DTYPES
 from controlkit.training.pair import Pair
 from controlkit.training.planning_memory import Simulated, simulate
+from controlkit.training.variants import make_network, mark_trained
 
 TOKENS = 77
 _SIDES = {"sd1": 64, "sd2": 64, "sdxl": 128}  # latents, where a U-Net's configuration does not say
@@ -81,15 +82,11 @@ def build(recipe: ControlNetRecipe) -> Networks:
     counted = [_text_encoder(read_json(folder / name / "config.json")) for name in texts]
     mode = FakeTensorMode()
     with quiet_libraries(), mode, torch.device("cpu"):
-        from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
+        from diffusers import AutoencoderKL, UNet2DConditionModel
 
         unet = UNet2DConditionModel.from_config(unet_config).eval()
         vae = AutoencoderKL.from_config(read_json(folder / "vae" / "config.json")).eval()
-        controlnet = ControlNetModel.from_unet(
-            unet,
-            conditioning_channels=channels,
-            conditioning_embedding_out_channels=tuple(_hint_channels(recipe)),
-        )
+        controlnet = make_network(recipe, unet, channels, hint_channels=_hint_channels(recipe))
     networks = Networks(
         unet=unet,
         controlnet=controlnet,
@@ -110,12 +107,7 @@ def _prepare(networks: Networks, recipe: ControlNetRecipe) -> None:
     The autoencoder and the text encoders stay in fp32: what they make is made once.
     """
     unet, controlnet, half = networks.unet, networks.controlnet, DTYPES[recipe.precision]
-    trainable_parameters(controlnet, unet, sd_locked=recipe.sd_locked)
-    if recipe.only_mid_control:
-        controlnet.controlnet_down_blocks.requires_grad_(False)
-    if recipe.gradient_checkpointing:
-        controlnet.enable_gradient_checkpointing()
-        unet.enable_gradient_checkpointing()
+    mark_trained(controlnet, unet, recipe)
     stays_whole = recipe.precision == "fp16"  # of what is trained: autocast lowers it where it is used
     with networks.mode:
         for module in (unet, controlnet):

@@ -30,9 +30,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from controlkit import diffusion, images
-from controlkit.controlnet import Residuals, control_residuals, encode_hint, predict
+from controlkit.kinds import Hint, encode_hint, join_hints, map_hint, predict_pair
 from controlkit.training.draws import derived_seed
-from controlkit.training.pair import in_precision
 from controlkit.training.reporting.convergence import advice as advice
 from controlkit.training.reporting.convergence import took_hold as took_hold
 
@@ -125,19 +124,19 @@ class Monitor:
         networks are left as they were, and no random number is drawn.
         """
         with torch.no_grad(), evaluating(controlnet, unet):
-            hints = torch.cat([encode_hint(controlnet, rows) for rows in self._cond.split(self.batch_size)])
+            hints = join_hints([encode_hint(controlnet, rows) for rows in self._cond.split(self.batch_size)])
             true = self._losses(controlnet, hints, unet)
-            other = self._losses(controlnet, hints.roll(1, dims=0), unet)
+            other = self._losses(controlnet, map_hint(hints, lambda part: part.roll(1, dims=0)), unet)
             alone = self._losses(None, hints, unet) if unet is not None else self._alone(hints)
-        return _summary(*(rows.reshape(len(hints), -1) for rows in (true, alone, other)))
+        return _summary(*(rows.reshape(len(hints[0]), -1) for rows in (true, alone, other)))
 
-    def _alone(self, hints: Tensor) -> Tensor:
+    def _alone(self, hints: Hint) -> Tensor:
         if self._base_alone is None:  # a locked base answers the same at every look
             self._base_alone = self._losses(None, hints, None)
         return self._base_alone
 
     def _losses(
-        self, controlnet: ControlNetModel | None, hints: Tensor, unet: UNet2DConditionModel | None
+        self, controlnet: ControlNetModel | None, hints: Hint, unet: UNet2DConditionModel | None
     ) -> Tensor:
         """The mean squared error of each row, float64 (rows,) on the CPU."""
         rows = torch.arange(len(self._picture))
@@ -147,7 +146,7 @@ class Monitor:
     def _chunk_losses(
         self,
         controlnet: ControlNetModel | None,
-        hints: Tensor,
+        hints: Hint,
         unet: UNet2DConditionModel | None,
         rows: Tensor,
     ) -> Tensor:
@@ -156,28 +155,14 @@ class Monitor:
         noisy, timesteps = self._noisy[rows.to(device)], self._timesteps[rows].to(device)
         text = self._text[picture.to(device)]
         added = self._added and {name: part[picture.to(device)] for name, part in self._added.items()}
-        residuals = None
-        if controlnet is not None:
-            residuals = control_residuals(
-                controlnet,
-                noisy.to(controlnet.dtype),
-                timesteps,
-                text.to(controlnet.dtype),
-                hints[picture.to(device)],
-                added_cond=in_precision(added, controlnet.dtype),
-            )
-            # The copy in training is float32, the locked base may be half precision.
-            residuals = Residuals(
-                tuple(residual.to(network.dtype) for residual in residuals.down),
-                residuals.mid.to(network.dtype),
-            )
-        model_pred = predict(
+        model_pred = predict_pair(
+            controlnet,
             network,
-            noisy.to(network.dtype),
+            noisy,
             timesteps,
-            text.to(network.dtype),
-            residuals=residuals,
-            added_cond=in_precision(added, network.dtype),
+            text,
+            map_hint(hints, lambda part: part[picture.to(device)]),
+            added_cond=added,
             only_mid_control=self.only_mid_control,
         )
         return (model_pred.float() - self._target[rows.to(device)]).square().mean(dim=(1, 2, 3))

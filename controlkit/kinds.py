@@ -1,0 +1,278 @@
+"""The kinds of control networks: what the sampler and the training ask of a network, whatever it is.
+
+A network is an instance of one of diffusers' classes, or of `light.LightControl`; its kind is found by its
+class. `encode` runs once for a map. What acts in a step is either residuals (`control_residuals`), or, for
+networks that work with the U-Net layer by layer, a crossing (`cross.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from controlkit import controlnet as pair
+from controlkit.controlnet import Residuals
+from controlkit.rules import connection_levels, layer_weights
+
+Hint = tuple[Tensor, ...]
+"""What `encode` makes of a map: one tensor, or several, each (1|B, ...)."""
+
+
+class Kind:
+    """A ControlNet, and what the other kinds have in common with it."""
+
+    name = "controlnet"
+    title = "ControlNet"
+    crosses = False
+    """Whether it works with the U-Net layer by layer."""
+    local = True
+    """Whether a part of its hint is the hint of a part of the map."""
+    bands = True
+    """Whether its hint may be made of bands of the map."""
+    zero: tuple[str, ...] = ("controlnet_down_blocks", "controlnet_mid_block")
+    """Beginnings of the names of parameters that start at zero."""
+    hint: tuple[str, ...] = ("controlnet_cond_embedding",)
+    """Beginnings of the names of the map's encoder's parameters."""
+
+    def channels(self, network: Any) -> int:
+        """Of the map."""
+        return int(network.config.conditioning_channels)
+
+    def pools(self, network: Any) -> bool:
+        """Whether it acts on the picture as a whole."""
+        return bool(network.config.get("global_pool_conditions", False))
+
+    def levels(self, network: Any) -> list[int]:
+        """How often each connection to the U-Net was halved in size; one connection has no order."""
+        return connection_levels(network.config)
+
+    def curve(self, name: str, levels: Sequence[int]) -> tuple[float, ...]:
+        """The weights of a named curve of layers (`rules.CURVES`)."""
+        return layer_weights(name, levels) if len(levels) > 1 else (1.0,)
+
+    def connections(self, count: int) -> str:
+        """Its connections in words, the first first."""
+        if count == 1:
+            return "1 connection"
+        return f"{count} connections: {count - 1} skips, the shallowest first, and the middle block"
+
+    def encode(self, network: Any, controlnet_cond: Tensor, map_kind: str = "") -> Hint:
+        """(B, C, 8h, 8w) in [0, 1] to what `residuals` takes. map_kind: for networks that know several."""
+        return (pair.encode_hint(network, controlnet_cond),)
+
+    def residuals(
+        self,
+        network: Any,
+        noisy_latents: Tensor,
+        timesteps: Tensor,
+        encoder_hidden_states: Tensor,
+        hint: Hint,
+        *,
+        added_cond: Mapping[str, Tensor] | None = None,
+        class_labels: Tensor | None = None,
+    ) -> Residuals:
+        """What the network adds in one step."""
+        return pair.control_residuals(
+            network,
+            noisy_latents,
+            timesteps,
+            encoder_hidden_states,
+            hint[0],
+            added_cond=added_cond,
+            class_labels=class_labels,
+        )
+
+
+class _T2I(Kind):
+    """A T2I-Adapter: features of the map at every size, once for a picture, added within the encoder.
+
+    Mou et al. 2023 (arXiv:2302.08453), section 3.2, equation 3.
+    """
+
+    name, title, local = "t2i-adapter", "T2I-Adapter", False
+    zero, hint = (), ("adapter.conv_in", "adapter.body.0.in_conv")
+
+    def channels(self, network: Any) -> int:
+        return int(network.config.in_channels)
+
+    def pools(self, network: Any) -> bool:
+        return False
+
+    def levels(self, network: Any) -> list[int]:
+        full_size = network.config.adapter_type != "full_adapter_xl"
+        return [0, 1, 2, 3][: len(network.adapter.body)] if full_size else [1, 1, 2, 2]
+
+    def curve(self, name: str, levels: Sequence[int]) -> tuple[float, ...]:
+        if name == "soft-webui":  # the numbers that sd-webui-controlnet (scripts/hook.py) has for these
+            return (0.25, 0.62, 0.825, 1.0)
+        return super().curve(name, levels)
+
+    def connections(self, count: int) -> str:
+        return f"{count} connections, the largest features first"
+
+    def encode(self, network: Any, controlnet_cond: Tensor, map_kind: str = "") -> Hint:
+        check_channels(self.channels(network), controlnet_cond)
+        factor = network.downscale_factor
+        height, width = controlnet_cond.shape[-2:]
+        if height % factor or width % factor:
+            raise ValueError(
+                f"this T2I-Adapter takes maps whose sides are multiples of {factor}, not {width}x{height}"
+            )
+        return tuple(network(controlnet_cond.to(network.device, network.dtype)))
+
+    def residuals(self, network: Any, *_: Any, hint: Hint = (), **__: Any) -> Residuals:
+        return Residuals(inner=hint)
+
+
+class _Light(Kind):
+    """See `light.py`."""
+
+    name, title, bands = "lite", "light network", False
+    zero, hint = ("time_embedding.linear_2",), ("encoder",)
+
+    def pools(self, network: Any) -> bool:
+        return False
+
+    def levels(self, network: Any) -> list[int]:
+        return [0]
+
+    def encode(self, network: Any, controlnet_cond: Tensor, map_kind: str = "") -> Hint:
+        check_channels(self.channels(network), controlnet_cond)
+        return (network.encode(controlnet_cond.to(network.device, network.dtype)),)
+
+    def residuals(
+        self, network: Any, noisy_latents: Tensor, timesteps: Tensor, *_: Any, hint: Hint = (), **__: Any
+    ) -> Residuals:
+        return network.residuals(noisy_latents, timesteps, hint[0])
+
+
+class _Cross(Kind):
+    """See `cross.py`."""
+
+    name, title, crosses = "controlnet-xs", "ControlNet-XS", True
+    zero = ("control_to_base_for_conv_in",)
+
+    def pools(self, network: Any) -> bool:
+        return False
+
+    def levels(self, network: Any) -> list[int]:
+        return [0]
+
+    def encode(self, network: Any, controlnet_cond: Tensor, map_kind: str = "") -> Hint:
+        check_channels(self.channels(network), controlnet_cond)
+        if network.config.conditioning_channel_order == "bgr":
+            controlnet_cond = controlnet_cond.flip(1)
+        return (network.controlnet_cond_embedding(controlnet_cond.to(network.device, network.dtype)),)
+
+
+_KINDS: Mapping[str, Kind] = {
+    "ControlNetModel": Kind(),
+    "T2IAdapter": _T2I(),
+    "LightControl": _Light(),
+    "ControlNetXSAdapter": _Cross(),
+}
+
+
+def kind_of(network: nn.Module) -> Kind:
+    """What a network is. Raises ValueError for a class that is none of the known ones."""
+    for cls in type(network).__mro__:
+        if cls.__name__ in _KINDS:
+            return _KINDS[cls.__name__]
+    raise ValueError(f"a {type(network).__name__} is no control network: {', '.join(_KINDS)} are known")
+
+
+def check_channels(expected: int, controlnet_cond: Tensor) -> None:
+    """Raise ValueError for a map of another number of channels than a network takes."""
+    if controlnet_cond.dim() != 4 or controlnet_cond.shape[1] != expected:
+        raise ValueError(
+            f"the map has shape {tuple(controlnet_cond.shape)};"
+            f" this control network takes (batch, {expected}, height, width)"
+        )
+
+
+def encode_hint(network: nn.Module, controlnet_cond: Tensor, map_kind: str = "") -> Hint:
+    """The map's encoder, whatever the network's kind: see `Kind.encode`."""
+    return kind_of(network).encode(network, controlnet_cond, map_kind)
+
+
+def control_residuals(
+    network: Any,
+    noisy_latents: Tensor,
+    timesteps: Tensor,
+    encoder_hidden_states: Tensor,
+    hint: Hint,
+    *,
+    added_cond: Mapping[str, Tensor] | None = None,
+    class_labels: Tensor | None = None,
+) -> Residuals:
+    """What a network adds in one step, whatever its kind: see `Kind.residuals`."""
+    return kind_of(network).residuals(
+        network,
+        noisy_latents,
+        timesteps,
+        encoder_hidden_states,
+        hint=hint,
+        added_cond=added_cond,
+        class_labels=class_labels,
+    )
+
+
+def map_hint(hint: Hint, change: Callable[[Tensor], Tensor]) -> Hint:
+    """The same with every tensor changed."""
+    return tuple(change(part) for part in hint)
+
+
+def join_hints(hints: Sequence[Hint]) -> Hint:
+    """Hints of single pictures as those of a batch."""
+    return tuple(torch.cat(parts) for parts in zip(*hints, strict=True))
+
+
+def predict_pair(
+    network: Any | None,
+    unet: Any,
+    noisy_latents: Tensor,
+    timesteps: Tensor,
+    encoder_hidden_states: Tensor,
+    hint: Hint,
+    *,
+    added_cond: Mapping[str, Tensor] | None = None,
+    sd_locked: bool = True,
+    only_mid_control: bool = False,
+) -> Tensor:
+    """``model_pred`` of a U-Net under one control network of any kind, each in its own precision; for None
+    that of the U-Net alone. For training: the sampler has `predicting.Predictor`."""
+    own = unet.dtype
+    given = (noisy_latents.to(own), timesteps, encoder_hidden_states.to(own))
+    added = in_precision(added_cond, own)
+    if network is None:
+        return pair.predict(unet, *given, added_cond=added, sd_locked=sd_locked)
+    if kind_of(network).crosses:
+        from controlkit import cross
+
+        crossing = cross.Crossing(network, hint[0])
+        return cross.predict(unet, *given, crossing=crossing, added_cond=added)
+    dtype = network.dtype
+    residuals = control_residuals(
+        network,
+        noisy_latents.to(dtype),
+        timesteps,
+        encoder_hidden_states.to(dtype),
+        hint,
+        added_cond=in_precision(added_cond, dtype),
+    )
+    return pair.predict(
+        unet,
+        *given,
+        residuals=residuals.map(lambda residual: residual.to(own)),
+        added_cond=added,
+        sd_locked=sd_locked,
+        only_mid_control=only_mid_control,
+    )
+
+
+def in_precision(added_cond: Mapping[str, Tensor] | None, dtype: torch.dtype) -> dict[str, Tensor] | None:
+    """SDXL's further conditioning in a network's precision; None for the other families."""
+    return None if added_cond is None else {key: tensor.to(dtype) for key, tensor in added_cond.items()}

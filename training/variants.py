@@ -1,0 +1,178 @@
+"""The networks that can be trained: how they are made, and which of their weights are trained.
+
+| `adapter` | network | source |
+|---|---|---|
+| controlnet | the whole copy of the encoder | Zhang et al. 2023 (arXiv:2302.05543) |
+| control-lora | low-rank updates of the copy, through peft | Hu et al. 2021 (arXiv:2106.09685) |
+| controlnet-xs | a narrow encoder, connected both ways | Zavadski et al. 2023 (arXiv:2312.06573) |
+| t2i-adapter | features of the map, once for a picture | Mou et al. 2023 (arXiv:2302.08453) |
+| lite | one encoder of the map, added once | after ControlNeXt (arXiv:2408.06070), see `controlkit.light` |
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from controlkit.base import BUNDLED
+from controlkit.controlnet import HINT_CHANNELS, check_copyable, from_base, seeded, trainable_parameters
+from controlkit.kinds import kind_of
+from controlkit.training.config_adapter import COPIES, ControlNetRecipe
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
+
+    from controlkit.base import Base
+
+_TRUNK = ("conv_in", "time_embedding", "add_embedding", "down_blocks", "mid_block")
+_LORA = "lora_"
+
+
+def make_network(
+    recipe: ControlNetRecipe,
+    unet: UNet2DConditionModel,
+    channels: int,
+    *,
+    hint_channels: Sequence[int] | None = None,
+) -> Any:
+    """An untrained network of the recipe's variant for maps of so many channels, float32.
+
+    hint_channels: widths of a hint encoder of a ControlNet's kind, by default the recipe's.
+
+    Raises ValueError for a base that it cannot be made for, and where peft is wanted and missing.
+    """
+    check_copyable(unet.config)
+    if recipe.adapter in ("t2i-adapter", "lite"):
+        return (_t2i if recipe.adapter == "t2i-adapter" else _light)(recipe, unet, channels)
+    usual = (8, 16, 48, 96) if recipe.base in BUNDLED else HINT_CHANNELS
+    widths = tuple(hint_channels or recipe.hint_channels or usual)
+    if recipe.adapter == "controlnet-xs":
+        return _cross(recipe, unet, channels, widths)
+    network = from_base(unet, conditioning_channels=channels, hint_channels=widths, seed=recipe.seed).float()
+    return with_low_rank(network, recipe.rank, seed=recipe.seed) if is_low_rank(recipe) else network
+
+
+def started_from(recipe: ControlNetRecipe, base: Base, channels: int) -> Any:
+    """The network of the recipe's `init`, float32, to be trained on.
+
+    Raises ValueError for one that does not fit the base, the recipe's variant, or the maps.
+    """
+    from controlkit.adapters import load_adapter
+
+    assert recipe.init is not None
+    network = load_adapter(recipe.init, base=base, dtype=torch.float32).controlnet
+    kind = kind_of(network)
+    wanted = "controlnet" if recipe.adapter in COPIES else recipe.adapter
+    if kind.name != wanted:
+        raise ValueError(f"init {recipe.init!r} is a {kind.title}, and adapter={recipe.adapter} is trained")
+    if kind.channels(network) != channels:
+        raise ValueError(
+            f"init {recipe.init!r} takes maps of {kind.channels(network)} channels, and the data's have"
+            f" {channels}"
+        )
+    if recipe.init_base is not None:
+        raise NotImplementedError
+    return with_low_rank(network, recipe.rank, seed=recipe.seed) if is_low_rank(recipe) else network
+
+
+def is_low_rank(recipe: ControlNetRecipe) -> bool:
+    """Whether updates of low rank are trained, and not the weights themselves."""
+    return recipe.adapter == "control-lora"
+
+
+def _cross(recipe: ControlNetRecipe, unet: Any, channels: int, hint_channels: Sequence[int]) -> Any:
+    from diffusers import ControlNetXSAdapter
+
+    from controlkit.folders import quiet_libraries
+
+    if unet.config.layers_per_block != 2:
+        raise ValueError(
+            f"controlnet-xs needs a base with 2 layers in each block, not {unet.config.layers_per_block}"
+        )
+    widths = [max(int(width * recipe.size_ratio) // 8 * 8, 8) for width in unet.config.block_out_channels]
+    heads = [max(width // 64, 1) for width in widths]
+    with seeded(recipe.seed), quiet_libraries():
+        network = ControlNetXSAdapter.from_unet(
+            unet,
+            block_out_channels=widths,
+            num_attention_heads=heads,
+            conditioning_channels=channels,
+            conditioning_embedding_out_channels=tuple(hint_channels),
+            learn_time_embedding=True,
+        )
+    network.time_embedding.load_state_dict(unet.time_embedding.state_dict())
+    return network.float().to(unet.device)
+
+
+def _t2i(recipe: ControlNetRecipe, unet: Any, channels: int) -> Any:
+    from diffusers import T2IAdapter
+
+    from controlkit.base_parts import family_of
+
+    widths = list(unet.config.block_out_channels)
+    large = family_of(unet.config) == "sdxl"  # its first block has halved the size already
+    with seeded(recipe.seed):
+        network = T2IAdapter(
+            in_channels=channels,
+            channels=[*widths, widths[-1]] if large else widths,
+            downscale_factor=16 if large else 8,
+            adapter_type="full_adapter_xl" if large else "full_adapter",
+        )
+    return network.to(unet.device)
+
+
+def _light(recipe: ControlNetRecipe, unet: Any, channels: int) -> Any:
+    from controlkit.light import from_base as light
+
+    return light(unet, conditioning_channels=channels, seed=recipe.seed)
+
+
+def with_low_rank(network: Any, rank: int, *, seed: int) -> Any:
+    """The copy with a low-rank update beside each of its trunk's matrices and convolutions, zero at first.
+
+    Raises ValueError where peft is not installed.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise ValueError("adapter=control-lora needs peft: pip install controlkit[lora]") from error
+    names = [
+        name
+        for name, module in network.named_modules()
+        if name.startswith(_TRUNK) and isinstance(module, nn.Linear | nn.Conv2d)
+    ]
+    with seeded(seed):
+        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=names), network)
+    return network
+
+
+def without_low_rank(network: Any) -> Any:
+    """A copy of the network in which the updates are part of the weights: a plain ControlNet."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    merged = copy.deepcopy(network)
+    layers = [(name, module) for name, module in merged.named_modules() if isinstance(module, BaseTunerLayer)]
+    for name, layer in layers:
+        layer.merge()
+        parent, _, own = name.rpartition(".")
+        setattr(merged.get_submodule(parent), own, layer.get_base_layer())
+    return merged
+
+
+def mark_trained(network: Any, unet: UNet2DConditionModel, recipe: ControlNetRecipe) -> None:
+    """Require gradients of what the recipe trains, and of nothing else."""
+    trainable_parameters(network, unet, sd_locked=recipe.sd_locked)
+    kind = kind_of(network)
+    if is_low_rank(recipe):
+        for name, parameter in network.named_parameters():
+            parameter.requires_grad_(_LORA in name or name.startswith((*kind.zero, *kind.hint)))
+    if recipe.only_mid_control:
+        network.controlnet_down_blocks.requires_grad_(False)
+    if recipe.gradient_checkpointing:
+        if network._supports_gradient_checkpointing:
+            network.enable_gradient_checkpointing()
+        unet.enable_gradient_checkpointing()
