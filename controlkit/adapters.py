@@ -27,7 +27,7 @@ from controlkit.class_labels import check_labels_fit
 from controlkit.controlnet import lock
 from controlkit.folders import is_pickle, load_part, read_header, read_json, weight_files, write_weights
 from controlkit.hub import check_exists, find_folder
-from controlkit.kinds import kind_of
+from controlkit.kinds import kind_of, t2i_shape
 from controlkit.naming import unknown
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ DEFAULT_ADAPTERS: Mapping[str, Mapping[str, str]] = {
 CLASSES: Mapping[str, str] = {
     "ControlNetModel": "diffusers",
     "ControlNetXSAdapter": "diffusers",
+    "ControlNetUnionModel": "diffusers",
     "T2IAdapter": "diffusers",
     "LightControl": "controlkit.light",
 }
@@ -242,8 +243,8 @@ def save_adapter(
 def check_fits(controlnet: nn.Module, base: Base) -> None:
     """Raise ValueError, one line with both networks' sizes, unless ``controlnet`` fits this base's U-Net."""
     network: Any = controlnet
-    kind_of(network)
-    check_sizes(network.config, base, name="control network")
+    config = {**network.config, "_class_name": kind_of(network).class_name}
+    check_sizes(config, base, name="control network")
     check_labels_fit(network, base)
 
 
@@ -261,7 +262,7 @@ def check_sizes(config: Mapping[str, Any], base: Base, *, name: str) -> None:
     elif class_name == "T2IAdapter":
         own = _t2i_sizes(config, unet)
     different = [key for key in own if _plain(config.get(key)) != _plain(own[key])]
-    structured = class_name == "ControlNetModel"
+    structured = class_name in ("ControlNetModel", "ControlNetUnionModel")
     family = family_of(config) if structured else base.family
     if not different and family == base.family:
         return
@@ -276,13 +277,10 @@ def check_sizes(config: Mapping[str, Any], base: Base, *, name: str) -> None:
 
 def _t2i_sizes(config: Mapping[str, Any], unet: Any) -> dict[str, Any]:
     """What a T2I-Adapter's configuration has for this U-Net."""
-    widths, large = list(unet.block_out_channels), unet.addition_embed_type == "text_time"
-    if config.get("adapter_type") == "light_adapter":
-        return {"channels": widths[:-1], "adapter_type": "full_adapter_xl" if large else "light_adapter"}
-    return {
-        "channels": [*widths, widths[-1]] if large else widths,
-        "adapter_type": "full_adapter_xl" if large else "full_adapter",
-    }
+    shape = t2i_shape(unet)
+    if config.get("adapter_type") == "light_adapter" and shape.adapter_type == "full_adapter":
+        return {"channels": shape.channels[:-1], "adapter_type": "light_adapter"}
+    return {"channels": shape.channels, "adapter_type": shape.adapter_type}
 
 
 def _plain(value: Any) -> Any:

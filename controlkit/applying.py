@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from controlkit import union
 from controlkit.control import Control
 from controlkit.controlnet import Residuals, add_residuals, predict, weigh_residuals
 from controlkit.kinds import Hint, control_residuals, encode_hint, join_hints, kind_of, map_hint
@@ -147,27 +148,27 @@ def encode_controls(
         if len(cond) not in (1, pictures):
             raise ValueError(f"{len(cond)} maps for {pictures} pictures: give one map, or one per picture")
         cond = cond.to(device=controlnet.device, dtype=controlnet.dtype)
-        hint = _hints(controlnet, cond, in_bands, control.map_kind)
+        hint = _hints(controlnet, cond, in_bands, control.number)
         encoded.append(EncodedControl(control, hint, weights, control.region()))
     return encoded
 
 
-def _hints(controlnet: Any, cond: Tensor, in_bands: bool, map_kind: str) -> Hint:
+def _hints(controlnet: Any, cond: Tensor, in_bands: bool, number: int) -> Hint:
     """Hints of maps (B, C, H, W), one at a time: none depends on its neighbours in the batch."""
     kind = kind_of(controlnet)
     if in_bands and not kind.local:
         raise ValueError(f"a {kind.title} sees the map as a whole, and does not go with tiles")
     if in_bands and kind.bands:
-        return join_hints([(_hint_in_bands(controlnet, row[None], map_kind),) for row in cond])
-    return join_hints([encode_hint(controlnet, row[None], map_kind) for row in cond])
+        return join_hints([(_hint_in_bands(controlnet, row[None], number),) for row in cond])
+    return join_hints([encode_hint(controlnet, row[None], number) for row in cond])
 
 
-def _hint_in_bands(controlnet: Any, cond: Tensor, map_kind: str) -> Tensor:
+def _hint_in_bands(controlnet: Any, cond: Tensor, number: int) -> Tensor:
     height, bands = cond.shape[-2], []
     for top in range(0, height, BAND):
         bottom = min(top + BAND, height)
         above = max(top - _MARGIN, 0)
-        (hint,) = encode_hint(controlnet, cond[..., above : bottom + _MARGIN, :], map_kind)
+        (hint,) = encode_hint(controlnet, cond[..., above : bottom + _MARGIN, :], number)
         bands.append(hint[..., (top - above) // 8 : (bottom - above) // 8, :])
     return torch.cat(bands, dim=-2)
 
@@ -190,13 +191,16 @@ def summed_residuals(
     (lossy): what the networks gave before, where they were run before. networks: what runs them.
     """
     terms = []
-    for encoded in controls:
-        control = encoded.control
-        if kind_of(control.controlnet).crosses or not control.active(step, steps):
-            continue
+    due = [e for e in controls if not kind_of(e.control.controlnet).crosses and e.control.active(step, steps)]
+    for group in _together(due):
+        encoded, control = group[0], group[0].control
         told = rows if control.acts_on_both() else rows.conditional
         if not told.is_conditional and not control.acts_on_both():
             continue
+        hint, scale = encoded.hint, control.scale_at(step, steps)
+        if len(group) > 1:
+            scales, scale = [each.control.scale_at(step, steps) for each in group], 1.0
+            hint = union.joined(control.controlnet, [each.hint for each in group], scales)
         residuals = encoded.last.get(id(told)) if again else None
         if residuals is None:
             if networks.compiled:
@@ -206,12 +210,11 @@ def summed_residuals(
                 noisy_latents,
                 timesteps,
                 told.encoder_hidden_states,
-                encoded.hint,
+                hint,
                 added_cond=told.added_cond,
                 class_labels=told.class_labels,
             )
             encoded.last[id(told)] = residuals
-        scale = control.scale_at(step, steps)
         residuals = weigh_residuals(residuals, [scale * weight for weight in encoded.weights])
         if encoded.region is not None:
             residuals = residuals.map(encoded.within_region)
@@ -219,6 +222,17 @@ def summed_residuals(
             residuals = residuals.map(lambda part: _after_zeros(part, rows.pictures))
         terms.append(residuals)
     return add_residuals(*terms) if terms else None
+
+
+def _together(controls: Sequence[EncodedControl]) -> list[list[EncodedControl]]:
+    """The controls in groups, each of which is one run of a network: several maps of one ControlNet-Union."""
+    groups: dict[object, list[EncodedControl]] = {}
+    for number, encoded in enumerate(controls):
+        network = encoded.control.controlnet
+        joins = kind_of(network).name == "controlnet-union" and encoded.region is None
+        key = (id(network), encoded.control.acts_on_both(), encoded.weights) if joins else number
+        groups.setdefault(key, []).append(encoded)
+    return list(groups.values())
 
 
 def crossing_at(

@@ -109,7 +109,17 @@ class Control:
     @property
     def map_kind(self) -> str:
         """What the map is; "" where nobody says."""
-        return self.kind or (self.adapter.info.map.kind if isinstance(self.adapter, Adapter) else "")
+        return self.kind or " + ".join(self._known)
+
+    @property
+    def _known(self) -> list[str]:
+        """The kinds of maps that the adapter says it takes."""
+        return self.adapter.info.map.kind.split(" + ") if isinstance(self.adapter, Adapter) else []
+
+    @property
+    def number(self) -> int:
+        """The place of the map's kind among those that the network knows. Raises ValueError if it is none."""
+        return kind_of(self.controlnet).number(self.controlnet, self.map_kind, self._known)
 
     def weights(self) -> tuple[float, ...]:
         """The weight of every connection, the middle block's last. Raises ValueError for a wrong count."""

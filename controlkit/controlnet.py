@@ -137,7 +137,15 @@ def from_base(
             conditioning_channels=conditioning_channels,
             conditioning_embedding_out_channels=tuple(hint_channels),
         )
-    return controlnet.to(unet.device)
+    return to_train(controlnet, unet)
+
+
+def to_train(network: ModuleT, unet: UNet2DConditionModel) -> ModuleT:
+    """A new network in float32 on the device of its U-Net; as it is, where it is so already."""
+    first = next(network.parameters())
+    if first.device == unet.device and first.dtype == torch.float32:
+        return network  # tensors without content cannot be moved, not even nowhere
+    return network.to(unet.device, torch.float32)
 
 
 def encode_hint(controlnet: ControlNetModel, controlnet_cond: Tensor) -> Tensor:

@@ -8,12 +8,13 @@ networks that work with the U-Net layer by layer, a crossing (`cross.py`).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from controlkit import controlnet as pair
+from controlkit import union
 from controlkit.controlnet import Residuals
 from controlkit.rules import connection_levels, layer_weights
 
@@ -24,10 +25,13 @@ Hint = tuple[Tensor, ...]
 class Kind:
     """A ControlNet, and what the other kinds have in common with it."""
 
+    class_name = "ControlNetModel"
     name = "controlnet"
     title = "ControlNet"
     crosses = False
     """Whether it works with the U-Net layer by layer."""
+    enters_encoder = False
+    """Whether its residuals change the U-Net's encoder, too."""
     local = True
     """Whether a part of its hint is the hint of a part of the map."""
     bands = True
@@ -41,6 +45,10 @@ class Kind:
         """Of the map."""
         return int(network.config.conditioning_channels)
 
+    def trained_channels(self, network: Any) -> int:
+        """Of the maps that it is trained on: of several kinds, one behind the other."""
+        return self.channels(network)
+
     def pools(self, network: Any) -> bool:
         """Whether it acts on the picture as a whole."""
         return bool(network.config.get("global_pool_conditions", False))
@@ -48,6 +56,10 @@ class Kind:
     def levels(self, network: Any) -> list[int]:
         """How often each connection to the U-Net was halved in size; one connection has no order."""
         return connection_levels(network.config)
+
+    def number(self, network: Any, map_kind: str, own: Sequence[str]) -> int:
+        """The place of a kind of map among those that the network knows, ``own`` by its own account."""
+        return 0
 
     def curve(self, name: str, levels: Sequence[int]) -> tuple[float, ...]:
         """The weights of a named curve of layers (`rules.CURVES`)."""
@@ -59,8 +71,8 @@ class Kind:
             return "1 connection"
         return f"{count} connections: {count - 1} skips, the shallowest first, and the middle block"
 
-    def encode(self, network: Any, controlnet_cond: Tensor, map_kind: str = "") -> Hint:
-        """(B, C, 8h, 8w) in [0, 1] to what `residuals` takes. map_kind: for networks that know several."""
+    def encode(self, network: Any, controlnet_cond: Tensor, number: int = 0) -> Hint:
+        """(B, C, 8h, 8w) in [0, 1] to what `residuals` takes. number: see `number`."""
         return (pair.encode_hint(network, controlnet_cond),)
 
     def residuals(
@@ -86,13 +98,33 @@ class Kind:
         )
 
 
+class T2IShape(NamedTuple):
+    """What the configuration of a full T2I-Adapter has for a U-Net."""
+
+    adapter_type: str
+    channels: tuple[int, ...]
+    factor: int
+
+
+def t2i_shape(unet_config: Mapping[str, Any]) -> T2IShape:
+    """The shape of a full T2I-Adapter for a U-Net, by where its features are added (`Residuals.inner`).
+
+    A first block without attention has halved the size where they come in, as SDXL's.
+    """
+    widths = tuple(unet_config["block_out_channels"])
+    if "CrossAttn" in unet_config["down_block_types"][0]:
+        return T2IShape("full_adapter", widths, 8)
+    return T2IShape("full_adapter_xl", (*widths, widths[-1]) if len(widths) == 3 else widths[:3], 16)
+
+
 class _T2I(Kind):
     """A T2I-Adapter: features of the map at every size, once for a picture, added within the encoder.
 
     Mou et al. 2023 (arXiv:2302.08453), section 3.2, equation 3.
     """
 
-    name, title, local = "t2i-adapter", "T2I-Adapter", False
+    class_name = "T2IAdapter"
+    name, title, local, enters_encoder = "t2i-adapter", "T2I-Adapter", False, True
     zero, hint = (), ("adapter.conv_in", "adapter.body.0.in_conv")
 
     def channels(self, network: Any) -> int:
@@ -103,17 +135,19 @@ class _T2I(Kind):
 
     def levels(self, network: Any) -> list[int]:
         full_size = network.config.adapter_type != "full_adapter_xl"
-        return [0, 1, 2, 3][: len(network.adapter.body)] if full_size else [1, 1, 2, 2]
+        return ([0, 1, 2, 3] if full_size else [1, 1, 2, 2])[: len(network.adapter.body)]
 
     def curve(self, name: str, levels: Sequence[int]) -> tuple[float, ...]:
-        if name == "soft-webui":  # the numbers that sd-webui-controlnet (scripts/hook.py) has for these
+        if (
+            name == "soft-webui" and len(levels) == 4
+        ):  # the numbers that sd-webui-controlnet (scripts/hook.py) has for these
             return (0.25, 0.62, 0.825, 1.0)
         return super().curve(name, levels)
 
     def connections(self, count: int) -> str:
         return f"{count} connections, the largest features first"
 
-    def encode(self, network: Any, controlnet_cond: Tensor, map_kind: str = "") -> Hint:
+    def encode(self, network: Any, controlnet_cond: Tensor, number: int = 0) -> Hint:
         check_channels(self.channels(network), controlnet_cond)
         factor = network.downscale_factor
         height, width = controlnet_cond.shape[-2:]
@@ -127,10 +161,33 @@ class _T2I(Kind):
         return Residuals(inner=hint)
 
 
+class _Union(Kind):
+    """See `union.py`."""
+
+    class_name = "ControlNetUnionModel"
+    name, title, bands = "controlnet-union", "ControlNet-Union", False
+
+    def number(self, network: Any, map_kind: str, own: Sequence[str]) -> int:
+        return union.kind_number(network, map_kind, own)
+
+    def encode(self, network: Any, controlnet_cond: Tensor, number: int = 0) -> Hint:
+        if controlnet_cond.dim() == 4 and controlnet_cond.shape[1] == self.trained_channels(network):
+            return union.encode_stack(network, controlnet_cond)
+        check_channels(self.channels(network), controlnet_cond)
+        return union.encode_hint(network, controlnet_cond, number)
+
+    def trained_channels(self, network: Any) -> int:
+        return 3 * int(network.config.num_control_type)
+
+    def residuals(self, network: Any, *given: Any, **told: Any) -> Residuals:
+        return union.control_residuals(network, *given, **told)
+
+
 class _Light(Kind):
     """See `light.py`."""
 
-    name, title, bands = "lite", "light network", False
+    class_name = "LightControl"
+    name, title, bands, enters_encoder = "lite", "light network", False, True
     zero, hint = ("time_embedding.linear_2",), ("encoder",)
 
     def pools(self, network: Any) -> bool:
@@ -139,7 +196,7 @@ class _Light(Kind):
     def levels(self, network: Any) -> list[int]:
         return [0]
 
-    def encode(self, network: Any, controlnet_cond: Tensor, map_kind: str = "") -> Hint:
+    def encode(self, network: Any, controlnet_cond: Tensor, number: int = 0) -> Hint:
         check_channels(self.channels(network), controlnet_cond)
         return (network.encode(controlnet_cond.to(network.device, network.dtype)),)
 
@@ -152,6 +209,7 @@ class _Light(Kind):
 class _Cross(Kind):
     """See `cross.py`."""
 
+    class_name = "ControlNetXSAdapter"
     name, title, crosses = "controlnet-xs", "ControlNet-XS", True
     zero = ("control_to_base_for_conv_in",)
 
@@ -161,7 +219,7 @@ class _Cross(Kind):
     def levels(self, network: Any) -> list[int]:
         return [0]
 
-    def encode(self, network: Any, controlnet_cond: Tensor, map_kind: str = "") -> Hint:
+    def encode(self, network: Any, controlnet_cond: Tensor, number: int = 0) -> Hint:
         check_channels(self.channels(network), controlnet_cond)
         if network.config.conditioning_channel_order == "bgr":
             controlnet_cond = controlnet_cond.flip(1)
@@ -169,10 +227,7 @@ class _Cross(Kind):
 
 
 _KINDS: Mapping[str, Kind] = {
-    "ControlNetModel": Kind(),
-    "T2IAdapter": _T2I(),
-    "LightControl": _Light(),
-    "ControlNetXSAdapter": _Cross(),
+    kind.class_name: kind for kind in (Kind(), _Union(), _T2I(), _Light(), _Cross())
 }
 
 
@@ -193,9 +248,9 @@ def check_channels(expected: int, controlnet_cond: Tensor) -> None:
         )
 
 
-def encode_hint(network: nn.Module, controlnet_cond: Tensor, map_kind: str = "") -> Hint:
+def encode_hint(network: nn.Module, controlnet_cond: Tensor, number: int = 0) -> Hint:
     """The map's encoder, whatever the network's kind: see `Kind.encode`."""
-    return kind_of(network).encode(network, controlnet_cond, map_kind)
+    return kind_of(network).encode(network, controlnet_cond, number)
 
 
 def control_residuals(

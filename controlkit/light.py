@@ -91,11 +91,11 @@ class _Residual(nn.Module):
 def from_base(base_or_unet: Any, *, conditioning_channels: int = 3, seed: int | None = None) -> LightControl:
     """An untrained light network for a base, float32, on its device."""
     from controlkit.base_parts import family_of
-    from controlkit.controlnet import seeded
+    from controlkit.controlnet import seeded, to_train
 
     unet = getattr(base_or_unet, "unet", base_or_unet)
     with seeded(seed):
         network = LightControl(
             conditioning_channels, list(unet.config.block_out_channels), family=family_of(unet.config)
         )
-    return network.to(unet.device)
+    return to_train(network, unet)

@@ -165,7 +165,7 @@ class Estimate:
         for control, network in zip(self.controls, self.controlnets, strict=True):
             channels = kind_of(network).channels(network)
             cond = torch.empty(1, channels, h * factor, w * factor, dtype=network.dtype)
-            hint = encode_hint(network, cond, control.map_kind)
+            hint = encode_hint(network, cond, control.number)
             hints += sum(part.nbytes for part in hint) * whole // (h * w)
             encoded.append(EncodedControl(_Under(control, network), hint, control.weights()))  # type: ignore[arg-type]
         branches = 2 if request.guided else 1

@@ -18,6 +18,7 @@ from controlkit import limits
 from controlkit.applying import EAGER, EncodedControl, Networks, Rows, crossing_at, summed_residuals
 from controlkit.base import Base
 from controlkit.controlnet import Deep, Residuals
+from controlkit.kinds import kind_of
 from controlkit.reuse import text_fixed
 from controlkit.token_merging import TokenMerging
 
@@ -87,6 +88,23 @@ class Savings:
         limits.check_every("features_every", self.features_every)
         limits.check_share("guidance_until", self.guidance_until)
         limits.check_merged(self.merge_tokens)
+
+
+def check_together(networks: Sequence[Any], savings: Savings) -> None:
+    """Raise ValueError for control networks that cannot act in one generation.
+
+    One that works with the U-Net layer by layer needs the encoder as it is, and every layer in every step.
+    """
+    kinds = [kind_of(network) for network in networks]
+    crossing = [kind for kind in kinds if kind.crosses]
+    if not crossing:
+        return
+    title = crossing[0].title
+    others = [kind.title for kind in kinds if kind.enters_encoder] + [kind.title for kind in crossing[1:]]
+    if others:
+        raise ValueError(f"a {title} does not go with a {others[0]} in one picture: both change the encoder")
+    if savings.features_every > 1:
+        raise ValueError(f"features_every does not go with a {title}, which takes part in every layer")
 
 
 @dataclass(eq=False)

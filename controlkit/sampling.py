@@ -41,7 +41,7 @@ from controlkit.ip_adapter import pictures_told, with_pictures
 from controlkit.memory import Memory as Memory
 from controlkit.memory import at_work, kept_small
 from controlkit.predicting import Guidance as Guidance
-from controlkit.predicting import Predictor
+from controlkit.predicting import Predictor, check_together
 from controlkit.predicting import Savings as Savings
 from controlkit.prompt_syntax import check_syntax
 from controlkit.prompts import encode_weighted
@@ -188,10 +188,10 @@ def generate(
     being finite.
     """
     guided = Guidance(default_guidance(base) if guidance is None else guidance, guidance_rescale)
-    _check_request(base, controls, steps=steps, seeds=seeds)
+    execution, savings = execution or Execution(), savings or Savings()
+    _check_request(base, controls, savings, steps=steps, seeds=seeds)
     check_syntax(prompt_syntax)
     limits.check_temperature(temperature, scheduler)
-    execution, savings = execution or Execution(), savings or Savings()
     limits.check_compiled(execution.compiled, savings.features_every, savings.merge_tokens)
     natural = _natural_size(controls, start)
     width, height = picture_size(base, natural, width, height, any_area=tiles is not None)
@@ -422,11 +422,14 @@ class _Health:
             )
 
 
-def _check_request(base: Base, controls: Sequence[Control], *, steps: int, seeds: Sequence[int]) -> None:
+def _check_request(
+    base: Base, controls: Sequence[Control], savings: Savings, *, steps: int, seeds: Sequence[int]
+) -> None:
     limits.check_steps(steps)
     limits.check_seeds(seeds)
     for control in controls:
         check_fits(control.controlnet, base)
+    check_together([control.controlnet for control in controls], savings)
 
 
 def _counting(callback: Callback | None, *, batch: int, batches: int) -> Callback | None:

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from controlkit import files, images
+from controlkit import files, images, union
 from controlkit.adapters import MAPS, AdapterInfo, MapSpec, save_adapter
 from controlkit.base import BUNDLED, load_base
 from controlkit.controlnet import check_copyable
@@ -193,6 +193,8 @@ class ControlNetTask:
             **{name: put(tensor, device) for name, tensor in used(drawn, recipe).items()},
             "timesteps": put(timesteps_of(places, recipe, part.step, self.levels), device),
         }
+        if recipe.adapter == "controlnet-union":
+            found["present"] = put(self._present(part), device)
         return found | (self._added_cond(given.text.pooled, part.samples) or {})
 
     def errors(self, whole: nn.Module, given: Mapping[str, Tensor]) -> Tensor:
@@ -206,6 +208,8 @@ class ControlNetTask:
     def _predicted(self, whole: nn.Module, given: Mapping[str, Tensor]) -> tuple[Tensor, Noisy, Tensor]:
         """``model_pred`` of `inputs`, what it was predicted from, and the maps in [0, 1]."""
         recipe, cond = self.recipe, images.levels_to_cond(given["levels"])
+        if "present" in given:
+            cond = union.absent_marked(cond, given["present"])
         mean, std, timesteps = given["mean"], given["std"], given["timesteps"]
         noisy = noised(mean, std, drawn_of(given), timesteps, recipe, self.alphas_cumprod)
         added = {name: given[name] for name in ("text_embeds", "time_ids") if name in given} or None
@@ -236,6 +240,16 @@ class ControlNetTask:
             for s in part.samples
         ]
         return ["" if drop else s.example.caption for s, drop in zip(part.samples, dropped, strict=True)]
+
+    def _present(self, part: PairsPart) -> Tensor:
+        """Which of several maps each pair is shown, (B, n) bool: at least one."""
+        count, rows = len(self.recipe.data.map_column), []
+        for sample in part.samples:
+            draw = np.random.default_rng(derived_seed(sample.visit.seed, "maps"))
+            kept = draw.random(count) >= self.recipe.map_dropout
+            kept[draw.integers(count)] |= not kept.any()
+            rows.append(torch.from_numpy(kept))
+        return torch.stack(rows)
 
     def _places(self, part: PairsPart, drawn: Tensor) -> Tensor:
         """Uniform numbers for the timesteps: each pair's own, or spread evenly over the step's batch."""
@@ -383,8 +397,9 @@ class ControlNetTask:
             return started_from(recipe, self.base, channels)
         network = make_network(recipe, self.base.unet, channels)
         if recipe.hint_start == "unit" and hasattr(network, "controlnet_cond_embedding"):
-            levels = levels_of(self._alike(_STARTED_ON))
-            start_hint_encoder(network, images.levels_to_cond(levels), seed=recipe.seed)
+            cond = images.levels_to_cond(levels_of(self._alike(_STARTED_ON)))
+            cond = cond.reshape(-1, kind_of(network).channels(network), *cond.shape[2:])  # of all kinds alike
+            start_hint_encoder(network, cond, seed=recipe.seed)
         return network
 
     def _alike(self, count: int) -> list[Sample]:

@@ -13,7 +13,7 @@ WORLD_KINDS = ("canny", "openpose", "depth")  # maps that the bundled world has 
 FORMATS = ("auto", "imagefolder", "fill50k", "paired", "huggingface", "webdataset", "world")
 OPTIMIZERS = ("adamw", "adamw8bit", "adafactor", "lion", "prodigy", "schedule-free")
 TIMESTEPS = ("uniform", "cubic", "logit-normal", "structure")
-VARIANTS = ("controlnet", "control-lora", "t2i-adapter", "controlnet-xs", "lite")
+VARIANTS = ("controlnet", "control-lora", "t2i-adapter", "controlnet-xs", "lite", "controlnet-union")
 COPIES = ("controlnet", "control-lora")  # variants that are a copy of the base's encoder
 REWARDED = ("canny", "depth")  # kinds of map that can be taken of a picture by differentiable means
 Side = Annotated[int, Field(ge=0, le=16384, multiple_of=8)]
@@ -103,8 +103,11 @@ class ControlNetRecipe(Recipe):
     adapter: Literal[VARIANTS] = "controlnet"  # type: ignore[valid-type]
     """What is trained: a whole copy of the base's encoder; low-rank updates of one (control-lora); a narrow
     encoder connected with the base's both ways (controlnet-xs); features of the map (t2i-adapter); one small
-    encoder, added once (lite).
+    encoder, added once (lite); a copy for several kinds of maps, those of data.map_column, of which each
+    picture has one or more (controlnet-union).
     """
+    map_dropout: Probability = 0.5
+    """Of controlnet-union: the share of visits at which each of the maps is left out; one always stays."""
     rank: Annotated[int, Field(ge=1, le=1024)] = 32
     """Of control-lora's updates."""
     size_ratio: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 0.25
@@ -205,6 +208,7 @@ class ControlNetRecipe(Recipe):
                 f"warmup={self.warmup} is longer than the training, steps={self.steps}: give less"
             )
         self._check_variant()
+        self._check_columns()
         if self.reward:
             self._check_reward()
         if self.data.streaming and self.data.buckets:
@@ -213,9 +217,23 @@ class ControlNetRecipe(Recipe):
             from controlkit import preprocessors
 
             known = preprocessors.names() if self.data.maps == "made" else WORLD_KINDS
-            if self.map not in known:
-                raise unknown("kind of map", self.map, known)
+            for kind in self.data.map_column or (self.map,):
+                if kind not in known:
+                    raise unknown("kind of map", kind, known)
         return self
+
+    def _check_columns(self) -> None:
+        """Refuse a number of maps that the variant or the source of the data does not have."""
+        columns = self.data.map_column
+        if self.adapter == "controlnet-union" and len(columns) < 2:
+            raise ValueError(
+                "adapter controlnet-union is for two or more kinds of maps: name them with data.map_column,"
+                ' such as ["canny", "depth"]'
+            )
+        if self.adapter == "controlnet-union" and self.data.map_mode == "grey":
+            raise ValueError("adapter controlnet-union takes maps of three channels, not data.map_mode grey")
+        if columns and self.data.maps == "made":
+            raise ValueError("data.map_column names maps in files, and data.maps=made makes them")
 
     def _check_variant(self) -> None:
         """Refuse what the variant has no part for."""

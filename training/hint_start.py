@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from controlkit.training.draws import derived_seed
 
-if TYPE_CHECKING:
-    from diffusers import ControlNetModel
-
 _LEAST_SPREAD = 1e-3  # of a channel that a map leaves all but constant
 
 
 @torch.no_grad()
-def start_hint_encoder(controlnet: ControlNetModel, controlnet_cond: Tensor, *, seed: int) -> None:
+def start_hint_encoder(controlnet: Any, controlnet_cond: Tensor, *, seed: int) -> None:
     """Start the hint encoder so that every channel of every layer has mean 0 and spread 1 on real maps.
 
     ``controlnet_cond``: (N, C, H, W) in [0, 1], some of the maps that are trained on. Weights are orthogonal
@@ -31,7 +28,7 @@ def start_hint_encoder(controlnet: ControlNetModel, controlnet_cond: Tensor, *, 
     generator = torch.Generator().manual_seed(derived_seed(seed, "hint encoder"))
     encoder: Any = controlnet.controlnet_cond_embedding
     x = controlnet_cond.to(controlnet.device, controlnet.dtype)
-    if controlnet.config.controlnet_conditioning_channel_order == "bgr":
+    if controlnet.config.get("controlnet_conditioning_channel_order") == "bgr":
         x = x.flip(1)
     for layer in [encoder.conv_in, *encoder.blocks, encoder.conv_out]:
         flat = torch.empty(layer.weight.flatten(1).shape)

@@ -150,7 +150,8 @@ def examine(
         pictures = {"true": scene.picture, "ceiling": through_vae(base, scene.picture)}
         pictures["floor"] = generate(base, scene.caption, steps=STEPS, seeds=[number])[0]
         for kind, adapter in adapters.items():
-            control = Control(adapter, exact_map(kind, scene.picture, scene.joints, scene.inverse_depth))
+            seen = exact_map(kind, scene.picture, scene.joints, scene.inverse_depth)
+            control = Control(adapter, seen, kind=kind)
             pictures[kind] = generate(base, scene.caption, controls=[control], steps=STEPS, seeds=[number])[0]
         rows.append({name: examiner.scores(picture, scene, adapters) for name, picture in pictures.items()})
         progress(number + 1, scenes)

@@ -6,6 +6,7 @@
 | control-lora | low-rank updates of the copy, through peft | Hu et al. 2021 (arXiv:2106.09685) |
 | controlnet-xs | a narrow encoder, connected both ways | Zavadski et al. 2023 (arXiv:2312.06573) |
 | t2i-adapter | features of the map, once for a picture | Mou et al. 2023 (arXiv:2302.08453) |
+| controlnet-union | a copy for several kinds of maps | see `controlkit.union` |
 | lite | one encoder of the map, added once | after ControlNeXt (arXiv:2408.06070), see `controlkit.light` |
 """
 
@@ -18,9 +19,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from controlkit import union
 from controlkit.base import BUNDLED
-from controlkit.controlnet import HINT_CHANNELS, check_copyable, from_base, seeded, trainable_parameters
-from controlkit.kinds import kind_of
+from controlkit.controlnet import (
+    HINT_CHANNELS,
+    check_copyable,
+    from_base,
+    seeded,
+    to_train,
+    trainable_parameters,
+)
+from controlkit.kinds import kind_of, t2i_shape
 from controlkit.training.config_adapter import COPIES, ControlNetRecipe
 
 if TYPE_CHECKING:
@@ -52,7 +61,10 @@ def make_network(
     widths = tuple(hint_channels or recipe.hint_channels or usual)
     if recipe.adapter == "controlnet-xs":
         return _cross(recipe, unet, channels, widths)
-    network = from_base(unet, conditioning_channels=channels, hint_channels=widths, seed=recipe.seed).float()
+    if recipe.adapter == "controlnet-union":
+        kinds = len(recipe.data.map_column)
+        return union.from_base(unet, kinds, hint_channels=widths, seed=recipe.seed)
+    network = from_base(unet, conditioning_channels=channels, hint_channels=widths, seed=recipe.seed)
     return with_low_rank(network, recipe.rank, seed=recipe.seed) if is_low_rank(recipe) else network
 
 
@@ -69,10 +81,10 @@ def started_from(recipe: ControlNetRecipe, base: Base, channels: int) -> Any:
     wanted = "controlnet" if recipe.adapter in COPIES else recipe.adapter
     if kind.name != wanted:
         raise ValueError(f"init {recipe.init!r} is a {kind.title}, and adapter={recipe.adapter} is trained")
-    if kind.channels(network) != channels:
+    if kind.trained_channels(network) != channels:
         raise ValueError(
-            f"init {recipe.init!r} takes maps of {kind.channels(network)} channels, and the data's have"
-            f" {channels}"
+            f"init {recipe.init!r} takes maps of {kind.trained_channels(network)} channels, and the data's"
+            f" have {channels}"
         )
     if recipe.init_base is not None:
         raise NotImplementedError
@@ -105,24 +117,21 @@ def _cross(recipe: ControlNetRecipe, unet: Any, channels: int, hint_channels: Se
             learn_time_embedding=True,
         )
     network.time_embedding.load_state_dict(unet.time_embedding.state_dict())
-    return network.float().to(unet.device)
+    return to_train(network, unet)
 
 
 def _t2i(recipe: ControlNetRecipe, unet: Any, channels: int) -> Any:
     from diffusers import T2IAdapter
 
-    from controlkit.base_parts import family_of
-
-    widths = list(unet.config.block_out_channels)
-    large = family_of(unet.config) == "sdxl"  # its first block has halved the size already
+    shape = t2i_shape(unet.config)
     with seeded(recipe.seed):
         network = T2IAdapter(
             in_channels=channels,
-            channels=[*widths, widths[-1]] if large else widths,
-            downscale_factor=16 if large else 8,
-            adapter_type="full_adapter_xl" if large else "full_adapter",
+            channels=list(shape.channels),
+            downscale_factor=shape.factor,
+            adapter_type=shape.adapter_type,
         )
-    return network.to(unet.device)
+    return to_train(network, unet)
 
 
 def _light(recipe: ControlNetRecipe, unet: Any, channels: int) -> Any:

@@ -59,8 +59,9 @@ def _world(recipe: ControlNetRecipe, report: Report) -> Pairs:
     scenes = min(recipe.scenes, data.limit or recipe.scenes)
     world = load_world("train", scenes, report=report)
     validation = load_world("validation", VALIDATION_SCENES, report=report)
-    examples = world_examples(world, recipe.map, made=made, title="training")
-    examples += world_examples(validation, recipe.map, made=made, title="validation")[: data.holdout]
+    kinds = data.map_column or (recipe.map,)
+    examples = world_examples(world, kinds, made=made, title="training")
+    examples += world_examples(validation, kinds, made=made, title="validation")[: data.holdout]
     height, width = world.picture[0].shape[:2]
     shown = list(range(scenes, len(examples))) or list(range(min(_LEAST_PER_SHOWN, scenes)))
     return Pairs(examples, [(width, height)] * len(examples), list(range(scenes)), shown)

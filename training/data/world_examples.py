@@ -5,7 +5,7 @@ knows.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,25 +27,26 @@ class _Made(Piece):
         return self.make()
 
 
-def world_examples(world: World, kind: str, *, made: bool, title: str) -> list[Example]:
+def world_examples(world: World, kinds: Sequence[str], *, made: bool, title: str) -> list[Example]:
     """The scenes of a world: edges are made of the picture; poses are exact joints, depth is exact.
 
-    ``made``: every map is to be made of its picture.
+    ``made``: every map is to be made of its picture; of one kind, edges always are.
     """
+    of_pictures = made or tuple(kinds) == ("canny",)
     return [
         Example(
             name=f"{title} scene {index}",
             picture=ArrayPiece(world.picture[index], f"{title} scene {index}"),
             caption=world.captions[index],
-            maps=() if made or kind == "canny" else (_exact(world, kind, index, title),),
+            maps=() if of_pictures else tuple(_exact(world, kind, index, title) for kind in kinds),
         )
         for index in range(len(world))
     ]
 
 
 def _exact(world: World, kind: str, index: int, title: str) -> Piece:
-    if kind == "depth":
-        return _Made(f"depth of {title} scene {index}", lambda: world.map("depth", index))
+    if kind != "openpose":
+        return _Made(f"{kind} of {title} scene {index}", lambda: world.map(kind, index))
     return _Made(f"pose of {title} scene {index}", lambda: _pose_json(world, index))
 
 

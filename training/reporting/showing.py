@@ -35,7 +35,15 @@ AddedCond = Callable[[Tensor | None, Sequence[Outline]], Mapping[str, Tensor] | 
 
 def is_examined(recipe: ControlNetRecipe) -> bool:
     """Whether the result is measured on the bundled world's held-out scenes, between floor and ceiling."""
-    return bool(recipe.score_scenes) and recipe.base in BUNDLED and recipe.map in WORLD_KINDS
+    kinds = examined_kinds(recipe)
+    return bool(recipe.score_scenes and kinds) and recipe.base in BUNDLED and set(kinds) <= set(WORLD_KINDS)
+
+
+def examined_kinds(recipe: ControlNetRecipe) -> tuple[str, ...]:
+    """The kinds of maps that the result takes, each by itself; none where it wants several at once."""
+    if recipe.adapter == "controlnet-union":
+        return recipe.data.map_column
+    return () if len(recipe.data.map_column) > 1 else (recipe.map,)
 
 
 class Shown:

@@ -1,0 +1,379 @@
+"""Control networks of other kinds: T2I-Adapter, ControlNet-XS, ControlNet-Union, and our light network."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+from diffusers import (
+    ControlNetXSAdapter,
+    StableDiffusionAdapterPipeline,
+    StableDiffusionControlNetXSPipeline,
+    StableDiffusionXLAdapterPipeline,
+    StableDiffusionXLControlNetUnionPipeline,
+    T2IAdapter,
+    UNetControlNetXSModel,
+)
+from sampling_peers import SIZE, assert_same, cond, controlnet_of, our_latents, parts_of
+
+from controlkit import cross, kinds, light, union
+from controlkit.adapters import MAPS, Adapter, AdapterInfo, MapSpec, check_fits, load_adapter, save_adapter
+from controlkit.base import Base
+from controlkit.control import Control
+from controlkit.controlnet import lock, predict
+from controlkit.kinds import t2i_shape
+from controlkit.predicting import Savings
+from controlkit.sampling import generate
+from controlkit.tiling import Tiles
+
+KINDS = ("t2i-adapter", "controlnet-xs", "controlnet-union", "lite")
+
+
+def t2i_of(base: Base, *, light_weight: bool = False) -> Any:
+    widths = list(base.unet.config.block_out_channels)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        if light_weight:
+            return lock(T2IAdapter(3, widths[:-1], 1, 8, "light_adapter"))
+        shape = t2i_shape(base.unet.config)
+        return lock(T2IAdapter(3, list(shape.channels), 1, shape.factor, shape.adapter_type))
+
+
+def xs_of(base: Base, **changes: Any) -> Any:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        network = ControlNetXSAdapter.from_unet(
+            base.unet,
+            size_ratio=0.5,
+            num_attention_heads=[2] * len(base.unet.config.block_out_channels),
+            conditioning_embedding_out_channels=(4, 8, 8, 8),
+            **changes,
+        )
+    return lock(tiny_models.randomize_zero_convs(network))
+
+
+def union_of(base: Base, count: int = 6) -> Any:
+    network = union.from_base(base, count, hint_channels=(4, 8, 8, 8), seed=3)
+    return lock(tiny_models.randomize_zero_convs(network))
+
+
+def light_of(base: Base) -> Any:
+    return lock(tiny_models.randomize_zero_convs(light.from_base(base, seed=4)))
+
+
+MAKE = {"t2i-adapter": t2i_of, "controlnet-xs": xs_of, "controlnet-union": union_of, "lite": light_of}
+
+
+def given(base: Base, batch: int = 2) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor] | None]:
+    """Latents, timesteps and text of a forward pass, and SDXL's further conditioning."""
+    generator = torch.Generator().manual_seed(0)
+    text = torch.randn(batch, 77, base.unet.config.cross_attention_dim, generator=generator)
+    latents = torch.randn(batch, 4, 8, 8, generator=generator)
+    pooled = torch.randn(batch, 32, generator=generator)
+    added = {"text_embeds": pooled, "time_ids": 64 * torch.ones(batch, 6)}
+    return (latents, torch.tensor([500, 20][:batch]), text), added if base.family == "sdxl" else None
+
+
+# --- against diffusers' classes ---
+
+
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+def test_a_t2i_adapter_gives_what_the_u_net_gives_with_its_features(
+    load: Callable[[str], Base], family: str
+) -> None:
+    base = load(family)
+    inputs, added = given(base)
+    for network in [t2i_of(base), *([t2i_of(base, light_weight=True)] if family != "sdxl" else [])]:
+        maps = cond(batch=2)
+        with torch.no_grad():
+            ours = kinds.predict_pair(
+                network, base.unet, *inputs, kinds.encode_hint(network, maps), added_cond=added
+            )
+            features = [feature.clone() for feature in network(maps)]
+            theirs = base.unet(
+                *inputs, down_intrablock_additional_residuals=features, added_cond_kwargs=added
+            ).sample
+            alone = predict(base.unet, *inputs, added_cond=added)
+        assert torch.equal(ours, theirs)
+        assert (theirs - alone).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("learned_time", [False, True])
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+def test_a_controlnet_xs_gives_what_diffusers_merged_model_gives(
+    load: Callable[[str], Base], family: str, learned_time: bool
+) -> None:
+    base = load(family)
+    inputs, added = given(base)
+    mixed = {"learn_time_embedding": True, "time_embedding_mix": 0.4} if learned_time else {}
+    network, maps = xs_of(base, **mixed), cond(batch=2)
+    merged = UNetControlNetXSModel.from_unet(base.unet, network).eval()
+    _with_the_bases_epsilon(merged, base)
+    with torch.no_grad():
+        hint = kinds.encode_hint(network, maps)
+        ours = kinds.predict_pair(network, base.unet, *inputs, hint, added_cond=added)
+        theirs = merged(*inputs, controlnet_cond=maps, added_cond_kwargs=added).sample
+        alone = predict(base.unet, *inputs, added_cond=added)
+        half = cross.predict(
+            base.unet, *inputs, crossing=cross.Crossing(network, hint[0], 0.5), added_cond=added
+        )
+        halved = merged(*inputs, controlnet_cond=maps, conditioning_scale=0.5, added_cond_kwargs=added).sample
+    assert torch.allclose(ours, theirs, atol=1e-5)
+    assert torch.allclose(half, halved, atol=1e-5)
+    assert (theirs - alone).abs().max() > 1e-2
+
+
+def _with_the_bases_epsilon(merged: Any, base: Base) -> None:
+    """diffusers builds the base's blocks anew, with 1e-6 in its norms where the base has 1e-5 (0.42.1)."""
+    for name, module in merged.named_modules():
+        if isinstance(module, torch.nn.GroupNorm) and "ctrl" not in name and "attentions" not in name:
+            module.eps = base.unet.config.norm_eps
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_a_union_gives_its_own_forward_for_one_map_and_for_two(
+    load: Callable[[str], Base], family: str
+) -> None:
+    base = load(family)
+    inputs, added = given(base, batch=1)
+    network, maps = union_of(base), [cond(1), cond(2)]
+    with torch.no_grad():
+        hints = [kinds.encode_hint(network, maps[0], 3), kinds.encode_hint(network, maps[1], 1)]
+        for which, scales in (([3], [1.0]), ([3, 1], [0.7, 0.4])):
+            there = torch.zeros(1, 6)
+            there[0, which] = 1
+            theirs = network(
+                *inputs, maps[: len(which)], there, which, conditioning_scale=scales, added_cond_kwargs=added
+            )
+            hint = hints[0] if len(which) == 1 else union.joined(network, hints, scales)
+            ours = kinds.control_residuals(network, *inputs, hint, added_cond=added)
+            expected = (*theirs.down_block_res_samples, theirs.mid_block_res_sample)
+            pairs = zip(ours.tensors, expected, strict=True)
+            assert all(torch.allclose(a, b, atol=5e-5) for a, b in pairs)
+    assert (hints[0][1] - kinds.encode_hint(network, maps[0], 1)[1]).abs().max() > 1e-3, "the kind is told"
+
+
+def test_a_stack_of_maps_is_those_of_it_that_are_there(sd1: Base) -> None:
+    network, maps = union_of(sd1, 3), [cond(k) for k in range(3)]
+    present = torch.tensor([[True, False, True]])
+    with torch.no_grad():
+        stack = union.absent_marked(torch.cat(maps, dim=1), present)
+        total, there = kinds.encode_hint(network, stack)
+        hints = [union.encode_hint(network, maps[k], k) for k in (0, 2)]
+        expected, kinds_there = union.joined(network, hints, [1.0, 1.0])
+    assert torch.allclose(total, expected, atol=1e-6)
+    assert torch.equal(there, kinds_there)
+
+
+# --- against diffusers' pipelines ---
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_latents_under_a_t2i_adapter_equal_the_pipeline(load: Callable[[str], Base], family: str) -> None:
+    base = load(family)
+    network = t2i_of(base)
+    parts = parts_of(base, [], "ddim")
+    del parts["controlnet"]
+    if family == "sdxl":
+        pipeline = StableDiffusionXLAdapterPipeline(**parts, adapter=network)
+    else:
+        rest = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        pipeline = StableDiffusionAdapterPipeline(**parts, adapter=network, **rest)
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline(
+        "a red cube",
+        image=cond(),
+        adapter_conditioning_scale=0.7,
+        num_inference_steps=4,
+        guidance_scale=5.0,
+        height=SIZE,
+        width=SIZE,
+        generator=torch.Generator().manual_seed(7),
+        output_type="latent",
+        return_dict=False,
+    )[0]
+    ours = our_latents(base, [Control(network, cond(), scale=0.7)], seed=7, steps=4, scheduler="ddim")
+    assert_same(ours, theirs)
+
+
+def test_latents_under_a_controlnet_xs_equal_the_pipeline(sd1: Base) -> None:
+    network = xs_of(sd1)
+    parts = parts_of(sd1, [], "ddim") | {"controlnet": network}
+    rest = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    pipeline = StableDiffusionControlNetXSPipeline(**parts, **rest)
+    _with_the_bases_epsilon(pipeline.unet, sd1)
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline(
+        "a red cube",
+        image=cond(),
+        controlnet_conditioning_scale=0.7,
+        num_inference_steps=4,
+        guidance_scale=5.0,
+        generator=torch.Generator().manual_seed(7),
+        output_type="latent",
+        return_dict=False,
+    )[0]
+    ours = our_latents(sd1, [Control(network, cond(), scale=0.7)], seed=7, steps=4, scheduler="ddim")
+    assert_same(ours, theirs)
+
+
+def test_latents_under_two_maps_of_a_union_equal_the_pipeline(load: Callable[[str], Base]) -> None:
+    base = load("sdxl")
+    network = union_of(base)
+    parts = parts_of(base, [], "ddim") | {"controlnet": network}
+    pipeline = StableDiffusionXLControlNetUnionPipeline(**parts, add_watermarker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline(
+        "a red cube",
+        control_image=[cond(1), cond(2)],
+        control_mode=[3, 1],
+        controlnet_conditioning_scale=[0.7, 0.4],
+        num_inference_steps=3,
+        guidance_scale=5.0,
+        generator=torch.Generator().manual_seed(7),
+        output_type="latent",
+        return_dict=False,
+    )[0]
+    controls = [
+        Control(network, cond(1), scale=0.7, kind="canny"),
+        Control(network, cond(2), scale=0.4, kind="depth"),
+    ]
+    assert_same(our_latents(base, controls, seed=7, steps=3, scheduler="ddim"), theirs)
+
+
+# --- as the other controls ---
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_follows_window_mode_mask_and_scale(load: Callable[[str], Base], kind: str) -> None:
+    # Three levels: with four, the tiny norms of a ControlNet-XS have one value in a group at this size.
+    base = load("sdxl" if kind == "controlnet-xs" else "sd1")
+    network = MAKE[kind](base)
+    request: dict[str, Any] = {"seed": 7, "steps": 4, "scheduler": "ddim"}
+
+    def latents(**how: Any) -> torch.Tensor:
+        return our_latents(base, [Control(network, cond(), kind="canny", **how)], **request)
+
+    alone, full = our_latents(base, [], **request), latents()
+    assert (full - alone).abs().max() > 1e-2
+    assert torch.equal(latents(scale=0.0), alone)
+    assert torch.allclose(latents(mask=torch.zeros(SIZE, SIZE)), alone, atol=1e-5)
+    assert torch.allclose(latents(mask=torch.ones(SIZE, SIZE)), full, atol=1e-4)
+    others = [latents(scale=0.5), latents(end=0.5), latents(mode="unbalanced"), latents(mode="prompt")]
+    some = 3 if kind in ("controlnet-xs", "lite") else 4  # one connection has no curve
+    for other in others[:some]:
+        assert (other - full).abs().max() > 1e-3
+        assert (other - alone).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_mode_that_leaves_a_branch_alone_leaves_it_alone(load: Callable[[str], Base], kind: str) -> None:
+    """One branch at a time gives what both at once do."""
+    base = load("sdxl" if kind == "controlnet-xs" else "sd1")
+    network = MAKE[kind](base)
+    request: dict[str, Any] = {"seed": 7, "steps": 2, "scheduler": "ddim"}
+    control = Control(network, cond(), kind="canny", mode="unbalanced")
+    together = our_latents(base, [control], **request)
+    apart = our_latents(base, [control], one_branch_at_a_time=True, **request)
+    assert torch.allclose(together, apart, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_picture_k_of_a_batch_is_picture_k_alone(sd1: Base, kind: str) -> None:
+    network = MAKE[kind](sd1)
+    controls = [Control(network, cond(batch=2), kind="canny")]
+    first, second = generate(sd1, "a cube", controls=controls, steps=2, seeds=[3, 4], height=SIZE, width=SIZE)
+    alone = Control(network, cond(batch=2)[1:], kind="canny")
+    (picture,) = generate(sd1, "a cube", controls=[alone], steps=2, seeds=[4], height=SIZE, width=SIZE)
+    assert (picture == second).all()
+    assert (first != second).any()
+
+
+@pytest.mark.parametrize("kind", ["lite", "controlnet-xs", "controlnet-union"])
+def test_an_untrained_network_leaves_the_base_as_it_is(sd1: Base, kind: str) -> None:
+    inputs, _ = given(sd1)
+    network = {
+        "lite": lambda: light.from_base(sd1, seed=1),
+        "controlnet-xs": lambda: ControlNetXSAdapter.from_unet(sd1.unet, size_ratio=0.5),
+        "controlnet-union": lambda: union.from_base(sd1, 2, hint_channels=(4, 8, 8, 8), seed=1),
+    }[kind]()
+    with torch.no_grad():
+        alone = predict(sd1.unet, *inputs)
+        hint = kinds.encode_hint(network.eval(), cond(batch=2))
+        found = kinds.predict_pair(network, sd1.unet, *inputs, hint)
+    same = torch.allclose(found, alone, atol=1e-6) if kind == "controlnet-xs" else torch.equal(found, alone)
+    assert same, kind
+
+
+def test_controls_of_several_kinds_add_up(sd1: Base) -> None:
+    request: dict[str, Any] = {"seed": 7, "steps": 2, "scheduler": "ddim"}
+    plain = Control(controlnet_of(sd1), cond(5))
+    for kind in KINDS:
+        other = Control(MAKE[kind](sd1), cond(), kind="canny")
+        both = our_latents(sd1, [plain, other], **request)
+        for single in (plain, other):
+            assert (both - our_latents(sd1, [single], **request)).abs().max() > 1e-3
+    t2i, lite = (Control(MAKE[kind](sd1), cond()) for kind in ("t2i-adapter", "lite"))
+    assert torch.isfinite(our_latents(sd1, [t2i, lite, plain], **request)).all()
+
+
+def test_lossy_steps_take_the_features_that_they_have(sd1: Base) -> None:
+    request: dict[str, Any] = {"seed": 7, "steps": 4, "scheduler": "ddim"}
+    for kind in ("t2i-adapter", "lite", "controlnet-union"):
+        control = Control(MAKE[kind](sd1), cond(), kind="canny")
+        for savings in (Savings(features_every=2), Savings(control_every=2)):
+            assert torch.isfinite(our_latents(sd1, [control], savings=savings, **request)).all()
+
+
+# --- what is refused ---
+
+
+def test_what_does_not_go_together_is_said(sd1: Base) -> None:
+    xs, t2i = Control(xs_of(sd1), cond()), Control(t2i_of(sd1), cond())
+    rest: dict[str, Any] = {"steps": 2, "height": SIZE, "width": SIZE}
+    with pytest.raises(ValueError, match="a ControlNet-XS does not go with a T2I-Adapter in one picture"):
+        generate(sd1, "", controls=[xs, t2i], **rest)
+    with pytest.raises(ValueError, match="a ControlNet-XS does not go with a ControlNet-XS"):
+        generate(sd1, "", controls=[xs, xs], **rest)
+    with pytest.raises(ValueError, match="features_every does not go with a ControlNet-XS"):
+        generate(sd1, "", controls=[xs], savings=Savings(features_every=2), **rest)
+    with pytest.raises(ValueError, match="a T2I-Adapter sees the map as a whole, and does not go with tiles"):
+        generate(sd1, "", controls=[t2i], tiles=Tiles(64), **rest)
+    with pytest.raises(ValueError, match=r"layers has 13 weights; this T2I-Adapter has 4 connections"):
+        generate(sd1, "", controls=[Control(t2i_of(sd1), cond(), layers=[1.0] * 13)], **rest)
+    with pytest.raises(ValueError, match="a Linear is no control network"):
+        Control(torch.nn.Linear(1, 1), cond()).weights()
+
+
+def test_a_union_wants_to_know_the_kind(sd1: Base) -> None:
+    network = union_of(sd1)
+    rest: dict[str, Any] = {"steps": 2, "height": SIZE, "width": SIZE}
+    with pytest.raises(ValueError, match=r"several kinds of maps, and is not told which: give the kind"):
+        generate(sd1, "", controls=[Control(network, cond())], **rest)
+    with pytest.raises(ValueError, match=r"no maps of kind 'tile': give the kind, one of openpose, depth"):
+        generate(sd1, "", controls=[Control(network, cond(), kind="tile")], **rest)
+    own = Adapter(union_of(sd1, 2), AdapterInfo(map=MapSpec("canny + depth")), "own")
+    assert [Control(own, cond(), kind=kind).number for kind in ("canny", "depth")] == [0, 1]
+    assert [Control(network, cond(), kind=kind).number for kind in ("canny", "depth", "hed")] == [3, 1, 2]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_network_of_another_base_is_refused(load: Callable[[str], Base], kind: str) -> None:
+    network = MAKE[kind](load("sd1"))
+    check_fits(network, load("sd1"))
+    with pytest.raises(ValueError, match=r"control network does not fit the base .*: it is for"):
+        check_fits(network, load("sdxl"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_is_written_and_read(sd1: Base, tmp_path: Any, kind: str) -> None:
+    network = MAKE[kind](sd1)
+    info = AdapterInfo(map=MAPS["canny"], family="sd1", prediction_type="epsilon")
+    save_adapter(network, tmp_path / "adapter", info=info, dtype=torch.float32)
+    adapter = load_adapter(str(tmp_path / "adapter"), base=sd1)
+    assert type(adapter.controlnet) is type(network)
+    assert adapter.info == info
+    own, read = network.state_dict(), adapter.controlnet.state_dict()
+    assert own.keys() == read.keys()
+    assert all(torch.equal(own[key], read[key]) for key in own)
