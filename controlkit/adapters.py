@@ -243,6 +243,10 @@ def save_adapter(
 def check_fits(controlnet: nn.Module, base: Base) -> None:
     """Raise ValueError, one line with both networks' sizes, unless ``controlnet`` fits this base's U-Net."""
     network: Any = controlnet
+    if kind_of(network).hooks:
+        from controlkit import lllite
+
+        return lllite.check_fits(network, base.unet, base=base.name)
     config = {**network.config, "_class_name": kind_of(network).class_name}
     check_sizes(config, base, name="control network")
     check_labels_fit(network, base)

@@ -191,7 +191,7 @@ def summed_residuals(
     (lossy): what the networks gave before, where they were run before. networks: what runs them.
     """
     terms = []
-    due = [e for e in controls if not kind_of(e.control.controlnet).crosses and e.control.active(step, steps)]
+    due = [e for e in controls if not acts_inside(e) and e.control.active(step, steps)]
     for group in _together(due):
         encoded, control = group[0], group[0].control
         told = rows if control.acts_on_both() else rows.conditional
@@ -235,15 +235,23 @@ def _together(controls: Sequence[EncodedControl]) -> list[list[EncodedControl]]:
     return list(groups.values())
 
 
-def crossing_at(
+def acts_inside(encoded: EncodedControl) -> bool:
+    """Whether a control acts within the U-Net, and not by residuals."""
+    kind = kind_of(encoded.control.controlnet)
+    return kind.crosses or kind.hooks
+
+
+def inside_at(
     controls: Sequence[EncodedControl], rows: Rows, *, step: int, steps: int
-) -> EncodedControl | None:
-    """The control that works with the U-Net layer by layer, if there is one and it acts in this step."""
-    for encoded in controls:
-        control = encoded.control
-        if kind_of(control.controlnet).crosses and control.active(step, steps):
-            return encoded if control.acts_on_both() or rows.is_conditional else None
-    return None
+) -> list[EncodedControl]:
+    """The controls that act within the U-Net in this step, on these rows."""
+    return [
+        encoded
+        for encoded in controls
+        if acts_inside(encoded)
+        and encoded.control.active(step, steps)
+        and (encoded.control.acts_on_both() or rows.is_conditional)
+    ]
 
 
 def _after_zeros(residual: Tensor, pictures: int) -> Tensor:

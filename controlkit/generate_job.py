@@ -239,7 +239,7 @@ class Session:
                 self._maps[key] = self._map(source, width, height)
             how = {name: getattr(control, name) for name in CONTROL_SETTINGS}
             mask = _fitted(source.mask, width, height)
-            controls.append(Control(adapter, self._maps[key], mask=mask, **how))
+            controls.append(Control(adapter, self._maps[key], mask=mask, kind=control.kind, **how))
         return controls
 
     def _map(self, source: Source, width: int, height: int) -> np.ndarray | torch.Tensor:
@@ -375,7 +375,7 @@ def _adapters(sources: Sequence[Source], base: Base, report: Report, *, rests: b
             report.status(f"loading the {record.kind} adapter {record.adapter}")
             loaded[record.adapter] = _adapter(record.adapter, base, rests=rests)
         learned = loaded[record.adapter].info.map.kind
-        if learned not in ("", record.kind):
+        if learned and record.kind not in learned.split(" + "):
             warnings.warn(
                 f"adapter {record.adapter} learned to follow {learned} maps, not {record.kind}", stacklevel=2
             )

@@ -30,6 +30,8 @@ class Kind:
     title = "ControlNet"
     crosses = False
     """Whether it works with the U-Net layer by layer."""
+    hooks = False
+    """Whether it acts within the U-Net's layers."""
     enters_encoder = False
     """Whether its residuals change the U-Net's encoder, too."""
     local = True
@@ -138,10 +140,8 @@ class _T2I(Kind):
         return ([0, 1, 2, 3] if full_size else [1, 1, 2, 2])[: len(network.adapter.body)]
 
     def curve(self, name: str, levels: Sequence[int]) -> tuple[float, ...]:
-        if (
-            name == "soft-webui" and len(levels) == 4
-        ):  # the numbers that sd-webui-controlnet (scripts/hook.py) has for these
-            return (0.25, 0.62, 0.825, 1.0)
+        if name == "soft-webui" and len(levels) == 4:
+            return (0.25, 0.62, 0.825, 1.0)  # as sd-webui-controlnet has them (scripts/hook.py)
         return super().curve(name, levels)
 
     def connections(self, count: int) -> str:
@@ -206,6 +206,25 @@ class _Light(Kind):
         return network.residuals(noisy_latents, timesteps, hint[0])
 
 
+class _LLLite(Kind):
+    """See `lllite.py`."""
+
+    class_name = "LLLite"
+    name, title, hooks, local, bands = "lllite", "ControlNet-LLLite", True, False, False
+
+    def channels(self, network: Any) -> int:
+        return 3
+
+    def levels(self, network: Any) -> list[int]:
+        return [0]
+
+    def encode(self, network: Any, controlnet_cond: Tensor, number: int = 0) -> Hint:
+        from controlkit import lllite
+
+        check_channels(3, controlnet_cond)
+        return lllite.encode_hint(network, controlnet_cond)
+
+
 class _Cross(Kind):
     """See `cross.py`."""
 
@@ -227,7 +246,7 @@ class _Cross(Kind):
 
 
 _KINDS: Mapping[str, Kind] = {
-    kind.class_name: kind for kind in (Kind(), _Union(), _T2I(), _Light(), _Cross())
+    kind.class_name: kind for kind in (Kind(), _Union(), _T2I(), _Light(), _LLLite(), _Cross())
 }
 
 

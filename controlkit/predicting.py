@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from controlkit import limits
-from controlkit.applying import EAGER, EncodedControl, Networks, Rows, crossing_at, summed_residuals
+from controlkit.applying import EAGER, EncodedControl, Networks, Rows, inside_at, summed_residuals
 from controlkit.base import Base
 from controlkit.controlnet import Deep, Residuals
 from controlkit.kinds import kind_of
@@ -96,6 +96,9 @@ def check_together(networks: Sequence[Any], savings: Savings) -> None:
     One that works with the U-Net layer by layer needs the encoder as it is, and every layer in every step.
     """
     kinds = [kind_of(network) for network in networks]
+    hooked = [kind.title for kind in kinds if kind.hooks]
+    if hooked and savings.merge_tokens:
+        raise ValueError(f"merge_tokens does not go with a {hooked[0]}, which knows each token's place")
     crossing = [kind for kind in kinds if kind.crosses]
     if not crossing:
         return
@@ -182,8 +185,8 @@ class Predictor:
             return self._pair(noisy_latents, timestep, rows, step)
 
     def _pair(self, noisy_latents: Tensor, timestep: Tensor, rows: Rows, step: int) -> Tensor:
-        crossing = crossing_at(self.controls, rows, step=step, steps=self.steps)
-        if crossing is not None and rows.branches == 2 and not crossing.control.acts_on_both():
+        inside = inside_at(self.controls, rows, step=step, steps=self.steps)
+        if rows.branches == 2 and not all(encoded.control.acts_on_both() for encoded in inside):
             parts = (rows.unconditional, rows.conditional)
             return torch.cat([self._pair(noisy_latents, timestep, part, step) for part in parts])
         savings, deep = self.savings, None
@@ -204,8 +207,8 @@ class Predictor:
         )
         if self.networks.compiled:
             text_fixed(self.base.unet, rows.unet_states)
-        if crossing is not None:
-            return self._crossed(noisy_latents, timestep, rows, step, crossing, residuals)
+        if inside:
+            return self._inside(noisy_latents, timestep, rows, step, inside, residuals, deep)
         return self.networks.predict(
             self.base.unet,
             self._with_shown(noisy_latents),
@@ -218,32 +221,40 @@ class Predictor:
             deep=deep,
         ).float()
 
-    def _crossed(
+    def _inside(
         self,
         noisy_latents: Tensor,
         timestep: Tensor,
         rows: Rows,
         step: int,
-        encoded: EncodedControl,
+        inside: Sequence[EncodedControl],
         residuals: Residuals | None,
+        deep: Deep | None,
     ) -> Tensor:
-        """The prediction under a control network that works with the U-Net layer by layer."""
-        from controlkit import cross
+        """The prediction under control networks that act within the U-Net's layers."""
+        from controlkit import cross, lllite
 
-        control = encoded.control
-        scale = control.scale_at(step, self.steps) * encoded.weights[0]
-        return cross.predict(
-            self.base.unet,
-            self._with_shown(noisy_latents),
-            timestep,
-            rows.unet_states,
-            crossing=cross.Crossing(control.controlnet, encoded.hint[0], scale, encoded.region),
-            text_beside=rows.encoder_hidden_states,
-            residuals=residuals,
-            added_cond=rows.added_cond,
-            timestep_cond=self.timestep_cond,
-            class_labels=rows.class_labels,
-        ).float()
+        hooked, crossing = [], None
+        for encoded in inside:
+            control = encoded.control
+            scale = control.scale_at(step, self.steps) * encoded.weights[0]
+            if kind_of(control.controlnet).hooks:
+                hooked.append(lllite.Acting(control.controlnet, encoded.hint, scale, encoded.region))
+            else:
+                crossing = cross.Crossing(control.controlnet, encoded.hint[0], scale, encoded.region)
+        given = (self.base.unet, self._with_shown(noisy_latents), timestep, rows.unet_states)
+        told: dict[str, Any] = {
+            "residuals": residuals,
+            "added_cond": rows.added_cond,
+            "timestep_cond": self.timestep_cond,
+            "class_labels": rows.class_labels,
+        }
+        height, width = noisy_latents.shape[-2:]
+        with lllite.acting(self.base.unet, hooked, height=height, width=width):
+            if crossing is None:
+                return EAGER.predict(*given, deep=deep, **told).float()
+            beside = rows.encoder_hidden_states
+            return cross.predict(*given, crossing=crossing, text_beside=beside, **told).float()
 
     def _with_shown(self, noisy_latents: Tensor) -> Tensor:
         """The latents, and the mask and the masked picture for a base that takes them."""

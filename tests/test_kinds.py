@@ -17,7 +17,7 @@ from diffusers import (
 )
 from sampling_peers import SIZE, assert_same, cond, controlnet_of, our_latents, parts_of
 
-from controlkit import cross, kinds, light, union
+from controlkit import cross, kinds, light, lllite, union
 from controlkit.adapters import MAPS, Adapter, AdapterInfo, MapSpec, check_fits, load_adapter, save_adapter
 from controlkit.base import Base
 from controlkit.control import Control
@@ -62,7 +62,49 @@ def light_of(base: Base) -> Any:
     return lock(tiny_models.randomize_zero_convs(light.from_base(base, seed=4)))
 
 
-MAKE = {"t2i-adapter": t2i_of, "controlnet-xs": xs_of, "controlnet-union": union_of, "lite": light_of}
+def lllite_tensors(base: Base) -> dict[str, torch.Tensor]:
+    """A file of kohya's layout for a tiny SDXL: one projection of each sort, depths 1 to 3."""
+    generator = torch.Generator().manual_seed(5)
+    strides = {1: (4, 2), 2: (4, 4), 3: (4, 4, 2)}
+    names = {
+        "lllite_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q": 2,
+        "lllite_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_k": 2,
+        "lllite_unet_input_blocks_8_1_transformer_blocks_1_attn1_to_v": 3,
+        "lllite_unet_middle_block_1_transformer_blocks_0_attn2_to_q": 3,
+        "lllite_unet_output_blocks_3_1_transformer_blocks_0_attn2_to_q": 2,
+    }
+    tensors = {}
+    for name, depth in names.items():
+        tokens, embedded, inner = 32, 8, 6
+        last = len(strides[depth]) - 1
+        for k, stride in enumerate(strides[depth]):
+            wide = embedded if k == last else embedded // 2
+            narrow = 3 if k == 0 else embedded // 2
+            tensors[f"{name}.conditioning1.{2 * k}.weight"] = torch.randn(
+                wide, narrow, stride, stride, generator=generator
+            )
+            tensors[f"{name}.conditioning1.{2 * k}.bias"] = torch.randn(wide, generator=generator)
+        for part, (wide, narrow) in {
+            "down": (inner, tokens),
+            "mid": (inner, inner + embedded),
+            "up": (tokens, inner),
+        }.items():
+            tensors[f"{name}.{part}.0.weight"] = torch.randn(wide, narrow, generator=generator)
+            tensors[f"{name}.{part}.0.bias"] = torch.randn(wide, generator=generator)
+    return tensors
+
+
+def lllite_of(base: Base) -> Any:
+    return lock(lllite.from_tensors(lllite_tensors(base)))
+
+
+MAKE = {
+    "lllite": lllite_of,
+    "t2i-adapter": t2i_of,
+    "controlnet-xs": xs_of,
+    "controlnet-union": union_of,
+    "lite": light_of,
+}
 
 
 def given(base: Base, batch: int = 2) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor] | None]:
@@ -166,6 +208,73 @@ def test_a_stack_of_maps_is_those_of_it_that_are_there(sd1: Base) -> None:
     assert torch.equal(there, kinds_there)
 
 
+def test_an_lllite_stands_before_the_projections_that_it_names(load: Callable[[str], Base]) -> None:
+    """Beside the same equation, written into the projections by hand."""
+    base = load("sdxl")
+    inputs, added = given(base)
+    tensors, maps = lllite_tensors(base), cond(batch=2)
+    by_hand = {
+        "input_blocks_4_1_transformer_blocks_0_attn1_to_q": base.unet.down_blocks[1].attentions[0],
+        "input_blocks_4_1_transformer_blocks_0_attn1_to_k": base.unet.down_blocks[1].attentions[0],
+        "input_blocks_8_1_transformer_blocks_1_attn1_to_v": base.unet.down_blocks[2].attentions[1],
+        "middle_block_1_transformer_blocks_0_attn2_to_q": base.unet.mid_block.attentions[0],
+        "output_blocks_3_1_transformer_blocks_0_attn2_to_q": base.unet.up_blocks[1].attentions[0],
+    }
+    handles = []
+    for name, transformer in by_hand.items():
+        *_, number, attention, _, letter = name.split("_")
+        projection = getattr(getattr(transformer.transformer_blocks[int(number)], attention), f"to_{letter}")
+        handles.append(projection.register_forward_pre_hook(_by_hand(tensors, f"lllite_unet_{name}", maps)))
+    with torch.no_grad():
+        theirs = predict(base.unet, *inputs, added_cond=added)
+        for handle in handles:
+            handle.remove()
+        network = lllite_of(base)
+        hint = kinds.encode_hint(network, maps)
+        acting = lllite.Acting(network, hint, 0.5)
+        with lllite.acting(base.unet, [acting], height=8, width=8):
+            ours = predict(base.unet, *inputs, added_cond=added)
+        alone = predict(base.unet, *inputs, added_cond=added)
+    assert torch.allclose(ours, theirs, atol=1e-5)
+    assert (ours - alone).abs().max() > 1e-2
+    lllite.check_fits(network, base.unet, base="x")
+    with pytest.raises(ValueError, match=r"the LLLite does not fit the base .*, which has no down_blocks"):
+        generate(load("sd1"), "", controls=[Control(network, cond())], steps=1, height=SIZE, width=SIZE)
+
+
+def _by_hand(tensors: dict[str, torch.Tensor], name: str, maps: torch.Tensor) -> Any:
+    own = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(name)}
+
+    def hook(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        embedding = 2 * maps - 1
+        for k in (0, 2, 4):
+            if f"conditioning1.{k}.weight" in own:
+                weight, bias = own[f"conditioning1.{k}.weight"], own[f"conditioning1.{k}.bias"]
+                embedding = embedding.relu() if k else embedding
+                embedding = torch.conv2d(embedding, weight, bias, stride=weight.shape[-1])
+        embedding = embedding.reshape(2, 8, -1).permute(0, 2, 1)
+        x = (args[0] @ own["down.0.weight"].T + own["down.0.bias"]).relu()
+        x = (torch.cat([embedding, x], 2) @ own["mid.0.weight"].T + own["mid.0.bias"]).relu()
+        return (args[0] + 0.5 * (x @ own["up.0.weight"].T + own["up.0.bias"]),)
+
+    return hook
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: {k.replace("attn1", "ff"): v for k, v in t.items()}, "names no attention projection"),
+        (lambda t: {k: v for k, v in t.items() if not k.endswith("up.0.bias")}, "has no up.0.bias"),
+        (lambda t: {k: v for k, v in t.items() if "down.0" not in k}, r"lacks down.0.weight"),
+        (lambda t: {k: v[1:] if "mid.0.bias" in k else v for k, v in t.items()}, r"mid.0.bias is \(5,\)"),
+        (lambda t: t | {next(iter(t)).partition(".")[0] + ".x": torch.zeros(1)}, "has a x"),
+    ],
+)
+def test_a_damaged_lllite_is_refused(load: Callable[[str], Base], change: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        lllite.from_tensors(change(lllite_tensors(load("sdxl"))))
+
+
 # --- against diffusers' pipelines ---
 
 
@@ -245,10 +354,10 @@ def test_latents_under_two_maps_of_a_union_equal_the_pipeline(load: Callable[[st
 # --- as the other controls ---
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "lllite"])
 def test_every_kind_follows_window_mode_mask_and_scale(load: Callable[[str], Base], kind: str) -> None:
     # Three levels: with four, the tiny norms of a ControlNet-XS have one value in a group at this size.
-    base = load("sdxl" if kind == "controlnet-xs" else "sd1")
+    base = load("sdxl" if kind in ("controlnet-xs", "lllite") else "sd1")
     network = MAKE[kind](base)
     request: dict[str, Any] = {"seed": 7, "steps": 4, "scheduler": "ddim"}
 
@@ -261,16 +370,16 @@ def test_every_kind_follows_window_mode_mask_and_scale(load: Callable[[str], Bas
     assert torch.allclose(latents(mask=torch.zeros(SIZE, SIZE)), alone, atol=1e-5)
     assert torch.allclose(latents(mask=torch.ones(SIZE, SIZE)), full, atol=1e-4)
     others = [latents(scale=0.5), latents(end=0.5), latents(mode="unbalanced"), latents(mode="prompt")]
-    some = 3 if kind in ("controlnet-xs", "lite") else 4  # one connection has no curve
+    some = 3 if kind in ("controlnet-xs", "lite", "lllite") else 4  # one connection has no curve
     for other in others[:some]:
         assert (other - full).abs().max() > 1e-3
         assert (other - alone).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "lllite"])
 def test_a_mode_that_leaves_a_branch_alone_leaves_it_alone(load: Callable[[str], Base], kind: str) -> None:
     """One branch at a time gives what both at once do."""
-    base = load("sdxl" if kind == "controlnet-xs" else "sd1")
+    base = load("sdxl" if kind in ("controlnet-xs", "lllite") else "sd1")
     network = MAKE[kind](base)
     request: dict[str, Any] = {"seed": 7, "steps": 2, "scheduler": "ddim"}
     control = Control(network, cond(), kind="canny", mode="unbalanced")
@@ -279,13 +388,15 @@ def test_a_mode_that_leaves_a_branch_alone_leaves_it_alone(load: Callable[[str],
     assert torch.allclose(together, apart, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_picture_k_of_a_batch_is_picture_k_alone(sd1: Base, kind: str) -> None:
-    network = MAKE[kind](sd1)
+@pytest.mark.parametrize("kind", [*KINDS, "lllite"])
+def test_picture_k_of_a_batch_is_picture_k_alone(load: Callable[[str], Base], kind: str) -> None:
+    base = load("sdxl" if kind == "lllite" else "sd1")
+    network = MAKE[kind](base)
+    rest: dict[str, Any] = {"steps": 2, "height": SIZE, "width": SIZE}
     controls = [Control(network, cond(batch=2), kind="canny")]
-    first, second = generate(sd1, "a cube", controls=controls, steps=2, seeds=[3, 4], height=SIZE, width=SIZE)
+    first, second = generate(base, "a cube", controls=controls, seeds=[3, 4], **rest)
     alone = Control(network, cond(batch=2)[1:], kind="canny")
-    (picture,) = generate(sd1, "a cube", controls=[alone], steps=2, seeds=[4], height=SIZE, width=SIZE)
+    (picture,) = generate(base, "a cube", controls=[alone], seeds=[4], **rest)
     assert (picture == second).all()
     assert (first != second).any()
 
