@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from controlkit import union
 from controlkit.base import BUNDLED
@@ -99,22 +100,27 @@ def is_low_rank(recipe: ControlNetRecipe) -> bool:
 def _cross(recipe: ControlNetRecipe, unet: Any, channels: int, hint_channels: Sequence[int]) -> Any:
     from diffusers import ControlNetXSAdapter
 
-    from controlkit.folders import quiet_libraries
-
     if unet.config.layers_per_block != 2:
         raise ValueError(
             f"controlnet-xs needs a base with 2 layers in each block, not {unet.config.layers_per_block}"
         )
     widths = [max(int(width * recipe.size_ratio) // 8 * 8, 8) for width in unet.config.block_out_channels]
     heads = [max(width // 64, 1) for width in widths]
-    with seeded(recipe.seed), quiet_libraries():
-        network = ControlNetXSAdapter.from_unet(
-            unet,
-            block_out_channels=widths,
-            num_attention_heads=heads,
+    with seeded(recipe.seed):  # what `ControlNetXSAdapter.from_unet` does, without moving it
+        network = ControlNetXSAdapter(
             conditioning_channels=channels,
             conditioning_embedding_out_channels=tuple(hint_channels),
             learn_time_embedding=True,
+            num_attention_heads=heads,
+            block_out_channels=widths,
+            base_block_out_channels=unet.config.block_out_channels,
+            cross_attention_dim=unet.config.cross_attention_dim,
+            down_block_types=unet.config.down_block_types,
+            sample_size=unet.config.sample_size,
+            transformer_layers_per_block=unet.config.transformer_layers_per_block,
+            upcast_attention=unet.config.upcast_attention,
+            max_norm_num_groups=unet.config.norm_num_groups,
+            use_linear_projection=unet.config.use_linear_projection,
         )
     network.time_embedding.load_state_dict(unet.time_embedding.state_dict())
     return to_train(network, unet)
@@ -154,8 +160,18 @@ def with_low_rank(network: Any, rank: int, *, seed: int) -> Any:
         for name, module in network.named_modules()
         if name.startswith(_TRUNK) and isinstance(module, nn.Linear | nn.Conv2d)
     ]
-    with seeded(seed):
-        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=names), network)
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=names)
+    first = next(network.parameters())
+    if not isinstance(first, FakeTensor):
+        with seeded(seed):
+            inject_adapter_in_model(config, network)
+        return network
+    with unset_fake_temporarily():  # peft moves what it makes, which tensors without content cannot be
+        inject_adapter_in_model(config, network)
+        for module in network.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                if not isinstance(parameter, FakeTensor):
+                    setattr(module, name, nn.Parameter(first.fake_mode.from_tensor(parameter.data)))
     return network
 
 

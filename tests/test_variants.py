@@ -1,0 +1,214 @@
+"""Every network that can be trained: a few steps, stopped and gone on with, written, read, and used."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+from killed_runs import recipe, write_pictures
+from safetensors.torch import load_file
+
+from controlkit.adapters import load_adapter
+from controlkit.base import load_base
+from controlkit.control import Control
+from controlkit.kinds import kind_of
+from controlkit.sampling import generate
+from controlkit.training import train_recipe
+from controlkit.training.config import parse_recipe
+from controlkit.training.planning_networks import build
+from controlkit.training.variants import make_network, without_low_rank
+
+VARIANTS = ("controlnet", "control-lora", "t2i-adapter", "controlnet-xs", "lite")
+SMALL = {"rank": 4, "size_ratio": 0.5}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Pictures with maps of two kinds, a base of each family, and a cache for the runs of this module."""
+    folder = tmp_path_factory.mktemp("variants")
+    write_pictures(folder / "pictures", count=6)
+    for family in tiny_models.FAMILIES:
+        tiny_models.build(folder / family, family)
+    patch = pytest.MonkeyPatch()
+    patch.setenv("CONTROLKIT_CACHE", str(folder / "cache"))
+    yield folder
+    patch.undo()
+
+
+def run(place: Path, name: str, *, family: str = "sd1", **changes: Any) -> Path:
+    settings = {"steps": 2, "warmup": 0, "sample_every": 0, "monitor_every": 0, "checkpoint_every": 1}
+    settings |= {"log_every": 1, "base": str(place / family), "data_buckets": False, **changes}
+    path = recipe(place / name, place / "pictures", **settings)
+    train_recipe(str(path), progress=lambda step: None)
+    return place / name
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    newest = sorted((folder / "checkpoints").glob("*/weights.safetensors"))[-1]
+    return load_file(newest)
+
+
+def losses(folder: Path) -> list[float]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in lines if "event" not in row]
+
+
+@pytest.mark.parametrize("adapter", VARIANTS)
+def test_a_variant_is_trained_written_read_and_used(place: Path, adapter: str) -> None:
+    folder = run(place, adapter, adapter=adapter, monitor_every=1, sample_every=2, **SMALL)
+    assert all(np.isfinite(losses(folder)))
+    base = load_base(str(place / "sd1"))
+    loaded = load_adapter(str(folder / "controlnet"), base=base)
+    assert kind_of(loaded.controlnet).name == ("controlnet" if adapter == "control-lora" else adapter)
+    assert loaded.info.map.kind == "canny"
+    assert loaded.info.training["recipe"]["adapter"] == adapter
+    edges = np.zeros((64, 64, 3), np.uint8)
+    edges[20:24] = 255
+    rest: dict[str, Any] = {"steps": 2, "height": 64, "width": 64}
+    (picture,) = generate(base, "a cube", controls=[Control(loaded, edges, scale=3.0)], **rest)
+    (alone,) = generate(base, "a cube", **rest)
+    assert (picture != alone).any()
+    assert (folder / "samples" / "step-000002.png").is_file()
+
+
+@pytest.mark.parametrize("adapter", ["control-lora", "t2i-adapter", "controlnet-xs", "lite"])
+def test_a_variant_that_stopped_goes_on_bit_for_bit(
+    place: Path, adapter: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from controlkit.training import loop
+
+    whole = run(place, f"{adapter}-whole", adapter=adapter, steps=3, **SMALL)
+    real, calls = loop.forward_backward, []
+
+    def stops(*args: Any) -> Any:
+        calls.append(None)
+        if len(calls) > 2:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(loop, "forward_backward", stops)
+    with pytest.raises(KeyboardInterrupt):
+        run(place, f"{adapter}-parts", adapter=adapter, steps=3, **SMALL)
+    monkeypatch.undo()
+    monkeypatch.setenv("CONTROLKIT_CACHE", str(place / "cache"))
+    parts = run(place, f"{adapter}-parts", adapter=adapter, steps=3, **SMALL)
+    assert losses(parts) == losses(whole)
+    one, other = weights(whole), weights(parts)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize("adapter", VARIANTS)
+@pytest.mark.parametrize("family", ["sd2", "sdxl"])
+def test_every_family_trains_every_variant(place: Path, adapter: str, family: str) -> None:
+    folder = run(place, f"{family}-{adapter}", family=family, adapter=adapter, steps=1, **SMALL)
+    assert all(np.isfinite(losses(folder)))
+    load_adapter(str(folder / "controlnet"), base=load_base(str(place / family)))
+
+
+def test_only_the_updates_of_a_control_lora_are_trained(place: Path) -> None:
+    folder = run(place, "lora-alone", adapter="control-lora", learning_rate=1e-3, **SMALL)
+    trained = {key.removeprefix("model.") for key in weights(folder) if key.startswith("model.")}
+    assert all(
+        "lora_" in key or "controlnet_" in key.removeprefix("controlnet.").removeprefix("controlnet.")
+        for key in trained
+    )
+    base = load_base(str(place / "sd1"))
+    network = load_adapter(str(folder / "controlnet"), base=base).controlnet
+    moved = 0
+    own = base.unet.state_dict()
+    for key, tensor in network.state_dict().items():
+        if key in own and tensor.dim() >= 2:
+            delta = (tensor - own[key]).flatten(1).double()
+            values = torch.linalg.svdvals(delta)
+            assert not (values[4:] > 2e-3 * own[key].abs().max() * max(delta.shape) ** 0.5).any(), key
+            moved += bool(values[0] > 1e-5)
+        elif key in own:
+            assert torch.allclose(tensor, own[key].half().float()), key
+    assert moved > 20
+
+
+def test_merged_updates_give_what_they_gave_beside(place: Path) -> None:
+    base = load_base(str(place / "sd1"))
+    table = {"task": "controlnet", "map": "canny", "out": "x", "steps": 1, "batch_size": 1, "warmup": 0}
+    table |= {"learning_rate": 1e-3, "adapter": "control-lora", "rank": 3}
+    network = make_network(parse_recipe(table, where="test"), base.unet, 3)
+    tiny_models.randomize_zero_convs(network)
+    merged = without_low_rank(network)
+    assert not any("lora" in key for key in merged.state_dict())
+    inputs = (torch.randn(1, 4, 8, 8), torch.tensor([5]), torch.randn(1, 77, 32), torch.rand(1, 3, 64, 64))
+    with torch.no_grad():
+        first, second = (net(*inputs, return_dict=False)[1] for net in (network.eval(), merged.eval()))
+    assert torch.allclose(first, second, atol=1e-4 * float(first.abs().max()))
+
+
+def test_one_network_learns_several_kinds(place: Path) -> None:
+    """canny, openpose and depth in one, each picture shown some of them; and each used by itself."""
+    changes = {
+        "adapter": "controlnet-union", "map": "several", "data_source": "world", "data_maps": "auto",
+        "data_map_column": ["canny", "openpose", "depth"], "scenes": 8, "base": "tiny", "data_resolution": 0,
+        "data_crop": "centre", "data_flip": 0.0, "data_map_blur": 0.0, "monitor_every": 1, "sample_every": 2,
+    }  # fmt: skip
+    path = recipe(place / "union", place / "pictures", **{**_SETTINGS, **changes})
+    path.write_text(path.read_text().replace("[data.options]", "[unused]").partition("[unused]")[0])
+    train_recipe(str(path), progress=lambda step: None)
+    base = load_base("tiny")
+    loaded = load_adapter(str(place / "union" / "controlnet"), base=base)
+    assert loaded.info.map.kind == "canny + openpose + depth"
+    assert loaded.controlnet.config.num_control_type == 3
+    edges = np.zeros((128, 128, 3), np.uint8)
+    pictures = [
+        generate(base, "a cube", controls=[Control(loaded, edges, scale=4.0, kind=kind)], steps=2)[0]
+        for kind in ("canny", "depth")
+    ]
+    assert (pictures[0] != pictures[1]).any()
+
+
+_SETTINGS = {"steps": 2, "warmup": 0, "checkpoint_every": 9, "log_every": 1}
+
+
+@pytest.mark.parametrize("adapter", [*VARIANTS, "controlnet-union"])
+def test_every_variant_is_planned(place: Path, adapter: str) -> None:
+    table = {"task": "controlnet", "map": "canny", "out": "x", "steps": 1, "batch_size": 1, "warmup": 0}
+    table |= {"learning_rate": 1e-3, "adapter": adapter, "base": str(place / "sd1"), **SMALL}
+    if adapter == "controlnet-union":
+        table["data"] = {"map_column": ["canny", "depth"]}
+    parsed = parse_recipe(table, where="test")
+    planned = build(parsed).controlnet  # type: ignore[arg-type]
+    real = make_network(parsed, load_base(str(place / "sd1")).unet, 3)  # type: ignore[arg-type]
+    count = lambda net: sum(p.numel() for p in net.parameters())  # noqa: E731
+    assert count(planned) == count(real)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"adapter": "controlnet-xs", "gradient_checkpointing": True},
+            "not go with adapter controlnet-xs",
+        ),
+        ({"adapter": "lite", "only_mid_control": True}, "goes with adapter controlnet and control-lora"),
+        ({"adapter": "controlnet-union"}, "two or more kinds of maps: name them with data.map_column"),
+        ({"adapter": "controlnet-sx"}, "adapter: input should be 'controlnet'"),
+        ({"adapter": "control-lora", "rank": 0}, "rank: input should be greater than or equal to 1"),
+        ({"init_base": "sd15"}, "there is no init"),
+        ({"init": "canny", "init_base": "sd15", "adapter": "lite"}, "init_base goes with adapter"),
+        ({"data": {"map_column": ["canny", "edges"]}}, "unknown kind of map 'edges'"),
+    ],
+)
+def test_what_a_variant_has_no_part_for_is_refused(changes: dict[str, Any], message: str) -> None:
+    table = {"task": "controlnet", "map": "canny", "out": "x", "steps": 1, "batch_size": 1, "warmup": 0}
+    table |= {"learning_rate": 1e-3, **changes}
+    with pytest.raises(ValueError, match=message):
+        parse_recipe(table, where="test")
+
+
+def test_an_adapter_of_another_kind_is_no_start(place: Path) -> None:
+    folder = run(place, "start-lite", adapter="lite", steps=1)
+    with pytest.raises(ValueError, match="is a light network, and adapter=controlnet is trained"):
+        run(place, "start-other", init=str(folder / "controlnet"), steps=1)
+    again = run(place, "start-again", adapter="lite", init=str(folder / "controlnet"), steps=1)
+    assert np.isfinite(losses(again)).all()
