@@ -230,6 +230,14 @@ def load_models(
     return load_part(UNet2DConditionModel, folder / "unet", dtype=dtype), vae, text_encoders
 
 
+def load_unet(name_or_path: str) -> UNet2DConditionModel:
+    """The U-Net alone of a base, float32, on the CPU. Raises ValueError as `load_base` does."""
+    from diffusers import UNet2DConditionModel
+
+    folder = part_of(find_base(name_or_path), "unet")
+    return cast("UNet2DConditionModel", load_part(UNet2DConditionModel, folder, dtype=torch.float32))
+
+
 def load_picture_side(
     folder: Path, unet_config: Mapping[str, Any], *, dtype: torch.dtype
 ) -> PictureEncoder | None:

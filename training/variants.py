@@ -75,6 +75,8 @@ def started_from(recipe: ControlNetRecipe, base: Base, channels: int) -> Any:
     Raises ValueError for one that does not fit the base, the recipe's variant, or the maps.
     """
     from controlkit.adapters import load_adapter
+    from controlkit.base_parts import load_unet
+    from controlkit.transfer import transfer
 
     assert recipe.init is not None
     network = load_adapter(recipe.init, base=base, dtype=torch.float32).controlnet
@@ -88,7 +90,7 @@ def started_from(recipe: ControlNetRecipe, base: Base, channels: int) -> Any:
             f" have {channels}"
         )
     if recipe.init_base is not None:
-        raise NotImplementedError
+        transfer(network, load_unet(recipe.init_base), base.unet)
     return with_low_rank(network, recipe.rank, seed=recipe.seed) if is_low_rank(recipe) else network
 
 

@@ -133,9 +133,10 @@ def table(result: Mapping[str, Any]) -> str:
         row = rows[variant]
         score = row["scores"]["canny"]["edge F1"]
         step = result["steps"][variant] / result["steps"]["controlnet"]
+        held = f"{row['trained'] / 1e6:.2f} million | {row['peak_mb'] / 1000:.2f} GB"
+        picture = result["pictures"][variant] / plain
         lines.append(
-            f"| {variant} | {row['trained'] / 1e6:.2f} million | {row['peak_mb'] / 1000:.2f} GB | {step:.2f} |"
-            f" {result['pictures'][variant] / plain:.2f} | {score:.3f} | {score / ceiling:.2f} |"
+            f"| {variant} | {held} | {step:.2f} | {picture:.2f} | {score:.3f} | {score / ceiling:.2f} |"
         )
     lines += ["", f"Without control edge F1 is {floor:.3f}, of the true pictures {ceiling:.3f}."]
     union = rows["controlnet-union"]
