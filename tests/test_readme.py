@@ -3,8 +3,14 @@
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+
+from controlkit.figures import render
+from controlkit.images import load_picture, write_png
+from controlkit.preprocessors import get
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -88,12 +94,23 @@ def test_the_table_of_flags_is_the_programs() -> None:
 def test_the_python_examples_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from controlkit.images import load_picture
-
     monkeypatch.chdir(tmp_path)
-    maps, pictures = blocks(TEXT, "python")
+    maps, in_diffusers, pictures = blocks(TEXT, "python")
     exec(compile(maps, "README.md", "exec"), {})
     assert "(1, 18, 3) (512, 512, 3) []" in capsys.readouterr().out
     exec(compile(pictures, "README.md", "exec"), {})
     (written,) = tmp_path.glob("*.png")
     assert load_picture(written).std() > 10  # a picture, not one flat colour
+    _as_after_training(tmp_path)
+    told: dict[str, Any] = {}
+    exec(compile(in_diffusers, "README.md", "exec"), told)
+    assert np.asarray(told["picture"]).std() > 10
+
+
+def _as_after_training(folder: Path) -> None:
+    """The files that the example of diffusers takes: a trained adapter, the bundled base, a map."""
+    (folder / "runs" / "canny").mkdir(parents=True)
+    (folder / "runs" / "canny" / "controlnet").symlink_to(ROOT / "controlkit" / "tiny" / "controlnet-canny")
+    (folder / "controlkit").symlink_to(ROOT / "controlkit")
+    scene = render(7)
+    write_png(folder / "edges.png", get("canny")(scene.picture).image)
