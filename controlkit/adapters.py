@@ -1,9 +1,9 @@
 """Adapters: control networks on disk, what a file says of itself, and whether it fits a base.
 
 On disk an adapter is the folder that ``diffusers.ControlNetModel.save_pretrained`` writes (``config.json``
-and ``diffusion_pytorch_model.safetensors``), so other software loads it as it is. The header of the weight
-file carries two descriptions: ours, one JSON object under the key ``controlkit`` (:class:`AdapterInfo`),
-and the common ModelSpec keys (``modelspec.*``, specification 1.0.0) that model browsers show.
+and ``diffusion_pytorch_model.safetensors``), so other software loads it as it is, or one file in any of the
+layouts that ``formats/`` knows. The header of the weight file says what the map is, which base family it is
+for and how it was trained (``formats/description.py``).
 """
 
 from __future__ import annotations
@@ -11,20 +11,28 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from controlkit import files
 from controlkit.base import BUNDLED as BUNDLED_BASES
-from controlkit.base import FAMILY_TITLES, Base
+from controlkit.base import Base
 from controlkit.base_parts import family_of
 from controlkit.class_labels import check_labels_fit
 from controlkit.controlnet import lock
 from controlkit.folders import is_pickle, load_part, read_header, read_json, weight_files, write_weights
+from controlkit.formats.adapter_file import find_adapter_file, hint_channels, open_adapter_file
+from controlkit.formats.building import build_network, check_finite
+from controlkit.formats.description import MAPS as MAPS
+from controlkit.formats.description import AdapterInfo as AdapterInfo
+from controlkit.formats.description import MapSpec as MapSpec
+from controlkit.formats.description import header_entries, read_description
+from controlkit.formats.fitting import BaseStructure, check_sizes
+from controlkit.formats.hashing import check_hash
+from controlkit.formats.structure import CLASSES
 from controlkit.hub import check_exists, find_folder
 from controlkit.naming import unknown
 
@@ -52,8 +60,6 @@ DEFAULT_ADAPTERS: Mapping[str, Mapping[str, str]] = {
     },
 }
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
-METADATA_KEY = "controlkit"
-FORMAT_VERSION = 1
 
 _HUB_FILES = (
     "config.json",
@@ -62,63 +68,15 @@ _HUB_FILES = (
     "diffusion_pytorch_model*.index.*json",
 )
 _PLACES: Mapping[str, Any] = {"what": "adapter", "top_file": "config.json", "bundled": BUNDLED_ADAPTERS}
-_SIZES = ("in_channels", "block_out_channels", "cross_attention_dim", "layers_per_block", "down_block_types")
-_SPEC_ARCHITECTURES = {
-    "sd1": "stable-diffusion-v1",
-    "sd2": "stable-diffusion-v2",
-    "sdxl": "stable-diffusion-xl-v1-base",
-}
-
-
-@dataclass(frozen=True)
-class MapSpec:
-    """What the map of an adapter is. ``MAPS`` has the standard ones.
-
-    ``kind``: "canny", "openpose", "depth" or any other word; "" when a file does not say. ``range``: lowest
-    and highest value of ``controlnet_cond``. ``polarity``: what bright means, in words. ``thresholds`` and
-    ``draw_style``: how the map was made, where that applies. ``channels``: of the hint.
-    """
-
-    kind: str = ""
-    range: tuple[float, float] = (0.0, 1.0)
-    polarity: str = ""
-    thresholds: Mapping[str, float] = field(default_factory=dict)
-    draw_style: str = ""
-    channels: int = 3
-
-
-@dataclass(frozen=True)
-class AdapterInfo:
-    """What an adapter says of itself.
-
-    ``family`` and ``prediction_type`` are those of the base it was trained on, named by ``base``;
-    ``resolution`` is in pixels (0 when unknown). ``training`` says how: recipe, seed, steps, data, scores,
-    as JSON values. ``title`` is for people.
-    """
-
-    map: MapSpec = field(default_factory=MapSpec)
-    family: str = ""
-    prediction_type: str = ""
-    base: str = ""
-    resolution: int = 0
-    title: str = ""
-    training: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
     """A loaded adapter: the control network, what it says of itself, and the name it was asked for by."""
 
-    controlnet: ControlNetModel
+    controlnet: Any
     info: AdapterInfo
     name: str
-
-
-MAPS: Mapping[str, MapSpec] = {
-    "canny": MapSpec("canny", polarity="white-on-black", thresholds={"low": 100, "high": 200}),
-    "openpose": MapSpec("openpose", polarity="openpose-18", draw_style="v1.1"),
-    "depth": MapSpec("depth", polarity="near-is-white"),
-}
 
 
 def default_adapter(kind: str, base: Base) -> str:
@@ -140,19 +98,18 @@ def load_adapter(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> Adapter:
-    """Load an adapter that fits ``base``: a bundled name, a folder, or a hub id. Its network comes locked.
+    """Load an adapter that fits ``base``: a bundled name, a folder, a hub id, or one file. It comes locked.
 
-    ``device`` and ``dtype`` are the base's unless given. Warns when the adapter was trained for another
-    prediction type than the base's.
+    A file may be of any kind and layout that `formats.adapter_file.open_adapter_file` reads, lie on the hub
+    (``owner/name/path/to/file.safetensors``), or alone in a folder. Its network is of diffusers' classes:
+    ControlNetModel, ControlNetUnionModel, T2IAdapter or ControlNetXSAdapter. ``device`` and ``dtype`` are the
+    base's unless given. Warns when the adapter was trained for another prediction type than the base's.
 
-    Raises ValueError, one line within about 5 seconds, for a name that leads nowhere, a folder that holds
-    something else, damaged or non-finite weights, or a network whose sizes are not the base's (both are
+    Raises ValueError, one line within about 5 seconds, for a name that leads nowhere, a folder or file that
+    holds something else, damaged or non-finite weights, or a network whose sizes are not the base's (both are
     named).
     """
-    folder = find_folder(name_or_path, complete=_is_complete, files=_HUB_FILES, **_PLACES)
-    config = _adapter_config(folder)
-    _check_sizes(config, base, name=name_or_path)  # before minutes of loading
-    info = read_info(folder)
+    info, controlnet = _load(name_or_path, base, dtype=dtype or base.dtype)
     if info.prediction_type not in ("", base.prediction_type):
         warnings.warn(
             f"adapter {name_or_path} was trained for {info.prediction_type} and the base {base.name} predicts"
@@ -161,13 +118,37 @@ def load_adapter(
         )
     if not info.map.kind:
         info = replace(info, map=_published_map(name_or_path) or info.map)
-    controlnet = _load_network(folder, dtype=dtype or base.dtype)
     return Adapter(lock(controlnet).to(device or base.device), info, name_or_path)
 
 
+def _load(name_or_path: str, base: Base, *, dtype: torch.dtype) -> tuple[AdapterInfo, Any]:
+    """What an adapter says of itself, and its network on the CPU; that it fits is checked before minutes of
+    loading."""
+    file = None if name_or_path in BUNDLED_ADAPTERS else find_adapter_file(name_or_path)
+    if file is None:
+        folder = find_folder(name_or_path, complete=_is_complete, files=_HUB_FILES, **_PLACES)
+        config = _adapter_config(folder)
+        if config["_class_name"] == "ControlNetModel":
+            _check_sizes(config, base, name=name_or_path)
+            return read_info(folder), _load_network(folder, dtype=dtype)
+        (file,) = weight_files(folder)
+    opened = open_adapter_file(file)
+    if opened.config.get("cross_attention_dim") or opened.kind == "t2i-adapter":
+        check_sizes(opened.config, structure_of(base), name=name_or_path)
+    channels = hint_channels(opened.config)
+    if opened.info.map.channels != channels:
+        raise ValueError(
+            f"{name_or_path} says that its maps have {opened.info.map.channels} channels,"
+            f" and its network takes {channels}"
+        )
+    return opened.info, build_network(opened, unet=base.unet, dtype=dtype)
+
+
 def check_adapter(name_or_path: str) -> None:
-    """Raise `load_adapter`'s ValueError for a name that leads nowhere, without loading or downloading."""
-    check_exists(name_or_path, **_PLACES)
+    """Raise `load_adapter`'s ValueError for a name that leads nowhere, without loading anything. A single
+    file is downloaded from the hub."""
+    if name_or_path in BUNDLED_ADAPTERS or find_adapter_file(name_or_path) is None:
+        check_exists(name_or_path, **_PLACES)
 
 
 def _is_complete(folder: Path) -> bool:
@@ -186,16 +167,11 @@ def read_info(folder: Path) -> AdapterInfo:
     """
     config = read_json(folder / "config.json")
     file = weight_files(folder)[0]
-    header = {} if is_pickle(file) else read_header(file)
-    text = header.get("__metadata__", {}).get(METADATA_KEY)
-    if text is None:
-        return AdapterInfo(
-            map=MapSpec(channels=config.get("conditioning_channels", 3)), family=family_of(config)
-        )
-    try:
-        return _info_from_json(json.loads(text))
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file}: its {METADATA_KEY} description cannot be read: {error}") from error
+    metadata = {} if is_pickle(file) else read_header(file).get("__metadata__", {})
+    info, _ = read_description(metadata, file)
+    return info or AdapterInfo(
+        map=MapSpec(channels=config.get("conditioning_channels", 3)), family=family_of(config)
+    )
 
 
 def save_adapter(
@@ -221,12 +197,12 @@ def save_adapter(
     tensors = {
         key: tensor.detach().to("cpu", dtype).contiguous() for key, tensor in controlnet.state_dict().items()
     }
-    _check_finite(tensors, f"cannot save the adapter as {str(dtype).removeprefix('torch.')}")
+    check_finite(tensors, f"cannot save the adapter as {str(dtype).removeprefix('torch.')}")
     config = json.loads(controlnet.to_json_string())
     config.pop("_name_or_path", None)  # the path on the machine that trained it
     with files.replace_folder(target) as temporary:
         files.write_json(temporary / "config.json", config)
-        write_weights(temporary / WEIGHTS_NAME, tensors, _metadata(info))
+        write_weights(temporary / WEIGHTS_NAME, tensors, header_entries(info))
 
 
 def check_fits(controlnet: ControlNetModel, base: Base) -> None:
@@ -236,24 +212,13 @@ def check_fits(controlnet: ControlNetModel, base: Base) -> None:
     check_labels_fit(controlnet, base)
 
 
+def structure_of(base: Base) -> BaseStructure:
+    """What an adapter has to fit of a base."""
+    return BaseStructure(base.name, base.unet.config, base.prediction_type)
+
+
 def _check_sizes(config: Mapping[str, Any], base: Base, *, name: str) -> None:
-    # A base that fills holes sees more besides the latents, and its control networks do not.
-    own = {**{key: base.unet.config[key] for key in _SIZES}, "in_channels": base.unet.config.out_channels}
-    different = [key for key in _SIZES if _plain(config.get(key)) != _plain(own[key])]
-    family = family_of(config)
-    if not different and family == base.family:
-        return
-    adapter_sizes = ", ".join(f"{key} {_plain(config.get(key))}" for key in different) or "other attention"
-    base_sizes = ", ".join(f"{key} {_plain(own[key])}" for key in different) or "its own"
-    raise ValueError(
-        f"{name} does not fit the base {base.name}: it is for {FAMILY_TITLES[family]} ({adapter_sizes}),"
-        f" the base is {FAMILY_TITLES[base.family]} ({base_sizes})"
-    )
-
-
-def _plain(value: Any) -> Any:
-    """A configuration's value as it prints: lists and tuples are the same, and written with slashes."""
-    return "/".join(map(str, value)) if isinstance(value, list | tuple) else value
+    check_sizes({**config, "_class_name": "ControlNetModel"}, structure_of(base), name=name)
 
 
 def _adapter_config(folder: Path) -> dict[str, Any]:
@@ -265,7 +230,7 @@ def _adapter_config(folder: Path) -> dict[str, Any]:
         hint = f" (did you mean {inner.parent}?)" if inner else ""
         raise ValueError(f"{folder} is not an adapter folder: it has no config.json{hint}")
     config = read_json(folder / "config.json")
-    if config.get("_class_name") != "ControlNetModel":
+    if config.get("_class_name") not in CLASSES.values():
         raise ValueError(f"{folder} holds a {config.get('_class_name')}, not a ControlNetModel")
     return config
 
@@ -279,42 +244,9 @@ def _published_map(repo_id: str) -> MapSpec | None:
 def _load_network(folder: Path, *, dtype: torch.dtype) -> ControlNetModel:
     from diffusers import ControlNetModel
 
+    for file in weight_files(folder):
+        if not is_pickle(file):
+            check_hash(file, read_header(file).get("__metadata__", {}))
     controlnet = load_part(ControlNetModel, folder, dtype=dtype)
-    _check_finite(controlnet.state_dict(), str(folder))
+    check_finite(controlnet.state_dict(), str(folder))
     return controlnet
-
-
-def _check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
-    for key, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"{where}: the weights in {key} are not all finite numbers")
-
-
-def _metadata(info: AdapterInfo) -> dict[str, str]:
-    """The weight file's header entries: values must be strings."""
-    described = {"version": FORMAT_VERSION, **asdict(info)}
-    entries = {
-        "format": "pt",
-        METADATA_KEY: json.dumps(described, sort_keys=True, ensure_ascii=False, allow_nan=False),
-        "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": f"{_SPEC_ARCHITECTURES.get(info.family, 'unknown')}/controlnet",
-        "modelspec.implementation": "diffusers",
-        "modelspec.title": info.title or f"ControlNet {info.map.kind}".strip(),
-        "modelspec.preprocessor": info.map.kind,
-        "modelspec.prediction_type": info.prediction_type.removesuffix("_prediction"),
-        "modelspec.resolution": f"{info.resolution}x{info.resolution}" if info.resolution else "",
-    }
-    return {key: value for key, value in entries.items() if value}
-
-
-def _info_from_json(described: Mapping[str, Any]) -> AdapterInfo:
-    """An AdapterInfo from its JSON; keys that a later version added are left out."""
-    known = {key: described[key] for key in _names(AdapterInfo) if key in described}
-    spec = known.pop("map", {})
-    low, high = spec.get("range", MapSpec.range)
-    map_spec = MapSpec(**{key: spec[key] for key in _names(MapSpec) if key in spec} | {"range": (low, high)})
-    return AdapterInfo(map=map_spec, **known)
-
-
-def _names(cls: type) -> list[str]:
-    return [entry.name for entry in fields(cls)]

@@ -1,0 +1,1 @@
+"""Adapter files: what they are, and how their keys and tensors map."""

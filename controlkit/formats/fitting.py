@@ -1,0 +1,79 @@
+"""Whether a network fits a base, from their configurations alone: before anything large is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from controlkit.families import FAMILY_TITLES, family_of
+from controlkit.formats.structure import TEXT_FAMILIES
+
+_SIZES = ("in_channels", "block_out_channels", "cross_attention_dim", "layers_per_block", "down_block_types")
+
+
+@dataclass(frozen=True)
+class BaseStructure:
+    """What a base is, as far as an adapter must fit it: its name, and its U-Net's configuration."""
+
+    name: str
+    unet: Mapping[str, Any]
+    prediction_type: str = "epsilon"
+
+    @property
+    def family(self) -> str:
+        """ "sd1", "sd2" or "sdxl"."""
+        return family_of(self.unet)
+
+
+def check_sizes(config: Mapping[str, Any], base: BaseStructure, *, name: str) -> None:
+    """Raise ValueError, one line with both networks' sizes, unless a network of this configuration fits.
+
+    ``config``: with its ``_class_name``; a ControlNet's without. ``name``: of the adapter, for messages.
+    """
+    own = _wanted(config, base)
+    different = [key for key in own if plain(config.get(key)) != plain(own[key])]
+    family = config_family(config)
+    if not different and family in ("", base.family):
+        return
+    adapter_sizes = ", ".join(f"{key} {plain(config.get(key))}" for key in different) or "other attention"
+    base_sizes = ", ".join(f"{key} {plain(own[key])}" for key in different) or "its own"
+    title = FAMILY_TITLES.get(family, "another")
+    raise ValueError(
+        f"{name} does not fit the base {base.name}: it is for {title} ({adapter_sizes}),"
+        f" the base is {FAMILY_TITLES[base.family]} ({base_sizes})"
+    )
+
+
+def config_family(config: Mapping[str, Any]) -> str:
+    """The family that a network of this configuration is for; "" where SD1 and SD2 would be the same."""
+    match config.get("_class_name", "ControlNetModel"):
+        case "T2IAdapter":
+            return "sdxl" if config.get("adapter_type") == "full_adapter_xl" else ""
+        case "ControlNetXSAdapter":
+            small = len(config["block_out_channels"]) < 4  # SDXL has three levels
+            by_structure = "sdxl" if small else family_of(config)
+            return TEXT_FAMILIES.get(config["cross_attention_dim"], by_structure)
+    return family_of(config)
+
+
+def plain(value: Any) -> Any:
+    """A configuration's value as it prints: lists and tuples are the same, and written with slashes."""
+    return "/".join(map(str, value)) if isinstance(value, list | tuple) else value
+
+
+def _wanted(config: Mapping[str, Any], base: BaseStructure) -> dict[str, Any]:
+    """What the configuration has to say to fit."""
+    unet = base.unet
+    widths = list(unet["block_out_channels"])
+    match config.get("_class_name", "ControlNetModel"):
+        case "T2IAdapter" if config.get("adapter_type") == "light_adapter":
+            return {"channels": widths[:-1]}
+        case "T2IAdapter":
+            # SDXL's has a level more than the U-Net: its last is for the mid block.
+            return {"channels": [*widths, widths[-1]] if base.family == "sdxl" else widths}
+        case "ControlNetXSAdapter":
+            own = {key: unet[key] for key in ("cross_attention_dim", "down_block_types")}
+            return {"base_block_out_channels": widths, **own}
+    # A base that fills holes sees more besides the latents, and its control networks do not.
+    return {**{key: unet[key] for key in _SIZES}, "in_channels": unet.get("out_channels", 4)}
