@@ -8,7 +8,6 @@ for and how it was trained (``formats/description.py``).
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -24,24 +23,24 @@ from controlkit.base_parts import family_of
 from controlkit.class_labels import check_labels_fit
 from controlkit.controlnet import lock
 from controlkit.folders import is_pickle, load_part, read_header, read_json, weight_files, write_weights
-from controlkit.formats.adapter_file import find_adapter_file, hint_channels, open_adapter_file
+from controlkit.formats import writing
+from controlkit.formats.adapter_file import hint_channels, open_adapter_file
 from controlkit.formats.building import build_network, check_finite
 from controlkit.formats.description import MAPS as MAPS
 from controlkit.formats.description import AdapterInfo as AdapterInfo
 from controlkit.formats.description import MapSpec as MapSpec
 from controlkit.formats.description import header_entries, read_description
-from controlkit.formats.fitting import BaseStructure, check_sizes
+from controlkit.formats.finding import BUNDLED_ADAPTERS as BUNDLED_ADAPTERS
+from controlkit.formats.finding import check_adapter_folder, find_adapter_file, find_adapter_folder
+from controlkit.formats.fitting import BaseStructure, check_kind_fits, check_sizes
 from controlkit.formats.hashing import check_hash
 from controlkit.formats.structure import CLASSES
-from controlkit.hub import check_exists, find_folder
 from controlkit.naming import unknown
 
 if TYPE_CHECKING:
     from diffusers import ControlNetModel
+    from torch import nn
 
-BUNDLED_ADAPTERS: Mapping[str, Path] = {
-    kind: Path(__file__).parent / "tiny" / f"controlnet-{kind}" for kind in ("canny", "openpose", "depth")
-}
 DEFAULT_ADAPTERS: Mapping[str, Mapping[str, str]] = {
     "sd1": {
         "canny": "lllyasviel/sd-controlnet-canny",
@@ -60,14 +59,6 @@ DEFAULT_ADAPTERS: Mapping[str, Mapping[str, str]] = {
     },
 }
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
-
-_HUB_FILES = (
-    "config.json",
-    "diffusion_pytorch_model*.safetensors",
-    "diffusion_pytorch_model*.bin",
-    "diffusion_pytorch_model*.index.*json",
-)
-_PLACES: Mapping[str, Any] = {"what": "adapter", "top_file": "config.json", "bundled": BUNDLED_ADAPTERS}
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,17 +115,15 @@ def load_adapter(
 def _load(name_or_path: str, base: Base, *, dtype: torch.dtype) -> tuple[AdapterInfo, Any]:
     """What an adapter says of itself, and its network on the CPU; that it fits is checked before minutes of
     loading."""
-    file = None if name_or_path in BUNDLED_ADAPTERS else find_adapter_file(name_or_path)
+    file = find_adapter_file(name_or_path)
     if file is None:
-        folder = find_folder(name_or_path, complete=_is_complete, files=_HUB_FILES, **_PLACES)
+        folder = find_adapter_folder(name_or_path)
         config = _adapter_config(folder)
         if config["_class_name"] == "ControlNetModel":
             _check_sizes(config, base, name=name_or_path)
             return read_info(folder), _load_network(folder, dtype=dtype)
-        (file,) = weight_files(folder)
-    opened = open_adapter_file(file)
-    if opened.config.get("cross_attention_dim") or opened.kind == "t2i-adapter":
-        check_sizes(opened.config, structure_of(base), name=name_or_path)
+    opened = open_adapter_file(name_or_path)
+    check_kind_fits(opened.kind, opened.config, opened.family, structure_of(base), name=name_or_path)
     channels = hint_channels(opened.config)
     if opened.info.map.channels != channels:
         raise ValueError(
@@ -147,16 +136,8 @@ def _load(name_or_path: str, base: Base, *, dtype: torch.dtype) -> tuple[Adapter
 def check_adapter(name_or_path: str) -> None:
     """Raise `load_adapter`'s ValueError for a name that leads nowhere, without loading anything. A single
     file is downloaded from the hub."""
-    if name_or_path in BUNDLED_ADAPTERS or find_adapter_file(name_or_path) is None:
-        check_exists(name_or_path, **_PLACES)
-
-
-def _is_complete(folder: Path) -> bool:
-    """Whether a cached copy has all of its files."""
-    try:
-        return all(file.is_file() for file in weight_files(folder))
-    except ValueError:
-        return False
+    if find_adapter_file(name_or_path) is None:
+        check_adapter_folder(name_or_path)
 
 
 def read_info(folder: Path) -> AdapterInfo:
@@ -179,11 +160,14 @@ def save_adapter(
     folder: str | Path,
     *,
     info: AdapterInfo,
-    dtype: torch.dtype = torch.float16,
+    dtype: torch.dtype | None = torch.float16,
+    date: str = "",
 ) -> None:
-    """Write an adapter folder, all of it or nothing. The same network and ``info`` give the same bytes.
+    """Write an adapter folder, all of it or nothing. The same arguments give the same bytes.
 
-    The network itself keeps its precision. A folder that already holds an adapter is replaced as a whole.
+    The network itself keeps its precision; ``dtype`` is the file's, and None keeps the network's. ``date``:
+    ISO 8601, for the header; none is written unless given. A folder that already holds an adapter is replaced
+    as a whole.
 
     Raises ValueError if the folder holds something else or cannot be written, or if a weight is not finite
     (in ``dtype``).
@@ -194,15 +178,42 @@ def save_adapter(
             _adapter_config(target)
         except ValueError as error:
             raise ValueError(f"cannot save the adapter over what is there: {error}") from error
-    tensors = {
-        key: tensor.detach().to("cpu", dtype).contiguous() for key, tensor in controlnet.state_dict().items()
-    }
-    check_finite(tensors, f"cannot save the adapter as {str(dtype).removeprefix('torch.')}")
-    config = json.loads(controlnet.to_json_string())
-    config.pop("_name_or_path", None)  # the path on the machine that trained it
+    tensors = writing.stored(controlnet, dtype)
     with files.replace_folder(target) as temporary:
-        files.write_json(temporary / "config.json", config)
-        write_weights(temporary / WEIGHTS_NAME, tensors, header_entries(info))
+        files.write_json(temporary / "config.json", writing.config_of(controlnet))
+        entries = header_entries(info, kind=writing.kind_of(controlnet), date=date)
+        write_weights(temporary / WEIGHTS_NAME, tensors, entries)
+
+
+def write_adapter(
+    adapter_or_network: Adapter | nn.Module,
+    path: str | Path,
+    *,
+    layout: str = "diffusers",
+    dtype: torch.dtype | None = None,
+    info: AdapterInfo | None = None,
+    date: str = "",
+) -> None:
+    """Write an adapter in any layout, all of it or nothing. The same arguments give the same bytes.
+
+    ``layout``: "diffusers" is the folder of `save_adapter`; "single" one .safetensors file with diffusers'
+    names; "original" one with the names of the original project (of ControlNets and T2I-Adapters), which its
+    own code, ComfyUI, sd-webui-controlnet and diffusers' ``from_single_file`` read. ``dtype``: of the file;
+    None keeps the network's. ``info``: what it says of itself; None takes the adapter's own. ``date``: ISO
+    8601, for the header; none is written unless given.
+
+    Raises ValueError for an unknown layout, one that the kind of network does not have, or as `save_adapter`.
+    """
+    if layout not in writing.LAYOUTS:
+        raise unknown("layout", layout, writing.LAYOUTS)
+    network, known = adapter_or_network, AdapterInfo()
+    if isinstance(network, Adapter):
+        network, known = network.controlnet, network.info
+    info = info or known
+    if layout == "diffusers":
+        save_adapter(network, path, info=info, dtype=dtype, date=date)
+    else:
+        writing.write_file(network, path, layout=layout, info=info, dtype=dtype, date=date)
 
 
 def check_fits(controlnet: ControlNetModel, base: Base) -> None:

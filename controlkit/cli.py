@@ -689,23 +689,14 @@ def train(
     print(f"\nwrote {result.result}")
     if result.result.name == "controlnet":
         from controlkit.adapters import read_info
+        from controlkit.info_job import how_to_use
 
         spec = read_info(result.result).map
         if spec.channels == 3:
             print("use it with:")
-            print(f"  {_how_to_use(spec.kind, str(result.result), result.base)}")
+            print(f"  {how_to_use(spec.kind, str(result.result), result.base)}")
         else:
             print(f"its README says how to use it: it takes maps of {spec.channels} channels")
-
-
-def _how_to_use(kind: str, adapter: str, base: str) -> str:
-    """The command that follows a map of a kind with an adapter."""
-    from controlkit import preprocessors
-
-    given = f"--control {kind}=PICTURE" if kind in preprocessors.names() else f"--map {shlex.quote(kind)}=MAP"
-    where = "" if base == "tiny" else f" --base {shlex.quote(base)}"
-    prompt = '"a red figure"' if base == "tiny" else "PROMPT"
-    return f"controlkit generate {prompt}{where} {given} --adapter {shlex.quote(f'{kind}={adapter}')}"
 
 
 def _preview(recipe: str, settings: list[str], *, find_batch: bool) -> None:
@@ -719,6 +710,41 @@ def _preview(recipe: str, settings: list[str], *, find_batch: bool) -> None:
             lines = previews.find_batch_for(recipe, settings, progress=note)
         else:
             lines = previews.plan_recipe(recipe, settings)
+    for line in lines:
+        print(line)
+
+
+@app.command(epilog="Example:  controlkit convert control_v11p_sd15_canny.pth canny.safetensors --to single")
+def convert(
+    source: Annotated[str, typer.Argument(metavar="IN", help="A file, a folder or a hub id.")],
+    output: Annotated[
+        str, typer.Argument(metavar="OUT", help="A .safetensors file; for diffusers a folder.")
+    ],
+    to: Annotated[str, _option("LAYOUT", "diffusers, single, original or control-lora.", "--to")],
+    dtype: Annotated[Text, _option("TYPE", "fp16, bf16 or fp32.  [default: the file's]")] = None,
+    base: Annotated[Text, _option("NAME", "The base, where the file needs one to be whole.")] = None,
+    rank: Annotated[Whole, _option("N", "Of a Control-LoRA: 1 to 1024.  [default: 128]")] = None,
+) -> None:
+    """Convert an adapter file: to diffusers' folder, to one file, to the original's keys."""
+    from controlkit import convert_job
+
+    with _terminal() as terminal:
+        plan = convert_job.plan(source, output, to=to, dtype=dtype, base=base, rank=rank)
+        lines = convert_job.run(plan, terminal)
+    for line in lines:
+        print(line)
+
+
+@app.command(epilog="Example:  controlkit info canny.safetensors --base sd15")
+def info(
+    adapter: Annotated[str, typer.Argument(metavar="FILE", help="A file, a folder or a hub id.")],
+    base: Annotated[Text, _option("NAME", "Say whether it fits this base.")] = None,
+) -> None:
+    """Say what an adapter file is, what it says of itself, and how to use it."""
+    from controlkit import info_job
+
+    with _terminal():
+        lines = info_job.describe(adapter, base=base)
     for line in lines:
         print(line)
 

@@ -32,6 +32,7 @@ APPLICATION = {
     for name in (
         "__main__",
         "cli",
+        "convert_job",
         "data_job",
         "demo",
         "draw_job",
@@ -42,6 +43,7 @@ APPLICATION = {
         "generate_notes",
         "generate_plan",
         "grid_job",
+        "info_job",
         "lint_job",
         "preprocess_job",
     )

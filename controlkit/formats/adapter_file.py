@@ -8,8 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from controlkit.folders import read_json
+from controlkit.folders import read_json, weight_files
 from controlkit.formats.description import AdapterInfo, MapSpec, read_description
+from controlkit.formats.finding import (
+    USUAL,
+    find_adapter_file,
+    find_adapter_folder,
+    only_weights,
+)
 from controlkit.formats.fitting import config_family
 from controlkit.formats.recognise import recognise
 from controlkit.formats.structure import (
@@ -23,14 +29,12 @@ from controlkit.formats.structure import (
 from controlkit.formats.structure_others import t2i_config, xs_config
 from controlkit.formats.weight_file import (
     FLOATS,
-    SUFFIXES,
     Stored,
     WeightFile,
     count_parameters,
     open_weights,
     precision,
 )
-from controlkit.hub import find_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,7 +46,6 @@ _CONFIGS: Mapping[str, Callable[[Shapes], Config]] = {
     "t2i-adapter": t2i_config,
     "controlnet-xs": xs_config,
 }
-_USUAL = "diffusion_pytorch_model"  # how diffusers calls the weights in a model's folder
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,16 +108,13 @@ class AdapterFile:
 
 
 def open_adapter_file(path: str | os.PathLike[str]) -> AdapterFile:
-    """Open one file of an adapter: any that `find_adapter_file` finds.
+    """Open an adapter's one weight file: named itself, in a folder, bundled, or on the hub.
 
     Raises ValueError, one line that names the file, for one that is missing or damaged, is no adapter (and
     what it is instead), or whose tensors are not those of its kind.
     """
-    found = find_adapter_file(os.fspath(path))
-    if found is None:
-        raise ValueError(
-            f"there is no adapter file {os.fspath(path)}: give a file, or a folder with one in it"
-        )
+    name = os.fspath(path)
+    found = find_adapter_file(name) or _file_in(find_adapter_folder(name))
     weights = open_weights(found)
     kind, layout, names = recognise(weights.entries, found)
     entries = {name: weights.entries[key] for key, name in names.items()}
@@ -135,26 +135,11 @@ def open_adapter_file(path: str | os.PathLike[str]) -> AdapterFile:
     )
 
 
-def find_adapter_file(name: str) -> Path | None:
-    """The one file that a name means: a file, the only weights in a folder, or of a hub repository.
-
-    ``name``: a path, or ``owner/name/path/to/file.safetensors``, which is downloaded where needed. None for
-    anything else, a folder as diffusers writes it and ``owner/name`` among them. Raises ValueError, one line
-    within about 5 seconds, for a hub's file that is not to be had.
-    """
-    path = Path(os.path.expanduser(name))
-    try:
-        if path.is_dir():
-            return None if _is_diffusers(path) else _only_weights(path)
-        if path.is_file():
-            return path
-    except OSError:  # a name too long for a file
-        return None
-    owner, _, rest = name.partition("/")
-    repository, _, file = rest.partition("/")
-    if file and name.endswith(SUFFIXES) and not name.startswith((".", "/", "~")):
-        return find_file(f"{owner}/{repository}", file, hint="name that file")
-    return None
+def _file_in(folder: Path) -> Path:
+    found = weight_files(folder)
+    if len(found) != 1:
+        raise ValueError(f"{folder} holds its weights in {len(found)} files: only one is read")
+    return found[0]
 
 
 def hint_channels(config: Mapping[str, Any]) -> int:
@@ -163,19 +148,10 @@ def hint_channels(config: Mapping[str, Any]) -> int:
     return int(config.get("conditioning_channels", of_t2i))
 
 
-def _is_diffusers(folder: Path) -> bool:
-    return (folder / "config.json").is_file() and any(folder.glob(f"{_USUAL}*"))
-
-
-def _only_weights(folder: Path) -> Path | None:
-    found = [file for file in folder.iterdir() if file.suffix in SUFFIXES and file.is_file()]
-    return found[0] if len(found) == 1 else None
-
-
 def _config_beside(file: Path, class_name: str | None) -> Config:
     """The configuration in a config.json of the same folder, where it is surely this file's; else {}."""
     beside = file.with_name("config.json")
-    is_its = file.name.startswith(_USUAL) or _only_weights(file.parent) is not None
+    is_its = file.name.startswith(USUAL) or only_weights(file.parent) is not None
     if not (is_its and beside.is_file()):
         return {}
     config = read_json(beside)

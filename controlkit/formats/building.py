@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from controlkit.formats.adapter_file import AdapterFile
 from controlkit.formats.recognise import KINDS
-from controlkit.formats.structure import Shapes, by, controlnet_config, with_untold
+from controlkit.formats.structure import TEXT_FAMILIES, Shapes, by, controlnet_config, with_untold
 from controlkit.formats.structure_others import xs_with_untold
 from controlkit.formats.weight_file import Stored
 
@@ -46,10 +46,18 @@ def build_network(
 
 
 def full_config(file: AdapterFile, unet: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The complete configuration of a file's network: what its shapes do not tell is as in ``unet``."""
+    """The complete configuration of a file's network: what its shapes do not tell is as in ``unet``.
+
+    Raises ValueError where there is none, and the file is of no published size, whose values are known.
+    """
     config = {key: value for key, value in file.config.items() if not key.startswith("_")}
     if file.is_told or file.kind == "t2i-adapter":
         return config
+    published = config.get("cross_attention_dim") in TEXT_FAMILIES and file.kind != "controlnet-xs"
+    if unet is None and not published:
+        raise ValueError(
+            f"{file.path} does not say how many attention heads it has: name the base that it is for (--base)"
+        )
     return xs_with_untold(config, unet) if file.kind == "controlnet-xs" else with_untold(config, unet)
 
 

@@ -26,6 +26,19 @@ class BaseStructure:
         return family_of(self.unet)
 
 
+def check_kind_fits(
+    kind: str, config: Mapping[str, Any], family: str, base: BaseStructure, *, name: str
+) -> None:
+    """Raise ValueError, one line that names both sides, unless a file of this kind fits a base."""
+    if kind not in ("control-lora", "lllite", "controlnext"):
+        check_sizes(config, base, name=name)
+    elif family not in ("", base.family):  # the rest of their structure is their base's
+        raise ValueError(
+            f"{name} does not fit the base {base.name}: it is for {FAMILY_TITLES[family]},"
+            f" the base is {FAMILY_TITLES[base.family]}"
+        )
+
+
 def check_sizes(config: Mapping[str, Any], base: BaseStructure, *, name: str) -> None:
     """Raise ValueError, one line with both networks' sizes, unless a network of this configuration fits.
 
