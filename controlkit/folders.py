@@ -8,6 +8,7 @@ silenced here, and what matters in them (missing or misshapen weights) becomes a
 import json
 import pickle
 import struct
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -145,7 +146,10 @@ def read_state(file: Path, *, what: str, pickled: bool | None = None) -> dict[st
     with file.open("rb") as stream:
         refuse_impostor(file, stream.read(512))
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        # Of a stream: given a path, torch goes by its suffix. It also warns of what it then refuses.
+        with file.open("rb") as stream, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            state = torch.load(stream, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError) as error:
         raise ValueError(f"{file} is damaged, or holds more than tensors, which is refused") from error
     if not isinstance(state, dict):

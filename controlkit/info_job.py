@@ -12,7 +12,7 @@ from controlkit.families import ALIASES, BUNDLED, FAMILY_TITLES
 from controlkit.folders import read_json
 from controlkit.formats.adapter_file import AdapterFile, hint_channels, open_adapter_file
 from controlkit.formats.description import AdapterInfo, map_in_words
-from controlkit.formats.fitting import BaseStructure, check_kind_fits
+from controlkit.formats.fitting import EITHER, BaseStructure, check_kind_fits
 from controlkit.formats.recognise import KINDS
 from controlkit.hub import find_file
 
@@ -64,7 +64,7 @@ def describe(name: str, *, base: str | None = None) -> list[str]:
 
 def summary(file: AdapterFile) -> str:
     """What a file is, in one line: its kind, family, layout, size and precision."""
-    family = FAMILY_TITLES.get(file.family, "SD1 or SD2")
+    family = FAMILY_TITLES.get(file.family, EITHER)
     channels = hint_channels(file.config)
     hint = "" if channels == 3 else f", maps of {channels} channels"
     several = f" of {file.config['num_control_type']} kinds" if file.kind == "controlnet-union" else ""

@@ -1,6 +1,5 @@
 """Adapter files of every layout: recognised, loaded with the same residuals, and every key accounted for."""
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,14 +7,11 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+from adapter_files import controlnet_of, original_controlnet, residuals, same, saved
 from diffusers import ControlNetModel
-from original_files import original_controlnet
-from safetensors.torch import save_file
-from torch import Tensor
 
 from controlkit.adapters import Adapter, load_adapter
 from controlkit.base import Base
-from controlkit.controlnet import from_base
 from controlkit.formats import keys
 from controlkit.formats.adapter_file import open_adapter_file
 from controlkit.formats.structure import Shapes, controlnet_config, with_untold
@@ -27,51 +23,6 @@ FULL_SIZE = {
     "sd2": tiny_models.SD21_UNET,
     "sdxl": tiny_models.SDXL_UNET,
 }
-
-
-def controlnet_of(base: Base, *, seed: int = 1, **changes: Any) -> ControlNetModel:
-    """A control network of a base that does something, as after training."""
-    return tiny_models.randomize_zero_convs(from_base(base, seed=seed, **changes)).eval()
-
-
-def residuals(network: Any, base: Base, channels: int = 3) -> list[Tensor]:
-    """What diffusers' own forward pass of a control network gives for one input."""
-    generator = torch.Generator().manual_seed(3)
-    draw = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
-    text = base.unet.config.cross_attention_dim
-    added = None
-    if base.family == "sdxl":
-        added = {"text_embeds": draw(1, 32), "time_ids": draw(1, 6)}
-    with torch.no_grad():
-        down, mid = network(
-            draw(1, 4, 8, 8),
-            torch.tensor([400]),
-            draw(1, 77, text),
-            torch.rand(1, channels, 64, 64, generator=generator),
-            added_cond_kwargs=added,
-            return_dict=False,
-        )
-    return [*down, mid]
-
-
-def same(left: list[Tensor], right: list[Tensor]) -> bool:
-    return len(left) == len(right) and all(map(torch.equal, left, right))
-
-
-def saved(state: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> Path:
-    tensors = {key: tensor.detach().clone().contiguous() for key, tensor in state.items()}
-    if path.suffix == ".safetensors":
-        save_file(tensors, path, metadata)
-    else:
-        torch.save(tensors, path)
-    return path
-
-
-def refusal(path: Path | str, base: Base, message: str) -> None:
-    """Loading raises a ValueError of one line that contains the message."""
-    with pytest.raises(ValueError, match=re.escape(message)) as error:
-        load_adapter(str(path), base=base)
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("family", FULL_SIZE)

@@ -117,13 +117,13 @@ def read_description(metadata: Mapping[str, str], where: object) -> tuple[Adapte
 
 
 def map_in_words(spec: MapSpec) -> str:
-    """A map's kind and how it is made, as "canny: white-on-black, low 100, high 200"; "" if unknown."""
+    """A map's kind and how it is made, as "canny: white-on-black, high 200, low 100"; "" if unknown."""
     if not spec.kind:
         return ""
     low, high = spec.range
     told = [
         spec.polarity,
-        *(f"{name} {value}" for name, value in spec.thresholds.items()),
+        *(f"{name} {value}" for name, value in sorted(spec.thresholds.items())),
         f"drawn as {spec.draw_style}" if spec.draw_style else "",
         f"range {low:g} to {high:g}" if (low, high) != MapSpec.range else "",
         f"{spec.channels} channels" if spec.channels != MapSpec.channels else "",

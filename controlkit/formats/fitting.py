@@ -9,6 +9,7 @@ from typing import Any
 from controlkit.families import FAMILY_TITLES, family_of
 from controlkit.formats.structure import TEXT_FAMILIES
 
+EITHER = "SD1 or SD2"  # what fits one fits the other, where a network does not read the text
 _SIZES = ("in_channels", "block_out_channels", "cross_attention_dim", "layers_per_block", "down_block_types")
 
 
@@ -51,7 +52,7 @@ def check_sizes(config: Mapping[str, Any], base: BaseStructure, *, name: str) ->
         return
     adapter_sizes = ", ".join(f"{key} {plain(config.get(key))}" for key in different) or "other attention"
     base_sizes = ", ".join(f"{key} {plain(own[key])}" for key in different) or "its own"
-    title = FAMILY_TITLES.get(family, "another")
+    title = FAMILY_TITLES.get(family, EITHER)
     raise ValueError(
         f"{name} does not fit the base {base.name}: it is for {title} ({adapter_sizes}),"
         f" the base is {FAMILY_TITLES[base.family]} ({base_sizes})"
@@ -80,11 +81,12 @@ def _wanted(config: Mapping[str, Any], base: BaseStructure) -> dict[str, Any]:
     unet = base.unet
     widths = list(unet["block_out_channels"])
     match config.get("_class_name", "ControlNetModel"):
-        case "T2IAdapter" if config.get("adapter_type") == "light_adapter":
-            return {"channels": widths[:-1]}
+        case "T2IAdapter" if base.family == "sdxl":  # with a level more than the U-Net, for its mid block
+            return {"adapter_type": "full_adapter_xl", "channels": [*widths, widths[-1]]}
         case "T2IAdapter":
-            # SDXL's has a level more than the U-Net: its last is for the mid block.
-            return {"channels": [*widths, widths[-1]] if base.family == "sdxl" else widths}
+            light = config.get("adapter_type") == "light_adapter"
+            kind = "light_adapter" if light else "full_adapter"
+            return {"adapter_type": kind, "channels": widths[:-1] if light else widths}
         case "ControlNetXSAdapter":
             own = {key: unet[key] for key in ("cross_attention_dim", "down_block_types")}
             return {"base_block_out_channels": widths, **own}
