@@ -93,10 +93,11 @@ def run(plan: Plan, report: Report) -> list[str]:
 
     network = build_network(file, unet=unet)
     report.status(f"writing {plan.output}")
-    _write(plan, file, network, unet)
+    notes = _write(plan, file, network, unet)
     written = open_adapter_file(plan.output)
     return [
         f"wrote {plan.output}: {summary(written)}",
+        *notes,
         "use it with:",
         f"  {how_to_use_file(written, str(plan.output), plan.base)}",
     ]
@@ -122,7 +123,8 @@ def _unet(name: str, file: AdapterFile, plan: Plan, report: Report) -> Any:
     return unet
 
 
-def _write(plan: Plan, file: AdapterFile, network: nn.Module, unet: Any) -> None:
+def _write(plan: Plan, file: AdapterFile, network: nn.Module, unet: Any) -> list[str]:
+    """Write the network; lines that say what was lost."""
     import torch
 
     from controlkit.adapters import write_adapter
@@ -132,15 +134,17 @@ def _write(plan: Plan, file: AdapterFile, network: nn.Module, unet: Any) -> None
     dtype: torch.dtype | None = getattr(torch, plan.dtype) if plan.dtype else _own_dtype(file)
     if plan.layout != "control-lora":
         write_adapter(network, plan.output, layout=plan.layout, dtype=dtype, info=file.info)
-        return
+        return []
     if writing.kind_of(network) != "controlnet":
         raise ValueError(f"{plan.source} is a {type(network).__name__}: only a ControlNet has a Control-LoRA")
-    reduce = importlib.import_module("controlkit.formats.control_lora").reduce
-    tensors = reduce(network.state_dict(), unet.state_dict(), plan.rank)
+    control_lora = importlib.import_module("controlkit.formats.control_lora")
+    whole, trunk = network.state_dict(), unet.state_dict()
+    tensors = control_lora.reduce(whole, trunk, plan.rank)
     tensors = {key: tensor.to(dtype).contiguous() for key, tensor in tensors.items()}
-    writing.write_tensors(
-        plan.output, tensors, header_entries(file.info, kind="control-lora", layout="original")
-    )
+    entries = header_entries(file.info, kind="control-lora", layout="original")
+    writing.write_tensors(plan.output, tensors, entries)
+    kept = control_lora.kept_share(whole, trunk, tensors)
+    return [f"rank {plan.rank} keeps {kept:.1%} of what was changed in its base's weights"]
 
 
 def _own_dtype(file: AdapterFile) -> torch.dtype | None:

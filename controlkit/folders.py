@@ -144,12 +144,16 @@ def read_state(file: Path, *, what: str, pickled: bool | None = None) -> dict[st
     import torch
 
     with file.open("rb") as stream:
-        refuse_impostor(file, stream.read(512))
+        start = stream.read(512)
+    refuse_impostor(file, start)
+    # An archive is mapped, so that of a large checkpoint only what is used is read. Anything else, and one
+    # whose name says safetensors, is given as a stream: torch goes by a path's suffix.
+    mapped = start.startswith(b"PK") and file.suffix != ".safetensors"
     try:
-        # Of a stream: given a path, torch goes by its suffix. It also warns of what it then refuses.
         with file.open("rb") as stream, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            state = torch.load(stream, map_location="cpu", weights_only=True)
+            warnings.simplefilter("ignore")  # of what it then refuses
+            source: Any = str(file) if mapped else stream
+            state = torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError) as error:
         raise ValueError(f"{file} is damaged, or holds more than tensors, which is refused") from error
     if not isinstance(state, dict):
