@@ -34,7 +34,7 @@ from controlkit.formats.finding import BUNDLED_ADAPTERS as BUNDLED_ADAPTERS
 from controlkit.formats.finding import check_adapter_folder, find_adapter_file, find_adapter_folder
 from controlkit.formats.fitting import BaseStructure, check_kind_fits, check_sizes
 from controlkit.formats.hashing import check_hash
-from controlkit.formats.structure import CLASSES
+from controlkit.formats.structure import CLASS_NAMES
 from controlkit.naming import unknown
 
 if TYPE_CHECKING:
@@ -241,7 +241,7 @@ def _adapter_config(folder: Path) -> dict[str, Any]:
         hint = f" (did you mean {inner.parent}?)" if inner else ""
         raise ValueError(f"{folder} is not an adapter folder: it has no config.json{hint}")
     config = read_json(folder / "config.json")
-    if config.get("_class_name") not in CLASSES.values():
+    if config.get("_class_name") not in CLASS_NAMES.values():
         raise ValueError(f"{folder} holds a {config.get('_class_name')}, not a ControlNetModel")
     return config
 
