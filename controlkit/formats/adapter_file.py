@@ -122,7 +122,7 @@ def open_adapter_file(path: str | os.PathLike[str]) -> AdapterFile:
     info, structure = read_description(weights.metadata, found)
     own = structure or _config_beside(found, CLASS_NAMES.get(kind))
     config = _config(kind, Shapes(entries, found), own)
-    family = _family(kind, config, entries)
+    family = _family(kind, config, entries) or (info.family if info else "")
     return AdapterFile(
         weights,
         kind,
