@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from controlkit.adapters import Adapter as Adapter
     from controlkit.adapters import load_adapter as load_adapter
+    from controlkit.adapters import write_adapter as write_adapter
     from controlkit.base import Base as Base
     from controlkit.base import load_base as load_base
     from controlkit.class_labels import Told as Told
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from controlkit.embeddings import Embedding as Embedding
     from controlkit.embeddings import with_embeddings as with_embeddings
     from controlkit.execution import Execution as Execution
+    from controlkit.formats.adapter_file import AdapterFile as AdapterFile
+    from controlkit.formats.adapter_file import open_adapter_file as open_adapter_file
     from controlkit.images import load_picture as load_picture
     from controlkit.ip_adapter import picture_prompt as picture_prompt
     from controlkit.loras import Lora as Lora
@@ -30,6 +33,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Adapter": "adapters",
+    "AdapterFile": "formats.adapter_file",
     "Base": "base",
     "ClipGuidance": "clip_guidance",
     "Control": "control",
@@ -46,10 +50,12 @@ _HOME = {
     "load_base": "base",
     "load_clip": "clip_guidance",
     "load_picture": "images",
+    "open_adapter_file": "formats.adapter_file",
     "picture_prompt": "ip_adapter",
     "with_embeddings": "embeddings",
     "with_loras": "loras",
     "with_vae": "vaes",
+    "write_adapter": "adapters",
 }
 __all__ = [*_HOME, "__version__"]
 

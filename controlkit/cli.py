@@ -301,7 +301,9 @@ def generate(
     base: Annotated[
         Text, _option("NAME", "tiny, sd15, sd21, sdxl, folder or hub id.  [default: tiny]")
     ] = None,
-    adapter: Annotated[Texts, _option("KIND=NAME", "Another ControlNet: a folder or a hub id.")] = None,
+    adapter: Annotated[
+        Texts, _option("KIND=NAME", "Another ControlNet: a file, a folder or a hub id.")
+    ] = None,
     lora: Annotated[Texts, _option("FILE[:WEIGHT]", "Put a LoRA onto the base: file or hub id.")] = None,
     embedding: Annotated[Texts, _option("[WORD=]FILE", "Teach the base a word: textual inversion.")] = None,
     ip_adapter: Annotated[
@@ -689,23 +691,14 @@ def train(
     print(f"\nwrote {result.result}")
     if result.result.name == "controlnet":
         from controlkit.adapters import read_info
+        from controlkit.info_job import how_to_use
 
         spec = read_info(result.result).map
         if spec.channels == 3:
             print("use it with:")
-            print(f"  {_how_to_use(spec.kind, str(result.result), result.base)}")
+            print(f"  {how_to_use(spec.kind, str(result.result), result.base)}")
         else:
             print(f"its README says how to use it: it takes maps of {spec.channels} channels")
-
-
-def _how_to_use(kind: str, adapter: str, base: str) -> str:
-    """The command that follows a map of a kind with an adapter."""
-    from controlkit import preprocessors
-
-    given = f"--control {kind}=PICTURE" if kind in preprocessors.names() else f"--map {shlex.quote(kind)}=MAP"
-    where = "" if base == "tiny" else f" --base {shlex.quote(base)}"
-    prompt = '"a red figure"' if base == "tiny" else "PROMPT"
-    return f"controlkit generate {prompt}{where} {given} --adapter {shlex.quote(f'{kind}={adapter}')}"
 
 
 def _preview(recipe: str, settings: list[str], *, find_batch: bool) -> None:
@@ -720,6 +713,74 @@ def _preview(recipe: str, settings: list[str], *, find_batch: bool) -> None:
         else:
             lines = previews.plan_recipe(recipe, settings)
     for line in lines:
+        print(line)
+
+
+@app.command(epilog="Example:  controlkit convert control_v11p_sd15_canny.pth canny.safetensors --to single")
+def convert(
+    source: Annotated[str, typer.Argument(metavar="IN", help="A file, a folder or a hub id.")],
+    output: Annotated[
+        str, typer.Argument(metavar="OUT", help="A .safetensors file; for diffusers a folder.")
+    ],
+    to: Annotated[str, _option("LAYOUT", "diffusers, single, original or control-lora.", "--to")],
+    dtype: Annotated[Text, _option("TYPE", "fp16, bf16 or fp32.  [default: the file's]")] = None,
+    base: Annotated[Text, _option("NAME", "The base, where the file needs one to be whole.")] = None,
+    rank: Annotated[Whole, _option("N", "Of a Control-LoRA: 1 to 1024.  [default: 128]")] = None,
+) -> None:
+    """Convert an adapter file: to diffusers' folder, to one file, to the original's keys."""
+    from controlkit import convert_job
+
+    with _terminal() as terminal:
+        plan = convert_job.plan(source, output, to=to, dtype=dtype, base=base, rank=rank)
+        lines = convert_job.run(plan, terminal)
+    for line in lines:
+        print(line)
+
+
+@app.command(epilog="Example:  controlkit info canny.safetensors --base sd15")
+def info(
+    adapter: Annotated[str, typer.Argument(metavar="FILE", help="A file, a folder or a hub id.")],
+    base: Annotated[Text, _option("NAME", "Say whether it fits this base.")] = None,
+) -> None:
+    """Say what an adapter file is, what it says of itself, and how to use it."""
+    from controlkit import info_job
+
+    with _terminal():
+        lines = info_job.describe(adapter, base=base)
+    for line in lines:
+        print(line)
+
+
+@app.command(
+    epilog="Example:  controlkit transfer canny.safetensors --from sd15 --to my-base -o moved.safetensors"
+)
+def transfer(
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="A ControlNet: file, folder or hub id.")],
+    old: Annotated[str, _option("BASE", "The base that it was trained on.", "--from")],
+    new: Annotated[str, _option("BASE", "Another base of the family.", "--to")],
+    output: Annotated[str, _option("OUT", "A .safetensors file, or a folder.", "-o", "--output")],
+) -> None:
+    """Carry a ControlNet over to another base: what it learned is added to the other base's weights."""
+    from controlkit import transfer_job
+
+    with _terminal() as terminal:
+        plan = transfer_job.plan(adapter, output, old=old, new=new)
+        lines = transfer_job.run(plan, terminal)
+    for line in lines:
+        print(line)
+
+
+@app.command(epilog="Example:  controlkit models --base sdxl --kind openpose")
+def models(
+    base: Annotated[
+        Text, _option("NAME", "Those for this base: sd15, sd21, sdxl, or one that is here.")
+    ] = None,
+    kind: Annotated[Text, _option("KIND", "For this kind of map.")] = None,
+) -> None:
+    """List well-known adapters: what they follow, their licence, and which are downloaded already."""
+    from controlkit import models_job
+
+    for line in models_job.run(base=base, kind=kind):
         print(line)
 
 

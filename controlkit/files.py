@@ -88,6 +88,35 @@ def replace_folder(path: PathLike) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def replace_file(path: PathLike) -> Iterator[Path]:
+    """Yield an empty file beside ``path`` to write into; when the block succeeds it takes ``path``'s place.
+
+    For writers that want a path, not bytes. When the block fails the new file is removed and the old one is
+    untouched. Its mode is what the umask gives to new files, whatever its writer chose.
+
+    Raises:
+        ValueError: as :func:`write_bytes`.
+    """
+    target = Path(os.path.realpath(path))
+    temporary = _temporary_beside(target)
+    with _plain_errors(path):
+        _refuse_folder(target)
+        _write_new(temporary, b"")
+        mode = stat.S_IMODE(temporary.stat().st_mode)
+    try:
+        with _plain_errors(path, only=_FULL_DISK):
+            yield temporary
+        with _plain_errors(path):
+            temporary.chmod(mode)
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
 def sha256_file(path: PathLike) -> str:
     """Return the SHA-256 of a file's bytes, in hexadecimal. Raises OSError where it cannot be read."""
     with open(path, "rb") as file:

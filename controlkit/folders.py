@@ -8,11 +8,13 @@ silenced here, and what matters in them (missing or misshapen weights) becomes a
 import json
 import pickle
 import struct
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from controlkit.formats.hashing import HASH_KEY, tensor_hash
 from controlkit.hub import first_sentence
 
 if TYPE_CHECKING:
@@ -126,15 +128,15 @@ def read_header(file: Path) -> dict[str, Any]:
     return header
 
 
-def read_state(file: Path, *, what: str) -> dict[str, Any]:
+def read_state(file: Path, *, what: str, pickled: bool | None = None) -> dict[str, Any]:
     """What stands in a weight file, by its keys, on the CPU: of a pickle, tensors and plain values alone.
 
-    Raises ValueError, naming the file, for one that is missing, damaged, holds anything else, or no mapping;
-    ``what`` it should be ("embedding").
+    ``pickled``: whether it is a pickle; None goes by the file's name. Raises ValueError, naming the file, for
+    one that is missing, damaged, holds anything else, or no mapping; ``what`` it should be ("embedding").
     """
     if not file.is_file():
         raise ValueError(f"there is no {what} {file}")
-    if file.suffix == ".safetensors":
+    if not (file.suffix != ".safetensors" if pickled is None else pickled):
         from safetensors.torch import load_file
 
         read_header(file)
@@ -142,9 +144,16 @@ def read_state(file: Path, *, what: str) -> dict[str, Any]:
     import torch
 
     with file.open("rb") as stream:
-        refuse_impostor(file, stream.read(512))
+        start = stream.read(512)
+    refuse_impostor(file, start)
+    # An archive is mapped, so that of a large checkpoint only what is used is read. Anything else, and one
+    # whose name says safetensors, is given as a stream: torch goes by a path's suffix.
+    mapped = start.startswith(b"PK") and file.suffix != ".safetensors"
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        with file.open("rb") as stream, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what it then refuses
+            source: Any = str(file) if mapped else stream
+            state = torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError) as error:
         raise ValueError(f"{file} is damaged, or holds more than tensors, which is refused") from error
     if not isinstance(state, dict):
@@ -168,15 +177,16 @@ def read_json(file: Path) -> dict[str, Any]:
 def write_weights(file: Path, tensors: "Mapping[str, Tensor]", metadata: Mapping[str, str]) -> None:
     """Write a safetensors file whose bytes depend on its arguments alone.
 
-    The library writes the metadata in a random order, so the header is put in order afterwards, in place:
-    same entries, same length. Write to a temporary folder (``files.replace_folder``): this is not atomic by
-    itself.
+    Where the metadata has an entry for the hash of the tensors, the true one is put in its place. The library
+    writes the metadata in a random order, so the header is put in order afterwards, in place: same entries,
+    same length. Write to a temporary place (``files.replace_folder``): this is not atomic by itself.
     """
     from safetensors.torch import save_file
 
     save_file(dict(tensors), file, metadata=dict(metadata))
     header = read_header(file)
-    header["__metadata__"] = dict(sorted(metadata.items()))
+    hashed = {HASH_KEY: tensor_hash(file)} if HASH_KEY in metadata else {}
+    header["__metadata__"] = dict(sorted({**metadata, **hashed}.items()))
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     with file.open("r+b") as stream:
         (length,) = struct.unpack("<Q", stream.read(8))
@@ -205,12 +215,15 @@ def quiet_libraries() -> Iterator[None]:
 
 
 def refuse_impostor(file: Path, start: bytes) -> None:
-    """Raise ValueError for a file whose first bytes tell that it is empty, a pointer or a page instead."""
+    """Raise ValueError for a file whose first bytes tell that it is empty, a pointer, a page or GGUF."""
     if not start:
         raise ValueError(f"{file} is empty (0 bytes); fetch it again")
     if start.startswith(b"version https://git-lfs"):
         raise ValueError(f"{file} is a Git LFS pointer, not the weights: run `git lfs pull` in its folder")
-    if start.lstrip().startswith(b"<"):
+    if start.startswith(b"GGUF"):
+        raise ValueError(f"{file} is a GGUF file, whose quantized weights are not read: give .safetensors")
+    # A header's length, too, can begin with the bytes of a blank and of "<"; its JSON follows it.
+    if start[8:9] != b"{" and start.lstrip().startswith(b"<"):
         raise ValueError(f"{file} is a web page, not weights: the download needed a login or another address")
 
 

@@ -8,7 +8,7 @@ networks that work with the U-Net layer by layer, a crossing (`cross.py`).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -98,25 +98,6 @@ class Kind:
             added_cond=added_cond,
             class_labels=class_labels,
         )
-
-
-class T2IShape(NamedTuple):
-    """What the configuration of a full T2I-Adapter has for a U-Net."""
-
-    adapter_type: str
-    channels: tuple[int, ...]
-    factor: int
-
-
-def t2i_shape(unet_config: Mapping[str, Any]) -> T2IShape:
-    """The shape of a full T2I-Adapter for a U-Net, by where its features are added (`Residuals.inner`).
-
-    A first block without attention has halved the size where they come in, as SDXL's.
-    """
-    widths = tuple(unet_config["block_out_channels"])
-    if "CrossAttn" in unet_config["down_block_types"][0]:
-        return T2IShape("full_adapter", widths, 8)
-    return T2IShape("full_adapter_xl", (*widths, widths[-1]) if len(widths) == 3 else widths[:3], 16)
 
 
 class _T2I(Kind):

@@ -1,9 +1,9 @@
 """Well-known adapters of the hub: which kind of map each follows, on which family, under which licence.
 
-`controlkit models` prints this table, and `default_for` chooses from it where `generate` is given a kind of map
-alone. A revision is a commit of the repository that holds its weights, as its public history shows; where none
-is given, the newest is taken. Licences are those of the repositories' cards, as the hub shows them; "" where
-that was not to be seen. What the maps look like: `formats.description.MAPS`.
+`controlkit models` prints this table, and `default_for` chooses from it where `generate` is given a kind of
+map alone. A revision is a commit of the repository that holds its weights, as its public history shows;
+where none is given, the newest is taken. Licences are those of the repositories' cards, as the hub shows
+them; "" where that was not to be seen. What the maps look like: `formats.description.MAPS`.
 """
 
 from __future__ import annotations
@@ -113,13 +113,20 @@ KNOWN: tuple[Known, ...] = (
         "apache-2.0",
         note="one network, told the kind",
     ),
-    Known("diffusers/controlnet-canny-sdxl-1.0-small", "sdxl", "canny", licence="openrail++", note="small"),
+    Known("diffusers/controlnet-canny-sdxl-1.0-small", "sdxl", "canny", licence="openrail++"),
     # T2I-Adapters
     _t2i("sd1", "canny", "t2iadapter_canny_sd15v2", "of one channel"),
     _t2i("sd1", "depth", "t2iadapter_depth_sd15v2"),
     _t2i("sdxl", "canny", "t2i-adapter-canny-sdxl-1.0"),
     _t2i("sdxl", "scribble", "t2i-adapter-sketch-sdxl-1.0"),
 )
+ALIKE = {
+    **dict.fromkeys(("hed", "pidinet"), "softedge"),
+    **dict.fromkeys(("midas", "zoe", "leres"), "depth"),
+    "lineart_standard": "lineart",
+    "normalbae": "normal",
+}
+"""Kinds of maps that adapters of another kind follow, too."""
 REVISIONS = {known.name: known.revision for known in KNOWN if known.revision}
 
 
@@ -133,6 +140,7 @@ def matching(*, family: str = "", kind: str = "") -> list[Known]:
 
     Raises ValueError for a kind that no entry has.
     """
+    kind = ALIKE.get(kind, kind)
     kinds = sorted({part for known in KNOWN for part in known.kind.split(", ")})
     if kind and kind not in kinds:
         raise unknown("kind of map", kind, kinds)
@@ -144,8 +152,9 @@ def matching(*, family: str = "", kind: str = "") -> list[Known]:
 
 
 def default_for(kind: str, family: str) -> str:
-    """The hub id for a kind of map on a family. Raises ValueError, naming what there is, where it has none."""
+    """The hub id for a kind of map on a family. Raises ValueError, with what there is, where it has none."""
     choices = {known.kind: known.name for known in KNOWN if known.default and known.family == family}
+    kind = ALIKE.get(kind, kind)
     if kind not in choices:
         raise unknown(f"control for {FAMILY_NAMES[family]}", kind, choices)
     return choices[kind]
@@ -162,6 +171,7 @@ def check_combination(kind: str, adapter: str, family: str) -> None:
     known = find(adapter)
     if known is None or known.family == family:
         return
+    kind = ALIKE.get(kind, kind)
     fitting = [other.name for other in KNOWN if other.family == family and kind in other.kind.split(", ")]
     instead = f"; for it there is {fitting[0]}" if fitting else ""
     raise ValueError(

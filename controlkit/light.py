@@ -90,8 +90,8 @@ class _Residual(nn.Module):
 
 def from_base(base_or_unet: Any, *, conditioning_channels: int = 3, seed: int | None = None) -> LightControl:
     """An untrained light network for a base, float32, on its device."""
-    from controlkit.base_parts import family_of
     from controlkit.controlnet import seeded, to_train
+    from controlkit.families import family_of
 
     unet = getattr(base_or_unet, "unet", base_or_unet)
     with seeded(seed):

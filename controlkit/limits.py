@@ -16,6 +16,7 @@ MAX_CLIP_GUIDANCE = 1000.0
 SCALE_RANGE = (-10.0, 10.0)
 SIZE_RANGE = (16, 8192)
 WEIGHT_RANGE = (-100.0, 100.0)
+MAX_RANK = 1024
 STOCHASTIC = ("ddim", "ddpm", "euler-a", "dpm++-sde", "lcm", "tcd")
 """The schedulers that inject noise, of which `temperature` speaks."""
 
@@ -196,3 +197,9 @@ def check_weight(weight: float) -> None:
     low, high = WEIGHT_RANGE
     if not low <= weight <= high:
         raise ValueError(f"a weight in a prompt must be from {low:g} to {high:g}, not {weight:g}")
+
+
+def check_rank(rank: int) -> None:
+    """Raise ValueError unless a Control-LoRA's rank is a whole number from 1 to 1024."""
+    if not _is_whole(rank) or not 1 <= rank <= MAX_RANK:
+        raise ValueError(f"rank must be a whole number from 1 to {MAX_RANK}, not {rank}")

@@ -21,12 +21,21 @@ def run(*, base: str | None = None, kind: str | None = None) -> list[str]:
     if base is not None:
         found = family_of_base(base)
         if found is None:
-            raise ValueError(
-                f"the family of {base} is not known here: give {', '.join(_ALIASED)}, or a base that is cached"
-            )
+            names = ", ".join(_ALIASED)
+            raise ValueError(f"the family of {base} is not known: give {names}, or a base that is here")
         family = found
     entries = known_adapters.matching(family=family, kind=kind or "")
     return list(known_adapters.table(entries, [is_cached(known.name) for known in entries]))
+
+
+def check_combination(kind: str, adapter: str, base: str) -> None:
+    """Raise ValueError, before anything is downloaded, where a base has no adapter for a kind of map, or the
+    well-known one that is named (``adapter``, "" for none) is another family's."""
+    from controlkit.base_parts import BUNDLED
+
+    family = None if base in BUNDLED and not adapter else family_of_base(base)
+    if family is not None:
+        known_adapters.check_combination(kind, adapter, family)
 
 
 def is_cached(repo_id: str) -> bool:

@@ -39,7 +39,7 @@ def plan(source: str, output: str, *, old: str, new: str) -> Plan:
 def run(plan: Plan, report: Report) -> list[str]:
     """Carry it over, and return lines that say what was written and how to use it.
 
-    Raises ValueError, one line, for what is no ControlNet, does not fit one of the bases, or cannot be written.
+    Raises ValueError, one line, for what is no ControlNet, does not fit a base, or cannot be written.
     """
     from controlkit.info_job import how_to_use_file, summary
 
@@ -54,7 +54,9 @@ def run(plan: Plan, report: Report) -> list[str]:
 
     network: Any = build_network(file, unet=old)
     if kind_of(network).name != "controlnet":
-        raise ValueError(f"{plan.source} is a {kind_of(network).title}: only a ControlNet can be carried over")
+        raise ValueError(
+            f"{plan.source} is a {kind_of(network).title}: only a ControlNet can be carried over"
+        )
     transfer(network, old, new)
     report.status(f"writing {plan.output}")
     layout = "single" if plan.output.suffix == ".safetensors" else "diffusers"

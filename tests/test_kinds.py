@@ -22,7 +22,7 @@ from controlkit.adapters import MAPS, Adapter, AdapterInfo, MapSpec, check_fits,
 from controlkit.base import Base
 from controlkit.control import Control
 from controlkit.controlnet import lock, predict
-from controlkit.kinds import t2i_shape
+from controlkit.families import t2i_shape
 from controlkit.predicting import Savings
 from controlkit.sampling import generate
 from controlkit.tiling import Tiles

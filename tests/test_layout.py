@@ -32,6 +32,9 @@ APPLICATION = {
     for name in (
         "__main__",
         "cli",
+        "convert_job",
+        "models_job",
+        "transfer_job",
         "data_job",
         "demo",
         "draw_job",
@@ -42,6 +45,7 @@ APPLICATION = {
         "generate_notes",
         "generate_plan",
         "grid_job",
+        "info_job",
         "lint_job",
         "preprocess_job",
     )

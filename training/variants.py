@@ -30,7 +30,8 @@ from controlkit.controlnet import (
     to_train,
     trainable_parameters,
 )
-from controlkit.kinds import kind_of, t2i_shape
+from controlkit.families import t2i_shape
+from controlkit.kinds import kind_of
 from controlkit.training.config_adapter import COPIES, ControlNetRecipe
 
 if TYPE_CHECKING:

@@ -1,0 +1,155 @@
+"""`controlkit convert`: an adapter file in another layout or precision, or made whole with its base."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from controlkit import files, limits, naming
+from controlkit.folders import load_part
+from controlkit.formats.adapter_file import AdapterFile, open_adapter_file
+from controlkit.formats.fitting import BaseStructure, check_kind_fits
+from controlkit.formats.weight_file import SUFFIXES
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+LAYOUTS = ("diffusers", "single", "original", "control-lora")
+DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+DEFAULT_RANK = 128
+
+
+class Report(Protocol):
+    """Who is told what happens."""
+
+    def status(self, text: str) -> None:
+        """What is being done now."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked conversion. ``dtype``: torch's name, "" for the file's own."""
+
+    source: str
+    output: Path
+    layout: str
+    dtype: str
+    base: str | None
+    rank: int
+
+
+def plan(
+    source: str,
+    output: str,
+    *,
+    to: str,
+    dtype: str | None = None,
+    base: str | None = None,
+    rank: int | None = None,
+) -> Plan:
+    """Check what is asked for, before anything is loaded.
+
+    Raises ValueError for an unknown layout or precision, a rank outside 1 to 1024 or of no Control-LoRA, one
+    without a base, a name that does not suit the layout, or where nothing can be written.
+    """
+    if to not in LAYOUTS:
+        raise naming.unknown("layout", to, LAYOUTS)
+    if dtype is not None and dtype not in DTYPES:
+        raise naming.unknown("precision", dtype, DTYPES)
+    if rank is not None and to != "control-lora":
+        raise ValueError(f"--rank {rank} is a Control-LoRA's: it needs --to control-lora")
+    limits.check_rank(DEFAULT_RANK if rank is None else rank)
+    if to == "control-lora" and base is None:
+        raise ValueError("a Control-LoRA holds changes to a base's weights: name that base (--base)")
+    path = Path(output)
+    if (path.suffix in SUFFIXES) == (to == "diffusers"):
+        wanted = (
+            "a folder: give a name without suffix" if to == "diffusers" else "one file: name it .safetensors"
+        )
+        raise ValueError(f"--to {to} writes {wanted}, not {output}")
+    if path.suffix != ".safetensors" and to != "diffusers":
+        raise ValueError(f"cannot write {output}: pickles are only read; name it .safetensors")
+    check_apart(source, path)
+    files.check_writable(path, folder=to == "diffusers")
+    return Plan(source, path, to, DTYPES.get(dtype or "", ""), base, DEFAULT_RANK if rank is None else rank)
+
+
+def run(plan: Plan, report: Report) -> list[str]:
+    """Convert, and return lines that say what was written and how to use it.
+
+    Raises ValueError, one line, for what `open_adapter_file`, `build_network` and `write_adapter` refuse.
+    """
+    from controlkit.info_job import how_to_use_file, summary
+
+    report.status(f"reading {plan.source}")
+    file = open_adapter_file(plan.source)
+    unet = None if plan.base is None else _unet(plan.base, file, plan, report)
+    report.status("loading the libraries")
+    from controlkit.formats.building import build_network
+
+    network = build_network(file, unet=unet)
+    report.status(f"writing {plan.output}")
+    notes = _write(plan, file, network, unet)
+    written = open_adapter_file(plan.output)
+    return [
+        f"wrote {plan.output}: {summary(written)}",
+        *notes,
+        "use it with:",
+        f"  {how_to_use_file(written, str(plan.output), plan.base)}",
+    ]
+
+
+def check_apart(source: str, output: Path) -> None:
+    """Raise ValueError where writing would destroy what it is made from."""
+    read, written = Path(os.path.realpath(os.path.expanduser(source))), Path(os.path.realpath(output))
+    if read.exists() and (read == written or written in read.parents):
+        raise ValueError(f"{output} would overwrite {source}, which it is made from")
+
+
+def _unet(name: str, file: AdapterFile, plan: Plan, report: Report) -> Any:
+    """The base's U-Net, which the file is checked against."""
+    report.status(f"loading the U-Net of the base {name}")
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    from controlkit.base_parts import find_base, part_of
+
+    unet = load_part(UNet2DConditionModel, part_of(find_base(name), "unet"), dtype=torch.float32)
+    check_kind_fits(file.kind, file.config, file.family, BaseStructure(name, unet.config), name=plan.source)
+    return unet
+
+
+def _write(plan: Plan, file: AdapterFile, network: nn.Module, unet: Any) -> list[str]:
+    """Write the network; lines that say what was lost."""
+    import torch
+
+    from controlkit.adapters import write_adapter
+    from controlkit.formats import writing
+    from controlkit.formats.description import header_entries
+
+    dtype: torch.dtype | None = getattr(torch, plan.dtype) if plan.dtype else own_dtype(file)
+    if plan.layout != "control-lora":
+        write_adapter(network, plan.output, layout=plan.layout, dtype=dtype, info=file.info)
+        return []
+    if writing.kind_of(network) != "controlnet":
+        raise ValueError(f"{plan.source} is a {type(network).__name__}: only a ControlNet has a Control-LoRA")
+    control_lora = importlib.import_module("controlkit.formats.control_lora")
+    whole, trunk = network.state_dict(), unet.state_dict()
+    tensors = control_lora.reduce(whole, trunk, plan.rank)
+    tensors = {key: tensor.to(dtype).contiguous() for key, tensor in tensors.items()}
+    entries = header_entries(file.info, kind="control-lora", layout="original")
+    writing.write_tensors(plan.output, tensors, entries)
+    kept = control_lora.kept_share(whole, trunk, tensors)
+    return [f"rank {plan.rank} keeps {kept:.1%} of what was changed in its base's weights"]
+
+
+def own_dtype(file: AdapterFile) -> torch.dtype | None:
+    """The file's one precision; None where it is mixed, and each tensor keeps its own."""
+    import torch
+
+    name = file.dtype
+    return None if name.startswith("mixed") else getattr(torch, name)

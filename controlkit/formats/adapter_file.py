@@ -1,0 +1,186 @@
+"""An adapter file opened: what it is, what it says of itself, and its tensors by our networks' names."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from controlkit.folders import read_json, weight_files
+from controlkit.formats.description import AdapterInfo, MapSpec, read_description
+from controlkit.formats.finding import (
+    USUAL,
+    find_adapter_file,
+    find_adapter_folder,
+    only_weights,
+)
+from controlkit.formats.fitting import config_family
+from controlkit.formats.recognise import recognise
+from controlkit.formats.structure import (
+    CLASS_NAMES,
+    TEXT_FAMILIES,
+    Config,
+    Shapes,
+    controlnet_config,
+    union_config,
+)
+from controlkit.formats.structure_others import light_config, t2i_config, xs_config
+from controlkit.formats.weight_file import (
+    FLOATS,
+    Stored,
+    WeightFile,
+    count_parameters,
+    open_weights,
+    precision,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_CONFIGS: Mapping[str, Callable[[Shapes], Config]] = {
+    "controlnet": controlnet_config,
+    "controlnet-difference": controlnet_config,
+    "controlnet-union": union_config,
+    "t2i-adapter": t2i_config,
+    "controlnet-xs": xs_config,
+    "lite": light_config,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterFile:
+    """One file, opened by `open_adapter_file`; of safetensors only its header has been read.
+
+    ``kind``: of `recognise.KINDS`. ``layout``: whose names its tensors have, "diffusers", "original" or
+    "kohya". ``family``: "sd1", "sd2", "sdxl", or "" where it fits two of them. ``config``: of the class that
+    diffusers has for the kind, as the file says or its shapes tell. ``is_told``: whether it says all of it.
+    ``names``: each of the file's keys to the network's.
+    """
+
+    weights: WeightFile
+    kind: str
+    layout: str
+    family: str
+    config: Mapping[str, Any]
+    is_told: bool
+    info: AdapterInfo
+    names: Mapping[str, str]
+
+    @property
+    def path(self) -> Path:
+        """Where it is."""
+        return self.weights.path
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """The entries of a safetensors header; of a pickle none."""
+        return self.weights.metadata
+
+    @property
+    def entries(self) -> dict[str, Stored]:
+        """The adapter's tensors by the network's names, without reading them."""
+        return {name: self.weights.entries[key] for key, name in self.names.items()}
+
+    @property
+    def dtype(self) -> str:
+        """The precision that it is stored in: torch's name, or "mixed (...)"."""
+        return precision(self.entries)
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers it holds."""
+        return count_parameters(self.entries)
+
+    @property
+    def class_name(self) -> str | None:
+        """diffusers' class for it; None where it has none."""
+        return CLASS_NAMES.get(self.kind)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by the network's names, on the CPU, in the file's precision.
+
+        Raises ValueError, naming the file, where its bytes are not those it was written with.
+        """
+        self.weights.check_hash()
+        read = self.weights.read(self.names)
+        return {name: read[key] for key, name in self.names.items()}
+
+
+def open_adapter_file(path: str | os.PathLike[str]) -> AdapterFile:
+    """Open an adapter's one weight file: named itself, in a folder, bundled, or on the hub.
+
+    Raises ValueError, one line that names the file, for one that is missing or damaged, is no adapter (and
+    what it is instead), or whose tensors are not those of its kind.
+    """
+    name = os.fspath(path)
+    found = find_adapter_file(name) or _file_in(find_adapter_folder(name))
+    weights = open_weights(found)
+    kind, layout, names = recognise(weights.entries, found)
+    entries = {name: weights.entries[key] for key, name in names.items()}
+    _check_floats(entries, found)
+    info, structure = read_description(weights.metadata, found)
+    own = structure or _config_beside(found, CLASS_NAMES.get(kind))
+    config = _config(kind, Shapes(entries, found), own)
+    family = _family(kind, config, entries) or (info.family if info else "")
+    return AdapterFile(
+        weights,
+        kind,
+        layout,
+        family=family,
+        config=config,
+        is_told=bool(own),
+        info=info or AdapterInfo(map=MapSpec(channels=hint_channels(config)), family=family),
+        names=names,
+    )
+
+
+def _file_in(folder: Path) -> Path:
+    found = weight_files(folder)
+    if len(found) != 1:
+        raise ValueError(f"{folder} holds its weights in {len(found)} files: only one is read")
+    return found[0]
+
+
+def hint_channels(config: Mapping[str, Any]) -> int:
+    """The channels of the map that a network of this configuration takes."""
+    of_t2i = config.get("in_channels", 3) if config.get("_class_name") == "T2IAdapter" else 3
+    return int(config.get("conditioning_channels", of_t2i))
+
+
+def _config_beside(file: Path, class_name: str | None) -> Config:
+    """The configuration in a config.json of the same folder, where it is surely this file's; else {}."""
+    beside = file.with_name("config.json")
+    is_its = file.name.startswith(USUAL) or only_weights(file.parent) is not None
+    if not (is_its and beside.is_file()):
+        return {}
+    config = read_json(beside)
+    return config if config.get("_class_name") == class_name else {}
+
+
+def _config(kind: str, shapes: Shapes, own: Config) -> Config:
+    if kind == "control-lora":
+        channels = shapes.size("input_hint_block.0.weight", 1)  # the rest is its base's
+        return {"_class_name": CLASS_NAMES[kind], "conditioning_channels": channels, **own}
+    if kind not in _CONFIGS:
+        return dict(own)
+    told = {key: value for key, value in own.items() if not key.startswith("_")}
+    return {"_class_name": CLASS_NAMES[kind], **_CONFIGS[kind](shapes), **told}
+
+
+def _family(kind: str, config: Config, entries: Mapping[str, Stored]) -> str:
+    """The family that a file is for; of the kinds without a configuration of their own by their tensors."""
+    if kind == "control-lora":
+        width = next((e.shape[1] for key, e in entries.items() if key.endswith("attn2.to_k.down")), None)
+        return "sdxl" if "label_emb.0.0.bias" in entries else TEXT_FAMILIES.get(width or 0, "")
+    if kind == "lllite":  # SDXL's first level has no attention
+        return "" if any("input_blocks_1_1" in key for key in entries) else "sdxl"
+    return config_family(config) if config else ""
+
+
+def _check_floats(entries: Mapping[str, Stored], where: Path) -> None:
+    """Raise ValueError for numbers that are no plain floats: somebody's quantization."""
+    for key, entry in entries.items():
+        if entry.dtype not in FLOATS:
+            raise ValueError(f"{where} stores {key} as {entry.dtype}, a quantization that is not supported")

@@ -1,0 +1,79 @@
+"""Where an adapter is: bundled, a folder as diffusers writes it, one file, or on the hub. Needs no torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from controlkit.folders import weight_files
+from controlkit.formats.weight_file import SUFFIXES
+from controlkit.hub import check_exists, find_file, find_folder
+from controlkit.known_adapters import REVISIONS
+
+BUNDLED_ADAPTERS: Mapping[str, Path] = {
+    kind: Path(__file__).parent.parent / "tiny" / f"controlnet-{kind}"
+    for kind in ("canny", "openpose", "depth")
+}
+USUAL = "diffusion_pytorch_model"  # how diffusers calls the weights in a model's folder
+
+_HUB_FILES = (
+    "config.json",
+    f"{USUAL}*.safetensors",
+    f"{USUAL}*.bin",
+    f"{USUAL}*.index.*json",
+)
+_PLACES: Mapping[str, Any] = {"what": "adapter", "top_file": "config.json", "bundled": BUNDLED_ADAPTERS}
+
+
+def find_adapter_folder(name: str) -> Path:
+    """The folder of an adapter as diffusers writes it: bundled, a path, cached or downloaded.
+
+    Raises ValueError, one line within about 5 seconds, for a name that leads nowhere.
+    """
+    return find_folder(name, complete=_is_complete, files=_HUB_FILES, revisions=REVISIONS, **_PLACES)
+
+
+def check_adapter_folder(name: str) -> None:
+    """Raise the error of `find_adapter_folder` for a name that leads nowhere, and download nothing."""
+    check_exists(name, **_PLACES)
+
+
+def find_adapter_file(name: str) -> Path | None:
+    """The one file that a name means: a file, the only weights in a folder, or of a hub repository.
+
+    ``name``: a path, or ``owner/name/path/to/file.safetensors``, which is downloaded where needed. None for
+    anything else, a folder as diffusers writes it and ``owner/name`` among them. Raises ValueError, one line
+    within about 5 seconds, for a hub's file that is not to be had.
+    """
+    if name in BUNDLED_ADAPTERS:
+        return None
+    path = os.path.expanduser(name)  # os.path answers for names that are too long, where pathlib raises
+    if os.path.isdir(path):
+        return None if _is_diffusers(Path(path)) else only_weights(Path(path))
+    if os.path.isfile(path):
+        return Path(path)
+    owner, _, rest = name.partition("/")
+    repository, _, file = rest.partition("/")
+    if file and name.endswith(SUFFIXES) and not name.startswith((".", "/", "~")):
+        return find_file(f"{owner}/{repository}", file, hint="name that file")
+    return None
+
+
+def only_weights(folder: Path) -> Path | None:
+    """The weight file of a folder that holds exactly one."""
+    found = [file for file in folder.iterdir() if file.suffix in SUFFIXES and file.is_file()]
+    return found[0] if len(found) == 1 else None
+
+
+def _is_diffusers(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and any(folder.glob(f"{USUAL}*"))
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether a cached copy has all of its files."""
+    try:
+        return all(file.is_file() for file in weight_files(folder))
+    except ValueError:
+        return False

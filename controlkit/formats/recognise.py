@@ -1,0 +1,116 @@
+"""What kind of adapter a file holds, and in whose names: by keys and shapes, never by the file's name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+from controlkit.formats import keys, t2i_keys
+from controlkit.formats.near_misses import mistake_in
+from controlkit.formats.weight_file import Stored
+
+KINDS: Mapping[str, str] = {
+    "controlnet": "a ControlNet",
+    "controlnet-difference": "a ControlNet stored as the difference to its base",
+    "control-lora": "a Control-LoRA",
+    "controlnet-union": "a ControlNet-Union",
+    "t2i-adapter": "a T2I-Adapter",
+    "controlnet-xs": "a ControlNet-XS",
+    "lllite": "a ControlNet-LLLite",
+    "lite": "a light network of controlkit",
+    "controlnext": "a ControlNeXt",
+}
+"""The kinds of adapters that are recognised, and what to call them."""
+DIFFERENCE_KEY = "difference"  # marks a file whose values are to be added to the base's (sd-webui-controlnet)
+LORA_KEY = "lora_controlnet"  # marks a Control-LoRA
+
+_MARKERS = (DIFFERENCE_KEY, LORA_KEY)
+_OF_BASES = re.compile(  # beside the control network, in the original's own checkpoints
+    r"(model\.diffusion_model|first_stage_model|cond_stage_model|model_ema)\."
+    r"|(betas|logvar|scale_factor|alphas_cumprod\w*|sqrt_\w+|posterior_\w+|log_one_minus_\w+|lvlb_weights)$"
+)
+
+
+class Recognised(NamedTuple):
+    """A file's kind (of `KINDS`), its layout ("diffusers", "original" or "kohya") and its tensors' names.
+
+    ``names``: each key of the file to ours, which is diffusers', or its own where diffusers has no such
+    network. Markers and the base that lies beside a control network have none.
+    """
+
+    kind: str
+    layout: str
+    names: Mapping[str, str]
+
+
+def recognise(entries: Mapping[str, Stored], where: object) -> Recognised:
+    """Recognise a file by its entries. ``where`` names it in messages.
+
+    Raises ValueError, one line, for a file that holds no adapter (and says what it holds instead), and for
+    keys that its kind does not have (the first is named, the others are counted).
+    """
+    kind, layout, prefix = _kind(entries, where)
+    own = [key for key in entries if key not in _MARKERS]
+    if prefix:
+        own = [key for key in own if key.startswith(prefix) or not _OF_BASES.match(key)]
+    renamer = _renamer(kind, layout, prefix, own)
+    names = {key: renamer(key) for key in own}
+    strange = [key for key, name in names.items() if name is None]
+    if strange:
+        raise ValueError(f"{where} holds {_first_of(strange)}, which {KINDS[kind]} does not have")
+    renamed = {key: name for key, name in names.items() if name is not None}
+    if len(set(renamed.values())) != len(renamed):
+        raise ValueError(f"{where} holds the same tensors twice, with and without a prefix")
+    return Recognised(kind, layout, renamed)
+
+
+def _kind(entries: Mapping[str, Stored], where: object) -> tuple[str, str, str]:
+    """The kind, the layout and the prefix of the keys."""
+    if LORA_KEY in entries:
+        return "control-lora", "original", ""
+    if any(key.startswith("lllite_unet") for key in entries):
+        return "lllite", "kohya", ""
+    if "control_to_base_for_conv_in.weight" in entries and "base_conv_in.weight" not in entries:
+        return "controlnet-xs", "diffusers", ""
+    if "task_embedding" in entries and any(key.startswith("control_add_embedding.") for key in entries):
+        return "controlnet-union", "diffusers", ""
+    motion = any("motion_modules" in key for key in entries)  # a SparseCtrl's, which is not ours
+    for prefix in (keys.PREFIX, ""):
+        if f"{prefix}input_hint_block.0.weight" in entries and not motion:
+            changes = DIFFERENCE_KEY in entries
+            return "controlnet-difference" if changes else "controlnet", "original", prefix
+    if "controlnet_cond_embedding.conv_in.weight" in entries and not motion:
+        return "controlnet", "diffusers", ""
+    if all(key in entries for key in ("encoder.0.weight", "time_embedding.linear_2.weight")):
+        return "lite", "diffusers", ""
+    if any(re.match(r"(mid_convs|down_res)\.", key) for key in entries):
+        return "controlnext", "diffusers", ""
+    for prefix in (t2i_keys.PREFIX, ""):
+        if f"{prefix}body.0.resnets.0.block1.weight" in entries:
+            return "t2i-adapter", "diffusers", prefix
+        if any(f"{prefix}body.0.{inner}block1.weight" in entries for inner in ("", "body.0.")):
+            return "t2i-adapter", "original", prefix
+    held = mistake_in(entries)
+    if held is not None:
+        raise ValueError(f"{where} is {held}")
+    raise ValueError(f"{where} is no adapter that controlkit knows: it holds {_first_of(list(entries))}")
+
+
+def _renamer(kind: str, layout: str, prefix: str, own: Sequence[str]) -> Callable[[str], str | None]:
+    """What gives our name of a key, or None for a key that the kind does not have."""
+    if kind == "t2i-adapter":
+        light = any(re.match(rf"{prefix}body\.0\.in_conv\.", key) for key in own)
+        if layout == "diffusers":
+            return lambda key: t2i_keys.PREFIX + key.removeprefix(prefix)
+        bare = [key.removeprefix(prefix) for key in own]
+        blocks = t2i_keys.blocks_of_original(bare)
+        return lambda key: t2i_keys.to_diffusers(key, light=light, blocks=blocks)
+    if layout == "original" and kind != "control-lora":
+        counts = keys.counts_of_original(key.removeprefix(prefix) for key in own)
+        return lambda key: keys.to_diffusers(key.removeprefix(prefix), counts) if prefix in key else None
+    return lambda key: key  # a network's own names: what it does not have is found where it is built
+
+
+def _first_of(names: Sequence[str]) -> str:
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")

@@ -1,0 +1,142 @@
+"""One file of weights: what stands in it, by key, type and shape, and reading the tensors.
+
+Of a safetensors file the header tells all but the numbers, at once and without torch. A pickle (.pth, .ckpt,
+.bin, .pt) has to be read whole, by a reader that accepts tensors and plain values and nothing else; what lies
+nested in it (``state_dict``, ``adapter``) is laid out flat. Which of the two a file is, its first bytes say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from controlkit.folders import read_header, read_state, refuse_impostor
+from controlkit.formats.hashing import check_hash
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SUFFIXES = (".safetensors", ".pth", ".ckpt", ".bin", ".pt")
+FLOATS: Mapping[str, str] = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+}
+"""Types of numbers by their names in safetensors, and torch's names for them."""
+_NAMES = {ours: theirs for theirs, ours in FLOATS.items()}
+_WRAPPERS = ("state_dict", "adapter", "model")  # the entry of a training checkpoint that holds the network
+
+
+class Stored(NamedTuple):
+    """How a tensor is stored: its type by safetensors' name ("F16"), and its shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class WeightFile:
+    """A file's entries and the metadata of its header. Build it with `open_weights`."""
+
+    path: Path
+    entries: Mapping[str, Stored]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    _state: Mapping[str, Tensor] | None = field(default=None, repr=False)  # of a pickle, which is read whole
+
+    @property
+    def is_pickle(self) -> bool:
+        """Whether it is a pickle."""
+        return self._state is not None
+
+    def read(self, keys: Iterable[str]) -> dict[str, Tensor]:
+        """The tensors of these keys, on the CPU, in the file's precision. Raises ValueError if damaged."""
+        if self._state is not None:
+            return {key: self._state[key] for key in keys}
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self.path, "pt") as opened:
+                return {key: opened.get_tensor(key) for key in keys}
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise ValueError(f"{self.path} is damaged: {error}") from error
+
+    def check_hash(self) -> None:
+        """Raise ValueError, naming the file, if its header knows the tensors' hash and they have another."""
+        check_hash(self.path, self.metadata)
+
+
+def open_weights(path: Path) -> WeightFile:
+    """Open a weight file.
+
+    Raises ValueError, naming the file, with what it is instead: missing, empty, cut short, a Git LFS pointer,
+    a web page, GGUF, a pickle of more than tensors, or without any tensor.
+    """
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
+    try:
+        with path.open("rb") as stream:
+            start = stream.read(512)
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from error
+    refuse_impostor(path, start)
+    if _is_pickle(start):
+        state = _flat(_unwrapped(read_state(path, what="adapter", pickled=True)))
+        entries = {key: _stored(path, key, tensor) for key, tensor in state.items()}
+        opened = WeightFile(path, entries, _state=state)
+    else:
+        header = read_header(path)
+        metadata = header.pop("__metadata__", {})
+        entries = {key: Stored(entry["dtype"], tuple(entry["shape"])) for key, entry in header.items()}
+        opened = WeightFile(path, entries, metadata)
+    if not opened.entries:
+        raise ValueError(f"{path} holds no tensors")
+    return opened
+
+
+def count_parameters(entries: Mapping[str, Stored]) -> int:
+    """How many numbers the tensors hold together."""
+    return sum(prod(entry.shape) for entry in entries.values())
+
+
+def precision(entries: Mapping[str, Stored]) -> str:
+    """The type of the numbers, "float16", or "mixed (float16, float32)"."""
+    found = sorted({FLOATS.get(entry.dtype, entry.dtype) for entry in entries.values()})
+    return found[0] if len(found) == 1 else f"mixed ({', '.join(found)})"
+
+
+def _is_pickle(start: bytes) -> bool:
+    """Whether a file begins as torch's archive or as a bare pickle; a safetensors header is JSON."""
+    return start[8:9] != b"{" and (start.startswith(b"PK\x03\x04") or start[:1] == b"\x80")
+
+
+def _unwrapped(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    for name in _WRAPPERS:
+        if isinstance(inner := state.get(name), Mapping):
+            return inner
+    return state
+
+
+def _flat(state: Mapping[Any, Any], prefix: str = "") -> dict[str, Tensor]:
+    """The tensors in nested mappings, by dotted keys; what else stands there (step counts, names) is left."""
+    import torch
+
+    flat: dict[str, Tensor] = {}
+    for key, value in state.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        elif isinstance(value, torch.Tensor):
+            flat[f"{prefix}{key}"] = value.detach()
+    return flat
+
+
+def _stored(path: Path, key: str, tensor: Tensor) -> Stored:
+    name = str(tensor.dtype).removeprefix("torch.")
+    if tensor.layout.__str__() != "torch.strided":
+        raise ValueError(f"{path}: {key} is a sparse tensor, which no adapter has")
+    return Stored(_NAMES.get(name, name), tuple(tensor.shape))

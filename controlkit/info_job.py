@@ -1,0 +1,145 @@
+"""What `controlkit info` says of an adapter file: read from its header, at once and without torch."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+from controlkit import naming, preprocessors
+from controlkit.families import ALIASES, BUNDLED, FAMILY_TITLES
+from controlkit.folders import read_json
+from controlkit.formats.adapter_file import AdapterFile, hint_channels, open_adapter_file
+from controlkit.formats.description import AdapterInfo, map_in_words
+from controlkit.formats.fitting import EITHER, BaseStructure, check_kind_fits
+from controlkit.formats.recognise import KINDS
+from controlkit.hub import find_file
+
+_UNET_DEFAULTS: Mapping[str, Any] = {  # diffusers', for what a published config.json leaves out
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "cross_attention_dim": 1280,
+    "layers_per_block": 2,
+    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+}
+_SDXL_UNET: Mapping[str, Any] = {
+    "block_out_channels": (320, 640, 1280),
+    "cross_attention_dim": 2048,
+    "down_block_types": ("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+}
+_PUBLISHED: Mapping[str, tuple[Mapping[str, Any], str]] = {  # the bases of `families.ALIASES`
+    "sd15": ({"cross_attention_dim": 768}, "epsilon"),
+    "sd21": ({"cross_attention_dim": 1024, "use_linear_projection": True}, "v_prediction"),
+    "sdxl": (_SDXL_UNET, "epsilon"),
+}
+_USUAL_BASES = {"sd1": "sd15", "sd2": "sd21", "sdxl": "sdxl"}
+_NEEDS_BASE = ("controlnet-difference", "control-lora")
+_NOT_RUN = ("controlnext",)
+
+
+def describe(name: str, *, base: str | None = None) -> list[str]:
+    """Lines that say what an adapter is and says of itself, whether it fits a base, and how to use it.
+
+    ``name``: a file, a folder, a bundled name or a hub id. Of a base the configuration alone is read. Raises
+    ValueError, one line, for what is no adapter, and for a base that leads nowhere.
+    """
+    structure = None if base is None else read_base(base)
+    file = open_adapter_file(name)
+    lines = [f"{name}: {summary(file)}", *_provenance(file.info)]
+    if file.kind in _NOT_RUN:
+        return [*lines, "controlkit does not run this kind"]
+    if file.kind in _NEEDS_BASE:
+        lines.append("its weights are changes to its base's: other software needs that base, too")
+    if structure is not None:
+        why_not = _misfit(file, structure, name)
+        lines.append(f"fits {base}: {why_not or 'yes'}")
+        if why_not:
+            return lines
+    return [*lines, "use it with:", f"  {how_to_use_file(file, name, base)}"]
+
+
+def summary(file: AdapterFile) -> str:
+    """What a file is, in one line: its kind, family, layout, size and precision."""
+    family = FAMILY_TITLES.get(file.family, EITHER)
+    channels = hint_channels(file.config)
+    hint = "" if channels == 3 else f", maps of {channels} channels"
+    return (
+        f"{KINDS[file.kind]}{_extent(file)} for {family}, {file.layout} keys{hint},"
+        f" {file.parameters:,} parameters, {file.dtype}, {file.path.stat().st_size / 1e6:.1f} MB"
+    )
+
+
+def _extent(file: AdapterFile) -> str:
+    """How many kinds of maps a ControlNet-Union takes, or the rank of a Control-LoRA."""
+    if file.kind == "controlnet-union":
+        return f" of {file.config['num_control_type']} kinds"
+    ranks = [entry.shape[0] for key, entry in file.entries.items() if key.endswith(".down")]
+    return f" of rank {max(ranks)}" if file.kind == "control-lora" and ranks else ""
+
+
+def read_base(name: str) -> BaseStructure:
+    """What an adapter has to fit of a base: of a short name known here, else from its configuration files.
+
+    Of a base on the hub only these two small files are fetched. Raises ValueError for a name that leads
+    nowhere.
+    """
+    if name in _PUBLISHED:
+        unet, prediction_type = _PUBLISHED[name]
+        return BaseStructure(name, {**_UNET_DEFAULTS, **unet}, prediction_type)
+    source = str(BUNDLED.get(name, name))
+    if "/" not in source and not os.path.isdir(source):
+        raise naming.unknown("base", name, [*BUNDLED, *ALIASES])
+    unet = read_json(find_file(source, "unet/config.json", hint="give --base FOLDER"))
+    scheduler = read_json(find_file(source, "scheduler/scheduler_config.json", hint="give --base FOLDER"))
+    return BaseStructure(name, {**_UNET_DEFAULTS, **unet}, scheduler.get("prediction_type", "epsilon"))
+
+
+def how_to_use(kind: str, adapter: str, base: str) -> str:
+    """The command that follows a map of a kind with an adapter. ``base`` "": leave it out."""
+    given = f"--control {kind}=PICTURE" if kind in preprocessors.names() else f"--map {shlex.quote(kind)}=MAP"
+    where = "" if base in ("", "tiny") else f" --base {shlex.quote(base)}"
+    prompt = '"a red figure"' if base == "tiny" else "PROMPT"
+    return f"controlkit generate {prompt}{where} {given} --adapter {shlex.quote(f'{kind}={adapter}')}"
+
+
+def how_to_use_file(file: AdapterFile, name: str, base: str | None) -> str:
+    """The command that uses a file; KIND stands for its map's kind where the file does not say."""
+    own = file.info.base if file.info.base in (*BUNDLED, *ALIASES) else ""
+    where = base or own or _USUAL_BASES.get(file.family, "sd15")
+    return how_to_use(file.info.map.kind or "KIND", name, where)
+
+
+def _misfit(file: AdapterFile, base: BaseStructure, name: str) -> str:
+    """Why it does not fit, or a warning, in words; "" if all is well."""
+    try:
+        check_kind_fits(file.kind, file.config, file.family, base, name=name)
+    except ValueError as error:
+        return f"no, {error}"
+    trained = file.info.prediction_type
+    if trained not in ("", base.prediction_type):
+        return f"badly, it was trained for {trained} and the base predicts {base.prediction_type}"
+    return ""
+
+
+def _provenance(info: AdapterInfo) -> list[str]:
+    """What a file says of itself, a line each."""
+    told = {
+        "title": info.title,
+        "map": map_in_words(info.map),
+        "base": info.base,
+        "prediction type": info.prediction_type,
+        "resolution": f"{info.resolution}x{info.resolution}" if info.resolution else "",
+        **{f"training, {key}": _in_words(value) for key, value in info.training.items()},
+    }
+    lines = [f"{key}: {value}" for key, value in told.items() if value != ""]
+    return lines or ["the file says nothing of its map, its base or its training"]
+
+
+def _in_words(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_in_words(inner)}" for key, inner in value.items())
+    return " ".join(map(_in_words, value)) if isinstance(value, list) else str(value)

@@ -1,0 +1,317 @@
+"""Files that are no adapter, or no longer one: each has its own line."""
+
+import pickle
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from adapter_files import controlnet_of, original_controlnet, refusal, saved
+from diffusers import AutoencoderKL
+from outcomes import Run
+from safetensors.torch import save_file
+
+from controlkit.adapters import load_adapter
+from controlkit.base import Base
+from controlkit.folders import refuse_impostor
+from controlkit.formats.adapter_file import find_adapter_file, open_adapter_file
+
+Load = Callable[[str], Base]
+
+
+def keys_alone(*names: str) -> dict[str, torch.Tensor]:
+    return {name: torch.zeros(2, 2) for name in names}
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".ckpt", ".bin", ".pt"])
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "is empty (0 bytes); fetch it again"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "is a Git LFS pointer"),
+        (b"\n<!DOCTYPE html><html>404</html>", "is a web page, not weights"),
+        (b"GGUF\x03\x00\x00\x00" + bytes(600), "is a GGUF file, whose quantized weights are not read"),
+        (b"a text", "is cut short or is not a safetensors file (6 bytes)"),
+        (struct.pack("<Q", 2) + b"{}", "holds no tensors"),
+        (b"PK\x03\x04 and no archive", "is damaged, or holds more than tensors, which is refused"),
+        (b"\x80\x02 and no pickle", "is damaged, or holds more than tensors, which is refused"),
+    ],
+)
+def test_what_is_no_file_of_weights(
+    data: bytes, message: str, suffix: str, sd1: Base, tmp_path: Path, run: Run
+) -> None:
+    file = tmp_path / f"a{suffix}"
+    file.write_bytes(data)
+    refusal(file, sd1, f"{file} {message}")
+    assert message in run("info", file).refused()
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+@pytest.mark.parametrize("share", [0.999, 0.5, 0.001])
+def test_files_that_are_cut_short(suffix: str, share: float, sd1: Base, tmp_path: Path) -> None:
+    file = saved(controlnet_of(sd1).state_dict(), tmp_path / f"a{suffix}")
+    whole = file.read_bytes()
+    file.write_bytes(whole[: int(share * len(whole))])
+    refusal(file, sd1, "is cut short" if suffix == ".safetensors" else "is damaged")
+
+
+class Evil:
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.mark,))
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".ckpt", ".safetensors"])
+def test_a_pickle_that_would_run_code_does_not(suffix: str, sd1: Base, tmp_path: Path, run: Run) -> None:
+    mark = tmp_path / "ran"
+    for write in (
+        lambda file: torch.save({"a": Evil(mark)}, file),
+        lambda f: f.write_bytes(pickle.dumps(Evil(mark))),
+    ):
+        file = tmp_path / f"evil{suffix}"
+        write(file)
+        refusal(file, sd1, "is damaged, or holds more than tensors, which is refused")
+        assert "more than tensors" in run("info", file).refused()
+        assert not mark.exists()
+    pickle.loads(pickle.dumps(Evil(mark)))
+    assert mark.exists(), "the pickle is evil indeed"
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        (
+            keys_alone("model.diffusion_model.input_blocks.0.0.weight", "first_stage_model.a.weight"),
+            "is a whole base model without a control network",
+        ),
+        (keys_alone("conv_in.weight", "up_blocks.0.resnets.0.conv1.weight"), "is the U-Net of a base"),
+        (
+            keys_alone("input_blocks.0.0.weight", "output_blocks.0.0.in_layers.0.weight"),
+            "is the U-Net of a base",
+        ),
+        (
+            keys_alone("lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight"),
+            "is a LoRA: give it as --lora FILE",
+        ),
+        (
+            keys_alone("unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight"),
+            "is a LoRA: give it as --lora FILE",
+        ),
+        (keys_alone("unet.mid_block.attentions.0.to_q.lora.up.weight"), "is a LoRA"),
+        (keys_alone("lora_te1_text_model_encoder_layers_0_mlp_fc1.hada_w1_a"), "is a LoRA"),
+        (
+            keys_alone("image_proj.proj.weight", "ip_adapter.1.to_k_ip.weight"),
+            "is an IP-Adapter: give it as --ip",
+        ),
+        (keys_alone("encoder.conv_in.weight", "decoder.conv_in.weight"), "is a VAE: give it as --vae"),
+        ({"emb_params": torch.zeros(4, 768)}, "is a textual inversion: give it as --embedding FILE"),
+        ({"<a-cat>": torch.zeros(768)}, "is a textual inversion"),
+        ({"my_word": torch.zeros(3, 768)}, "is a textual inversion, by its single small tensor"),
+        ({"clip_g": torch.zeros(1, 1280), "clip_l": torch.zeros(1, 768)}, "is a textual inversion"),
+        (keys_alone("text_model.encoder.layers.0.mlp.fc1.weight", "a"), "is a text encoder, not an adapter"),
+        (
+            keys_alone("controlnet_x_embedder.weight", "transformer_blocks.0.attn.to_q.weight"),
+            "is a ControlNet for a transformer (Flux, SD3 or another), which is for another family of models",
+        ),
+        (
+            keys_alone("pos_embed_input.proj.weight", "controlnet_blocks.0.weight"),
+            "is a ControlNet for a transformer",
+        ),
+        (keys_alone("double_blocks.0.img_attn.qkv.weight", "img_in.weight"), "is a transformer (Flux, SD3"),
+        (
+            keys_alone("model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight"),
+            "is a transformer (Flux",
+        ),
+        (
+            keys_alone(
+                "down_blocks.0.motion_modules.0.norm.weight", "controlnet_cond_embedding.conv_in.weight"
+            ),
+            "is a SparseCtrl",
+        ),
+        (
+            keys_alone("base_conv_in.weight", "control_to_base_for_conv_in.weight"),
+            "is a ControlNet-XS together",
+        ),
+        (keys_alone("style_embedding", "proj"), "is a T2I style or fusing adapter"),
+        (
+            keys_alone("layer.weight", "b", "c"),
+            "is no adapter that controlkit knows: it holds b and 2 more",
+        ),
+    ],
+)
+def test_files_that_hold_something_else(
+    state: Any, message: str, sd1: Base, tmp_path: Path, run: Run
+) -> None:
+    file = saved(state, tmp_path / "controlnet-canny.safetensors")  # whatever its name promises
+    refusal(file, sd1, f"{file} {message}")
+    assert message in run("info", file).refused()
+    if not message.startswith("is no adapter"):  # safetensors puts the keys in another order
+        refusal(saved(state, tmp_path / "control_sd15.pth"), sd1, message)
+
+
+def test_nested_pickles_of_other_things(sd1: Base, tmp_path: Path) -> None:
+    nested = {
+        "a.bin": (
+            {"image_proj": keys_alone("proj.weight"), "ip_adapter": keys_alone("1.to_k_ip.weight")},
+            "is an IP",
+        ),
+        "a.pt": (
+            {"string_to_param": {"*": torch.zeros(1, 768)}, "name": "cat", "step": 3},
+            "is a textual inv",
+        ),
+        "a.ckpt": ({"state_dict": keys_alone("model.diffusion_model.a.weight")}, "is a whole base model"),
+        "b.ckpt": ({"state_dict": {}, "epoch": 1}, "holds no tensors"),
+    }
+    for name, (state, message) in nested.items():
+        torch.save(state, tmp_path / name)
+        refusal(tmp_path / name, sd1, message)
+
+
+def test_the_real_neighbours_of_an_adapter(sd1: Base, tmp_path: Path) -> None:
+    unet = saved(sd1.unet.state_dict(), tmp_path / "unet.safetensors")
+    refusal(unet, sd1, "is the U-Net of a base, without a control network")
+    vae = saved(AutoencoderKL(norm_num_groups=8, block_out_channels=(8,)).state_dict(), tmp_path / "vae.pth")
+    refusal(vae, sd1, "is a VAE: give it as --vae")
+    text = saved(sd1.text_encoders[0].state_dict(), tmp_path / "text.safetensors")
+    with pytest.raises(ValueError, match=r"is a text encoder|is no adapter"):
+        load_adapter(str(text), base=sd1)
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "original"])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda s, n: s.pop(n("mid_block.resnets.0.conv1.bias")), "lacks mid_block.resnets.0.conv1.bias"),
+        (lambda s, n: s.pop(n("conv_in.weight")), "lacks conv_in.weight: it is incomplete"),
+        (
+            lambda s, n: [s.pop(n(f"time_embedding.linear_{i}.bias")) for i in (1, 2)],
+            "lacks time_embedding.linear_1.bias and 1 more",
+        ),
+        (
+            lambda s, n: [
+                s.pop(key)
+                for key in list(s)
+                if key.startswith(n("down_blocks.1.resnets.0.conv1.weight")[:-22])
+            ],
+            "lacks ",
+        ),
+        (
+            lambda s, n: s.update({n("conv_in.bias"): torch.zeros(3)}),
+            "the shape of conv_in.bias is 3 instead of 16",
+        ),
+        (
+            lambda s, n: s[n("conv_in.bias")].fill_(float("nan")),
+            "the weights in conv_in.bias are not all finite numbers",
+        ),
+        (
+            lambda s, n: s[n("controlnet_mid_block.bias")].fill_(float("inf")),
+            "the weights in controlnet_mid_block.bias are not all finite numbers",
+        ),
+        (
+            lambda s, n: s.update({n("conv_in.weight"): torch.zeros(2)}),
+            "has the shape 2, which no such network has",
+        ),
+        (
+            lambda s, n: s.update({n("conv_in.bias"): torch.zeros(16, dtype=torch.int8)}),
+            "as I8, a quantization that is not supported",
+        ),
+    ],
+)
+def test_adapters_that_are_not_whole(
+    damage: Any, message: str, layout: str, sd1: Base, tmp_path: Path
+) -> None:
+    network = controlnet_of(sd1)
+    state = dict(network.state_dict()) if layout == "diffusers" else original_controlnet(network)
+    state = {key: value.clone() for key, value in state.items()}
+    names = dict(zip(network.state_dict(), network.state_dict(), strict=True))
+    if layout == "original":
+        from controlkit.formats import keys
+
+        names = {key: keys.to_original(key) or "" for key in names}
+    damage(state, names.__getitem__)
+    refusal(saved(state, tmp_path / "a.safetensors"), sd1, message)
+
+
+@pytest.mark.parametrize(
+    ("key", "layout", "message"),
+    [
+        ("extra.weight", "diffusers", "holds extra.weight, which no ControlNetModel has"),
+        ("extra.weight", "original", "holds extra.weight, which a ControlNet does not have"),
+        ("down_blocks.0.resnets.0.lora.weight", "diffusers", "which no ControlNetModel has"),
+        ("input_blocks.1.0.lora.weight", "original", "holds input_blocks.1.0.lora.weight"),
+        ("controlnet_down_blocks.12.weight", "diffusers", "holds controlnet_down_blocks.12.weight"),
+    ],
+)
+def test_a_tensor_too_many_is_named(key: str, layout: str, message: str, sd1: Base, tmp_path: Path) -> None:
+    network = controlnet_of(sd1)
+    state = dict(network.state_dict()) if layout == "diffusers" else original_controlnet(network)
+    refusal(saved({**state, key: torch.zeros(1)}, tmp_path / "a.safetensors"), sd1, message)
+
+
+def test_families_are_told_apart_with_both_sizes(load: Load, tmp_path: Path) -> None:
+    for family, other in (("sd1", "sdxl"), ("sdxl", "sd1"), ("sd1", "sd2"), ("sd2", "sd1")):
+        file = saved(original_controlnet(controlnet_of(load(family))), tmp_path / "a.safetensors")
+        title, wanted = ({"sd1": "SD1", "sd2": "SD2", "sdxl": "SDXL"}[name] for name in (family, other))
+        refusal(file, load(other), f"it is for {title} (")
+        refusal(file, load(other), f"the base is {wanted} (")
+
+
+def test_headers_that_begin_like_a_page(tmp_path: Path) -> None:
+    """A header of 15392 bytes begins with a blank and "<"."""
+    state = {"a": torch.zeros(1)}
+    file = tmp_path / "a.safetensors"
+    save_file(state, file, {"pad": "x"})
+    pad = 15392 - struct.unpack("<Q", file.read_bytes()[:8])[0] + 1
+    save_file(state, file, {"pad": "x" * pad})
+    start = file.read_bytes()[:512]
+    assert start.startswith(b" <")
+    refuse_impostor(file, start)
+    with pytest.raises(ValueError, match="is a web page"):
+        refuse_impostor(file, b" <html>")
+
+
+def test_names_that_lead_nowhere(sd1: Base, tmp_path: Path) -> None:
+    refusal(tmp_path / "no.safetensors", sd1, f"no adapter called '{tmp_path}/no.safetensors'")
+    refusal(
+        "owner/name/sub/file.safetensors", sd1, "sub/file.safetensors of owner/name is needed: it is not in"
+    )
+    folder = tmp_path / "several"
+    folder.mkdir()
+    for name in ("a.safetensors", "b.pth"):
+        saved(keys_alone("a"), folder / name)
+    refusal(folder, sd1, f"{folder} is not an adapter folder: it has no config.json")
+    assert find_adapter_file(str(folder)) is None
+    assert find_adapter_file("x" * 5000) is None
+
+
+def test_a_hub_file_is_found_in_the_cache(sd1: Base, tmp_path: Path) -> None:
+    from huggingface_hub import constants
+
+    repo = Path(constants.HF_HUB_CACHE) / "models--lllyasviel--ControlNet-v1-1"
+    snapshot = repo / "snapshots" / ("0" * 40)
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text("0" * 40)
+    snapshot.mkdir(parents=True)
+    try:
+        saved(original_controlnet(controlnet_of(sd1)), snapshot / "control_v11p.pth")
+        adapter = load_adapter("lllyasviel/ControlNet-v1-1/control_v11p.pth", base=sd1)
+    finally:
+        import shutil
+
+        shutil.rmtree(repo)
+    assert adapter.info.family == "sd1"
+    assert adapter.name == "lllyasviel/ControlNet-v1-1/control_v11p.pth"
+
+
+def test_open_adapter_file_is_public(sd1: Base, tmp_path: Path) -> None:
+    import controlkit
+
+    file = saved(original_controlnet(controlnet_of(sd1)), tmp_path / "a.pth")
+    opened = controlkit.open_adapter_file(file)
+    assert isinstance(opened, controlkit.AdapterFile)
+    assert opened.tensors().keys() == controlnet_of(sd1).state_dict().keys()
+    assert open_adapter_file("canny").info.map.kind == "canny"
