@@ -118,14 +118,24 @@ def read_header(file: Path) -> dict[str, Any]:
         text = stream.read(length)
     try:
         header: dict[str, Any] = json.loads(text)
-        end = max(
-            (entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0
-        )
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        end = max((_end(entry) for key, entry in header.items() if key != "__metadata__"), default=0)
+        told = header.get("__metadata__", {})
+        if not all(isinstance(value, str) for value in told.values()):
+            raise ValueError("metadata must be strings")
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise ValueError(f"{file} is not a safetensors file (its header is not readable)") from error
     if size != 8 + length + end:
         raise ValueError(f"{file} is cut short: {size} bytes of {8 + length + end}; fetch it again")
     return header
+
+
+def _end(entry: Mapping[str, Any]) -> int:
+    """Where a tensor ends, by its entry in a header. Raises for an entry that is none."""
+    dtype, shape, (_, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    numbers = all(type(number) is int and number >= 0 for number in (*shape, end))
+    if not (isinstance(dtype, str) and numbers):
+        raise ValueError("no tensor's entry")
+    return int(end)
 
 
 def read_state(file: Path, *, what: str, pickled: bool | None = None) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from controlkit.formats.structure import (
     controlnet_config,
     union_config,
 )
-from controlkit.formats.structure_others import light_config, t2i_config, xs_config
+from controlkit.formats.structure_others import check_t2i, light_config, t2i_config, xs_config
 from controlkit.formats.weight_file import (
     FLOATS,
     Stored,
@@ -166,7 +166,12 @@ def _config(kind: str, shapes: Shapes, own: Config) -> Config:
     if kind not in _CONFIGS:
         return dict(own)
     told = {key: value for key, value in own.items() if not key.startswith("_")}
-    return {"_class_name": CLASS_NAMES[kind], **_CONFIGS[kind](shapes), **told}
+    read = _CONFIGS[kind](shapes)
+    if kind == "t2i-adapter" and told:
+        check_t2i(told, shapes)
+        return {"_class_name": CLASS_NAMES[kind], **read, **told}
+    # What shapes tell is certain; of the rest they tell nothing.
+    return {"_class_name": CLASS_NAMES[kind], **told, **read}
 
 
 def _family(kind: str, config: Config, entries: Mapping[str, Stored]) -> str:

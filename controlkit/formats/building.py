@@ -22,6 +22,15 @@ from controlkit.formats.weight_file import Stored
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
 
+_REFUSALS = (
+    ValueError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    AttributeError,
+    AssertionError,
+    RuntimeError,
+)
 Builder = Callable[[AdapterFile, "UNet2DConditionModel | None"], nn.Module]
 
 
@@ -78,7 +87,7 @@ def assemble(
     try:
         with torch.device("meta"):
             network: nn.Module = cls(**config)
-    except (ValueError, TypeError, LookupError, ArithmeticError, AssertionError) as error:
+    except _REFUSALS as error:
         raise ValueError(f"{where}: cannot build {class_name} of its sizes: {error}") from error
     wanted = network.state_dict()
     state = {key: _projection(tensor, wanted.get(key)) for key, tensor in state.items()}
