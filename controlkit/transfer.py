@@ -1,0 +1,50 @@
+"""A ControlNet carried over to another base of its family.
+
+What it learned beyond its base is added to the other base: w + w_new - w_old, for every weight that was
+copied from the U-Net's encoder; the hint encoder and the zero convolutions have no counterpart and stay. It
+is what the original project does (``tool_transfer_control.py``), and exact for an untrained copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from controlkit.formats.control_lora import encoder_of
+
+
+def transfer_state(
+    state: Mapping[str, Tensor], old: Mapping[str, Tensor], new: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """A ControlNet's tensors (diffusers' names) on the base whose U-Net's are ``new``, from that of ``old``.
+
+    Computed in float64, in each tensor's own precision; where both bases have the same weight, it stays bit
+    for bit. Raises ValueError where the three do not have the same shapes.
+    """
+    before, after = encoder_of(old), encoder_of(new)
+    strange = [key for key in before if key not in state] + sorted(before.keys() ^ after.keys())
+    if strange:
+        raise ValueError(
+            f"the adapter and the two bases do not have the same structure: {strange[0]} differs"
+        )
+    moved = dict(state)
+    for key, tensor in state.items():
+        if key not in before:
+            continue
+        shapes = [tuple(part.shape) for part in (tensor, before[key], after[key])]
+        if shapes[1] != shapes[2] or before[key].numel() != tensor.numel():
+            raise ValueError(
+                f"the adapter and the two bases differ in {key}: it is {shapes[0]} in the adapter,"
+                f" {shapes[1]} in the old base and {shapes[2]} in the new one"
+            )
+        change = after[key].double() - before[key].double()
+        if change.any():
+            moved[key] = (tensor.cpu().double() + change.reshape(tensor.shape)).to(tensor.dtype)
+    return moved
+
+
+def transfer(network: Any, old: Any, new: Any) -> None:
+    """Carry a ControlNet over in place, from the U-Net ``old`` to the U-Net ``new``: see `transfer_state`."""
+    network.load_state_dict(transfer_state(network.state_dict(), old.state_dict(), new.state_dict()))
