@@ -749,6 +749,24 @@ def info(
         print(line)
 
 
+@app.command(epilog="Example:  controlkit transfer canny.safetensors --from sd15 --to my-base -o canny-mine")
+def transfer(
+    adapter: Annotated[str, typer.Argument(metavar="FILE", help="A file, a folder or a hub id.")],
+    old: Annotated[str, _option("BASE", "The base that it was trained on.", "--from")],
+    new: Annotated[str, _option("BASE", "The base that it shall fit, of the same family.", "--to")],
+    output: Annotated[str, _option("OUT", "A folder, or a .safetensors file.", "-o", "--output")],
+    dtype: Annotated[Text, _option("TYPE", "fp16, bf16 or fp32.  [default: the file's]")] = None,
+) -> None:
+    """Carry a ControlNet over to another base of its family."""
+    from controlkit import transfer_job
+
+    with _terminal() as terminal:
+        plan = transfer_job.plan(adapter, output, old=old, new=new, dtype=dtype)
+        lines = transfer_job.run(plan, terminal)
+    for line in lines:
+        print(line)
+
+
 @app.command(epilog="Example:  controlkit measure -n 50 --adapter canny=runs/tiny-canny/controlnet")
 def measure(
     adapter: Annotated[

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,8 +57,7 @@ def plan(
     """
     if to not in LAYOUTS:
         raise naming.unknown("layout", to, LAYOUTS)
-    if dtype is not None and dtype not in DTYPES:
-        raise naming.unknown("precision", dtype, DTYPES)
+    precision = check_precision(dtype)
     if rank is not None and to != "control-lora":
         raise ValueError(f"--rank {rank} is a Control-LoRA's: it needs --to control-lora")
     limits.check_rank(DEFAULT_RANK if rank is None else rank)
@@ -73,9 +71,9 @@ def plan(
         raise ValueError(f"--to {to} writes {wanted}, not {output}")
     if path.suffix != ".safetensors" and to != "diffusers":
         raise ValueError(f"cannot write {output}: pickles are only read; name it .safetensors")
-    _check_apart(source, path)
+    check_apart(source, path)
     files.check_writable(path, folder=to == "diffusers")
-    return Plan(source, path, to, DTYPES.get(dtype or "", ""), base, DEFAULT_RANK if rank is None else rank)
+    return Plan(source, path, to, precision, base, DEFAULT_RANK if rank is None else rank)
 
 
 def run(plan: Plan, report: Report) -> list[str]:
@@ -93,16 +91,24 @@ def run(plan: Plan, report: Report) -> list[str]:
 
     network = build_network(file, unet=unet)
     report.status(f"writing {plan.output}")
-    _write(plan, file, network, unet)
+    told = _write(plan, file, network, unet)
     written = open_adapter_file(plan.output)
     return [
         f"wrote {plan.output}: {summary(written)}",
+        *told,
         "use it with:",
         f"  {how_to_use_file(written, str(plan.output), plan.base)}",
     ]
 
 
-def _check_apart(source: str, output: Path) -> None:
+def check_precision(dtype: str | None) -> str:
+    """torch's name of a precision of `DTYPES`; "" for None. Raises ValueError for an unknown one."""
+    if dtype is not None and dtype not in DTYPES:
+        raise naming.unknown("precision", dtype, DTYPES)
+    return DTYPES.get(dtype or "", "")
+
+
+def check_apart(source: str, output: Path) -> None:
     """Raise ValueError where writing would destroy what it is made from."""
     read, written = Path(os.path.realpath(os.path.expanduser(source))), Path(os.path.realpath(output))
     if read.exists() and (read == written or written in read.parents):
@@ -122,28 +128,33 @@ def _unet(name: str, file: AdapterFile, plan: Plan, report: Report) -> Any:
     return unet
 
 
-def _write(plan: Plan, file: AdapterFile, network: nn.Module, unet: Any) -> None:
+def _write(plan: Plan, file: AdapterFile, network: nn.Module, unet: Any) -> list[str]:
+    """Write the file, and return lines that say what was lost."""
     import torch
 
     from controlkit.adapters import write_adapter
     from controlkit.formats import writing
     from controlkit.formats.description import header_entries
 
-    dtype: torch.dtype | None = getattr(torch, plan.dtype) if plan.dtype else _own_dtype(file)
+    dtype: torch.dtype | None = getattr(torch, plan.dtype) if plan.dtype else own_dtype(file)
     if plan.layout != "control-lora":
         write_adapter(network, plan.output, layout=plan.layout, dtype=dtype, info=file.info)
-        return
+        return []
     if writing.kind_of(network) != "controlnet":
         raise ValueError(f"{plan.source} is a {type(network).__name__}: only a ControlNet has a Control-LoRA")
-    reduce = importlib.import_module("controlkit.formats.control_lora").reduce
-    tensors = reduce(network.state_dict(), unet.state_dict(), plan.rank)
+    from controlkit.formats import control_lora
+
+    state, of_base = network.state_dict(), unet.state_dict()
+    tensors = control_lora.reduce(state, of_base, plan.rank)
     tensors = {key: tensor.to(dtype).contiguous() for key, tensor in tensors.items()}
+    kept = control_lora.kept_share(state, of_base, tensors)
     writing.write_tensors(
         plan.output, tensors, header_entries(file.info, kind="control-lora", layout="original")
     )
+    return [f"rank {plan.rank} keeps {kept:.1%} of what the adapter changed in {plan.base}"]
 
 
-def _own_dtype(file: AdapterFile) -> torch.dtype | None:
+def own_dtype(file: AdapterFile) -> torch.dtype | None:
     """The file's one precision; None where it is mixed, and each tensor keeps its own."""
     import torch
 

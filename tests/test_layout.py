@@ -46,6 +46,7 @@ APPLICATION = {
         "info_job",
         "lint_job",
         "preprocess_job",
+        "transfer_job",
     )
 }
 PREPROCESSORS_MAY_USE = {
