@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from controlkit import files
+from controlkit import files, known_adapters
 from controlkit.base import BUNDLED as BUNDLED_BASES
 from controlkit.base import Base
 from controlkit.base_parts import family_of
@@ -41,23 +41,6 @@ if TYPE_CHECKING:
     from diffusers import ControlNetModel
     from torch import nn
 
-DEFAULT_ADAPTERS: Mapping[str, Mapping[str, str]] = {
-    "sd1": {
-        "canny": "lllyasviel/sd-controlnet-canny",
-        "openpose": "lllyasviel/sd-controlnet-openpose",
-        "depth": "lllyasviel/sd-controlnet-depth",
-    },
-    "sd2": {
-        "canny": "thibaud/controlnet-sd21-canny-diffusers",
-        "openpose": "thibaud/controlnet-sd21-openpose-diffusers",
-        "depth": "thibaud/controlnet-sd21-depth-diffusers",
-    },
-    "sdxl": {
-        "canny": "diffusers/controlnet-canny-sdxl-1.0",
-        "openpose": "thibaud/controlnet-openpose-sdxl-1.0",
-        "depth": "diffusers/controlnet-depth-sdxl-1.0",
-    },
-}
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 
 
@@ -76,10 +59,12 @@ def default_adapter(kind: str, base: Base) -> str:
     Raises ValueError for a kind that has none.
     """
     names = {name: name for name in BUNDLED_ADAPTERS} if base.name in BUNDLED_BASES else None
-    choices = names or DEFAULT_ADAPTERS[base.family]
-    if kind not in choices:
+    known = {kind: adapter.name for kind, adapter in known_adapters.defaults(base.family).items()}
+    choices = names or known
+    wanted = known_adapters.same_kind(kind)
+    if wanted not in choices:
         raise unknown(f"control for the base {base.name}", kind, choices)
-    return choices[kind]
+    return choices[wanted]
 
 
 def load_adapter(
@@ -247,9 +232,9 @@ def _adapter_config(folder: Path) -> dict[str, Any]:
 
 
 def _published_map(repo_id: str) -> MapSpec | None:
-    """The map of a default adapter, whose file does not describe it; None for any other name."""
-    kinds = {name: kind for names in DEFAULT_ADAPTERS.values() for kind, name in names.items()}
-    return MAPS[kinds[repo_id]] if repo_id in kinds else None
+    """The map of an adapter of the table, whose file does not describe it; None for any other name."""
+    known = known_adapters.find(repo_id)
+    return known.map if known and known.map.kind else None
 
 
 def _load_network(folder: Path, *, dtype: torch.dtype) -> ControlNetModel:

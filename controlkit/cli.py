@@ -749,6 +749,18 @@ def info(
         print(line)
 
 
+@app.command(epilog="Example:  controlkit models --base sd15 --kind depth")
+def models(
+    base: Annotated[Text, _option("NAME", "Those for this base alone.")] = None,
+    kind: Annotated[Text, _option("KIND", "Those for this kind of map alone.")] = None,
+) -> None:
+    """List the adapters on the hub that are known by name, and which of them are in the cache."""
+    from controlkit import models_job
+
+    for line in models_job.table(base=base, kind=kind):
+        print(line)
+
+
 @app.command(epilog="Example:  controlkit transfer canny.safetensors --from sd15 --to my-base -o canny-mine")
 def transfer(
     adapter: Annotated[str, typer.Argument(metavar="FILE", help="A file, a folder or a hub id.")],

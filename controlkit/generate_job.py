@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from controlkit import images, infotext, naming, preprocessors
+from controlkit import images, infotext, known_adapters, naming, preprocessors
 from controlkit.generate_plan import INPAINT, PREVIEW_CHUNK, Beginning, Plan, Source, adapted, versions
 from controlkit.generate_plan import plan as plan
 from controlkit.infotext import PictureRecord
@@ -78,6 +78,9 @@ class Session:
 
         by_clip: a CLIP guides, whether or not it does in the first picture.
         """
+        for source in job.sources:
+            record = source.record
+            known_adapters.check(record.kind, record.adapter, job.options.base)
         report.status(f"loading the libraries and the base {job.options.base}")
         from controlkit.adapters import check_adapter
         from controlkit.base import check_base
@@ -375,7 +378,7 @@ def _adapters(sources: Sequence[Source], base: Base, report: Report, *, rests: b
             report.status(f"loading the {record.kind} adapter {record.adapter}")
             loaded[record.adapter] = _adapter(record.adapter, base, rests=rests)
         learned = loaded[record.adapter].info.map.kind
-        if learned not in ("", record.kind):
+        if learned and known_adapters.same_kind(learned) != known_adapters.same_kind(record.kind):
             warnings.warn(
                 f"adapter {record.adapter} learned to follow {learned} maps, not {record.kind}", stacklevel=2
             )

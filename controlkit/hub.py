@@ -31,6 +31,7 @@ def find_folder(
     files: Sequence[str],
     bundled: Mapping[str, Path],
     aliases: Mapping[str, str] | None = None,
+    revision: str | None = None,
 ) -> Path:
     """The local folder of a model: bundled, given as a path, in the hub's cache, or downloaded into it.
 
@@ -38,6 +39,7 @@ def find_folder(
     or several, of which one is there.
     ``complete`` says whether a cached copy has all that is needed; the rest of an incomplete one is
     downloaded. ``files`` are the patterns to download. ``aliases`` maps short names to hub ids.
+    ``revision``: a commit, or None for the newest, whose cached copy serves for all.
 
     Raises ValueError, one line within about 5 seconds, when there is no such model: it names the id, the
     cache's path and why the hub could not help.
@@ -45,10 +47,13 @@ def find_folder(
     place = _place(name_or_path, what=what, bundled=bundled, aliases=aliases or {})
     if isinstance(place, Path):
         return place
-    cached = _cached_folder(place, top_file)
-    if cached is not None and complete(cached):
-        return cached
-    return _download(place, files, what=what, partial=cached is not None, bundled=bundled)
+    partial = False
+    for commit in dict.fromkeys((revision, None)):
+        cached = _cached_folder(place, top_file, commit)
+        if cached is not None and complete(cached):
+            return cached
+        partial = partial or cached is not None
+    return _download(place, files, what=what, partial=partial, bundled=bundled, revision=revision)
 
 
 def check_exists(
@@ -58,11 +63,14 @@ def check_exists(
     top_file: str | Sequence[str],
     bundled: Mapping[str, Path],
     aliases: Mapping[str, str] | None = None,
+    revision: str | None = None,
 ) -> None:
     """Raise the error of `find_folder` for a name that leads nowhere, and download nothing."""
     place = _place(name_or_path, what=what, bundled=bundled, aliases=aliases or {})
-    if not isinstance(place, Path) and _cached_folder(place, top_file) is None:
-        answer = _ask_briefly(place)
+    if isinstance(place, Path):
+        return
+    if all(_cached_folder(place, top_file, commit) is None for commit in (revision, None)):
+        answer = _ask_briefly(place, revision)
         if isinstance(answer, str):
             raise _no_model(place, answer, what=what, partial=False, bundled=bundled)
 
@@ -200,25 +208,32 @@ def _bundled_folder(what: str, name: str, folder: Path) -> Path:
     return folder
 
 
-def _cached_folder(repo_id: str, top_file: str | Sequence[str]) -> Path | None:
+def _cached_folder(repo_id: str, top_file: str | Sequence[str], revision: str | None = None) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
     for name in [top_file] if isinstance(top_file, str) else top_file:
-        found = try_to_load_from_cache(repo_id, name)
+        found = try_to_load_from_cache(repo_id, name, revision=revision)
         if isinstance(found, str):
             return Path(found).parents[name.count("/")]
     return None
 
 
 def _download(
-    repo_id: str, files: Sequence[str], *, what: str, partial: bool, bundled: Collection[str]
+    repo_id: str,
+    files: Sequence[str],
+    *,
+    what: str,
+    partial: bool,
+    bundled: Collection[str],
+    revision: str | None = None,
 ) -> Path:
     from huggingface_hub import snapshot_download
 
-    answer = _ask_briefly(repo_id)
+    answer = _ask_briefly(repo_id, revision)
     if not isinstance(answer, str):
         try:
-            return Path(snapshot_download(repo_id, allow_patterns=wanted_files(answer, files)))
+            given = wanted_files(answer, files)
+            return Path(snapshot_download(repo_id, revision=revision, allow_patterns=given))
         except _network_errors() as error:
             answer = f"the download failed: {first_sentence(error)}"
     raise _no_model(repo_id, answer, what=what, partial=partial, bundled=bundled)
@@ -235,9 +250,9 @@ def _no_model(repo_id: str, reason: str, *, what: str, partial: bool, bundled: C
     )
 
 
-def _ask_briefly(repo_id: str) -> list[str] | str:
+def _ask_briefly(repo_id: str, revision: str | None = None) -> list[str] | str:
     """The files of a repository, or why they cannot be had, in words. Waits no longer than a few seconds."""
-    return briefly(lambda: _ask_hub(repo_id)) or "the hub does not answer (no network?)"
+    return briefly(lambda: _ask_hub(repo_id, revision)) or "the hub does not answer (no network?)"
 
 
 def briefly(ask: Callable[[], Answer]) -> Answer | None:
@@ -250,7 +265,7 @@ def briefly(ask: Callable[[], Answer]) -> Answer | None:
     return answers[0] if answers else None
 
 
-def _ask_hub(repo_id: str) -> list[str] | str:
+def _ask_hub(repo_id: str, revision: str | None = None) -> list[str] | str:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -260,7 +275,7 @@ def _ask_hub(repo_id: str) -> list[str] | str:
     )
 
     try:
-        info = HfApi().model_info(repo_id, timeout=CONNECT_SECONDS)
+        info = HfApi().model_info(repo_id, revision=revision, timeout=CONNECT_SECONDS)
     except GatedRepoError:
         return "the hub asks you to accept its terms and to log in first (hf auth login)"
     except RepositoryNotFoundError:

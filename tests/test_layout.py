@@ -45,6 +45,7 @@ APPLICATION = {
         "grid_job",
         "info_job",
         "lint_job",
+        "models_job",
         "preprocess_job",
         "transfer_job",
     )
