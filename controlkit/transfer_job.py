@@ -6,6 +6,7 @@ written is a whole ControlNet, whose header names the new base and where it come
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -142,14 +143,21 @@ def run(plan: Plan, report: Report) -> list[str]:
 
 def transferred_info(info: AdapterInfo, plan: Plan) -> AdapterInfo:
     """What the adapter says of itself on its new base: whence it came stands in ``training``."""
-    history = [*_history(info.training), {"from": plan.old.name, "to": plan.new.name}]
+    old, new = _told(plan.old.name), _told(plan.new.name)
+    history = [*_history(info.training), {"from": old, "to": new}]
     return replace(
         info,
         family=plan.new.family,
         prediction_type=plan.new.prediction_type,
-        base=plan.new.name,
+        base=new,
         training={**info.training, "transfers": history},
     )
+
+
+def _told(name: str) -> str:
+    """A base's name for a file that others read: of a folder its name alone, not where it lies."""
+    folder = os.path.expanduser(name)
+    return os.path.basename(os.path.abspath(folder)) if os.path.isdir(folder) else name
 
 
 def _history(training: Mapping[str, Any]) -> list[Any]:
@@ -179,7 +187,7 @@ def _notes(plan: Plan, gaps: Distances) -> list[str]:
             f"{old.name} predicts {old.prediction_type} and {new.name} {new.prediction_type}: what the"
             " adapter learned may not carry over"
         )
-    if info.base not in ("", old.name):
+    if info.base not in ("", old.name, _told(old.name)):
         notes.append(f"the adapter says that it was trained on {info.base}, not on {old.name}")
     return notes
 
