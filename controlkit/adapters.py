@@ -19,7 +19,6 @@ import torch
 from controlkit import files, known_adapters
 from controlkit.base import BUNDLED as BUNDLED_BASES
 from controlkit.base import Base
-from controlkit.base_parts import family_of
 from controlkit.class_labels import check_labels_fit
 from controlkit.controlnet import lock
 from controlkit.folders import is_pickle, load_part, read_header, read_json, weight_files, write_weights
@@ -32,9 +31,9 @@ from controlkit.formats.description import MapSpec as MapSpec
 from controlkit.formats.description import header_entries, read_description
 from controlkit.formats.finding import BUNDLED_ADAPTERS as BUNDLED_ADAPTERS
 from controlkit.formats.finding import check_adapter_folder, find_adapter_file, find_adapter_folder
-from controlkit.formats.fitting import BaseStructure, check_kind_fits, check_sizes
+from controlkit.formats.fitting import BaseStructure, check_kind_fits, check_sizes, config_family
 from controlkit.formats.hashing import check_hash
-from controlkit.formats.structure import CLASSES
+from controlkit.formats.structure import CLASS_NAMES
 from controlkit.naming import unknown
 
 if TYPE_CHECKING:
@@ -135,9 +134,12 @@ def read_info(folder: Path) -> AdapterInfo:
     file = weight_files(folder)[0]
     metadata = {} if is_pickle(file) else read_header(file).get("__metadata__", {})
     info, _ = read_description(metadata, file)
-    return info or AdapterInfo(
-        map=MapSpec(channels=config.get("conditioning_channels", 3)), family=family_of(config)
-    )
+    return info or _structural_info(config)
+
+
+def _structural_info(config: Mapping[str, Any]) -> AdapterInfo:
+    """What a network's configuration alone tells."""
+    return AdapterInfo(map=MapSpec(channels=hint_channels(config)), family=config_family(config))
 
 
 def save_adapter(
@@ -191,10 +193,11 @@ def write_adapter(
     """
     if layout not in writing.LAYOUTS:
         raise unknown("layout", layout, writing.LAYOUTS)
-    network, known = adapter_or_network, AdapterInfo()
+    network: Any = adapter_or_network
     if isinstance(network, Adapter):
-        network, known = network.controlnet, network.info
-    info = info or known
+        network, info = network.controlnet, info or network.info
+    writing.kind_of(network)  # refuses what is none
+    info = info or _structural_info({**network.config, "_class_name": type(network).__name__})
     if layout == "diffusers":
         save_adapter(network, path, info=info, dtype=dtype, date=date)
     else:
@@ -226,7 +229,7 @@ def _adapter_config(folder: Path) -> dict[str, Any]:
         hint = f" (did you mean {inner.parent}?)" if inner else ""
         raise ValueError(f"{folder} is not an adapter folder: it has no config.json{hint}")
     config = read_json(folder / "config.json")
-    if config.get("_class_name") not in CLASSES.values():
+    if config.get("_class_name") not in CLASS_NAMES.values():
         raise ValueError(f"{folder} holds a {config.get('_class_name')}, not a ControlNetModel")
     return config
 

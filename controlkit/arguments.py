@@ -151,7 +151,9 @@ def parse_adapters(texts: Sequence[str]) -> dict[str, str]:
     for text in texts:
         kind, equals, name = text.partition("=")
         if not (kind and equals and name):
-            raise ValueError(f"--adapter {text!r} must be KIND=NAME or KIND=FOLDER, as canny=run/controlnet")
+            raise ValueError(
+                f"--adapter {text!r} must be KIND=NAME, KIND=FOLDER or KIND=FILE, as canny=run/controlnet"
+            )
         kind = kind.strip()
         if adapters.setdefault(kind, name) != name:
             raise ValueError(f"--adapter gives two adapters for {kind}: {adapters[kind]} and {name}")

@@ -301,7 +301,9 @@ def generate(
     base: Annotated[
         Text, _option("NAME", "tiny, sd15, sd21, sdxl, folder or hub id.  [default: tiny]")
     ] = None,
-    adapter: Annotated[Texts, _option("KIND=NAME", "Another ControlNet: a folder or a hub id.")] = None,
+    adapter: Annotated[
+        Texts, _option("KIND=NAME", "Another ControlNet: a file, a folder or a hub id.")
+    ] = None,
     lora: Annotated[Texts, _option("FILE[:WEIGHT]", "Put a LoRA onto the base: file or hub id.")] = None,
     embedding: Annotated[Texts, _option("[WORD=]FILE", "Teach the base a word: textual inversion.")] = None,
     ip_adapter: Annotated[

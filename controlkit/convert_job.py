@@ -91,11 +91,11 @@ def run(plan: Plan, report: Report) -> list[str]:
 
     network = build_network(file, unet=unet)
     report.status(f"writing {plan.output}")
-    told = _write(plan, file, network, unet)
+    notes = _write(plan, file, network, unet)
     written = open_adapter_file(plan.output)
     return [
         f"wrote {plan.output}: {summary(written)}",
-        *told,
+        *notes,
         "use it with:",
         f"  {how_to_use_file(written, str(plan.output), plan.base)}",
     ]
@@ -129,7 +129,7 @@ def _unet(name: str, file: AdapterFile, plan: Plan, report: Report) -> Any:
 
 
 def _write(plan: Plan, file: AdapterFile, network: nn.Module, unet: Any) -> list[str]:
-    """Write the file, and return lines that say what was lost."""
+    """Write the network; lines that say what was lost."""
     import torch
 
     from controlkit.adapters import write_adapter
@@ -144,14 +144,13 @@ def _write(plan: Plan, file: AdapterFile, network: nn.Module, unet: Any) -> list
         raise ValueError(f"{plan.source} is a {type(network).__name__}: only a ControlNet has a Control-LoRA")
     from controlkit.formats import control_lora
 
-    state, of_base = network.state_dict(), unet.state_dict()
-    tensors = control_lora.reduce(state, of_base, plan.rank)
+    whole, trunk = network.state_dict(), unet.state_dict()
+    tensors = control_lora.reduce(whole, trunk, plan.rank)
     tensors = {key: tensor.to(dtype).contiguous() for key, tensor in tensors.items()}
-    kept = control_lora.kept_share(state, of_base, tensors)
-    writing.write_tensors(
-        plan.output, tensors, header_entries(file.info, kind="control-lora", layout="original")
-    )
-    return [f"rank {plan.rank} keeps {kept:.1%} of what the adapter changed in {plan.base}"]
+    entries = header_entries(file.info, kind="control-lora", layout="original")
+    writing.write_tensors(plan.output, tensors, entries)
+    kept = control_lora.kept_share(whole, trunk, tensors)
+    return [f"rank {plan.rank} keeps {kept:.1%} of what was changed in its base's weights"]
 
 
 def own_dtype(file: AdapterFile) -> torch.dtype | None:

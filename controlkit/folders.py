@@ -118,14 +118,24 @@ def read_header(file: Path) -> dict[str, Any]:
         text = stream.read(length)
     try:
         header: dict[str, Any] = json.loads(text)
-        end = max(
-            (entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0
-        )
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        end = max((_end(entry) for key, entry in header.items() if key != "__metadata__"), default=0)
+        told = header.get("__metadata__", {})
+        if not all(isinstance(value, str) for value in told.values()):
+            raise ValueError("metadata must be strings")
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise ValueError(f"{file} is not a safetensors file (its header is not readable)") from error
     if size != 8 + length + end:
         raise ValueError(f"{file} is cut short: {size} bytes of {8 + length + end}; fetch it again")
     return header
+
+
+def _end(entry: Mapping[str, Any]) -> int:
+    """Where a tensor ends, by its entry in a header. Raises for an entry that is none."""
+    dtype, shape, (_, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    numbers = all(type(number) is int and number >= 0 for number in (*shape, end))
+    if not (isinstance(dtype, str) and numbers):
+        raise ValueError("no tensor's entry")
+    return int(end)
 
 
 def read_state(file: Path, *, what: str, pickled: bool | None = None) -> dict[str, Any]:
@@ -144,12 +154,16 @@ def read_state(file: Path, *, what: str, pickled: bool | None = None) -> dict[st
     import torch
 
     with file.open("rb") as stream:
-        refuse_impostor(file, stream.read(512))
+        start = stream.read(512)
+    refuse_impostor(file, start)
+    # An archive is mapped, so that of a large checkpoint only what is used is read. Anything else, and one
+    # whose name says safetensors, is given as a stream: torch goes by a path's suffix.
+    mapped = start.startswith(b"PK") and file.suffix != ".safetensors"
     try:
-        # Of a stream: given a path, torch goes by its suffix. It also warns of what it then refuses.
         with file.open("rb") as stream, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            state = torch.load(stream, map_location="cpu", weights_only=True)
+            warnings.simplefilter("ignore")  # of what it then refuses
+            source: Any = str(file) if mapped else stream
+            state = torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError) as error:
         raise ValueError(f"{file} is damaged, or holds more than tensors, which is refused") from error
     if not isinstance(state, dict):

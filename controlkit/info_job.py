@@ -67,11 +67,18 @@ def summary(file: AdapterFile) -> str:
     family = FAMILY_TITLES.get(file.family, EITHER)
     channels = hint_channels(file.config)
     hint = "" if channels == 3 else f", maps of {channels} channels"
-    several = f" of {file.config['num_control_type']} kinds" if file.kind == "controlnet-union" else ""
     return (
-        f"{KINDS[file.kind]}{several} for {family}, {file.layout} keys{hint},"
+        f"{KINDS[file.kind]}{_extent(file)} for {family}, {file.layout} keys{hint},"
         f" {file.parameters:,} parameters, {file.dtype}, {file.path.stat().st_size / 1e6:.1f} MB"
     )
+
+
+def _extent(file: AdapterFile) -> str:
+    """How many kinds of maps a ControlNet-Union takes, or the rank of a Control-LoRA."""
+    if file.kind == "controlnet-union":
+        return f" of {file.config['num_control_type']} kinds"
+    ranks = [entry.shape[0] for key, entry in file.entries.items() if key.endswith(".down")]
+    return f" of rank {max(ranks)}" if file.kind == "control-lora" and ranks else ""
 
 
 def read_base(name: str) -> BaseStructure:

@@ -359,3 +359,13 @@ def test_lllite_and_controlnext_are_named(load: Load, tmp_path: Path, run: Run) 
     state = {"down_res.0.conv1.weight": torch.zeros(2, 2), "mid_convs.0.0.weight": torch.zeros(2, 2)}
     next_ = saved(state, tmp_path / "next.safetensors")
     refusal(next_, load("sd1"), "is a ControlNeXt, which controlkit does not run")
+
+
+def test_8_bit_floats_are_read(load: Load, tmp_path: Path, run: Run) -> None:
+    base = load("sd1")
+    state = {key: value.to(torch.float8_e4m3fn) for key, value in controlnet_of(base).state_dict().items()}
+    file = saved(state, tmp_path / "a.safetensors")
+    assert open_adapter_file(file).dtype == "float8_e4m3fn"
+    network = load_adapter(str(file), base=base).controlnet
+    assert all(torch.equal(network.state_dict()[key], value.float()) for key, value in state.items())
+    assert "float8_e4m3fn" in run("info", file).done()

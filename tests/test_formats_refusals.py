@@ -1,5 +1,6 @@
 """Files that are no adapter, or no longer one: each has its own line."""
 
+import json
 import pickle
 import struct
 from collections.abc import Callable
@@ -9,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from adapter_files import controlnet_of, original_controlnet, refusal, saved
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, T2IAdapter
 from outcomes import Run
 from safetensors.torch import save_file
 
-from controlkit.adapters import load_adapter
+from controlkit.adapters import load_adapter, write_adapter
 from controlkit.base import Base
 from controlkit.folders import refuse_impostor
 from controlkit.formats.adapter_file import find_adapter_file, open_adapter_file
@@ -315,3 +316,89 @@ def test_open_adapter_file_is_public(sd1: Base, tmp_path: Path) -> None:
     assert isinstance(opened, controlkit.AdapterFile)
     assert opened.tensors().keys() == controlnet_of(sd1).state_dict().keys()
     assert open_adapter_file("canny").info.map.kind == "canny"
+
+
+def rewritten(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change a safetensors file's header."""
+    data = file.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+
+
+def described(header: dict[str, Any], **changes: Any) -> None:
+    known = json.loads(header["__metadata__"]["controlkit"])
+    header["__metadata__"]["controlkit"] = json.dumps({**known, **changes})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda header: header["control_model.zero_convs.0.0.bias"].pop("dtype"),
+            "its header is not readable",
+        ),
+        (
+            lambda header: header["control_model.zero_convs.0.0.bias"].update(shape=5),
+            "its header is not readable",
+        ),
+        (
+            lambda header: header["control_model.zero_convs.0.0.bias"].update(shape=[-1]),
+            "its header is not readable",
+        ),
+        (
+            lambda header: header["control_model.zero_convs.0.0.bias"].update(dtype=[]),
+            "its header is not readable",
+        ),
+        (
+            lambda header: header["control_model.zero_convs.0.0.bias"].update(data_offsets=[]),
+            "its header is not readable",
+        ),
+        (lambda header: header.update(__metadata__=[1]), "its header is not readable"),
+        (lambda header: header["__metadata__"].update(controlkit=5), "its header is not readable"),
+        (
+            lambda header: header["__metadata__"].update(controlkit="5"),
+            "its controlkit description cannot be read",
+        ),
+        (lambda header: described(header, map=5), "its controlkit description cannot be read"),
+        (lambda header: described(header, map={"thresholds": 5}), "thresholds must be a"),
+        (lambda header: described(header, map={"range": ["a", "b"]}), "range must be two numbers"),
+        (lambda header: described(header, title=5), "title must be a str"),
+        (lambda header: described(header, training=None), "training must be a"),
+        (lambda header: described(header, structure=[5]), "its controlkit description cannot be read"),
+        (
+            lambda header: described(header, structure={"norm_num_groups": "x"}),
+            "cannot build ControlNetModel",
+        ),
+        (lambda header: described(header, structure={"act_fn": "magic"}), "cannot build ControlNetModel"),
+    ],
+)
+def test_headers_that_somebody_has_changed(change: Any, message: str, sd1: Base, tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    write_adapter(controlnet_of(sd1), file, layout="original")
+    rewritten(file, lambda header: None)
+    load_adapter(str(file), base=sd1)  # as it was, it is whole
+    rewritten(file, change)
+    refusal(file, sd1, message)
+
+
+def test_a_t2i_adapter_that_says_nonsense_of_itself(sd1: Base, tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    network = T2IAdapter(channels=[16, 32, 32, 32])
+    for nonsense in (
+        {"channels": 5.0},
+        {"adapter_type": "other"},
+        {"channels": ["x"]},
+        {"in_channels": None},
+    ):
+        write_adapter(network, file, layout="single")
+        structure = {
+            "adapter_type": "full_adapter",
+            "in_channels": 3,
+            "downscale_factor": 8,
+            "channels": [16],
+        }
+        rewritten(file, lambda header, own=structure | nonsense: described(header, structure=own))
+        refusal(file, sd1, "the configuration that it has of itself is no T2I-Adapter's")

@@ -382,3 +382,10 @@ def test_sd15_at_its_real_size_through_both_layouts(run: Run, tmp_path: Path) ->
         )
     left, right = read.state_dict(), network.state_dict()
     assert all(torch.equal(left[key], right[key]) for key in right)
+
+
+def test_without_a_description_the_structure_is_told(load: Load, tmp_path: Path) -> None:
+    for family in tiny_models.FAMILIES:
+        file = tmp_path / f"{family}.safetensors"
+        write_adapter(controlnet_of(load(family), conditioning_channels=1), file, layout="single")
+        assert open_adapter_file(file).info == AdapterInfo(map=MapSpec(channels=1), family=family)

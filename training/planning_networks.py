@@ -15,6 +15,7 @@ from controlkit.adapters import BUNDLED_ADAPTERS
 from controlkit.base_parts import ALIASES, BUNDLED, family_of
 from controlkit.controlnet import HINT_CHANNELS, check_copyable, trainable_parameters
 from controlkit.folders import quiet_libraries, read_json
+from controlkit.formats.adapter_file import open_adapter_file
 from controlkit.hub import find_folder
 from controlkit.training.config_adapter import ControlNetRecipe
 from controlkit.training.machine import DTYPES
@@ -131,6 +132,10 @@ def _hint_channels(recipe: ControlNetRecipe) -> tuple[int, ...]:
     if recipe.hint_channels:
         return recipe.hint_channels
     bundled = "canny" if recipe.init is None and recipe.base in BUNDLED else recipe.init or ""
+    if Path(bundled).is_file():
+        return tuple(
+            open_adapter_file(bundled).config.get("conditioning_embedding_out_channels", HINT_CHANNELS)
+        )
     config = BUNDLED_ADAPTERS.get(bundled, Path(bundled)) / "config.json"
     if not bundled or not config.is_file():  # an adapter on the hub has the usual widths
         return HINT_CHANNELS

@@ -19,14 +19,14 @@ from controlkit.formats.finding import (
 from controlkit.formats.fitting import config_family
 from controlkit.formats.recognise import recognise
 from controlkit.formats.structure import (
-    CLASSES,
+    CLASS_NAMES,
     TEXT_FAMILIES,
     Config,
     Shapes,
     controlnet_config,
     union_config,
 )
-from controlkit.formats.structure_others import t2i_config, xs_config
+from controlkit.formats.structure_others import check_t2i, t2i_config, xs_config
 from controlkit.formats.weight_file import (
     FLOATS,
     Stored,
@@ -95,7 +95,7 @@ class AdapterFile:
     @property
     def class_name(self) -> str | None:
         """diffusers' class for it; None where it has none."""
-        return CLASSES.get(self.kind)
+        return CLASS_NAMES.get(self.kind)
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by the network's names, on the CPU, in the file's precision.
@@ -120,9 +120,9 @@ def open_adapter_file(path: str | os.PathLike[str]) -> AdapterFile:
     entries = {name: weights.entries[key] for key, name in names.items()}
     _check_floats(entries, found)
     info, structure = read_description(weights.metadata, found)
-    own = structure or _config_beside(found, CLASSES.get(kind))
+    own = structure or _config_beside(found, CLASS_NAMES.get(kind))
     config = _config(kind, Shapes(entries, found), own)
-    family = _family(kind, config, entries)
+    family = _family(kind, config, entries) or (info.family if info else "")
     return AdapterFile(
         weights,
         kind,
@@ -161,11 +161,16 @@ def _config_beside(file: Path, class_name: str | None) -> Config:
 def _config(kind: str, shapes: Shapes, own: Config) -> Config:
     if kind == "control-lora":
         channels = shapes.size("input_hint_block.0.weight", 1)  # the rest is its base's
-        return {"_class_name": CLASSES[kind], "conditioning_channels": channels, **own}
+        return {"_class_name": CLASS_NAMES[kind], "conditioning_channels": channels, **own}
     if kind not in _CONFIGS:
         return dict(own)
     told = {key: value for key, value in own.items() if not key.startswith("_")}
-    return {"_class_name": CLASSES[kind], **_CONFIGS[kind](shapes), **told}
+    read = _CONFIGS[kind](shapes)
+    if kind == "t2i-adapter" and told:
+        check_t2i(told, shapes)
+        return {"_class_name": CLASS_NAMES[kind], **read, **told}
+    # What shapes tell is certain; of the rest they tell nothing.
+    return {"_class_name": CLASS_NAMES[kind], **told, **read}
 
 
 def _family(kind: str, config: Config, entries: Mapping[str, Stored]) -> str:

@@ -21,6 +21,15 @@ from controlkit.formats.weight_file import Stored
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
 
+_REFUSALS = (
+    ValueError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    AttributeError,
+    AssertionError,
+    RuntimeError,
+)
 Builder = Callable[[AdapterFile, "UNet2DConditionModel | None"], nn.Module]
 
 
@@ -64,7 +73,8 @@ def full_config(file: AdapterFile, unet: Mapping[str, Any] | None) -> dict[str, 
 def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
     """Raise ValueError naming the first tensor with a number that is not finite."""
     for key, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
+        values = tensor.float() if tensor.element_size() == 1 else tensor  # 8-bit floats cannot be asked
+        if not torch.isfinite(values).all():
             raise ValueError(f"{where}: the weights in {key} are not all finite numbers")
 
 
@@ -76,7 +86,7 @@ def assemble(
     try:
         with torch.device("meta"):
             network: nn.Module = cls(**config)
-    except (ValueError, TypeError, LookupError, ArithmeticError, AssertionError) as error:
+    except _REFUSALS as error:
         raise ValueError(f"{where}: cannot build {class_name} of its sizes: {error}") from error
     wanted = network.state_dict()
     state = {key: _projection(tensor, wanted.get(key)) for key, tensor in state.items()}
@@ -144,7 +154,10 @@ def _control_lora(file: AdapterFile, unet: UNet2DConditionModel | None) -> nn.Mo
     of_base = _state_of(unet, file)
     assert unet is not None
     expand = importlib.import_module("controlkit.formats.control_lora").expand
-    state: dict[str, Tensor] = expand(file.tensors(), of_base)
+    try:
+        state: dict[str, Tensor] = expand(file.tensors(), of_base)
+    except ValueError as error:
+        raise ValueError(f"{file.path}: {error}") from error
     entries = {key: Stored("F32", tuple(tensor.shape)) for key, tensor in state.items()}
     config = with_untold(controlnet_config(Shapes(entries, file.path)), unet.config)
     return assemble("ControlNetModel", config, state, file.path)

@@ -111,7 +111,9 @@ def read_description(metadata: Mapping[str, str], where: object) -> tuple[Adapte
         return None, {}
     try:
         described = json.loads(text)
-        return _info_from_json(described), dict(described.get(STRUCTURE_KEY) or {})
+        info = _info_from_json(described)
+        _check_types(info)
+        return info, dict(described.get(STRUCTURE_KEY) or {})
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{where}: its {METADATA_KEY} description cannot be read: {error}") from error
 
@@ -138,6 +140,17 @@ def _info_from_json(described: Mapping[str, Any]) -> AdapterInfo:
     low, high = spec.get("range", MapSpec.range)
     map_spec = MapSpec(**{key: spec[key] for key in _names(MapSpec) if key in spec} | {"range": (low, high)})
     return AdapterInfo(map=map_spec, **known)
+
+
+def _check_types(info: AdapterInfo) -> None:
+    """Raise TypeError for a field of another type than ours."""
+    for thing, default in ((info, AdapterInfo()), (info.map, MapSpec())):
+        for name in _names(type(thing)):
+            wanted = type(getattr(default, name))
+            if not isinstance(getattr(thing, name), wanted):
+                raise TypeError(f"{name} must be a {wanted.__name__}")
+    if not all(isinstance(value, int | float) for value in info.map.range):
+        raise TypeError("range must be two numbers")
 
 
 def _names(cls: type) -> list[str]:

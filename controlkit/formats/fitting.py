@@ -48,7 +48,8 @@ def check_sizes(config: Mapping[str, Any], base: BaseStructure, *, name: str) ->
     own = _wanted(config, base)
     different = [key for key in own if plain(config.get(key)) != plain(own[key])]
     family = config_family(config)
-    if not different and family in ("", base.family):
+    reads_text = config.get("_class_name") != "T2IAdapter"  # what does not fits any base of its sizes
+    if not different and (not reads_text or family == base.family):
         return
     adapter_sizes = ", ".join(f"{key} {plain(config.get(key))}" for key in different) or "other attention"
     base_sizes = ", ".join(f"{key} {plain(own[key])}" for key in different) or "its own"
@@ -81,8 +82,10 @@ def _wanted(config: Mapping[str, Any], base: BaseStructure) -> dict[str, Any]:
     unet = base.unet
     widths = list(unet["block_out_channels"])
     match config.get("_class_name", "ControlNetModel"):
-        case "T2IAdapter" if base.family == "sdxl":  # with a level more than the U-Net, for its mid block
-            return {"adapter_type": "full_adapter_xl", "channels": [*widths, widths[-1]]}
+        case "T2IAdapter" if "CrossAttn" not in unet["down_block_types"][0]:
+            # As SDXL's: the first features come in where the size is halved, the last at the mid block.
+            channels = [*widths, widths[-1]] if len(widths) == 3 else widths[:3]
+            return {"adapter_type": "full_adapter_xl", "channels": channels}
         case "T2IAdapter":
             light = config.get("adapter_type") == "light_adapter"
             kind = "light_adapter" if light else "full_adapter"

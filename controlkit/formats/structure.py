@@ -13,7 +13,7 @@ from typing import Any
 from controlkit.families import family_of
 from controlkit.formats.weight_file import Stored
 
-CLASSES: Mapping[str, str] = {
+CLASS_NAMES: Mapping[str, str] = {
     "controlnet": "ControlNetModel",
     "controlnet-difference": "ControlNetModel",
     "control-lora": "ControlNetModel",

@@ -44,6 +44,19 @@ def t2i_config(shapes: Shapes) -> Config:
     }
 
 
+def check_t2i(config: Mapping[str, Any], shapes: Shapes) -> None:
+    """Raise ValueError for what a file says of itself, where it could not be a T2I-Adapter's configuration.
+
+    It goes before `t2i_config`, which cannot tell four grey maps at once from one of SDXL's.
+    """
+    channels = config.get("channels")
+    widths = list(channels) if isinstance(channels, list | tuple) else [channels]
+    numbers = [config.get("in_channels"), config.get("downscale_factor"), *widths]
+    kinds = ("full_adapter", "full_adapter_xl", "light_adapter")
+    if config.get("adapter_type") not in kinds or not all(type(number) is int for number in numbers):
+        raise ValueError(f"{shapes.where}: the configuration that it has of itself is no T2I-Adapter's")
+
+
 def xs_config(shapes: Shapes) -> Config:
     """A ControlNet-XS's configuration (Zavadski et al. 2023, arXiv:2312.06573), of diffusers' class.
 

@@ -15,7 +15,7 @@ from controlkit.folders import write_weights
 from controlkit.formats import keys, t2i_keys
 from controlkit.formats.building import check_finite, first_of
 from controlkit.formats.description import AdapterInfo, header_entries
-from controlkit.formats.structure import CLASSES
+from controlkit.formats.structure import CLASS_NAMES
 
 LAYOUTS: Mapping[str, str] = {
     "diffusers": "a folder, as diffusers saves it",
@@ -26,7 +26,7 @@ LAYOUTS: Mapping[str, str] = {
 SUFFIX = ".safetensors"
 
 # A difference and a Control-LoRA become a ControlNet, which stands first in the table.
-_KINDS = {name: kind for kind, name in reversed(list(CLASSES.items()))}
+_KINDS = {name: kind for kind, name in reversed(list(CLASS_NAMES.items()))}
 
 
 def kind_of(network: nn.Module) -> str:
