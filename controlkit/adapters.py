@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from controlkit import files
+from controlkit import files, known_adapters
 from controlkit.base import BUNDLED as BUNDLED_BASES
 from controlkit.base import Base
 from controlkit.class_labels import check_labels_fit
@@ -35,7 +35,6 @@ from controlkit.formats.fitting import BaseStructure, check_kind_fits, check_siz
 from controlkit.formats.hashing import check_hash
 from controlkit.formats.structure import CLASS_NAMES
 from controlkit.kinds import kind_of
-from controlkit.known_adapters import default_for, find
 from controlkit.naming import unknown
 
 if TYPE_CHECKING:
@@ -59,11 +58,13 @@ def default_adapter(kind: str, base: Base) -> str:
 
     Raises ValueError for a kind that has none.
     """
-    if base.name not in BUNDLED_BASES:
-        return default_for(kind, base.family)
-    if kind not in BUNDLED_ADAPTERS:
-        raise unknown(f"control for the base {base.name}", kind, BUNDLED_ADAPTERS)
-    return kind
+    names = {name: name for name in BUNDLED_ADAPTERS} if base.name in BUNDLED_BASES else None
+    known = {kind: adapter.name for kind, adapter in known_adapters.defaults(base.family).items()}
+    choices = names or known
+    wanted = known_adapters.same_kind(kind)
+    if wanted not in choices:
+        raise unknown(f"control for the base {base.name}", kind, choices)
+    return choices[wanted]
 
 
 def load_adapter(
@@ -242,11 +243,9 @@ def _adapter_config(folder: Path) -> dict[str, Any]:
 
 
 def _published_map(repo_id: str) -> MapSpec | None:
-    """The map of a well-known adapter, whose file does not describe it; None for any other name."""
-    known = find(repo_id)
-    if known is None or "," in known.kind:
-        return None
-    return MAPS.get(known.kind, MapSpec(known.kind))
+    """The map of an adapter of the table, whose file does not describe it; None for any other name."""
+    known = known_adapters.find(repo_id)
+    return known.map if known and known.map.kind else None
 
 
 def _load_network(folder: Path, *, dtype: torch.dtype) -> ControlNetModel:

@@ -751,36 +751,33 @@ def info(
         print(line)
 
 
-@app.command(
-    epilog="Example:  controlkit transfer canny.safetensors --from sd15 --to my-base -o moved.safetensors"
-)
-def transfer(
-    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="A ControlNet: file, folder or hub id.")],
-    old: Annotated[str, _option("BASE", "The base that it was trained on.", "--from")],
-    new: Annotated[str, _option("BASE", "Another base of the family.", "--to")],
-    output: Annotated[str, _option("OUT", "A .safetensors file, or a folder.", "-o", "--output")],
+@app.command(epilog="Example:  controlkit models --base sd15 --kind depth")
+def models(
+    base: Annotated[Text, _option("NAME", "Those for this base alone.")] = None,
+    kind: Annotated[Text, _option("KIND", "Those for this kind of map alone.")] = None,
 ) -> None:
-    """Carry a ControlNet over to another base: what it learned is added to the other base's weights."""
-    from controlkit import transfer_job
+    """List the adapters on the hub that are known by name, and which of them are in the cache."""
+    from controlkit import models_job
 
-    with _terminal() as terminal:
-        plan = transfer_job.plan(adapter, output, old=old, new=new)
-        lines = transfer_job.run(plan, terminal)
-    for line in lines:
+    for line in models_job.table(base=base, kind=kind):
         print(line)
 
 
-@app.command(epilog="Example:  controlkit models --base sdxl --kind openpose")
-def models(
-    base: Annotated[
-        Text, _option("NAME", "Those for this base: sd15, sd21, sdxl, or one that is here.")
-    ] = None,
-    kind: Annotated[Text, _option("KIND", "For this kind of map.")] = None,
+@app.command(epilog="Example:  controlkit transfer canny.safetensors --from sd15 --to my-base -o canny-mine")
+def transfer(
+    adapter: Annotated[str, typer.Argument(metavar="FILE", help="A file, a folder or a hub id.")],
+    old: Annotated[str, _option("BASE", "The base that it was trained on.", "--from")],
+    new: Annotated[str, _option("BASE", "The base that it shall fit, of the same family.", "--to")],
+    output: Annotated[str, _option("OUT", "A folder, or a .safetensors file.", "-o", "--output")],
+    dtype: Annotated[Text, _option("TYPE", "fp16, bf16 or fp32.  [default: the file's]")] = None,
 ) -> None:
-    """List well-known adapters: what they follow, their licence, and which are downloaded already."""
-    from controlkit import models_job
+    """Carry a ControlNet over to another base of its family."""
+    from controlkit import transfer_job
 
-    for line in models_job.run(base=base, kind=kind):
+    with _terminal() as terminal:
+        plan = transfer_job.plan(adapter, output, old=old, new=new, dtype=dtype)
+        lines = transfer_job.run(plan, terminal)
+    for line in lines:
         print(line)
 
 

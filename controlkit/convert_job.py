@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,8 +57,7 @@ def plan(
     """
     if to not in LAYOUTS:
         raise naming.unknown("layout", to, LAYOUTS)
-    if dtype is not None and dtype not in DTYPES:
-        raise naming.unknown("precision", dtype, DTYPES)
+    precision = check_precision(dtype)
     if rank is not None and to != "control-lora":
         raise ValueError(f"--rank {rank} is a Control-LoRA's: it needs --to control-lora")
     limits.check_rank(DEFAULT_RANK if rank is None else rank)
@@ -75,7 +73,7 @@ def plan(
         raise ValueError(f"cannot write {output}: pickles are only read; name it .safetensors")
     check_apart(source, path)
     files.check_writable(path, folder=to == "diffusers")
-    return Plan(source, path, to, DTYPES.get(dtype or "", ""), base, DEFAULT_RANK if rank is None else rank)
+    return Plan(source, path, to, precision, base, DEFAULT_RANK if rank is None else rank)
 
 
 def run(plan: Plan, report: Report) -> list[str]:
@@ -101,6 +99,13 @@ def run(plan: Plan, report: Report) -> list[str]:
         "use it with:",
         f"  {how_to_use_file(written, str(plan.output), plan.base)}",
     ]
+
+
+def check_precision(dtype: str | None) -> str:
+    """torch's name of a precision of `DTYPES`; "" for None. Raises ValueError for an unknown one."""
+    if dtype is not None and dtype not in DTYPES:
+        raise naming.unknown("precision", dtype, DTYPES)
+    return DTYPES.get(dtype or "", "")
 
 
 def check_apart(source: str, output: Path) -> None:
@@ -137,7 +142,8 @@ def _write(plan: Plan, file: AdapterFile, network: nn.Module, unet: Any) -> list
         return []
     if writing.kind_of(network) != "controlnet":
         raise ValueError(f"{plan.source} is a {type(network).__name__}: only a ControlNet has a Control-LoRA")
-    control_lora = importlib.import_module("controlkit.formats.control_lora")
+    from controlkit.formats import control_lora
+
     whole, trunk = network.state_dict(), unet.state_dict()
     tensors = control_lora.reduce(whole, trunk, plan.rank)
     tensors = {key: tensor.to(dtype).contiguous() for key, tensor in tensors.items()}

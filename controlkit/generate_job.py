@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from controlkit import images, infotext, naming, preprocessors
+from controlkit import images, infotext, known_adapters, naming, preprocessors
 from controlkit.generate_plan import INPAINT, PREVIEW_CHUNK, Beginning, Plan, Source, adapted, versions
 from controlkit.generate_plan import plan as plan
 from controlkit.infotext import PictureRecord
-from controlkit.known_adapters import ALIKE
 from controlkit.settings import shared
 from controlkit.startup import nothing_collected
 
@@ -79,22 +78,22 @@ class Session:
 
         by_clip: a CLIP guides, whether or not it does in the first picture.
         """
+        for source in job.sources:
+            record = source.record
+            known_adapters.check(record.kind, record.adapter, job.options.base)
         report.status(f"loading the libraries and the base {job.options.base}")
         from controlkit.adapters import check_adapter
         from controlkit.base import check_base
         from controlkit.clip_guidance import check_clip
-        from controlkit.models_job import check_combination
 
         clip = job.options.clip if job.options.clip_guidance or by_clip else ""
         if job.options.clip and (clip or "clip" in job.given):
             check_clip(job.options.clip)
-        for source in job.sources:
-            check_combination(source.record.kind, source.record.adapter, job.options.base)
         check_base(job.options.base)
         job.additions.check_names()
-        for source in job.sources:  # before gigabytes of base are downloaded or loaded
+        for source in job.sources:
             if source.record.adapter:
-                check_adapter(source.record.adapter)
+                check_adapter(source.record.adapter)  # before gigabytes of base are downloaded or loaded
         device, dtype = pick_device(job.options.device, job.options.dtype, base=job.options.base)
         self.job, self.report = job, report
         rests = bool(job.options.memory) or job.options.memory_limit is not None
@@ -379,7 +378,8 @@ def _adapters(sources: Sequence[Source], base: Base, report: Report, *, rests: b
             report.status(f"loading the {record.kind} adapter {record.adapter}")
             loaded[record.adapter] = _adapter(record.adapter, base, rests=rests)
         learned = loaded[record.adapter].info.map.kind
-        if learned and ALIKE.get(record.kind, record.kind) not in learned.split(" + "):
+        followed = {known_adapters.same_kind(kind) for kind in learned.split(" + ")}
+        if learned and known_adapters.same_kind(record.kind) not in followed:
             warnings.warn(
                 f"adapter {record.adapter} learned to follow {learned} maps, not {record.kind}", stacklevel=2
             )

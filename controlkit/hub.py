@@ -31,15 +31,15 @@ def find_folder(
     files: Sequence[str],
     bundled: Mapping[str, Path],
     aliases: Mapping[str, str] | None = None,
-    revisions: Mapping[str, str] | None = None,
+    revision: str | None = None,
 ) -> Path:
     """The local folder of a model: bundled, given as a path, in the hub's cache, or downloaded into it.
 
     ``what`` names the kind of model in messages ("base"). ``top_file`` is a file at the top of its folder,
     or several, of which one is there.
     ``complete`` says whether a cached copy has all that is needed; the rest of an incomplete one is
-    downloaded. ``files`` are the patterns to download. ``aliases`` maps short names to hub ids, ``revisions``
-    hub ids to the commits to take of them; what is cached of another one is taken as it is.
+    downloaded. ``files`` are the patterns to download. ``aliases`` maps short names to hub ids.
+    ``revision``: a commit, or None for the newest, whose cached copy serves for all.
 
     Raises ValueError, one line within about 5 seconds, when there is no such model: it names the id, the
     cache's path and why the hub could not help.
@@ -47,10 +47,9 @@ def find_folder(
     place = _place(name_or_path, what=what, bundled=bundled, aliases=aliases or {})
     if isinstance(place, Path):
         return place
-    revision = (revisions or {}).get(place)
     partial = False
-    for wanted in (revision, None) if revision else (None,):
-        cached = _cached_folder(place, top_file, wanted)
+    for commit in dict.fromkeys((revision, None)):
+        cached = _cached_folder(place, top_file, commit)
         if cached is not None and complete(cached):
             return cached
         partial = partial or cached is not None
@@ -64,11 +63,14 @@ def check_exists(
     top_file: str | Sequence[str],
     bundled: Mapping[str, Path],
     aliases: Mapping[str, str] | None = None,
+    revision: str | None = None,
 ) -> None:
     """Raise the error of `find_folder` for a name that leads nowhere, and download nothing."""
     place = _place(name_or_path, what=what, bundled=bundled, aliases=aliases or {})
-    if not isinstance(place, Path) and _cached_folder(place, top_file) is None:
-        answer = _ask_briefly(place)
+    if isinstance(place, Path):
+        return
+    if all(_cached_folder(place, top_file, commit) is None for commit in (revision, None)):
+        answer = _ask_briefly(place, revision)
         if isinstance(answer, str):
             raise _no_model(place, answer, what=what, partial=False, bundled=bundled)
 
@@ -223,15 +225,15 @@ def _download(
     what: str,
     partial: bool,
     bundled: Collection[str],
-    revision: str | None,
+    revision: str | None = None,
 ) -> Path:
     from huggingface_hub import snapshot_download
 
     answer = _ask_briefly(repo_id, revision)
     if not isinstance(answer, str):
         try:
-            wanted = wanted_files(answer, files)
-            return Path(snapshot_download(repo_id, revision=revision, allow_patterns=wanted))
+            given = wanted_files(answer, files)
+            return Path(snapshot_download(repo_id, revision=revision, allow_patterns=given))
         except _network_errors() as error:
             answer = f"the download failed: {first_sentence(error)}"
     raise _no_model(repo_id, answer, what=what, partial=partial, bundled=bundled)

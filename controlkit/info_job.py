@@ -110,7 +110,7 @@ def how_to_use_file(file: AdapterFile, name: str, base: str | None) -> str:
     """The command that uses a file; KIND stands for its map's kind where the file does not say."""
     own = file.info.base if file.info.base in (*BUNDLED, *ALIASES) else ""
     where = base or own or _USUAL_BASES.get(file.family, "sd15")
-    return how_to_use(file.info.map.kind or "KIND", name, where)
+    return how_to_use(file.info.map.kind.split(" + ")[0] or "KIND", name, where)
 
 
 def _misfit(file: AdapterFile, base: BaseStructure, name: str) -> str:

@@ -1,196 +1,245 @@
-"""Well-known adapters of the hub: which kind of map each follows, on which family, under which licence.
+"""Adapters on the hub that are known by name: what each is for, what its map is, and under which licence.
 
-`controlkit models` prints this table, and `default_for` chooses from it where `generate` is given a kind of
-map alone. A revision is a commit of the repository that holds its weights, as its public history shows;
-where none is given, the newest is taken. Licences are those of the repositories' cards, as the hub shows
-them; "" where that was not to be seen. What the maps look like: `formats.description.MAPS`.
+Of a family's adapters for a kind of map the first is the one that is used when none is named. What stands
+here was read on the models' pages; a revision stands only where a page showed the commit with its files.
+Needs no torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 
-from controlkit.naming import unknown
+from controlkit.families import ALIASES, BUNDLED, FAMILY_TITLES, family_of
+from controlkit.folders import read_json
+from controlkit.formats.description import MAPS as STANDARD_MAPS
+from controlkit.formats.description import MapSpec
 
-FAMILY_NAMES = {"sd1": "SD 1.5", "sd2": "SD 2.1", "sdxl": "SDXL"}
+_POSE = replace(STANDARD_MAPS["openpose"], draw_style="")  # where nobody says how it was drawn
+_INPAINT = MapSpec("inpaint", range=(-1.0, 1.0), polarity="hole-is-minus-one")
+_MAPS: Mapping[str, MapSpec] = {
+    **STANDARD_MAPS,
+    "softedge": MapSpec("softedge", polarity="white-on-black"),
+    "scribble": MapSpec("scribble", polarity="white-on-black"),
+    "lineart": MapSpec("lineart", polarity="white-on-black"),
+    "lineart_anime": MapSpec("lineart_anime", polarity="white-on-black"),
+    "mlsd": MapSpec("mlsd", polarity="white-on-black"),
+    "normalbae": MapSpec("normalbae", polarity="red-left green-up blue-to-viewer"),
+    "seg": MapSpec("seg", polarity="colours-of-ade20k"),
+    "inpaint": _INPAINT,
+    "tile": MapSpec("tile", polarity="the-picture"),
+    "shuffle": MapSpec("shuffle", polarity="the-picture"),
+    "ip2p": MapSpec("ip2p", polarity="the-picture"),
+}
+_SAME_AS: Mapping[str, str] = {  # preprocessors of one kind of map
+    **dict.fromkeys(("hed", "pidinet"), "softedge"),
+    **dict.fromkeys(("leres", "midas", "zoe"), "depth"),
+    "lineart_standard": "lineart",
+    "normal": "normalbae",  # of the same colours
+}
+_ALIAS_FAMILIES: Mapping[str, str] = {"sd15": "sd1", "sd21": "sd2", "sdxl": "sdxl"}
 
 
 @dataclass(frozen=True)
-class Known:
-    """One adapter: a hub id, and a revision to pin. default: taken for its kind where none is named."""
+class KnownAdapter:
+    """One adapter of the table.
+
+    ``name``: its hub id. ``family``: of the bases that it is for. ``network``: a kind of
+    `formats.recognise.KINDS`. ``licence``: as its page names it. ``revision``: a full commit, or "" for the
+    newest. ``format``: "diffusers" is a folder. ``note``: what else a user should know.
+    """
 
     name: str
     family: str
-    kind: str
+    map: MapSpec
+    licence: str
     network: str = "controlnet"
-    licence: str = ""
     revision: str = ""
-    default: bool = False
+    format: str = "diffusers"
     note: str = ""
 
 
-def _v11(kind: str, name: str, revision: str = "", note: str = "") -> Known:
-    return Known(f"lllyasviel/{name}", "sd1", kind, "controlnet", "openrail", revision, True, note)
+def _sd1(
+    name: str, kind: str, note: str = "", *, revision: str = "", spec: MapSpec | None = None
+) -> KnownAdapter:
+    of_map = spec or _MAPS[kind]
+    return KnownAdapter(f"lllyasviel/{name}", "sd1", of_map, "openrail", revision=revision, note=note)
 
 
-def _v10(kind: str, name: str, note: str = "") -> Known:
-    return Known(f"lllyasviel/sd-controlnet-{name}", "sd1", kind, "controlnet", "openrail", note=note)
+def _sd2(kind: str, revision: str, spec: MapSpec) -> KnownAdapter:
+    name = f"thibaud/controlnet-sd21-{kind}-diffusers"
+    return KnownAdapter(name, "sd2", spec, "other", revision=revision, note="licence: its preprocessor's")
 
 
-def _sd21(kind: str, name: str, revision: str = "", *, default: bool = True, note: str = "") -> Known:
-    full = f"thibaud/controlnet-sd21-{name}-diffusers"
-    return Known(full, "sd2", kind, "controlnet", "other", revision, default, note)
-
-
-def _t2i(family: str, kind: str, name: str, note: str = "") -> Known:
-    return Known(f"TencentARC/{name}", family, kind, "t2i-adapter", "apache-2.0", note=note)
-
-
-KNOWN: tuple[Known, ...] = (
-    # ControlNet 1.1 for SD 1.5: its poses are drawn as `preprocess openpose` draws them.
-    _v11("canny", "control_v11p_sd15_canny", "115a470d547982438f70198e353a921996e2e819"),
-    _v11("openpose", "control_v11p_sd15_openpose", "db722b9b8571c5cf3b1353d0f4d887060b8ae678"),
-    _v11("depth", "control_v11f1p_sd15_depth", note="the one without f1 was withdrawn"),
-    _v11("softedge", "control_v11p_sd15_softedge"),
-    _v11("scribble", "control_v11p_sd15_scribble"),
-    _v11("lineart", "control_v11p_sd15_lineart"),
-    _v11("lineart_anime", "control_v11p_sd15s2_lineart_anime"),
-    _v11("mlsd", "control_v11p_sd15_mlsd"),
-    _v11("normal", "control_v11p_sd15_normalbae", note="blue to the viewer, red left, green up"),
-    _v11("seg", "control_v11p_sd15_seg", note="colours of ADE20K and COCO"),
-    _v11("inpaint", "control_v11p_sd15_inpaint", note="the hole is -1"),
-    _v11("tile", "control_v11f1e_sd15_tile", note="the picture itself, small or blurred"),
-    _v11("shuffle", "control_v11e_sd15_shuffle", note="style without layout"),
-    _v11("ip2p", "control_v11e_sd15_ip2p", note="the picture itself; the prompt says what to change"),
-    # ControlNet 1.0 for SD 1.5
-    _v10("canny", "canny"),
-    _v10("openpose", "openpose", "poses drawn in style v1.0"),
-    _v10("depth", "depth"),
-    _v10("softedge", "hed"),
-    _v10("scribble", "scribble"),
-    _v10("mlsd", "mlsd"),
-    _v10("normal", "normal", "of MiDaS, by other conventions than 1.1"),
-    _v10("seg", "seg", "colours of ADE20K"),
-    # SD 2.1
-    _sd21("canny", "canny", "9c3106f9154d708550f2c83d231fbd648da7b670"),
-    _sd21("openpose", "openpose", "70ba4e452ee9e331e006340744a1ed150262ca98"),
-    _sd21("openpose", "openposev2", default=False),
-    _sd21("depth", "depth", "d09d674d3cc5e9ccbcb85a64fa6841e07582ebd6"),
-    _sd21("depth", "zoedepth", default=False),
-    _sd21("softedge", "hed"),
-    _sd21("scribble", "scribble"),
-    _sd21("lineart", "lineart"),
-    _sd21("normal", "normalbae"),
-    _sd21("seg", "ade20k", note="colours of ADE20K"),
-    _sd21("color", "color", note="the picture in a grid of colours"),
-    # SDXL
-    Known(
-        "diffusers/controlnet-canny-sdxl-1.0",
-        "sdxl",
-        "canny",
-        licence="openrail++",
-        revision="e04b87383a6ed517185cfa46b5b4f39a0b25c68f",
-        default=True,
-    ),
-    Known(
-        "diffusers/controlnet-depth-sdxl-1.0",
-        "sdxl",
-        "depth",
-        licence="openrail++",
-        revision="26144a77791daea774e4761cb6e5bf19d11c822f",
-        default=True,
-    ),
-    Known("thibaud/controlnet-openpose-sdxl-1.0", "sdxl", "openpose", licence="other", default=True),
-    Known("xinsir/controlnet-openpose-sdxl-1.0", "sdxl", "openpose", licence="apache-2.0"),
-    Known("xinsir/controlnet-canny-sdxl-1.0", "sdxl", "canny"),
-    Known("xinsir/controlnet-scribble-sdxl-1.0", "sdxl", "scribble", default=True),
-    Known(
-        "xinsir/controlnet-union-sdxl-1.0",
-        "sdxl",
-        "openpose, depth, softedge, canny, normal, seg",
-        "controlnet-union",
-        "apache-2.0",
-        note="one network, told the kind",
-    ),
-    Known("diffusers/controlnet-canny-sdxl-1.0-small", "sdxl", "canny", licence="openrail++"),
-    # T2I-Adapters
-    _t2i("sd1", "canny", "t2iadapter_canny_sd15v2", "of one channel"),
-    _t2i("sd1", "depth", "t2iadapter_depth_sd15v2"),
-    _t2i("sdxl", "canny", "t2i-adapter-canny-sdxl-1.0"),
-    _t2i("sdxl", "scribble", "t2i-adapter-sketch-sdxl-1.0"),
-)
-ALIKE = {
-    **dict.fromkeys(("hed", "pidinet"), "softedge"),
-    **dict.fromkeys(("midas", "zoe", "leres"), "depth"),
-    "lineart_standard": "lineart",
-    "normalbae": "normal",
-}
-"""Kinds of maps that adapters of another kind follow, too."""
-REVISIONS = {known.name: known.revision for known in KNOWN if known.revision}
-
-
-def find(name: str) -> Known | None:
-    """The entry of a hub id, if it is in the table."""
-    return next((known for known in KNOWN if known.name == name), None)
-
-
-def matching(*, family: str = "", kind: str = "") -> list[Known]:
-    """The entries for a family, a kind of map, or both.
-
-    Raises ValueError for a kind that no entry has.
-    """
-    kind = ALIKE.get(kind, kind)
-    kinds = sorted({part for known in KNOWN for part in known.kind.split(", ")})
-    if kind and kind not in kinds:
-        raise unknown("kind of map", kind, kinds)
-    return [
-        known
-        for known in KNOWN
-        if family in ("", known.family) and (not kind or kind in known.kind.split(", "))
-    ]
-
-
-def default_for(kind: str, family: str) -> str:
-    """The hub id for a kind of map on a family. Raises ValueError, with what there is, where it has none."""
-    choices = {known.kind: known.name for known in KNOWN if known.default and known.family == family}
-    kind = ALIKE.get(kind, kind)
-    if kind not in choices:
-        raise unknown(f"control for {FAMILY_NAMES[family]}", kind, choices)
-    return choices[kind]
-
-
-def check_combination(kind: str, adapter: str, family: str) -> None:
-    """Raise ValueError for a known adapter of another family, naming what would fit.
-
-    kind: of the map. adapter: as it was asked for; "" for none, where the family has to have a default.
-    """
-    if not adapter:
-        default_for(kind, family)
-        return
-    known = find(adapter)
-    if known is None or known.family == family:
-        return
-    kind = ALIKE.get(kind, kind)
-    fitting = [other.name for other in KNOWN if other.family == family and kind in other.kind.split(", ")]
-    instead = f"; for it there is {fitting[0]}" if fitting else ""
-    raise ValueError(
-        f"{adapter} is for {FAMILY_NAMES[known.family]}, and the base is {FAMILY_NAMES[family]}{instead}"
+def _t2i(name: str, spec: MapSpec, revision: str = "") -> KnownAdapter:
+    return KnownAdapter(
+        f"TencentARC/t2i-adapter-{name}-sdxl-1.0", "sdxl", spec, "apache-2.0", "t2i-adapter", revision
     )
 
 
-def table(entries: Sequence[Known], cached: Sequence[bool]) -> Iterator[str]:
-    """Lines of the table, aligned; those in the cache are marked."""
-    rows = [("family", "kind", "network", "licence", "revision", "", "name")]
-    for known, there in zip(entries, cached, strict=True):
-        revision = known.revision[:7] or "main"
-        mark = ("default" if known.default else "") + (" cached" if there else "")
-        name = known.name + (f"  ({known.note})" if known.note else "")
-        licence = known.licence or "see its card"
-        rows.append(
-            (FAMILY_NAMES[known.family], known.kind, known.network, licence, revision, mark.strip(), name)
+_V11_EDGES = "v1.1 comes first: trained with random thresholds, so that it fits ours at any setting"
+_V11_POSE = "v1.1 comes first: its drawing style is the one that our poses are drawn in"
+_V11_DEPTH = "v1.1 comes first: trained on MiDaS, LeReS and Zoe depths, and so on more than one estimator's"
+_V11_LINES = "v1.1 comes first: white on black, as our preprocessors draw"
+
+KNOWN: tuple[KnownAdapter, ...] = (
+    _sd1("control_v11p_sd15_canny", "canny", _V11_EDGES, revision="115a470d547982438f70198e353a921996e2e819"),
+    _sd1("sd-controlnet-canny", "canny", "v1.0"),
+    _sd1(
+        "control_v11p_sd15_openpose",
+        "openpose",
+        _V11_POSE,
+        revision="db722b9b8571c5cf3b1353d0f4d887060b8ae678",
+    ),
+    _sd1("sd-controlnet-openpose", "openpose", "v1.0", spec=replace(_POSE, draw_style="v1.0")),
+    _sd1("control_v11f1p_sd15_depth", "depth", _V11_DEPTH),
+    _sd1("sd-controlnet-depth", "depth", "v1.0"),
+    _sd1("control_v11p_sd15_softedge", "softedge", revision="b5bcad0c48e9b12f091968cf5eadbb89402d6bc9"),
+    _sd1("control_v11p_sd15_scribble", "scribble", _V11_LINES),
+    _sd1("sd-controlnet-scribble", "scribble", "v1.0"),
+    _sd1("control_v11p_sd15_lineart", "lineart"),
+    _sd1("control_v11p_sd15s2_lineart_anime", "lineart_anime"),
+    _sd1("control_v11p_sd15_mlsd", "mlsd", _V11_LINES),
+    _sd1("sd-controlnet-mlsd", "mlsd", "v1.0"),
+    _sd1("control_v11p_sd15_normalbae", "normalbae"),
+    _sd1("control_v11p_sd15_seg", "seg"),
+    _sd1("control_v11f1e_sd15_tile", "tile", "the picture itself, small or blurred"),
+    KnownAdapter("TencentARC/t2iadapter_depth_sd15v2", "sd1", _MAPS["depth"], "apache-2.0", "t2i-adapter"),
+    _sd1("control_v11p_sd15_inpaint", "inpaint", "needs a hole: --from PICTURE --mask MASK"),
+    _sd1("control_v11e_sd15_shuffle", "shuffle", "acts on the picture as a whole"),
+    _sd1("control_v11e_sd15_ip2p", "ip2p", "the prompt is an instruction"),
+    _sd2("canny", "9c3106f9154d708550f2c83d231fbd648da7b670", _MAPS["canny"]),
+    _sd2("openpose", "70ba4e452ee9e331e006340744a1ed150262ca98", _POSE),
+    _sd2("depth", "d09d674d3cc5e9ccbcb85a64fa6841e07582ebd6", _MAPS["depth"]),
+    KnownAdapter(
+        "diffusers/controlnet-canny-sdxl-1.0",
+        "sdxl",
+        _MAPS["canny"],
+        "openrail++",
+        revision="e04b87383a6ed517185cfa46b5b4f39a0b25c68f",
+    ),
+    KnownAdapter(
+        "xinsir/controlnet-canny-sdxl-1.0",
+        "sdxl",
+        _MAPS["canny"],
+        "apache-2.0",
+        revision="e5a0a3bf724a94427aa9cce75012c4a012f8b549",
+    ),
+    _t2i("canny", _MAPS["canny"], "c36ec1b4c025488a5b03d3af2399ddc3bf39f155"),
+    KnownAdapter("thibaud/controlnet-openpose-sdxl-1.0", "sdxl", _POSE, "other"),
+    KnownAdapter(
+        "xinsir/controlnet-openpose-sdxl-1.0",
+        "sdxl",
+        replace(_POSE, draw_style="xinsir"),
+        "apache-2.0",
+        note="trained on thicker lines than ours",
+    ),
+    _t2i("openpose", _POSE, "f90998885600ed3627cedc305316edff47b8b03f"),
+    KnownAdapter(
+        "diffusers/controlnet-depth-sdxl-1.0",
+        "sdxl",
+        _MAPS["depth"],
+        "openrail++",
+        revision="26144a77791daea774e4761cb6e5bf19d11c822f",
+    ),
+    KnownAdapter("xinsir/controlnet-depth-sdxl-1.0", "sdxl", _MAPS["depth"], "apache-2.0"),
+    _t2i("depth-midas", _MAPS["depth"], "c3307da33f4e7f0f9b30a92c3161c75897cff190"),
+    KnownAdapter(
+        "SargeZT/controlnet-sd-xl-1.0-softedge-dexined/controlnet-sd-xl-1.0-softedge-dexined.safetensors",
+        "sdxl",
+        _MAPS["softedge"],
+        "creativeml-openrail-m",
+        format="single",
+        note="trained on DexiNed edges, which none of our preprocessors draws",
+    ),
+    KnownAdapter("xinsir/controlnet-scribble-sdxl-1.0", "sdxl", _MAPS["scribble"], "apache-2.0"),
+    _t2i("sketch", _MAPS["scribble"]),
+    _t2i("lineart", _MAPS["lineart"]),
+    KnownAdapter("xinsir/controlnet-tile-sdxl-1.0", "sdxl", _MAPS["tile"], "apache-2.0"),
+    KnownAdapter(
+        "xinsir/controlnet-union-sdxl-1.0",
+        "sdxl",
+        MapSpec(),
+        "apache-2.0",
+        "controlnet-union",
+        note="one network for several kinds of maps",
+    ),
+)
+
+
+def same_kind(kind: str) -> str:
+    """The kind of map that a preprocessor makes: "depth" of "midas"."""
+    return _SAME_AS.get(kind, kind)
+
+
+def defaults(family: str) -> dict[str, KnownAdapter]:
+    """A family's adapters that are used when none is named, by the kind of map: ControlNets alone.
+
+    An inpainting one is always named: it follows no map of its own.
+    """
+    chosen: dict[str, KnownAdapter] = {}
+    for known in KNOWN:
+        usable = known.network == "controlnet" and known.format == "diffusers" and known.map != _INPAINT
+        if known.family == family and usable:
+            chosen.setdefault(known.map.kind, known)
+    return chosen
+
+
+def find(name: str) -> KnownAdapter | None:
+    """The adapter of the table with this hub id; None for any other name."""
+    return next((known for known in KNOWN if known.name == name), None)
+
+
+def revision_of(name: str) -> str | None:
+    """The commit at which an adapter of the table was looked at; None for the newest."""
+    known = find(name)
+    return known.revision or None if known else None
+
+
+def family_of_base(name: str) -> str:
+    """The family of a base, as far as it can be told without a download: "" where it cannot.
+
+    ``name``: of `load_base`. A short name is known here; a folder, a bundled base or a cached one says it in
+    its U-Net's configuration.
+    """
+    if name in _ALIAS_FAMILIES:
+        return _ALIAS_FAMILIES[name]
+    folder = Path(os.path.expanduser(str(BUNDLED.get(name, name))))
+    config: str | Path | None = folder / "unet" / "config.json"
+    if not os.path.isfile(str(config)):
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
+
+        try:
+            cached = try_to_load_from_cache(ALIASES.get(name, name), "unet/config.json")
+        except HFValidationError:  # no hub id: who loads it will say so
+            return ""
+        config = cached if isinstance(cached, str) else None
+    return family_of(read_json(Path(config))) if config else ""
+
+
+def check(kind: str, adapter: str, base: str) -> None:
+    """Raise ValueError, before anything is loaded or downloaded, where an adapter cannot fit a base.
+
+    ``adapter``: a name, or "" for the table's own. That is a kind that the base's family has none for, and an
+    adapter of the table that is for another family; the message names what would fit.
+    """
+    family = "" if base in BUNDLED else family_of_base(base)
+    if not family:
+        return
+    ours = defaults(family)
+    fitting = ours.get(same_kind(kind))
+    if not adapter and fitting is None:
+        raise ValueError(
+            f"no {kind} adapter for {FAMILY_TITLES[family]} is known (the base is {base}): there are"
+            f" {', '.join(ours)}; or name one of your own: --adapter {kind}=NAME"
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(6)]
-    for row in rows:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
-        yield "  ".join([*cells, row[6]]).rstrip()
+    known = find(adapter)
+    if known is not None and known.family != family:
+        instead = f"; use {fitting.name}" if fitting else f"; it has {', '.join(ours)}"
+        raise ValueError(
+            f"the adapter {adapter} is for {FAMILY_TITLES[known.family]} and the base {base} is"
+            f" {FAMILY_TITLES[family]}{instead}"
+        )

@@ -1,76 +1,71 @@
-"""`controlkit models`: the well-known adapters, and which of them are here; and what a base's family is."""
+"""`controlkit models`: the adapters on the hub that are known here, and which of them are in the cache."""
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
+from collections.abc import Sequence
 
-from controlkit import known_adapters
-from controlkit.families import family_of
-from controlkit.folders import read_json
+from controlkit import naming
+from controlkit.families import ALIASES, FAMILY_TITLES
+from controlkit.formats.description import map_in_words
+from controlkit.known_adapters import KNOWN, KnownAdapter, defaults, family_of_base, same_kind
 
-_ALIASED = {"sd15": "sd1", "sd21": "sd2", "sdxl": "sdxl"}
+_HEAD = ("", "base", "kind", "adapter", "network", "licence", "revision", "cached")
 
 
-def run(*, base: str | None = None, kind: str | None = None) -> list[str]:
-    """Lines of the table, for a base (or all) and a kind of map (or all).
+def table(*, base: str | None = None, kind: str | None = None) -> list[str]:
+    """Lines of the table, of a base's family or a kind of map alone. Reads the cache and no network.
 
-    Raises ValueError for a kind that there is not, or a base whose family cannot be told without loading it.
+    Raises ValueError for a base whose family cannot be told, or for a kind that nobody has.
     """
-    family = ""
-    if base is not None:
-        found = family_of_base(base)
-        if found is None:
-            names = ", ".join(_ALIASED)
-            raise ValueError(f"the family of {base} is not known: give {names}, or a base that is here")
-        family = found
-    entries = known_adapters.matching(family=family, kind=kind or "")
-    return list(known_adapters.table(entries, [is_cached(known.name) for known in entries]))
+    family = "" if base is None else family_of_base(base)
+    if base is not None and not family:
+        raise naming.unknown("base", base, ALIASES)
+    chosen = [known for known in KNOWN if not family or known.family == family]
+    if kind is not None:
+        kinds = {known.map.kind for known in chosen if known.map.kind}
+        chosen = [known for known in chosen if known.map.kind == same_kind(kind)]
+        if not chosen:
+            raise naming.unknown(f"kind for {FAMILY_TITLES.get(family, 'any base')}", kind, kinds)
+    rows = [_HEAD, *map(_row, chosen)]
+    lines = _aligned(rows)
+    lines += ["", "* is used when none is named: --control KIND=PICTURE, or --map KIND=MAP"]
+    return lines + _details(chosen)
 
 
-def check_combination(kind: str, adapter: str, base: str) -> None:
-    """Raise ValueError, before anything is downloaded, where a base has no adapter for a kind of map, or the
-    well-known one that is named (``adapter``, "" for none) is another family's."""
-    from controlkit.base_parts import BUNDLED
-
-    family = None if base in BUNDLED and not adapter else family_of_base(base)
-    if family is not None:
-        known_adapters.check_combination(kind, adapter, family)
-
-
-def is_cached(repo_id: str) -> bool:
-    """Whether the hub's cache has a repository's configuration, of any revision."""
-    from huggingface_hub import constants
-
-    folder = Path(constants.HF_HUB_CACHE, f"models--{repo_id.replace('/', '--')}", "snapshots")
-    return any(folder.glob("*/config.json"))
-
-
-def family_of_base(name_or_path: str) -> str | None:
-    """The family of a base, from its short name or its cached or local configuration; None where unknown."""
-    from controlkit.base_parts import ALIASES, BUNDLED
-
-    ids = {repo_id: _ALIASED[alias] for alias, repo_id in ALIASES.items() if alias in _ALIASED}
-    if name_or_path in _ALIASED or name_or_path in ids:
-        return _ALIASED.get(name_or_path) or ids[name_or_path]
-    folder = BUNDLED.get(name_or_path) or Path(os.path.expanduser(name_or_path))
-    file: str | Path | None = folder / "unet" / "config.json"
-    if not os.path.isfile(file or ""):
-        file = _cached(name_or_path)
-    if file is None:
-        return None
-    try:
-        return family_of(read_json(Path(file)))
-    except ValueError:
-        return None
-
-
-def _cached(repo_id: str) -> str | None:
+def is_cached(known: KnownAdapter) -> bool:
+    """Whether its files are in the hub's cache: the newest, or those of its revision."""
     from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
 
-    try:
-        found = try_to_load_from_cache(repo_id, "unet/config.json")
-    except HFValidationError:
-        return None
-    return found if isinstance(found, str) else None
+    owner, name, *file = known.name.split("/")
+    wanted = file[0] if file else "config.json"
+    revisions = (None, known.revision) if known.revision else (None,)
+    found = [try_to_load_from_cache(f"{owner}/{name}", wanted, revision=revision) for revision in revisions]
+    return any(isinstance(path, str) for path in found)
+
+
+def _row(known: KnownAdapter) -> tuple[str, ...]:
+    default = defaults(known.family).get(known.map.kind) == known
+    return (
+        "*" if default else "",
+        FAMILY_TITLES[known.family],
+        known.map.kind or "several",
+        known.name,
+        known.network,
+        known.licence,
+        known.revision[:7] or "main",
+        "yes" if is_cached(known) else "",
+    )
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+
+
+def _details(chosen: Sequence[KnownAdapter]) -> list[str]:
+    """What the maps are, and the notes."""
+    maps = dict.fromkeys(map_in_words(known.map) for known in chosen if known.map.kind)
+    notes = [f"  {known.name}: {known.note}" for known in chosen if known.note]
+    return ["", "maps:", *(f"  {text}" for text in maps), *(["", "notes:", *notes] if notes else [])]

@@ -8,7 +8,7 @@ is what the original project does (``tool_transfer_control.py``), and exact for 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -48,3 +48,29 @@ def transfer_state(
 def transfer(network: Any, old: Any, new: Any) -> None:
     """Carry a ControlNet over in place, from the U-Net ``old`` to the U-Net ``new``: see `transfer_state`."""
     network.load_state_dict(transfer_state(network.state_dict(), old.state_dict(), new.state_dict()))
+
+
+class Distances(NamedTuple):
+    """How far encoders are apart: the root of the sum of squared differences of their weights.
+
+    ``old`` and ``new``: of the adapter's copy and either base's; ``bases``: of the two bases'.
+    """
+
+    old: float
+    new: float
+    bases: float
+
+
+def distances(state: Mapping[str, Tensor], old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> Distances:
+    """How far a ControlNet is from the base that it comes from and from the one that it goes to.
+
+    A trained copy lies near its own base, so that it tells where one was named that is not the right one.
+    The shapes are those of `transfer_state`.
+    """
+    before, after = encoder_of(old), encoder_of(new)
+    sums = [0.0, 0.0, 0.0]
+    for key, own in before.items():
+        copied, other = state[key].cpu().reshape(own.shape), after[key]
+        for index, (a, b) in enumerate(((copied, own), (copied, other), (own, other))):
+            sums[index] += float((a.double() - b.double()).square().sum())
+    return Distances(*(total**0.5 for total in sums))

@@ -1,93 +1,203 @@
-"""`controlkit transfer`: a ControlNet carried over to another base of its family (`transfer.py`)."""
+"""`controlkit transfer`: a ControlNet carried over to another base of its family (`transfer.py`).
+
+The adapter may be of any layout, and a difference or a Control-LoRA, which its old base makes whole. What is
+written is a whole ControlNet, whose header names the new base and where it comes from.
+"""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from controlkit import files
-from controlkit.convert_job import Report, check_apart, own_dtype
+from controlkit.convert_job import Report, check_apart, check_precision, own_dtype
+from controlkit.families import FAMILY_TITLES
+from controlkit.folders import load_part
 from controlkit.formats.adapter_file import AdapterFile, open_adapter_file
-from controlkit.formats.fitting import BaseStructure, check_kind_fits
+from controlkit.formats.fitting import BaseStructure, check_kind_fits, plain
+from controlkit.formats.recognise import KINDS
 from controlkit.formats.weight_file import SUFFIXES
+from controlkit.info_job import how_to_use_file, read_base, summary
 
 if TYPE_CHECKING:
-    from controlkit.adapters import AdapterInfo
+    import torch
+
+    from controlkit.formats.description import AdapterInfo
+    from controlkit.transfer import Distances
+
+MOVABLE = ("controlnet", "controlnet-union", "controlnet-difference", "control-lora")
+"""The kinds that hold a copy of their base's encoder."""
+_SHAPING = (  # what decides the shapes of an encoder's weights, and how it splits its attention
+    *("block_out_channels", "down_block_types", "layers_per_block", "cross_attention_dim"),
+    *("attention_head_dim", "transformer_layers_per_block", "projection_class_embeddings_input_dim"),
+)
+_TOLD = ("time_cond_proj_dim", "class_embed_type", "num_class_embeds")  # which a control network is not
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked transfer of ``source`` from a base to another."""
+    """A checked transfer, of an adapter on the base ``old`` to ``new``. ``dtype``: torch's name, "" for the
+    file's own."""
 
+    file: AdapterFile
     source: str
-    old: str
-    new: str
     output: Path
+    old: BaseStructure
+    new: BaseStructure
+    dtype: str
 
 
-def plan(source: str, output: str, *, old: str, new: str) -> Plan:
-    """Check what is asked for, before anything is loaded. Raises ValueError where nothing can be written."""
+def plan(source: str, output: str, *, old: str, new: str, dtype: str | None = None) -> Plan:
+    """Check what is asked for by configurations and headers alone, before any weights are loaded.
+
+    ``output``: a folder, which is written as diffusers does, or a .safetensors file, which has the names of
+    the adapter's own file.
+
+    Raises ValueError, one line, for an adapter that holds no copy of an encoder, one that does not fit the
+    old base, bases of different families or sizes, one that fills holes, an unknown precision, or where
+    nothing can be written.
+    """
+    precision = check_precision(dtype)
     path = Path(output)
     if path.suffix in SUFFIXES and path.suffix != ".safetensors":
-        raise ValueError(f"cannot write {output}: pickles are only read; name it .safetensors")
+        raise ValueError(f"cannot write {output}: pickles are only read; name it .safetensors, or a folder")
     check_apart(source, path)
     files.check_writable(path, folder=path.suffix != ".safetensors")
-    return Plan(source, old, new, path)
+    if path.is_dir() and any(path.iterdir()) and not (path / "config.json").is_file():
+        raise ValueError(f"cannot save the adapter over what is there: {output} is not an adapter folder")
+    before, after = read_base(old), read_base(new)
+    check_bases(before, after)
+    file = open_adapter_file(source)
+    if file.kind not in MOVABLE:
+        raise ValueError(
+            f"{source} is {KINDS[file.kind]}: it holds no copy of its base's encoder, so there is nothing to"
+            " carry over; use it on the other base as it is"
+        )
+    check_kind_fits(file.kind, file.config, file.family, before, name=source)
+    return Plan(file, source, path, before, after, precision)
+
+
+def check_bases(old: BaseStructure, new: BaseStructure) -> None:
+    """Raise ValueError, one line, unless two bases have encoders of the same structure.
+
+    A base that fills holes is refused: the adapters of the base that it was made from fit it as they are.
+    """
+    for base in (old, new):
+        channels, own = base.unet["in_channels"], base.unet["out_channels"]
+        if channels != own:
+            raise ValueError(
+                f"the base {base.name} fills holes (its U-Net takes {channels} channels): adapters of the"
+                " base that it was made from fit it as they are"
+            )
+    if old.family != new.family:
+        raise ValueError(
+            f"the base {old.name} is {FAMILY_TITLES[old.family]} and the base {new.name} is"
+            f" {FAMILY_TITLES[new.family]}: an adapter can only be carried over within its family"
+        )
+    for key in (*_SHAPING, *_TOLD):
+        first, second = plain(old.unet.get(key)), plain(new.unet.get(key))
+        untold = key in _SHAPING and None in (first, second)  # then the weights' own shapes decide, later
+        if first != second and not untold:
+            raise ValueError(
+                f"the bases {old.name} and {new.name} do not have the same structure: {key} is {first} in"
+                f" the one and {second} in the other"
+            )
 
 
 def run(plan: Plan, report: Report) -> list[str]:
-    """Carry it over, and return lines that say what was written and how to use it.
+    """Carry the adapter over, and return lines that say what was written and how to use it.
 
-    Raises ValueError, one line, for what is no ControlNet, does not fit a base, or cannot be written.
+    Raises ValueError for what `build_network` and `write_adapter` refuse.
     """
-    from controlkit.info_job import how_to_use_file, summary
+    import torch
 
-    report.status(f"reading {plan.source}")
-    file = open_adapter_file(plan.source)
-    old, new = (_unet(name, file, plan.source, report) for name in (plan.old, plan.new))
-    report.status("loading the libraries")
     from controlkit.adapters import write_adapter
     from controlkit.formats.building import build_network
-    from controlkit.kinds import kind_of
-    from controlkit.transfer import transfer
+    from controlkit.transfer import distances, transfer_state
 
-    network: Any = build_network(file, unet=old)
-    if kind_of(network).name != "controlnet":
-        raise ValueError(
-            f"{plan.source} is a {kind_of(network).title}: only a ControlNet can be carried over"
-        )
-    transfer(network, old, new)
+    old = _unet(plan.old, report)
+    new = _unet(plan.new, report)
+    dtype: torch.dtype | None = getattr(torch, plan.dtype) if plan.dtype else own_dtype(plan.file)
+    report.status(f"reading {plan.source}")
+    # In full precision, so that what is written was rounded once.
+    network: Any = build_network(plan.file, unet=old, dtype=torch.float32)
+    state = network.state_dict()
+    moved = transfer_state(state, old.state_dict(), new.state_dict())
+    notes = _notes(plan, distances(state, old.state_dict(), new.state_dict()))
+    network.load_state_dict(moved)
     report.status(f"writing {plan.output}")
-    layout = "single" if plan.output.suffix == ".safetensors" else "diffusers"
-    write_adapter(network, plan.output, layout=layout, dtype=own_dtype(file), info=_told(file.info, plan))
+    write_adapter(
+        network, plan.output, layout=_layout(plan), dtype=dtype, info=transferred_info(plan.file.info, plan)
+    )
     written = open_adapter_file(plan.output)
     return [
         f"wrote {plan.output}: {summary(written)}",
+        *(f"note: {note}" for note in notes),
         "use it with:",
-        f"  {how_to_use_file(written, str(plan.output), plan.new)}",
+        f"  {how_to_use_file(written, str(plan.output), plan.new.name)}",
     ]
 
 
-def _told(info: AdapterInfo, plan: Plan) -> AdapterInfo:
-    """What the result says of itself: also where it comes from."""
-    name, old, new = (_short(text) for text in (plan.source, plan.old, plan.new))
-    carried = {"adapter": name, "from": old, "to": new}
-    return replace(info, base=new, training={**info.training, "transferred": carried})
+def transferred_info(info: AdapterInfo, plan: Plan) -> AdapterInfo:
+    """What the adapter says of itself on its new base: whence it came stands in ``training``."""
+    old, new = _told(plan.old.name), _told(plan.new.name)
+    history = [*_history(info.training), {"from": old, "to": new}]
+    return replace(
+        info,
+        family=plan.new.family,
+        prediction_type=plan.new.prediction_type,
+        base=new,
+        training={**info.training, "transfers": history},
+    )
 
 
-def _short(name: str) -> str:
-    """A model's name, without the folders of the machine that it lies on."""
-    path = Path(name)
-    return path.name if path.exists() else name
+def _told(name: str) -> str:
+    """A base's name for a file that others read: of a folder its name alone, not where it lies."""
+    folder = os.path.expanduser(name)
+    return os.path.basename(os.path.abspath(folder)) if os.path.isdir(folder) else name
 
 
-def _unet(name: str, file: AdapterFile, source: str, report: Report) -> Any:
-    report.status(f"loading the U-Net of the base {name}")
-    from controlkit.base_parts import load_unet
-    from controlkit.controlnet import check_copyable
+def _history(training: Mapping[str, Any]) -> list[Any]:
+    told = training.get("transfers", [])
+    return list(told) if isinstance(told, list) else []
 
-    unet = load_unet(name)
-    check_copyable(unet.config)
-    check_kind_fits(file.kind, file.config, file.family, BaseStructure(name, unet.config), name=source)
-    return unet
+
+def _layout(plan: Plan) -> str:
+    if plan.output.suffix != ".safetensors":
+        return "diffusers"
+    return "original" if plan.file.layout == "original" and plan.file.kind != "controlnet-union" else "single"
+
+
+def _notes(plan: Plan, gaps: Distances) -> list[str]:
+    """What may make the result worse than the adapter was."""
+    old, new, info = plan.old, plan.new, plan.file.info
+    notes = []
+    if gaps.bases == 0:
+        notes.append("the two bases have the same encoder: the adapter's weights are as they were")
+    elif gaps.new < gaps.old:
+        notes.append(
+            f"the adapter is nearer to the encoder of {new.name} than to that of {old.name}, from which it is"
+            " said to come: are --from and --to the right way round?"
+        )
+    if old.prediction_type != new.prediction_type:
+        notes.append(
+            f"{old.name} predicts {old.prediction_type} and {new.name} {new.prediction_type}: what the"
+            " adapter learned may not carry over"
+        )
+    if info.base not in ("", old.name, _told(old.name)):
+        notes.append(f"the adapter says that it was trained on {info.base}, not on {old.name}")
+    return notes
+
+
+def _unet(base: BaseStructure, report: Report) -> Any:
+    """A base's U-Net, float32, on the CPU."""
+    report.status(f"loading the U-Net of the base {base.name}")
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    from controlkit.base_parts import find_base, part_of
+
+    return load_part(UNet2DConditionModel, part_of(find_base(base.name), "unet"), dtype=torch.float32)

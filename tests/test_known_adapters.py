@@ -1,114 +1,198 @@
-"""The table of well-known adapters, the command that prints it, and what is refused before any download."""
+"""The table of named adapters: what is in it, what it picks and refuses, and what the hub is asked."""
 
 import re
-from collections.abc import Callable
-from dataclasses import replace
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import tiny_models
-from outcomes import Outcome
+from huggingface_hub import constants
+from outcomes import Run
+from test_hub import COMMIT, Hub, serving
 
-from controlkit import known_adapters, models_job, preprocessors
-from controlkit.adapters import default_adapter, load_adapter, save_adapter
+from controlkit import preprocessors
+from controlkit.adapters import default_adapter, load_adapter
 from controlkit.base import Base
-from controlkit.controlnet import from_base
-from controlkit.formats.description import MAPS, AdapterInfo
-from controlkit.known_adapters import KNOWN, check_combination, default_for, matching
+from controlkit.formats.finding import find_adapter_folder
+from controlkit.images import read_png_text
+from controlkit.known_adapters import KNOWN, check, defaults, family_of_base, find, revision_of, same_kind
 
-Run = Callable[..., Outcome]
+CANNY = "lllyasviel/control_v11p_sd15_canny"
+PINNED = "thibaud/controlnet-sd21-depth-diffusers"
 
 
-def test_every_entry_is_whole_and_no_kind_has_two_defaults() -> None:
+@pytest.fixture(autouse=True)
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+def cached(cache: Path, name: str, folder: Path, *, commit: str = COMMIT) -> None:
+    """Put a folder into the cache as the newest copy of a repository."""
+    repo = cache / f"models--{name.replace('/', '--')}"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text(commit)
+    shutil.copytree(folder, repo / "snapshots" / commit)
+
+
+def test_every_row_is_whole() -> None:
     assert len({known.name for known in KNOWN}) == len(KNOWN)
     for known in KNOWN:
-        assert re.fullmatch(r"[\w.-]+/[\w.-]+", known.name)
-        assert known.family in known_adapters.FAMILY_NAMES
-        assert known.network in ("controlnet", "controlnet-union", "t2i-adapter")
-        assert re.fullmatch(r"[0-9a-f]{40}|", known.revision)
-    defaults = [(known.family, known.kind) for known in KNOWN if known.default]
-    assert len(set(defaults)) == len(defaults)
-    for family in known_adapters.FAMILY_NAMES:
-        for kind in MAPS:
-            assert default_for(kind, family)
+        assert re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w.-]+\.safetensors)?", known.name)
+        assert (known.format == "single") == known.name.endswith(".safetensors")
+        assert re.fullmatch(r"|[0-9a-f]{40}", known.revision)
+        assert known.licence
+        assert known.family in ("sd1", "sd2", "sdxl")
+        low, high = known.map.range
+        assert (low, high) == ((-1, 1) if known.map.kind == "inpaint" else (0, 1))
 
 
-def test_every_map_that_is_made_has_an_adapter_for_sd15() -> None:
-    for kind in preprocessors.names():
-        assert default_for(kind, "sd1").startswith("lllyasviel/control_v11")
-    assert default_for("hed", "sd1") == default_for("softedge", "sd1")
+def test_every_family_has_the_three_kinds_and_sd1_what_the_preprocessors_draw() -> None:
+    for family in ("sd1", "sd2", "sdxl"):
+        assert {"canny", "openpose", "depth"} <= set(defaults(family))
+    # "normal" is drawn as v1.0's, which is not in the table.
+    drawn = {same_kind(name) for name in preprocessors.names()} - {"normal"}
+    assert drawn <= set(defaults("sd1"))
+    assert {known.name for known in defaults("sd1").values()} & {
+        "lllyasviel/sd-controlnet-canny",
+        "lllyasviel/control_v11p_sd15_inpaint",
+    } == set()
 
 
-def test_entries_are_found_by_family_and_kind() -> None:
-    assert {known.family for known in matching(family="sd2")} == {"sd2"}
-    openpose = matching(family="sdxl", kind="openpose")
-    assert {known.network for known in openpose} == {"controlnet", "controlnet-union"}
-    assert len(matching(kind="zoe")) == len(matching(kind="depth"))
-    with pytest.raises(ValueError, match=r"unknown kind of map 'cany' \(did you mean 'canny'\?\)"):
-        matching(kind="cany")
+def test_the_default_is_the_tables(load: Callable[[str], Base]) -> None:
+    assert default_adapter("canny", load("sd1")) == CANNY
+    assert default_adapter("midas", load("sd1")) == "lllyasviel/control_v11f1p_sd15_depth"
+    assert default_adapter("hed", load("sd1")) == "lllyasviel/control_v11p_sd15_softedge"
+    assert default_adapter("openpose", load("sd2")) == "thibaud/controlnet-sd21-openpose-diffusers"
+    assert default_adapter("depth", load("sdxl")) == "diffusers/controlnet-depth-sdxl-1.0"
 
 
-def test_a_wrong_combination_is_said_with_what_would_fit() -> None:
-    with pytest.raises(
-        ValueError, match=r"canny-sdxl-1.0 is for SDXL, and the base is SD 1.5; for it there is lllyasviel/"
-    ):
-        check_combination("canny", "diffusers/controlnet-canny-sdxl-1.0", "sd1")
-    with pytest.raises(ValueError, match=r"unknown control for SDXL 'lineart'"):
-        check_combination("lineart", "", "sdxl")
-    check_combination("canny", "somebody/else", "sd1")
-    check_combination("anything", "somebody/else", "sdxl")
-    check_combination("canny", "", "sdxl")
+def test_the_family_of_a_base_is_told_without_a_download(models: Path, empty_cache: Path) -> None:
+    assert [family_of_base(name) for name in ("sd15", "sd21", "sdxl")] == ["sd1", "sd2", "sdxl"]
+    assert family_of_base("tiny") == "sd2"
+    assert family_of_base(str(models / "sdxl")) == "sdxl"
+    assert family_of_base("someone/something") == ""
+    cached(empty_cache, "someone/something", models / "sdxl")
+    assert family_of_base("someone/something") == "sdxl"
+    assert family_of_base("no such thing, at all") == ""
 
 
-def test_a_bases_family_is_told_without_loading_it(tmp_path: Path) -> None:
-    for family in tiny_models.FAMILIES:
-        folder = tiny_models.build(tmp_path / family, family)
-        assert models_job.family_of_base(str(folder)) == family
-    told = {name: models_job.family_of_base(name) for name in ("sd15", "sd21", "sdxl", "tiny", "no/such")}
-    assert told == {"sd15": "sd1", "sd21": "sd2", "sdxl": "sdxl", "tiny": "sd2", "no/such": None}
-    assert models_job.family_of_base("stabilityai/stable-diffusion-xl-base-1.0") == "sdxl"
-    assert models_job.family_of_base("not an id!") is None
+def test_the_command_lists_marks_and_filters(run: Run, models: Path, empty_cache: Path) -> None:
+    cached(empty_cache, CANNY, models / "canny-sd1")
+    lines = run("models", "--base", "sd15", "--kind", "canny").done().splitlines()
+    assert lines[0].split() == ["base", "kind", "adapter", "network", "licence", "revision", "cached"]
+    assert lines[1].split() == ["*", "SD1", "canny", CANNY, "controlnet", "openrail", "main", "yes"]
+    assert lines[2].split() == [
+        "SD1",
+        "canny",
+        "lllyasviel/sd-controlnet-canny",
+        "controlnet",
+        "openrail",
+        "main",
+    ]
+    assert "  canny: white-on-black, high 200, low 100" in lines
+    assert any(line.startswith(f"  {CANNY}: v1.1 comes first") for line in lines)
+    everything = run("models").done()
+    assert all(known.name in everything for known in KNOWN)
+    of_kind = run("models", "--kind", "midas").done()
+    assert "depth-sdxl" in of_kind
+    assert "canny" not in of_kind
+    known = find(PINNED)
+    assert known is not None
+    of_sd2 = next(line for line in run("models", "--base", "sd21").done().splitlines() if PINNED in line)
+    assert of_sd2.split()[-2:] == ["other", known.revision[:7]]
+    of_folder = run("models", "--base", models / "sdxl").done()
+    assert "xinsir/" in of_folder
+    assert "lllyasviel/" not in of_folder
 
 
-def test_the_command_prints_the_table(run: Run) -> None:
-    lines = run("models").done().splitlines()
-    assert len(lines) == len(KNOWN) + 1
-    assert all(known.name in line for known, line in zip(KNOWN, lines[1:], strict=True))
-    some = run("models", "--base", "sdxl", "--kind", "canny").done().splitlines()[1:]
-    assert len(some) == len(matching(family="sdxl", kind="canny"))
-    assert "e04b873   default" in some[0]
-    assert "the family of nobody/knows is not known" in run("models", "--base", "nobody/knows").refused()
+def test_the_command_refuses_what_there_is_not(run: Run) -> None:
+    assert run("models", "--base", "sd16").refused().startswith("unknown base 'sd16' (did you mean 'sd")
+    told = run("models", "--base", "sd21", "--kind", "mlsd").refused()
+    assert told == "unknown kind for SD2 'mlsd'; choose from: canny, depth, openpose"
 
 
-def test_what_is_cached_is_marked_and_taken_at_its_pinned_revision(
-    sd1: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run
+def test_wrong_combinations_are_refused_before_any_download(run: Run, photo: Path, models: Path) -> None:
+    """The network is off: whoever asked the hub first would say so."""
+    order = ("generate", "a cube", "--control")
+    told = run(*order, f"mlsd={photo}", "--base", "sd21").refused()
+    assert told == (
+        "no mlsd adapter for SD2 is known (the base is sd21): there are canny, openpose, depth;"
+        " or name one of your own: --adapter mlsd=NAME"
+    )
+    other = "lllyasviel/sd-controlnet-depth"
+    told = run(*order, f"depth={photo}", "--base", "sdxl", "--adapter", f"depth={other}").refused()
+    assert told == (
+        f"the adapter {other} is for SD1 and the base sdxl is SDXL; use diffusers/controlnet-depth-sdxl-1.0"
+    )
+    sdxl = "xinsir/controlnet-canny-sdxl-1.0"
+    told = run(*order, f"canny={photo}", "--base", models / "sd1", "--adapter", f"canny={sdxl}").refused()
+    assert told == f"the adapter {sdxl} is for SDXL and the base {models / 'sd1'} is SD1; use {CANNY}"
+
+
+def test_what_cannot_be_told_is_left_to_loading() -> None:
+    check("mlsd", "", "someone/something")
+    check("mlsd", "my/own", "sd21")
+    check("canny", "canny", "tiny")
+
+
+def test_generate_finds_the_right_one(run: Run, photo: Path, models: Path, empty_cache: Path) -> None:
+    """No adapter is named; the base is a folder, and the adapter lies in the cache."""
+    cached(empty_cache, CANNY, models / "canny-sd1")
+    base = models / "sd1"
+    order = ("generate", "a cube", "--base", base, "--control", f"canny={photo}", "--steps", 1, "-o", "a.png")
+    run(*order).done()
+    assert f'"adapter":"{CANNY}"' in "".join(read_png_text("a.png").values())
+
+
+def test_the_map_of_a_named_adapter_is_the_tables(
+    load: Callable[[str], Base], models: Path, empty_cache: Path
 ) -> None:
-    from huggingface_hub import constants
-
-    cache = tmp_path / "hub"
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
-    known = next(known for known in KNOWN if known.name == "lllyasviel/control_v11p_sd15_canny")
-    repository = cache / "models--lllyasviel--control_v11p_sd15_canny"
-    (repository / "snapshots").mkdir(parents=True)
-    for commit, seed in ((known.revision, 1), ("0" * 40, 2)):
-        info = AdapterInfo(family="sd1", title=f"seed {seed}")
-        save_adapter(from_base(sd1, seed=seed), repository / "snapshots" / commit, info=info)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text("0" * 40)
-    assert "default cached" in run("models", "--kind", "canny").done().splitlines()[1]
-    named = replace(sd1, name="sd15")
-    adapter = load_adapter(default_adapter("canny", named), base=named)
-    assert adapter.info.title == "seed 1"
-    (repository / "snapshots" / known.revision / "config.json").unlink()
-    assert load_adapter(known.name, base=named).info.title == "seed 2", "what is there is taken"
+    name = "lllyasviel/control_v11p_sd15_scribble"
+    folder = empty_cache.parent / "bare"
+    shutil.copytree(models / "canny-sd1", folder)
+    load_adapter(str(folder), base=load("sd1")).controlnet.save_pretrained(folder)
+    cached(empty_cache, name, folder)
+    spec = load_adapter(name, base=load("sd1")).info.map
+    assert (spec.kind, spec.polarity) == ("scribble", "white-on-black")
 
 
-def test_generate_refuses_a_wrong_combination_before_any_download(run: Run, tmp_path: Path) -> None:
-    picture = tmp_path / "photo.png"
-    tiny = Path(__file__).parent.parent / ".github" / "demo.png"
-    picture.write_bytes(tiny.read_bytes())
-    told = ("generate", "x", "--base", "sdxl", "--control", f"lineart={picture}", "-o", tmp_path / "o.png")
-    assert "unknown control for SDXL 'lineart'" in run(*told).refused()
-    other = ("--adapter", "canny=lllyasviel/sd-controlnet-canny")
-    told = ("generate", "x", "--base", "sdxl", "--control", f"canny={picture}", *other)
-    assert "is for SD 1.5, and the base is SDXL" in run(*told, "-o", tmp_path / "o.png").refused()
+@contextmanager
+def recording_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """A hub that has one repository under every name; gives the paths that were asked for."""
+    asked: list[str] = []
+
+    class Recording(Hub):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            super().do_GET()
+
+    with serving(type("Of", (Recording,), {"folder": folder, "sent": []}), monkeypatch):
+        yield asked
+
+
+def test_a_pinned_adapter_is_asked_for_by_its_commit(
+    models: Path, empty_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = revision_of(PINNED)
+    assert commit is not None
+    assert revision_of(CANNY) is None
+    assert revision_of("someone/something") is None
+    with recording_hub(models / "canny-sd1", monkeypatch) as asked:
+        find_adapter_folder(PINNED)
+        assert any(path.endswith(f"/models/{PINNED}/revision/{commit}") for path in map(bare, asked))
+        asked.clear()
+        find_adapter_folder(CANNY)
+        assert not [path for path in asked if commit in path]
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert (find_adapter_folder(PINNED) / "config.json").is_file()
+
+
+def bare(path: str) -> str:
+    return path.partition("?")[0]
+
+
+def test_a_copy_of_the_newest_serves_where_the_commit_is_not_cached(models: Path, empty_cache: Path) -> None:
+    cached(empty_cache, PINNED, models / "canny-sd1")
+    assert find_adapter_folder(PINNED).name == COMMIT

@@ -447,5 +447,5 @@ def _map_spec(recipe: ControlNetRecipe, visits: Visits) -> MapSpec:
         spec,
         kind=" + ".join(columns) if len(columns) > 1 else spec.kind,
         thresholds=thresholds if fixed else {},
-        channels=visits.channels,
+        channels=visits.channels // (len(columns) if recipe.adapter == "controlnet-union" else 1),
     )

@@ -10,7 +10,7 @@ from typing import Any
 from controlkit.folders import weight_files
 from controlkit.formats.weight_file import SUFFIXES
 from controlkit.hub import check_exists, find_file, find_folder
-from controlkit.known_adapters import REVISIONS
+from controlkit.known_adapters import revision_of
 
 BUNDLED_ADAPTERS: Mapping[str, Path] = {
     kind: Path(__file__).parent.parent / "tiny" / f"controlnet-{kind}"
@@ -32,12 +32,12 @@ def find_adapter_folder(name: str) -> Path:
 
     Raises ValueError, one line within about 5 seconds, for a name that leads nowhere.
     """
-    return find_folder(name, complete=_is_complete, files=_HUB_FILES, revisions=REVISIONS, **_PLACES)
+    return find_folder(name, complete=_is_complete, files=_HUB_FILES, revision=revision_of(name), **_PLACES)
 
 
 def check_adapter_folder(name: str) -> None:
     """Raise the error of `find_adapter_folder` for a name that leads nowhere, and download nothing."""
-    check_exists(name, **_PLACES)
+    check_exists(name, revision=revision_of(name), **_PLACES)
 
 
 def find_adapter_file(name: str) -> Path | None:
