@@ -389,3 +389,20 @@ def test_without_a_description_the_structure_is_told(load: Load, tmp_path: Path)
         file = tmp_path / f"{family}.safetensors"
         write_adapter(controlnet_of(load(family), conditioning_channels=1), file, layout="single")
         assert open_adapter_file(file).info == AdapterInfo(map=MapSpec(channels=1), family=family)
+
+
+def test_a_training_that_starts_from_a_file_is_planned_as_from_a_folder(run: Run) -> None:
+    """The hint encoder's widths are read from the file: a bundled adapter's are not the usual ones."""
+    from controlkit.training.config import load_recipe
+    from controlkit.training.planning_networks import build
+
+    run("convert", "canny", "canny.safetensors", "--to", "original").done()
+    recipe = load_recipe("tiny-canny")
+    sizes = [
+        sum(
+            parameter.numel()
+            for parameter in build(recipe.model_copy(update={"init": init})).controlnet.parameters()
+        )
+        for init in ("canny.safetensors", "canny")
+    ]
+    assert sizes == [2_975_736, 2_975_736]
