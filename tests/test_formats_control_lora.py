@@ -1,0 +1,65 @@
+"""Control-LoRA files through `convert`, `info` and `load_adapter`, and LLLite files in the loader."""
+
+from pathlib import Path
+
+import torch
+from adapter_files import controlnet_of, refusal, residuals
+from outcomes import Run
+from safetensors.torch import load_file, save_file
+
+from controlkit.adapters import load_adapter, write_adapter
+from controlkit.base import load_base
+from controlkit.formats import control_lora
+from controlkit.formats.adapter_file import open_adapter_file
+from controlkit.lllite import LLLite
+
+
+def test_a_control_lora_goes_both_ways(run: Run, models: Path) -> None:
+    base = load_base(str(models / "sd1"))
+    network = controlnet_of(base)
+    generator = torch.Generator().manual_seed(8)
+    with torch.no_grad():  # changes of rank 1, as training would make them
+        for parameter in network.down_blocks.parameters():
+            if parameter.ndim == 2:
+                one, other = (torch.randn(side, generator=generator) for side in parameter.shape)
+                parameter.add_(0.1 * torch.outer(one, other))
+    write_adapter(network, "whole.safetensors", layout="single")
+    to_lora = ("convert", "whole.safetensors", "lora.safetensors", "--to", "control-lora")
+    made = run(*to_lora, "--base", models / "sd1", "--rank", 1).done()
+    assert "wrote lora.safetensors: a Control-LoRA of rank 1 for SD1, original keys" in made
+    assert "rank 1 keeps 100.0% of what was changed in its base's weights" in made
+    tensors = load_file("lora.safetensors")
+    assert control_lora.is_control_lora(tensors)
+    assert (open_adapter_file("lora.safetensors").kind, control_lora.rank_of(tensors)) == ("control-lora", 1)
+    adapter = load_adapter("lora.safetensors", base=base)
+    for ours, theirs in zip(residuals(adapter.controlnet, base), residuals(network, base), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+    back = ("convert", "lora.safetensors", "back.safetensors", "--to", "original")
+    assert "name the base that it is for" in run(*back).refused()
+    run(*back, "--base", models / "sd1").done()
+    again = load_adapter("back.safetensors", base=base).controlnet.state_dict()
+    assert all(torch.equal(again[key], tensor) for key, tensor in adapter.controlnet.state_dict().items())
+    broken = {key: tensor for key, tensor in tensors.items() if key != "middle_block_out.0.weight"}
+    save_file({key: value for key, value in broken.items() if "bias" not in key}, "broken.safetensors")
+    refusal("broken.safetensors", base, "lacks ")
+
+
+def test_lllite_files_load(tmp_path: Path, models: Path) -> None:
+    base = load_base(str(models / "sdxl"))
+    place = "lllite_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"
+    shapes = {
+        "conditioning1.0.weight": (8, 3, 4, 4),
+        "conditioning1.0.bias": (8,),
+        "conditioning1.2.weight": (16, 8, 4, 4),
+        "conditioning1.2.bias": (16,),
+        "down.0.weight": (4, 32),
+        "down.0.bias": (4,),
+        "mid.0.weight": (4, 20),
+        "mid.0.bias": (4,),
+        "up.0.weight": (32, 4),
+        "up.0.bias": (32,),
+    }
+    save_file(
+        {f"{place}.{key}": torch.randn(shape) for key, shape in shapes.items()}, tmp_path / "l.safetensors"
+    )
+    assert isinstance(load_adapter(str(tmp_path / "l.safetensors"), base=base).controlnet, LLLite)
