@@ -118,7 +118,15 @@ class Control:
 
     @property
     def number(self) -> int:
-        """The place of the map's kind among those that the network knows. Raises ValueError if it is none."""
+        """The place of the map's kind among those that the network knows. Raises ValueError if it is none.
+
+        Of maps of all kinds, one behind the other as in training, it is 0: each has its own place.
+        """
+        kind = kind_of(self.controlnet)
+        channels = kind.trained_channels(self.controlnet)
+        stacked = isinstance(self.maps, torch.Tensor) and self.maps.shape[1] == channels
+        if stacked and channels != kind.channels(self.controlnet):
+            return 0
         return kind_of(self.controlnet).number(self.controlnet, self.map_kind, self._known)
 
     def weights(self) -> tuple[float, ...]:

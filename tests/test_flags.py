@@ -212,6 +212,7 @@ def test_the_scripts_defaults_are_written_out():
 
 # Keys that a translated recipe leaves to their defaults, because they do not decide what is trained.
 NEUTRAL = {
+    *("adapter", "init_base", "map_dropout", "rank", "size_ratio"),  # what is trained: the copy, as there
     *(
         "attention",
         "channels_last",

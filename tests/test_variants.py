@@ -72,9 +72,16 @@ def test_a_variant_is_trained_written_read_and_used(place: Path, adapter: str) -
     (alone,) = generate(base, "a cube", **rest)
     assert (picture != alone).any()
     assert (folder / "samples" / "step-000002.png").is_file()
+    told = (folder / "controlnet" / "README.md").read_text()
+    pipelines = {"t2i-adapter": "StableDiffusionAdapterPipeline", "lite": "controlkit generate"}
+    pipelines["controlnet-xs"] = "StableDiffusionControlNetXSPipeline"
+    assert pipelines.get(adapter, "StableDiffusionControlNetPipeline") in told
+    assert ("diffusers import" in told) == (adapter != "lite")
 
 
-@pytest.mark.parametrize("adapter", ["control-lora", "t2i-adapter", "controlnet-xs", "lite"])
+@pytest.mark.parametrize(
+    "adapter", ["control-lora", *(pytest.param(v, marks=pytest.mark.slow) for v in VARIANTS[2:])]
+)
 def test_a_variant_that_stopped_goes_on_bit_for_bit(
     place: Path, adapter: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -101,6 +108,7 @@ def test_a_variant_that_stopped_goes_on_bit_for_bit(
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", VARIANTS)
 @pytest.mark.parametrize("family", ["sd2", "sdxl"])
 def test_every_family_trains_every_variant(place: Path, adapter: str, family: str) -> None:
@@ -154,7 +162,10 @@ def test_one_network_learns_several_kinds(place: Path) -> None:
     }  # fmt: skip
     path = recipe(place / "union", place / "pictures", **{**_SETTINGS, **changes})
     path.write_text(path.read_text().replace("[data.options]", "[unused]").partition("[unused]")[0])
-    train_recipe(str(path), progress=lambda step: None)
+    said: list[str] = []
+    train_recipe(str(path), progress=lambda step: said.append(step.message) if step.message else None)
+    assert not [line for line in said if "no samples" in line], said
+    assert (place / "union" / "samples" / "step-000002.png").is_file()
     base = load_base("tiny")
     loaded = load_adapter(str(place / "union" / "controlnet"), base=base)
     assert loaded.info.map.kind == "canny + openpose + depth"

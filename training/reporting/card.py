@@ -16,6 +16,7 @@ from typing import Any
 from controlkit import files
 from controlkit.adapters import AdapterInfo, MapSpec, read_info
 from controlkit.base import ALIASES, BUNDLED, FAMILY_TITLES
+from controlkit.folders import read_json
 from controlkit.training.reporting.convergence import took_hold
 from controlkit.training.reporting.publishing import is_repo_id
 from controlkit.training.reporting.run_record import RunRecord, read_run, versions
@@ -28,7 +29,15 @@ _FAMILY_TAGS = {
     "sdxl": ("stable-diffusion-xl", "stable-diffusion-xl-diffusers"),
 }
 _TAGS = ("text-to-image", "diffusers", "controlnet", "diffusers-training")
-_PIPELINES = {"sdxl": "StableDiffusionXLControlNetPipeline"}
+_PIPELINES = {  # diffusers', by the class of the network and whether the base is an SDXL
+    ("ControlNetModel", False): "StableDiffusionControlNetPipeline",
+    ("ControlNetModel", True): "StableDiffusionXLControlNetPipeline",
+    ("ControlNetXSAdapter", False): "StableDiffusionControlNetXSPipeline",
+    ("ControlNetXSAdapter", True): "StableDiffusionXLControlNetXSPipeline",
+    ("T2IAdapter", False): "StableDiffusionAdapterPipeline",
+    ("T2IAdapter", True): "StableDiffusionXLAdapterPipeline",
+    ("ControlNetUnionModel", True): "StableDiffusionXLControlNetUnionPipeline",
+}
 _SETTINGS = {
     "steps": "steps",
     "batch_size": "pairs per process and micro-batch",
@@ -55,14 +64,18 @@ def write_card(folder: Path, *, run_folder: Path | None = None, repo_id: str = "
     info = read_info(folder)
     run = read_run(run_folder) if run_folder is not None else RunRecord(folder)
     grid = _copy_grid(run, folder)
-    text = card(info, run, place=repo_id or folder.name, grid=grid)
+    network = str(read_json(folder / "config.json").get("_class_name", "ControlNetModel"))
+    text = card(info, run, place=repo_id or folder.name, grid=grid, network=network)
     path = folder / NAME
     files.write_text(path, text)
     return path
 
 
-def card(info: AdapterInfo, run: RunRecord, *, place: str, grid: bool) -> str:
-    """The card's text. place: folder or hub id for the code; grid: whether images_0.png is there."""
+def card(
+    info: AdapterInfo, run: RunRecord, *, place: str, grid: bool, network: str = "ControlNetModel"
+) -> str:
+    """The card's text. place: folder or hub id for the code; grid: whether images_0.png is there; network:
+    the adapter's class."""
     base = _public(info.base or str(run.config.get("base", "")))
     kind = info.map.kind or "control"
     title = info.title or f"ControlNet {kind}"
@@ -70,7 +83,7 @@ def card(info: AdapterInfo, run: RunRecord, *, place: str, grid: bool) -> str:
     if grid:
         parts.append(f"![Maps, pictures and samples]({GRID})\n")
         parts.append("From the top: maps, the pictures they come from, and samples of this adapter.\n")
-    parts += [_map_spec(info.map), _usage(info, base, kind, place, caption=_caption(run))]
+    parts += [_map_spec(info.map), _usage(info, base, kind, place, caption=_caption(run), network=network)]
     parts += [_scores(run), _training(run), _origin(run)]
     return "\n".join(part for part in parts if part)
 
@@ -119,24 +132,31 @@ def _map_spec(spec: MapSpec) -> str:
     return "## The map\n\n" + _table(("", ""), [(k, v) for k, v in rows.items() if v])
 
 
-def _usage(info: AdapterInfo, base: str, kind: str, place: str, *, caption: str) -> str:
-    parts = ["## Use\n", "With diffusers:\n", _snippet(info, base, place, caption=caption)]
+def _usage(info: AdapterInfo, base: str, kind: str, place: str, *, caption: str, network: str) -> str:
+    parts = ["## Use\n"]
+    if (network, info.family == "sdxl") in _PIPELINES:
+        parts += ["With diffusers:\n", _snippet(info, base, place, caption=caption, network=network)]
     if info.map.channels == 3:
-        prompt, base_name, kind = (shlex.quote(word) for word in (caption, base or "BASE", kind))
+        first = kind.split(" + ")[0]  # of a network for several
+        prompt, base_name, kind = (shlex.quote(word) for word in (caption, base or "BASE", first))
         command = (
             f"controlkit generate {prompt} --base {base_name} --map {kind}=map.png"
             f" --adapter {kind}={shlex.quote(place)} -o picture.png"
         )
         parts += ["With ControlKit:\n", f"```sh\n{command}\n```\n"]
-    parts.append(
-        "ComfyUI, Forge and A1111 load `diffusion_pytorch_model.safetensors` from their ControlNet folder.\n"
-    )
+    if network == "ControlNetModel":
+        parts.append(
+            "ComfyUI, Forge and A1111 load `diffusion_pytorch_model.safetensors` from their ControlNet"
+            " folder.\n"
+        )
     return "\n".join(parts)
 
 
-def _snippet(info: AdapterInfo, base: str, place: str, *, caption: str) -> str:
-    pipeline = _PIPELINES.get(info.family, "StableDiffusionControlNetPipeline")
-    lines = ["import torch", f"from diffusers import ControlNetModel, {pipeline}"]
+def _snippet(info: AdapterInfo, base: str, place: str, *, caption: str, network: str) -> str:
+    pipeline = _PIPELINES[network, info.family == "sdxl"]
+    name = "adapter" if network == "T2IAdapter" else "controlnet"
+    shown = "control_image=[hint], control_mode=[0]" if network == "ControlNetUnionModel" else "image=hint"
+    lines = ["import torch", f"from diffusers import {network}, {pipeline}"]
     if info.map.channels == 3:
         lines.append("from diffusers.utils import load_image")
         hint = 'load_image("map.png")'
@@ -151,12 +171,12 @@ def _snippet(info: AdapterInfo, base: str, place: str, *, caption: str) -> str:
         dtype, device = "torch.float16", '.to("cuda")'
     lines += [
         "",
-        f"controlnet = ControlNetModel.from_pretrained({json.dumps(place)}, torch_dtype={dtype})",
+        f"{name} = {network}.from_pretrained({json.dumps(place)}, torch_dtype={dtype})",
         f"pipe = {pipeline}.from_pretrained(",
-        f"    {source}, controlnet=controlnet, torch_dtype={dtype}",
+        f"    {source}, {name}={name}, torch_dtype={dtype}",
         f"){device}",
         f"hint = {hint}",
-        f"picture = pipe({json.dumps(caption, ensure_ascii=False)}, image=hint,"
+        f"picture = pipe({json.dumps(caption, ensure_ascii=False)}, {shown},"
         " num_inference_steps=20).images[0]",
         'picture.save("picture.png")',
     ]
