@@ -199,7 +199,7 @@ def check_hint_size(hint: Tensor, noisy_latents: Tensor) -> None:
 def copy_residuals(controlnet: Any, x: Tensor, emb: Tensor, encoder_hidden_states: Tensor) -> Residuals:
     """What the trainable copy adds, of what enters its first block, ``x`` (B, C_0, h, w)."""
     x, skips, emb = _encoder(controlnet, x, emb, encoder_hidden_states)
-    x = controlnet.mid_block(x, emb, encoder_hidden_states=encoder_hidden_states)
+    x = controlnet.mid_block(x, emb, **text_for(controlnet.mid_block, encoder_hidden_states))
 
     zero_convs = controlnet.controlnet_down_blocks
     down = tuple(zero_conv(skip) for zero_conv, skip in zip(zero_convs, skips, strict=True))

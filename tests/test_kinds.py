@@ -7,6 +7,7 @@ import pytest
 import tiny_models
 import torch
 from diffusers import (
+    ControlNetModel,
     ControlNetXSAdapter,
     StableDiffusionAdapterPipeline,
     StableDiffusionControlNetXSPipeline,
@@ -488,3 +489,30 @@ def test_every_kind_is_written_and_read(sd1: Base, tmp_path: Any, kind: str) -> 
     own, read = network.state_dict(), adapter.controlnet.state_dict()
     assert own.keys() == read.keys()
     assert all(torch.equal(own[key], read[key]) for key in own)
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_a_small_controlnet_without_attention_is_run_as_diffusers_runs_it(
+    load: Callable[[str], Base], family: str, tmp_path: Any
+) -> None:
+    """As diffusers' own small ones for SDXL: no attention in the blocks, nor in the middle."""
+    base = load(family)
+    config = dict(controlnet_of(base).config)
+    widths = config["block_out_channels"]
+    config |= {"down_block_types": ("DownBlock2D",) * len(widths), "mid_block_type": "UNetMidBlock2D"}
+    config |= {"transformer_layers_per_block": 1}
+    torch.manual_seed(6)
+    network = lock(tiny_models.randomize_zero_convs(ControlNetModel.from_config(config)))
+    check_fits(network, base)
+    inputs, added = given(base)
+    with torch.no_grad():
+        hint = kinds.encode_hint(network, cond(batch=2))
+        ours = kinds.control_residuals(network, *inputs, hint, added_cond=added)
+        theirs = network(*inputs, cond(batch=2), added_cond_kwargs=added, return_dict=False)
+    expected = (*theirs[0], theirs[1])
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(ours.tensors, expected, strict=True))
+    info = AdapterInfo(map=MAPS["canny"], family=family)
+    save_adapter(network, tmp_path / "small", info=info, dtype=torch.float32)
+    adapter = load_adapter(str(tmp_path / "small"), base=base)
+    (picture,) = generate(base, "x", controls=[Control(adapter, cond())], steps=2, height=SIZE, width=SIZE)
+    assert picture.shape == (SIZE, SIZE, 3)

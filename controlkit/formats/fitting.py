@@ -10,6 +10,7 @@ from controlkit.families import FAMILY_TITLES, family_of, t2i_shape
 from controlkit.formats.structure import TEXT_FAMILIES
 
 EITHER = "SD1 or SD2"  # what fits one fits the other, where a network does not read the text
+_PLAIN = "DownBlock2D"
 _SIZES = ("in_channels", "block_out_channels", "cross_attention_dim", "layers_per_block", "down_block_types")
 
 
@@ -95,4 +96,11 @@ def _wanted(config: Mapping[str, Any], base: BaseStructure) -> dict[str, Any]:
             own = {key: unet[key] for key in ("cross_attention_dim", "down_block_types")}
             return {"base_block_out_channels": widths, **own}
     # A base that fills holes sees more besides the latents, and its control networks do not.
-    return {**{key: unet[key] for key in _SIZES}, "in_channels": unet.get("out_channels", 4)}
+    own = {**{key: unet[key] for key in _SIZES}, "in_channels": unet.get("out_channels", 4)}
+    blocks = config.get("down_block_types") or ()
+    pairs = zip(blocks, own["down_block_types"], strict=False)
+    if len(blocks) == len(own["down_block_types"]) and all(one in (other, _PLAIN) for one, other in pairs):
+        own["down_block_types"] = blocks  # small ones leave attention out, as diffusers' for SDXL
+    if set(blocks) == {_PLAIN} and config.get("mid_block_type") == "UNetMidBlock2D":
+        del own["cross_attention_dim"]  # and read no text at all
+    return own
