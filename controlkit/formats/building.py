@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -83,6 +84,8 @@ def assemble(
 ) -> nn.Module:
     """A network of diffusers' class with these tensors. Raises ValueError unless they are exactly its own."""
     cls = getattr(importlib.import_module("diffusers"), class_name)
+    # As diffusers does: an older or newer version's configuration may say more than this one's class takes.
+    config = {key: value for key, value in config.items() if key in signature(cls.__init__).parameters}
     try:
         with torch.device("meta"):
             network: nn.Module = cls(**config)

@@ -23,6 +23,7 @@ KINDS: Mapping[str, str] = {
 """The kinds of adapters that are recognised, and what to call them."""
 DIFFERENCE_KEY = "difference"  # marks a file whose values are to be added to the base's (sd-webui-controlnet)
 LORA_KEY = "lora_controlnet"  # marks a Control-LoRA
+UNION_KEY = "task_embedding"  # a row for each kind of map that a ControlNet-Union knows
 
 _MARKERS = (DIFFERENCE_KEY, LORA_KEY)
 _OF_BASES = re.compile(  # beside the control network, in the original's own checkpoints
@@ -72,15 +73,15 @@ def _kind(entries: Mapping[str, Stored], where: object) -> tuple[str, str, str]:
         return "lllite", "kohya", ""
     if "control_to_base_for_conv_in.weight" in entries and "base_conv_in.weight" not in entries:
         return "controlnet-xs", "diffusers", ""
-    if "task_embedding" in entries and any(key.startswith("control_add_embedding.") for key in entries):
+    if UNION_KEY in entries and any(key.startswith("control_add_embedding.") for key in entries):
         return "controlnet-union", "diffusers", ""
+    controlnet = "controlnet-difference" if DIFFERENCE_KEY in entries else "controlnet"
     motion = any("motion_modules" in key for key in entries)  # a SparseCtrl's, which is not ours
     for prefix in (keys.PREFIX, ""):
         if f"{prefix}input_hint_block.0.weight" in entries and not motion:
-            changes = DIFFERENCE_KEY in entries
-            return "controlnet-difference" if changes else "controlnet", "original", prefix
+            return controlnet, "original", prefix
     if "controlnet_cond_embedding.conv_in.weight" in entries and not motion:
-        return "controlnet", "diffusers", ""
+        return controlnet, "diffusers", ""
     if any(re.match(r"(mid_convs|down_res)\.", key) for key in entries):
         return "controlnext", "diffusers", ""
     for prefix in (t2i_keys.PREFIX, ""):
