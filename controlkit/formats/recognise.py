@@ -51,6 +51,8 @@ def recognise(entries: Mapping[str, Stored], where: object) -> Recognised:
     keys that its kind does not have (the first is named, the others are counted).
     """
     kind, layout, prefix = _kind(entries, where)
+    if kind == "controlnet" and DIFFERENCE_KEY in entries:
+        kind = "controlnet-difference"
     own = [key for key in entries if key not in _MARKERS]
     if prefix:
         own = [key for key in own if key.startswith(prefix) or not _OF_BASES.match(key)]
@@ -75,13 +77,12 @@ def _kind(entries: Mapping[str, Stored], where: object) -> tuple[str, str, str]:
         return "controlnet-xs", "diffusers", ""
     if UNION_KEY in entries and any(key.startswith("control_add_embedding.") for key in entries):
         return "controlnet-union", "diffusers", ""
-    controlnet = "controlnet-difference" if DIFFERENCE_KEY in entries else "controlnet"
     motion = any("motion_modules" in key for key in entries)  # a SparseCtrl's, which is not ours
     for prefix in (keys.PREFIX, ""):
         if f"{prefix}input_hint_block.0.weight" in entries and not motion:
-            return controlnet, "original", prefix
+            return "controlnet", "original", prefix
     if "controlnet_cond_embedding.conv_in.weight" in entries and not motion:
-        return controlnet, "diffusers", ""
+        return "controlnet", "diffusers", ""
     if any(re.match(r"(mid_convs|down_res)\.", key) for key in entries):
         return "controlnext", "diffusers", ""
     for prefix in (t2i_keys.PREFIX, ""):
