@@ -33,6 +33,7 @@ from controlkit.formats.finding import BUNDLED_ADAPTERS as BUNDLED_ADAPTERS
 from controlkit.formats.finding import check_adapter_folder, find_adapter_file, find_adapter_folder
 from controlkit.formats.fitting import BaseStructure, check_kind_fits, check_sizes, config_family
 from controlkit.formats.hashing import check_hash
+from controlkit.formats.recognise import UNION_KEY
 from controlkit.formats.structure import CLASS_NAMES
 from controlkit.kinds import kind_of
 from controlkit.naming import unknown
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+_OTHER_CLASS_NAMES = ("ControlNetModel_Union",)  # as the first such network's own code calls it
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +106,7 @@ def _load(name_or_path: str, base: Base, *, dtype: torch.dtype) -> tuple[Adapter
     if file is None:
         folder = find_adapter_folder(name_or_path)
         config = _adapter_config(folder)
-        if config["_class_name"] == "ControlNetModel":
+        if config["_class_name"] == "ControlNetModel" and not _is_union(folder):
             _check_sizes(config, base, name=name_or_path)
             return read_info(folder), _load_network(folder, dtype=dtype)
     opened = open_adapter_file(name_or_path)
@@ -237,9 +239,14 @@ def _adapter_config(folder: Path) -> dict[str, Any]:
         hint = f" (did you mean {inner.parent}?)" if inner else ""
         raise ValueError(f"{folder} is not an adapter folder: it has no config.json{hint}")
     config = read_json(folder / "config.json")
-    if config.get("_class_name") not in CLASS_NAMES.values():
+    if config.get("_class_name") not in (*CLASS_NAMES.values(), *_OTHER_CLASS_NAMES):
         raise ValueError(f"{folder} holds a {config.get('_class_name')}, not a ControlNetModel")
     return config
+
+
+def _is_union(folder: Path) -> bool:
+    """Whether the weights are those of a ControlNet-Union, whatever its configuration calls it."""
+    return any(not is_pickle(file) and UNION_KEY in read_header(file) for file in weight_files(folder))
 
 
 def _published_map(repo_id: str) -> MapSpec | None:
@@ -254,6 +261,6 @@ def _load_network(folder: Path, *, dtype: torch.dtype) -> ControlNetModel:
     for file in weight_files(folder):
         if not is_pickle(file):
             check_hash(file, read_header(file).get("__metadata__", {}))
-    controlnet = load_part(ControlNetModel, folder, dtype=dtype)
+    controlnet = load_part(ControlNetModel, folder, dtype=dtype, exact=True)
     check_finite(controlnet.state_dict(), str(folder))
     return controlnet

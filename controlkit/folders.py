@@ -21,11 +21,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def load_part(cls: type, folder: Path, *, dtype: Any) -> Any:
+def load_part(cls: type, folder: Path, *, dtype: Any, exact: bool = False) -> Any:
     """Build a diffusers or transformers model from one ``folder``, in evaluation mode, quietly.
 
     Raises ValueError, one line that names the file, for a missing, unreadable or incomplete configuration or
-    weight file, and for weights that do not fit the configuration.
+    weight file, for weights that do not fit the configuration, and, where ``exact``, for weights that the
+    model does not have.
     """
     read_json(folder / "config.json")
     variant = check_weights(folder)
@@ -47,7 +48,7 @@ def load_part(cls: type, folder: Path, *, dtype: Any) -> Any:
             )
         except _build_errors() as error:
             raise ValueError(f"cannot build {cls.__name__} from {folder}: {first_sentence(error)}") from error
-    _check_report(folder, report)
+    _check_report(folder, report, exact=exact)
     return model.eval()
 
 
@@ -237,9 +238,12 @@ def refuse_impostor(file: Path, start: bytes) -> None:
         raise ValueError(f"{file} is a web page, not weights: the download needed a login or another address")
 
 
-def _check_report(folder: Path, report: Mapping[str, Any]) -> None:
+def _check_report(folder: Path, report: Mapping[str, Any], *, exact: bool) -> None:
     """Refuse a model that lacks weights or has misshapen ones: the libraries make such up at random."""
-    for key, problem in (("missing_keys", "lack"), ("mismatched_keys", "have the wrong shape for")):
+    problems = {"missing_keys": "lack", "mismatched_keys": "have the wrong shape for"}
+    if exact:
+        problems["unexpected_keys"] = "hold, beyond what the configuration tells of,"
+    for key, problem in problems.items():
         names = sorted(entry if isinstance(entry, str) else entry[0] for entry in report.get(key, ()))
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""

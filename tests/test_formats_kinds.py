@@ -1,5 +1,6 @@
 """The other kinds of adapter files: differences, whole checkpoints, T2I, Union, XS, and what is not run."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,17 @@ def test_a_difference_is_added_to_its_base(family: str, suffix: str, load: Load,
     without = {key: value for key, value in load_adapter_state(file).items() if key != "difference"}
     plain = load_adapter(str(saved(without, tmp_path / "plain.safetensors")), base=base)
     assert not same(residuals(plain.controlnet, base), residuals(network, base)), "it is another network"
+
+
+def test_a_difference_with_diffusers_keys_is_one(load: Load, tmp_path: Path) -> None:
+    base = load("sd1")
+    network, trunk = controlnet_of(base), base.unet.state_dict()
+    state = {
+        key: value - trunk[key] if key in trunk else value for key, value in network.state_dict().items()
+    }
+    file = saved({**state, "difference": torch.ones(1)}, tmp_path / "a.safetensors")
+    assert open_adapter_file(file).kind == "controlnet-difference"
+    assert is_same(load_adapter(str(file), base=base).controlnet, network)
 
 
 def load_adapter_state(file: Path) -> dict[str, Tensor]:
@@ -257,6 +269,20 @@ def test_union_files(kinds: int, load: Load, tmp_path: Path, run: Run) -> None:
     with pytest.raises(ValueError, match="a ControlNetUnionModel has no original layout"):
         write_adapter(network, tmp_path / "b.safetensors", layout="original")
     refusal(file, load("sd1"), "it is for SDXL")
+
+
+@pytest.mark.parametrize("called", ["ControlNetUnionModel", "ControlNetModel_Union", "ControlNetModel"])
+def test_a_folder_is_a_union_by_its_weights(called: str, load: Load, tmp_path: Path) -> None:
+    """Whatever its configuration calls it; and what this version's class does not take of it is left."""
+    base = load("sdxl")
+    network = union_of(base)
+    network.save_pretrained(tmp_path / "union")
+    config = tmp_path / "union" / "config.json"
+    told = json.loads(config.read_text())
+    config.write_text(json.dumps({**told, "_class_name": called, "of_a_later_version": 5}))
+    read = load_adapter(str(tmp_path / "union"), base=base).controlnet
+    assert isinstance(read, ControlNetUnionModel)
+    assert union_output(read, 8) == union_output(network, 8)
 
 
 def union_output(network: Any, kinds: int) -> float:

@@ -253,6 +253,16 @@ def test_a_tensor_too_many_is_named(key: str, layout: str, message: str, sd1: Ba
     refusal(saved({**state, key: torch.zeros(1)}, tmp_path / "a.safetensors"), sd1, message)
 
 
+@pytest.mark.parametrize("is_safe", [True, False])
+def test_a_folder_with_a_tensor_too_many(is_safe: bool, sd1: Base, tmp_path: Path) -> None:
+    """diffusers leaves such weights out without a word."""
+    network = controlnet_of(sd1)
+    network.save_pretrained(tmp_path / "a", safe_serialization=is_safe)
+    (file,) = (tmp_path / "a").glob("diffusion_pytorch_model.*")
+    saved({**network.state_dict(), "extra.weight": torch.zeros(1)}, file)
+    refusal(tmp_path / "a", sd1, "hold, beyond what the configuration tells of, extra.weight")
+
+
 def test_families_are_told_apart_with_both_sizes(load: Load, tmp_path: Path) -> None:
     for family, other in (("sd1", "sdxl"), ("sdxl", "sd1"), ("sd1", "sd2"), ("sd2", "sd1")):
         file = saved(original_controlnet(controlnet_of(load(family))), tmp_path / "a.safetensors")

@@ -199,9 +199,10 @@ def test_what_cannot_be_written_leaves_the_old_file(load: Load, tmp_path: Path) 
 
 
 _SLOW_WRITER = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from controlkit import files
+signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored
 with files.replace_file(sys.argv[1]) as temporary:
     with temporary.open("wb") as file:
         file.write(b"half")

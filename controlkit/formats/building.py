@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -86,7 +87,7 @@ def assemble(
     cls = getattr(importlib.import_module(MODULES.get(class_name, "diffusers")), class_name)
     try:
         with torch.device("meta"):
-            network: nn.Module = cls(**config)
+            network: nn.Module = cls(**_taken(cls, config))
     except _REFUSALS as error:
         raise ValueError(f"{where}: cannot build {class_name} of its sizes: {error}") from error
     wanted = network.state_dict()
@@ -115,6 +116,11 @@ def check_coverage(
 def first_of(names: list[str]) -> str:
     """The first of some names, and how many more there are."""
     return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+
+def _taken(cls: Any, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a class takes of a configuration, as diffusers does: another version's may say more."""
+    return {key: value for key, value in config.items() if key in signature(cls.__init__).parameters}
 
 
 def _projection(tensor: Tensor, wanted: Tensor | None) -> Tensor:

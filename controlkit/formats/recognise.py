@@ -24,6 +24,7 @@ KINDS: Mapping[str, str] = {
 """The kinds of adapters that are recognised, and what to call them."""
 DIFFERENCE_KEY = "difference"  # marks a file whose values are to be added to the base's (sd-webui-controlnet)
 LORA_KEY = "lora_controlnet"  # marks a Control-LoRA
+UNION_KEY = "task_embedding"  # a row for each kind of map that a ControlNet-Union knows
 
 _MARKERS = (DIFFERENCE_KEY, LORA_KEY)
 _OF_BASES = re.compile(  # beside the control network, in the original's own checkpoints
@@ -51,6 +52,8 @@ def recognise(entries: Mapping[str, Stored], where: object) -> Recognised:
     keys that its kind does not have (the first is named, the others are counted).
     """
     kind, layout, prefix = _kind(entries, where)
+    if kind == "controlnet" and DIFFERENCE_KEY in entries:
+        kind = "controlnet-difference"
     own = [key for key in entries if key not in _MARKERS]
     if prefix:
         own = [key for key in own if key.startswith(prefix) or not _OF_BASES.match(key)]
@@ -73,13 +76,12 @@ def _kind(entries: Mapping[str, Stored], where: object) -> tuple[str, str, str]:
         return "lllite", "kohya", ""
     if "control_to_base_for_conv_in.weight" in entries and "base_conv_in.weight" not in entries:
         return "controlnet-xs", "diffusers", ""
-    if "task_embedding" in entries and any(key.startswith("control_add_embedding.") for key in entries):
+    if UNION_KEY in entries and any(key.startswith("control_add_embedding.") for key in entries):
         return "controlnet-union", "diffusers", ""
     motion = any("motion_modules" in key for key in entries)  # a SparseCtrl's, which is not ours
     for prefix in (keys.PREFIX, ""):
         if f"{prefix}input_hint_block.0.weight" in entries and not motion:
-            changes = DIFFERENCE_KEY in entries
-            return "controlnet-difference" if changes else "controlnet", "original", prefix
+            return "controlnet", "original", prefix
     if "controlnet_cond_embedding.conv_in.weight" in entries and not motion:
         return "controlnet", "diffusers", ""
     if all(key in entries for key in ("encoder.0.weight", "time_embedding.linear_2.weight")):
