@@ -34,8 +34,8 @@ class EncodedControl:
     region: Tensor | None = None
     regions: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
     """The mask at the sizes that were asked for."""
-    last: dict[int, Residuals] = field(default_factory=dict)
-    """What the network gave last, by the rows it was told."""
+    last: dict[tuple[int, ...], Residuals] = field(default_factory=dict)
+    """What the network gave last, by the rows it was told and the controls that it ran for."""
 
     def rows(self, first: int, last: int) -> EncodedControl:
         """The control for pictures `first` to `last` (exclusive) of the B."""
@@ -201,7 +201,8 @@ def summed_residuals(
         if len(group) > 1:
             scales, scale = [each.control.scale_at(step, steps) for each in group], 1.0
             hint = union.joined(control.controlnet, [each.hint for each in group], scales)
-        residuals = encoded.last.get(id(told)) if again else None
+        key = (id(told), *(id(each.control) for each in group))
+        residuals = encoded.last.get(key) if again else None
         if residuals is None:
             if networks.compiled:
                 text_fixed(control.controlnet, told.encoder_hidden_states)
@@ -214,7 +215,7 @@ def summed_residuals(
                 added_cond=told.added_cond,
                 class_labels=told.class_labels,
             )
-            encoded.last[id(told)] = residuals
+            encoded.last[key] = residuals
         residuals = weigh_residuals(residuals, [scale * weight for weight in encoded.weights])
         if encoded.region is not None:
             residuals = residuals.map(encoded.within_region)

@@ -143,11 +143,20 @@ def _write(plan: Plan, file: AdapterFile, network: nn.Module, unet: Any) -> list
     if writing.kind_of(network) != "controlnet":
         raise ValueError(f"{plan.source} is a {type(network).__name__}: only a ControlNet has a Control-LoRA")
     from controlkit.formats import control_lora
+    from controlkit.formats.building import check_finite
+    from controlkit.formats.structure import IN_NO_SHAPE
 
     whole, trunk = network.state_dict(), unet.state_dict()
     tensors = control_lora.reduce(whole, trunk, plan.rank)
     tensors = {key: tensor.to(dtype).contiguous() for key, tensor in tensors.items()}
-    entries = header_entries(file.info, kind="control-lora", layout="original")
+    check_finite(tensors, f"cannot save the Control-LoRA as {str(dtype or 'it is').removeprefix('torch.')}")
+    config: Any = network.config
+    entries = header_entries(
+        file.info,
+        kind="control-lora",
+        layout="original",
+        structure={key: config[key] for key in IN_NO_SHAPE},
+    )
     writing.write_tensors(plan.output, tensors, entries)
     kept = control_lora.kept_share(whole, trunk, tensors)
     return [f"rank {plan.rank} keeps {kept:.1%} of what was changed in its base's weights"]

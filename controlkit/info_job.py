@@ -100,6 +100,7 @@ def read_base(name: str) -> BaseStructure:
 
 def how_to_use(kind: str, adapter: str, base: str) -> str:
     """The command that follows a map of a kind with an adapter. ``base`` "": leave it out."""
+    kind = kind.split(" + ")[0]  # of a network for several
     given = f"--control {kind}=PICTURE" if kind in preprocessors.names() else f"--map {shlex.quote(kind)}=MAP"
     where = "" if base in ("", "tiny") else f" --base {shlex.quote(base)}"
     prompt = '"a red figure"' if base == "tiny" else "PROMPT"
@@ -110,7 +111,9 @@ def how_to_use_file(file: AdapterFile, name: str, base: str | None) -> str:
     """The command that uses a file; KIND stands for its map's kind where the file does not say."""
     own = file.info.base if file.info.base in (*BUNDLED, *ALIASES) else ""
     where = base or own or _USUAL_BASES.get(file.family, "sd15")
-    return how_to_use(file.info.map.kind.split(" + ")[0] or "KIND", name, where)
+    if file.info.map.channels not in (1, 3):
+        return f"from Python: its maps have {file.info.map.channels} channels"
+    return how_to_use(file.info.map.kind or "KIND", name, where)
 
 
 def _misfit(file: AdapterFile, base: BaseStructure, name: str) -> str:

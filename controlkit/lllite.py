@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 _PLACE = re.compile(
-    r"lllite_unet_(?:(input|output)_blocks_(\d+)|middle_block)_1_transformer_blocks_(\d+)_(attn[12])_to_(q|k|v)"
+    r"lllite_unet_(?:(input|output)_blocks_(\d+)|middle_block)_1_transformer_blocks_(\d+)"
+    r"_(attn[12])_to_(q|(?<=attn1_to_)[kv])"
 )
 _STRIDES = {1: (4, 2), 2: (4, 4), 3: (4, 4, 2)}  # of the map's convolutions, by depth: kernels as large
 

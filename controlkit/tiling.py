@@ -118,7 +118,8 @@ def _cut(encoded: EncodedControl, window: Window, height: int, width: int) -> En
     if region is not None:
         region = torch.nn.functional.interpolate(region, size=(height, width), mode="bilinear")
         region = window.of(region)
-    return replace(encoded, hint=map_hint(encoded.hint, window.of), region=region, regions={}, last={})
+    part = lambda tensor: window.of(tensor) if tensor.dim() == 4 else tensor  # noqa: E731
+    return replace(encoded, hint=map_hint(encoded.hint, part), region=region, regions={}, last={})
 
 
 def _told_where(rows: Rows, window: Window, base: Base, height: int, width: int) -> Rows:

@@ -7,7 +7,7 @@ from adapter_files import controlnet_of, refusal, residuals
 from outcomes import Run
 from safetensors.torch import load_file, save_file
 
-from controlkit.adapters import load_adapter, write_adapter
+from controlkit.adapters import AdapterInfo, load_adapter, save_adapter, write_adapter
 from controlkit.base import load_base
 from controlkit.formats import control_lora
 from controlkit.formats.adapter_file import open_adapter_file
@@ -63,3 +63,23 @@ def test_lllite_files_load(tmp_path: Path, models: Path) -> None:
         {f"{place}.{key}": torch.randn(shape) for key, shape in shapes.items()}, tmp_path / "l.safetensors"
     )
     assert isinstance(load_adapter(str(tmp_path / "l.safetensors"), base=base).controlnet, LLLite)
+
+
+def test_a_control_lora_keeps_how_the_map_is_taken(tmp_path: Path, run: Run, models: Path) -> None:
+    network = controlnet_of(load_base(str(models / "sd1")))
+    network.register_to_config(global_pool_conditions=True, controlnet_conditioning_channel_order="bgr")
+    save_adapter(network, tmp_path / "pool", info=AdapterInfo(family="sd1"), dtype=torch.float32)
+    made = tmp_path / "lora.safetensors"
+    run("convert", tmp_path / "pool", made, "--to", "control-lora", "--base", models / "sd1").done()
+    config = load_adapter(str(made), base=load_base(str(models / "sd1"))).controlnet.config
+    assert (config.global_pool_conditions, config.controlnet_conditioning_channel_order) == (True, "bgr")
+
+
+def test_a_control_lora_that_overflows_is_refused(tmp_path: Path, run: Run, models: Path) -> None:
+    network = controlnet_of(load_base(str(models / "sd1")))
+    network.controlnet_cond_embedding.conv_in.weight.data *= 1e7
+    save_adapter(network, tmp_path / "big", info=AdapterInfo(family="sd1"), dtype=torch.float32)
+    made = tmp_path / "lora.safetensors"
+    order = ("convert", tmp_path / "big", made, "--to", "control-lora", "--base", models / "sd1")
+    assert "cannot save the Control-LoRA as float16" in run(*order, "--dtype", "fp16").refused()
+    assert not made.exists()

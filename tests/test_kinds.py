@@ -20,6 +20,7 @@ from sampling_peers import SIZE, assert_same, cond, controlnet_of, our_latents, 
 
 from controlkit import cross, kinds, light, lllite, union
 from controlkit.adapters import MAPS, Adapter, AdapterInfo, MapSpec, check_fits, load_adapter, save_adapter
+from controlkit.applying import Rows, encode_controls, summed_residuals
 from controlkit.base import Base
 from controlkit.control import Control
 from controlkit.controlnet import lock, predict
@@ -265,6 +266,7 @@ def _by_hand(tensors: dict[str, torch.Tensor], name: str, maps: torch.Tensor) ->
     ("change", "message"),
     [
         (lambda t: {k.replace("attn1", "ff"): v for k, v in t.items()}, "names no attention projection"),
+        (lambda t: {k.replace("attn1_to_k", "attn2_to_k"): v for k, v in t.items()}, "names no attention"),
         (lambda t: {k: v for k, v in t.items() if not k.endswith("up.0.bias")}, "has no up.0.bias"),
         (lambda t: {k: v for k, v in t.items() if "down.0" not in k}, r"lacks down.0.weight"),
         (lambda t: {k: v[1:] if "mid.0.bias" in k else v for k, v in t.items()}, r"mid.0.bias is \(5,\)"),
@@ -436,6 +438,38 @@ def test_lossy_steps_take_the_features_that_they_have(sd1: Base) -> None:
         control = Control(MAKE[kind](sd1), cond(), kind="canny")
         for savings in (Savings(features_every=2), Savings(control_every=2)):
             assert torch.isfinite(our_latents(sd1, [control], savings=savings, **request)).all()
+
+
+def test_tiles_cut_a_unions_map_and_not_its_kinds(sd1: Base) -> None:
+    network = union_of(sd1)
+    rest: dict[str, Any] = {"steps": 2, "height": 96, "width": 96}
+    control = Control(network, torch.rand(1, 3, 96, 96), kind="canny")
+    (whole,) = generate(sd1, "x", controls=[control], **rest)
+    (tiled,) = generate(sd1, "x", controls=[control], tiles=Tiles(64), **rest)
+    assert tiled.shape == whole.shape
+    assert (tiled != generate(sd1, "x", tiles=Tiles(64), **rest)[0]).any()
+
+
+def test_residuals_that_are_kept_are_those_of_the_maps_that_still_act(sd1: Base) -> None:
+    """One of two maps of a Union ends: from then on the other acts as if it had always been alone."""
+    network = union_of(sd1)
+    canny = Control(network, cond(1), scale=0.5, kind="canny")
+    encoded = encode_controls(
+        [canny, Control(network, cond(2), end=0.3, kind="depth")], width=SIZE, height=SIZE, pictures=1
+    )
+    inputs, _ = given(sd1, batch=1)
+    rows = Rows(inputs[2], None, 1)
+    latents, timestep = inputs[0], inputs[1][0]
+    with torch.no_grad():
+        both = summed_residuals(encoded, latents, timestep, rows, step=0, steps=4)
+        later = summed_residuals(encoded, latents, timestep, rows, step=3, steps=4, again=True)
+        (alone,) = encode_controls([canny], width=SIZE, height=SIZE, pictures=1)
+        expected = summed_residuals([alone], latents, timestep, rows, step=3, steps=4)
+    assert both is not None
+    assert later is not None
+    assert expected is not None
+    assert all(torch.equal(a, b) for a, b in zip(later.tensors, expected.tensors, strict=True))
+    assert not torch.equal(both.tensors[0], later.tensors[0])
 
 
 # --- what is refused ---

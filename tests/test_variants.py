@@ -11,7 +11,8 @@ import torch
 from killed_runs import recipe, write_pictures
 from safetensors.torch import load_file
 
-from controlkit.adapters import load_adapter
+from controlkit import union
+from controlkit.adapters import AdapterInfo, MapSpec, load_adapter, save_adapter
 from controlkit.base import load_base
 from controlkit.control import Control
 from controlkit.kinds import kind_of
@@ -19,7 +20,7 @@ from controlkit.sampling import generate
 from controlkit.training import train_recipe
 from controlkit.training.config import parse_recipe
 from controlkit.training.planning_networks import build
-from controlkit.training.variants import make_network, without_low_rank
+from controlkit.training.variants import make_network, started_from, without_low_rank
 
 VARIANTS = ("controlnet", "control-lora", "t2i-adapter", "controlnet-xs", "lite")
 SMALL = {"rank": 4, "size_ratio": 0.5}
@@ -215,6 +216,22 @@ def test_what_a_variant_has_no_part_for_is_refused(changes: dict[str, Any], mess
     table |= {"learning_rate": 1e-3, **changes}
     with pytest.raises(ValueError, match=message):
         parse_recipe(table, where="test")
+
+
+def test_a_union_is_no_start_for_other_kinds(place: Path) -> None:
+    network = union.from_base(load_base(str(place / "sd1")), 2, hint_channels=(4, 8, 8, 8), seed=1)
+    info = AdapterInfo(map=MapSpec("canny + depth"), family="sd1")
+    save_adapter(network, place / "two", info=info)
+    table = {"task": "controlnet", "map": "several", "out": "x", "steps": 1, "batch_size": 1, "warmup": 0}
+    table |= {"learning_rate": 1e-3, "adapter": "controlnet-union", "init": str(place / "two")}
+    base = load_base(str(place / "sd1"))
+    for columns in (["depth", "canny"], ["canny", "depth"]):
+        recipe_: Any = parse_recipe({**table, "data": {"map_column": columns}}, where="test")
+        if columns[0] == "canny":
+            started_from(recipe_, base, 6)
+            continue
+        with pytest.raises(ValueError, match=r"knows the maps canny \+ depth, in this order, and data"):
+            started_from(recipe_, base, 6)
 
 
 def test_an_adapter_of_another_kind_is_no_start(place: Path) -> None:

@@ -80,7 +80,8 @@ def started_from(recipe: ControlNetRecipe, base: Base, channels: int) -> Any:
     from controlkit.transfer import transfer
 
     assert recipe.init is not None
-    network = load_adapter(recipe.init, base=base, dtype=torch.float32).controlnet
+    adapter = load_adapter(recipe.init, base=base, dtype=torch.float32)
+    network = adapter.controlnet
     kind = kind_of(network)
     wanted = "controlnet" if recipe.adapter in COPIES else recipe.adapter
     if kind.name != wanted:
@@ -89,6 +90,12 @@ def started_from(recipe: ControlNetRecipe, base: Base, channels: int) -> Any:
         raise ValueError(
             f"init {recipe.init!r} takes maps of {kind.trained_channels(network)} channels, and the data's"
             f" have {channels}"
+        )
+    columns, known = " + ".join(recipe.data.map_column), adapter.info.map.kind
+    if recipe.adapter == "controlnet-union" and known != columns:
+        raise ValueError(
+            f"init {recipe.init!r} knows the maps {known or 'of others'}, in this order, and data.map_column"
+            f" has {columns}"
         )
     if recipe.init_base is not None:
         transfer(network, load_unet(recipe.init_base), base.unet)

@@ -16,7 +16,15 @@ from torch import Tensor, nn
 from controlkit.formats import control_lora
 from controlkit.formats.adapter_file import AdapterFile
 from controlkit.formats.recognise import KINDS
-from controlkit.formats.structure import MODULES, TEXT_FAMILIES, Shapes, by, controlnet_config, with_untold
+from controlkit.formats.structure import (
+    IN_NO_SHAPE,
+    MODULES,
+    TEXT_FAMILIES,
+    Shapes,
+    by,
+    controlnet_config,
+    with_untold,
+)
 from controlkit.formats.structure_others import xs_with_untold
 from controlkit.formats.weight_file import Stored
 
@@ -166,6 +174,7 @@ def _control_lora(file: AdapterFile, unet: UNet2DConditionModel | None) -> nn.Mo
         raise ValueError(f"{file.path}: {error}") from error
     entries = {key: Stored("F32", tuple(tensor.shape)) for key, tensor in state.items()}
     config = with_untold(controlnet_config(Shapes(entries, file.path)), unet.config)
+    config |= {key: file.config[key] for key in IN_NO_SHAPE if key in file.config}
     return assemble("ControlNetModel", config, state, file.path)
 
 

@@ -33,6 +33,9 @@ UNTOLD: Mapping[str, Mapping[str, Any]] = {
 """What shapes do not tell, of the published models of each family; for the rest diffusers' defaults hold."""
 TEXT_FAMILIES: Mapping[int, str] = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
 
+IN_NO_SHAPE = ("global_pool_conditions", "controlnet_conditioning_channel_order")
+"""How a ControlNet takes its map: neither its shapes nor its base know it."""
+
 Config = dict[str, Any]
 
 
