@@ -43,6 +43,10 @@ class Kind:
     hint: tuple[str, ...] = ("controlnet_cond_embedding",)
     """Beginnings of the names of the map's encoder's parameters."""
 
+    def starts_at_zero(self, name: str) -> bool:
+        """Whether a parameter of this name is zero before training."""
+        return name.startswith(self.zero)
+
     def channels(self, network: Any) -> int:
         """Of the map."""
         return int(network.config.conditioning_channels)
@@ -211,7 +215,9 @@ class _Cross(Kind):
 
     class_name = "ControlNetXSAdapter"
     name, title, crosses = "controlnet-xs", "ControlNet-XS", True
-    zero = ("control_to_base_for_conv_in",)
+
+    def starts_at_zero(self, name: str) -> bool:
+        return any(part in name for part in ("control_to_base", "ctrl_to_base", "base_to_ctrl"))
 
     def pools(self, network: Any) -> bool:
         return False

@@ -131,9 +131,9 @@ class ControlNetTask:
             if p.requires_grad
         ]
         kind = kind_of(self.controlnet)
-        zero = [p for name, p in named if name.startswith(kind.zero)]
+        zero = [p for name, p in named if kind.starts_at_zero(name)]
         hint = [p for name, p in named if name.startswith(kind.hint)]
-        trunk = [p for name, p in named if not name.startswith((*kind.zero, *kind.hint))]
+        trunk = [p for n, p in named if not (kind.starts_at_zero(n) or n.startswith(kind.hint))]
         return [
             {"name": "trunk", "params": trunk, "rate": 1.0},
             {"name": "zero_convolutions", "params": zero, "rate": recipe.zero_convolution_rate},

@@ -204,7 +204,7 @@ def mark_trained(network: Any, unet: UNet2DConditionModel, recipe: ControlNetRec
     kind = kind_of(network)
     if is_low_rank(recipe):
         for name, parameter in network.named_parameters():
-            parameter.requires_grad_(_LORA in name or name.startswith((*kind.zero, *kind.hint)))
+            parameter.requires_grad_(_LORA in name or kind.starts_at_zero(name) or name.startswith(kind.hint))
     if recipe.only_mid_control:
         network.controlnet_down_blocks.requires_grad_(False)
     if recipe.gradient_checkpointing:
