@@ -79,9 +79,9 @@ def load_adapter(
     """Load an adapter that fits ``base``: a bundled name, a folder, a hub id, or one file. It comes locked.
 
     A file may be of any kind and layout that `formats.adapter_file.open_adapter_file` reads, lie on the hub
-    (``owner/name/path/to/file.safetensors``), or alone in a folder. Its network is of one of the
-    kinds in `kinds.py`. ``device`` and ``dtype`` are the
-    base's unless given. Warns when the adapter was trained for another prediction type than the base's.
+    (``owner/name/path/to/file.safetensors``), or alone in a folder. Its network is of one of the kinds in
+    `kinds.py`. ``device`` and ``dtype`` are the base's unless given. Warns when the adapter was trained for
+    another prediction type than the base's.
 
     Raises ValueError, one line within about 5 seconds, for a name that leads nowhere, a folder or file that
     holds something else, damaged or non-finite weights, or a network whose sizes are not the base's (both are
@@ -213,10 +213,10 @@ def check_fits(controlnet: nn.Module, base: Base) -> None:
     if kind_of(network).hooks:
         from controlkit import lllite
 
-        return lllite.check_fits(network, base.unet, base=base.name)
-    _check_sizes(network.config, base, name="control network", class_name=kind_of(network).class_name)
-    check_labels_fit(network, base)
-    return None
+        lllite.check_fits(network, base.unet, base=base.name)
+    else:
+        _check_sizes(network.config, base, name="control network", class_name=kind_of(network).class_name)
+        check_labels_fit(network, base)
 
 
 def structure_of(base: Base) -> BaseStructure:

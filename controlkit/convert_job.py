@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from controlkit import files, limits, naming
-from controlkit.folders import load_part
 from controlkit.formats.adapter_file import AdapterFile, open_adapter_file
 from controlkit.formats.fitting import BaseStructure, check_kind_fits
 from controlkit.formats.weight_file import SUFFIXES
@@ -118,12 +117,9 @@ def check_apart(source: str, output: Path) -> None:
 def _unet(name: str, file: AdapterFile, plan: Plan, report: Report) -> Any:
     """The base's U-Net, which the file is checked against."""
     report.status(f"loading the U-Net of the base {name}")
-    import torch
-    from diffusers import UNet2DConditionModel
+    from controlkit.base_parts import load_unet
 
-    from controlkit.base_parts import find_base, part_of
-
-    unet = load_part(UNet2DConditionModel, part_of(find_base(name), "unet"), dtype=torch.float32)
+    unet = load_unet(name)
     check_kind_fits(file.kind, file.config, file.family, BaseStructure(name, unet.config), name=plan.source)
     return unet
 

@@ -3,8 +3,9 @@
 Zavadski, Feiden & Rother 2023, "ControlNet-XS: Rethinking the Control of Text-to-Image Diffusion Models as
 Feedback-Control Systems" (arXiv:2312.06573, figure 3, type B): before each of its layers the control encoder
 is shown what the U-Net's layer is shown, and after it the U-Net is given what it made. The networks are
-diffusers' `ControlNetXSAdapter` and the base's own U-Net: none is copied. The result is bit for bit that of
-`UNetControlNetXSModel`, which copies both into one.
+diffusers' `ControlNetXSAdapter` and the base's own U-Net: none is copied. The result is that of
+`UNetControlNetXSModel`, which copies both into one, but for the base's norms: there they have an epsilon of
+1e-6, whatever the base's (diffusers 0.42.1), here the base's own.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from controlkit.folders import read_json
 from controlkit.formats.adapter_file import AdapterFile, hint_channels, open_adapter_file
 from controlkit.formats.description import AdapterInfo, map_in_words
 from controlkit.formats.fitting import EITHER, BaseStructure, check_kind_fits
-from controlkit.formats.recognise import KINDS
+from controlkit.formats.recognise import KINDS, OF_BASE
 from controlkit.hub import find_file
 
 _UNET_DEFAULTS: Mapping[str, Any] = {  # diffusers', for what a published config.json leaves out
@@ -37,7 +37,6 @@ _PUBLISHED: Mapping[str, tuple[Mapping[str, Any], str]] = {  # the bases of `fam
     "sdxl": (_SDXL_UNET, "epsilon"),
 }
 _USUAL_BASES = {"sd1": "sd15", "sd2": "sd21", "sdxl": "sdxl"}
-_NEEDS_BASE = ("controlnet-difference", "control-lora")
 _NOT_RUN = ("controlnext",)
 
 
@@ -52,7 +51,7 @@ def describe(name: str, *, base: str | None = None) -> list[str]:
     lines = [f"{name}: {summary(file)}", *_provenance(file.info)]
     if file.kind in _NOT_RUN:
         return [*lines, "controlkit does not run this kind"]
-    if file.kind in _NEEDS_BASE:
+    if file.kind in OF_BASE:
         lines.append("its weights are changes to its base's: other software needs that base, too")
     if structure is not None:
         why_not = _misfit(file, structure, name)

@@ -117,9 +117,6 @@ class _T2I(Kind):
     def channels(self, network: Any) -> int:
         return int(network.config.in_channels)
 
-    def pools(self, network: Any) -> bool:
-        return False
-
     def levels(self, network: Any) -> list[int]:
         full_size = network.config.adapter_type != "full_adapter_xl"
         return ([0, 1, 2, 3] if full_size else [1, 1, 2, 2])[: len(network.adapter.body)]
@@ -168,18 +165,19 @@ class _Union(Kind):
         return union.control_residuals(network, *given, **told)
 
 
-class _Light(Kind):
+class _Single(Kind):
+    """A network with one connection to the U-Net, or whose connections have no order."""
+
+    def levels(self, network: Any) -> list[int]:
+        return [0]
+
+
+class _Light(_Single):
     """See `light.py`."""
 
     class_name = "LightControl"
     name, title, bands, enters_encoder = "lite", "light network", False, True
     zero, hint = ("time_embedding.linear_2",), ("encoder",)
-
-    def pools(self, network: Any) -> bool:
-        return False
-
-    def levels(self, network: Any) -> list[int]:
-        return [0]
 
     def encode(self, network: Any, controlnet_cond: Tensor, number: int = 0) -> Hint:
         check_channels(self.channels(network), controlnet_cond)
@@ -191,7 +189,7 @@ class _Light(Kind):
         return network.residuals(noisy_latents, timesteps, hint[0])
 
 
-class _LLLite(Kind):
+class _LLLite(_Single):
     """See `lllite.py`."""
 
     class_name = "LLLite"
@@ -200,9 +198,6 @@ class _LLLite(Kind):
     def channels(self, network: Any) -> int:
         return 3
 
-    def levels(self, network: Any) -> list[int]:
-        return [0]
-
     def encode(self, network: Any, controlnet_cond: Tensor, number: int = 0) -> Hint:
         from controlkit import lllite
 
@@ -210,7 +205,7 @@ class _LLLite(Kind):
         return lllite.encode_hint(network, controlnet_cond)
 
 
-class _Cross(Kind):
+class _Cross(_Single):
     """See `cross.py`."""
 
     class_name = "ControlNetXSAdapter"
@@ -218,12 +213,6 @@ class _Cross(Kind):
 
     def starts_at_zero(self, name: str) -> bool:
         return any(part in name for part in ("control_to_base", "ctrl_to_base", "base_to_ctrl"))
-
-    def pools(self, network: Any) -> bool:
-        return False
-
-    def levels(self, network: Any) -> list[int]:
-        return [0]
 
     def encode(self, network: Any, controlnet_cond: Tensor, number: int = 0) -> Hint:
         check_channels(self.channels(network), controlnet_cond)

@@ -1,7 +1,7 @@
 """Adapters on the hub that are known by name: what each is for, what its map is, and under which licence.
 
 Of a family's adapters for a kind of map the first is the one that is used when none is named. What stands
-here was read on the models' pages; a revision stands only where a page showed the commit with its files.
+here was read on the models' pages; a revision stands only where a page showed that commit.
 Needs no torch.
 """
 

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from controlkit import files
 from controlkit.convert_job import Report, check_apart, check_precision, own_dtype
 from controlkit.families import FAMILY_TITLES
-from controlkit.folders import load_part
 from controlkit.formats.adapter_file import AdapterFile, open_adapter_file
 from controlkit.formats.fitting import BaseStructure, check_kind_fits, plain
 from controlkit.formats.recognise import KINDS
@@ -195,9 +194,6 @@ def _notes(plan: Plan, gaps: Distances) -> list[str]:
 def _unet(base: BaseStructure, report: Report) -> Any:
     """A base's U-Net, float32, on the CPU."""
     report.status(f"loading the U-Net of the base {base.name}")
-    import torch
-    from diffusers import UNet2DConditionModel
+    from controlkit.base_parts import load_unet
 
-    from controlkit.base_parts import find_base, part_of
-
-    return load_part(UNet2DConditionModel, part_of(find_base(base.name), "unet"), dtype=torch.float32)
+    return load_unet(base.name)

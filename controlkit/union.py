@@ -6,7 +6,7 @@ controlnet-union-sdxl-1.0); results equal its `forward` for one picture at a tim
 
 In that class the small transformer over the maps' mean features runs along the batch, not along the maps:
 for one picture each sees itself alone, and its attention is the projection of its own value. Here that is so
-whatever the batch, so that a picture does not depend on its neighbours, and all of it is done once for a map.
+whatever the batch, so that a picture does not depend on its neighbours.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 
 from controlkit.controlnet import Residuals, check_hint_size, copy_residuals, time_embedding
+from controlkit.known_adapters import same_kind
 from controlkit.reuse import repeat_rows
 
 PUBLISHED_KINDS: tuple[tuple[str, ...], ...] = (
     ("openpose",),
     ("depth",),
-    ("softedge", "hed", "pidinet", "scribble"),
-    ("canny", "lineart", "lineart_anime", "lineart_standard", "mlsd"),
+    ("softedge", "scribble"),
+    ("canny", "lineart", "lineart_anime", "mlsd"),
     ("normal",),
     ("seg",),
     ("tile",),
@@ -43,7 +44,7 @@ def kind_number(network: Any, kind: str, own: Sequence[str] = ()) -> int:
     count = network.config.num_control_type
     known = [(name,) for name in own] if len(own) == count else PUBLISHED_KINDS[:count]
     for number, names in enumerate(known):
-        if kind in names:
+        if same_kind(kind) in map(same_kind, names):
             return number
     told = ", ".join(name for names in known for name in names)
     what = f"no maps of kind {kind!r}" if kind else "several kinds of maps, and is not told which"

@@ -9,12 +9,14 @@ import pytest
 import tiny_models
 import torch
 from killed_runs import recipe, write_pictures
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from controlkit import union
 from controlkit.adapters import AdapterInfo, MapSpec, load_adapter, save_adapter
 from controlkit.base import load_base
 from controlkit.control import Control
+from controlkit.controlnet import from_base
+from controlkit.formats import control_lora
 from controlkit.kinds import kind_of
 from controlkit.sampling import generate
 from controlkit.training import train_recipe
@@ -122,7 +124,7 @@ def test_only_the_updates_of_a_control_lora_are_trained(place: Path) -> None:
     folder = run(place, "lora-alone", adapter="control-lora", learning_rate=1e-3, **SMALL)
     trained = {key.removeprefix("model.") for key in weights(folder) if key.startswith("model.")}
     assert all(
-        "lora_" in key or "controlnet_" in key.removeprefix("controlnet.").removeprefix("controlnet.")
+        "lora_" in key or key.startswith("controlnet.controlnet_")  # zero convolutions, and the hint encoder
         for key in trained
     )
     base = load_base(str(place / "sd1"))
@@ -232,6 +234,31 @@ def test_a_union_is_no_start_for_other_kinds(place: Path) -> None:
             continue
         with pytest.raises(ValueError, match=r"knows the maps canny \+ depth, in this order, and data"):
             started_from(recipe_, base, 6)
+
+
+def test_what_was_learned_is_carried_to_another_base_once(place: Path) -> None:
+    """Of a whole ControlNet by the bases' difference; a Control-LoRA is a change to any base already."""
+    tiny_models.build(place / "old", "sd1", seed=5)
+    new = load_base(str(place / "sd1"))
+    old = load_base(str(place / "old"))
+    network = from_base(old, hint_channels=(4, 8, 8, 8), seed=1)
+    own, changed = network.conv_in.weight.clone(), "conv_in.weight"
+    network.conv_in.weight.data += 0.5
+    info = AdapterInfo(map=MapSpec("canny"), family="sd1")
+    save_adapter(network, place / "whole", info=info, dtype=torch.float32)
+    tensors = control_lora.reduce(network.state_dict(), old.unet.state_dict(), 1)
+    assert "input_blocks.0.0.up" in tensors
+    save_file(tensors, place / "lora.safetensors")
+    table = {"task": "controlnet", "map": "canny", "out": "x", "steps": 1, "batch_size": 1, "warmup": 0}
+    table |= {"learning_rate": 1e-3, "init_base": str(place / "old")}
+    started = {}
+    for name in ("whole", "lora.safetensors"):
+        recipe_: Any = parse_recipe({**table, "init": str(place / name)}, where="test")
+        started[name] = started_from(recipe_, new, 3).state_dict()[changed]
+    base = new.unet.state_dict()[changed]
+    assert (base - own).abs().max() > 0.1, "the bases differ"
+    torch.testing.assert_close(started["whole"], base + 0.5, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(started["lora.safetensors"], base + 0.5, rtol=1e-3, atol=1e-4)
 
 
 def test_an_adapter_of_another_kind_is_no_start(place: Path) -> None:

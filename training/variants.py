@@ -77,6 +77,9 @@ def started_from(recipe: ControlNetRecipe, base: Base, channels: int) -> Any:
     """
     from controlkit.adapters import load_adapter
     from controlkit.base_parts import load_unet
+    from controlkit.formats.adapter_file import open_adapter_file
+    from controlkit.formats.finding import find_adapter_file
+    from controlkit.formats.recognise import OF_BASE
     from controlkit.transfer import transfer
 
     assert recipe.init is not None
@@ -97,7 +100,9 @@ def started_from(recipe: ControlNetRecipe, base: Base, channels: int) -> Any:
             f"init {recipe.init!r} knows the maps {known or 'of others'}, in this order, and data.map_column"
             f" has {columns}"
         )
-    if recipe.init_base is not None:
+    file = find_adapter_file(recipe.init)
+    of_base = file is not None and open_adapter_file(file).kind in OF_BASE  # made whole on this base already
+    if recipe.init_base is not None and not of_base:
         transfer(network, load_unet(recipe.init_base), base.unet)
     return with_low_rank(network, recipe.rank, seed=recipe.seed) if is_low_rank(recipe) else network
 

@@ -22,6 +22,8 @@ KINDS: Mapping[str, str] = {
     "controlnext": "a ControlNeXt",
 }
 """The kinds of adapters that are recognised, and what to call them."""
+OF_BASE = ("controlnet-difference", "control-lora")
+"""The kinds that are changes to a base: whichever base is at hand makes them whole."""
 DIFFERENCE_KEY = "difference"  # marks a file whose values are to be added to the base's (sd-webui-controlnet)
 LORA_KEY = "lora_controlnet"  # marks a Control-LoRA
 UNION_KEY = "task_embedding"  # a row for each kind of map that a ControlNet-Union knows

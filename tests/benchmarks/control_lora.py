@@ -1,6 +1,6 @@
 """What a Control-LoRA of a chosen rank keeps of an adapter: its change, its size, and its control.
 
-`uv run python tests/benchmarks/control_lora.py` takes about a quarter of an hour on two cores and writes
+`uv run python tests/benchmarks/control_lora.py` takes its time on two cores and writes
 `control_lora.json` and `control_lora.md` beside itself. The bundled adapters over the bundled base, each made
 low-rank by singular value decomposition and whole again, on held-out scenes (`training/quality.py`).
 """

@@ -1,6 +1,6 @@
 """The networks that can be trained, compared: what they hold, what they cost, and how well they are followed.
 
-`uv run python tests/benchmarks/variants.py` takes about half an hour on two cores and writes `variants.json`
+`uv run python tests/benchmarks/variants.py` takes its time on two cores and writes `variants.json`
 and `variants.md` beside itself. Each variant is trained on the bundled world by the recipe tiny-canny, on as
 many pairs, at the recipe's rates (`--only train`; runs are kept in `--runs` and gone on with); one network
 for three kinds of maps is trained beside them on as many pairs. Scores are those of `training/quality.py` on
