@@ -109,6 +109,7 @@ def _yes(text: str) -> bool:
     return text == "true"
 
 
+_RULE = ("scale", "start", "end", "gate", "mode", "layers")  # in the order of `check_rule`
 _CONTROL_KEYS: dict[str, Callable[[str], Any]] = {
     "scale": parse_scale,
     "start": float,
@@ -158,6 +159,32 @@ def parse_adapters(texts: Sequence[str]) -> dict[str, str]:
         if adapters.setdefault(kind, name) != name:
             raise ValueError(f"--adapter gives two adapters for {kind}: {adapters[kind]} and {name}")
     return adapters
+
+
+def parse_compared(text: str) -> tuple[str, str, dict[str, Any]]:
+    """Read [KIND=]NAME[:SCALE][:KEY=VALUE...], an adapter and how it acts, as kind or "", name, settings.
+
+    The settings are those of `parse_control` but the mask, and only those that are given. Raises ValueError,
+    as there, and for a missing name.
+    """
+    kind, equals, rest = text.partition("=")
+    if not equals or not kind.strip().replace("_", "").isalnum() or os.path.exists(text):
+        kind, rest = "", text
+    try:
+        rest, settings = _split_control_settings(rest)
+        name, scale = _split_scale(rest)
+        if name != rest:
+            settings = {"scale": scale, **settings}
+        if not name:
+            raise ValueError("it names no adapter: NAME, KIND=NAME or KIND=NAME:SCALE")
+        if "mask" in settings:
+            raise ValueError("mask is of one picture, and many are compared")
+        usual = ControlArgument(kind, name, 1.0, is_map=True)
+        rule = {key: settings.get(key, getattr(usual, key)) for key in _RULE}
+        check_rule(*rule.values())
+    except ValueError as error:
+        raise ValueError(f"--adapter {text!r}: {error}") from None
+    return kind.strip(), name, settings
 
 
 def parse_weighted(text: str) -> tuple[str, float]:

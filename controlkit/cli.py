@@ -781,6 +781,78 @@ def transfer(
         print(line)
 
 
+@app.command(
+    epilog="Example:  controlkit evaluate photos/ --base sd15 --adapter canny --adapter canny=mine.safetensors"
+)
+def evaluate(
+    data: Annotated[
+        str,
+        typer.Argument(
+            metavar="DATA", help="A data set as for train, a run's folder, or world, the bundled one."
+        ),
+    ] = "world",
+    settings: Settings = None,
+    adapter: Annotated[
+        Texts, _option("[KIND=]NAME[:HOW]", "What is measured; repeatable. HOW is as in --control.")
+    ] = None,
+    base: Annotated[Text, _option("NAME", "The base.  [default: tiny, or the run's]")] = None,
+    output: Annotated[
+        str,
+        _option(
+            "FOLDER", "Where pictures and report go; one that is there is gone on with.", "-o", "--output"
+        ),
+    ] = "report",
+    count: Annotated[Whole, _option("N", "Pairs; 0 for all.  [default: 50]", "-n", "--count")] = None,
+    seeds: Annotated[Whole, _option("N", "Pictures of each pair.  [default: 1]")] = None,
+    steps: Annotated[Whole, _option("N", "Denoising steps.  [default: 20]")] = None,
+    guidance: Annotated[Number, _option("X", "How much the prompt counts.  [default: the base's]")] = None,
+    scheduler: Annotated[Text, _option("NAME", _SCHEDULER_HELP)] = None,
+    negative_prompt: Annotated[
+        Text, _option("TEXT", "What no picture should show.", "--negative", "--negative-prompt")
+    ] = None,
+    features: Annotated[
+        Text, _option("NAME", "What FID and KID see: inception, or none.  [default: inception]")
+    ] = None,
+    clip: Annotated[
+        Text,
+        _option("NAME", "Of the CLIP score: clip-b, clip-l, folder, hub id or none.  [default: clip-b]"),
+    ] = None,
+    device: Annotated[Text, _option("NAME", "auto, cpu, cuda, cuda:1 or mps.  [default: auto]")] = None,
+) -> None:
+    """Measure how well adapters are obeyed on held-out pairs, against no control and the best possible."""
+    with _terminal() as terminal:
+        if os.environ.get("RANK", "0") == "0":
+            terminal.status("reading what is asked for")
+        from controlkit.training.evaluation.request import make_request
+
+        request = make_request(
+            data,
+            output,
+            adapters=adapter or (),
+            base=base,
+            settings=settings or (),
+            count=count,
+            seeds=seeds,
+            steps=steps,
+            guidance=guidance,
+            scheduler=scheduler,
+            negative_prompt=negative_prompt,
+            features=features,
+            clip=clip,
+            device=device,
+        )
+        from controlkit.training.evaluation.job import evaluate as run_evaluation
+        from controlkit.training.evaluation.telling import table
+
+        result = run_evaluation(request, terminal)
+    if not result.is_mine or result.summary is None:
+        return
+    for line in table(result.summary):
+        print(line)
+    for path in result.written:
+        print(f"wrote {path}")
+
+
 @app.command(epilog="Example:  controlkit measure -n 50 --adapter canny=runs/tiny-canny/controlnet")
 def measure(
     adapter: Annotated[

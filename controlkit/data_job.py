@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import chain
@@ -61,7 +60,11 @@ def check_data(
     Raises ValueError, one line: no such data set, it is empty or its listing is broken, an unknown or wrong
     setting, or an output that cannot be written.
     """
-    data = recipe_of(source, kind, settings or {})
+    if source == "world":
+        raise ValueError("the bundled world is drawn, not read: there is nothing to check")
+    from controlkit.training.data.source_recipe import recipe_of
+
+    data = recipe_of(source, kind, settings or {}, where="data check")
     for output in (sheet, json):
         if output:
             files.check_writable(output)
@@ -95,38 +98,6 @@ def _check_kind(kind: str, examples: Examples, data: DataRecipe, *, lint: bool, 
         raise ValueError(f"{data.source} has no maps, and none can be made: {problem}")
     if kind and lint and kind not in KINDS:
         report.note(f"note: mistakes in {kind} maps are not known; the maps are only opened")
-
-
-def recipe_of(source: str, kind: str, settings: Mapping[str, str]) -> DataRecipe:
-    """Return the recipe of a data set. Raises ValueError, one line, for an unknown key or a wrong value."""
-    from controlkit.training.config import ControlNetRecipe, parse_recipe
-
-    if source == "world":
-        raise ValueError("the bundled world is drawn, not read: there is nothing to check")
-    table = {
-        "task": "controlnet",
-        "map": kind or "any",
-        "out": "-",
-        "steps": 100,
-        "batch_size": 1,
-        "learning_rate": 1e-4,
-        "data": {"source": source} | {key: _value(key, value) for key, value in settings.items()},
-    }
-    recipe = parse_recipe(table, where="data check")
-    assert isinstance(recipe, ControlNetRecipe)
-    return recipe.data
-
-
-def _value(key: str, text: str) -> Any:
-    """A setting's value as TOML reads it; a bare word is a text."""
-    from controlkit.training.config_adapter import DataRecipe
-
-    if key in DataRecipe.model_fields and DataRecipe.model_fields[key].annotation is str:
-        return text
-    try:
-        return tomllib.loads(f"v = {text}")["v"]
-    except tomllib.TOMLDecodeError:
-        return text
 
 
 def as_json(check: Check) -> dict[str, Any]:

@@ -176,6 +176,7 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], int]]:
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # torch's tracing warns of its own parts
 def test_networks_are_traced_once_for_all_steps_and_pictures(sd1: Base, traced: Callable[[], int]) -> None:
     request: dict[str, Any] = {"steps": 4, "controls": [Control(controlnet_of(sd1), cond(), end=0.5)]}

@@ -11,8 +11,9 @@ from skimage.metrics import structural_similarity
 from controlkit.adapters import load_adapter
 from controlkit.base import load_base
 from controlkit.figures import render
+from controlkit.metrics import ssim
 from controlkit.preprocessors import Poses, get
-from controlkit.training.reporting.measures import joints_right, measure_of, ssim
+from controlkit.training.reporting.measures import joints_right, measure_of
 from controlkit.training.reporting.scores import Pair, Scorer, score_control
 from controlkit.training.world import exact_map
 

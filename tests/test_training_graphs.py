@@ -171,6 +171,7 @@ def test_gradients_are_kept_for_the_graphs_of_a_compiler(place, recorder, monkey
     assert said[0].startswith("CUDA graphs are the compiler's own")
 
 
+@pytest.mark.slow
 def test_a_traced_pair_equals_the_other_and_is_traced_once_for_each_size(tmp_path):
     """The compiler's front half, forward and backward; what its C++ half makes of that takes minutes."""
     from diffusers import UNet2DConditionModel

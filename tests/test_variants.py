@@ -156,6 +156,7 @@ def test_merged_updates_give_what_they_gave_beside(place: Path) -> None:
     assert torch.allclose(first, second, atol=1e-4 * float(first.abs().max()))
 
 
+@pytest.mark.slow
 def test_one_network_learns_several_kinds(place: Path) -> None:
     """canny, openpose and depth in one, each picture shown some of them; and each used by itself."""
     changes = {

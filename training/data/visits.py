@@ -20,6 +20,7 @@ from controlkit.training.data.views import View, look, make_views, nearest_shape
 from controlkit.training.draws import derived_seed
 
 if TYPE_CHECKING:
+    from controlkit.preprocessors import Poses
     from controlkit.training.config_adapter import DataRecipe
     from controlkit.training.data.examples import Example, Examples, Piece
     from controlkit.training.data.map_files import Sense
@@ -192,18 +193,31 @@ class Visits:
             seen = mirrored_normals(seen)
         return seen
 
-    def _drawn(self, content: bytes, name: str, index: int, view: View) -> NDArray[np.uint8]:
-        """The drawing of a view of poses, uint8 (H, W, 3); lines have their usual width."""
-        from controlkit.preprocessors import crop_poses, draw_poses, mirror_poses, scale_poses
+    def poses(self, index: int, view: View) -> Poses | None:
+        """The joints of a view, in its pixels, where the data set's own map is a pose as JSON; else None."""
+        for piece in () if self._maker else self._examples[index].maps:
+            content = piece.read()
+            if map_files.is_json(content):
+                assert isinstance(content, bytes)
+                return self._joints(content, piece.name, index, view)
+        return None
 
-        if self._grey:
-            raise ValueError(map_files.grey_pose(name))
+    def _joints(self, content: bytes, name: str, index: int, view: View) -> Poses:
+        from controlkit.preprocessors import crop_poses, mirror_poses, scale_poses
+
         width, height = self._size(index)
         poses = map_files.read_joints(content, name, width=width, height=height)
         poses = scale_poses(poses, view.resized_width, view.resized_height)
         poses = crop_poses(poses, view.left, view.top, view.width, view.height, keep_outside=True)
-        if view.mirrored:
-            poses = mirror_poses(poses)
+        return mirror_poses(poses) if view.mirrored else poses
+
+    def _drawn(self, content: bytes, name: str, index: int, view: View) -> NDArray[np.uint8]:
+        """The drawing of a view of poses, uint8 (H, W, 3); lines have their usual width."""
+        from controlkit.preprocessors import draw_poses
+
+        if self._grey:
+            raise ValueError(map_files.grey_pose(name))
+        poses = self._joints(content, name, index, view)
         try:
             return draw_poses(
                 poses.people,

@@ -2,49 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from controlkit.metrics import depth_rmse, edge_f1, pck
+from controlkit.metrics import depth_rmse, edge_f1, pck, ssim
 
 if TYPE_CHECKING:
     from controlkit.preprocessors import Preprocessor
     from controlkit.training.reporting.scores import Pair
 
 LOWER_IS_BETTER = frozenset({"depth error", "map error"})
-_EDGE_KINDS = ("canny", "mlsd", "scribble")
-_DEPTH_KINDS = ("depth", "leres", "midas", "zoe")
-_SMALLEST_PERSON = 8  # pixels; a tenth of less is below a joint's own uncertainty
+EDGE_KINDS = ("canny", "mlsd", "scribble")
+DEPTH_KINDS = ("depth", "leres", "midas", "zoe")
+SMALLEST_PERSON = 8  # pixels; a tenth of less is below a joint's own uncertainty
 Values = dict[str, float]
 Measure = Callable[["NDArray[np.uint8]", int], Values]
 """Scores of a picture that was generated for the pair of a number; {} where there is nothing to score."""
 
 
-def ssim(a: NDArray[Any], b: NDArray[Any]) -> float:
-    """Structural similarity of two pictures (H, W) in [0, 1], at most 1: Wang, Bovik, Sheikh & Simoncelli
-    2004, equation 13, with their Gaussian window (spread 1.5) and constants, over windows that fit inside.
-    """
-    x, y = a.astype(np.float64), b.astype(np.float64)
-
-    def mean(image: NDArray[Any]) -> NDArray[Any]:
-        return cv2.GaussianBlur(image, (11, 11), 1.5)
-
-    mu_x, mu_y = mean(x), mean(y)
-    var_x, var_y, cov = mean(x * x) - mu_x**2, mean(y * y) - mu_y**2, mean(x * y) - mu_x * mu_y
-    c1, c2 = 0.01**2, 0.03**2
-    quality = (2 * mu_x * mu_y + c1) * (2 * cov + c2) / ((mu_x**2 + mu_y**2 + c1) * (var_x + var_y + c2))
-    return float(quality[5:-5, 5:-5].mean())
-
-
 def measure_of(kind: str) -> Callable[[Sequence[Pair], Preprocessor], Measure]:
     """How a kind of map is scored: given the pairs and a preprocessor, what makes numbers of a picture."""
-    if kind in _EDGE_KINDS:
+    if kind in EDGE_KINDS:
         return _edges
-    if kind in _DEPTH_KINDS:
+    if kind in DEPTH_KINDS:
         return _depth
     return _joints if kind == "openpose" else _maps
 
@@ -62,8 +45,8 @@ def _depth(pairs: Sequence[Pair], preprocessor: Preprocessor) -> Measure:
 
     def measure(picture: NDArray[np.uint8], index: int) -> Values:
         found = preprocessor(picture)
-        pred = _grey(found.image) if found.depth is None else found.depth
-        return {"depth error": depth_rmse(pred, _grey(pairs[index].map))}
+        pred = grey(found.image) if found.depth is None else found.depth
+        return {"depth error": depth_rmse(pred, grey(pairs[index].map))}
 
     return measure
 
@@ -86,7 +69,7 @@ def _maps(pairs: Sequence[Pair], preprocessor: Preprocessor) -> Measure:
     """For any other kind: how much the picture's map is like the one that was asked for."""
 
     def measure(picture: NDArray[np.uint8], index: int) -> Values:
-        pred, true = _grey(preprocessor(picture).image), _grey(pairs[index].map)
+        pred, true = grey(preprocessor(picture).image), grey(pairs[index].map)
         return {"map SSIM": ssim(pred, true), "map error": float(np.abs(pred - true).mean())}
 
     return measure
@@ -99,7 +82,7 @@ def joints_right(found: NDArray[Any], wanted: NDArray[Any]) -> float:
     wrong. In place is within a tenth of the person's size, the longer side of the box around the joints.
     """
     visible = (wanted[..., 2] > 0).sum(axis=1)
-    shares = np.array([[pck(pose, true, size=_size(true)) for pose in found] for true in wanted])
+    shares = np.array([[pck(pose, true, size=person_size(true)) for pose in found] for true in wanted])
     shares = shares.reshape(len(wanted), len(found))
     right = 0.0
     for _ in range(min(shares.shape)):
@@ -116,17 +99,24 @@ def true_poses(pairs: Sequence[Pair], preprocessor: Preprocessor | None) -> Mapp
         poses = pair.poses
         if poses is None and preprocessor is not None:
             poses = preprocessor(pair.picture).poses
-        seen = [pose for pose in ([] if poses is None else poses.people) if _size(pose) >= _SMALLEST_PERSON]
-        if seen:
-            people[index] = np.stack(seen)
+        seen = large_enough([] if poses is None else poses.people)
+        if seen is not None:
+            people[index] = seen
     return people
 
 
-def _size(pose: NDArray[Any]) -> float:
+def large_enough(people: Iterable[NDArray[Any]]) -> NDArray[Any] | None:
+    """Of people (18, 3) those whose joints can be told apart, (P, 18, 3); None where there is nobody."""
+    seen = [pose for pose in people if person_size(pose) >= SMALLEST_PERSON]
+    return np.stack(seen) if seen else None
+
+
+def person_size(pose: NDArray[Any]) -> float:
+    """The longer side of the box around a person's visible joints, in pixels."""
     points = pose[pose[:, 2] > 0, :2]
     return float(np.ptp(points, axis=0).max()) if len(points) else 0.0
 
 
-def _grey(image: NDArray[Any]) -> NDArray[np.float32]:
+def grey(image: NDArray[Any]) -> NDArray[np.float32]:
     """(H, W, C) uint8 or uint16 -> (H, W) in [0, 1]."""
     return np.asarray(image.mean(axis=2, dtype=np.float32) / np.iinfo(image.dtype).max)

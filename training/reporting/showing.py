@@ -106,7 +106,7 @@ class Shown:
                     width=sample.view.width,
                     height=sample.view.height,
                 )
-                columns.append([_visible(sample.levels), self._picture(sample), *samples])
+                columns.append([visible(sample.levels), self._picture(sample), *samples])
         return np.hstack([np.vstack(column) for column in _of_one_height(columns)])
 
     @cached_property
@@ -152,7 +152,7 @@ def _preprocessor(recipe: ControlNetRecipe, *, made: bool) -> Preprocessor | Non
     return preprocessors.get(recipe.map, **settled)
 
 
-def _visible(levels: NDArray[Any]) -> NDArray[np.uint8]:
+def visible(levels: NDArray[Any]) -> NDArray[np.uint8]:
     """A map as a picture: its first three channels, or its only one thrice, in 8 bits."""
     if levels.dtype == np.uint16:
         levels = (levels >> 8).astype(np.uint8)

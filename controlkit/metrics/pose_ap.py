@@ -1,0 +1,88 @@
+"""Are the people of a map found in the generated pictures? COCO's average precision, over many pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from controlkit.metrics.pose import oks
+
+THRESHOLDS = tuple(float(t) for t in np.linspace(0.5, 0.95, 10))
+_MOST_FOUND = 20  # detections of a picture that count, as in COCO's evaluation of keypoints
+_RECALLS = np.linspace(0, 1, 101)
+_AREA_OF_BOX = (
+    0.53  # a person's area in units of the box around the joints, as xtcocotools and MMPose take it
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Matches:
+    """One picture: how alike each person who was found is to each who was asked for.
+
+    similarity: (found, asked for), OKS in [0, 1]. scores: (found,), how sure the estimator was.
+    """
+
+    similarity: NDArray[np.float64]
+    scores: NDArray[np.float64]
+
+
+def matches(found: NDArray[np.float64], wanted: NDArray[np.float64]) -> Matches:
+    """Compare all people who were found (Q, K, 3) with all who were asked for (P, K, 3), K = 17 or 18.
+
+    A person's area is 0.53 of the box around the visible joints, and the score of one who was found the mean
+    of the visible joints' scores. Raises ValueError as `oks`.
+    """
+    similarity = np.array([[oks(pose, true, area=person_area(true)) for true in wanted] for pose in found])
+    scores = [float(pose[pose[:, 2] > 0, 2].mean()) if (pose[:, 2] > 0).any() else 0.0 for pose in found]
+    return Matches(similarity.reshape(len(found), len(wanted)), np.array(scores))
+
+
+def person_area(pose: NDArray[np.float64]) -> float:
+    """A person's area in square pixels, from the visible joints (K, 3); at least 1."""
+    points = pose[pose[:, 2] > 0, :2]
+    sides = np.ptp(points, axis=0) if len(points) else np.zeros(2)
+    return max(float(_AREA_OF_BOX * sides[0] * sides[1]), 1.0)
+
+
+def average_precision(pictures: Sequence[Matches], *, thresholds: Sequence[float] = THRESHOLDS) -> float:
+    """OKS-AP in [0, 1]: the mean over thresholds (0.50 to 0.95) of the average precision.
+
+    As COCO's evaluation of keypoints does it: those found, surest first, take the person most like them who
+    is still free; precision is interpolated at 101 recalls. Not a number where nobody was asked for.
+    """
+    total = sum(picture.similarity.shape[1] for picture in pictures)
+    if not total:
+        return float("nan")
+    return float(np.mean([_precision(pictures, threshold, total) for threshold in thresholds]))
+
+
+def _precision(pictures: Sequence[Matches], threshold: float, total: int) -> float:
+    scores, right = [], []
+    for picture in pictures:
+        order = np.argsort(-picture.scores, kind="stable")[:_MOST_FOUND]
+        scores.append(picture.scores[order])
+        right.append(_taken(picture.similarity[order], threshold))
+    order = np.argsort(-np.concatenate(scores), kind="stable")
+    hits = np.cumsum(np.concatenate(right)[order])
+    if not len(hits):
+        return 0.0
+    recall, precision = hits / total, hits / np.arange(1, len(hits) + 1)
+    precision = np.maximum.accumulate(precision[::-1])[::-1]
+    places = np.searchsorted(recall, _RECALLS, side="left")
+    return float(np.append(precision, 0.0)[np.minimum(places, len(precision))].mean())
+
+
+def _taken(similarity: NDArray[np.float64], threshold: float) -> NDArray[np.bool_]:
+    """Whether each of those found, surest first, gets a person of his own."""
+    free = np.ones(similarity.shape[1], dtype=bool)
+    right = np.zeros(len(similarity), dtype=bool)
+    for row, likeness in enumerate(similarity):
+        fitting = np.flatnonzero(free & (likeness >= min(threshold, 1 - 1e-10)))
+        if len(fitting):
+            # of equals COCO's loop keeps the last
+            best = fitting[len(fitting) - 1 - np.argmax(likeness[fitting][::-1])]
+            free[best], right[row] = False, True
+    return right

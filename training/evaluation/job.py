@@ -1,0 +1,194 @@
+"""`controlkit evaluate`: from a checked request to report.html and report.json.
+
+    request -> base and kinds -> pairs -> pictures and their scores -> summary -> report
+
+Every picture and every score is kept when it is made, so the same command goes on where it stopped. Several
+processes (`accelerate launch -m controlkit evaluate ...`) share the pairs; the first one writes the report.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from controlkit import files
+from controlkit.adapters import load_adapter
+from controlkit.base import BUNDLED, Base, load_base
+from controlkit.processes import Processes
+from controlkit.training.evaluation import request as requests
+from controlkit.training.evaluation.arms import Arm, arms_of
+from controlkit.training.evaluation.estimating import estimators, options_of, reasons_against
+from controlkit.training.evaluation.held_out import HeldOut, open_held_out
+from controlkit.training.evaluation.pass_over import Pass, picture_path
+from controlkit.training.evaluation.picture_scores import Shot, Shots, picture_scores
+from controlkit.training.evaluation.request import TRUE, Compared, Request
+from controlkit.training.evaluation.rows import Rows
+from controlkit.training.evaluation.summary import Summary, summarise
+
+if TYPE_CHECKING:
+    from controlkit.formats.description import MapSpec
+
+PATIENCE = timedelta(hours=12)  # for processes that have more to do
+
+
+class Report(Protocol):
+    """How the job tells what it is doing."""
+
+    def status(self, text: str) -> None:
+        """What happens now."""
+
+    def note(self, text: str) -> None:
+        """Something worth knowing."""
+
+    def progress(self, done: int, total: int, note: str = "") -> None:
+        """How far it is."""
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """What an evaluation gave. is_mine: whether this process, of several, tells it."""
+
+    summary: Summary | None
+    written: list[Path]
+    is_mine: bool = True
+
+
+def evaluate(request: Request, report: Report) -> Result:
+    """Measure the request's adapters.
+
+    Raises ValueError, one line: a model or data that is not there, an adapter that does not fit the base,
+    maps whose kind cannot be told, or a folder that holds another evaluation.
+    """
+    processes = Processes(patience=PATIENCE)
+    report.status(f"loading the libraries and the base {request.base}")
+    base = _load_base(request, processes)
+    request, specs = _with_kinds(request, base)
+    kinds = list(dict.fromkeys(one.kind for one in request.adapters))
+    held_out = open_held_out(request, kinds, resolution=base.resolution, report=report.note)
+    skipped = reasons_against(kinds)
+    options = {
+        kind: options_of(
+            kind, request, held_out, [spec for spec in specs if spec.kind == kind], device=str(base.device)
+        )
+        for kind in kinds
+        if kind not in skipped
+    }
+    makers = estimators(options)
+    arms = arms_of(list(request.adapters))
+    if processes.is_first:
+        _begin(request, base, held_out, options)
+    processes.wait()
+    rows = Rows(request.output, processes.index)
+    places = range(processes.index, len(held_out), processes.count)
+    report.status(f"{len(arms) - 3} adapters on {held_out.title}, {request.seeds} seeds, on {base.device}")
+    Pass(request, base, held_out, places, makers, rows, report.progress).run(arms)
+    processes.wait()
+    if not processes.is_first:
+        processes.wait()
+        return Result(None, [], is_mine=False)
+    rows.read()
+    result = _report(request, base, held_out, arms, rows, list(makers), skipped, options, report)
+    processes.wait()
+    return result
+
+
+def _load_base(request: Request, processes: Processes) -> Base:
+    import torch
+
+    device = processes.device if request.device == "auto" else request.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    half = device != "cpu" and request.base not in BUNDLED
+    return load_base(request.base, device=device, dtype=torch.float16 if half else torch.float32)
+
+
+def _with_kinds(request: Request, base: Base) -> tuple[Request, list[MapSpec]]:
+    """The request with the kind of every adapter's map, and what the adapters say of their maps."""
+    known: list[Compared] = []
+    specs = []
+    for one in request.adapters:
+        spec = load_adapter(one.name, base=base).info.map  # that it fits is checked before the first picture
+        kind = one.kind or spec.kind
+        if not kind or " + " in kind:
+            raise ValueError(
+                f"{one.name} takes {kind or 'maps of a kind that its file does not tell'}: say which maps it"
+                f" is to be measured with, as --adapter canny={one.name}"
+            )
+        known.append(replace(one, kind=kind))
+        specs.append(replace(spec, kind=kind))
+    return replace(request, adapters=tuple(known)), specs
+
+
+def _begin(request: Request, base: Base, held_out: HeldOut, options: dict[str, dict[str, Any]]) -> None:
+    """Write down what decides the pictures; refuse a folder in which something else decided."""
+    told: dict[str, Any] = {
+        "base": base.digest(),
+        "pairs": held_out.digest(),
+        "estimators": {
+            kind: {key: str(value) for key, value in given.items() if key != "device"}
+            for kind, given in options.items()
+        },
+    }
+    before = requests.earlier(request)
+    if before is not None:
+        for name, what in (("base", "the base's weights"), ("pairs", "the pairs")):
+            if before.get(name) != told[name]:
+                raise ValueError(
+                    f"{request.output} holds an evaluation, and {what} have changed since: choose another -o"
+                )
+        earlier = before.get("estimators", {})
+        for kind, given in told["estimators"].items():
+            if earlier.get(kind, given) != given:
+                raise ValueError(
+                    f"{request.output} holds an evaluation whose {kind} maps were made with {earlier[kind]},"
+                    f" not {given}: choose another -o"
+                )
+        told["estimators"] = earlier | told["estimators"]
+    request.output.mkdir(exist_ok=True)
+    files.write_json(request.output / "settings.json", {"decides": request.decides, **told})
+
+
+def _report(
+    request: Request,
+    base: Base,
+    held_out: HeldOut,
+    arms: Sequence[Arm],
+    rows: Rows,
+    kinds: list[str],
+    skipped: dict[str, str],
+    options: dict[str, dict[str, Any]],
+    report: Report,
+) -> Result:
+    from controlkit.training.evaluation.page import write_page
+    from controlkit.training.evaluation.record import record
+
+    wanted = {held_out.number(place) for place in range(len(held_out))}
+    found = {arm.folder: [row for row in rows.of_arm(arm.folder) if row.number in wanted] for arm in arms}
+    captions = {pair.number: pair.caption for pair in (held_out[place] for place in range(len(held_out)))}
+    shots: Shots = {
+        arm.folder: [
+            Shot(picture_path(request.output, arm, row.number, row.seed), row.number, captions[row.number])
+            for row in found[arm.folder]
+        ]
+        for arm in arms
+    }
+    pictures = picture_scores(
+        shots,
+        true=next(arm.folder for arm in arms if arm.label == TRUE),
+        folder=request.output / "features",
+        features=request.features,
+        clip=request.clip,
+        device=base.device,
+        report=report.status,
+    )
+    report.status("writing the report")
+    summary = summarise(arms, found, kinds, pictures, skipped)
+    told = record(request, base, held_out, summary, options)
+    json_path = request.output / "report.json"
+    files.write_text(json_path, json.dumps(told, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    page = write_page(request, held_out, summary, told, captions)
+    return Result(summary, [page, json_path])
