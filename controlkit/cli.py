@@ -782,7 +782,7 @@ def transfer(
 
 
 @app.command(
-    epilog="Example:  controlkit evaluate photos/ --base sd15 --adapter canny --adapter canny=mine.safetensors"
+    epilog="Example:  controlkit evaluate photos/ --base sd15 --adapter canny --adapter canny=mine.pth"
 )
 def evaluate(
     data: Annotated[

@@ -14,7 +14,7 @@ WINDOW = 11  # pixels, of a Gaussian of spread 1.5
 _SPREAD = 1.5
 _C1, _C2 = 0.01**2, 0.03**2
 SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
-MS_SSIM_LEAST = (WINDOW - 1) * 2 ** (len(SCALE_WEIGHTS) - 1) + 1
+MS_SSIM_LEAST = WINDOW * 2 ** (len(SCALE_WEIGHTS) - 1)
 """The shortest side, in pixels, whose smallest scale still holds a window."""
 
 
@@ -33,7 +33,8 @@ def ms_ssim(a: NDArray[Any], b: NDArray[Any]) -> float:
     """Structural similarity over five scales of two pictures (H, W) in [0, 1]: Wang, Simoncelli & Bovik 2003,
     equation 7, with their weights; each scale is the mean of 2 x 2 pixels of the one before.
 
-    A negative mean counts as 0, so that its power exists. Raises ValueError: the shapes differ, or a side is
+    A negative mean counts as 0, so that its power exists. As in the paper, windows lie inside the picture at
+    every scale; torchmetrics 1.9 reflects the borders of the coarsest, and differs where that is small. Raises ValueError: the shapes differ, or a side is
     shorter than `MS_SSIM_LEAST`.
     """
     _check("ms_ssim", a, b, least=MS_SSIM_LEAST)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from controlkit.training.evaluation.request import Request
     from controlkit.training.evaluation.summary import Summary
 
-ROWS, CELL = 6, 192
+ROWS, CELL = 6, 256
 
 
 def sheets_of(
@@ -56,10 +56,7 @@ def _row(request: Request, summary: Summary, arm: Arm, floor: Arm, pair: Held) -
     cells = [
         (pair.picture, pair.caption or pair.name),
         (visible(pair.maps[arm.kind]), f"{arm.kind} asked for"),
-        (
-            images.load_picture(picture_path(request.output, arm, pair.number, 0)),
-            f"{arm.label}{worth(arm.label)}",
-        ),
+        (images.load_picture(ours), f"{arm.label}{worth(arm.label)}"),
     ]
     found = map_path(request.output, arm, arm.kind, pair.number, 0)
     if found.is_file():

@@ -8,6 +8,7 @@ resized picture as it is, without rounding to 8 bits.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,7 +97,8 @@ def kernel_distance(real: NDArray[Any], fake: NDArray[Any], *, subsets: int = 10
     from torchmetrics.image.kid import KernelInceptionDistance
 
     size = min(len(real), len(fake), 1000)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Metric `Kernel Inception Distance` will save")
         torch.manual_seed(0)
         metric = KernelInceptionDistance(feature=_given(real.shape[1]), subsets=subsets, subset_size=size)
         _fill(metric.update, real, fake)

@@ -66,6 +66,12 @@ def interval_chart(lines: Sequence[Line], *, label: str) -> str:
     )
 
 
+def figure(value: float) -> str:
+    """A value for people: as many digits after the point as its size leaves meaning."""
+    size = abs(value)
+    return f"{value:.1f}" if size >= 20 else f"{value:.2f}" if size >= 5 else f"{value:.3f}"
+
+
 def _row(line: Line, y: float, place: Callable[[float], float], left: int) -> str:
     found = line.interval
     colour = "var(--faint)" if line.colour < 0 else f"var(--c{line.colour % 6})"
@@ -79,5 +85,5 @@ def _row(line: Line, y: float, place: Callable[[float], float], left: int) -> st
     return (
         f'<text class="who" x="{left - 12}" {base}>{escape(line.label)}</text>{bar}'
         f'<circle cx="{place(found.value):.1f}" cy="{y:.1f}" r="5" style="fill:{colour}"/>'
-        f'<text class="value" x="{_WIDTH}" {base}>{number(found.value)}</text>'
+        f'<text class="value" x="{_WIDTH}" {base}>{figure(found.value)}</text>'
     )

@@ -47,7 +47,7 @@ MEASURES = {
     "strict edge F1": Measure("the same with no tolerance, as ControlNet++ reports it"),
     "line F1": Measure("lines brighter than half, up to 2 pixels out of place"),
     "map SSIM": Measure("structural similarity of both maps"),
-    "map MS-SSIM": Measure("structural similarity of both maps over five scales, as ControlNet++ reports it"),
+    "map MS-SSIM": Measure("structural similarity of both maps over five scales"),
     "map error": Measure("mean absolute difference of both maps, of 1", lower=True),
     "depth RMSE": Measure("of both maps in grey levels, 0 to 255, as ControlNet++ reports it", lower=True),
     "depth error": Measure("RMSE after the best scale and shift, of 1", lower=True),

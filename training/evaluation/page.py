@@ -1,6 +1,6 @@
 """report.html: which adapter follows its maps, how surely, and what it looks like.
 
-The page needs no other file, no script runs and nothing is fetched: charts are inline SVG, the sheets are in it.
+It needs no other file, no script runs and nothing is fetched: charts are inline SVG, the sheets are in it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from PIL import Image
 from controlkit import files, images
 from controlkit.metrics import Interval
 from controlkit.training.evaluation.example_sheets import sheets_of
-from controlkit.training.evaluation.interval_chart import CSS, Line, interval_chart
+from controlkit.training.evaluation.interval_chart import CSS, Line, figure, interval_chart
 from controlkit.training.evaluation.map_scores import MEASURES, principal
 from controlkit.training.evaluation.request import FLOOR, TRUE
 from controlkit.training.reporting.page import STYLE, pairs_table
@@ -82,13 +82,8 @@ def title(summary: Summary) -> str:
 def plain(found: Interval) -> str:
     """A value with its interval, for people."""
     if not math.isfinite(found.low):
-        return _figure(found.value)
-    return f"{_figure(found.value)} <small>({_figure(found.low)} to {_figure(found.high)})</small>"
-
-
-def _figure(value: float) -> str:
-    size = abs(value)
-    return f"{value:.1f}" if size >= 20 else f"{value:.2f}" if size >= 5 else f"{value:.3f}"
+        return figure(found.value)
+    return f"{figure(found.value)} <small>({figure(found.low)} to {figure(found.high)})</small>"
 
 
 def _head(request: Request, summary: Summary, told: Mapping[str, Any]) -> str:
@@ -156,7 +151,7 @@ def _table(group: Group, summary: Summary) -> str:
         for label in labels:
             found = group.intervals[measure].get(label)
             spread = group.spread.get(measure, {}).get(label)
-            more = f" <small>(subsets ±{_figure(spread)})</small>" if spread else ""
+            more = f" <small>(subsets ±{figure(spread)})</small>" if spread else ""
             cells.append(f"<td>{'' if found is None else plain(found)}{more}</td>")
         rows.append(f'<tr><th scope="row">{measure}</th>{"".join(cells)}</tr>')
     return (
@@ -231,7 +226,7 @@ def _examples(summary: Summary, captions: Mapping[int, str]) -> str:
     rows = []
     for number in numbers:
         values = [summary.of_pair[kind_of[m]][m][label].get(number) for m, label in columns]
-        cells = "".join(f"<td>{'' if value is None else _figure(value)}</td>" for value in values)
+        cells = "".join(f"<td>{'' if value is None else figure(value)}</td>" for value in values)
         rows.append(f'<tr><th scope="row">{number}</th>{cells}<td>{escape(captions[number])}</td></tr>')
     more = "" if len(numbers) == len(captions) else f"<p>The first {len(numbers)}; report.json has all.</p>"
     return (
@@ -247,8 +242,11 @@ def _settings(told: Mapping[str, Any]) -> str:
         for name, value in told["settings"].items()
         if name not in ("adapters", "output") and value != {}
     }
+    settings["guidance"] = "the base's" if settings["guidance"] is None else settings["guidance"]
     settings["adapters"] = [
-        f"{one['label']}: {one['name']}, {one['kind']}{f', {how}' if (how := one['how']) else ''}"
+        "".join(
+            [f"{one['label']}: {one['name']}, {one['kind']}", *(f", {k} {v}" for k, v in one["how"].items())]
+        )
         for one in told["adapters"]
     ]
     settings["maps of the pictures"] = [

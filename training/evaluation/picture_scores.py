@@ -92,7 +92,7 @@ def _clip_scores(
     try:
         judge = load_clip(clip, device=device)
     except ValueError as error:
-        raise NotAtHand(str(error)) from error
+        raise NotAtHand(str(error).replace(str(Path.home()), "~")) from error  # the report is for others, too
     report("comparing pictures and captions")
     words: dict[str, NDArray[np.float32]] = {}
     for arm, pictures in shots.items():

@@ -1,0 +1,249 @@
+"""Measures over many pictures, against other implementations or values known by hand."""
+
+import contextlib
+import io
+import math
+
+import numpy as np
+import pytest
+import scipy.linalg
+import scipy.signal
+import scipy.stats
+import torch
+from skimage.metrics import structural_similarity
+
+from controlkit.figures import render
+from controlkit.metrics import average_precision, interval, matches, mean_interval, ms_ssim, ssim
+from controlkit.metrics.pose_ap import Matches, person_area
+from controlkit.metrics.similarity import MS_SSIM_LEAST
+
+
+@pytest.fixture(scope="module")
+def greys():
+    """A picture, it with noise, another one: (192, 192) in [0, 1]."""
+    one, other = (render(k, split="validation", size=192).picture.mean(axis=2) / 255 for k in (0, 1))
+    noise = np.random.default_rng(0).normal(0, 0.05, one.shape)
+    return one, np.clip(one + noise, 0, 1), other
+
+
+def test_ssim_is_scikit_images(greys):
+    one, noisy, other = greys
+    for pair in ((one, noisy), (one, other)):
+        theirs = structural_similarity(
+            *pair, data_range=1, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
+        )
+        assert ssim(*pair) == pytest.approx(theirs, abs=1e-9)
+    assert ssim(one, one) == pytest.approx(1)
+
+
+def test_ms_ssim_is_the_papers(greys):
+    """Wang et al. 2003, equation 7, with scipy's convolution over windows that fit inside."""
+    axis = np.exp(-((np.arange(11) - 5) ** 2) / (2 * 1.5**2))
+    window = np.outer(axis, axis) / axis.sum() ** 2
+
+    def blur(image):
+        return scipy.signal.convolve2d(image, window, mode="valid")
+
+    def theirs(x, y):
+        product = 1.0
+        for scale, weight in enumerate((0.0448, 0.2856, 0.3001, 0.2363, 0.1333)):
+            mx, my = blur(x), blur(y)
+            cov = 2 * (blur(x * y) - mx * my) + 0.03**2
+            var = blur(x * x) - mx**2 + blur(y * y) - my**2 + 0.03**2
+            light = (2 * mx * my + 0.01**2) / (mx**2 + my**2 + 0.01**2) if scale == 4 else 1
+            product *= float((light * cov / var).mean()) ** weight
+            x, y = (sum(i[a::2, b::2] for a in (0, 1) for b in (0, 1)) / 4 for i in (x, y))
+        return product
+
+    one, noisy, other = greys
+    for pair in ((one, noisy), (one, other)):
+        assert ms_ssim(*pair) == pytest.approx(theirs(*pair), abs=1e-9)
+    assert ms_ssim(one, one) == pytest.approx(1)
+
+
+def test_a_map_too_small_for_five_scales_is_refused():
+    small = np.zeros((MS_SSIM_LEAST - 1, 400))
+    with pytest.raises(ValueError, match="sides of 176 or more"):
+        ms_ssim(small, small)
+    assert ms_ssim(np.zeros((176, 176)), np.zeros((176, 176))) == pytest.approx(1)
+
+
+def people(random, count, *, sure=True):
+    """Poses in COCO's order, (count, 17, 3), within 400 x 400 pixels."""
+    poses = np.zeros((count, 17, 3))
+    for pose in poses:
+        pose[:, :2] = random.uniform(40, 360, 2) + random.uniform(-40, 40, (17, 2))
+        pose[:, 2] = 1 if sure else random.uniform(0.2, 1, 17)
+    return poses
+
+
+def coco_precision(wanted, found, scores):
+    """The reference: pycocotools on the same people, with our areas."""
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    annotations, detections = [], []
+    for image, (true, seen, sure) in enumerate(zip(wanted, found, scores, strict=True), start=1):
+        for pose in true:
+            marks = np.where(pose[:, 2:] > 0, 2, 0)
+            box = [*pose[:, :2].min(axis=0), *np.ptp(pose[:, :2], axis=0)]
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": image,
+                    "category_id": 1,
+                    "keypoints": np.hstack([pose[:, :2], marks]).reshape(-1).tolist(),
+                    "num_keypoints": int((pose[:, 2] > 0).sum()),
+                    "area": person_area(pose),
+                    "bbox": [float(x) for x in box],
+                    "iscrowd": 0,
+                }
+            )
+        for pose, score in zip(seen, sure, strict=True):
+            points = np.hstack([pose[:, :2], np.ones((17, 1))])
+            detections.append(
+                {
+                    "image_id": image,
+                    "category_id": 1,
+                    "keypoints": points.reshape(-1).tolist(),
+                    "score": score,
+                }
+            )
+    truth = COCO()
+    truth.dataset = {
+        "info": {},
+        "images": [{"id": k + 1} for k in range(len(wanted))],
+        "annotations": annotations,
+        "categories": [{"id": 1, "name": "person"}],
+    }
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth.createIndex()
+        evaluation = COCOeval(truth, truth.loadRes(detections), "keypoints")
+        evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, 1e10]], ["all"]
+        evaluation.evaluate()
+        evaluation.accumulate()
+    return float(evaluation.eval["precision"].mean())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_average_precision_is_cocos(seed):
+    random = np.random.default_rng(seed)
+    wanted, found = [], []
+    for _ in range(12):
+        true = people(random, random.integers(1, 5))
+        seen = [pose + random.normal(0, random.choice([0.5, 2, 6]), pose.shape) * [1, 1, 0] for pose in true]
+        seen = [pose for pose in seen if random.random() < 0.8]
+        seen += list(people(random, random.integers(0, 3)))
+        for pose in seen:
+            pose[:, 2] = random.uniform(0.2, 1, 17)
+        wanted.append(true)
+        found.append(np.array(seen).reshape(-1, 17, 3))
+    compared = [matches(seen, true) for seen, true in zip(found, wanted, strict=True)]
+    ours = average_precision(compared)
+    theirs = coco_precision(wanted, found, [one.scores.tolist() for one in compared])
+    assert 0.05 < ours < 0.95
+    assert ours == pytest.approx(theirs, abs=1e-9)
+
+
+def test_average_precision_by_hand():
+    right = Matches(np.array([[0.97]]), np.array([0.9]))
+    nobody = Matches(np.zeros((0, 1)), np.zeros(0))
+    one_too_many = Matches(np.zeros((1, 0)), np.array([0.95]))
+    assert average_precision([right]) == pytest.approx(1)
+    assert average_precision([nobody]) == 0
+    assert average_precision([right, nobody]) == pytest.approx(51 / 101)  # recalls up to a half
+    assert average_precision([right, one_too_many]) == pytest.approx(0.5)  # the surer one is wrong
+    assert math.isnan(average_precision([one_too_many]))
+    half_like = Matches(np.array([[0.72]]), np.array([0.9]))
+    assert average_precision([half_like]) == pytest.approx(0.5)  # of ten thresholds, .50 to .70
+
+
+def test_intervals_are_scipys():
+    values = np.random.default_rng(3).gamma(2.0, size=60)
+    ours = mean_interval(values, resamples=20_000)
+    theirs = scipy.stats.bootstrap(
+        (values,), np.mean, n_resamples=20_000, method="percentile", rng=np.random.default_rng(9)
+    ).confidence_interval
+    spread = values.std() / math.sqrt(60)
+    assert ours.value == values.mean()
+    assert ours.low == pytest.approx(theirs.low, abs=0.1 * spread)
+    assert ours.high == pytest.approx(theirs.high, abs=0.1 * spread)
+    assert mean_interval(values) == mean_interval(values)
+    other = interval(lambda chosen: float(values[chosen].mean()), 60)
+    assert other.low == pytest.approx(ours.low, abs=0.2 * spread)
+
+
+def test_intervals_hold_what_they_promise():
+    """Of 200 repetitions, about 95 % of the intervals have the true mean."""
+    random = np.random.default_rng(0)
+    inside = 0
+    for _ in range(200):
+        found = mean_interval(random.normal(1.0, 2.0, size=40), resamples=400)
+        inside += found.low <= 1.0 <= found.high
+    assert 180 <= inside <= 198
+
+
+def test_what_has_no_interval():
+    single = mean_interval(np.array([0.5]))
+    assert single.value == 0.5
+    assert math.isnan(single.low)
+    with pytest.raises(ValueError, match="at least one value"):
+        mean_interval(np.zeros(0))
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        mean_interval(np.ones(3), level=95)
+
+
+def features(seed, shift=0.0, count=60, width=16):
+    random = np.random.default_rng(seed)
+    mixed = random.normal(size=(width, width)) if seed % 2 else np.eye(width)
+    return (random.normal(size=(count, width)) @ mixed + shift).astype(np.float32)
+
+
+def test_the_frechet_distance_is_the_papers():
+    """Heusel et al. 2017, equation 6, by scipy's matrix square root."""
+    from controlkit.training.evaluation.inception import frechet_distance
+
+    real, fake = features(0).astype(np.float64), features(1, 0.3).astype(np.float64)
+    (m, c), (n, d) = ((x.mean(axis=0), np.cov(x, rowvar=False)) for x in (real, fake))
+    theirs = ((m - n) ** 2).sum() + np.trace(c + d - 2 * scipy.linalg.sqrtm(c @ d).real)
+    assert frechet_distance(real, fake) == pytest.approx(theirs, rel=1e-6)
+    assert frechet_distance(real, real) == pytest.approx(0, abs=1e-6)
+
+
+def test_the_kernel_distance_is_the_papers():
+    """Bińkowski et al. 2018, equation 4: the unbiased estimate with the kernel (x.y / d + 1)^3."""
+    from controlkit.training.evaluation.inception import kernel_distance
+
+    x, y = features(0).astype(np.float64), features(2, 0.4).astype(np.float64)
+
+    def kernel(a, b):
+        return (a @ b.T / a.shape[1] + 1) ** 3
+
+    n = len(x)
+    within = sum((k.sum() - np.trace(k)) / (n * (n - 1)) for k in (kernel(x, x), kernel(y, y)))
+    theirs = within - 2 * kernel(x, y).mean()
+    before = torch.get_rng_state()
+    mean, spread = kernel_distance(x, y)  # every subset is the whole set
+    assert torch.equal(torch.get_rng_state(), before)
+    assert mean == pytest.approx(theirs, rel=1e-4)
+    assert spread == pytest.approx(0, abs=1e-6)
+
+
+def test_the_resizing_is_clean_fids():
+    """It averages where it shrinks, keeps what is flat, and is the same for each channel by itself."""
+    from controlkit.training.evaluation.inception import clean_resize
+
+    picture = render(3, size=598).picture
+    small = clean_resize(picture)
+    assert small.shape == (299, 299, 3)
+    assert small.dtype == np.float32
+    assert small.mean() == pytest.approx(picture.mean(), abs=0.05)
+    stripes = np.zeros((598, 598, 3), np.uint8)
+    stripes[:, ::2] = 255  # what a filter that does not average turns black or white
+    inner = clean_resize(stripes)[20:-20, 20:-20]
+    assert np.abs(inner - 127.5).max() < 1
+    flat = clean_resize(np.full((70, 90, 3), 200, np.uint8))
+    assert np.allclose(flat, 200, atol=1e-3)
+    reversed_channels = clean_resize(picture[..., ::-1])
+    assert np.array_equal(reversed_channels, small[..., ::-1])
+    assert np.unique(small % 1).size > 1000  # not rounded to 8 bits
