@@ -823,14 +823,18 @@ def evaluate(
     with _terminal() as terminal:
         if os.environ.get("RANK", "0") == "0":
             terminal.status("reading what is asked for")
+        from controlkit.arguments import split_settings
         from controlkit.training.evaluation.request import make_request
 
+        sources, given = split_settings([data, *(settings or ())])
+        if len(sources) > 1:
+            raise ValueError(f"one data set is evaluated on, and two are named: {', '.join(sources[:2])}")
         request = make_request(
-            data,
+            sources[0] if sources else "world",
             output,
             adapters=adapter or (),
             base=base,
-            settings=settings or (),
+            settings=given,
             count=count,
             seeds=seeds,
             steps=steps,

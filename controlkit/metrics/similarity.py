@@ -34,8 +34,8 @@ def ms_ssim(a: NDArray[Any], b: NDArray[Any]) -> float:
     equation 7, with their weights; each scale is the mean of 2 x 2 pixels of the one before.
 
     A negative mean counts as 0, so that its power exists. As in the paper, windows lie inside the picture at
-    every scale; torchmetrics 1.9 reflects the borders of the coarsest, and differs where that is small. Raises ValueError: the shapes differ, or a side is
-    shorter than `MS_SSIM_LEAST`.
+    every scale; torchmetrics 1.9 reflects the borders of the coarsest one, and differs where that is small.
+    Raises ValueError: the shapes differ, or a side is shorter than `MS_SSIM_LEAST`.
     """
     _check("ms_ssim", a, b, least=MS_SSIM_LEAST)
     x, y, product = a.astype(np.float64), b.astype(np.float64), 1.0

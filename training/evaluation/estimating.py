@@ -35,9 +35,7 @@ def options_of(
     """How the preprocessor of a kind is set up: as it made the data's maps; else as its adapters say that
     their maps were made, where they agree; what the request says goes before both.
     """
-    options: dict[str, Any] = {}
-    if request.base in BUNDLED and kind in ("openpose", "depth"):
-        options["model"] = "tiny"
+    options = usual_options(kind, request.base)
     if kind in _ON_DEVICE:
         options["device"] = device
     if kind in held_out.settled:
@@ -45,6 +43,11 @@ def options_of(
     elif len(told := {tuple(sorted(spec.thresholds.items())) for spec in specs}) == 1:
         options |= _fitting(kind, dict(told.pop()))
     return options | request.options.get(kind, {})
+
+
+def usual_options(kind: str, base: str) -> dict[str, Any]:
+    """The bundled estimators beside a bundled base."""
+    return {"model": "tiny"} if base in BUNDLED and kind in ("openpose", "depth") else {}
 
 
 def estimators(options: Mapping[str, Mapping[str, Any]]) -> dict[str, Preprocessor]:

@@ -20,6 +20,7 @@ from controlkit.training.data.examples import picture_size
 from controlkit.training.data.source_recipe import recipe_of
 from controlkit.training.data.visits import Visits
 from controlkit.training.draws import derived_seed
+from controlkit.training.evaluation.estimating import usual_options
 from controlkit.training.evaluation.request import WORLD, Request
 from controlkit.training.world import exact_map
 
@@ -169,7 +170,7 @@ def open_held_out(
     opened = _opened(request, data, kinds, resolution=resolution, report=report)
     examples, visits, _ = next(iter(opened.values()))
     usable = [index for index, shape in enumerate(visits.shape_of) if shape >= 0]
-    chosen = _chosen(usable, request.count)
+    chosen = _looked_at(opened, _chosen(usable, request.count), report)
     title = f"{len(chosen)} of {len(examples)} pairs of {os.path.basename(data.source.rstrip('/'))}"
     return DataSet(opened, chosen, title=title)
 
@@ -209,7 +210,8 @@ def _opened(
     found: Opened = {}
     sizes: list[tuple[int, int] | None] = []
     for kind in kinds:
-        told = data.model_copy(update={"options": {**data.options, **request.options.get(kind, {})}})
+        options = usual_options(kind, request.base) | data.options | request.options.get(kind, {})
+        told = data.model_copy(update={"options": options})
         examples = open_examples(data, kind=kind, report=report)
         sizes = sizes or _sizes(examples, data, report)
         if examples[0].maps and data.maps != "made":
@@ -250,6 +252,26 @@ def _sizes(examples: Sequence[Example], data: DataRecipe, report: Report) -> lis
         raise ValueError(told)
     report(f"{told}: they are left out")
     return sizes
+
+
+def _looked_at(opened: Opened, chosen: Sequence[int], report: Report) -> list[int]:
+    """Those of the chosen pairs that can be used, pictures and maps decoded once: before minutes of work."""
+    from controlkit.training.data.check import check_examples
+
+    left = list(chosen)
+    for kind, (examples, _, data) in opened.items():
+        check = check_examples(
+            [examples[k] for k in left], data=data, kind=kind, lint=False, report=lambda _: None
+        )
+        if not check.errors:
+            continue
+        if data.bad == "stop" or not check.usable:
+            raise ValueError(
+                f"{data.source}: {check.problem(_NAMED)}: mend them, or leave them out: bad=skip"
+            )
+        report(f"{check.problem(_NAMED)}: they are left out")
+        left = [left[k] for k in check.usable]
+    return left
 
 
 def _refuse_one_for_all(found: Opened, source: str) -> None:

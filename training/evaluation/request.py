@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,12 +83,12 @@ def make_request(
     *,
     adapters: Sequence[str],
     base: str | None,
-    settings: Sequence[str],
+    settings: Mapping[str, str],
     **given: Any,
 ) -> Request:
     """Check a request as the command line gives it.
 
-    adapters: [KIND=]NAME[:HOW] each. settings: KEY=VALUE of the data, KIND.OPTION=VALUE of a preprocessor.
+    adapters: [KIND=]NAME[:HOW] each. settings: keys of the data, and KIND.OPTION of a preprocessor.
     given: further fields of `Request`; those that are None keep their defaults.
 
     Raises ValueError, one line: a number outside its range, a name that leads nowhere, an adapter of another
@@ -214,14 +214,13 @@ def _short(name: str) -> str:
     return stem if suffix in (".safetensors", ".pth", ".pt", ".ckpt", ".bin") else parts[-1]
 
 
-def _split(settings: Sequence[str]) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
+def _split(settings: Mapping[str, str]) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
     """Tell keys of the data from options of a preprocessor, KIND.OPTION."""
     from controlkit import preprocessors
-    from controlkit.arguments import parse_settings
 
     of_data: dict[str, str] = {}
     options: dict[str, dict[str, str]] = {}
-    for key, value in parse_settings(settings).items():
+    for key, value in settings.items():
         kind, dot, option = key.partition(".")
         if dot and kind != "data":
             if kind not in preprocessors.names():

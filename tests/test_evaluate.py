@@ -1,0 +1,324 @@
+"""`controlkit evaluate`: what it measures, what it keeps, how it goes on, and what it refuses."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from outcomes import Outcome, Run
+from typer.testing import CliRunner
+
+from controlkit import images
+from controlkit.adapters import load_adapter
+from controlkit.base import load_base
+from controlkit.cli import app
+from controlkit.control import Control
+from controlkit.figures import render
+from controlkit.metrics import edge_f1
+from controlkit.preprocessors import get
+from controlkit.sampling import generate
+from controlkit.training.evaluation.arms import noise_of
+from controlkit.training.evaluation.held_out import WorldScenes
+from controlkit.training.evaluation.rows import Row, Rows
+
+QUICK = ("--steps", 3, "--clip", "none", "--features", "none")
+
+
+def command(*arguments: object) -> Outcome:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return Outcome(result.exit_code, result.stdout, result.stderr)
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory) -> tuple[Path, Outcome]:
+    """The bundled canny adapter at full and at little strength, three scenes, two seeds."""
+    folder = tmp_path_factory.mktemp("evaluated") / "report"
+    asked = ["--adapter", "canny", "--adapter", "canny:0.2", "-n", 3, "--seeds", 2, "-o", folder]
+    return folder, command("evaluate", *asked, *QUICK)
+
+
+def refusal(outcome: Outcome) -> str:
+    """The error's line, after whatever was said of the data before."""
+    assert outcome.code == 2, (outcome.code, outcome.err)
+    assert outcome.out == ""
+    return outcome.err.splitlines()[-1].removeprefix("error: ")
+
+
+def told(folder: Path) -> dict:
+    return json.loads((folder / "report.json").read_text())
+
+
+def test_numbers_are_those_of_the_pictures(evaluated):
+    """Recomputed from the pictures in the folder, with no code of the evaluation."""
+    folder, outcome = evaluated
+    report = told(folder)
+    (adapter, _) = report["adapters"]
+    scores = []
+    for number in range(3):
+        asked = get("canny")(render(number, split="validation", size=128).picture).image
+        for seed in range(2):
+            picture = images.load_picture(folder / adapter["pictures"] / f"{number:06d}-{seed}.png")
+            scores.append(edge_f1(get("canny")(picture).image, asked, tolerance=2).f1)
+    (canny,) = [group for group in report["results"] if group["kind"] == "canny"]
+    found = canny["measures"]["edge F1"]["arms"]
+    assert found["canny"]["value"] == pytest.approx(np.mean(scores), abs=1e-6)
+    assert found["canny"]["low"] <= found["canny"]["value"] <= found["canny"]["high"]
+    assert found["no control"]["value"] < found["canny (scale 0.2)"]["value"] < found["canny"]["value"]
+    assert found["canny"]["value"] < found["autoencoder"]["value"] < found["pictures"]["value"] == 1
+    per_pair = [example["scores"]["canny"]["edge F1"]["canny"] for example in report["examples"]]
+    assert per_pair == pytest.approx(np.array(scores).reshape(3, 2).mean(axis=1), abs=1e-5)
+    assert re.search(rf"canny +{found['canny']['value']:.3f}", outcome.done())
+
+
+def test_pictures_are_those_of_generate(evaluated):
+    folder, _ = evaluated
+    base = load_base("tiny")
+    adapter = load_adapter("canny", base=base)
+    pair = WorldScenes(3, ["canny"], size=128)[1]
+    control = Control(adapter, pair.maps["canny"], scale=0.2)
+    (again,) = generate(base, pair.caption, controls=[control], steps=3, seeds=[noise_of(pair, 1)])
+    pictures = folder / told(folder)["adapters"][1]["pictures"]
+    assert np.array_equal(images.load_picture(pictures / "000001-1.png"), again)
+
+
+def test_adapters_are_compared_on_the_same_noise(evaluated):
+    (first, *_) = told(evaluated[0])["differences"]
+    assert (first["measure"], first["first"], first["second"]) == ("edge F1", "canny", "canny (scale 0.2)")
+    assert first["low"] > 0
+    assert first["verdict"] == "canny is better"
+    assert first["pairs"] == 3
+
+
+def test_the_report_needs_nothing_else(evaluated):
+    folder, _ = evaluated
+    page = (folder / "report.html").read_text()
+    assert not re.search(r'(src|href)="(?!data:)', page)
+    assert "<script" not in page
+    assert page.count('src="data:image/jpeg;base64,') == 2  # of few pairs one sheet for each adapter
+    for word in ("edge F1", "no control", "autoencoder", "3 held-out scenes", "2 pictures of each"):
+        assert word in page
+    assert str(Path.home()) not in page
+
+
+def test_what_is_there_is_not_made_again(evaluated):
+    folder, _ = evaluated
+    before = {path: path.stat().st_mtime_ns for path in (folder / "pictures").rglob("*.png")}
+    rows = sorted(folder.glob("rows-*.jsonl"))
+    assert len(before) == 3 * 2 * 3 + 2 * 3  # three arms with seeds, two without
+    shorter = rows[0].read_text()
+    last = next(iter(sorted(path for path in before if "no-control" in str(path))))
+    last.unlink()
+    rows[0].write_text(shorter[:-40])  # as a kill in the middle of a line leaves it
+    earlier = told(folder)
+    outcome = command(
+        *("evaluate", "--adapter", "canny", "--adapter", "canny:0.2", "-n", 3, "--seeds", 2, "-o", folder),
+        *QUICK,
+    )
+    outcome.done()
+    after = {path: path.stat().st_mtime_ns for path in (folder / "pictures").rglob("*.png")}
+    assert {path for path in after if after[path] != before[path]} == {last}
+    assert told(folder) == earlier | {"adapters": told(folder)["adapters"]}  # but for the seconds
+
+
+def test_another_adapter_joins_the_comparison(evaluated, tmp_path):
+    folder = shutil.copytree(evaluated[0], tmp_path / "joined")
+    asked = ("-n", 3, "--seeds", 2, "-o", folder, *QUICK)
+    command("evaluate", "--adapter", "canny", "--adapter", "canny:mode=prompt", *asked).done()
+    report = told(folder)
+    assert [one["label"] for one in report["adapters"]] == ["canny", "canny (mode prompt)"]
+    assert len(list((folder / "pictures").iterdir())) == 6
+
+
+def test_other_settings_are_refused(evaluated):
+    folder, _ = evaluated
+    other = ["--adapter", "canny", "-o", folder, "--seeds", 2, "-n", 3, "--clip", "none", "--steps", 4]
+    message = command("evaluate", *other).refused()
+    assert message == (
+        f"{folder} holds an evaluation with steps 3, and asked is 4: choose another -o, or ask for the same"
+        " to go on with it"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["--adapter", "cany"], "'cany'"),
+        ([], "which adapter?"),
+        (["--adapter", "canny", "--steps", "0"], "steps"),
+        (["--adapter", "canny:scale"], "cany"),
+        (["--adapter", "canny:3000"], "scale"),
+        (["--adapter", "canny:mask=a.png"], "mask is of one picture"),
+        (["--adapter", "canny", "--scheduler", "ddmi"], "unknown scheduler 'ddmi'"),
+        (["--adapter", "canny", "-n", "-1"], "-n is -1"),
+        (["--adapter", "canny", "-n", "0"], "has no end"),
+        (["--adapter", "canny", "limit=3"], "no settings"),
+        (["nowhere", "--adapter", "canny"], "the data set nowhere does not exist"),
+        (["--adapter", "canny", "canyn.low=3"], "did you mean 'canny'?"),
+        (["--adapter", "canny", "canny.lwo=3"], "did you mean 'low'?"),
+        (["--adapter", "canny", "--device", "cuda:9"], "cuda"),
+        (["--adapter", "canny", "-o", "no/such/report"], "does not exist"),
+        (["--adapter", "canny", "--base", "sd51"], "sd51"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(run: Run, tmp_path, arguments, part):
+    if part == "cany":
+        part = "canny:scale"
+    message = run("evaluate", *arguments, *QUICK[2:]).refused()
+    assert part in message
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_with_other_things_is_left_alone(run: Run, tmp_path):
+    (tmp_path / "holiday").mkdir()
+    (tmp_path / "holiday" / "beach.txt").write_text("sand")
+    message = run("evaluate", "--adapter", "canny", "-o", "holiday").refused()
+    assert "holds no evaluation" in message
+    assert [path.name for path in (tmp_path / "holiday").iterdir()] == ["beach.txt"]
+
+
+@pytest.fixture
+def pairs(tmp_path) -> Path:
+    """Six pictures of a data set with captions, and their edges as files."""
+    folder = tmp_path / "pairs"
+    for part in ("images", "canny"):
+        (folder / part).mkdir(parents=True)
+    rows = []
+    for number in range(6):
+        scene = render(100 + number, split="train", size=160)
+        images.write_png(folder / "images" / f"{number}.png", scene.picture)
+        images.write_png(folder / "canny" / f"{number}.png", get("canny")(scene.picture).image)
+        rows.append(
+            {
+                "file_name": f"images/{number}.png",
+                "text": scene.caption,
+                "canny_file_name": f"canny/{number}.png",
+            }
+        )
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def test_a_data_set_with_maps(run: Run, pairs):
+    run("evaluate", pairs, "--adapter", "canny", "-n", 4, *QUICK).done()
+    report = told(Path("report"))
+    assert report["pairs"]["title"] == "4 of 6 pairs of pairs"
+    (canny,) = [group for group in report["results"] if group["kind"] == "canny"]
+    arms = canny["measures"]["edge F1"]["arms"]
+    assert arms["canny"]["value"] > arms["no control"]["value"] + 0.1
+    assert 0.8 < arms["pictures"]["value"] < 1  # its own edges, at another size than the map was made for
+    assert {group["kind"] for group in report["results"]} == {"canny"}  # no scene is known
+    picture = images.load_picture(next(Path("report/pictures/true").glob("*.png")))
+    assert picture.shape == (128, 128, 3)
+
+
+def test_poses_and_depth_of_a_data_set_are_made_of_its_pictures(run: Run, pairs):
+    kinds = ["--adapter", "openpose", "--adapter", "depth"]
+    run("evaluate", pairs, "maps=made", *kinds, "-n", 3, *QUICK).done()
+    groups = {group["kind"]: group["measures"] for group in told(Path("report"))["results"]}
+    assert set(groups["openpose"]) == {"joints", "OKS", "OKS-AP"}
+    assert set(groups["depth"]) == {"depth RMSE", "depth error"}
+    for measure in ("joints", "OKS", "OKS-AP"):
+        assert groups["openpose"][measure]["arms"]["pictures"]["value"] == pytest.approx(1)
+    assert groups["depth"]["depth RMSE"]["arms"]["pictures"]["value"] == 0
+    assert groups["depth"]["depth error"]["arms"]["depth"]["value"] > 0
+
+
+def test_broken_pairs_stop_before_the_first_picture(run: Run, pairs, tmp_path):
+    (pairs / "canny" / "2.png").write_bytes(b"<html>")
+    message = refusal(run("evaluate", pairs, "--adapter", "canny", "-n", 0, *QUICK))
+    assert "canny/2.png" in message
+    assert not (tmp_path / "report").exists()
+    run("evaluate", pairs, "bad=skip", "--adapter", "canny", "-n", 0, *QUICK).done()
+    assert told(Path("report"))["pairs"]["title"] == "5 of 6 pairs of pairs"
+
+
+def test_maps_of_one_kind_are_not_taken_for_another(run: Run, pairs):
+    shutil.rmtree(pairs / "canny")
+    (pairs / "metadata.jsonl").unlink()
+    shutil.copytree(pairs / "images", pairs / "conditioning")
+    for picture in (pairs / "images").iterdir():
+        shutil.copy(picture, pairs)
+    shutil.rmtree(pairs / "images")
+    message = refusal(run("evaluate", pairs, "--adapter", "canny", "--adapter", "depth", *QUICK))
+    assert "maps of one kind, and adapters of two are named (canny, depth)" in message
+
+
+def test_what_a_run_held_out(run: Run, pairs, tmp_path, monkeypatch):
+    monkeypatch.setenv("CONTROLKIT_CACHE", str(tmp_path / "cache"))
+    settings = ["steps=1", "warmup=0", "batch_size=2", "score_scenes=0", "monitor_every=0", "sample_every=0"]
+    settings += [f"data.source={pairs}", "data.holdout=1", "out=run", "checkpoint_every=1"]
+    run("train", "tiny-canny", *settings).done()
+    run("evaluate", "run", *QUICK).done()
+    report = told(Path("report"))
+    assert report["pairs"]["title"] == "1 pairs that the run run held out"
+    assert report["adapters"][0]["label"] == "run"
+    assert report["adapters"][0]["kind"] == "canny"
+    assert report["settings"]["base"] == "tiny"
+
+
+def test_a_map_that_no_preprocessor_makes(run: Run, pairs, tmp_path):
+    run("evaluate", pairs, "map_column=canny_file_name", "--adapter", "scars=canny", "-n", 2, *QUICK).done()
+    report = told(Path("report"))
+    assert report["skipped"]["scars"] == "no preprocessor is known that makes scars maps of pictures"
+    assert len(list((tmp_path / "report" / "pictures").iterdir())) == 4
+
+
+def test_a_row_that_was_cut_short_is_no_row(tmp_path):
+    rows = Rows(tmp_path)
+    rows.add(Row("a", 1, 0, {"canny": {"edge F1": 0.5}}))
+    with (tmp_path / "rows-0.jsonl").open("a") as file:
+        file.write('{"arm": "a", "number": 2, "se')
+    again = Rows(tmp_path)
+    assert list(again.found) == [("a", 1, 0)]
+    again.add(Row("a", 3, 0, {}))
+    assert list(Rows(tmp_path).found) == [("a", 1, 0), ("a", 3, 0)]
+    assert list(Rows(tmp_path, process=1).found) == [("a", 1, 0), ("a", 3, 0)]
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_pairs(tmp_path):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    launch += ["--main_process_port", "0", "-m", "controlkit"]
+    asked = ["evaluate", "--adapter", "canny", "-n", "5", *map(str, QUICK)]
+    done = subprocess.run(
+        [*launch, *asked, "-o", "two"], capture_output=True, text=True, env=environment, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("wrote ") == 2
+    assert sorted(path.name for path in (tmp_path / "two").glob("rows-*")) == ["rows-0.jsonl", "rows-1.jsonl"]
+    command(*asked, "-o", tmp_path / "one").done()
+    assert told(tmp_path / "two")["results"] == told(tmp_path / "one")["results"]
+    assert told(tmp_path / "two")["examples"] == told(tmp_path / "one")["examples"]
+
+
+@pytest.mark.slow
+def test_a_kill_loses_only_the_picture_at_hand(tmp_path):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    asked = ["evaluate", "--adapter", "canny", "-n", "6", *map(str, QUICK)]
+    command(*asked, "-o", tmp_path / "whole").done()
+    folder = tmp_path / "killed"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "controlkit", *asked, "-o", str(folder)],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while process.poll() is None and len(list(folder.glob("pictures/*/*.png"))) < 8:
+        pass
+    process.kill()
+    process.wait()
+    assert process.returncode == -9
+    made = {path: path.stat().st_mtime_ns for path in folder.glob("pictures/*/*.png")}
+    assert not list(folder.rglob("*.png.part"))
+    command(*asked, "-o", folder).done()
+    assert all(path.stat().st_mtime_ns == at for path, at in made.items())
+    assert told(folder)["results"] == told(tmp_path / "whole")["results"]
