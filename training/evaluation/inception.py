@@ -8,6 +8,7 @@ resized picture as it is, without rounding to 8 bits.
 
 from __future__ import annotations
 
+import pickle
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -54,7 +55,7 @@ class Inception:
             network = FeatureExtractorInceptionV3(
                 "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(weights)
             )
-        except (RuntimeError, OSError, EOFError, KeyError, ValueError) as error:
+        except (RuntimeError, OSError, EOFError, LookupError, ValueError, pickle.UnpicklingError) as error:
             reason = str(error).strip().split("\n")[0]
             raise ValueError(f"{weights} does not hold the weights of Inception v3: {reason}") from error
         self.layers = [layer for name, layer in network.named_children() if name != "fc"]

@@ -1,0 +1,74 @@
+"""Executing the notebooks: `uv run python tests/notebook_runs.py [NAME ...]` writes fresh outputs into them.
+
+What a reader sees is what was executed: top to bottom, offline, with the bundled models.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import nbformat
+from nbclient import NotebookClient
+
+FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
+SECONDS = 600  # for a cell
+_KEPT = {"parameters"}  # of a cell's tags
+
+
+def names() -> list[str]:
+    """The notebooks, in the order in which they are read."""
+    return sorted(path.stem for path in FOLDER.glob("*.ipynb"))
+
+
+def execute(path: Path, *, folder: Path) -> tuple[nbformat.NotebookNode, dict[str, Any]]:
+    """Execute a notebook in a folder; return it with its outputs, and what its variable `results` held."""
+    notebook = nbformat.read(path, as_version=4)
+    client = NotebookClient(
+        notebook, timeout=SECONDS, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
+    )
+    os.environ.update(HF_HUB_OFFLINE="1", PYDEVD_DISABLE_FILE_VALIDATION="1")
+    with client.setup_kernel():
+        for index, cell in enumerate(notebook.cells):
+            client.execute_cell(cell, index)
+        asked = nbformat.v4.new_code_cell("import json; print(json.dumps(results))")
+        client.execute_cell(asked, -1, store_history=False)
+    return _tidied(notebook), json.loads(asked.outputs[0]["text"])
+
+
+def _tidied(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """The same without what differs from one execution to the next."""
+    for number, cell in enumerate(notebook.cells):
+        cell["id"] = f"cell-{number:02d}"
+        tags = [tag for tag in cell.metadata.get("tags", []) if tag in _KEPT]
+        cell["metadata"] = nbformat.NotebookNode({"tags": tags} if tags else {})
+    language = {"name": "python"}
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    notebook["metadata"] = nbformat.NotebookNode({"kernelspec": kernel, "language_info": language})
+    return notebook
+
+
+def write(notebook: nbformat.NotebookNode, path: Path) -> None:
+    """Write a notebook as it is kept."""
+    nbformat.validate(notebook)
+    path.write_text(nbformat.writes(notebook, indent=1) + "\n", encoding="utf-8")
+
+
+def main(wanted: list[str]) -> None:
+    """Execute notebooks and put them back with their outputs."""
+    for name in wanted or names():
+        path = FOLDER / f"{name}.ipynb"
+        started = time.monotonic()
+        with tempfile.TemporaryDirectory() as folder:
+            notebook, results = execute(path, folder=Path(folder))
+        write(notebook, path)
+        print(f"{name}: {time.monotonic() - started:.0f} s, {results}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

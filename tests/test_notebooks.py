@@ -1,0 +1,69 @@
+"""The notebooks as they are kept: executed, whole, and readable without executing them."""
+
+import re
+
+import nbformat
+import pytest
+from notebook_runs import FOLDER, names
+
+LARGEST = 2_000_000  # bytes
+_PLACES = re.compile(r"/(work|root|home|tmp|Users)/")
+
+
+@pytest.fixture(params=names())
+def notebook(request):
+    return nbformat.read(FOLDER / f"{request.param}.ipynb", as_version=4)
+
+
+def code_of(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def outputs_of(notebook):
+    return [output for cell in code_of(notebook) for output in cell.outputs]
+
+
+def test_there_are_six():
+    assert [name[:2] for name in names()] == ["01", "02", "03", "04", "05", "06"]
+
+
+def test_it_was_executed_from_top_to_bottom(notebook):
+    nbformat.validate(notebook)
+    counts = [cell.execution_count for cell in code_of(notebook)]
+    assert counts == list(range(1, len(counts) + 1))
+
+
+def test_nothing_went_wrong(notebook):
+    kinds = {output.output_type for output in outputs_of(notebook)}
+    assert kinds <= {"stream", "display_data", "execute_result"}
+    assert {output.name for output in outputs_of(notebook) if output.output_type == "stream"} <= {"stdout"}
+    assert sum("image/png" in output.get("data", {}) for output in outputs_of(notebook)) >= 3
+
+
+def test_it_is_small_and_speaks_of_no_machine(notebook):
+    text = nbformat.writes(notebook)
+    assert len(text) < LARGEST
+    told = [cell.source for cell in notebook.cells]
+    told += [
+        output.get("text", "") + str(output.get("data", {}).get("text/plain", ""))
+        for output in outputs_of(notebook)
+    ]
+    assert not [line for part in told for line in part.splitlines() if _PLACES.search(line)]
+
+
+def test_the_first_code_cell_switches_to_real_models(notebook):
+    first = code_of(notebook)[0]
+    assert first.metadata.get("tags") == ["parameters"]
+    assert "BASE" in first.source
+    assert "sd15" in first.source
+    assert "cuda" in first.source
+
+
+def test_it_is_written_for_a_person(notebook):
+    texts = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
+    assert texts[0].startswith("# ")
+    assert sum("Try it yourself" in text for text in texts) >= 2
+    assert sum("$$" in text for text in texts) >= (1 if "05" not in texts[0] else 0)
+    assert max(len(cell.source.splitlines()) for cell in code_of(notebook)) <= 30
+    last = code_of(notebook)[-1].source
+    assert last.startswith("results = {")
