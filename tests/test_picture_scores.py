@@ -49,11 +49,11 @@ def home(hub, monkeypatch) -> Path:
 
 @pytest.fixture
 def shots(tmp_path) -> dict[str, list[Shot]]:
-    """Three arms: 52 true pictures, the same with noise, other ones; two seeds of each in the latter."""
+    """Three arms: 52 true pictures, the same with a little noise, other ones; two seeds of each in the latter."""
     random, found = np.random.default_rng(0), {"true": [], "noisy": [], "other": []}
     for number in range(52):
         scene = render(number % 4, size=64)
-        noisy = np.clip(scene.picture + random.normal(0, 20, scene.picture.shape), 0, 255).astype(np.uint8)
+        noisy = np.clip(scene.picture + random.normal(0, 1, scene.picture.shape), 0, 255).astype(np.uint8)
         for arm, seed, picture in (
             ("true", 0, scene.picture),
             ("noisy", 0, noisy),
