@@ -846,12 +846,9 @@ def evaluate(
             device=device,
         )
         from controlkit.training.evaluation.job import evaluate as run_evaluation
-        from controlkit.training.evaluation.telling import table
 
         result = run_evaluation(request, terminal)
-    if not result.is_mine or result.summary is None:
-        return
-    for line in table(result.summary):
+    for line in result.lines:
         print(line)
     for path in result.written:
         print(f"wrote {path}")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from controlkit import files
+from controlkit.silence import Silent
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,7 +46,7 @@ class Result:
 def check_data(
     source: str,
     *,
-    report: Report,
+    report: Report | None = None,
     kind: str = "",
     settings: Mapping[str, str] | None = None,
     sheet: str | None = None,
@@ -64,6 +65,7 @@ def check_data(
         raise ValueError("the bundled world is drawn, not read: there is nothing to check")
     from controlkit.training.data.source_recipe import recipe_of
 
+    report = report or Silent()
     data = recipe_of(source, kind, settings or {}, where="data check")
     for output in (sheet, json):
         if output:

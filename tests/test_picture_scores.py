@@ -49,7 +49,7 @@ def home(hub, monkeypatch) -> Path:
 
 @pytest.fixture
 def shots(tmp_path) -> dict[str, list[Shot]]:
-    """Three arms: 52 true pictures, the same with a little noise, other ones; two seeds of each in the latter."""
+    """Arms: 52 true pictures; the same with a little noise, and other ones, two seeds of each."""
     random, found = np.random.default_rng(0), {"true": [], "noisy": [], "other": []}
     for number in range(52):
         scene = render(number % 4, size=64)

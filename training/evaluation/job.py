@@ -28,6 +28,7 @@ from controlkit.training.evaluation.picture_scores import Shot, Shots, picture_s
 from controlkit.training.evaluation.request import TRUE, Compared, Request
 from controlkit.training.evaluation.rows import Rows
 from controlkit.training.evaluation.summary import Summary, summarise
+from controlkit.training.evaluation.telling import table
 
 if TYPE_CHECKING:
     from controlkit.formats.description import MapSpec
@@ -55,6 +56,11 @@ class Result:
     summary: Summary | None
     written: list[Path]
     is_mine: bool = True
+
+    @property
+    def lines(self) -> list[str]:
+        """The summary for a terminal."""
+        return [] if self.summary is None else table(self.summary)
 
 
 def evaluate(request: Request, report: Report) -> Result:
