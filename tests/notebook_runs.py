@@ -5,6 +5,8 @@ What a reader sees is what was executed: top to bottom, offline, with the bundle
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import os
 import sys
@@ -15,9 +17,11 @@ from typing import Any
 
 import nbformat
 from nbclient import NotebookClient
+from PIL import Image
 
 FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
 SECONDS = 600  # for a cell
+LARGE = 120_000  # bytes of a picture
 _KEPT = {"parameters"}  # of a cell's tags
 
 
@@ -47,10 +51,23 @@ def _tidied(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
         cell["id"] = f"cell-{number:02d}"
         tags = [tag for tag in cell.metadata.get("tags", []) if tag in _KEPT]
         cell["metadata"] = nbformat.NotebookNode({"tags": tags} if tags else {})
+        for output in cell.get("outputs", []):
+            if "image/png" in output.get("data", {}):
+                output["data"]["image/png"] = _smaller(output["data"]["image/png"])
     language = {"name": "python"}
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     notebook["metadata"] = nbformat.NotebookNode({"kernelspec": kernel, "language_info": language})
     return notebook
+
+
+def _smaller(png: str) -> str:
+    """A large picture in 256 colours, a third of its bytes; a small one as it is."""
+    data = base64.b64decode(png)
+    if len(data) < LARGE:
+        return png
+    buffer = io.BytesIO()
+    Image.open(io.BytesIO(data)).convert("RGB").quantize(256).save(buffer, format="PNG", optimize=True)
+    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def write(notebook: nbformat.NotebookNode, path: Path) -> None:

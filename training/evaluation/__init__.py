@@ -22,8 +22,8 @@ def evaluate(
 ) -> Result:
     """Measure adapters as `controlkit evaluate` does, into the folder ``output``.
 
-    data: "world", a data set, or a run's folder. adapters: [KIND=]NAME[:HOW] each. settings: KEY to VALUE, as on
-    the command line. options: count, seeds, steps, guidance, scheduler, negative_prompt, features, clip,
+    data: "world", a data set, or a run's folder. adapters: [KIND=]NAME[:HOW] each. settings: KEY to VALUE as
+    on the command line. options: count, seeds, steps, guidance, scheduler, negative_prompt, features, clip,
     device; see `request.Request`.
 
     Raises ValueError, one line, for whatever cannot be measured.

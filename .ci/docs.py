@@ -1,0 +1,44 @@
+"""The API reference, from docstrings: `uv run python .ci/docs.py FOLDER`. A warning is an error."""
+
+import importlib
+import pkgutil
+import sys
+import warnings
+from pathlib import Path
+
+import pdoc
+
+import controlkit
+
+WITHOUT = ("__main__",)
+
+
+def modules() -> list[str]:
+    """Every module, and on every package the names that it would import only when asked for."""
+    found = ["controlkit"]
+    for module in pkgutil.walk_packages(controlkit.__path__, "controlkit."):
+        if not module.name.endswith(WITHOUT):
+            found.append(module.name)
+    for name in found:
+        module = importlib.import_module(name)
+        for public in getattr(module, "__all__", ()):
+            setattr(module, public, getattr(module, public))
+        if hasattr(module, "__path__") and hasattr(module, "__all__"):
+            below = [other for other in found if other.rpartition(".")[0] == name]
+            module.__all__ = [*module.__all__, *(other.rpartition(".")[2] for other in below)]
+    return found
+
+
+def main(folder: str) -> None:
+    """Write the pages into a folder."""
+    count = len(modules())
+    pdoc.render.configure(docformat="google", show_source=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "Error parsing type annotation")  # imported for type checkers only
+        pdoc.pdoc("controlkit", output_directory=Path(folder))
+    sys.stdout.write(f"{count} modules in {folder}\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
