@@ -1,0 +1,27 @@
+"""The page as a whole: its head and its tabs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from controlkit.studio.create_tab import CreateTab
+from controlkit.studio.engine import Engine
+from controlkit.studio.server import KEPT
+
+TITLE = "ControlKit studio"
+
+
+def build(engine: Engine, runs: Path) -> Any:
+    """The page for a loaded engine. runs: the folder of the trainings."""
+    with gr.Blocks(title=TITLE, analytics_enabled=False) as page:
+        gr.HTML(
+            f"<header><h1>ControlKit</h1><p>Pictures that follow a map</p>"
+            f'<span class="base">base: {engine.name}</span></header>'
+        )
+        with gr.Tabs(), gr.Tab("Create", id="create"):
+            CreateTab(engine, runs / KEPT, page)
+    page.queue(default_concurrency_limit=8)
+    return page
