@@ -14,7 +14,7 @@ from controlkit.studio.asked import MOST_PICTURES
 from controlkit.studio.engine import Engine
 from controlkit.studio.gallery import Gallery
 from controlkit.studio.making import Making
-from controlkit.studio.slot import Slot
+from controlkit.studio.slot import IS_MAP, Slot
 from controlkit.studio.uploads import write_shown
 
 MOST_CONTROLS = 3
@@ -55,6 +55,7 @@ class CreateTab:
                     type="index",
                     elem_classes="examples",
                 )
+                is_map = gr.Checkbox(label=IS_MAP, elem_id="is-map")
             self.width = gr.Number(None, label="Width", precision=0, render=False, placeholder="as the photo")
             self.height = gr.Number(
                 None, label="Height", precision=0, render=False, placeholder="as the photo"
@@ -62,7 +63,7 @@ class CreateTab:
             sides = [self.width, self.height]
             with gr.Column(min_width=240):
                 gr.HTML("<h2>Map</h2>")
-                self.slots = [Slot(1, self.engine, self.photo, sides, page=self.page)]
+                self.slots = [Slot(1, self.engine, self.photo, sides, page=self.page, is_map=is_map)]
         self.prompt = gr.Textbox(
             self._prompt(0), label="Prompt", placeholder="What the picture shows", lines=2, elem_id="prompt"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,15 @@ TITLE = "ControlKit studio"
 def build(engine: Engine, runs: Path) -> Any:
     """The page for a loaded engine. runs: the folder of the trainings."""
     with gr.Blocks(title=TITLE, analytics_enabled=False) as page:
-        gr.HTML(
-            f"<header><h1>ControlKit</h1><p>Pictures that follow a map</p>"
-            f'<span class="base">base: {engine.name}</span></header>'
-        )
+        gr.HTML(_head(engine.name))
         with gr.Tabs(), gr.Tab("Create", id="create"):
             CreateTab(engine, runs / KEPT, page)
     page.queue(default_concurrency_limit=8)
     return page
+
+
+def _head(base: str) -> str:
+    return (
+        '<header class="masthead"><h1>ControlKit</h1><p>Pictures that follow a map</p>'
+        f'<span class="base">base <b>{escape(base)}</b></span></header>'
+    )

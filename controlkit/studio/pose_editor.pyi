@@ -36,11 +36,8 @@ class PoseEditor(gr.HTML):  # type: ignore[misc]
         """Load the script that does it. common: what every component takes, such as visible."""
         scripted = {
             "html_template": _TEMPLATE,
-            "js_on_load": (Path(__file__).parent / "pose_editor.js").read_text(encoding="utf-8"),
+            "js_on_load": _script(),
             "apply_default_css": False,
-            "limbs": [list(limb) for limb in LIMBS],
-            "colours": [f"rgb{colour}".replace(" ", "") for colour in COLOURS],
-            "joints": list(JOINTS),
         }
         super().__init__(value, **{**common, **scripted})
 
@@ -49,7 +46,6 @@ class PoseEditor(gr.HTML):  # type: ignore[misc]
         return {"type": "object"}
     from typing import Callable, Literal, Sequence, Any, TYPE_CHECKING
     from gradio.blocks import Block
-
     if TYPE_CHECKING:
         from gradio.components import Timer
         from gradio.components.base import Component

@@ -30,6 +30,7 @@ TITLES = {
     "shuffle": "Colours",
     "softedge": "Soft edges",
 }
+IS_MAP = "This picture is a map already"
 SLOT_INPUTS = 7  # of `Slot.inputs`
 MOST_EDGE = 600  # of a slider for canny's thresholds; gradients above are rare
 
@@ -46,9 +47,16 @@ class Slot:
     """The components of one control, and the functions that keep them in step."""
 
     def __init__(
-        self, number: int, engine: Engine, photo: gr.Image, sides: list[gr.Number], *, page: gr.Blocks
+        self,
+        number: int,
+        engine: Engine,
+        photo: gr.Image,
+        sides: list[gr.Number],
+        *,
+        page: gr.Blocks,
+        is_map: gr.Checkbox | None = None,
     ) -> None:
-        """Build the components where the page is being laid out."""
+        """Build the components where the page is being laid out. is_map: the photo's own switch."""
         self.number, self.engine = number, engine
         choices = [(TITLES.get(kind, kind), kind) for kind in engine.kinds]
         name = "" if number == 1 else f" {number}"
@@ -63,13 +71,13 @@ class Slot:
         )  # fmt: skip
         self.pose = PoseEditor(visible=False)
         self.joints = gr.DownloadButton("Joints as JSON", visible=False, size="sm")
-        self.edges = gr.Row(elem_classes="thresholds")
+        self.edges = gr.Column(elem_classes="thresholds")
         with self.edges:
             self.low = gr.Slider(0, MOST_EDGE, LOW, step=1, label="Weak edges from", min_width=120)
             self.high = gr.Slider(0, MOST_EDGE, HIGH, step=1, label="Strong edges from", min_width=120)
         self.findings = gr.Markdown(elem_classes="findings", visible=False)
         self.scale = gr.Slider(0, 2, 1, step=0.05, label="Strength")
-        self.is_map = gr.Checkbox(label="This picture is a map already")
+        self.is_map = is_map or gr.Checkbox(label=IS_MAP)
         self.own = None
         with gr.Accordion("Fine control", open=False, elem_classes="plain"):
             with gr.Row():
