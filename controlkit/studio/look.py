@@ -12,8 +12,12 @@ MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
 
 
 def css() -> str:
-    """The page's own rules."""
-    return (Path(__file__).parent / "studio.css").read_text(encoding="utf-8")
+    """The page's own rules, and those of the curves."""
+    from controlkit.training.reporting.charts import CSS
+    from controlkit.training.reporting.page import DARK, LIGHT
+
+    own = (Path(__file__).parent / "studio.css").read_text(encoding="utf-8")
+    return f":root{{{LIGHT}}} .dark{{{DARK}}} {CSS} {own}"
 
 
 def theme() -> Any:
@@ -39,6 +43,8 @@ def theme() -> Any:
         block_label_text_color_dark="*neutral_400",
         block_title_text_color="*neutral_600",
         block_title_text_color_dark="*neutral_400",
+        body_text_color_subdued="*neutral_500",
+        body_text_color_subdued_dark="*neutral_400",
         block_title_text_size="*text_sm",
         input_background_fill="*neutral_50",
         input_background_fill_dark="*neutral_800",

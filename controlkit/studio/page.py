@@ -11,6 +11,7 @@ import gradio as gr
 from controlkit.studio.create_tab import CreateTab
 from controlkit.studio.engine import Engine
 from controlkit.studio.server import KEPT
+from controlkit.studio.train_tab import TrainTab
 
 TITLE = "ControlKit studio"
 
@@ -19,8 +20,12 @@ def build(engine: Engine, runs: Path) -> Any:
     """The page for a loaded engine. runs: the folder of the trainings."""
     with gr.Blocks(title=TITLE, analytics_enabled=False) as page:
         gr.HTML(_head(engine.name))
-        with gr.Tabs(), gr.Tab("Create", id="create"):
-            CreateTab(engine, runs / KEPT, page)
+        with gr.Tabs() as tabs:
+            with gr.Tab("Create", id="create") as first:
+                create = CreateTab(engine, runs / KEPT, page)
+            with gr.Tab("Train", id="train") as second:
+                train = TrainTab(engine, runs)
+        train.wire(tabs, second, first, create)
     page.queue(default_concurrency_limit=8)
     return page
 

@@ -25,25 +25,15 @@ _BACKDROP = 384  # pixels of the shorter side of the photo behind the pose
 _TEMPLATE = '<div class="pose-editor"></div>'
 
 
-class PoseEditor(gr.HTML):  # type: ignore[misc]
+def pose_editor() -> Any:
     """Joints on the map, moved by mouse, touch and arrow keys; triggers `edited` when one was moved.
 
-    value: None, or an object with width, height, people (each 18 points x, y, score), map and photo (data
-    URLs).
+    Its value: None, or an object with width, height, people (each 18 points x, y, score), map and photo (data
+    URLs). No class of its own: of those gradio writes a stub beside the module.
     """
-
-    def __init__(self, value: Any = None, **common: Any) -> None:
-        """Load the script that does it. common: what every component takes, such as visible."""
-        scripted = {
-            "html_template": _TEMPLATE,
-            "js_on_load": _script(),
-            "apply_default_css": False,
-        }
-        super().__init__(value, **{**common, **scripted})
-
-    def api_info(self) -> dict[str, Any]:
-        """An object."""
-        return {"type": "object"}
+    return gr.HTML(
+        html_template=_TEMPLATE, js_on_load=_script(), apply_default_css=False, label="Pose", visible=False
+    )
 
 
 def _script() -> str:

@@ -14,7 +14,7 @@ from controlkit.preprocessors.canny import HIGH, LOW
 from controlkit.rules import MODES
 from controlkit.studio.asked import DIGITS, AskedControl
 from controlkit.studio.engine import ON_DEVICE, Engine, Wish
-from controlkit.studio.pose_editor import PoseEditor, edited, shown
+from controlkit.studio.pose_editor import edited, pose_editor, shown
 from controlkit.studio.toasts import readable
 from controlkit.studio.uploads import read_upload, write_shown
 
@@ -69,7 +69,7 @@ class Slot:
             label="Map", format="png", interactive=False, show_label=False, elem_classes="picture map",
             buttons=["download", "fullscreen"], height=300,
         )  # fmt: skip
-        self.pose = PoseEditor(visible=False)
+        self.pose = pose_editor()
         self.joints = gr.DownloadButton("Joints as JSON", visible=False, size="sm")
         self.edges = gr.Column(elem_classes="thresholds")
         with self.edges:
