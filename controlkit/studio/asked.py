@@ -103,3 +103,19 @@ def number(value: float) -> str:
     """A number as it is written on a command line: 1, 0.75; it is read as the same number."""
     value = float(value)
     return str(int(value)) if value.is_integer() else repr(value)
+
+
+def whole(text: str | None, what: str) -> int | None:
+    """A whole number that was typed in, None for nothing. Raises ValueError for anything else."""
+    try:
+        return int(text) if text and text.strip() else None
+    except ValueError:
+        raise ValueError(f"{what} must be a whole number, or empty, not {text!r}") from None
+
+
+def real(text: str | None, what: str) -> float | None:
+    """A number that was typed in, None for nothing. Raises ValueError for anything else."""
+    try:
+        return float(text) if text and text.strip() else None
+    except ValueError:
+        raise ValueError(f"{what} must be a number, or empty, not {text!r}") from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import gradio as gr
@@ -45,7 +44,8 @@ class CreateTab:
             with gr.Column(min_width=240):
                 gr.HTML("<h2>Photo</h2>")
                 self.photo = gr.Image(
-                    value=self.files[0], type="filepath", image_mode=None, sources=["upload", "webcam", "clipboard"],
+                    value=self.files[0], type="filepath", image_mode=None,
+                    sources=["upload", "webcam", "clipboard"],
                     label="Photo", show_label=False, height=300, elem_classes="picture", elem_id="photo",
                 )  # fmt: skip
                 examples = gr.Dataset(
@@ -56,10 +56,8 @@ class CreateTab:
                     elem_classes="examples",
                 )
                 is_map = gr.Checkbox(label=IS_MAP, elem_id="is-map")
-            self.width = gr.Number(None, label="Width", precision=0, render=False, placeholder="as the photo")
-            self.height = gr.Number(
-                None, label="Height", precision=0, render=False, placeholder="as the photo"
-            )
+            self.width = gr.Textbox(label="Width", render=False, placeholder="as the photo")
+            self.height = gr.Textbox(label="Height", render=False, placeholder="as the photo")
             sides = [self.width, self.height]
             with gr.Column(min_width=240):
                 gr.HTML("<h2>Map</h2>")
@@ -80,15 +78,15 @@ class CreateTab:
             api_visibility="private",
         )
 
-    def _more(self, sides: Sequence[gr.Number]) -> None:
+    def _more(self, sides: list[gr.Textbox]) -> None:
         """What has good defaults, folded away."""
         with gr.Accordion("More", open=False, elem_id="more"):
             self.negative = gr.Textbox("", label="Negative prompt", placeholder="What it should not show")
             with gr.Row():
-                self.seed = gr.Number(None, label="Seed", precision=0, placeholder="another one each time")
+                self.seed = gr.Textbox(label="Seed", placeholder="another one each time")
                 self.steps = gr.Slider(1, 100, 20, step=1, label="Steps")
             with gr.Row():
-                self.guidance = gr.Number(None, label="Guidance", placeholder="the base's own")
+                self.guidance = gr.Textbox(label="Guidance", placeholder="the base's own")
                 self.scheduler = gr.Dropdown(list(SCHEDULERS), value="ddim", label="Scheduler")
             with gr.Row():
                 for side in sides:

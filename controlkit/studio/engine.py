@@ -46,9 +46,8 @@ class Stopped(Exception):
 class Telling:
     """A job's report: what happens now and how far it is, until somebody stops it."""
 
-    def __init__(self, tell: Callable[[str, int, int], None]) -> None:
-        self._tell, self._text = tell, ""
-        self.stop = threading.Event()
+    def __init__(self, tell: Callable[[str, int, int], None], stop: threading.Event) -> None:
+        self._tell, self._text, self.stop = tell, "", stop
 
     def status(self, text: str) -> None:
         """What happens now."""

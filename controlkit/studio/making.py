@@ -14,18 +14,21 @@ import gradio as gr
 import numpy as np
 
 from controlkit.infotext import PictureRecord
-from controlkit.studio.asked import Asked
+from controlkit.studio.asked import Asked, real, whole
 from controlkit.studio.engine import Engine, Stopped, Telling
 from controlkit.studio.gallery import Made, chosen
 from controlkit.studio.slot import SLOT_INPUTS
 from controlkit.studio.slot import asked as asked_control
-from controlkit.studio.toasts import readable
+from controlkit.studio.toasts import readable, toast
 from controlkit.studio.uploads import write_shown
 
 if TYPE_CHECKING:
     from controlkit.generate_plan import Plan
     from controlkit.studio.create_tab import CreateTab
 
+OUTPUTS = 9  # of `_make`, between the status and the two buttons
+BUSY = [gr.update(visible=False), gr.update(visible=True)]  # the buttons that generate and cancel
+IDLE = [gr.update(visible=True), gr.update(visible=False)]
 _RANDOM_SEEDS = 2**31
 _LOOK_SECONDS = 0.2  # between two updates of the page
 
@@ -35,7 +38,8 @@ class Making:
 
     def __init__(self, engine: Engine, keep: Path) -> None:
         self.engine, self.keep = engine, keep
-        self._running: dict[str, Telling] = {}
+        self._waiting: dict[str, list[threading.Event]] = {}  # by session, in the order of the clicks
+        self._taken: set[threading.Event] = set()  # those whose turn has come
 
     def listen(self, tab: CreateTab) -> None:
         """Wire the tab's buttons."""
@@ -43,39 +47,49 @@ class Making:
         settings = [tab.prompt, tab.negative, tab.seed, tab.count, tab.steps, tab.guidance, tab.scheduler]
         slots = [item for slot in tab.slots for item in slot.inputs]
         began = tab.go.click(
-            lambda: [gr.update(visible=False), gr.update(visible=True)],
+            self._begin,
             None,
             buttons,
             queue=False,
             show_progress="hidden",
             api_visibility="private",
         )
-        making = began.then(
+        began.then(
             self._make,
             [gallery.made, *settings, tab.width, tab.height, *slots],
-            [gallery.status, gallery.made, gallery.strip, *gallery.shown],
+            [gallery.status, gallery.made, gallery.strip, *gallery.shown, *buttons],
             concurrency_id="device",
             concurrency_limit=1,
             show_progress="full",
             show_progress_on=gallery.status,
             api_name="generate",
         )
-        idle = lambda: [gr.update(visible=True), gr.update(visible=False)]  # noqa: E731
-        making.then(idle, None, buttons, queue=False, show_progress="hidden", api_visibility="private")
         tab.cancel.click(
-            self._stop, None, [gallery.status, *buttons], queue=False, cancels=[making], show_progress="hidden",
+            self._stop,
+            None,
+            [gallery.status, *buttons],
+            queue=False,
+            show_progress="hidden",
             api_name="cancel",
-        )  # fmt: skip
+        )
 
     @readable
     def _make(self, request: gr.Request, made: list[Made], *values: Any) -> Iterator[list[Any]]:
         """Generate; what is finished is shown at once, and kept when somebody cancels."""
-        job = self._asked(*values).plan(self.keep)
-        yield from self._shown(job, made, str(request.session_hash))
+        stop = self._take(request)
+        try:
+            job = self._asked(*values).plan(self.keep)
+            yield from self._shown(job, made, stop)
+        except Exception as error:
+            line = f'<p class="bad">{toast(error).message}</p>'
+            yield [line, *[gr.skip()] * OUTPUTS, *IDLE]  # what was finished before stays
+            raise
+        finally:
+            self._dropped(request, stop)
 
-    def _shown(self, job: Plan, made: list[Made], session: str) -> Iterator[list[Any]]:
+    def _shown(self, job: Plan, made: list[Made], stop: threading.Event) -> Iterator[list[Any]]:
         happened: queue.Queue[tuple[str, Any]] = queue.Queue()
-        telling = Telling(lambda text, done, total: happened.put(("told", (text, done, total))))
+        telling = Telling(lambda text, done, total: happened.put(("told", (text, done, total))), stop)
 
         def work() -> None:
             try:
@@ -90,7 +104,6 @@ class Making:
                 happened.put(("end", error))
 
         worker = threading.Thread(target=work, daemon=True)
-        self._running[session] = telling
         worker.start()
         try:
             done = 0
@@ -101,55 +114,77 @@ class Making:
                 done += len(fresh)
                 if "end" in news:
                     error = news["end"][-1]
-                    yield _update(made, fresh, _line(job, done, stopped=isinstance(error, Stopped)), None)
+                    line = _line(job, done, stopped=isinstance(error, Stopped))
+                    yield [*_update(made, fresh, line, None), *IDLE]
                     if error is not None and not isinstance(error, Stopped):
                         raise error
                     return
                 bar = _bar(job, done, *news["told"][-1]) if "told" in news else gr.skip()
-                yield _update(made, fresh, bar, news.get("preview", [None])[-1])
+                yield [*_update(made, fresh, bar, news.get("preview", [None])[-1]), gr.skip(), gr.skip()]
         finally:
-            telling.stop.set()
+            stop.set()
             worker.join()
-            self._running.pop(session, None)
 
     def _finished(self, job: Plan, k: int, record: PictureRecord) -> Made:
         return Made(write_shown(job.outputs[k].read_bytes(), f"picture-seed-{record.seed}.png"), record)
 
+    def _begin(self, request: gr.Request) -> list[Any]:
+        """Note that this session waits, so that it can cancel before its turn."""
+        self._waiting.setdefault(str(request.session_hash), []).append(threading.Event())
+        return BUSY
+
+    def _take(self, request: gr.Request) -> threading.Event:
+        """What cancels the run whose turn it is: turns come in the order of the clicks."""
+        waiting = self._waiting.setdefault(str(request.session_hash), [])
+        stop = next((event for event in waiting if event not in self._taken), threading.Event())
+        if stop not in waiting:
+            waiting.append(stop)
+        self._taken.add(stop)
+        return stop
+
+    def _dropped(self, request: gr.Request, stop: threading.Event) -> None:
+        self._taken.discard(stop)
+        waiting = self._waiting.get(str(request.session_hash), [])
+        waiting.remove(stop)
+        if not waiting:
+            self._waiting.pop(str(request.session_hash), None)
+
     def _stop(self, request: gr.Request) -> list[Any]:
-        telling = self._running.get(str(request.session_hash))
-        if telling is not None:
-            telling.stop.set()
-        return ["<p>Cancelled.</p>", gr.update(visible=True), gr.update(visible=False)]
+        """Cancel all that this session waits for."""
+        for stop in self._waiting.get(str(request.session_hash), []):
+            stop.set()
+        return ["<p>Cancelled.</p>", *IDLE]
 
     def _asked(
         self,
         prompt: str,
         negative: str,
-        seed: float | None,
+        seed: str,
         count: float,
         steps: float,
-        guidance: float | None,
+        guidance: str,
         scheduler: str,
-        width: float | None,
-        height: float | None,
+        width: str,
+        height: str,
         *slots: Any,
     ) -> Asked:
         """What the values of the components ask for."""
         rows = [slots[k : k + SLOT_INPUTS] for k in range(0, len(slots), SLOT_INPUTS)]
         controls = [control for row in rows if (control := asked_control(*row)) is not None]
+        number = whole(seed, "the seed")
         return Asked(
             prompt=prompt or "",
             negative_prompt=negative or "",
             base=self.engine.name,
             device=self.engine.device,
             controls=controls,
-            seed=random.randrange(_RANDOM_SEEDS) if seed is None else int(seed),
+            seed=random.randrange(_RANDOM_SEEDS) if number is None else number,
             count=int(count),
             steps=int(steps),
-            guidance=guidance,
+            guidance=real(guidance, "the guidance"),
             scheduler=scheduler,
-            width=None if width is None else int(width),
-            height=None if height is None else int(height),
+            width=whole(width, "the width"),
+            height=whole(height, "the height"),
         )
 
 

@@ -1,4 +1,4 @@
-"""The trainings in a folder: begun, watched, stopped and gone on with, their state read from the disk alone."""
+"""The trainings in a folder: begun, watched, stopped, gone on with; their state is read from the disk."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from controlkit.training.lock import holder
 from controlkit.training.reporting.run_record import RunRecord, read_run
 
 if TYPE_CHECKING:
-    from controlkit.training.config_adapter import ControlNetRecipe
+    pass
 
 LOG = "train.log"  # in the run's folder: what the training says
 WARMUP_SHARE = 5  # a short training warms up over a fifth of its steps at most

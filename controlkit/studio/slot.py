@@ -12,7 +12,7 @@ from controlkit import preprocessors
 from controlkit.preprocessors import Map
 from controlkit.preprocessors.canny import HIGH, LOW
 from controlkit.rules import MODES
-from controlkit.studio.asked import DIGITS, AskedControl
+from controlkit.studio.asked import DIGITS, AskedControl, whole
 from controlkit.studio.engine import ON_DEVICE, Engine, Wish
 from controlkit.studio.pose_editor import edited, pose_editor, shown
 from controlkit.studio.toasts import readable
@@ -51,7 +51,7 @@ class Slot:
         number: int,
         engine: Engine,
         photo: gr.Image,
-        sides: list[gr.Number],
+        sides: list[gr.Textbox],
         *,
         page: gr.Blocks,
         is_map: gr.Checkbox | None = None,
@@ -93,11 +93,17 @@ class Slot:
         self.wanted = gr.State(None)  # changes when the device has to draw
         self._listen(photo, sides, api, page)
 
-    def _listen(self, photo: gr.Image, sides: list[gr.Number], api: str, page: gr.Blocks) -> None:
+    def _listen(self, photo: gr.Image, sides: list[gr.Textbox], api: str, page: gr.Blocks) -> None:
         own = [] if self.own is None else [self.own]
         inputs = [self.kind, self.is_map, self.low, self.high, *sides, photo, *own]
         outputs = [self.view, self.pose, self.joints, self.findings, self.drawn]
-        shapes = [self.kind.change, self.is_map.change, photo.change, *(side.change for side in sides)]
+        shapes = [
+            self.kind.change,
+            self.is_map.change,
+            photo.change,
+            *(side.submit for side in sides),
+            *(side.blur for side in sides),
+        ]
         gr.on(
             [page.load, *shapes, *(picture.change for picture in own)],
             self._begin,
@@ -156,7 +162,7 @@ class Slot:
         if path is None:
             return [gr.update(value=None, visible=True), shown(None), gr.update(visible=False), _no(), None]
         picture = read_upload(path)
-        width, height = (None if side is None else int(side) for side in rest[:2])
+        width, height = whole(rest[0], "the width"), whole(rest[1], "the height")
         size = self.engine.size(picture, width, height)
         wish = Wish(kind, is_map, low, max(low, high))
         made = self.engine.map(picture, wish, width=size[0], height=size[1])

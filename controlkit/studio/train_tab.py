@@ -60,7 +60,7 @@ class TrainTab:
             [WORLD, FOLDER], value=WORLD, label="Pictures", elem_classes="segments", container=False
         )
         self.folder = gr.Textbox(
-            label="Folder on the machine that serves this page", placeholder="/home/me/photos", visible=False,
+            label="Folder on the machine of this page", placeholder="/home/me/photos", visible=False,
             info="Pictures with captions beside them (.txt), or a data set that `controlkit data check` knows.",
         )  # fmt: skip
         self.recipe = gr.Dropdown(names, value=names[0], label="Recipe", info=self.recipes[names[0]])
@@ -140,7 +140,7 @@ class TrainTab:
 
     @readable
     def _look(self, name: str | None, seen: str) -> list[Any]:
-        """What there is to be seen of the chosen run, or else of the newest; skipped where nothing changed."""
+        """What there is to be seen of the chosen run, or else the newest; nothing where it is as before."""
         runs = run_folders.found(self.runs)
         if not runs:
             return [gr.update(choices=[], value=None), NOTHING, *[gr.skip()] * 7]

@@ -1,4 +1,4 @@
-"""Pictures that come from the browser: read within limits, with messages that name no place on the machine."""
+"""Pictures that come from the browser: read within limits; no message names a place on the machine."""
 
 from __future__ import annotations
 
