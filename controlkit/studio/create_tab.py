@@ -14,7 +14,7 @@ from controlkit.studio.engine import Engine
 from controlkit.studio.gallery import Gallery
 from controlkit.studio.making import Making
 from controlkit.studio.slot import IS_MAP, Slot
-from controlkit.studio.uploads import write_shown
+from controlkit.studio.uploads import as_file, write_shown
 
 MOST_CONTROLS = 3
 SCENES = (1, 3, 7, 12, 20, 21)  # of the bundled world's demonstration split
@@ -43,11 +43,11 @@ class CreateTab:
         with gr.Row(elem_classes="pair"):
             with gr.Column(min_width=240):
                 gr.HTML("<h2>Photo</h2>")
-                self.photo = gr.Image(
+                self.photo = as_file(gr.Image(
                     value=self.files[0], type="filepath", image_mode=None,
                     sources=["upload", "webcam", "clipboard"],
                     label="Photo", show_label=False, height=300, elem_classes="picture", elem_id="photo",
-                )  # fmt: skip
+                ))  # fmt: skip
                 examples = gr.Dataset(
                     components=[gr.Image(visible=False)],
                     samples=[[file] for file in self.files],

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from controlkit.generate_plan import Plan
     from controlkit.studio.create_tab import CreateTab
 
+WORKER = "studio-generation"
 OUTPUTS = 9  # of `_make`, between the status and the two buttons
 BUSY = [gr.update(visible=False), gr.update(visible=True)]  # the buttons that generate and cancel
 IDLE = [gr.update(visible=True), gr.update(visible=False)]
@@ -103,7 +104,7 @@ class Making:
             except BaseException as error:  # noqa: BLE001 - raised anew where it is shown
                 happened.put(("end", error))
 
-        worker = threading.Thread(target=work, daemon=True)
+        worker = threading.Thread(target=work, name=WORKER, daemon=True)
         worker.start()
         try:
             done = 0

@@ -66,7 +66,7 @@ def opened(
         yield address
     finally:
         if page is not None:
-            page.close()
+            page.close(verbose=False)
         shutil.rmtree(place, ignore_errors=True)
         for name, value in before.items():
             os.environ.pop(name, None) if value is None else os.environ.update({name: value})

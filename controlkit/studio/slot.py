@@ -16,7 +16,7 @@ from controlkit.studio.asked import DIGITS, AskedControl, whole
 from controlkit.studio.engine import ON_DEVICE, Engine, Wish
 from controlkit.studio.pose_editor import edited, pose_editor, shown
 from controlkit.studio.toasts import readable
-from controlkit.studio.uploads import read_upload, write_shown
+from controlkit.studio.uploads import as_file, read_upload, write_shown
 
 TITLES = {
     "canny": "Edges",
@@ -79,15 +79,15 @@ class Slot:
         self.scale = gr.Slider(0, 2, 1, step=0.05, label="Strength")
         self.is_map = is_map or gr.Checkbox(label=IS_MAP)
         self.own = None
-        with gr.Accordion("Fine control", open=False, elem_classes="plain"):
+        with gr.Accordion("When and how", open=False, elem_classes="plain"):
             with gr.Row():
-                self.start = gr.Slider(0, 1, 0, step=0.05, label="Starts at", min_width=120)
-                self.end = gr.Slider(0, 1, 1, step=0.05, label="Ends at", min_width=120)
+                self.start = gr.Slider(0, 1, 0, step=0.05, label="From", min_width=120)
+                self.end = gr.Slider(0, 1, 1, step=0.05, label="Until", min_width=120)
             self.mode = gr.Dropdown(list(MODES), value="balanced", label="Mode")
             self.adapter = gr.Dropdown([("the base's own", "")], value="", label="Adapter")
             if number > 1:
-                self.own = gr.Image(
-                    type="filepath", image_mode=None, sources=["upload"], label="Another picture", height=160
+                self.own = as_file(
+                    gr.Image(type="filepath", sources=["upload"], label="Another picture", height=160)
                 )
         self.drawn = gr.State(None)
         self.wanted = gr.State(None)  # changes when the device has to draw

@@ -38,7 +38,7 @@ class TrainTab:
                     elem_classes="runs", elem_id="runs",
                 )  # fmt: skip
                 self.about = gr.HTML(NOTHING, elem_id="run", elem_classes="run")
-                with gr.Row(elem_classes="actions"):
+                with gr.Row(elem_classes=["actions", "runs-actions"]):
                     self.stop = gr.Button("Stop", size="sm", visible=False)
                     self.on = gr.Button("Go on", size="sm", visible=False)
                     self.use = gr.Button("Use its adapter", variant="primary", size="sm", visible=False)
@@ -154,7 +154,7 @@ class TrainTab:
         view = details(run, log)
         sheet = run.record.samples[-1][1] if run.record.samples else None
         picture = None if sheet is None else write_shown(sheet.read_bytes(), f"{run.name}-{sheet.name}")
-        step = f"Samples at step {run.record.samples[-1][0]}" if sheet else "Samples"
+        step = f"Step {run.record.samples[-1][0]}: maps, their pictures, samples" if sheet else "Samples"
         alive = run.state in ("starting", "running")
         return [
             gr.update(choices=[(one.line, one.name) for one in runs], value=run.name),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +21,14 @@ def read_upload(path: str) -> np.ndarray:
         return images.load_picture(path, max_pixels=MAX_PIXELS)
     except ValueError as error:
         raise ValueError(str(error).replace(path, os.path.basename(path))) from error
+
+
+def as_file(upload: Any) -> Any:
+    """Make a component of pictures hand over the file as it came; gradio would open it, and say what is wrong
+    in words of its own.
+    """
+    upload.preprocess = lambda payload: None if payload is None else payload.path
+    return upload
 
 
 def write_shown(data: bytes, name: str) -> str:
