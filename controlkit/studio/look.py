@@ -20,6 +20,11 @@ def css() -> str:
     return f":root{{{LIGHT}}} .dark{{{DARK}}} {CSS} {own}"
 
 
+def js() -> str:
+    """What the page's script does once it is loaded."""
+    return (Path(__file__).parent / "studio.js").read_text(encoding="utf-8")
+
+
 def theme() -> Any:
     """The theme: gradio's plainest, in system fonts."""
     fonts = {

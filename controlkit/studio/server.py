@@ -56,13 +56,13 @@ def opened(
     try:
         report.status(f"loading the libraries and the base {base}")
         from controlkit.studio.engine import Engine
-        from controlkit.studio.look import css, theme
+        from controlkit.studio.look import css, js, theme
         from controlkit.studio.page import build
 
         engine = Engine(base, device=device)
         engine.load()
         page = build(engine, Path(os.path.abspath(runs)))
-        _, address, _ = _launch(page, host, port, theme=theme(), css=css())
+        _, address, _ = _launch(page, host, port, theme=theme(), css=css(), js=js())
         yield address
     finally:
         if page is not None:
