@@ -3,7 +3,9 @@
 import gc
 import json
 import re
+import os
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +22,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 from controlkit import infotext
 from controlkit.figures import render
 from controlkit.images import load_picture, read_png_text, write_png
-from controlkit.studio import commands, server
+from controlkit.studio import commands, run_folders, server
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 # gradio (6.31) and what it is built on use what Starlette is about to drop, and leave event loops open.
@@ -31,7 +33,7 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed"),
 ]
 PATIENCE = 120_000  # milliseconds; on a busy machine
-NAMELESS = """() => [...document.querySelectorAll("button, input, textarea, select, [role=button]")].filter((node) => {
+NAMELESS = """() => [...document.querySelectorAll("button, input, textarea, circle")].filter((node) => {
   const box = node.getBoundingClientRect();
   const labels = [...(node.labels ?? [])].map((label) => label.innerText).join("");
   const name = node.getAttribute("aria-label") || labels || node.innerText || node.title || "";
@@ -58,6 +60,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def address(runs: Path) -> Iterator[str]:
     with server.opened("tiny", port=None, runs=str(runs), report=Quiet()) as address:
         yield address
+    for run in run_folders.found(runs):  # of a test that failed
+        if run.pid is not None:
+            os.kill(run.pid, signal.SIGKILL)
     gc.collect()  # here, where what the server leaves open is no error
 
 
@@ -139,7 +144,7 @@ def test_a_photo_becomes_a_picture_and_a_command(visit: Callable[..., Page], pho
     number(page, "Strong edges from", "60")
     changed(page, ".picture.map img", edges)
     generate(page)
-    assert page.locator("#strip button.thumbnail-item").count() == 1
+    expect(page.locator("#strip button.thumbnail-item")).to_have_count(1)
     page.get_by_role("button", name="Copy as command").click()
     expect(page.locator("#copied")).to_have_text("Copied.")
     copied = page.evaluate("navigator.clipboard.readText()")
@@ -216,9 +221,17 @@ def test_the_keyboard_is_enough(visit: Callable[..., Page]) -> None:
         if name:
             reached.append(str(name).split("\n")[0])
             assert outline != "none" or len(name) > 60, f"the focus on {name} is not to be seen"
-    for wanted in ("Create", "Train", "Upload file", "Scene 1", "range slider for Weak edges from", "Generate", "More",
-                   "Copy as command", "Copy as Python", "Use as photo", "Thumbnail 1 of 2"):  # fmt: skip
-        assert wanted in reached, wanted
+    wanted = [
+        "Create",
+        "Train",
+        "Upload file",
+        "Scene 1",
+        "range slider for Weak edges from",
+        "Generate",
+        "More",
+    ]
+    wanted += ["Copy as command", "Copy as Python", "Use as photo", "Thumbnail 1 of 2"]
+    assert [name for name in wanted if name not in reached] == []
     page.locator("#generate").focus()
     page.keyboard.press("Enter")
     expect(page.locator("#strip button.thumbnail-item")).to_have_count(4)
@@ -233,7 +246,7 @@ def test_a_phone_has_no_horizontal_scroll(visit: Callable[..., Page], scheme: st
         page.get_by_role("tab", name=tab).click()
         time.sleep(1)
         assert page.evaluate("document.documentElement.scrollWidth") <= 390, tab
-    lightness = page.evaluate("getComputedStyle(document.querySelector('.gradio-container')).backgroundColor")
+    lightness = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, re.findall(r"\d+", lightness)[:3])) > 382) is (scheme == "light")
 
 
@@ -248,6 +261,7 @@ def test_a_result_goes_back_and_others_do_not_see_it(visit: Callable[..., Page])
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)
 def test_a_training_survives_a_reload_and_gives_an_adapter(visit: Callable[..., Page], runs: Path) -> None:
     page = visit()
     page.get_by_role("tab", name="Train").click()
@@ -258,11 +272,11 @@ def test_a_training_survives_a_reload_and_gives_an_adapter(visit: Callable[..., 
     page.reload()
     page.get_by_role("tab", name="Train").click()
     expect(page.locator("#run")).to_contain_text("Running.", timeout=PATIENCE)
-    expect(page.locator("#run")).to_contain_text(re.compile("Step.*[1-9]0 of 30"), timeout=PATIENCE)
+    expect(page.locator("#run")).to_contain_text(re.compile("Step.*[1-9]0 of 30"), timeout=600_000)
     page.get_by_role("button", name="Stop").click()
-    expect(page.locator("#run")).to_contain_text("Stopped; it can be gone on with.", timeout=PATIENCE)
+    expect(page.locator("#run")).to_contain_text("Stopped; it can be gone on with.", timeout=600_000)
     page.get_by_role("button", name="Go on").click()
-    expect(page.locator("#run")).to_contain_text("Finished.", timeout=300_000)
+    expect(page.locator("#run")).to_contain_text("Finished.", timeout=900_000)
     assert (runs / "mine" / "controlnet").is_dir()
     expect(page.locator(".sheet img")).to_be_visible()
     page.get_by_role("button", name="Use its adapter").click()

@@ -57,7 +57,7 @@ def shown(made: Map | None, picture: np.ndarray | None = None) -> Any:
     value = {
         "width": width,
         "height": height,
-        "people": np.round(made.poses.people, 2).tolist(),
+        "people": made.poses.people.tolist(),
         "map": _data_url(made.image, plain=True),
         "photo": _data_url(photo),
     }

@@ -61,7 +61,7 @@ class TrainTab:
         )
         self.folder = gr.Textbox(
             label="Folder on the machine of this page", placeholder="/home/me/photos", visible=False,
-            info="Pictures with captions beside them (.txt), or a data set as controlkit data check knows it.",
+            info="Pictures with captions beside them (.txt), or a data set that controlkit data check reads",
         )  # fmt: skip
         self.recipe = gr.Dropdown(names, value=names[0], label="Recipe", info=self.recipes[names[0]])
         self.steps = gr.Number(STEPS, label="Steps", precision=0, minimum=1)
