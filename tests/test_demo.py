@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from controlkit.cli import app
-from controlkit.demo import COLOUR_STRIDE, MEASURES, ROWS, DemoResult, Score, recoloured, _things
+from controlkit.demo import COLOUR_STRIDE, MEASURES, ROWS, DemoResult, Score, _things, recoloured
 from controlkit.figures import COLOURS, render
 from controlkit.images import load_picture
 
