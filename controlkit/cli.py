@@ -716,6 +716,28 @@ def _preview(recipe: str, settings: list[str], *, find_batch: bool) -> None:
         print(line)
 
 
+@app.command(epilog="Example:  controlkit ui --base sd15 --runs runs")
+def ui(
+    base: Annotated[str, _option("NAME", "tiny, sd15, sd21, sdxl, folder or hub id.")] = "tiny",
+    device: Annotated[str, _option("NAME", "auto, cpu, cuda, cuda:1 or mps.")] = "auto",
+    host: Annotated[
+        str, _option("ADDRESS", "Who may reach the page: by default this machine alone.")
+    ] = "127.0.0.1",
+    port: Annotated[int, _option("N", "The port.")] = 7860,
+    runs: Annotated[str, _option("FOLDER", "Where trainings are, and what is made is kept.")] = "runs",
+) -> None:
+    """Open the studio page: make pictures and train adapters in a browser."""
+    from controlkit.studio import server
+
+    with (
+        _terminal() as terminal,
+        server.opened(base, device=device, host=host, port=port, runs=runs, report=terminal) as address,
+    ):
+        for line in server.told(address, host, runs):
+            print(line, flush=True)
+        server.wait()
+
+
 @app.command(epilog="Example:  controlkit convert control_v11p_sd15_canny.pth canny.safetensors --to single")
 def convert(
     source: Annotated[str, typer.Argument(metavar="IN", help="A file, a folder or a hub id.")],

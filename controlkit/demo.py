@@ -86,7 +86,7 @@ def run_demo(seed: int, *, report: Report) -> DemoResult:
     extractors = {kind: preprocessors.get(kind, **extractor_options(kind, bundled=True)) for kind in kinds}
     report.status("extracting the edges, the pose and the depth of the scene")
     maps = {kind: extractors[kind](scene.picture) for kind in kinds}
-    prompts = [_recoloured(scene.caption, COLOUR_STRIDE * k) for k in range(SAMPLES)]
+    prompts = [recoloured(scene.caption, COLOUR_STRIDE * k) for k in range(SAMPLES)]
     report.status(f"generating {SAMPLES} pictures per row, {STEPS} steps each")
     controls = [_controls(base, maps, row) for row in ((), *ROWS)]
     samples = _samples(base, prompts, controls, seed=seed, report=report)
@@ -179,7 +179,7 @@ def _score(found: Map, wanted: Map) -> float:
     return metrics.pck([*found.poses.people, *nobody][0], true, size=max(height, 1.0))
 
 
-def _recoloured(caption: str, shift: int) -> str:
+def recoloured(caption: str, shift: int) -> str:
     """The caption with every colour replaced by the one `shift` places on in the palette, and its article."""
     names = list(figures.COLOURS)
 

@@ -7,7 +7,6 @@ models' names, loads them, extracts the maps, generates and writes. The torch-ba
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -17,8 +16,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from controlkit import images, infotext, known_adapters, naming, preprocessors
-from controlkit.generate_plan import INPAINT, PREVIEW_CHUNK, Beginning, Plan, Source, adapted, versions
+from controlkit.generate_models import Models
+from controlkit.generate_plan import INPAINT, Beginning, Plan, Source, adapted, versions
 from controlkit.generate_plan import plan as plan
+from controlkit.generate_preview import Preview, Show
 from controlkit.infotext import PictureRecord
 from controlkit.settings import shared
 from controlkit.startup import nothing_collected
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 
 PRECISIONS = ("float32", "float16", "bfloat16")
 CONTROL_SETTINGS = ("scale", "start", "end", "gate", "mode", "layers", "only_mid")  # recorded as they are
-PREVIEW_SECONDS = 1.0  # between two writes of the preview
 
 
 class Report(Protocol):
@@ -48,13 +48,22 @@ class Report(Protocol):
         """How far the current part is."""
 
 
-def run(job: Plan, report: Report, *, preview: Path | None = None) -> list[PictureRecord]:
+def run(
+    job: Plan,
+    report: Report,
+    *,
+    preview: Path | Show | None = None,
+    models: Models | None = None,
+    finished: Callable[[int, PictureRecord], None] = lambda k, record: None,
+) -> list[PictureRecord]:
     """Generate the pictures of a checked plan, each written when it is made; returns the records in them.
 
-    preview: a PNG that shows what the picture at hand will be, while it is made; it is removed at the end.
+    preview: what is shown of the picture at hand, while it is made: a PNG, removed at the end, or a function
+    that is called with uint8 (H, W, 3). models: those that were loaded before. finished: called with a
+    picture's number and record as soon as its file is written.
     """
     with nothing_collected():
-        session = Session(job, report, preview=preview)
+        session = Session(job, report, preview=preview, models=models)
     session.check_told()
     first, count = session.first, job.options.count
     records = [replace(first, seed=first.seed + k) for k in range(count)]
@@ -63,6 +72,7 @@ def run(job: Plan, report: Report, *, preview: Path | None = None) -> list[Pictu
 
     def write(k: int, picture: np.ndarray) -> None:
         images.write_png(job.outputs[k], picture, text=infotext.chunks(records[k]))
+        finished(k, records[k])
 
     session.make(records, write)
     return records
@@ -72,12 +82,19 @@ class Session:
     """A base and its adapters, loaded for a plan; they make one picture after the other."""
 
     def __init__(
-        self, job: Plan, report: Report, *, preview: Path | None = None, by_clip: bool = False
+        self,
+        job: Plan,
+        report: Report,
+        *,
+        preview: Path | Show | None = None,
+        by_clip: bool = False,
+        models: Models | None = None,
     ) -> None:
         """Load everything. `first` is the record of the plan's first picture, with all that was decided.
 
-        by_clip: a CLIP guides, whether or not it does in the first picture.
+        by_clip: a CLIP guides, whether or not it does in the first picture. models: what is loaded already.
         """
+        models = models or Models()
         for source in job.sources:
             record = source.record
             known_adapters.check(record.kind, record.adapter, job.options.base)
@@ -97,11 +114,11 @@ class Session:
         device, dtype = pick_device(job.options.device, job.options.dtype, base=job.options.base)
         self.job, self.report = job, report
         rests = bool(job.options.memory) or job.options.memory_limit is not None
-        base = _load_base(job.options.base, device=device, dtype=dtype, rests=rests)
+        base = models.base(job.options.base, device=device, dtype=dtype, rests=rests)
         self.base = job.additions.onto(base)
         self.picture_prompts = job.additions.picture_prompts(self.base)
         self.first, self.sources = _decided(job, self.base)
-        self.adapters = _adapters(self.sources, self.base, report, rests=rests)
+        self.adapters = _adapters(self.sources, self.base, models, report, rests=rests)
         self.clip = _clip(clip, self.base, report, rests=rests)
         self.preview = None if preview is None else Preview(preview, self.base)
         self._warn()
@@ -256,29 +273,6 @@ class Session:
         return inpaint_cond(fitted.picture, fitted.hole())
 
 
-class Preview:
-    """A small picture in a file, of what the latents at hand will be."""
-
-    def __init__(self, file: Path, base: Base) -> None:
-        self.file, self.base, self.last = file, base, 0.0
-
-    def __call__(self, predicted: torch.Tensor) -> None:
-        """Show predicted latents (B, C, h, w), the first of them, at half the size; now and then."""
-        import torch
-
-        now = time.monotonic()
-        if now - self.last < PREVIEW_SECONDS:
-            return
-        small = torch.nn.functional.avg_pool2d(predicted[:1], 2)
-        (picture,) = images.tensor_to_pictures(self.base.decode_latents(small))
-        images.write_png(self.file, picture, text={PREVIEW_CHUNK: "this picture is not finished"})
-        self.last = time.monotonic()
-
-    def close(self) -> None:
-        """Remove the file."""
-        self.file.unlink(missing_ok=True)
-
-
 def _start(beginning: Beginning | None, record: PictureRecord) -> Start | None:
     if beginning is None:
         return None
@@ -358,25 +352,15 @@ def _decided(job: Plan, base: Base) -> tuple[PictureRecord, list[Source]]:
     return record, sources
 
 
-def _load_base(name: str, *, device: str, dtype: torch.dtype, rests: bool) -> Base:
-    """The base on its device, or, where memory is scarce, on the processor until it works."""
-    from controlkit.base import load_base
-    from controlkit.devices import check_device
-    from controlkit.memory import HOST, rested
-
-    if not rests:
-        return load_base(name, device=device, dtype=dtype)
-    place = check_device(device)
-    return rested(load_base(name, device=HOST, dtype=dtype), place)
-
-
-def _adapters(sources: Sequence[Source], base: Base, report: Report, *, rests: bool) -> list[Adapter]:
+def _adapters(
+    sources: Sequence[Source], base: Base, models: Models, report: Report, *, rests: bool
+) -> list[Adapter]:
     """The adapter of every source, one loaded for all that name it."""
     loaded: dict[str, Adapter] = {}
     for record in (source.record for source in sources):
         if record.adapter not in loaded:
             report.status(f"loading the {record.kind} adapter {record.adapter}")
-            loaded[record.adapter] = _adapter(record.adapter, base, rests=rests)
+            loaded[record.adapter] = models.adapter(record.adapter, base, rests=rests)
         learned = loaded[record.adapter].info.map.kind
         followed = {known_adapters.same_kind(kind) for kind in learned.split(" + ")}
         if learned and known_adapters.same_kind(record.kind) not in followed:
@@ -384,13 +368,6 @@ def _adapters(sources: Sequence[Source], base: Base, report: Report, *, rests: b
                 f"adapter {record.adapter} learned to follow {learned} maps, not {record.kind}", stacklevel=2
             )
     return [loaded[source.record.adapter] for source in sources]
-
-
-def _adapter(name: str, base: Base, *, rests: bool) -> Adapter:
-    """An adapter, loaded beside the base, or on the processor until it works."""
-    from controlkit.adapters import load_adapter
-
-    return load_adapter(name, base=base, device=base.unet.device if rests else base.device, dtype=base.dtype)
 
 
 def _clip(name: str, base: Base, report: Report, *, rests: bool) -> Clip | None:

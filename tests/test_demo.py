@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from controlkit.cli import app
-from controlkit.demo import COLOUR_STRIDE, MEASURES, ROWS, DemoResult, Score, _recoloured, _things
+from controlkit.demo import COLOUR_STRIDE, MEASURES, ROWS, DemoResult, Score, _things, recoloured
 from controlkit.figures import COLOURS, render
 from controlkit.images import load_picture
 
@@ -14,8 +14,8 @@ from controlkit.images import load_picture
 @pytest.mark.parametrize("seed", range(5))
 def test_prompts_differ_in_their_colours_only(seed: int) -> None:
     caption = render(seed).caption
-    assert _recoloured(caption, 0) == caption
-    other = _recoloured(caption, COLOUR_STRIDE)
+    assert recoloured(caption, 0) == caption
+    other = recoloured(caption, COLOUR_STRIDE)
     changed = [(a, b) for a, b in zip(caption.split(), other.split(), strict=True) if a != b]
     assert {a for a, _ in changed} - {"a", "an"} == set(caption.split()) & set(COLOURS)
     assert {b for _, b in changed} - {"a", "an"} <= set(COLOURS)
@@ -25,8 +25,8 @@ def test_prompts_differ_in_their_colours_only(seed: int) -> None:
 def test_articles_follow_the_new_colour() -> None:
     names = list(COLOURS)
     to_orange = (names.index("orange") - names.index("red")) % len(names)
-    assert _recoloured("a red cube", to_orange) == "an orange cube"
-    assert _recoloured("an orange cube", -to_orange) == "a red cube"
+    assert recoloured("a red cube", to_orange) == "an orange cube"
+    assert recoloured("an orange cube", -to_orange) == "a red cube"
 
 
 def test_labels_name_the_things() -> None:

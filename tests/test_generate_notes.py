@@ -12,6 +12,7 @@ from outcomes import Run
 from PIL import Image
 
 from controlkit import generate_job
+from controlkit.adapters import load_adapter
 from controlkit.generate_notes import without_effect
 from controlkit.generate_plan import Plan, plan
 from controlkit.grid_job import check, parse_axes, split_words, variants
@@ -275,8 +276,9 @@ def test_controls_of_one_file_share_its_adapter_and_map(
     assert outcome.err.count("loading the canny adapter") == 1
     assert outcome.err.count("extracting the canny map") == 1
 
-    def apart(sources: Any, base: Any, report: Any, *, rests: bool) -> Any:
-        return [generate_job._adapter(source.record.adapter, base, rests=rests) for source in sources]
+    def apart(sources: Any, base: Any, models: Any, report: Any, *, rests: bool) -> Any:
+        device = base.unet.device if rests else base.device
+        return [load_adapter(source.record.adapter, base=base, device=device) for source in sources]
 
     monkeypatch.setattr(generate_job, "_adapters", apart)
     generate(*asked, "-o", "apart.png").done()

@@ -44,12 +44,14 @@ APPLICATION = {
         "generate_job",
         "generate_notes",
         "generate_plan",
+        "generate_preview",
         "grid_job",
         "info_job",
         "lint_job",
         "preprocess_job",
     )
 }
+STUDIO = "controlkit.studio"  # the page is part of the application, module by module
 PREPROCESSORS_MAY_USE = {
     "controlkit.devices",
     "controlkit.files",
@@ -120,9 +122,10 @@ def test_dependencies_point_one_way() -> None:
                     used, PREPROCESSORS_MAY_USE | {"controlkit.preprocessors"}
                 )
             elif within(name, {"controlkit.training"}):
-                allowed = not within(used, APPLICATION) or name == "controlkit.training.__main__"
+                allowed = not within(used, APPLICATION | {STUDIO}) or name == "controlkit.training.__main__"
             else:
-                allowed = name in APPLICATION or not within(used, outer)
+                application = name in APPLICATION or within(name, {STUDIO})
+                allowed = application or not within(used, outer | {STUDIO})
             if not allowed:
                 wrong.append(f"{name} imports {used}")
     assert not wrong
@@ -230,6 +233,7 @@ def test_the_wheel_holds_every_file_once(built: Built) -> None:
     data = {
         *(path for path in (ROOT / "controlkit" / "tiny").rglob("*") if path.is_file()),
         *(path for path in (ROOT / "training" / "recipes").iterdir() if path.is_file()),
+        *(path for path in (ROOT / "controlkit" / "studio").iterdir() if path.suffix in (".css", ".js")),
         ROOT / "controlkit" / "py.typed",
     }
     expected = {path for _, path in modules()} | data

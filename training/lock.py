@@ -35,6 +35,19 @@ def locked(folder: Path) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
+def holder(folder: Path) -> int | None:
+    """The process that trains in a folder now; None where nobody does, or where the disk has no locks."""
+    path = folder / NAME
+    try:
+        with open(path, "r+", encoding="utf-8") as file:
+            if _take(file.fileno()):  # given back when the file is closed
+                return None
+            written = file.read(100).strip()
+    except OSError:
+        return None
+    return int(written) if written.isdecimal() else None
+
+
 def _is_at(path: Path, descriptor: int) -> bool:
     try:
         return os.path.samestat(os.stat(path), os.fstat(descriptor))

@@ -16,19 +16,19 @@ from controlkit.training.reporting.run_record import is_number
 
 _LARGEST_PICTURE = 8_000_000  # bytes of a grid that goes in as it is
 
-_LIGHT = (
+LIGHT = (
     "--paper:#fff;--ink:#1d2430;--faint:#5c6675;--grid:#e4e8ee;--panel:#f5f7fa;--good:#0b7a4b;--bad:#b3261e;"
     "--c0:#2563ad;--c1:#0b7a4b;--c2:#8a6100;--c3:#b3261e;--c4:#6b4fa8;--c5:#0f7285"
 )
-_DARK = (
+DARK = (
     "--paper:#14181f;--ink:#e6eaf0;--faint:#9aa6b6;--grid:#2b323d;--panel:#1c222b;--good:#4fce92;--bad:#ff8a80;"
     "--c0:#7db3f2;--c1:#4fce92;--c2:#e2b44c;--c3:#ff8a80;--c4:#bda4f5;--c5:#5cc8dc"
 )
 
 STYLE = f"""
-:root{{color-scheme:light dark;{_LIGHT}}}
-@media (prefers-color-scheme:dark){{:root{{{_DARK}}}}}
-@media print{{:root{{color-scheme:light;{_LIGHT}}}}}
+:root{{color-scheme:light dark;{LIGHT}}}
+@media (prefers-color-scheme:dark){{:root{{{DARK}}}}}
+@media print{{:root{{color-scheme:light;{LIGHT}}}}}
 *{{box-sizing:border-box}}
 body{{margin:0;background:var(--paper);color:var(--ink);font:16px/1.55 system-ui,-apple-system,"Segoe UI",
 Roboto,"Helvetica Neue",Arial,sans-serif}}

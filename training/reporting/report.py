@@ -75,10 +75,11 @@ def _head(run: RunRecord) -> str:
 
 
 def _status(run: RunRecord) -> str:
-    return f'<section class="status">{_verdict(run)}<dl class="tiles">{_tiles(run)}</dl></section>\n'
+    return f'<section class="status">{verdict(run)}<dl class="tiles">{_tiles(run)}</dl></section>\n'
 
 
-def _verdict(run: RunRecord) -> str:
+def verdict(run: RunRecord) -> str:
+    """Whether control took hold, as a paragraph of HTML, and what to do where it has not."""
     step = took_hold(run.rows)
     if step is not None:
         words = f"Control took hold at step {step:,}." if step else "Control was there from the first step."
@@ -146,7 +147,8 @@ def _curves(run: RunRecord) -> str:
     return f'<section><h2>Curves</h2><div class="curves">{"".join(shown)}</div></section>\n' if shown else ""
 
 
-def _gap_chart(run: RunRecord, marks: list[Mark]) -> str:
+def gap_chart(run: RunRecord, marks: list[Mark]) -> str:
+    """How much worse another picture's map is, over the steps, as SVG; "" where nobody looked twice."""
     series = [Series("gap", run.curve("gap"), 1)]
     return line_chart(
         series,
@@ -184,7 +186,8 @@ def _score_chart(run: RunRecord, marks: list[Mark]) -> str:
     return line_chart(series, label=f"{name} by step", marks=marks, across=run.span)
 
 
-def _loss_chart(run: RunRecord, marks: list[Mark]) -> str:
+def loss_chart(run: RunRecord, marks: list[Mark]) -> str:
+    """The training loss over the steps, as SVG; "" before its second row."""
     loss = run.curve("loss")
     series = [Series("", loss, 0, thin=True), Series("loss", smoothed(loss), 0)]
     return line_chart(series, label="training loss by step", marks=marks, across=run.span)
@@ -216,10 +219,10 @@ def _simple(name: str, label: str, colour: int, **options: bool) -> Callable[[Ru
 
 
 _CHARTS: tuple[tuple[str, str, Callable[[RunRecord, list[Mark]], str]], ...] = (
-    ("Gap", "how much worse another picture’s map is than the true one, held-out pictures", _gap_chart),
+    ("Gap", "how much worse another picture’s map is than the true one, held-out pictures", gap_chart),
     ("Held-out loss", "by what the network is told; same noise each time", _maps_chart),
     ("Score", "of held-out pairs, and what it lies between", _score_chart),
-    ("Training loss", "mean of the steps between two rows, and smoothed", _loss_chart),
+    ("Training loss", "mean of the steps between two rows, and smoothed", loss_chart),
     ("Training loss by noise", "quarters of the schedule, smoothed", _quarter_chart),
     (
         "Missed of the map",

@@ -1,0 +1,121 @@
+"""What a person asked for on the page, as `controlkit generate` would be told it."""
+
+from __future__ import annotations
+
+import hashlib
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from controlkit import files, generate_job
+from controlkit.images import encode_png
+
+if TYPE_CHECKING:
+    from controlkit.generate_plan import Plan
+
+MOST_PICTURES = 16  # of one request: others wait
+DIGITS = 4  # of numbers that come from sliders
+
+
+@dataclass(frozen=True, eq=False)
+class AskedControl:
+    """One control: the map, uint8 (H, W, 3), how it acts, and its adapter ("" for the base's own)."""
+
+    kind: str
+    map: np.ndarray
+    scale: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+    mode: str = "balanced"
+    adapter: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """The pictures that are wanted. guidance, width, height: None is the base's own."""
+
+    prompt: str
+    base: str
+    controls: Sequence[AskedControl] = ()
+    negative_prompt: str = ""
+    seed: int = 0
+    count: int = 1
+    steps: int = 20
+    guidance: float | None = None
+    scheduler: str = "ddim"
+    width: int | None = None
+    height: int | None = None
+    device: str = "auto"
+
+    def plan(self, keep: Path) -> Plan:
+        """The checked plan, its maps written into the folder `keep`, where the pictures will be, too.
+
+        Raises ValueError as `generate_plan.plan`, for too many pictures, and where nothing can be written.
+        """
+        if not 1 <= self.count <= MOST_PICTURES:
+            raise ValueError(f"the page makes 1 to {MOST_PICTURES} pictures at once, not {self.count}")
+        _make(keep)
+        given = {
+            name: getattr(self, name)
+            for name in ("prompt", "negative_prompt", "base", "seed", "count", "steps", "scheduler", "device")
+        }
+        for name in ("guidance", "width", "height"):
+            if getattr(self, name) is not None:
+                given[name] = getattr(self, name)
+        return generate_job.plan(
+            given,
+            maps=[_written(control, keep) for control in self.controls],
+            adapters=[f"{control.kind}={control.adapter}" for control in self.controls if control.adapter],
+            output=str(keep / f"picture-{uuid.uuid4().hex[:10]}.png"),
+        )
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot make the folder {folder}: {error.strerror}") from error
+
+
+def _written(control: AskedControl, keep: Path) -> str:
+    """The control as an argument of --map, its map in a file that is named by what is in it."""
+    data = encode_png(control.map)
+    path = keep / f"{control.kind}-{hashlib.sha256(data).hexdigest()[:12]}.png"
+    if not path.is_file():
+        files.write_bytes(path, data)
+    return control_text(control.kind, str(path), vars(control))
+
+
+def control_text(kind: str, path: str, how: Any) -> str:
+    """KIND=PATH:SCALE and what differs from the defaults, as `arguments.parse_control` reads it."""
+    parts = [f"{kind}={path}", number(how["scale"])]
+    parts += [f"start={number(how['start'])}"] if how["start"] != 0 else []
+    parts += [f"end={number(how['end'])}"] if how["end"] != 1 else []
+    parts += [f"mode={how['mode']}"] if how["mode"] != "balanced" else []
+    return ":".join(parts)
+
+
+def number(value: float) -> str:
+    """A number as it is written on a command line: 1, 0.75; it is read as the same number."""
+    value = float(value)
+    return str(int(value)) if value.is_integer() else repr(value)
+
+
+def whole(text: str | None, what: str) -> int | None:
+    """A whole number that was typed in, None for nothing. Raises ValueError for anything else."""
+    try:
+        return int(text) if text and text.strip() else None
+    except ValueError:
+        raise ValueError(f"{what} must be a whole number, or empty, not {text!r}") from None
+
+
+def real(text: str | None, what: str) -> float | None:
+    """A number that was typed in, None for nothing. Raises ValueError for anything else."""
+    try:
+        return float(text) if text and text.strip() else None
+    except ValueError:
+        raise ValueError(f"{what} must be a number, or empty, not {text!r}") from None

@@ -1,0 +1,69 @@
+"""A picture's record as what makes it again: a shell command, and a Python script."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+
+from controlkit.infotext import PictureRecord
+from controlkit.studio.asked import control_text, number
+
+OUTPUT = "again.png"  # what both write
+
+
+def command(record: PictureRecord) -> str:
+    """The `controlkit generate` command of one picture, quoted for a POSIX shell."""
+    words = ["controlkit", "generate", record.prompt, "--base", record.base]
+    for control in record.controls:
+        words += ["--map", control_text(control.kind, control.path, vars(control))]
+        words += ["--adapter", f"{control.kind}={control.adapter}"]
+    if record.negative_prompt:
+        words += ["--negative", record.negative_prompt]
+    words += ["--seed", str(record.seed), "--steps", str(record.steps)]
+    words += ["--guidance", number(record.guidance), "--scheduler", record.scheduler]
+    words += ["--width", str(record.width), "--height", str(record.height)]
+    words += ["--device", record.device, "-o", OUTPUT]
+    return shlex.join(_safe(words))
+
+
+def _safe(words: Sequence[str]) -> list[str]:
+    """A prompt that looks like an option goes behind `--`, at the end."""
+    prompt = words[2]
+    return [*words] if not prompt.startswith("-") else [*words[:2], *words[3:], "--", prompt]
+
+
+def script(record: PictureRecord) -> str:
+    """A Python script that makes the same picture with the library's public names."""
+    lines = [
+        "import torch",
+        "",
+        "from controlkit import Control, generate, load_adapter, load_base",
+        "from controlkit.images import write_png",
+        "",
+        f"base = load_base({record.base!r}, device={record.device!r}, dtype=torch.{record.dtype})",
+        "controls = [",
+    ]
+    for control in record.controls:
+        adapter = f"load_adapter({control.adapter!r}, base=base)"
+        how = [f"kind={control.kind!r}", f"scale={control.scale!r}"]
+        how += [f"start={control.start!r}"] if control.start != 0 else []
+        how += [f"end={control.end!r}"] if control.end != 1 else []
+        how += [f"mode={control.mode!r}"] if control.mode != "balanced" else []
+        lines.append(f"    Control({adapter}, {control.path!r}, {', '.join(how)}),")
+    lines += [
+        "]",
+        "(picture,) = generate(",
+        "    base,",
+        f"    {record.prompt!r},",
+        *([f"    negative_prompt={record.negative_prompt!r},"] if record.negative_prompt else []),
+        "    controls=controls,",
+        f"    steps={record.steps},",
+        f"    guidance={record.guidance!r},",
+        f"    scheduler={record.scheduler!r},",
+        f"    seeds=[{record.seed}],",
+        f"    width={record.width},",
+        f"    height={record.height},",
+        ")",
+        f"write_png({OUTPUT!r}, picture)",
+    ]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,100 @@
+"""The first tab: a photo, its map, a prompt, and the pictures that come of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gradio as gr
+
+from controlkit import demo, figures
+from controlkit.images import encode_png
+from controlkit.schedulers import SCHEDULERS
+from controlkit.studio.asked import MOST_PICTURES
+from controlkit.studio.engine import Engine
+from controlkit.studio.gallery import Gallery
+from controlkit.studio.making import Making
+from controlkit.studio.slot import IS_MAP, Slot
+from controlkit.studio.uploads import as_file, write_shown
+
+MOST_CONTROLS = 3
+SCENES = (1, 3, 7, 12, 20, 21)  # of the bundled world's demonstration split
+
+
+class CreateTab:
+    """Builds the tab and wires it."""
+
+    def __init__(self, engine: Engine, keep: Path, page: gr.Blocks) -> None:
+        """Lay the components out in the order in which a person needs them."""
+        self.engine, self.page = engine, page
+        self.scenes = [figures.render(seed, size=256) for seed in SCENES]
+        self.files = [
+            write_shown(encode_png(scene.picture), f"scene-{seed}.png")
+            for seed, scene in zip(SCENES, self.scenes, strict=True)
+        ]
+        with gr.Row(elem_classes="columns"):
+            with gr.Column(scale=6, min_width=320):
+                self._inputs()
+            with gr.Column(scale=5, min_width=320):
+                self.gallery = Gallery(self.photo)
+        making = Making(engine, keep)
+        making.listen(self)
+
+    def _inputs(self) -> None:
+        with gr.Row(elem_classes="pair"):
+            with gr.Column(min_width=240):
+                gr.HTML("<h2>Photo</h2>")
+                self.photo = as_file(gr.Image(
+                    value=self.files[0], type="filepath", image_mode=None,
+                    sources=["upload", "webcam", "clipboard"],
+                    label="Photo", show_label=False, height=300, elem_classes="picture", elem_id="photo",
+                ))  # fmt: skip
+                examples = gr.Dataset(
+                    components=[gr.Image(visible=False)],
+                    samples=[[file] for file in self.files],
+                    label="Or a scene of the bundled world",
+                    type="index",
+                    elem_classes="examples",
+                )
+                is_map = gr.Checkbox(label=IS_MAP, elem_id="is-map")
+            self.width = gr.Textbox(label="Width", render=False, placeholder="as the photo")
+            self.height = gr.Textbox(label="Height", render=False, placeholder="as the photo")
+            sides = [self.width, self.height]
+            with gr.Column(min_width=240):
+                gr.HTML("<h2>Map</h2>")
+                self.slots = [Slot(1, self.engine, self.photo, sides, page=self.page, is_map=is_map)]
+        self.prompt = gr.Textbox(
+            self._prompt(0), label="Prompt", placeholder="What the picture shows", lines=2, elem_id="prompt"
+        )
+        with gr.Row(elem_classes="go"):
+            self.go = gr.Button("Generate", variant="primary", elem_id="generate", scale=2)
+            self.cancel = gr.Button("Cancel", variant="stop", elem_id="cancel", scale=2, visible=False)
+            self.count = gr.Slider(1, MOST_PICTURES, 4, step=1, label="Pictures", scale=3, min_width=160)
+        self._more(sides)
+        examples.click(
+            lambda index: (self.files[index], self._prompt(index)),
+            examples,
+            [self.photo, self.prompt],
+            show_progress="hidden",
+            api_visibility="private",
+        )
+
+    def _more(self, sides: list[gr.Textbox]) -> None:
+        """What has good defaults, folded away."""
+        with gr.Accordion("More", open=False, elem_id="more"):
+            self.negative = gr.Textbox("", label="Negative prompt", placeholder="What it should not show")
+            with gr.Row():
+                self.seed = gr.Textbox(label="Seed", placeholder="another one each time")
+                self.steps = gr.Slider(1, 100, 20, step=1, label="Steps")
+            with gr.Row():
+                self.guidance = gr.Textbox(label="Guidance", placeholder="the base's own")
+                self.scheduler = gr.Dropdown(list(SCHEDULERS), value="ddim", label="Scheduler")
+            with gr.Row():
+                for side in sides:
+                    side.render()
+            for number in range(2, MOST_CONTROLS + 1):
+                with gr.Accordion(f"Map {number}", open=False):
+                    self.slots.append(Slot(number, self.engine, self.photo, sides, page=self.page))
+
+    def _prompt(self, index: int) -> str:
+        """A scene's caption in other colours: what comes of it differs from the photo."""
+        return demo.recoloured(self.scenes[index].caption, demo.COLOUR_STRIDE)

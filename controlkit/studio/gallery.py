@@ -1,0 +1,115 @@
+"""The session's pictures: the one that is looked at, the others, and what each was made with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+from controlkit.infotext import PictureRecord
+from controlkit.studio.commands import command, script
+
+COPY = """(text) => {
+  const told = document.getElementById("copied");
+  const done = () => { told.textContent = "Copied."; setTimeout(() => { told.textContent = ""; }, 3000); };
+  const by_hand = () => {
+    const area = document.createElement("textarea");
+    area.value = text; document.body.appendChild(area); area.select();
+    document.execCommand("copy"); area.remove(); done();
+  };
+  if (navigator.clipboard) navigator.clipboard.writeText(text).then(done, by_hand); else by_hand();
+}"""
+
+
+@dataclass(frozen=True)
+class Made:
+    """A finished picture: where the page shows it, and its record."""
+
+    file: str
+    record: PictureRecord
+
+    @property
+    def caption(self) -> str:
+        """One short line."""
+        return f"seed {self.record.seed}"
+
+
+class Gallery:
+    """Builds the right side of the first tab; `chosen` gives the updates that show one picture."""
+
+    def __init__(self, photo: gr.Image) -> None:
+        """Lay it out and wire it. photo: where a result goes back to."""
+        gr.HTML("<h2>Pictures</h2>")
+        self.view = gr.Image(
+            label="Result", show_label=False, interactive=False, format="png", type="filepath",
+            elem_classes="picture result", elem_id="result", buttons=["fullscreen"], height=440,
+        )  # fmt: skip
+        self.status = gr.HTML("", elem_id="status")
+        self.about = gr.HTML("", elem_id="about")
+        with gr.Row(visible=False, elem_classes="actions") as self.actions:
+            self.download = gr.DownloadButton("Download", size="sm", min_width=110)
+            copy_command = gr.Button("Copy as command", size="sm", min_width=110)
+            copy_script = gr.Button("Copy as Python", size="sm", min_width=110)
+            again = gr.Button("Use as photo", size="sm", min_width=110)
+        gr.HTML('<p id="copied" role="status" aria-live="polite"></p>')
+        self.strip = gr.Gallery(
+            [], label="This session", show_label=False, columns=5, height="auto", allow_preview=False,
+            elem_id="strip", format="png", interactive=False, visible=False, buttons=[],
+        )  # fmt: skip
+        with gr.Accordion(
+            "As a command, as Python", open=False, visible=False, elem_classes="plain"
+        ) as self.fold:
+            self.command = gr.Code(language="shell", label="Command", interactive=False, wrap_lines=True)
+            self.script = gr.Code(language="python", label="Python", interactive=False)
+        self.made = gr.State([])
+        self.strip.select(
+            self._select, self.made, self.shown, show_progress="hidden", api_visibility="private"
+        )
+        copy_command.click(None, self.command, js=COPY, api_visibility="private")
+        copy_script.click(None, self.script, js=COPY, api_visibility="private")
+        again.click(lambda file: file, self.view, photo, show_progress="hidden", api_visibility="private")
+
+    @property
+    def shown(self) -> list[Any]:
+        """The components that show one picture."""
+        return [self.view, self.about, self.download, self.command, self.script, self.actions, self.fold]
+
+    def _select(self, made: list[Made], event: gr.SelectData) -> list[Any]:
+        return chosen(made[event.index])
+
+
+def chosen(made: Made) -> list[Any]:
+    """The updates of `Gallery.shown` for a picture."""
+    record = made.record
+    return [
+        made.file,
+        about(record),
+        made.file,
+        command(record),
+        script(record),
+        gr.update(visible=True),
+        gr.update(visible=True),
+    ]
+
+
+def about(record: PictureRecord) -> str:
+    """What a picture was made with, as HTML."""
+    from html import escape
+
+    rows = {
+        "Seed": record.seed,
+        "Size": f"{record.width} × {record.height}",
+        "Steps": record.steps,
+        "Guidance": f"{record.guidance:g}",
+        "Scheduler": record.scheduler,
+    }
+    for control in record.controls:
+        how = [f"{control.scale:g}"] if isinstance(control.scale, float | int) else []
+        how += [f"{control.start:g} to {control.end:g}"] if (control.start, control.end) != (0, 1) else []
+        how += [control.mode] if control.mode != "balanced" else []
+        rows[control.kind] = ", ".join(how)
+    cells = "".join(
+        f"<div><dt>{escape(name)}</dt><dd>{escape(str(value))}</dd></div>" for name, value in rows.items()
+    )
+    return f'<p class="told">{escape(record.prompt)}</p><dl>{cells}</dl>'

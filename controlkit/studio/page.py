@@ -1,0 +1,37 @@
+"""The page as a whole: its head and its tabs."""
+
+from __future__ import annotations
+
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from controlkit.studio.create_tab import CreateTab
+from controlkit.studio.engine import Engine
+from controlkit.studio.server import KEPT
+from controlkit.studio.train_tab import TrainTab
+
+TITLE = "ControlKit studio"
+
+
+def build(engine: Engine, runs: Path) -> Any:
+    """The page for a loaded engine. runs: the folder of the trainings."""
+    with gr.Blocks(title=TITLE, analytics_enabled=False) as page:
+        gr.HTML(_head(engine.name))
+        with gr.Tabs() as tabs:
+            with gr.Tab("Create", id="create") as first:
+                create = CreateTab(engine, runs / KEPT, page)
+            with gr.Tab("Train", id="train") as second:
+                train = TrainTab(engine, runs)
+        train.wire(tabs, second, first, create)
+    page.queue(default_concurrency_limit=8)
+    return page
+
+
+def _head(base: str) -> str:
+    return (
+        '<header class="masthead"><h1>ControlKit</h1><p>Pictures that follow a map</p>'
+        f'<span class="base">base <b>{escape(base)}</b></span></header>'
+    )

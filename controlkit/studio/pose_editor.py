@@ -1,0 +1,83 @@
+"""A pose whose joints can be moved: the component of the page, and the drawing of what was moved."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import numpy as np
+
+from controlkit.images import at_resolution, encode_png
+from controlkit.preprocessors import Map, poses_to_map
+from controlkit.preprocessors.skeleton import COLOURS, LIMBS
+
+JOINTS = (
+    *("nose", "neck", "right shoulder", "right elbow", "right wrist", "left shoulder", "left elbow"),
+    *("left wrist", "right hip", "right knee", "right ankle", "left hip", "left knee", "left ankle"),
+    *("right eye", "left eye", "right ear", "left ear"),
+)
+_BACKDROP = 384  # pixels of the shorter side of the photo behind the pose
+_TEMPLATE = '<div class="pose-editor"></div>'
+
+
+def pose_editor() -> Any:
+    """Joints on the map, moved by mouse, touch and arrow keys; triggers `edited` when one was moved.
+
+    Its value: None, or an object with width, height, people (each 18 points x, y, score), map and photo (data
+    URLs). No class of its own: of those gradio writes a stub beside the module.
+    """
+    return gr.HTML(
+        html_template=_TEMPLATE, js_on_load=_script(), apply_default_css=False, label="Pose", visible=False
+    )
+
+
+def _script() -> str:
+    """The component's script, behind what it is told of joints and limbs."""
+    told = {"LIMBS": LIMBS, "COLOURS": [f"rgb{colour}" for colour in COLOURS], "JOINTS": JOINTS}
+    lines = [f"const {name} = {json.dumps(value)};" for name, value in told.items()]
+    return "\n".join([*lines, (Path(__file__).parent / "pose_editor.js").read_text(encoding="utf-8")])
+
+
+def shown(made: Map | None, picture: np.ndarray | None = None) -> Any:
+    """The update that shows a map's joints over a picture, or hides the editor."""
+    if made is None or made.poses is None:
+        return gr.update(value=None, visible=False)
+    assert picture is not None
+    from controlkit.images import cover
+
+    height, width = made.image.shape[:2]
+    photo = cover(picture, width, height)
+    if min(width, height) > _BACKDROP:
+        photo = at_resolution(photo, _BACKDROP)
+    value = {
+        "width": width,
+        "height": height,
+        "people": made.poses.people.tolist(),
+        "map": _data_url(made.image, plain=True),
+        "photo": _data_url(photo),
+    }
+    return gr.update(value=value, visible=True)
+
+
+def _data_url(image: np.ndarray, *, plain: bool = False) -> str:
+    return "data:image/png;base64," + base64.b64encode(encode_png(image, plain=plain)).decode()
+
+
+def edited(value: Any, before: Map) -> Map:
+    """The map of the joints as the browser has them. Raises ValueError for anything but such joints."""
+    assert before.poses is not None
+    people = value.get("people") if isinstance(value, dict) else None
+    shape = before.poses.people.shape
+    try:
+        points = np.array(people, dtype=np.float64).reshape(-1, 18, 3)
+    except (TypeError, ValueError):
+        raise ValueError("the joints that came from the page cannot be read") from None
+    if points.shape != shape or not all(math.isfinite(x) for x in points.ravel()):
+        raise ValueError("the joints that came from the page are not those of the people in the picture")
+    poses = replace(before.poses, people=points)
+    return replace(poses_to_map(poses), model=before.model)

@@ -1,0 +1,128 @@
+"""`controlkit ui`: the page behind a port, on this machine alone unless somebody asks for more."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from controlkit.studio.uploads import MAX_BYTES
+
+if TYPE_CHECKING:
+    from controlkit.generate_job import Report
+
+HOST = "127.0.0.1"
+PORT = 7860
+RUNS = "runs"
+KEPT = "studio"  # the folder within it where pictures and their maps are kept
+_QUIET = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
+
+
+def check_installed() -> None:
+    """Raise ValueError, before anything is loaded, unless gradio is there."""
+    from importlib.util import find_spec
+
+    if find_spec("gradio") is None:
+        raise ValueError('the page needs gradio: pip install "controlkit[ui]"')
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address can be reached from this machine alone."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+@contextmanager
+def opened(
+    base: str = "tiny", *, device: str = "auto", host: str = HOST, port: int | None = PORT, runs: str = RUNS,
+    report: Report,
+) -> Iterator[str]:  # fmt: skip
+    """The page, served within the block; yields its address. port: None is any free one.
+
+    Raises ValueError for a base, a device, a folder or a port that cannot be had.
+    """
+    check_installed()
+    place = _private_folder()
+    before = {name: os.environ.get(name) for name in (*_QUIET, "GRADIO_TEMP_DIR")}
+    os.environ.update({**_QUIET, "GRADIO_TEMP_DIR": str(place)})
+    page: Any = None
+    try:
+        report.status(f"loading the libraries and the base {base}")
+        from controlkit.studio.engine import Engine
+        from controlkit.studio.look import css, js, theme
+        from controlkit.studio.page import build
+
+        engine = Engine(base, device=device)
+        engine.load()
+        page = build(engine, Path(os.path.abspath(runs)))
+        _, address, _ = _launch(page, host, port, theme=theme(), css=css(), js=js())
+        yield address
+    finally:
+        if page is not None:
+            page.close(verbose=False)
+        shutil.rmtree(place, ignore_errors=True)
+        for name, value in before.items():
+            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+
+
+def _private_folder() -> Path:
+    """Where uploads and shown pictures lie: nobody else's files, and removed at the end."""
+    return Path(tempfile.mkdtemp(prefix="controlkit-studio-")).resolve()
+
+
+def _launch(page: Any, host: str, port: int | None, **look: Any) -> Any:
+    try:
+        return page.launch(
+            server_name=host,
+            server_port=port or _free_port(host),
+            share=False,
+            inbrowser=False,
+            quiet=True,
+            prevent_thread_lock=True,
+            show_error=True,
+            max_file_size=MAX_BYTES,
+            enable_monitoring=False,
+            ssr_mode=False,
+            pwa=False,
+            mcp_server=False,
+            footer_links=[],
+            **look,
+        )
+    except OSError as error:
+        raise ValueError(f"cannot serve on {host}, port {port}: choose another --port or --host") from error
+
+
+def _free_port(host: str) -> int:
+    import socket
+
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def told(address: str, host: str, runs: str) -> list[str]:
+    """What is to be known of a page that is open."""
+    lines = [f"the page is at {address} (Ctrl-C ends it)", f"pictures are kept in {Path(runs) / KEPT}"]
+    if not is_loopback(host):
+        lines.append(
+            f"warning: anyone who reaches port {address.rsplit(':', 1)[-1].strip('/')} can use this machine"
+        )
+    return lines
+
+
+def wait() -> None:
+    """Until somebody ends it, by Ctrl-C or SIGTERM."""
+    import signal
+    import threading
+
+    ended = threading.Event()
+    signal.signal(signal.SIGTERM, lambda number, frame: ended.set())
+    while not ended.wait(1.0):
+        pass

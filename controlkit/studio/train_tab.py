@@ -1,0 +1,199 @@
+"""The second tab: a training is begun, watched, stopped, and its adapter taken to the first tab."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+
+from controlkit.studio import run_folders
+from controlkit.studio.engine import Engine
+from controlkit.studio.run_view import NOTHING, details
+from controlkit.studio.toasts import readable
+from controlkit.studio.uploads import write_shown
+
+if TYPE_CHECKING:
+    from controlkit.studio.create_tab import CreateTab
+
+EVERY = 2.0  # seconds between two looks at the runs
+STEPS = 250
+WORLD, FOLDER = "The bundled world", "A folder"
+
+
+class TrainTab:
+    """Builds the tab and wires it. runs: the folder of the trainings."""
+
+    def __init__(self, engine: Engine, runs: Path) -> None:
+        """Lay the components out."""
+        self.engine, self.runs = engine, runs
+        self.recipes = run_folders.recipes(engine.name)
+        with gr.Row(elem_classes="columns"):
+            with gr.Column(scale=4, min_width=300):
+                self._form()
+            with gr.Column(scale=7, min_width=320):
+                gr.HTML("<h2>Trainings</h2>")
+                self.chosen = gr.Radio(
+                    self._choices(), label="Trainings", show_label=False, container=False,
+                    elem_classes="runs", elem_id="runs",
+                )  # fmt: skip
+                self.about = gr.HTML(NOTHING, elem_id="run", elem_classes="run")
+                with gr.Row(elem_classes=["actions", "runs-actions"]):
+                    self.stop = gr.Button("Stop", size="sm", visible=False)
+                    self.on = gr.Button("Go on", size="sm", visible=False)
+                    self.use = gr.Button("Use its adapter", variant="primary", size="sm", visible=False)
+                self.curves = gr.HTML("", elem_classes="run curves")
+                self.sheet = gr.Image(
+                    label="Samples", interactive=False, visible=False, elem_classes="sheet", format="png",
+                    buttons=["fullscreen"],
+                )  # fmt: skip
+                with gr.Accordion("Log", open=False, elem_classes="plain"):
+                    self.log = gr.HTML("", elem_classes="log")
+        self.seen = gr.State("")
+        self.timer = gr.Timer(EVERY, active=False)
+        self._listen()
+
+    def _form(self) -> None:
+        gr.HTML("<h2>A new training</h2>")
+        names = [*self.recipes]
+        self.source = gr.Radio(
+            [WORLD, FOLDER], value=WORLD, label="Pictures", elem_classes="segments", container=False
+        )
+        self.folder = gr.Textbox(
+            label="Folder on the machine of this page", placeholder="/home/me/photos", visible=False,
+            info="Pictures with captions beside them (.txt), or a data set that controlkit data check reads",
+        )  # fmt: skip
+        self.recipe = gr.Dropdown(names, value=names[0], label="Recipe", info=self.recipes[names[0]])
+        self.steps = gr.Number(STEPS, label="Steps", precision=0, minimum=1)
+        self.name = gr.Textbox("my-adapter", label="Name", info=f"Its folder lies in {self.runs.name}.")
+        self.start = gr.Button("Start training", variant="primary", elem_id="start")
+
+    def _listen(self) -> None:
+        quiet: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": 8}
+        shown = [self.chosen, self.about, self.curves, self.sheet, self.log, self.seen]
+        shown += [self.stop, self.on, self.use]
+        look = {"fn": self._look, "inputs": [self.chosen, self.seen], "outputs": shown, **quiet}
+        self.source.change(
+            lambda source: gr.update(visible=source == FOLDER), self.source, self.folder,
+            api_visibility="private", **quiet,
+        )  # fmt: skip
+        self.recipe.change(
+            lambda name: gr.update(info=self.recipes[name]), self.recipe, self.recipe,
+            api_visibility="private", **quiet,
+        )  # fmt: skip
+        form = [self.source, self.folder, self.recipe, self.steps, self.name]
+        begun = self.start.click(self._begin, form, self.chosen, api_name="train", **quiet)
+        begun.success(**look, api_visibility="private")
+        self.timer.tick(**look, api_visibility="private", trigger_mode="once")
+        self.chosen.input(**look, api_visibility="private")
+        for button, work, name in (
+            (self.stop, run_folders.stop, "stop"),
+            (self.on, run_folders.go_on, "go_on"),
+        ):
+            done = button.click(self._ask(work), self.chosen, None, api_name=name, **quiet)
+            done.then(**look, api_visibility="private")
+
+    def wire(self, tabs: gr.Tabs, own: gr.Tab, create_tab: gr.Tab, create: CreateTab) -> None:
+        """Look at the runs while the tab is open, and take adapters to the first tab."""
+        quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+        look = {"fn": self._look, "inputs": [self.chosen, self.seen]}
+        outputs = [self.chosen, self.about, self.curves, self.sheet, self.log, self.seen]
+        outputs += [self.stop, self.on, self.use]
+        own.select(lambda: gr.Timer(active=True), None, self.timer, **quiet).then(
+            **look, outputs=outputs, **quiet
+        )
+        create_tab.select(lambda: gr.Timer(active=False), None, self.timer, **quiet)
+        slots = create.slots
+        adapters = [slot.adapter for slot in slots]
+        create_tab.select(lambda: [self._adapters()] * len(slots), None, adapters, **quiet)
+        self.use.click(self._use, self.chosen, [tabs, slots[0].kind, slots[0].adapter], **quiet)
+
+    def _choices(self) -> list[tuple[str, str]]:
+        return [(run.line, run.name) for run in run_folders.found(self.runs)]
+
+    @readable
+    def _begin(self, source: str, folder: str, recipe: str, steps: float, name: str) -> Any:
+        """Begin, and choose the new run."""
+        if source == FOLDER and not (folder or "").strip():
+            raise ValueError("type in the folder of the pictures")
+        if recipe not in self.recipes:
+            raise ValueError(f"the page knows no recipe {recipe!r} for the base {self.engine.name}")
+        begun = run_folders.begin(
+            self.runs, name=(name or "").strip(), recipe=recipe, base=self.engine.name, steps=int(steps or 0),
+            source=folder if source == FOLDER else "",
+        )  # fmt: skip
+        return gr.update(choices=self._choices(), value=begun.name)
+
+    def _ask(self, work: Any) -> Any:
+        @readable
+        def asked(name: str | None) -> None:
+            work(self._folder(name))
+
+        return asked
+
+    def _folder(self, name: str | None) -> Path:
+        """The folder of a run in the list. Raises ValueError for any other."""
+        folder = self.runs / Path(name or "").name
+        if not name or not run_folders.is_run(folder):
+            raise ValueError("choose a training in the list")
+        return folder
+
+    @readable
+    def _look(self, name: str | None, seen: str) -> list[Any]:
+        """What there is to be seen of the chosen run, or else the newest; nothing where it is as before."""
+        runs = run_folders.found(self.runs)
+        if not runs:
+            return [gr.update(choices=[], value=None), NOTHING, *[gr.skip()] * 7]
+        run = next((run for run in runs if run.name == name), runs[0])
+        log = run_folders.log_lines(run.record.folder)
+        now = repr(
+            [[one.line for one in runs], run.name, len(run.record.rows), run.record.samples[-1:], log[-1:]]
+        )
+        if now == seen:
+            return [gr.skip()] * 9
+        view = details(run, log)
+        sheet = run.record.samples[-1][1] if run.record.samples else None
+        picture = None if sheet is None else write_shown(sheet.read_bytes(), f"{run.name}-{sheet.name}")
+        step = f"Step {run.record.samples[-1][0]}: maps, their pictures, samples" if sheet else "Samples"
+        alive = run.state in ("starting", "running")
+        return [
+            gr.update(choices=[(one.line, one.name) for one in runs], value=run.name),
+            view.head,
+            view.curves,
+            gr.update(value=picture, visible=sheet is not None, label=step),
+            view.log,
+            now,
+            gr.update(visible=alive),
+            gr.update(visible=run.state == "stopped"),
+            gr.update(visible=run.state == "finished" and self._fits(run)),
+        ]
+
+    def _fits(self, run: run_folders.Run) -> bool:
+        return (
+            run.record.config.get("task") == "controlnet"
+            and run.record.config.get("base") == self.engine.name
+        )
+
+    def _finished(self) -> list[run_folders.Run]:
+        return [run for run in run_folders.found(self.runs) if run.state == "finished" and self._fits(run)]
+
+    def _adapters(self, value: Any = None) -> Any:
+        """The choices of adapters: the base's own and those that were trained here."""
+        rows = [("the base's own", "")]
+        rows += [
+            (f"{run.name} ({run.record.config.get('map')})", str(run.record.result))
+            for run in self._finished()
+        ]
+        return gr.update(choices=rows, **({} if value is None else {"value": value}))
+
+    @readable
+    def _use(self, name: str | None) -> list[Any]:
+        """The first tab, with the run's kind of map and its adapter."""
+        run = run_folders.look(self._folder(name))
+        kind = str(run.record.config.get("map"))
+        known = self.engine.kinds
+        return [
+            gr.Tabs(selected="create"),
+            gr.update(value=kind if kind in known else known[0]),
+            self._adapters(str(run.record.result)),
+        ]

@@ -1,0 +1,38 @@
+"""Pictures that come from the browser: read within limits; no message names a place on the machine."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from controlkit import images
+
+MAX_BYTES = 20 * 1024 * 1024  # of one upload
+MAX_PIXELS = 40_000_000  # of one picture; a camera's 24 megapixels and some more
+
+
+def read_upload(path: str) -> np.ndarray:
+    """An uploaded picture, uint8 (H, W, 3). Raises ValueError, naming the file without its folder."""
+    try:
+        return images.load_picture(path, max_pixels=MAX_PIXELS)
+    except ValueError as error:
+        raise ValueError(str(error).replace(path, os.path.basename(path))) from error
+
+
+def as_file(upload: Any) -> Any:
+    """Make a component of pictures hand over the file as it came; gradio would open it, and say what is wrong
+    in words of its own.
+    """
+    upload.preprocess = lambda payload: None if payload is None else payload.path
+    return upload
+
+
+def write_shown(data: bytes, name: str) -> str:
+    """Put a file where the page may serve it, in a folder of its own whose name nobody guesses."""
+    folder = Path(tempfile.mkdtemp(dir=os.environ.get("GRADIO_TEMP_DIR")))
+    (folder / name).write_bytes(data)
+    return str(folder / name)

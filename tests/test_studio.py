@@ -1,0 +1,327 @@
+"""The studio page, driven as a program drives it: what comes of it is what the command line makes."""
+
+import gc
+import json
+import re
+import runpy
+import subprocess
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+pytest.importorskip("gradio", reason="the studio page needs the extra ui")
+
+from gradio_client import Client, handle_file
+from gradio_client.exceptions import AppError
+from outcomes import Run
+
+from controlkit import infotext
+from controlkit.base import load_base
+from controlkit.control import Control
+from controlkit.figures import render
+from controlkit.images import load_picture, read_png_text, write_png
+from controlkit.preprocessors import get
+from controlkit.sampling import generate
+from controlkit.studio import commands, run_folders, server
+from controlkit.studio.making import WORKER
+
+# gradio (6.31) and what it is built on use what Starlette and websockets are about to drop.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:gradio"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:starlette"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),  # its server's event loops are never closed
+]
+STEPS = 4
+NO_SLOT = (False, 1.0, 0.0, 1.0, "balanced", "")
+
+
+class Page(NamedTuple):
+    """The page that is open: its address, the folder of the runs, and a photo."""
+
+    address: str
+    runs: Path
+    photo: Path
+
+
+class Quiet:
+    """A report that nobody reads."""
+
+    def status(self, text: str) -> None:
+        """Nothing."""
+
+    def progress(self, done: int, total: int, note: str = "") -> None:
+        """Nothing."""
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    folder = tmp_path_factory.mktemp("studio")
+    write_png(folder / "photo.png", render(1).picture)
+    runs = folder / "my runs"
+    with server.opened("tiny", port=None, runs=str(runs), report=Quiet()) as address:
+        yield Page(address, runs, folder / "photo.png")
+    gc.collect()  # here, where what the server leaves open is no error
+
+
+@pytest.fixture
+def client(page: Page, tmp_path: Path) -> Iterator[Client]:
+    client = Client(page.address, verbose=False, download_files=str(tmp_path / "downloads"))
+    yield client
+    client.close()
+
+
+def draw(
+    client: Client, photo: Path, kind: str = "canny", *, is_map: bool = False, low: float = 100.0
+) -> Any:
+    """What the page shows of a photo's map."""
+    name = "/device_map" if kind != "canny" and not is_map else "/map"
+    return client.predict(kind, is_map, low, 200.0, "", "", handle_file(str(photo)), api_name=name)
+
+
+def make(client: Client, *, prompt: str = "a red figure", seed: str = "3", count: int = 1, steps: int = STEPS,
+         slot: tuple[Any, ...] = (True, 0.8, 0.0, 1.0, "balanced", "")) -> Any:  # fmt: skip
+    """What the page shows of a generation."""
+    values = [prompt, "", seed, count, steps, "", "ddim", "", "", *slot, *NO_SLOT, *NO_SLOT]
+    return client.predict(*values, api_name="/generate")
+
+
+def picture_of(shown: Any) -> Path:
+    """The file of the picture that the page shows."""
+    found = [item for item in shown if isinstance(item, str) and item.endswith(".png")]
+    return Path(found[0])
+
+
+def in_a_shell(command: str) -> list[str]:
+    """The words that `controlkit` would be given by a shell."""
+    shown = subprocess.run(
+        ["sh", "-c", f"controlkit() {{ printf '%s\\0' \"$@\"; }}; {command}"],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return shown.stdout.split("\0")[:-1]
+
+
+def test_the_way_from_a_photo_to_a_picture(page: Page, client: Client) -> None:
+    shown = draw(client, page.photo, low=60.0)
+    edges = get("canny", low=60.0, high=200.0)(load_picture(page.photo)).image
+    np.testing.assert_array_equal(load_picture(shown[0]["value"]), edges)
+    made = picture_of(make(client, slot=(True, 0.8, 0.0, 0.9, "unbalanced", "")))
+    base = load_base("tiny")
+    from controlkit.adapters import load_adapter
+
+    control = Control(load_adapter("canny", base=base), edges, scale=0.8, end=0.9, mode="unbalanced")
+    (expected,) = generate(base, "a red figure", controls=[control], steps=STEPS, seeds=[3])
+    np.testing.assert_array_equal(load_picture(made), expected)
+    record = infotext.parse(read_png_text(made), source=made)
+    assert (record.prompt, record.seed, record.steps) == ("a red figure", 3, STEPS)
+    assert read_png_text(made)["parameters"].startswith("a red figure\nSteps: 4")
+
+
+def test_the_command_and_the_script_make_the_same_picture(page: Page, client: Client, run: Run) -> None:
+    draw(client, page.photo)
+    prompt = "a 'red' figure, $HOME \"quoted\"; #1"
+    shown = make(client, prompt=prompt)
+    made = picture_of(shown)
+    command, script = (
+        text for text in shown if isinstance(text, str) and text.startswith(("controlkit", "import"))
+    )
+    record = infotext.parse(read_png_text(made), source=made)
+    assert (command, script.strip()) == (commands.command(record), commands.script(record).strip())
+    run(*in_a_shell(command)).done()
+    assert Path(commands.OUTPUT).read_bytes() == made.read_bytes()
+    Path(commands.OUTPUT).unlink()
+    Path("script.py").write_text(script, encoding="utf-8")
+    runpy.run_path("script.py")
+    assert load_picture(commands.OUTPUT).tobytes() == load_picture(made).tobytes()
+
+
+@pytest.mark.parametrize("prompt", ["-n 4", "--help"])
+def test_a_prompt_that_looks_like_an_option_stays_a_prompt(run: Run, prompt: str) -> None:
+    record = infotext.PictureRecord(
+        prompt=prompt, negative_prompt="- this", base="tiny", steps=1, scheduler="ddim", seed=0, controls=(),
+        guidance=1.0, width=64, height=64, device="cpu", dtype="float32", versions={},
+    )  # fmt: skip
+    run(*in_a_shell(commands.command(record))).done()
+    again = infotext.parse(read_png_text(commands.OUTPUT), source="it")
+    assert (again.prompt, again.negative_prompt) == (prompt, "- this")
+
+
+def test_joints_are_found_moved_and_drawn(page: Page, client: Client) -> None:
+    shown = draw(client, page.photo, "openpose")
+    value, before = shown[1]["value"], json.loads(Path(shown[2]["value"]).read_text(encoding="utf-8"))
+    assert len(before["people"]) == 1
+    wrist = next(j for j in (4, 7, 13) if value["people"][0][j][2] > 0)
+    value["people"][0][wrist][:2] = [20.0, 30.0]
+    moved, file = client.predict(value, api_name="/pose")
+    after = json.loads(Path(file["value"]).read_text(encoding="utf-8"))
+    numbers = after["people"][0]["pose_keypoints_2d"]
+    assert numbers[3 * wrist : 3 * wrist + 2] == [20.0, 30.0]
+    assert moved["value"]["map"] != value["map"]
+    record = infotext.parse(read_png_text(picture_of(make(client))), source="it")
+    drawn = load_picture(record.controls[0].path)
+    assert record.controls[0].kind == "openpose"
+    assert drawn[30, 20].any(), "the wrist is not where it was moved to"
+
+
+def test_nobody_in_the_picture_is_said(client: Client, tmp_path: Path) -> None:
+    write_png(tmp_path / "plain.png", np.full((128, 128, 3), 255, np.uint8))
+    shown = draw(client, tmp_path / "plain.png", "openpose")
+    assert "No person was found" in str(shown)
+
+
+def test_a_wrong_map_is_explained(page: Page, client: Client) -> None:
+    assert "picture, not like a map" in str(draw(client, page.photo, is_map=True))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [(b"this is text", "not a picture"), (b"", "empty"), (b"\x89PNG\r\n\x1a\n" + b"\0" * 40, "picture")],
+)
+def test_a_broken_file_is_a_line(client: Client, tmp_path: Path, data: bytes, message: str) -> None:
+    (tmp_path / "broken.png").write_bytes(data)
+    with pytest.raises(AppError) as refused:
+        draw(client, tmp_path / "broken.png")
+    assert message in str(refused.value)
+    assert "/" not in str(refused.value).replace("and/or", ""), "it names a folder of the machine"
+    assert "Traceback" not in str(refused.value)
+
+
+def test_a_picture_of_too_many_pixels_is_refused_by_its_header(client: Client, tmp_path: Path) -> None:
+    write_png(tmp_path / "huge.png", np.zeros((6400, 6400, 3), np.uint8))
+    with pytest.raises(AppError, match="at most 40,000,000 pixels"):
+        draw(client, tmp_path / "huge.png")
+
+
+def test_an_upload_of_too_many_bytes_is_refused(client: Client, tmp_path: Path) -> None:
+    (tmp_path / "big.png").write_bytes(b"\0" * (server.MAX_BYTES + 1))
+    with pytest.raises(Exception, match=r"(?i)size|large|413"):
+        draw(client, tmp_path / "big.png")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": "seven"}, "the seed must be a whole number"),
+        ({"seed": "-1"}, "seed must be a whole number from 0"),
+        ({"count": 16, "seed": str(2**63 - 1)}, "seed"),
+    ],
+)
+def test_a_wrong_number_is_a_line(client: Client, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(AppError, match=f"(?i){message}"):
+        make(client, slot=NO_SLOT, **change)
+
+
+def test_no_file_of_the_machine_is_served(page: Page, client: Client, tmp_path: Path) -> None:
+    for path in ("/etc/passwd", str(page.photo), str(page.runs), "../../../../etc/passwd"):
+        address = f"{page.address.rstrip('/')}/gradio_api/file={urllib.parse.quote(path)}"
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(address, timeout=10)
+        assert refused.value.code in (403, 404), path
+    body = {
+        "data": [
+            "canny",
+            False,
+            100,
+            200,
+            "",
+            "",
+            {"path": "/etc/hostname", "meta": {"_type": "gradio.FileData"}},
+        ]
+    }
+    request = urllib.request.Request(
+        f"{page.address.rstrip('/')}/gradio_api/call/map",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    event = json.load(urllib.request.urlopen(request, timeout=10))["event_id"]
+    answer = urllib.request.urlopen(
+        f"{page.address.rstrip('/')}/gradio_api/call/map/{event}", timeout=20
+    ).read()
+    assert b"event: error" in answer
+
+
+def test_two_at_once_are_served_in_turn(page: Page) -> None:
+    clients = [Client(page.address, verbose=False) for _ in range(2)]
+    jobs = []
+    for number, one in enumerate(clients):
+        values = ["a cube", "", str(number), 2, 12, "", "ddim", "", "", *NO_SLOT, *NO_SLOT, *NO_SLOT]
+        jobs.append(one.submit(*values, api_name="/generate"))
+    ranks = set()
+    while not all(job.done() for job in jobs):
+        ranks |= {job.status().rank for job in jobs if job.status().rank is not None}
+        time.sleep(0.02)
+    seeds = []
+    for job in jobs:
+        strips = [item for item in job.result() if isinstance(item, list | dict) and "seed" in str(item)]
+        seeds.append(sorted(set(re.findall(r"seed-(\d+)", str(strips)))))
+    assert seeds == [["0", "1"], ["1", "2"]], "a gallery holds somebody else's pictures"
+    assert ranks, "nobody was told a place in the queue"
+
+
+def test_cancelling_keeps_what_is_finished(page: Page, client: Client) -> None:
+    values = ["a cube", "", "5", 8, 20, "", "ddim", "", "", *NO_SLOT, *NO_SLOT, *NO_SLOT]
+    job = client.submit(*values, api_name="/generate")
+    while not any("picture-seed" in str(output) for output in job.outputs()):
+        assert not job.done()
+        time.sleep(0.05)
+    client.predict(api_name="/cancel")
+    last = job.result(timeout=30)
+    assert "Cancelled" in str(last)
+    assert re.search(r"[1-7] of 8 finished", str(last))
+    assert WORKER not in [thread.name for thread in threading.enumerate()], "the generation goes on"
+
+
+def test_a_training_that_cannot_be_begun_is_a_line(page: Page, client: Client) -> None:
+    with pytest.raises(AppError, match="is not a folder"):
+        client.predict("A folder", "/no/such/folder", "tiny-canny", 20, "none", api_name="/train")
+    with pytest.raises(AppError, match="letters, digits"):
+        client.predict("The bundled world", "", "tiny-canny", 20, "../outside", api_name="/train")
+    with pytest.raises(AppError, match="minimum"):
+        client.predict("The bundled world", "", "tiny-canny", -3, "none", api_name="/train")
+    assert not list(page.runs.glob("*none*"))
+
+
+def test_the_state_of_a_run_is_read_from_its_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "train.log").write_text("error: no pictures in photos\n")
+    assert run_folders.look(folder).state == "failed"
+    (folder / "config.toml").write_text('task = "controlnet"\nsteps = 40\n')
+    (folder / "metrics.jsonl").write_text('{"step": 10, "loss": 0.2}\n')
+    (folder / "checkpoints").mkdir()
+    assert run_folders.look(folder).line == "mine: stopped, step 10 of 40"
+    from controlkit.training.lock import holder, locked
+
+    assert holder(folder) is None
+    with locked(folder):
+        assert run_folders.look(folder).state == "running"
+    (folder / "controlnet").mkdir()
+    assert [run.state for run in run_folders.found(tmp_path)] == ["finished"]
+
+
+@pytest.mark.parametrize(
+    ("host", "alone"),
+    [("127.0.0.1", True), ("localhost", True), ("::1", True), ("0.0.0.0", False), ("studio", False)],
+)
+def test_a_page_that_others_reach_is_warned_of(host: str, alone: bool) -> None:
+    lines = server.told("http://x:7860/", host, "runs")
+    assert any("warning" in line for line in lines) is not alone
+
+
+def test_without_gradio_one_line_says_what_to_install(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "gradio" else find(name, *rest)
+    )
+    assert run("ui").refused() == 'the page needs gradio: pip install "controlkit[ui]"'

@@ -1,0 +1,287 @@
+"""The studio page in a browser: every way through it by mouse and keyboard, on a desk and on a phone."""
+
+import gc
+import json
+import os
+import re
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("gradio", reason="the studio page needs the extra ui")
+pytest.importorskip("playwright", reason="playwright drives the browser")
+
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from controlkit import infotext
+from controlkit.figures import render
+from controlkit.images import load_picture, read_png_text, write_png
+from controlkit.studio import commands, run_folders, server
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+# gradio (6.31) and what it is built on use what Starlette is about to drop, and leave event loops open.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:gradio"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:starlette"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed"),
+]
+PATIENCE = 120_000  # milliseconds; on a busy machine
+NAMELESS = """() => [...document.querySelectorAll("button, input, textarea, circle")].filter((node) => {
+  const box = node.getBoundingClientRect();
+  const labels = [...(node.labels ?? [])].map((label) => label.innerText).join("");
+  const name = node.getAttribute("aria-label") || labels || node.innerText || node.title || "";
+  return box.width && box.height && !name.trim();
+}).map((node) => node.outerHTML.slice(0, 200))"""
+
+
+class Quiet:
+    """A report that nobody reads."""
+
+    def status(self, text: str) -> None:
+        """Nothing."""
+
+    def progress(self, done: int, total: int, note: str = "") -> None:
+        """Nothing."""
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("studio") / "runs"
+
+
+@pytest.fixture(scope="module")
+def address(runs: Path) -> Iterator[str]:
+    with server.opened("tiny", port=None, runs=str(runs), report=Quiet()) as address:
+        yield address
+    for run in run_folders.found(runs):  # of a test that failed
+        if run.pid is not None:
+            os.kill(run.pid, signal.SIGKILL)
+    gc.collect()  # here, where what the server leaves open is no error
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(browser: Browser, address: str) -> Iterator[Callable[..., Page]]:
+    """Open the page; afterwards nothing was complained of in its console, and no other host was asked."""
+    contexts, complaints, hosts = [], [], []
+
+    def visit(**settings: Any) -> Page:
+        context = browser.new_context(**settings)
+        contexts.append(context)
+        context.grant_permissions(["clipboard-read", "clipboard-write"])
+        page = context.new_page()
+        page.set_default_timeout(PATIENCE)
+        page.on("console", lambda said: complaints.append(said.text) if said.type == "error" else None)
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("request", lambda request: hosts.append(request.url))
+        page.goto(address)
+        page.locator("#generate").wait_for()
+        page.locator(".picture.map img").first.wait_for()
+        return page
+
+    yield visit
+    for context in contexts:
+        context.close()
+    assert not complaints
+    assert not [url for url in hosts if not url.startswith((address, "data:", "blob:"))]
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    write_png(tmp_path / "my photo.png", render(3).picture)
+    return tmp_path / "my photo.png"
+
+
+def upload(page: Page, file: Path) -> None:
+    """Put another photo in the place of the one that is shown."""
+    page.locator("#photo").get_by_label("Remove Image").click()
+    page.locator("#photo input[type=file]").set_input_files(str(file))
+
+
+def changed(page: Page, selector: str, before: str | None) -> str:
+    """The address of a picture, once it is another one."""
+    expect(page.locator(selector).first).not_to_have_attribute("src", before or "", timeout=PATIENCE)
+    return page.locator(selector).first.get_attribute("src") or ""
+
+
+def number(page: Page, label: str, value: str) -> None:
+    """Type a number beside a slider."""
+    field = page.get_by_label(f"number input for {label}").first
+    field.fill(value)
+    field.press("Enter")
+
+
+def generate(page: Page, *, count: str = "1") -> None:
+    """Generate as fast as may be, and wait."""
+    number(page, "Pictures", count)
+    if not page.get_by_label("number input for Steps").is_visible():
+        page.locator("#more button").first.click()
+    number(page, "Steps", "3")
+    page.locator("#generate").click()
+    page.get_by_text(re.compile(r"pictures? made")).wait_for()
+
+
+def test_a_photo_becomes_a_picture_and_a_command(visit: Callable[..., Page], photo: Path) -> None:
+    page = visit()
+    first = page.locator(".picture.map img").first.get_attribute("src")
+    upload(page, photo)
+    edges = changed(page, ".picture.map img", first)
+    number(page, "Weak edges from", "20")
+    number(page, "Strong edges from", "60")
+    changed(page, ".picture.map img", edges)
+    generate(page)
+    expect(page.locator("#strip button.thumbnail-item")).to_have_count(1)
+    page.get_by_role("button", name="Copy as command").click()
+    expect(page.locator("#copied")).to_have_text("Copied.")
+    copied = page.evaluate("navigator.clipboard.readText()")
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Download", exact=True).last.click()
+    record = infotext.parse(read_png_text(download.value.path()), source="it")
+    assert copied == commands.command(record)
+    from controlkit.preprocessors import get
+
+    wanted = get("canny", low=20.0, high=60.0)(load_picture(photo)).image
+    np.testing.assert_array_equal(load_picture(record.controls[0].path), wanted)
+
+
+@pytest.mark.slow
+def test_joints_are_moved_by_mouse_and_keyboard(visit: Callable[..., Page]) -> None:
+    page = visit()
+    page.get_by_role("radio", name="Pose").first.check(force=True)
+    joint = page.locator(".pose-editor circle").nth(4)
+    joint.wait_for()
+    drawn = page.locator(".pose-editor image.drawn").get_attribute("href")
+    box = joint.bounding_box()
+    assert box is not None
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 40, box["y"] - 30, steps=4)
+    page.mouse.up()
+    expect(page.locator(".pose-editor image.drawn")).not_to_have_attribute("href", drawn or "")
+    dragged = page.locator(".pose-editor image.drawn").get_attribute("href")
+    focused = page.locator(".pose-editor circle:focus")
+    place = focused.get_attribute("cx")
+    for _ in range(3):
+        page.keyboard.press("ArrowRight")
+    expect(page.locator(".pose-editor image.drawn")).not_to_have_attribute("href", dragged or "")
+    assert float(focused.get_attribute("cx") or 0) == pytest.approx(float(place or 0) + 3, abs=0.02)
+    page.keyboard.press("PageDown")
+    assert focused.get_attribute("data-joint") != joint.get_attribute("data-joint")
+    page.get_by_role("button", name="Undo").click()
+    page.get_by_role("button", name="Undo").click()
+    expect(page.locator(".pose-editor image.drawn")).to_have_attribute("href", drawn or "")
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Joints as JSON").click()
+    assert len(json.loads(Path(download.value.path()).read_text())["people"]) == 1
+
+
+@pytest.mark.slow
+def test_errors_are_lines_and_the_page_stays_usable(visit: Callable[..., Page], tmp_path: Path) -> None:
+    page = visit()
+    (tmp_path / "broken.png").write_text("no picture")
+    upload(page, tmp_path / "broken.png")
+    toast = page.locator(".toast-body")
+    expect(toast).to_contain_text("Broken.png is not a picture")
+    assert "Traceback" not in toast.inner_text()
+    page.locator("#more button").first.click()
+    page.get_by_label("Width").fill("77")
+    page.locator("#generate").click()
+    expect(page.locator("#status")).to_contain_text("must be a multiple of 8")
+    page.get_by_label("Width").fill("")
+    generate(page)
+
+
+@pytest.mark.slow
+def test_the_keyboard_is_enough(visit: Callable[..., Page]) -> None:
+    page = visit()
+    generate(page, count="2")
+    assert page.evaluate(NAMELESS) == []
+    page.evaluate("document.activeElement.blur(); window.scrollTo(0, 0)")
+    reached = []
+    for _ in range(80):
+        page.keyboard.press("Tab")
+        name, outline = page.evaluate(
+            """() => { const node = document.activeElement, style = getComputedStyle(node);
+            return [node.getAttribute("aria-label") || node.innerText || node.id, style.outlineStyle] }"""
+        )
+        if name:
+            reached.append(str(name).split("\n")[0])
+            assert outline != "none" or len(name) > 60, f"the focus on {name} is not to be seen"
+    wanted = [
+        "Create",
+        "Train",
+        "Upload file",
+        "Scene 1",
+        "range slider for Weak edges from",
+        "Generate",
+        "More",
+    ]
+    wanted += ["Copy as command", "Copy as Python", "Use as photo", "Thumbnail 1 of 2"]
+    assert [name for name in wanted if name not in reached] == []
+    page.locator("#generate").focus()
+    page.keyboard.press("Enter")
+    expect(page.locator("#strip button.thumbnail-item")).to_have_count(4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_phone_has_no_horizontal_scroll(visit: Callable[..., Page], scheme: str) -> None:
+    page = visit(viewport={"width": 390, "height": 844}, color_scheme=scheme, has_touch=True)
+    generate(page, count="3")
+    for tab in ("Create", "Train"):
+        page.get_by_role("tab", name=tab).click()
+        time.sleep(1)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390, tab
+    lightness = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (sum(map(int, re.findall(r"\d+", lightness)[:3])) > 382) is (scheme == "light")
+
+
+@pytest.mark.slow
+def test_a_result_goes_back_and_others_do_not_see_it(visit: Callable[..., Page]) -> None:
+    page, other = visit(), visit()
+    generate(page)
+    edges = page.locator(".picture.map img").first.get_attribute("src")
+    page.get_by_role("button", name="Use as photo").click()
+    changed(page, ".picture.map img", edges)
+    assert other.locator("#strip button.thumbnail-item").count() == 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+def test_a_training_survives_a_reload_and_gives_an_adapter(visit: Callable[..., Page], runs: Path) -> None:
+    page = visit()
+    page.get_by_role("tab", name="Train").click()
+    page.get_by_label("Steps").fill("30")
+    page.get_by_label("Name").fill("mine")
+    page.get_by_role("button", name="Start training").click()
+    expect(page.locator("#run")).to_contain_text("Running.", timeout=PATIENCE)
+    page.reload()
+    page.get_by_role("tab", name="Train").click()
+    expect(page.locator("#run")).to_contain_text("Running.", timeout=PATIENCE)
+    expect(page.locator("#run")).to_contain_text(re.compile("Step.*[1-9]0 of 30"), timeout=600_000)
+    page.get_by_role("button", name="Stop").click()
+    expect(page.locator("#run")).to_contain_text("Stopped; it can be gone on with.", timeout=600_000)
+    page.get_by_role("button", name="Go on").click()
+    expect(page.locator("#run")).to_contain_text("Finished.", timeout=900_000)
+    assert (runs / "mine" / "controlnet").is_dir()
+    expect(page.locator(".sheet img")).to_be_visible()
+    page.get_by_role("button", name="Use its adapter").click()
+    page.get_by_role("tab", name="Create", selected=True).wait_for()
+    generate(page)
+    page.get_by_role("button", name="Copy as command").click()
+    expect(page.locator("#copied")).to_have_text("Copied.")
+    assert str(runs / "mine" / "controlnet") in page.evaluate("navigator.clipboard.readText()")
