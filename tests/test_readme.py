@@ -1,5 +1,6 @@
 """The README's commands, links and code are true."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from outcomes import Run
 
 from controlkit.figures import render
 from controlkit.images import load_picture, write_png
@@ -95,10 +97,13 @@ def test_the_python_examples_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    maps, in_diffusers, pictures = blocks(TEXT, "python")
+    maps, in_diffusers, few_lines, pictures = blocks(TEXT, "python")
     exec(compile(maps, "README.md", "exec"), {})
     assert "(1, 18, 3) (512, 512, 3) []" in capsys.readouterr().out
     exec(compile(pictures, "README.md", "exec"), {})
+    told_in_few: dict[str, Any] = {}
+    exec(compile(few_lines, "README.md", "exec"), told_in_few)
+    assert told_in_few["pictures"][0].std() > 10
     (written,) = tmp_path.glob("*.png")
     assert load_picture(written).std() > 10  # a picture, not one flat colour
     _as_after_training(tmp_path)
@@ -114,3 +119,40 @@ def _as_after_training(folder: Path) -> None:
     (folder / "controlkit").symlink_to(ROOT / "controlkit")
     scene = render(7)
     write_png(folder / "edges.png", get("canny")(scene.picture).image)
+
+
+def commands_of(heading: str) -> list[list[str]]:
+    """The first block of commands under a heading."""
+    section = TEXT[TEXT.index(f"\n## {heading}\n") :]
+    lines = blocks(section, "bash")[0].replace("\\\n", " ").splitlines()
+    return [words[words.index("controlkit") + 1 :] for words in map(shlex.split, lines)]
+
+
+def test_who_has_a_photo_gets_along(run: Run, tmp_path: Path) -> None:
+    write_png(tmp_path / "demo-scene.png", render(0, split="demo", size=128).picture)
+    commands = commands_of("I have a photo")
+    assert len(commands) == 5
+    for arguments in commands:
+        run(*arguments).done()
+    pictures = [load_picture(tmp_path / f"{name}.png") for name in ("figure-1", "figure-2", "both", "other")]
+    assert len({picture.tobytes() for picture in pictures}) == 4
+
+
+@pytest.mark.slow
+def test_who_has_a_folder_gets_along(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CONTROLKIT_CACHE", str(tmp_path / "cache"))
+    write_png(tmp_path / "demo-scene.png", render(0, split="demo", size=128).picture)
+    (tmp_path / "photos").mkdir()
+    for number in range(300):
+        scene = render(number, size=128)
+        write_png(tmp_path / "photos" / f"{number:04d}.png", scene.picture)
+        (tmp_path / "photos" / f"{number:04d}.txt").write_text(scene.caption)
+    commands = commands_of("I have a folder")
+    assert len(commands) == 5
+    for arguments in commands:
+        run(*arguments).done()
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    (canny,) = [group for group in report["results"] if group["kind"] == "canny"]
+    arms = canny["measures"]["edge F1"]["arms"]
+    assert arms["mine"]["value"] > arms["no control"]["value"] + 0.2
+    assert (tmp_path / "mine.png").is_file()

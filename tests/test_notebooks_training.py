@@ -1,0 +1,45 @@
+"""Notebooks 05 and 06, executed: what their readers are told is so."""
+
+import json
+
+import nbformat
+import pytest
+from notebook_runs import FOLDER, execute
+
+pytestmark = pytest.mark.slow
+
+
+def kept(name):
+    """The results as the committed notebook shows them."""
+    notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
+    shown = notebook.cells[-1].outputs[-1]["data"]["text/plain"]
+    return json.loads(shown.replace("'", '"'))
+
+
+def test_an_adapter_is_trained_measured_and_used_in_diffusers(tmp_path):
+    _, results = execute(FOLDER / "05_train_your_own.ipynb", folder=tmp_path)
+    assert (results["faults_found"], results["faults_left"]) == (1, 0)
+    assert results["last_gap"] > results["first_gap"] + 0.1
+    floor, ours, ceiling = (results[f"edge_f1{end}"] for end in ("_without_control", "", "_ceiling"))
+    assert floor + 0.1 < ours < ceiling
+    assert results["reach"] == pytest.approx((ours - floor) / (ceiling - floor))
+    assert results["pairs_measured"] == 8
+    assert results["levels_apart_from_diffusers"] < 2
+    assert results["edge_f1"] == pytest.approx(kept("05_train_your_own")["edge_f1"], abs=0.1)
+
+
+def test_adapters_are_compared(tmp_path):
+    _, results = execute(FOLDER / "06_compare_and_choose.ipynb", folder=tmp_path)
+    f1 = results["edge_f1"]
+    order = ["no control", "canny (mode prompt)", "canny (scale 0.5)", "canny", "autoencoder", "pictures"]
+    assert sorted(order, key=f1.__getitem__) == order
+    assert f1["no control"] < f1["rank8"] < f1["canny"]
+    assert results["interval_of_difference"] < results["interval_of_one"]
+    assert results["f1_by_tolerance"] == sorted(results["f1_by_tolerance"])
+    assert results["strict_ceiling"] < f1["autoencoder"] - 0.2
+    joints, depth = results["joints"], results["depth_error"]
+    assert joints["no control"] < joints["openpose"] < joints["pictures"]
+    assert depth["pictures"] <= depth["depth"] < depth["no control"]
+    assert results["skipped"] == ["CLIP score", "FID and KID", "LPIPS between seeds"]
+    for name, value in kept("06_compare_and_choose")["edge_f1"].items():
+        assert f1[name] == pytest.approx(value, abs=0.02)
