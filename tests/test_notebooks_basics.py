@@ -1,6 +1,6 @@
 """Notebooks 01 and 02 executed: what they say is measured, and the committed outputs are of the same code."""
 
-import json
+import itertools
 import re
 
 import nbformat
@@ -26,7 +26,7 @@ def numbers(text, start):
 
 
 def falls(values):
-    return all(later < earlier for earlier, later in zip(values, values[1:], strict=False))
+    return all(later < earlier for earlier, later in itertools.pairwise(values))
 
 
 def test_01_diffusion_from_noise(tmp_path):
@@ -44,7 +44,7 @@ def test_01_diffusion_from_noise(tmp_path):
     assert distance["time"] < distance["no time"] / 2
     shares_asked = results["toy_on_the_asked_moon"]
     assert 0.35 < shares_asked[0] < 0.65
-    assert shares_asked[1] < shares_asked[2] <= 1
+    assert min(shares_asked[1:]) > 0.95
     assert results["toy_off_the_moon"][-1] > results["toy_off_the_moon"][1]
     solvers = results["solver_distance"]
     assert all(falls(solvers[name]) for name in ("ddim", "pndm", "dpm++"))
@@ -71,15 +71,15 @@ def test_02_latents_and_text(tmp_path):
     assert spread["slerp"] == pytest.approx(1, abs=0.05)
     assert results["detail_between"]["lerp"] < results["detail_between"]["slerp"]
     assert results["tokens"] == 77
-    assert results["ids"][:4] == [605, 320, 562, 524]
+    assert results["ids"][:4] == [605, 320, 542, 524]
     moved = results["vector_moved"]
-    assert moved["before"] < 1e-6 < moved["after"] < moved["at"]
+    assert moved["before"] < 1e-6
+    assert min(moved["at"], moved["noun"]) > 0.5 > 5 * moved["sky"]
     finest = results["attention_on_own_mask"]["finest of the decoder"]
     assert finest["noun of the figure"] > 2
     assert results["attention_above_1"]["noun of the figure"] == 8
     figure = results["figure_noun_on_masks"]
     assert max(figure) == figure[0]
-    assert results["object_noun_on_masks"][1] < 1  # the honest one: it is heard elsewhere
-    assert json.dumps(results["outlines_kept"])
+    assert results["object_noun_on_masks"][1] < 1 < results["object_noun_on_masks"][0]  # as the text says
     for name, kept in results["outlines_kept"].items():
-        assert 0 < kept["new prompt"] <= 1, name
+        assert 0.4 < kept["new prompt"] < kept["old maps"] < 1, name
