@@ -42,7 +42,9 @@ def execute(path: Path, *, folder: Path) -> tuple[nbformat.NotebookNode, dict[st
         for index, cell in enumerate(notebook.cells):
             client.execute_cell(cell, index)
         asked = nbformat.v4.new_code_cell("import json; print(json.dumps(results))")
-        client.execute_cell(asked, -1, store_history=False)
+        notebook.cells.append(asked)  # the client puts a cell that it executed back at its index
+        client.execute_cell(asked, len(notebook.cells) - 1, store_history=False)
+        notebook.cells.pop()
     return _tidied(notebook), json.loads(asked.outputs[0]["text"])
 
 
