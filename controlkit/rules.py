@@ -21,7 +21,7 @@ Systems disagree about three of these, and every one of their ways is there unde
     more-prompt      both         logspace    InvokeAI "more prompt"
     more-control     conditional  logspace    InvokeAI "more control"
     unbalanced       conditional  flat        InvokeAI "unbalanced"
-    paper            conditional  resolution  Zhang et al. 2023, section 3.3, "CFG resolution weighting"
+    paper            conditional  resolution  Zhang et al. 2023, section 3.4, "CFG resolution weighting"
 
     curve            w(k)
     flat             1

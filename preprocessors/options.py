@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import numbers
 import os
 import types
 import typing
@@ -52,7 +53,7 @@ def _read_number(value: Any) -> float | None:
     if isinstance(value, bool):
         return None
     try:
-        return float(value) if isinstance(value, (int, float, str)) else None
+        return float(value) if isinstance(value, (numbers.Real, str)) else None
     except (ValueError, OverflowError):
         return None
 

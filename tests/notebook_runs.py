@@ -37,6 +37,7 @@ def execute(path: Path, *, folder: Path) -> tuple[nbformat.NotebookNode, dict[st
         notebook, timeout=SECONDS, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
     )
     os.environ.update(HF_HUB_OFFLINE="1", PYDEVD_DISABLE_FILE_VALIDATION="1")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads round differently
     os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"  # of progress bars, none of which is shown
     with client.setup_kernel():
         for index, cell in enumerate(notebook.cells):

@@ -28,7 +28,9 @@ def test_conditioning_maps(tmp_path):
     for exact in ("share_above_low", "share_thinned", "share_of_edges_saved", "density", "findings"):
         assert results[exact] == committed[exact], exact
     density = results["density"]
-    falling = [density[f"low {low}, high {high}"] for low, high in ((20, 200), (60, 200), (100, 200), (150, 400))]
+    falling = [
+        density[f"low {low}, high {high}"] for low, high in ((20, 200), (60, 200), (100, 200), (150, 400))
+    ]
     assert falling == sorted(falling, reverse=True)
     assert results["share_thinned"] < results["share_above_low"] / 2
 
@@ -58,16 +60,19 @@ def test_inside_controlnet(tmp_path):
 
     assert results["parameters"] == committed["parameters"]
     assert results["connections"] == 13
-    assert results["copy_equals_base"] and results["tensors_compared"] > 200
+    assert results["copy_equals_base"]
+    assert results["tensors_compared"] > 200
     assert results["zero_sum"] == 0
-    assert results["same_prediction"] and results["same_picture"]
+    assert results["same_prediction"]
+    assert results["same_picture"]
     first, second, _ = results["gradients"]
     assert first["copy"] == first["hint encoder"] == 0 < first["zero convolutions"]
     assert min(second.values()) > 0
 
     gap = {int(step): value for step, value in results["gap"].items()}
     last = max(gap)
-    assert gap[0] == 0 and max(abs(value) for step, value in gap.items() if step <= last // 4) < 0.005
+    assert gap[0] == 0
+    assert max(abs(value) for step, value in gap.items() if step <= last // 4) < 0.005
     assert gap[last] > 0.2
     residuals = {int(step): values for step, values in results["residuals"].items()}
     assert set(residuals[0]) == {0.0}
