@@ -1,6 +1,6 @@
 """Notebooks 05 and 06, executed: what their readers are told is so."""
 
-import json
+import ast
 
 import nbformat
 import pytest
@@ -13,7 +13,7 @@ def kept(name):
     """The results as the committed notebook shows them."""
     notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
     shown = notebook.cells[-1].outputs[-1]["data"]["text/plain"]
-    return json.loads(shown.replace("'", '"'))
+    return ast.literal_eval(shown)
 
 
 def test_an_adapter_is_trained_measured_and_used_in_diffusers(tmp_path):
