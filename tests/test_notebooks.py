@@ -65,5 +65,4 @@ def test_it_is_written_for_a_person(notebook):
     assert sum("Try it yourself" in text for text in texts) >= 2
     assert sum("$$" in text for text in texts) >= (1 if "05" not in texts[0] else 0)
     assert max(len(cell.source.splitlines()) for cell in code_of(notebook)) <= 30
-    last = code_of(notebook)[-1].source
-    assert last.startswith("results = {")
+    assert "results = {" in code_of(notebook)[-1].source
