@@ -379,6 +379,7 @@ def test_a_killed_job_goes_on(photos: Path, preprocess: Preprocess) -> None:
     assert f"{64 - len(done)} maps made, {len(done)} were there, 64 pictures complete" in outcome.out
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_work(photos: Path) -> None:
     Path("photos/page.jpg").write_text("<html>")
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}

@@ -183,17 +183,17 @@ def test_grids_that_cannot_be_made(generate: Run, axes: list[str], message: str)
 def test_a_preview_lives_as_long_as_the_picture_is_made(
     generate: Run, photo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from controlkit import generate_job
+    from controlkit import generate_preview
 
     seen = []
-    real = generate_job.images.write_png
+    real = generate_preview.images.write_png
 
     def watch(path: object, picture: np.ndarray, **options: object) -> None:
         seen.append((str(path), picture.shape))
         real(path, picture, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(generate_job.images, "write_png", watch)
-    monkeypatch.setattr(generate_job, "PREVIEW_SECONDS", 0.0)
+    monkeypatch.setattr(generate_preview.images, "write_png", watch)
+    monkeypatch.setattr(generate_preview, "PREVIEW_SECONDS", 0.0)
     generate("--preview", "live.png", "-o", "out.png").done()
     assert seen == [("live.png", (32, 32, 3))] * 2 + [("out.png", (64, 64, 3))]
     assert not Path("live.png").exists()

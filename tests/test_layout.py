@@ -248,6 +248,7 @@ def test_the_wheel_from_the_sdist_is_the_same(built: Built) -> None:
     assert contents(built.wheel) == contents(built.wheel_from_sdist)
 
 
+@pytest.mark.slow
 def test_the_demonstration_runs_from_the_wheel_in_another_folder(built: Built, tmp_path: Path) -> None:
     home = tmp_path / "environment"
     venv.create(home, with_pip=False)

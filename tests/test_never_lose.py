@@ -99,7 +99,8 @@ def wait_for_half_written(folder: Path, process) -> None:
         time.sleep(0.0005)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.slow
 def test_a_signal_ends_a_run_after_a_checkpoint(place, whole, number):
     folder = place / f"signalled-{number.name}"
     path = recipe(folder, place / "pictures", checkpoint_every=100)

@@ -227,6 +227,7 @@ def test_what_encodes_stays_whole_in_half_precision(tmp_path):
     assert parts["locked U-Net"] < 4 * sum(p.numel() for p in networks.unet.parameters())
 
 
+@pytest.mark.slow
 def test_what_a_gpu_holds_besides_is_counted(tmp_path, monkeypatch):
     monkeypatch.setattr(planning_parts, "available_memory", lambda device: 10**9)
     base = str(build(tmp_path / "base", "sd1"))

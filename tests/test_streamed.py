@@ -144,6 +144,7 @@ def test_what_comes_before_is_not_read_again(tmp_path: Path, monkeypatch: pytest
     assert numbers(older, 9, 4) == [13, 14, 15, 16]
 
 
+@pytest.mark.slow
 def test_a_training_on_a_stream_goes_on_as_if_it_had_not_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

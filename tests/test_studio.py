@@ -75,7 +75,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
 def client(page: Page, tmp_path: Path) -> Iterator[Client]:
     client = Client(page.address, verbose=False, download_files=str(tmp_path / "downloads"))
     yield client
-    client.close()
+    threading.Thread(target=client.close).start()  # which takes a second
 
 
 def draw(
@@ -185,6 +185,7 @@ def test_a_wrong_map_is_explained(page: Page, client: Client) -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [(b"this is text", "not a picture"), (b"", "empty"), (b"\x89PNG\r\n\x1a\n" + b"\0" * 40, "picture")],
+    ids=["text", "nothing", "the start of a PNG"],
 )
 def test_a_broken_file_is_a_line(client: Client, tmp_path: Path, data: bytes, message: str) -> None:
     (tmp_path / "broken.png").write_bytes(data)

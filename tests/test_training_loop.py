@@ -218,6 +218,7 @@ def test_the_header_says_what_the_maps_were_made_with(place):
     assert read_info(drawn / "controlnet").map.thresholds == {}  # they were ranges
 
 
+@pytest.mark.slow
 def test_looking_and_showing_disturb_nothing(place, plain):
     watched, _ = run(place, "watched", monitor_every=1, sample_every=1, score_every=2)
     assert losses(watched) == losses(plain)
