@@ -282,6 +282,12 @@ def test_a_row_that_was_cut_short_is_no_row(tmp_path):
     assert list(Rows(tmp_path, process=1).found) == [("a", 1, 0), ("a", 3, 0)]
 
 
+def test_a_row_that_was_scored_for_more_kinds_wins(tmp_path):
+    Rows(tmp_path, process=1).add(Row("a", 1, 0, {"canny": {"edge F1": 0.5}}))
+    Rows(tmp_path, process=0).add(Row("a", 1, 0, {"canny": {"edge F1": 0.5}, "depth": {"depth error": 0.1}}))
+    assert set(Rows(tmp_path).found[("a", 1, 0)].scores) == {"canny", "depth"}  # though rows-1 is read last
+
+
 @pytest.mark.slow
 def test_two_processes_share_the_pairs(tmp_path):
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}

@@ -70,6 +70,10 @@ class HeldOut(ABC):
         """The number of the pair at a place in its data set, which reads nothing."""
 
     @abstractmethod
+    def caption(self, place: int) -> str:
+        """The caption of the pair at a place, which reads no picture."""
+
+    @abstractmethod
     def digest(self) -> str:
         """SHA-256 over everything in them."""
 
@@ -102,6 +106,9 @@ class WorldScenes(HeldOut):
 
     def number(self, place: int) -> int:
         return place
+
+    def caption(self, place: int) -> str:
+        return render(place, split="validation", size=self.size).caption
 
     def digest(self) -> str:
         return hashlib.sha256(f"world validation {self.count} {self.size}".encode()).hexdigest()
@@ -136,6 +143,10 @@ class DataSet(HeldOut):
 
     def number(self, place: int) -> int:
         return self._indices[place]
+
+    def caption(self, place: int) -> str:
+        examples, *_ = next(iter(self._opened.values()))
+        return examples[self._indices[place]].caption
 
     def digest(self) -> str:
         total = hashlib.sha256()

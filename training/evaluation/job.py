@@ -174,7 +174,7 @@ def _report(
 
     wanted = {held_out.number(place) for place in range(len(held_out))}
     found = {arm.folder: [row for row in rows.of_arm(arm.folder) if row.number in wanted] for arm in arms}
-    captions = {pair.number: pair.caption for pair in (held_out[place] for place in range(len(held_out)))}
+    captions = {held_out.number(place): held_out.caption(place) for place in range(len(held_out))}
     shots: Shots = {
         arm.folder: [
             Shot(picture_path(request.output, arm, row.number, row.seed), row.number, captions[row.number])

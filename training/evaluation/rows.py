@@ -71,8 +71,11 @@ class Rows:
         for file in sorted(self.folder.glob("rows-*.jsonl")):
             for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
                 row = _row(line)
-                if row is not None:
+                if row is not None and set(row.scores) >= set(self._known(row)):  # the newer one has more
                     self.found[row.key] = row
+
+    def _known(self, row: Row) -> dict[str, dict[str, float]]:
+        return self.found[row.key].scores if row.key in self.found else {}
 
     def add(self, row: Row) -> None:
         """Keep a row. Raises ValueError where it cannot be written."""
