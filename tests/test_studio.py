@@ -227,27 +227,23 @@ def test_no_file_of_the_machine_is_served(page: Page, client: Client, tmp_path: 
         with pytest.raises(urllib.error.HTTPError) as refused:
             urllib.request.urlopen(address, timeout=10)
         assert refused.value.code in (403, 404), path
-    body = {
-        "data": [
-            "canny",
-            False,
-            100,
-            200,
-            "",
-            "",
-            {"path": "/etc/hostname", "meta": {"_type": "gradio.FileData"}},
-        ]
-    }
-    request = urllib.request.Request(
-        f"{page.address.rstrip('/')}/gradio_api/call/map",
-        json.dumps(body).encode(),
-        {"Content-Type": "application/json"},
-    )
+
+
+@pytest.mark.parametrize("marked", [True, False], ids=["marked as a file", "not marked"])
+@pytest.mark.parametrize("place", ["/etc/hostname", "{photo}", "/nowhere/at/all.png"])
+def test_no_picture_of_the_machine_is_opened(page: Page, place: str, marked: bool) -> None:
+    """Whether or not the request says that it holds a file, and whether or not there is one."""
+    given: dict[str, Any] = {"path": place.format(photo=page.photo)}
+    if marked:
+        given["meta"] = {"_type": "gradio.FileData"}
+    address = f"{page.address.rstrip('/')}/gradio_api/call/map"
+    body = json.dumps({"data": ["canny", True, 100, 200, "", "", given]}).encode()
+    request = urllib.request.Request(address, body, {"Content-Type": "application/json"})
     event = json.load(urllib.request.urlopen(request, timeout=10))["event_id"]
-    answer = urllib.request.urlopen(
-        f"{page.address.rstrip('/')}/gradio_api/call/map/{event}", timeout=20
-    ).read()
+    answer = urllib.request.urlopen(f"{address}/{event}", timeout=20).read()
     assert b"event: error" in answer
+    assert b"event: complete" not in answer
+    assert b"does not exist" not in answer
 
 
 def test_two_at_once_are_served_in_turn(page: Page) -> None:

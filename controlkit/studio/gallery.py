@@ -9,6 +9,7 @@ import gradio as gr
 
 from controlkit.infotext import PictureRecord
 from controlkit.studio.commands import command, script
+from controlkit.studio.uploads import as_file
 
 COPY = """(text) => {
   const told = document.getElementById("copied");
@@ -41,10 +42,10 @@ class Gallery:
     def __init__(self, photo: gr.Image) -> None:
         """Lay it out and wire it. photo: where a result goes back to."""
         gr.HTML("<h2>Pictures</h2>")
-        self.view = gr.Image(
+        self.view = as_file(gr.Image(
             label="Result", show_label=False, interactive=False, format="png", type="filepath",
             elem_classes="picture result", elem_id="result", buttons=["fullscreen"], height=440,
-        )  # fmt: skip
+        ))  # fmt: skip
         self.status = gr.HTML("", elem_id="status")
         self.about = gr.HTML("", elem_id="about")
         with gr.Row(visible=False, elem_classes="actions") as self.actions:

@@ -27,8 +27,18 @@ def as_file(upload: Any) -> Any:
     """Make a component of pictures hand over the file as it came; gradio would open it, and say what is wrong
     in words of its own.
     """
-    upload.preprocess = lambda payload: None if payload is None else payload.path
+    upload.preprocess = lambda payload: None if payload is None else _uploaded(payload.path)
     return upload
+
+
+def _uploaded(path: str) -> str:
+    """A file that came through the page; gradio looks only at requests that say that they hold files."""
+    import gradio as gr
+
+    place = os.environ.get("GRADIO_TEMP_DIR")
+    if not place or not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(place)):
+        raise gr.Error("That is no picture that was put into this page.", print_exception=False)
+    return path
 
 
 def write_shown(data: bytes, name: str) -> str:
