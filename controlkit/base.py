@@ -7,7 +7,6 @@ Its parts are loaded by ``base_parts.py``; the pair's forward pass (``controlnet
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,7 +31,7 @@ from controlkit.base_parts import (
     zeros_for_empty_negative,
 )
 from controlkit.class_labels import PictureEncoder
-from controlkit.controlnet import lock
+from controlkit.controlnet import digest_of_weights, lock
 from controlkit.devices import check_device
 from controlkit.folders import quiet_libraries, read_json
 
@@ -168,13 +167,7 @@ class Base:
 
     def digest(self) -> str:
         """SHA-256 over every weight and buffer with its name, type and shape: equal digests, equal bytes."""
-        total = hashlib.sha256()
-        for index, module in enumerate([self.unet, self.vae, *self.encoders]):
-            for key, tensor in sorted(module.state_dict().items()):
-                total.update(f"{index}.{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-                flat = tensor.detach().cpu().contiguous().reshape(-1)
-                total.update(flat.view(torch.uint8).numpy().data)
-        return total.hexdigest()
+        return digest_of_weights([self.unet, self.vae, *self.encoders])
 
     def encode_tokens(self, tokens: Sequence[Mapping[str, Tensor]]) -> tuple[list[Tensor], Tensor | None]:
         """What each text encoder gives for its own ``input_ids`` and ``attention_mask`` (B, 77).

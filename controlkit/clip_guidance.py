@@ -21,6 +21,7 @@ averaged by so many, decoded, and the middle square of that is looked at, as in 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ from torch.nn import functional
 
 from controlkit import diffusion, limits
 from controlkit.base_parts import load_tokenizer
-from controlkit.controlnet import lock
+from controlkit.controlnet import digest_of_weights, lock
 from controlkit.devices import check_device
 from controlkit.folders import load_part, read_json, weight_files
 from controlkit.hub import check_exists, find_folder
@@ -70,6 +71,12 @@ class Clip:
     def size(self) -> int:
         """The side of the square that it looks at, in pixels."""
         return int(self.model.config.vision_config.image_size)
+
+    def digest(self) -> str:
+        """SHA-256 over its weights and the pixels that it expects."""
+        return hashlib.sha256(
+            f"{digest_of_weights([self.model])} {self.mean} {self.std}".encode()
+        ).hexdigest()
 
     @torch.no_grad()
     def encode_prompt(self, prompt: str, *, syntax: str = "plain") -> Tensor:

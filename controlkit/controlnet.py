@@ -26,6 +26,7 @@ and what does not depend on the text is computed once (``reuse.py``).
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -296,6 +297,17 @@ def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 def _summed(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(x + y for x, y in zip(a, b, strict=True)) if a and b else a or b
+
+
+def digest_of_weights(modules: Sequence[nn.Module]) -> str:
+    """SHA-256 over every weight and buffer with its name, type and shape: equal digests, equal bytes."""
+    total = hashlib.sha256()
+    for index, module in enumerate(modules):
+        for key, tensor in sorted(module.state_dict().items()):
+            total.update(f"{index}.{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            total.update(flat.view(torch.uint8).numpy().data)
+    return total.hexdigest()
 
 
 def lock(module: ModuleT) -> ModuleT:

@@ -19,12 +19,16 @@ from controlkit.base import load_base
 from controlkit.cli import app
 from controlkit.control import Control
 from controlkit.figures import render
+from controlkit.formats.description import MapSpec
 from controlkit.metrics import edge_f1
 from controlkit.preprocessors import get
 from controlkit.sampling import generate
 from controlkit.training.evaluation.arms import noise_of
-from controlkit.training.evaluation.held_out import WorldScenes
+from controlkit.training.evaluation.estimating import stated_options
+from controlkit.training.evaluation.held_out import Held, WorldScenes
+from controlkit.training.evaluation.map_scores import score_map
 from controlkit.training.evaluation.rows import Row, Rows
+from controlkit.training.reporting.measures import black_and_white
 
 QUICK = ("--steps", 3, "--clip", "none", "--features", "none")
 
@@ -69,7 +73,7 @@ def test_numbers_are_those_of_the_pictures(evaluated):
     (canny,) = [group for group in report["results"] if group["kind"] == "canny"]
     found = canny["measures"]["edge F1"]["arms"]
     assert found["canny"]["value"] == pytest.approx(np.mean(scores), abs=1e-6)
-    assert found["canny"]["low"] <= found["canny"]["value"] <= found["canny"]["high"]
+    assert found["canny"]["low"] is None  # of three pairs there is no interval
     assert found["no control"]["value"] < found["canny (scale 0.2)"]["value"] < found["canny"]["value"]
     assert found["canny"]["value"] < found["autoencoder"]["value"] < found["pictures"]["value"] == 1
     per_pair = [example["scores"]["canny"]["edge F1"]["canny"] for example in report["examples"]]
@@ -81,7 +85,7 @@ def test_pictures_are_those_of_generate(evaluated):
     folder, _ = evaluated
     base = load_base("tiny")
     adapter = load_adapter("canny", base=base)
-    pair = WorldScenes(3, ["canny"], size=128)[1]
+    pair = WorldScenes(3, {"canny": {}}, size=128)[1]
     control = Control(adapter, pair.maps["canny"], scale=0.2)
     (again,) = generate(base, pair.caption, controls=[control], steps=3, seeds=[noise_of(pair, 1)])
     pictures = folder / told(folder)["adapters"][1]["pictures"]
@@ -91,8 +95,8 @@ def test_pictures_are_those_of_generate(evaluated):
 def test_adapters_are_compared_on_the_same_noise(evaluated):
     (first, *_) = told(evaluated[0])["differences"]
     assert (first["measure"], first["first"], first["second"]) == ("edge F1", "canny", "canny (scale 0.2)")
-    assert first["low"] > 0
-    assert first["verdict"] == "canny is better"
+    assert first["value"] > 0
+    assert first["verdict"] == "3 pairs are too few to tell"
     assert first["pairs"] == 3
 
 
@@ -136,6 +140,74 @@ def test_another_adapter_joins_the_comparison(evaluated, tmp_path):
     assert len(list((folder / "pictures").iterdir())) == 6
 
 
+def test_more_kinds_pairs_and_seeds_join(evaluated, tmp_path):
+    """An adapter of another kind before the first, one more pair, one more seed: nothing is made twice."""
+    folder = shutil.copytree(evaluated[0], tmp_path / "joined")
+    seconds = told(folder)["adapters"][0]["seconds_per_picture"]
+    before = {path: path.stat().st_mtime_ns for path in (folder / "pictures").rglob("*.png")}
+    asked = ("--adapter", "depth", "--adapter", "canny", "-o", folder, *QUICK)
+    command("evaluate", *asked, "-n", 3, "--seeds", 2).done()
+    assert told(folder)["adapters"][1]["seconds_per_picture"] == pytest.approx(seconds)  # not made anew
+    command("evaluate", *asked, "-n", 4, "--seeds", 3).done()
+    assert all(path.stat().st_mtime_ns == at for path, at in before.items())
+    assert len(list((folder / "pictures" / "no-control").iterdir())) == 12
+    four = told(folder)
+    command("evaluate", *asked, "-n", 2, "--seeds", 1).done()
+    two = told(folder)
+    assert [len(report["examples"]) for report in (four, two)] == [4, 2]
+    score = [report["examples"][0]["scores"]["canny"]["edge F1"]["canny"] for report in (four, two)]
+    assert score[0] != score[1]  # the mean of three seeds, and of one
+
+
+def test_an_evaluation_on_another_device_is_another_one(evaluated, tmp_path):
+    folder = shutil.copytree(evaluated[0], tmp_path / "moved")
+    settings = json.loads((folder / "settings.json").read_text())
+    (folder / "settings.json").write_text(json.dumps(settings | {"device": "cuda, float16"}))
+    asked = ("--adapter", "canny", "-n", 3, "--seeds", 2, "-o", folder, *QUICK)
+    message = command("evaluate", *asked).refused()
+    assert "made on cuda, float16, not cpu, float32" in message
+    (folder / "settings.json").write_text(json.dumps(settings | {"pairs": "everything"}))
+    assert "settings.json cannot be read" in command("evaluate", *asked).refused()
+
+
+def test_maps_are_asked_for_as_they_are_found(run: Run):
+    """Thresholds hold for both maps: a picture follows its own edges perfectly."""
+    run("evaluate", "canny.low=20", "canny.high=60", "--adapter", "canny", "-n", 1, *QUICK).done()
+    (canny,) = [group for group in told(Path("report"))["results"] if group["kind"] == "canny"]
+    assert canny["measures"]["edge F1"]["arms"]["pictures"]["value"] == 1
+    picture = render(0, split="validation", size=128).picture
+    asked = images.load_picture("report/maps/asked-canny/000000.png")
+    assert np.array_equal(asked, get("canny", low=20, high=60)(picture).image)
+    assert not np.array_equal(asked, get("canny")(picture).image)
+
+
+def test_adapters_say_how_their_maps_are_made():
+    low, high = (MapSpec("canny", thresholds={"low": low, "high": 90, "unknown": 1}) for low in (50, 60))
+    assert stated_options("canny", "tiny", [low, low]) == {"low": 50, "high": 90}
+    assert stated_options("canny", "tiny", [low, high]) == {}  # they do not agree
+    pose = MapSpec("openpose", draw_style="v1.0")
+    assert stated_options("openpose", "tiny", [pose]) == {"model": "tiny", "style": "v1.0"}
+    assert stated_options("scars", "sd15", [MapSpec("scars")]) == {}
+
+
+def test_grey_edges_are_edges_or_none(pairs):
+    """A map that went through JPEG is the map that it was."""
+    import cv2
+
+    picture = images.load_picture(pairs / "images" / "0.png")
+    found = get("canny")(picture)
+    grey = cv2.imdecode(cv2.imencode(".jpg", found.image, [1, 60])[1], 1)
+    assert len(np.unique(grey)) > 50
+    scored = [
+        score_map("canny", found, Held(0, "", picture, "", {"canny": asked})).values
+        for asked in (found.image, grey, grey.astype(np.uint16) * 257)
+    ]
+    assert scored[0] == scored[1] == scored[2]
+    assert scored[0]["strict edge F1"] == 1
+    empty = np.random.default_rng(0).integers(0, 6, (64, 64, 3)).astype(np.uint8)
+    assert not black_and_white(empty).any()
+
+
 def test_other_settings_are_refused(evaluated):
     folder, _ = evaluated
     other = ["--adapter", "canny", "-o", folder, "--seeds", 2, "-n", 3, "--clip", "none", "--steps", 4]
@@ -165,12 +237,14 @@ def test_other_settings_are_refused(evaluated):
         (["--adapter", "canny", "--device", "cuda:9"], "cuda"),
         (["--adapter", "canny", "-o", "no/such/report"], "does not exist"),
         (["--adapter", "canny", "--base", "sd51"], "sd51"),
+        (["--adapter", "canny", "--features", "incepton"], "did you mean 'inception'?"),
+        (["--adapter", "canny", "canny.low=50..90"], "an evaluation takes one value, no range"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(run: Run, tmp_path, arguments, part):
     if part == "cany":
         part = "canny:scale"
-    message = run("evaluate", *arguments, *QUICK[2:]).refused()
+    message = run("evaluate", *QUICK[2:], *arguments).refused()
     assert part in message
     assert not list(tmp_path.iterdir())
 
@@ -230,6 +304,37 @@ def test_poses_and_depth_of_a_data_set_are_made_of_its_pictures(run: Run, pairs)
     assert groups["depth"]["depth error"]["arms"]["depth"]["value"] > 0
 
 
+def test_kinds_of_one_measure_are_told_apart(run: Run, pairs):
+    kinds = ["--adapter", "canny", "--adapter", "scribble=canny"]
+    run("evaluate", pairs, "maps=made", *kinds, "-n", 1, *QUICK).done()
+    scores = told(Path("report"))["examples"][0]["scores"]
+    page = Path("report/report.html").read_text()
+    (row,) = re.findall(r'<tr><th scope="row">\d+</th>(.*?)</tr>', page.partition("Pair by pair")[2])
+    shown = re.findall(r"<td>([\d.]+)</td>", row)
+    labels = ["no control", "canny", "canny 2", "pictures"]
+    wanted = [scores[kind]["edge F1"][label] for kind in ("canny", "scribble") for label in labels]
+    assert [float(value) for value in shown] == pytest.approx(wanted, abs=6e-4)
+    assert len(set(shown)) > 4
+    assert "<th>scribble: edge F1<br>canny</th>" in page
+
+
+def test_a_pair_that_changes_is_named(run: Run, pairs):
+    asked = ("evaluate", pairs, "--adapter", "canny", "-n", 0, *QUICK)
+    run(*asked).done()
+    rows = (pairs / "metadata.jsonl").read_text()
+    (pairs / "metadata.jsonl").write_text(rows.replace('"text": "', '"text": "indeed ', 1))
+    assert "the pair 0 has changed since" in refusal(run(*asked))
+    (pairs / "metadata.jsonl").write_text(rows)
+    shutil.copy(pairs / "canny" / "1.png", pairs / "canny" / "2.png")
+    assert "the canny map of pair 2 has changed since" in refusal(run(*asked))
+
+
+def test_another_tools_config_makes_no_run(run: Run, pairs):
+    (pairs / "config.toml").write_text("[general]\nshuffle_caption = true\n")
+    run("evaluate", pairs, "--adapter", "canny", "-n", 1, *QUICK).done()
+    assert told(Path("report"))["pairs"]["title"] == "1 of 6 pairs of pairs"
+
+
 def test_broken_pairs_stop_before_the_first_picture(run: Run, pairs, tmp_path):
     (pairs / "canny" / "2.png").write_bytes(b"<html>")
     message = refusal(run("evaluate", pairs, "--adapter", "canny", "-n", 0, *QUICK))
@@ -254,8 +359,17 @@ def test_what_a_run_held_out(run: Run, pairs, tmp_path, monkeypatch):
     monkeypatch.setenv("CONTROLKIT_CACHE", str(tmp_path / "cache"))
     settings = ["steps=1", "warmup=0", "batch_size=2", "score_scenes=0", "monitor_every=0", "sample_every=0"]
     settings += [f"data.source={pairs}", "data.holdout=1", "out=run", "checkpoint_every=1"]
+    settings += ["data.flip=1", "data.map_blur=1"]
     run("train", "tiny-canny", *settings).done()
     run("evaluate", "run", *QUICK).done()
+    (shown,) = Path("report/pictures/true").iterdir()
+    number = int(shown.name[:6])
+    whole = images.load_picture(pairs / "images" / f"{number}.png")
+    assert np.array_equal(images.load_picture(shown), images.resize(whole, 128, 128))  # and not mirrored
+    asked = images.load_picture(f"report/maps/asked-canny/{number:06d}.png")
+    assert set(np.unique(asked)) == {0, 255}  # and not blurred
+    message = refusal(run("evaluate", "run", "data.limit=3", "-o", "other", *QUICK))
+    assert message.startswith("limit decides which pairs a run holds out")
     report = told(Path("report"))
     assert report["pairs"]["title"] == "1 pairs that the run run held out"
     assert report["adapters"][0]["label"] == "run"

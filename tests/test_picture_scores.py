@@ -1,6 +1,7 @@
 """FID, KID, CLIP score and LPIPS in an evaluation: real networks at their real size, with random weights."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -116,11 +117,36 @@ def test_features_are_kept_and_made_anew_when_a_picture_changes(home, shots, tmp
     monkeypatch.setattr(
         inception.Inception, "__call__", lambda self, p: looked.append(len(p)) or network(self, p)
     )
-    assert picture_scores(some, **asked).of_set == first.of_set
+    assert str(picture_scores(some, **asked).of_set) == str(first.of_set)  # nan is not nan
     assert not looked
     shutil.copy(some["true"][3].path, some["other"][0].path)
-    assert picture_scores(some, **asked).of_set != first.of_set
+    assert str(picture_scores(some, **asked).of_set) != str(first.of_set)
     assert sum(looked) == 52
+
+
+def test_features_are_of_the_network_that_is_asked_for(shots, tmp_path):
+    """Another CLIP in the same folder judges anew."""
+    few = {arm: found[:3] for arm, found in shots.items()}
+    clips = [str(tiny_models.build_clip(tmp_path / f"clip-{seed}", seed=seed)) for seed in (0, 1)]
+    asked = {"true": "true", "features": "none"}
+    alone = [
+        picture_scores(few, **asked, clip=clip, folder=tmp_path / f"features-{k}").of_pair["CLIP score"]
+        for k, clip in enumerate(clips)
+    ]
+    assert alone[0] != alone[1]
+    for clip, wanted in zip([*clips, *clips], alone * 2, strict=True):
+        found = picture_scores(few, **asked, clip=clip, folder=tmp_path / "features")
+        assert found.of_pair["CLIP score"] == wanted
+
+
+def test_pairs_without_a_caption_have_no_clip_score(shots, tmp_path):
+    clip = str(tiny_models.build_clip(tmp_path / "clip"))
+    asked = {"true": "true", "features": "none", "clip": clip, "folder": tmp_path / "features"}
+    some = {arm: [replace(found[0], caption=" "), *found[1:3]] for arm, found in shots.items()}
+    scores = picture_scores(some, **asked).of_pair["CLIP score"]
+    assert set(scores["true"]) == {1, 2}
+    none = {arm: [replace(shot, caption="") for shot in found[:3]] for arm, found in shots.items()}
+    assert picture_scores(none, **asked).skipped["CLIP score"] == "no pair has a caption"
 
 
 def test_weights_that_cannot_be_had_are_named(tmp_path, monkeypatch, shots):

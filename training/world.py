@@ -8,9 +8,10 @@ import shutil
 import subprocess
 import sys
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -54,15 +55,24 @@ class World:
 
 
 def exact_map(
-    kind: str, picture: NDArray[np.uint8], joints: NDArray[Any], inverse_depth: NDArray[Any]
+    kind: str,
+    picture: NDArray[np.uint8],
+    joints: NDArray[Any],
+    inverse_depth: NDArray[Any],
+    *,
+    options: Mapping[str, Any] = MappingProxyType({}),
 ) -> NDArray[np.uint8]:
-    """A scene's map as the world itself knows it: the picture's edges, its true joints, its true depth."""
+    """A scene's map as the world itself knows it: the picture's edges, its true joints, its true depth.
+
+    options: of the preprocessor, as far as they say how edges are found and joints are drawn.
+    """
     from controlkit.preprocessors import depth_to_map, draw_poses, get
 
     if kind == "canny":
-        return get("canny")(picture).image
+        return get("canny", **options)(picture).image
     if kind == "openpose":
-        return draw_poses([joints.astype(np.float64)], picture.shape[1], picture.shape[0])
+        style = options.get("style", "v1.1")
+        return draw_poses([joints.astype(np.float64)], picture.shape[1], picture.shape[0], style=style)
     assert kind == "depth", kind
     return depth_to_map(inverse_depth.astype(np.float32))
 

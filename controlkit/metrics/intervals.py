@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,6 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 RESAMPLES, LEVEL = 2000, 0.95
+LEAST = 8
+"""Values below which there is no interval: resamples of fewer say too little (of two normal values, the true
+mean lies between them half of the time).
+"""
+_BEYOND = 20  # resamples wanted beyond either end
 _CHUNK = 2_000_000  # numbers drawn at once
 
 
@@ -24,19 +30,22 @@ class Interval:
 def mean_interval(
     values: NDArray[np.float64], *, resamples: int = RESAMPLES, level: float = LEVEL, seed: int = 0
 ) -> Interval:
-    """The mean of one value per pair (N,), with its percentile bootstrap interval (Efron 1979).
+    """The mean of one value per pair (N,), with its expanded percentile bootstrap interval (Hesterberg 2015,
+    section 4.2): Efron's percentiles, moved outwards by what makes them Student's t interval for normal
+    values; without it, those of 10 pairs miss twice as often as they say.
 
     Pairs are drawn with replacement. What several pictures of one pair gave is to be averaged first: they are
-    not independent. One pair has no interval: low and high are then not numbers.
+    not independent. Fewer pairs than LEAST have no interval: low and high are then not numbers.
     Raises ValueError where there is no value, or the level is not between 0 and 1.
     """
     count = _checked(len(values), level)
-    if count == 1:
-        return Interval(float(values[0]), float("nan"), float("nan"))
+    if count < LEAST:
+        return Interval(float(values.mean()), float("nan"), float("nan"))
+    tail = _tail(count, level)
     draws, random = [], np.random.default_rng(seed)
-    for rows in _chunks(resamples, count):
+    for rows in _chunks(max(resamples, math.ceil(_BEYOND / tail)), count):
         draws.append(values[random.integers(count, size=(rows, count))].mean(axis=1))
-    return _interval(float(values.mean()), np.concatenate(draws), level)
+    return _interval(float(values.mean()), np.concatenate(draws), tail)
 
 
 def interval(
@@ -53,17 +62,24 @@ def interval(
     """
     count = _checked(count, level)
     value = statistic(np.arange(count))
-    if count == 1:
+    if count < LEAST:
         return Interval(value, float("nan"), float("nan"))
     random = np.random.default_rng(seed)
     draws = np.array([statistic(random.integers(count, size=count)) for _ in range(resamples)])
-    return _interval(value, draws[np.isfinite(draws)], level)
+    return _interval(value, draws[np.isfinite(draws)], _tail(count, level))
 
 
-def _interval(value: float, draws: NDArray[np.float64], level: float) -> Interval:
+def _tail(count: int, level: float) -> float:
+    """The share of the resamples that is left out at either end."""
+    from scipy.special import ndtr, stdtrit
+
+    return float(ndtr(math.sqrt(count / (count - 1)) * stdtrit(count - 1, (1 - level) / 2)))
+
+
+def _interval(value: float, draws: NDArray[np.float64], tail: float) -> Interval:
     if not len(draws):
         return Interval(value, float("nan"), float("nan"))
-    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(draws, [tail, 1 - tail])
     return Interval(value, float(low), float(high))
 
 

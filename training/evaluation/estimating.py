@@ -29,25 +29,24 @@ def reasons_against(kinds: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def options_of(
-    kind: str, request: Request, held_out: HeldOut, specs: Sequence[MapSpec], *, device: str
-) -> dict[str, Any]:
-    """How the preprocessor of a kind is set up: as it made the data's maps; else as its adapters say that
-    their maps were made, where they agree; what the request says goes before both.
+def stated_options(kind: str, base: str, specs: Sequence[MapSpec]) -> dict[str, Any]:
+    """How maps of a kind are made where nobody says: as its adapters say that theirs were, where they agree;
+    by the bundled estimators beside a bundled base.
     """
-    options = usual_options(kind, request.base)
-    if kind in _ON_DEVICE:
-        options["device"] = device
-    if kind in held_out.settled:
-        options |= held_out.settled[kind]
-    elif len(told := {tuple(sorted(spec.thresholds.items())) for spec in specs}) == 1:
-        options |= _fitting(kind, dict(told.pop()))
-    return options | request.options.get(kind, {})
+    options = {"model": "tiny"} if base in BUNDLED and kind in ("openpose", "depth") else {}
+    told = {tuple(sorted(_stated(spec).items())) for spec in specs}
+    known = preprocessors.options_of(kind) if len(told) == 1 and kind in preprocessors.names() else ()
+    return options | {name: value for name, value in (told.pop() if known else ()) if name in known}
 
 
-def usual_options(kind: str, base: str) -> dict[str, Any]:
-    """The bundled estimators beside a bundled base."""
-    return {"model": "tiny"} if base in BUNDLED and kind in ("openpose", "depth") else {}
+def options_of(
+    kind: str, request: Request, held_out: HeldOut, stated: Mapping[str, Any], *, device: str
+) -> dict[str, Any]:
+    """How the preprocessor of a kind is set up: as it made the data's maps, else as is stated; what the
+    request says goes before both.
+    """
+    on_device = {"device": device} if kind in _ON_DEVICE else {}
+    return on_device | dict(held_out.settled.get(kind, stated)) | request.options.get(kind, {})
 
 
 def estimators(options: Mapping[str, Mapping[str, Any]]) -> dict[str, Preprocessor]:
@@ -61,6 +60,6 @@ def estimators(options: Mapping[str, Mapping[str, Any]]) -> dict[str, Preprocess
     return made
 
 
-def _fitting(kind: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    known = preprocessors.options_of(kind)
-    return {name: value for name, value in options.items() if name in known}
+def _stated(spec: MapSpec) -> dict[str, Any]:
+    style = {"style": spec.draw_style} if spec.draw_style else {}
+    return {**spec.thresholds, **style}

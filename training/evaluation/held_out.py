@@ -1,36 +1,29 @@
-"""The pairs that adapters are measured on: of the bundled world, of a data set, or what a run held out."""
+"""The pairs that adapters are measured on: of the bundled world, or of a data set."""
 
 from __future__ import annotations
 
 import hashlib
-import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from controlkit.figures import Scene, render
-from controlkit.training.config import ControlNetRecipe, load_recipe
 from controlkit.training.config_adapter import WORLD_KINDS, DataRecipe
-from controlkit.training.data.examples import picture_size
-from controlkit.training.data.source_recipe import recipe_of
 from controlkit.training.data.visits import Visits
-from controlkit.training.draws import derived_seed
-from controlkit.training.evaluation.estimating import usual_options
-from controlkit.training.evaluation.request import WORLD, Request
 from controlkit.training.world import exact_map
 
 if TYPE_CHECKING:
     from controlkit.training.data.examples import Example
 
-Report = Callable[[str], None]
 Opened = dict[str, "tuple[Sequence[Example], Visits, DataRecipe]"]
 """By kind of map: the examples, what is seen of them, and the table of data that says how."""
-_NAMED = 3  # broken pairs in a message
+Marks = dict[str, str]
+"""By a pair's number, as JSON has it: what it is known by, equal for equal content."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +48,8 @@ class HeldOut(ABC):
 
     title: str
     """What they are, in a phrase."""
+    kinds: Sequence[str]
+    """Of maps."""
     settled: Mapping[str, Mapping[str, Any]] = {}
     """By kind, where maps are made of the pictures: the options of the preprocessor."""
 
@@ -74,18 +69,30 @@ class HeldOut(ABC):
         """The caption of the pair at a place, which reads no picture."""
 
     @abstractmethod
+    def marks(self) -> Marks:
+        """What each pair is known by: its picture, its caption, what is seen of it."""
+
+    @abstractmethod
+    def map_marks(self, kind: str) -> Marks:
+        """What each pair's map of a kind is known by, beside the pair itself."""
+
     def digest(self) -> str:
-        """SHA-256 over everything in them."""
+        """SHA-256 over all pairs and their maps."""
+        told = [self.marks(), *(self.map_marks(kind) for kind in self.kinds)]
+        return hashlib.sha256(repr(told).encode()).hexdigest()
 
 
 class WorldScenes(HeldOut):
-    """Scenes 0 to N - 1 of the bundled world's validation split, which no training sees."""
+    """Scenes 0 to N - 1 of the bundled world's validation split, which no training sees.
 
-    def __init__(self, count: int, kinds: Sequence[str], *, size: int) -> None:
-        for kind in kinds:
+    options: by kind of map, of the preprocessor: edges are found by it, joints are drawn in its style.
+    """
+
+    def __init__(self, count: int, options: Mapping[str, Mapping[str, Any]], *, size: int) -> None:
+        for kind in options:
             if kind not in WORLD_KINDS:
                 raise ValueError(f"the bundled world has {', '.join(WORLD_KINDS)} maps, and no {kind}")
-        self.count, self.kinds, self.size = count, tuple(kinds), size
+        self.count, self.kinds, self.size, self.settled = count, tuple(options), size, options
         self.title = f"{count} held-out scenes of the bundled world"
 
     def __len__(self) -> int:
@@ -99,7 +106,7 @@ class WorldScenes(HeldOut):
             f"scene {place}",
             scene.picture,
             scene.caption,
-            {kind: exact_map(kind, *told) for kind in self.kinds},
+            {kind: exact_map(kind, *told, options=self.settled[kind]) for kind in self.kinds},
             scene.joints[None],
             scene,
         )
@@ -110,8 +117,12 @@ class WorldScenes(HeldOut):
     def caption(self, place: int) -> str:
         return render(place, split="validation", size=self.size).caption
 
-    def digest(self) -> str:
-        return hashlib.sha256(f"world validation {self.count} {self.size}".encode()).hexdigest()
+    def marks(self) -> Marks:
+        return {str(place): f"validation scene of {self.size} pixels" for place in range(self.count)}
+
+    def map_marks(self, kind: str) -> Marks:
+        told = str(sorted((name, str(value)) for name, value in self.settled[kind].items()))
+        return {str(place): told for place in range(self.count)}
 
 
 class DataSet(HeldOut):
@@ -119,11 +130,9 @@ class DataSet(HeldOut):
 
     def __init__(self, opened: Opened, indices: Sequence[int], *, title: str) -> None:
         self._opened, self._indices, self.title = dict(opened), list(indices), title
-        made = {kind: data for kind, (_, visits, data) in opened.items() if visits.made}
-        self.settled = {
-            kind: {key: value for key, value in data.options.items() if ".." not in str(value)}
-            for kind, data in made.items()
-        }
+        self.kinds = tuple(opened)
+        self._map_marks: dict[str, Marks] = {}
+        self.settled = {kind: data.options for kind, (_, visits, data) in opened.items() if visits.made}
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -148,161 +157,36 @@ class DataSet(HeldOut):
         examples, *_ = next(iter(self._opened.values()))
         return examples[self._indices[place]].caption
 
-    def digest(self) -> str:
-        total = hashlib.sha256()
-        for kind, (examples, visits, _) in self._opened.items():
-            total.update(f"{kind} {visits.map_settings}".encode())
-            for index in self._indices:
-                example = examples[index]
-                total.update(f"{index} {example.caption} {visits.views(index)}".encode())
-                for piece in (example.picture, *example.maps):
-                    total.update(piece.digest())
-        return total.hexdigest()
+    def marks(self) -> Marks:
+        return self._pair_marks
 
-
-def open_held_out(
-    request: Request, kinds: Sequence[str], *, resolution: int, report: Report = lambda _: None
-) -> HeldOut:
-    """Open the pairs of a request. ``kinds``: of maps that are wanted. ``resolution``: the base's.
-
-    Raises ValueError, one line: no such data, a pair that cannot be read (unless bad=skip leaves it out), or
-    maps of one kind where several are wanted.
-    """
-    run = Path(os.path.expanduser(request.data)) / "config.toml"
-    if run.is_file():
-        return _of_run(request, run, kinds, resolution=resolution, report=report)
-    if request.data == WORLD:
-        if request.settings:
-            raise ValueError(f"the bundled world has no settings, and given is {min(request.settings)}")
-        if not request.count:
-            raise ValueError("the bundled world has no end: say with -n how many of its scenes")
-        return WorldScenes(request.count, kinds, size=resolution)
-    data = recipe_of(request.data, kinds[0], request.settings, where="evaluate")
-    opened = _opened(request, data, kinds, resolution=resolution, report=report)
-    examples, visits, _ = next(iter(opened.values()))
-    usable = [index for index, shape in enumerate(visits.shape_of) if shape >= 0]
-    chosen = _looked_at(opened, _chosen(usable, request.count), report)
-    title = f"{len(chosen)} of {len(examples)} pairs of {os.path.basename(data.source.rstrip('/'))}"
-    return DataSet(opened, chosen, title=title)
-
-
-def _of_run(
-    request: Request, config: Path, kinds: Sequence[str], *, resolution: int, report: Report
-) -> HeldOut:
-    """What the run of a recipe held out."""
-    recipe = load_recipe(str(config), [f"data.{key}={value}" for key, value in request.settings.items()])
-    assert isinstance(recipe, ControlNetRecipe)
-    if recipe.data.source == WORLD:
-        return WorldScenes(request.count or 50, kinds, size=recipe.data.resolution or resolution)
-    if recipe.data.streaming:
-        raise ValueError(f"{request.data} was trained on a stream: name a data set to evaluate on")
-    from controlkit.training.data.pairs import load_pairs
-
-    pairs = load_pairs(recipe, report=report)
-    kept = [index for index in pairs.shown if index not in set(pairs.trained)]
-    if not kept:
-        raise ValueError(
-            f"{request.data} held no pairs out (data.holdout): name another data set to evaluate on"
-        )
-    opened: Opened = {}
-    for kind in kinds:
-        visits = _visits(recipe.data, pairs.examples, pairs.sizes, kind, resolution, recipe.seed)
-        opened[kind] = pairs.examples, visits, recipe.data
-    chosen = _chosen(kept, request.count)
-    title = f"{len(chosen)} pairs that the run {config.parent.resolve().name} held out"
-    return DataSet(opened, chosen, title=title)
-
-
-def _opened(
-    request: Request, data: DataRecipe, kinds: Sequence[str], *, resolution: int, report: Report
-) -> Opened:
-    from controlkit.training.data.sources import open_examples
-
-    found: Opened = {}
-    sizes: list[tuple[int, int] | None] = []
-    for kind in kinds:
-        options = usual_options(kind, request.base) | data.options | request.options.get(kind, {})
-        told = data.model_copy(update={"options": options})
-        examples = open_examples(data, kind=kind, report=report)
-        sizes = sizes or _sizes(examples, data, report)
-        if examples[0].maps and data.maps != "made":
-            told = data  # options are of what makes maps of generated pictures
-        found[kind] = examples, _visits(told, examples, sizes, kind, resolution), told
-    _refuse_one_for_all(found, data.source)
-    return found
-
-
-def _visits(
-    data: DataRecipe,
-    examples: Sequence[Example],
-    sizes: Sequence[tuple[int, int] | None],
-    kind: str,
-    resolution: int,
-    seed: int = 0,
-) -> Visits:
-    side = data.resolution or resolution
-    return Visits(examples, sizes, data=data, kind=kind, resolution=side, seed=seed)
-
-
-def _sizes(examples: Sequence[Example], data: DataRecipe, report: Report) -> list[tuple[int, int] | None]:
-    """The size of every picture; None for those that cannot be read and are left out."""
-    sizes: list[tuple[int, int] | None] = []
-    broken: list[str] = []
-    for example in examples:
-        try:
-            sizes.append(picture_size(example))
-        except ValueError as error:
-            sizes.append(None)
-            broken.append(str(error))
-    if not broken:
-        return sizes
-    told = f"{len(broken)} of {len(examples)} pairs cannot be read: {'; '.join(broken[:_NAMED])}"
-    if data.bad == "stop":
-        raise ValueError(f"{told}: mend them, or leave them out with bad=skip")
-    if len(broken) == len(examples):
-        raise ValueError(told)
-    report(f"{told}: they are left out")
-    return sizes
-
-
-def _looked_at(opened: Opened, chosen: Sequence[int], report: Report) -> list[int]:
-    """Those of the chosen pairs that can be used, pictures and maps decoded once: before minutes of work."""
-    from controlkit.training.data.check import check_examples
-
-    left = list(chosen)
-    for kind, (examples, _, data) in opened.items():
-        check = check_examples(
-            [examples[k] for k in left], data=data, kind=kind, lint=False, report=lambda _: None
-        )
-        if not check.errors:
-            continue
-        if data.bad == "stop" or not check.usable:
-            raise ValueError(
-                f"{data.source}: {check.problem(_NAMED)}: mend them, or leave them out: bad=skip"
+    @cached_property
+    def _pair_marks(self) -> Marks:
+        examples, visits, _ = next(iter(self._opened.values()))
+        return {
+            str(index): _mark(
+                examples[index].caption.encode(),
+                str(visits.views(index)).encode(),
+                examples[index].picture.digest(),
             )
-        report(f"{check.problem(_NAMED)}: they are left out")
-        left = [left[k] for k in check.usable]
-    return left
+            for index in self._indices
+        }
+
+    def map_marks(self, kind: str) -> Marks:
+        if kind not in self._map_marks:
+            examples, visits, _ = self._opened[kind]
+            self._map_marks[kind] = {
+                str(index): _mark(
+                    visits.map_settings.encode(),
+                    *(piece.digest() for piece in (() if visits.made else examples[index].maps)),
+                )
+                for index in self._indices
+            }
+        return self._map_marks[kind]
 
 
-def _refuse_one_for_all(found: Opened, source: str) -> None:
-    """Refuse to take the same files for maps of two kinds."""
-    seen: dict[str, str] = {}
-    for kind, (examples, visits, _) in found.items():
-        if visits.made:
-            continue
-        name = examples[next(k for k, shape in enumerate(visits.shape_of) if shape >= 0)].maps[0].name
-        if name in seen:
-            raise ValueError(
-                f"{source} has maps of one kind, and adapters of two are named ({seen[name]}, {kind}):"
-                " evaluate them one after the other, or make the maps of the pictures with maps=made"
-            )
-        seen[name] = kind
-
-
-def _chosen(usable: Sequence[int], count: int) -> list[int]:
-    """Some of the pairs, drawn once and for all: more of them contain fewer."""
-    if not count or count >= len(usable):
-        return list(usable)
-    order = np.random.default_rng(derived_seed(0, "evaluate")).permutation(len(usable))
-    return sorted(usable[k] for k in order[:count])
+def _mark(*content: bytes) -> str:
+    total = hashlib.sha256()
+    for part in content:
+        total.update(hashlib.sha256(part).digest())
+    return total.hexdigest()[:16]

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 SIDE = 299
 FEATURES = 2048
 BATCH = 16
+SUBSET = 1000  # pictures that a kernel distance is taken of at a time
 
 
 def clean_resize(picture: NDArray[np.uint8], side: int = SIDE) -> NDArray[np.float32]:
@@ -92,19 +93,23 @@ def frechet_distance(real: NDArray[Any], fake: NDArray[Any]) -> float:
 
 def kernel_distance(real: NDArray[Any], fake: NDArray[Any], *, subsets: int = 100) -> tuple[float, float]:
     """KID of features, mean and spread over subsets (Bińkowski et al. 2018: a cubic kernel, unbiased), by
-    torchmetrics. A subset has up to 1000 pictures, and at most the smaller set's.
+    torchmetrics. A subset has up to 1000 pictures, and at most the smaller set's. The spread is no number
+    unless both sets have more than a subset: where every subset is the whole set it says nothing.
     """
     import torch
     from torchmetrics.image.kid import KernelInceptionDistance
 
-    size = min(len(real), len(fake), 1000)
+    size = min(len(real), len(fake), SUBSET)
+    is_drawn = min(len(real), len(fake)) > size
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Metric `Kernel Inception Distance` will save")
         torch.manual_seed(0)
-        metric = KernelInceptionDistance(feature=_given(real.shape[1]), subsets=subsets, subset_size=size)
+        metric = KernelInceptionDistance(
+            feature=_given(real.shape[1]), subsets=subsets if is_drawn else 1, subset_size=size
+        )
         _fill(metric.update, real, fake)
         mean, spread = metric.compute()
-    return float(mean), float(spread)
+    return float(mean), float(spread) if is_drawn else float("nan")
 
 
 def _given(count: int) -> torch.nn.Module:

@@ -21,8 +21,14 @@ from controlkit.base import BUNDLED, Base, load_base
 from controlkit.processes import Processes
 from controlkit.training.evaluation import request as requests
 from controlkit.training.evaluation.arms import Arm, arms_of
-from controlkit.training.evaluation.estimating import estimators, options_of, reasons_against
-from controlkit.training.evaluation.held_out import HeldOut, open_held_out
+from controlkit.training.evaluation.estimating import (
+    estimators,
+    options_of,
+    reasons_against,
+    stated_options,
+)
+from controlkit.training.evaluation.held_out import HeldOut
+from controlkit.training.evaluation.opening import open_held_out
 from controlkit.training.evaluation.pass_over import Pass, picture_path
 from controlkit.training.evaluation.picture_scores import Shot, Shots, picture_scores
 from controlkit.training.evaluation.request import TRUE, Compared, Request
@@ -74,12 +80,14 @@ def evaluate(request: Request, report: Report) -> Result:
     base = _load_base(request, processes)
     request, specs = _with_kinds(request, base)
     kinds = list(dict.fromkeys(one.kind for one in request.adapters))
-    held_out = open_held_out(request, kinds, resolution=base.resolution, report=report.note)
+    stated = {
+        kind: stated_options(kind, request.base, [spec for spec in specs if spec.kind == kind])
+        for kind in kinds
+    }
+    held_out = open_held_out(request, kinds, resolution=base.resolution, options=stated, report=report.note)
     skipped = reasons_against(kinds)
     options = {
-        kind: options_of(
-            kind, request, held_out, [spec for spec in specs if spec.kind == kind], device=str(base.device)
-        )
+        kind: options_of(kind, request, held_out, stated[kind], device=str(base.device))
         for kind in kinds
         if kind not in skipped
     }
@@ -130,10 +138,12 @@ def _with_kinds(request: Request, base: Base) -> tuple[Request, list[MapSpec]]:
 
 
 def _begin(request: Request, base: Base, held_out: HeldOut, options: dict[str, dict[str, Any]]) -> None:
-    """Write down what decides the pictures; refuse a folder in which something else decided."""
+    """Write down what decides pictures and scores; refuse a folder in which something else decided."""
     told: dict[str, Any] = {
         "base": base.digest(),
-        "pairs": held_out.digest(),
+        "device": f"{base.device.type}, {str(base.dtype).removeprefix('torch.')}",
+        "pairs": held_out.marks(),
+        "maps": {kind: held_out.map_marks(kind) for kind in held_out.kinds},
         "estimators": {
             kind: {key: str(value) for key, value in given.items() if key != "device"}
             for kind, given in options.items()
@@ -141,19 +151,7 @@ def _begin(request: Request, base: Base, held_out: HeldOut, options: dict[str, d
     }
     before = requests.earlier(request)
     if before is not None:
-        for name, what in (("base", "the base's weights"), ("pairs", "the pairs")):
-            if before.get(name) != told[name]:
-                raise ValueError(
-                    f"{request.output} holds an evaluation, and {what} have changed since: choose another -o"
-                )
-        earlier = before.get("estimators", {})
-        for kind, given in told["estimators"].items():
-            if earlier.get(kind, given) != given:
-                raise ValueError(
-                    f"{request.output} holds an evaluation whose {kind} maps were made with {earlier[kind]},"
-                    f" not {given}: choose another -o"
-                )
-        told["estimators"] = earlier | told["estimators"]
+        told = requests.joined(request, before, told)
     request.output.mkdir(exist_ok=True)
     files.write_json(request.output / "settings.json", {"decides": request.decides, **told})
 
@@ -173,7 +171,12 @@ def _report(
     from controlkit.training.evaluation.record import record
 
     wanted = {held_out.number(place) for place in range(len(held_out))}
-    found = {arm.folder: [row for row in rows.of_arm(arm.folder) if row.number in wanted] for arm in arms}
+    found = {
+        arm.folder: [
+            row for row in rows.of_arm(arm.folder) if row.number in wanted and row.seed < request.seeds
+        ]
+        for arm in arms
+    }
     captions = {held_out.number(place): held_out.caption(place) for place in range(len(held_out))}
     shots: Shots = {
         arm.folder: [

@@ -19,6 +19,7 @@ from controlkit.training.quality import colours_right, silhouette
 from controlkit.training.reporting.measures import (
     DEPTH_KINDS,
     EDGE_KINDS,
+    black_and_white,
     grey,
     joints_right,
     large_enough,
@@ -96,17 +97,16 @@ def score_map(kind: str, found: Map, pair: Held, wanted_people: NDArray[Any] | N
                 "depth RMSE": depth_rmse_255(255 * grey(found.image), 255 * grey(true)),
             }
         )
-    a, b = grey(found.image), grey(true)
     if kind in EDGE_KINDS:
-        asked = true.max(axis=2)
-        edges = found.image.max(axis=2)
+        edges, asked = black_and_white(found.image), black_and_white(true)
         return MapScore(
             {
                 "edge F1": edge_f1(edges, asked, tolerance=TOLERANCE).f1,
                 "strict edge F1": edge_f1(edges, asked, tolerance=0).f1,
-                **_alike(a, b),
+                **_alike(grey(edges[..., None]), grey(asked[..., None])),
             }
         )
+    a, b = grey(found.image), grey(true)
     values = {**_alike(a, b), "map error": float(np.abs(a - b).mean())}
     if kind in LINES:
         values["line F1"] = edge_f1((a > 0.5).astype(np.uint8), (b > 0.5).astype(np.uint8)).f1

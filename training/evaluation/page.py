@@ -19,6 +19,7 @@ from PIL import Image
 
 from controlkit import files, images
 from controlkit.metrics import Interval
+from controlkit.metrics.intervals import LEVEL
 from controlkit.training.evaluation.example_sheets import sheets_of
 from controlkit.training.evaluation.interval_chart import CSS, Line, figure, interval_chart
 from controlkit.training.evaluation.map_scores import MEASURES, principal
@@ -174,7 +175,10 @@ def _differences(summary: Summary) -> str:
         f"<td>{plain(one.interval)}</td><td>{escape(one.verdict)}</td></tr>"
         for one in summary.differences
     )
-    note = "The same pairs and noise: intervals of the differences, which are narrower than those above."
+    note = (
+        f"The same pairs and noise: intervals of the differences, which are narrower than those above. All of"
+        f" one measure hold together at {LEVEL:.0%}."
+    )
     return (
         f'<section><h2>Adapters against each other</h2><p>{note}</p><div class="scroll"><table><tbody>{rows}'
         "</tbody></table></div></section>\n"
@@ -211,21 +215,20 @@ def _embedded(picture: NDArray[np.uint8], alt: str) -> str:
 def _examples(summary: Summary, captions: Mapping[int, str]) -> str:
     """A line for each pair: what the adapters and no control got in the adapters' own measures."""
     columns = [
-        (measure, label)
-        for measure, kind in dict.fromkeys(
-            (principal(arm.kind), arm.kind) for arm in summary.arms if arm.compared
-        )
+        (kind, principal(kind), label)
+        for kind in dict.fromkeys(arm.kind for arm in summary.arms if arm.compared)
         for label in (FLOOR, *(arm.label for arm in summary.arms if arm.compared), TRUE)
-        if label in summary.of_pair.get(kind, {}).get(measure, {})
+        if label in summary.of_pair.get(kind, {}).get(principal(kind), {})
     ]
-    kind_of = {principal(arm.kind): arm.kind for arm in summary.arms if arm.compared}
     numbers = sorted(captions)[:_MOST_EXAMPLES]
     if not columns:
         return ""
-    head = "".join(f"<th>{measure}<br>{escape(label)}</th>" for measure, label in columns)
+    head = "".join(
+        f"<th>{escape(kind)}: {measure}<br>{escape(label)}</th>" for kind, measure, label in columns
+    )
     rows = []
     for number in numbers:
-        values = [summary.of_pair[kind_of[m]][m][label].get(number) for m, label in columns]
+        values = [summary.of_pair[kind][name][label].get(number) for kind, name, label in columns]
         cells = "".join(f"<td>{'' if value is None else figure(value)}</td>" for value in values)
         rows.append(f'<tr><th scope="row">{number}</th>{cells}<td>{escape(captions[number])}</td></tr>')
     more = "" if len(numbers) == len(captions) else f"<p>The first {len(numbers)}; report.json has all.</p>"

@@ -53,7 +53,8 @@ class Pass:
                 asked = self._people_asked_for(pair)
                 for seed in seeds:
                     path = picture_path(self.request.output, arm, pair.number, seed)
-                    seconds, picture = None, _written(path)
+                    before = self.rows.found.get((arm.folder, pair.number, seed))
+                    seconds, picture = before.seconds if before else None, _written(path)
                     if picture is None:
                         draw = draw or drawing(arm, self.base, self._adapter(arm), self.request)
                         started = time.perf_counter()

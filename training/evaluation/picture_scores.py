@@ -93,15 +93,19 @@ def _clip_scores(
         judge = load_clip(clip, device=device)
     except ValueError as error:
         raise NotAtHand(str(error).replace(str(Path.home()), "~")) from error  # the report is for others, too
+    shots = {arm: [shot for shot in kept if shot.caption.strip()] for arm, kept in shots.items()}
+    if not any(shots.values()):
+        raise NotAtHand("no pair has a caption")
     report("comparing pictures and captions")
     words: dict[str, NDArray[np.float32]] = {}
+    name = f"clip-{judge.digest()[:10]}"
     for arm, pictures in shots.items():
 
         def look(pixels: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
             seen = [judge.encode_pixels(images.picture_to_tensor([one]).to(device)) for one in pixels]
             return np.concatenate([vector.float().cpu().numpy() for vector in seen])
 
-        vectors = _kept(folder / f"{arm}-clip.npy", pictures, look)
+        vectors = _kept(folder / f"{arm}-{name}.npy", pictures, look)
         values: dict[int, list[float]] = {}
         for shot, vector in zip(pictures, vectors, strict=True):
             if shot.caption not in words:
@@ -161,7 +165,8 @@ def _distances(
     except ValueError as error:
         raise NotAtHand(str(error)) from error
     report("comparing sets of pictures")
-    seen = {arm: _kept(folder / f"{arm}-inception.npy", kept, network) for arm, kept in shots.items()}
+    name = f"inception-{files.sha256_file(file)[:10]}"
+    seen = {arm: _kept(folder / f"{arm}-{name}.npy", kept, network) for arm, kept in shots.items()}
     too_few = least <= inception.FEATURES
     if too_few:
         found.skipped[FID] = (
@@ -185,7 +190,12 @@ def _need_packages() -> None:
 def _kept(
     path: Path, shots: Sequence[Shot], look: Callable[[Sequence[NDArray[np.uint8]]], NDArray[np.float32]]
 ) -> NDArray[np.float32]:
-    """A vector of each picture, kept in a file that is used again while the pictures are the same."""
+    """A vector of each picture, kept in a file that is used again while the pictures are the same.
+
+    path: its name says which network looked, too.
+    """
+    if not shots:
+        return np.zeros((0, 1), np.float32)
     mark = np.array([shot.path.stat().st_mtime_ns for shot in shots], dtype=np.int64)
     if path.is_file():
         try:

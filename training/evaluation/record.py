@@ -53,7 +53,12 @@ def record(
         "maps_made_by": {
             kind: {key: str(value) for key, value in given.items()} for kind, given in options.items()
         },
-        "interval": {"level": LEVEL, "resamples": RESAMPLES, "over": "pairs"},
+        "interval": {
+            "level": LEVEL,
+            "resamples": RESAMPLES,
+            "over": "pairs",
+            "differences": "all of one measure together",
+        },
         "measures": {
             name: {"text": measure.text, "lower_is_better": measure.lower}
             for name, measure in MEASURES.items()

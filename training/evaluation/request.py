@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,8 +17,10 @@ from controlkit.arguments import parse_compared
 from controlkit.base_parts import BUNDLED
 from controlkit.folders import weight_files
 from controlkit.formats.finding import BUNDLED_ADAPTERS, find_adapter_file, find_adapter_folder
+from controlkit.training.data.made_maps import range_ends
 
 WORLD = "world"
+FEATURES = ("inception", "none")
 PICTURES, SEEDS, STEPS = 50, 1, 20  # pairs, pictures of each, denoising steps, where nobody says
 FLOOR, CEILING, TRUE = "no control", "autoencoder", "pictures"
 """What adapters are compared with: the same prompts and noise alone, the true pictures through the
@@ -73,8 +76,8 @@ class Request:
     @property
     def decides(self) -> dict[str, Any]:
         """What decides the pictures without control, as JSON: it has to be the same to go on."""
-        names = ("data", "base", "settings", "options", "count", "seeds", "steps", "guidance", "scheduler")
-        return {name: getattr(self, name) for name in (*names, "negative_prompt")}
+        names = ("data", "base", "settings", "steps", "guidance", "scheduler", "negative_prompt")
+        return {name: getattr(self, name) for name in names}
 
 
 def make_request(
@@ -143,6 +146,8 @@ def earlier(request: Request) -> dict[str, Any] | None:
     try:
         held: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         before = dict(held["decides"])
+        for table in (held["pairs"], held["maps"], *held["maps"].values(), held["estimators"]):
+            dict.keys(table)  # all of them are tables
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} cannot be read ({error}): choose another -o") from error
     for name, now in json.loads(json.dumps(request.decides)).items():
@@ -154,6 +159,39 @@ def earlier(request: Request) -> dict[str, Any] | None:
     return held
 
 
+def joined(request: Request, before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """What an evaluation wrote of itself, and what is added to it: pairs, kinds of maps.
+
+    Raises ValueError where both cannot stand in one folder.
+    """
+    held, choose = f"{request.output} holds an evaluation", "choose another -o"
+    if before.get("base") != now["base"]:
+        raise ValueError(f"{held}, and the base's weights have changed since: {choose}")
+    if before.get("device") != now["device"]:
+        raise ValueError(f"{held} made on {before.get('device')}, not {now['device']}: {choose}")
+    marks = {"pair": (before.get("pairs"), now["pairs"])}
+    marks |= {f"{kind} map of pair": (before.get("maps", {}).get(kind), m) for kind, m in now["maps"].items()}
+    for what, (old, new) in marks.items():
+        changed = [number for number, mark in new.items() if (old or {}).get(number, mark) != mark]
+        if changed:
+            raise ValueError(f"{held}, and the {what} {', '.join(changed[:3])} has changed since: {choose}")
+    for kind, given in now["estimators"].items():
+        if before.get("estimators", {}).get(kind, given) != given:
+            made = ", ".join(f"{k} {v}" for k, v in before["estimators"][kind].items()) or "as usual"
+            asked = ", ".join(f"{k} {v}" for k, v in given.items()) or "as usual"
+            raise ValueError(f"{held} whose {kind} maps were made with {made}, not {asked}: {choose}")
+    maps = {
+        kind: before.get("maps", {}).get(kind, {}) | now["maps"].get(kind, {})
+        for kind in {**before.get("maps", {}), **now["maps"]}
+    }
+    return {
+        **now,
+        "pairs": before["pairs"] | now["pairs"],
+        "maps": maps,
+        "estimators": before.get("estimators", {}) | now["estimators"],
+    }
+
+
 def as_json(request: Request) -> dict[str, Any]:
     """The whole request, as JSON."""
     told = asdict(request)
@@ -161,10 +199,24 @@ def as_json(request: Request) -> dict[str, Any]:
     return told
 
 
+def run_config(data: str) -> Path | None:
+    """The recipe of a run's folder; None for any other folder, even with a config.toml of another tool."""
+    folder = Path(os.path.expanduser(data))
+    config = folder / "config.toml"
+    if not config.is_file():
+        return None
+    if (folder / "metrics.jsonl").is_file():
+        return config
+    try:
+        return config if "task" in tomllib.loads(config.read_text(encoding="utf-8-sig")) else None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError):
+        return None
+
+
 def _of_run(data: str, base: str | None, adapters: list[str]) -> tuple[str, str, list[str], dict[str, str]]:
     """Fill in what the folder of a run says: its base, its adapter."""
-    config = Path(os.path.expanduser(data)) / "config.toml"
-    if not config.is_file():
+    config = run_config(data)
+    if config is None:
         return data, base or "tiny", adapters, {}
     from controlkit.training.config import ControlNetRecipe, load_recipe
 
@@ -240,9 +292,18 @@ def _check(request: Request) -> None:
     if request.count < 0:
         raise ValueError(f"-n is {request.count}: 0 for all pairs, or how many")
     limits.check_count(request.seeds)
+    if request.features not in FEATURES:
+        raise naming.unknown("features", request.features, FEATURES)
+    for kind, options in request.options.items():
+        for name, value in options.items():
+            if range_ends(value) is not None:
+                raise ValueError(f"{kind}.{name} is {value}: an evaluation takes one value, no range")
     if request.scheduler not in SCHEDULERS:
         raise naming.unknown("scheduler", request.scheduler, SCHEDULERS)
-    files.check_writable(request.output, folder=True)
+    if request.output.is_dir():
+        files.check_writable(request.output / "settings.json")
+    else:
+        files.check_writable(request.output, folder=True)
     earlier(request)
 
 

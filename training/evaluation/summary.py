@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from controlkit.metrics import Interval, average_precision, interval, mean_interval
+from controlkit.metrics.intervals import LEVEL
 from controlkit.metrics.pose_ap import Matches
 from controlkit.training.evaluation.arms import Arm
 from controlkit.training.evaluation.map_scores import AP, MEASURES, principal
@@ -24,7 +27,11 @@ ByPair = dict[int, float]
 
 @dataclass(frozen=True)
 class Difference:
-    """How much more one adapter got than another on the same pairs and noise, and whether that is better."""
+    """How much more one adapter got than another on the same pairs and noise, and whether that is better.
+
+    Of several comparisons in one measure all intervals hold together at `LEVEL`, each at a higher one
+    (Bonferroni).
+    """
 
     measure: str
     first: str
@@ -36,6 +43,8 @@ class Difference:
     def verdict(self) -> str:
         """What the interval says: which one is better, or that it cannot be told."""
         low, high = self.interval.low, self.interval.high
+        if not math.isfinite(low):
+            return f"{self.pairs} pairs are too few to tell"
         if not (low > 0 or high < 0):
             return "no difference to be seen"
         first_more = low > 0
@@ -173,18 +182,18 @@ def _differences(
 ) -> list[Difference]:
     """Every two adapters of one kind, in that kind's measures and in those of every picture."""
     found = []
-    for first, second in combinations(compared, 2):
-        if first.kind != second.kind:
-            continue
+    rivals = [pair for pair in combinations(compared, 2) if pair[0].kind == pair[1].kind]
+    together = Counter(first.kind for first, _ in rivals)
+    for first, second in rivals:
         for kind in (first.kind, ""):
+            level = 1 - (1 - LEVEL) / (together[kind] if kind else len(rivals))
             for measure in (name for name in MEASURES if name in values.get(kind, {})):
                 one, other = (values[kind][measure].get(arm.label, {}) for arm in (first, second))
                 both = sorted(set(one) & set(other))
-                if len(both) > 1:
+                if both:
                     each = np.array([one[number] - other[number] for number in both])
-                    found.append(
-                        Difference(measure, first.label, second.label, mean_interval(each), len(both))
-                    )
+                    told = mean_interval(each, level=level)
+                    found.append(Difference(measure, first.label, second.label, told, len(both)))
     return found
 
 
@@ -198,6 +207,8 @@ def _reaches(
             continue
         numbers = sorted(set(by_arm[arm.label]) & set(by_arm[FLOOR]) & set(by_arm[CEILING]))
         table = np.array([[by_arm[x][n] for x in (FLOOR, arm.label, CEILING)] for n in numbers])
+        if not _is_ahead(table, lower=MEASURES[principal(arm.kind)].lower):
+            continue
 
         def share(chosen: Any, table: Any = table) -> float:
             floor, ours, ceiling = table[chosen].mean(axis=0)
@@ -206,6 +217,12 @@ def _reaches(
         if len(table) and math.isfinite(share(np.arange(len(table)))):
             found[arm.label] = interval(share, len(table))
     return found
+
+
+def _is_ahead(table: NDArray[np.float64], *, lower: bool) -> bool:
+    """Whether the ceiling is surely better than the floor; only then is there a way from one to the other."""
+    ahead = mean_interval((table[:, 2] - table[:, 0]) * (-1 if lower else 1))
+    return ahead.low > 0
 
 
 def _orders(

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 LOWER_IS_BETTER = frozenset({"depth error", "map error"})
 EDGE_KINDS = ("canny", "mlsd", "scribble")
 DEPTH_KINDS = ("depth", "leres", "midas", "zoe")
+_BETWEEN = (32, 127)  # of 255
 SMALLEST_PERSON = 8  # pixels; a tenth of less is below a joint's own uncertainty
 Values = dict[str, float]
 Measure = Callable[["NDArray[np.uint8]", int], Values]
@@ -34,10 +35,24 @@ def measure_of(kind: str) -> Callable[[Sequence[Pair], Preprocessor], Measure]:
 
 def _edges(pairs: Sequence[Pair], preprocessor: Preprocessor) -> Measure:
     """Edge F1, tolerance 2 pixels, of the picture's edges and the map."""
-    wanted = [pair.map.max(axis=2) for pair in pairs]
+    wanted = [black_and_white(pair.map) for pair in pairs]
     return lambda picture, index: {
-        "edge F1": edge_f1(preprocessor(picture).image.max(axis=2), wanted[index]).f1
+        "edge F1": edge_f1(black_and_white(preprocessor(picture).image), wanted[index]).f1
     }
+
+
+def black_and_white(levels: NDArray[Any]) -> NDArray[np.uint8]:
+    """Lines of a map (H, W, C) as 0 and 255, (H, W): what JPEG or resizing left grey is one of both.
+
+    Between them is the level of Otsu 1979, at least an eighth of white (noise of an empty map is none) and at
+    most half of it. Maps that are black and white stay what they are.
+    """
+    import cv2
+
+    bright = levels.max(axis=2)
+    eight = (bright >> 8).astype(np.uint8) if bright.dtype == np.uint16 else bright.astype(np.uint8)
+    level, _ = cv2.threshold(eight, 0, 255, cv2.THRESH_BINARY | cv2.THRESH_OTSU)
+    return np.where(eight > np.clip(level, *_BETWEEN), 255, 0).astype(np.uint8)
 
 
 def _depth(pairs: Sequence[Pair], preprocessor: Preprocessor) -> Measure:

@@ -1,0 +1,90 @@
+"""What an evaluation concludes: how sure it is, of few pairs, of many adapters, and where there is no way."""
+
+import math
+
+import numpy as np
+import pytest
+
+from controlkit.metrics import mean_interval
+from controlkit.training.evaluation.arms import Arm
+from controlkit.training.evaluation.picture_scores import PictureScores
+from controlkit.training.evaluation.request import CEILING, FLOOR, TRUE, Compared
+from controlkit.training.evaluation.rows import Row
+from controlkit.training.evaluation.summary import Summary, summarise
+from controlkit.training.evaluation.telling import table
+
+
+def summary(kind: str, measure: str, **values: object) -> Summary:
+    """Of the values of each pair, by arm: floor, ceiling, and adapters by name."""
+    labels = {"floor": FLOOR, "ceiling": CEILING}
+    arms = [
+        Arm(labels.get(name, name), name, *(() if name in labels else (kind, Compared(name, kind, {}, name))))
+        for name in values
+    ]
+    rows = {
+        name: [Row(name, n, 0, {kind: {measure: float(value)}}) for n, value in enumerate(np.array(told))]
+        for name, told in values.items()
+    }
+    assert TRUE not in values
+    return summarise(arms, rows, [kind], PictureScores(), {})
+
+
+def test_few_pairs_give_no_verdict():
+    """Seven pairs of ten say nothing, however clear they look."""
+    seven = summary("canny", "edge F1", a=np.linspace(0.8, 0.9, 7), b=np.linspace(0.1, 0.2, 7))
+    (only,) = seven.differences
+    assert only.verdict == "7 pairs are too few to tell"
+    assert "a - b, edge F1: 0.700: 7 pairs are too few to tell" in table(seven)
+    eight = summary("canny", "edge F1", a=np.linspace(0.8, 0.9, 8), b=np.linspace(0.1, 0.2, 8))
+    assert eight.differences[0].verdict == "a is better"
+    depth = summary("depth", "depth error", a=np.linspace(0.8, 0.9, 8), b=np.linspace(0.1, 0.2, 8))
+    assert depth.differences[0].verdict == "b is better"
+
+
+def test_many_comparisons_hold_together():
+    """Nine adapters without a difference: at 95 % each, two of the 36 comparisons would name a better one."""
+    random = np.random.default_rng(4)
+    same = {f"a{k}": random.normal(size=40) for k in range(9)}
+    alone = [mean_interval(same[one] - same[other]) for i, one in enumerate(same) for other in list(same)[:i]]
+    assert sum(found.low > 0 or found.high < 0 for found in alone) >= 1
+    found = summary("canny", "edge F1", **same).differences
+    assert len(found) == 36
+    assert {one.verdict for one in found} == {"no difference to be seen"}
+    two = summary("canny", "edge F1", a0=same["a0"], a1=same["a1"]).differences[0]
+    assert two.interval == mean_interval(same["a0"] - same["a1"])  # of two there is one comparison
+
+
+@pytest.mark.parametrize(
+    ("kind", "measure", "floor", "ceiling", "is_there"),
+    [
+        ("canny", "edge F1", 0.3, 0.9, True),
+        ("canny", "edge F1", 0.6, 0.6, False),  # no control is as good as the true pictures
+        ("canny", "edge F1", 0.9, 0.3, False),  # it is better
+        ("depth", "depth error", 0.4, 0.1, True),
+        ("depth", "depth error", 0.1, 0.4, False),
+    ],
+)
+def test_the_way_is_told_where_there_is_one(kind, measure, floor, ceiling, is_there):
+    random = np.random.default_rng(0)
+    noise = [random.normal(0, 0.05, size=20) for _ in range(3)]
+    middle = (floor + ceiling) / 2
+    found = summary(kind, measure, floor=floor + noise[0], mine=middle + noise[1], ceiling=ceiling + noise[2])
+    assert set(found.reach) == ({"mine"} if is_there else set())
+    if is_there:
+        assert found.reach["mine"].value == pytest.approx(0.5, abs=0.08)
+        assert found.reach["mine"].low < 0.5 < found.reach["mine"].high
+    assert any("of the way" in line for line in table(found)) == is_there
+
+
+def test_seeds_of_a_pair_count_once():
+    """An interval over pairs does not shrink because every pair was drawn four times."""
+    values = np.random.default_rng(1).normal(size=12)
+    once = summary("canny", "edge F1", a=values)
+    arms = [Arm("a", "a", "canny", Compared("a", "canny", {}, "a"))]
+    rows = {
+        "a": [Row("a", n, seed, {"canny": {"edge F1": v}}) for n, v in enumerate(values) for seed in range(4)]
+    }
+    four = summarise(arms, rows, ["canny"], PictureScores(), {})
+    (one, other) = (found.groups[0].intervals["edge F1"]["a"] for found in (once, four))
+    assert math.isclose(one.low, other.low)
+    assert math.isclose(one.high, other.high)

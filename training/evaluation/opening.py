@@ -1,0 +1,216 @@
+"""Opening what a request names: the bundled world, a data set, or what a run held out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from controlkit.training.config import ControlNetRecipe, load_recipe
+from controlkit.training.config_adapter import DataRecipe
+from controlkit.training.data.examples import picture_size
+from controlkit.training.data.made_maps import range_ends
+from controlkit.training.data.source_recipe import recipe_of
+from controlkit.training.data.visits import Visits
+from controlkit.training.draws import derived_seed
+from controlkit.training.evaluation.held_out import DataSet, HeldOut, Opened, WorldScenes
+from controlkit.training.evaluation.request import WORLD, Request, run_config
+
+if TYPE_CHECKING:
+    from controlkit.training.data.examples import Example
+
+Report = Callable[[str], None]
+Options = Mapping[str, Mapping[str, Any]]
+_NAMED = 3  # broken pairs in a message
+_DIVIDING = ("format", "split", "streaming", "picture_column", "limit", "holdout", "bad", "check")
+_STILL = ("data.flip=0", "data.map_blur=0")  # an evaluation sees pictures and maps as they are
+
+
+def open_held_out(
+    request: Request,
+    kinds: Sequence[str],
+    *,
+    resolution: int,
+    options: Options | None = None,
+    report: Report = lambda _: None,
+) -> HeldOut:
+    """Open the pairs of a request. kinds: of maps that are wanted. resolution: the base's. options: how maps
+    of each kind are made, where the data does not say.
+
+    Raises ValueError, one line: no such data, a pair that cannot be read (unless bad=skip leaves it out), or
+    maps of one kind where several are wanted.
+    """
+    usual = {kind: dict((options or {}).get(kind, {})) for kind in kinds}
+    run = run_config(request.data)
+    if run is not None:
+        return _of_run(request, run, usual, resolution=resolution, report=report)
+    if request.data == WORLD:
+        if request.settings:
+            raise ValueError(f"the bundled world has no settings, and given is {min(request.settings)}")
+        return _world(request, usual, size=resolution)
+    data = recipe_of(request.data, kinds[0], request.settings, where="evaluate")
+    opened = _opened(request, data, usual, resolution=resolution, report=report)
+    examples, visits, _ = next(iter(opened.values()))
+    usable = [index for index, shape in enumerate(visits.shape_of) if shape >= 0]
+    chosen = _looked_at(opened, _chosen(usable, request.count), report)
+    title = f"{len(chosen)} of {len(examples)} pairs of {os.path.basename(data.source.rstrip('/'))}"
+    return DataSet(opened, chosen, title=title)
+
+
+def _world(request: Request, options: Options, *, size: int) -> WorldScenes:
+    if not request.count:
+        raise ValueError("the bundled world has no end: say with -n how many of its scenes")
+    told = {kind: {**given, **request.options.get(kind, {})} for kind, given in options.items()}
+    return WorldScenes(request.count, told, size=size)
+
+
+def _of_run(request: Request, config: Path, options: Options, *, resolution: int, report: Report) -> HeldOut:
+    """What the run of a recipe held out; settings change how it is seen, never which pairs they are."""
+    for name in request.settings:
+        if name in _DIVIDING:
+            raise ValueError(
+                f"{name} decides which pairs a run holds out, and {config} settles it: leave it away, or"
+                " name the data set instead of the run"
+            )
+    moved = [f"data.source={request.settings['source']}"] if "source" in request.settings else []
+    recipe = load_recipe(str(config), moved)
+    assert isinstance(recipe, ControlNetRecipe)
+    seen = load_recipe(str(config), [*_STILL, *(f"data.{k}={v}" for k, v in request.settings.items())])
+    assert isinstance(seen, ControlNetRecipe)
+    data = seen.data
+    if data.source == WORLD:
+        told = {
+            kind: {**given, **(_fixed(data.options) if data.maps == "made" and kind == recipe.map else {})}
+            for kind, given in options.items()
+        }
+        return _world(request, told, size=data.resolution or resolution)
+    if data.streaming:
+        raise ValueError(f"{request.data} was trained on a stream: name a data set to evaluate on")
+    from controlkit.training.data.pairs import load_pairs
+
+    pairs = load_pairs(recipe, report=report)
+    kept = sorted(set(pairs.shown) - set(pairs.trained))
+    if not kept:
+        raise ValueError(
+            f"{request.data} held no pairs out (data.holdout): name another data set to evaluate on"
+        )
+    opened = _opened(
+        request, data, options, resolution=resolution, report=report, sizes=pairs.sizes, own=recipe.map
+    )
+    chosen = _looked_at(opened, _chosen(kept, request.count), report)
+    title = f"{len(chosen)} pairs that the run {config.parent.resolve().name} held out"
+    return DataSet(opened, chosen, title=title)
+
+
+def _opened(
+    request: Request,
+    data: DataRecipe,
+    options: Options,
+    *,
+    resolution: int,
+    report: Report,
+    sizes: Sequence[tuple[int, int] | None] = (),
+    own: str = "",
+) -> Opened:
+    """The data set once for each kind. own: the kind that `data.options` are of; "" for every one."""
+    from controlkit.training.data.sources import open_examples
+
+    found: Opened = {}
+    side = data.resolution or resolution
+    for kind, usual in options.items():
+        examples = open_examples(data, kind=kind, report=report)
+        sizes = sizes or _sizes(examples, data, report)
+        of_data = data.options if own in ("", kind) else {}
+        asked = request.options.get(kind, {})
+        if examples[0].maps and data.maps != "made":
+            told = {
+                **of_data,
+                **_style(kind, {**usual, **asked}),
+            }  # the rest is of maps of generated pictures
+        else:
+            told = {**usual, **_fixed(of_data), **asked}
+        seen = data.model_copy(update={"options": told})
+        found[kind] = (
+            examples,
+            Visits(examples, sizes, data=seen, kind=kind, resolution=side, seed=0),
+            seen,
+        )
+    _refuse_one_for_all(found, data.source)
+    return found
+
+
+def _fixed(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options without those that a training draws anew at each visit: an evaluation takes the usual ones."""
+    return {name: value for name, value in options.items() if range_ends(value) is None}
+
+
+def _style(kind: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """How joints from files are drawn, where that is said."""
+    return {"style": options["style"]} if kind == "openpose" and "style" in options else {}
+
+
+def _sizes(examples: Sequence[Example], data: DataRecipe, report: Report) -> list[tuple[int, int] | None]:
+    """The size of every picture; None for those that cannot be read and are left out."""
+    sizes: list[tuple[int, int] | None] = []
+    broken: list[str] = []
+    for example in examples:
+        try:
+            sizes.append(picture_size(example))
+        except ValueError as error:
+            sizes.append(None)
+            broken.append(str(error))
+    if not broken:
+        return sizes
+    told = f"{len(broken)} of {len(examples)} pairs cannot be read: {'; '.join(broken[:_NAMED])}"
+    if data.bad == "stop":
+        raise ValueError(f"{told}: mend them, or leave them out with bad=skip")
+    if len(broken) == len(examples):
+        raise ValueError(told)
+    report(f"{told}: they are left out")
+    return sizes
+
+
+def _looked_at(opened: Opened, chosen: Sequence[int], report: Report) -> list[int]:
+    """Those of the chosen pairs that can be used, pictures and maps decoded once: before minutes of work."""
+    from controlkit.training.data.check import check_examples
+
+    left = list(chosen)
+    for kind, (examples, _, data) in opened.items():
+        check = check_examples(
+            [examples[k] for k in left], data=data, kind=kind, lint=False, report=lambda _: None
+        )
+        if not check.errors:
+            continue
+        if data.bad == "stop" or not check.usable:
+            raise ValueError(
+                f"{data.source}: {check.problem(_NAMED)}: mend them, or leave them out: bad=skip"
+            )
+        report(f"{check.problem(_NAMED)}: they are left out")
+        left = [left[k] for k in check.usable]
+    return left
+
+
+def _refuse_one_for_all(found: Opened, source: str) -> None:
+    """Refuse to take the same files for maps of two kinds."""
+    seen: dict[str, str] = {}
+    for kind, (examples, visits, _) in found.items():
+        if visits.made:
+            continue
+        name = examples[next(k for k, shape in enumerate(visits.shape_of) if shape >= 0)].maps[0].name
+        if name in seen:
+            raise ValueError(
+                f"{source} has maps of one kind, and adapters of two are named ({seen[name]}, {kind}):"
+                " evaluate them one after the other, or make the maps of the pictures with maps=made"
+            )
+        seen[name] = kind
+
+
+def _chosen(usable: Sequence[int], count: int) -> list[int]:
+    """Some of the pairs, drawn once and for all: more of them contain fewer."""
+    if not count or count >= len(usable):
+        return list(usable)
+    order = np.random.default_rng(derived_seed(0, "evaluate")).permutation(len(usable))
+    return sorted(usable[k] for k in order[:count])
