@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,9 +28,10 @@ if TYPE_CHECKING:
     from controlkit.training.evaluation.request import Request
 
 Progress = Callable[[int, int, str], None]
+_ROOM = 2**30  # bytes of pairs that are kept
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Pass:
     """Everything that the pass needs. places: of the pairs that are this process's share."""
 
@@ -41,6 +42,8 @@ class Pass:
     estimators: Mapping[str, Preprocessor]
     rows: Rows
     progress: Progress
+    _kept: dict[int, tuple[Held, NDArray[Any] | None]] = field(default_factory=dict)
+    _room: int = _ROOM
 
     def run(self, arms: list[Arm]) -> None:
         """Make and score what is missing, arm by arm; an adapter is loaded only where it is wanted."""
@@ -49,8 +52,7 @@ class Pass:
         for arm in arms:
             draw: Draw | None = None
             for place, seeds in _by_place(wanted[arm.label]):
-                pair = self.held_out[place]
-                asked = self._people_asked_for(pair)
+                pair, asked = self._pair(place)
                 for seed in seeds:
                     path = picture_path(self.request.output, arm, pair.number, seed)
                     before = self.rows.found.get((arm.folder, pair.number, seed))
@@ -78,6 +80,20 @@ class Pass:
                 if row is None or not set(self.estimators) <= set(row.scores) or not path.is_file():
                     wanted.append((place, seed))
         return wanted
+
+    def _pair(self, place: int) -> tuple[Held, NDArray[Any] | None]:
+        """A pair, and the people that are asked for in it; kept for the other arms while there is room, since
+        its map may be a network's.
+        """
+        if place in self._kept:
+            return self._kept[place]
+        pair = self.held_out[place]
+        found = pair, self._people_asked_for(pair)
+        size = sum(levels.nbytes for levels in (pair.picture, *pair.maps.values()))
+        if size <= self._room:
+            self._room -= size
+            self._kept[place] = found
+        return found
 
     def _adapter(self, arm: Arm) -> Adapter | None:
         if arm.compared is None:
