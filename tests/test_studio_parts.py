@@ -1,6 +1,8 @@
 """The parts of the studio that need no page: what is kept, what may be trained on, what is told."""
 
+import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,9 +12,15 @@ import pytest
 pytest.importorskip("gradio", reason="the studio page needs the extra ui")
 
 from controlkit import adapters, generate_models
+from controlkit.studio import page as studio_page
+from controlkit.studio.engine import Engine
+from controlkit.studio.uploads import Shown
 
 # gradio (6.31) and what it is built on use what Starlette is about to drop.
-pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning:gradio")]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:gradio"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),  # its event loops are never closed
+]
 
 
 @pytest.fixture
@@ -54,3 +62,52 @@ def test_the_adapters_that_were_used_last_are_kept(loaded: list[str]) -> None:
     for name in [*names[:most], names[0], names[most], names[0], names[1]]:
         adapter_of(models, name)
     assert loaded == [*names, names[1]]
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the page's files lie."""
+    place = tmp_path / "place"
+    place.mkdir()
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(place))
+    return place
+
+
+@pytest.fixture
+def built(tmp_path: Path, place: Path) -> Iterator[Any]:
+    """The page, not served."""
+    yield studio_page.build(Engine("tiny"), tmp_path / "runs")
+    gc.collect()  # here, where the event loops that it leaves open are no error
+
+
+def test_a_sheet_is_written_once_for_all_looks(tmp_path: Path, place: Path) -> None:
+    sheet, shown = tmp_path / "step-10.png", Shown()
+    sheet.write_bytes(b"first")
+    first = shown.copy(sheet, "mine-step-10.png")
+    assert first is not None
+    assert Path(first).name == "mine-step-10.png"
+    os.utime(first, (0, 0))
+    assert shown.copy(sheet, "mine-step-10.png") == first
+    assert Path(first).stat().st_mtime > 0, "one that is looked at grows old"
+    sheet.write_bytes(b"another")
+    second = shown.copy(sheet, "mine-step-10.png")
+    assert second is not None
+    assert second != first
+    Path(second).unlink()
+    assert Path(str(shown.copy(sheet, "mine-step-10.png"))).read_bytes() == b"another"
+    sheet.unlink()
+    assert shown.copy(sheet, "mine-step-10.png") is None
+    assert len(list(place.rglob("*.png"))) == 2
+
+
+def test_the_page_deletes_what_is_old_and_keeps_its_scenes(built: Any, place: Path) -> None:
+    from gradio.route_utils import delete_files_created_by_app
+
+    assert built.delete_cache is not None
+    assert all(seconds > 0 for seconds in built.delete_cache)
+    scenes = sorted(place.rglob("*.png"))
+    assert len(scenes) > 1
+    (place / "old.png").write_bytes(scenes[0].read_bytes())
+    built.temp_file_sets[-1].add(str(place / "old.png"))
+    delete_files_created_by_app(built, age=-1)
+    assert sorted(place.rglob("*.png")) == scenes

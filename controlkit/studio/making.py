@@ -80,7 +80,7 @@ class Making:
         stop = self._take(request)
         try:
             job = self._asked(*values).plan(self.keep)
-            yield from self._shown(job, made, stop)
+            yield from self._shown(job, [one for one in made if one.there], stop)
         except Exception as error:
             line = f'<p class="bad">{toast(error).message}</p>'
             yield [line, *[gr.skip()] * OUTPUTS, *IDLE]  # what was finished before stays

@@ -14,11 +14,12 @@ from controlkit.studio.server import KEPT
 from controlkit.studio.train_tab import TrainTab
 
 TITLE = "ControlKit studio"
+SHOWN = 24 * 60 * 60  # seconds for which the page's copies of pictures are there; looked at hourly
 
 
 def build(engine: Engine, runs: Path) -> Any:
     """The page for a loaded engine. runs: the folder of the trainings."""
-    with gr.Blocks(title=TITLE, analytics_enabled=False) as page:
+    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(60 * 60, SHOWN)) as page:
         gr.HTML(_head(engine.name))
         with gr.Tabs() as tabs:
             with gr.Tab("Create", id="create") as first:

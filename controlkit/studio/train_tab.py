@@ -11,7 +11,7 @@ from controlkit.studio import run_folders
 from controlkit.studio.engine import Engine
 from controlkit.studio.run_view import NOTHING, details
 from controlkit.studio.toasts import readable
-from controlkit.studio.uploads import write_shown
+from controlkit.studio.uploads import Shown
 
 if TYPE_CHECKING:
     from controlkit.studio.create_tab import CreateTab
@@ -26,7 +26,7 @@ class TrainTab:
 
     def __init__(self, engine: Engine, runs: Path) -> None:
         """Lay the components out."""
-        self.engine, self.runs = engine, runs
+        self.engine, self.runs, self.sheets = engine, runs, Shown()
         self.recipes = run_folders.recipes(engine.name)
         with gr.Row(elem_classes="columns"):
             with gr.Column(scale=4, min_width=300):
@@ -152,15 +152,15 @@ class TrainTab:
         if now == seen:
             return [gr.skip()] * 9
         view = details(run, log)
-        sheet = run.record.samples[-1][1] if run.record.samples else None
-        picture = None if sheet is None else write_shown(sheet.read_bytes(), f"{run.name}-{sheet.name}")
-        step = f"Step {run.record.samples[-1][0]}: maps, their pictures, samples" if sheet else "Samples"
+        step, sheet = run.record.samples[-1] if run.record.samples else (0, None)
+        picture = None if sheet is None else self.sheets.copy(sheet, f"{run.name}-{sheet.name}")
+        label = f"Step {step}: maps, their pictures, samples"
         alive = run.state in ("starting", "running")
         return [
             gr.update(choices=[(one.line, one.name) for one in runs], value=run.name),
             view.head,
             view.curves,
-            gr.update(value=picture, visible=sheet is not None, label=step),
+            gr.update(value=picture, visible=picture is not None, label=label),
             view.log,
             now,
             gr.update(visible=alive),
