@@ -82,9 +82,10 @@ class Making:
             job = self._asked(*values).plan(self.keep)
             yield from self._shown(job, [one for one in made if one.there], stop)
         except Exception as error:
-            line = f'<p class="bad">{toast(error).message}</p>'
+            told = toast(error)  # once: it is what writes to the terminal
+            line = f'<p class="bad">{told.message}</p>'
             yield [line, *[gr.skip()] * OUTPUTS, *IDLE]  # what was finished before stays
-            raise
+            raise told from None
         finally:
             self._dropped(request, stop)
 
