@@ -104,19 +104,17 @@ def about(record: PictureRecord) -> str:
     """What a picture was made with, as HTML."""
     from html import escape
 
-    rows = {
-        "Seed": record.seed,
-        "Size": f"{record.width} × {record.height}",
-        "Steps": record.steps,
-        "Guidance": f"{record.guidance:g}",
-        "Scheduler": record.scheduler,
-    }
+    rows = [
+        ("Seed", str(record.seed)),
+        ("Size", f"{record.width} × {record.height}"),
+        ("Steps", str(record.steps)),
+        ("Guidance", f"{record.guidance:g}"),
+        ("Scheduler", record.scheduler),
+    ]
     for control in record.controls:
         how = [f"{control.scale:g}"] if isinstance(control.scale, float | int) else []
         how += [f"{control.start:g} to {control.end:g}"] if (control.start, control.end) != (0, 1) else []
         how += [control.mode] if control.mode != "balanced" else []
-        rows[control.kind] = ", ".join(how)
-    cells = "".join(
-        f"<div><dt>{escape(name)}</dt><dd>{escape(str(value))}</dd></div>" for name, value in rows.items()
-    )
+        rows.append((control.kind, ", ".join(how)))
+    cells = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in rows)
     return f'<p class="told">{escape(record.prompt)}</p><dl>{cells}</dl>'
