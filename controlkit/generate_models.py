@@ -57,8 +57,8 @@ class Models:
 
 
 def _stamp(name: str) -> Stamp:
-    """Path, time and size of each file that an adapter is read from: weights that are overwritten in place leave
-    their folder's time as it was. Nothing for a name of the hub or of a bundled adapter.
+    """Path, time and size of each file that an adapter is read from: weights that are overwritten in place
+    leave their folder's time as it was. Nothing for a name of the hub or of a bundled adapter.
     """
     place = Path(os.path.expanduser(name))
     files = sorted(place.iterdir()) if os.path.isdir(place) else [place]

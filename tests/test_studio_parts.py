@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("gradio", reason="the studio page needs the extra ui")
+gradio = pytest.importorskip("gradio", reason="the studio page needs the extra ui")
 
-from controlkit import adapters, generate_models
+from controlkit import adapters, generate_models, infotext
+from controlkit.studio import gallery, making
 from controlkit.studio import page as studio_page
 from controlkit.studio.engine import Engine
 from controlkit.studio.uploads import Shown
@@ -111,3 +112,50 @@ def test_the_page_deletes_what_is_old_and_keeps_its_scenes(built: Any, place: Pa
     built.temp_file_sets[-1].add(str(place / "old.png"))
     delete_files_created_by_app(built, age=-1)
     assert sorted(place.rglob("*.png")) == scenes
+
+
+def finished(runs: Path, name: str) -> Path:
+    """The folder of a training that ended, as far as the page looks."""
+    (runs / name / "controlnet").mkdir(parents=True)
+    (runs / name / "config.toml").write_text('task = "controlnet"\nbase = "tiny"\nmap = "canny"\n')
+    return runs / name
+
+
+def test_a_page_that_is_loaded_knows_the_adapters_that_were_trained(built: Any, tmp_path: Path) -> None:
+    result = finished(tmp_path / "runs", "mine") / "controlnet"
+    loads = [one for one in built.fns.values() if (built._id, "load") in one.targets]
+    (listed,) = [one for one in loads if {getattr(out, "label", "") for out in one.outputs} == {"Adapter"}]
+    updates = listed.fn()
+    assert len(updates) == len(listed.outputs) == 3
+    assert all(("mine (canny)", str(result)) in update["choices"] for update in updates)
+
+
+def test_an_error_while_making_is_logged_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*values: Any) -> Any:
+        raise RuntimeError("something of ours")
+
+    made = making.Making(Engine("tiny"), tmp_path)
+    monkeypatch.setattr(made, "_asked", broken)
+    steps = made._make(SimpleNamespace(session_hash="one"), [])
+    assert "Something went wrong inside (RuntimeError)" in next(steps)[0]
+    with pytest.raises(gradio.Error, match="RuntimeError"):
+        next(steps)
+    assert [record.exc_info[1].args for record in caplog.records if record.exc_info] == [
+        ("something of ours",)
+    ]
+
+
+def test_two_maps_of_one_kind_are_both_told() -> None:
+    controls = tuple(
+        infotext.ControlRecord("canny", "map.png", "", True, "canny", scale=scale) for scale in (0.5, 0.75)
+    )
+    record = infotext.PictureRecord(
+        prompt="a cube", negative_prompt="", base="tiny", steps=1, scheduler="ddim", seed=0, controls=controls, guidance=1.0,
+        width=64, height=64, device="cpu", dtype="float32", versions={},
+    )  # fmt: skip
+    told = gallery.about(record)
+    assert told.count("<dt>canny</dt>") == 2
+    assert "<dd>0.5</dd>" in told
+    assert "<dd>0.75</dd>" in told

@@ -26,7 +26,7 @@ def build(engine: Engine, runs: Path) -> Any:
                 create = CreateTab(engine, runs / KEPT, page)
             with gr.Tab("Train", id="train") as second:
                 train = TrainTab(engine, runs)
-        train.wire(tabs, second, first, create)
+        train.wire(page, tabs, second, first, create)
     page.queue(default_concurrency_limit=8)
     return page
 

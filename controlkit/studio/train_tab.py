@@ -93,7 +93,9 @@ class TrainTab:
             done = button.click(self._ask(work), self.chosen, None, api_name=name, **quiet)
             done.then(**look, api_visibility="private")
 
-    def wire(self, tabs: gr.Tabs, own: gr.Tab, create_tab: gr.Tab, create: CreateTab) -> None:
+    def wire(
+        self, page: gr.Blocks, tabs: gr.Tabs, own: gr.Tab, create_tab: gr.Tab, create: CreateTab
+    ) -> None:
         """Look at the runs while the tab is open, and take adapters to the first tab."""
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         look = {"fn": self._look, "inputs": [self.chosen, self.seen]}
@@ -105,7 +107,8 @@ class TrainTab:
         create_tab.select(lambda: gr.Timer(active=False), None, self.timer, **quiet)
         slots = create.slots
         adapters = [slot.adapter for slot in slots]
-        create_tab.select(lambda: [self._adapters()] * len(slots), None, adapters, **quiet)
+        for shown in (page.load, create_tab.select):  # a page that is loaded anew has its first choices
+            shown(lambda: [self._adapters()] * len(slots), None, adapters, **quiet)
         self.use.click(self._use, self.chosen, [tabs, slots[0].kind, slots[0].adapter], **quiet)
 
     def _choices(self) -> list[tuple[str, str]]:

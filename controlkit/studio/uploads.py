@@ -49,7 +49,7 @@ def write_shown(data: bytes, name: str) -> str:
 
 
 class Shown:
-    """Files of the trainings where the page may serve them: one copy of each, for as long as it stays as it is."""
+    """Files of the trainings where the page may serve them: one copy of each as long as it stays as it is."""
 
     def __init__(self) -> None:
         self._copies: dict[Path, tuple[tuple[int, int], str]] = {}
