@@ -2,17 +2,23 @@
 
 import gc
 import os
+import shutil
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-gradio = pytest.importorskip("gradio", reason="the studio page needs the extra ui")
+pytest.importorskip("gradio", reason="the studio page needs the extra ui")
+
+import gradio
+from outcomes import Run
 
 from controlkit import adapters, generate_models, infotext
-from controlkit.studio import gallery, making
+from controlkit.studio import gallery, making, run_folders, server
 from controlkit.studio import page as studio_page
 from controlkit.studio.engine import Engine
 from controlkit.studio.uploads import Shown
@@ -152,10 +158,129 @@ def test_two_maps_of_one_kind_are_both_told() -> None:
         infotext.ControlRecord("canny", "map.png", "", True, "canny", scale=scale) for scale in (0.5, 0.75)
     )
     record = infotext.PictureRecord(
-        prompt="a cube", negative_prompt="", base="tiny", steps=1, scheduler="ddim", seed=0, controls=controls, guidance=1.0,
-        width=64, height=64, device="cpu", dtype="float32", versions={},
+        prompt="a cube", negative_prompt="", base="tiny", steps=1, scheduler="ddim", seed=0,
+        controls=controls, guidance=1.0, width=64, height=64, device="cpu", dtype="float32", versions={},
     )  # fmt: skip
     told = gallery.about(record)
     assert told.count("<dt>canny</dt>") == 2
     assert "<dd>0.5</dd>" in told
     assert "<dd>0.75</dd>" in told
+
+
+@pytest.fixture
+def begun(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The trainings that were begun, in words; none is."""
+    words: list[list[str]] = []
+
+    def begin(folder: Path, said: list[str]) -> None:
+        folder.mkdir(parents=True)
+        (folder / "config.toml").write_text("")
+        words.append(said)
+
+    monkeypatch.setattr(run_folders, "_begun", begin)
+    return words
+
+
+def begin(runs: Path, name: str = "mine", **how: Any) -> Path:
+    """Begin a short training."""
+    return run_folders.begin(runs, name=name, recipe="tiny-canny", base="tiny", steps=20, **how)
+
+
+def test_a_page_for_others_trains_on_folders_that_its_owner_names(
+    tmp_path: Path, begun: list[list[str]]
+) -> None:
+    photos, outside = tmp_path / "data" / "photos", tmp_path / "outside"
+    photos.mkdir(parents=True)
+    outside.mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "data")
+    (photos / "away").symlink_to(outside)
+    within = server.trainable("0.0.0.0", [str(tmp_path / "link")])
+    assert within == [tmp_path / "data"]
+    for number, source in enumerate((str(photos), "photos", " photos/ ", str(tmp_path / "link/photos"))):
+        begin(tmp_path / "runs", f"run-{number}", source=source, within=within)
+        assert f"data.source={photos}" in begun[-1]
+    told = set()
+    for source in (
+        *(str(outside), "../outside", "photos/away", str(tmp_path / "nothing"), "nothing", "/root", "~"),
+        *("~root", "/etc/passwd", str(tmp_path / "data" / ".." / "outside"), "a\0b", "x" * 5000),
+    ):
+        with pytest.raises(ValueError, match="cannot use that folder") as refused:
+            begin(tmp_path / "runs", "refused", source=source, within=within)
+        told.add(str(refused.value))
+    assert told == {"the trainings of this page cannot use that folder: choose a folder within data"}
+    assert not (tmp_path / "runs" / "refused").exists()
+
+
+def test_where_others_reach_the_page_no_folder_is_trained_on_unless_named(
+    tmp_path: Path, begun: list[list[str]]
+) -> None:
+    assert server.trainable("127.0.0.1", []) is None
+    assert server.trainable("0.0.0.0", []) == []
+    with pytest.raises(ValueError, match="choose the bundled world"):
+        begin(tmp_path / "runs", source=str(tmp_path), within=[])
+    begin(tmp_path / "runs", "alone", source=str(tmp_path))
+    assert f"data.source={tmp_path}" in begun[-1]
+    begin(tmp_path / "runs", within=[])
+    assert len(begun) == 2
+
+
+def test_the_named_folder_has_to_be_there(run: Run) -> None:
+    assert run("ui", "--data", "no-such").refused() == (
+        "no-such is not a folder: --data takes one with data sets for trainings"
+    )
+
+
+def test_one_training_at_a_time(tmp_path: Path, begun: list[list[str]]) -> None:
+    from controlkit.training.lock import locked
+
+    for name in ("first", "stopped"):
+        (tmp_path / name / "checkpoints").mkdir(parents=True)
+        (tmp_path / name / "config.toml").write_text("steps = 20\n")
+    with locked(tmp_path / "first"):
+        for work in (lambda: begin(tmp_path), lambda: run_folders.go_on(tmp_path / "stopped")):
+            with pytest.raises(ValueError, match="the training first is running: wait until it has ended"):
+                work()
+    begin(tmp_path)
+    assert len(begun) == 1
+
+
+def test_two_who_begin_at_once_begin_one(
+    tmp_path: Path, begun: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = run_folders._check_free
+
+    def slowly(runs: Path) -> None:
+        free(runs)
+        time.sleep(0.2)
+
+    monkeypatch.setattr(run_folders, "_check_free", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        ends = [job.exception() for job in [pool.submit(begin, tmp_path) for _ in range(2)]]
+    assert len(begun) == 1
+    assert sorted(str(end)[:27] for end in ends) == ["None", "there is a run mine already"]
+
+
+def test_the_name_of_a_training_that_could_not_begin_is_free(tmp_path: Path, begun: list[list[str]]) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / run_folders.LOG).write_text("error: no pictures in photos\n")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileExistsError):  # of the stand-in, which was reached
+        begin(tmp_path)
+    with pytest.raises(ValueError, match="there is a run file already"):
+        begin(tmp_path, "file")
+    with pytest.raises(ValueError, match="for the pictures of the page"):
+        begin(tmp_path, "studio")
+
+
+def test_a_run_that_disappears_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = [finished(tmp_path, name) for name in ("one", "two")]
+    read = run_folders.read_run
+
+    def late(folder: Path) -> Any:
+        if folder == folders[0]:
+            shutil.rmtree(folder)
+        return read(folder)
+
+    monkeypatch.setattr(run_folders, "read_run", late)
+    assert [run.name for run in run_folders.found(tmp_path)] == ["two"]
+    assert run_folders.found(tmp_path / "nothing") == []

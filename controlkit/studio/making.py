@@ -81,7 +81,7 @@ class Making:
         try:
             job = self._asked(*values).plan(self.keep)
             yield from self._shown(job, [one for one in made if one.there], stop)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - raised as what the page shows of it
             told = toast(error)  # once: it is what writes to the terminal
             line = f'<p class="bad">{told.message}</p>'
             yield [line, *[gr.skip()] * OUTPUTS, *IDLE]  # what was finished before stays

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +20,18 @@ if TYPE_CHECKING:
 EVERY = 2.0  # seconds between two looks at the runs
 STEPS = 250
 WORLD, FOLDER = "The bundled world", "A folder"
+READ = "Pictures with captions beside them (.txt), or a data set that controlkit data check reads"
+ONE = "One training at a time; while it runs, pictures take longer."
 
 
 class TrainTab:
-    """Builds the tab and wires it. runs: the folder of the trainings."""
+    """Builds the tab and wires it. runs: the folder of the trainings. data: the folders within which their
+    pictures have to lie; None is anywhere.
+    """
 
-    def __init__(self, engine: Engine, runs: Path) -> None:
+    def __init__(self, engine: Engine, runs: Path, data: Sequence[Path] | None = None) -> None:
         """Lay the components out."""
+        self.data = data
         self.engine, self.runs, self.sheets = engine, runs, Shown()
         self.recipes = run_folders.recipes(engine.name)
         with gr.Row(elem_classes="columns"):
@@ -56,17 +62,20 @@ class TrainTab:
     def _form(self) -> None:
         gr.HTML("<h2>A new training</h2>")
         names = [*self.recipes]
+        sources = [WORLD] if self.data == [] else [WORLD, FOLDER]
         self.source = gr.Radio(
-            [WORLD, FOLDER], value=WORLD, label="Pictures", elem_classes="segments", container=False
+            sources, value=WORLD, label="Pictures", elem_classes="segments", container=False
         )
+        where = f"within {run_folders.called(self.data)}" if self.data else "on the machine of this page"
         self.folder = gr.Textbox(
-            label="Folder on the machine of this page", placeholder="/home/me/photos", visible=False,
-            info="Pictures with captions beside them (.txt), or a data set that controlkit data check reads",
+            label=f"Folder {where}", placeholder="photos" if self.data else "/home/me/photos", info=READ,
+            visible=False,
         )  # fmt: skip
         self.recipe = gr.Dropdown(names, value=names[0], label="Recipe", info=self.recipes[names[0]])
         self.steps = gr.Number(STEPS, label="Steps", precision=0, minimum=1)
         self.name = gr.Textbox("my-adapter", label="Name", info=f"Its folder lies in {self.runs.name}.")
         self.start = gr.Button("Start training", variant="primary", elem_id="start")
+        gr.HTML(f'<p class="faint">{ONE}</p>')
 
     def _listen(self) -> None:
         quiet: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": 8}
@@ -123,7 +132,7 @@ class TrainTab:
             raise ValueError(f"the page knows no recipe {recipe!r} for the base {self.engine.name}")
         begun = run_folders.begin(
             self.runs, name=(name or "").strip(), recipe=recipe, base=self.engine.name, steps=int(steps or 0),
-            source=folder if source == FOLDER else "",
+            source=folder if source == FOLDER else "", within=self.data,
         )  # fmt: skip
         return gr.update(choices=self._choices(), value=begun.name)
 
@@ -158,7 +167,6 @@ class TrainTab:
         step, sheet = run.record.samples[-1] if run.record.samples else (0, None)
         picture = None if sheet is None else self.sheets.copy(sheet, f"{run.name}-{sheet.name}")
         label = f"Step {step}: maps, their pictures, samples"
-        alive = run.state in ("starting", "running")
         return [
             gr.update(choices=[(one.line, one.name) for one in runs], value=run.name),
             view.head,
@@ -166,8 +174,8 @@ class TrainTab:
             gr.update(value=picture, visible=picture is not None, label=label),
             view.log,
             now,
-            gr.update(visible=alive),
-            gr.update(visible=run.state == "stopped"),
+            gr.update(visible=run.state in run_folders.ALIVE),
+            gr.update(visible=run.can_go_on),
             gr.update(visible=run.state == "finished" and self._fits(run)),
         ]
 
