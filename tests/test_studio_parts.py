@@ -18,7 +18,7 @@ import gradio
 from outcomes import Run
 
 from controlkit import adapters, generate_models, infotext
-from controlkit.studio import gallery, making, run_folders, server
+from controlkit.studio import asked, gallery, making, run_folders, server
 from controlkit.studio import page as studio_page
 from controlkit.studio.engine import Engine
 from controlkit.studio.uploads import Shown
@@ -71,25 +71,33 @@ def test_the_adapters_that_were_used_last_are_kept(loaded: list[str]) -> None:
     assert loaded == [*names, names[1]]
 
 
-@pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Where the page's files lie."""
-    place = tmp_path / "place"
-    place.mkdir()
-    monkeypatch.setenv("GRADIO_TEMP_DIR", str(place))
-    return place
+    place = tmp_path_factory.mktemp("place")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", str(place))
+        yield place
+
+
+@pytest.fixture(scope="module")
+def built(place: Path) -> Iterator[Any]:
+    """The page, not served; its runs are in `runs`."""
+    yield studio_page.build(Engine("tiny"), place.with_name("runs"))
+    gc.collect()  # here, where the event loops that it leaves open are no error
 
 
 @pytest.fixture
-def built(tmp_path: Path, place: Path) -> Iterator[Any]:
-    """The page, not served."""
-    yield studio_page.build(Engine("tiny"), tmp_path / "runs")
-    gc.collect()  # here, where the event loops that it leaves open are no error
+def runs(place: Path) -> Iterator[Path]:
+    """The page's runs, of which there are none yet."""
+    yield place.with_name("runs")
+    shutil.rmtree(place.with_name("runs"), ignore_errors=True)
 
 
 def test_a_sheet_is_written_once_for_all_looks(tmp_path: Path, place: Path) -> None:
     sheet, shown = tmp_path / "step-10.png", Shown()
     sheet.write_bytes(b"first")
+    before = len(list(place.rglob("*.png")))
     first = shown.copy(sheet, "mine-step-10.png")
     assert first is not None
     assert Path(first).name == "mine-step-10.png"
@@ -104,7 +112,7 @@ def test_a_sheet_is_written_once_for_all_looks(tmp_path: Path, place: Path) -> N
     assert Path(str(shown.copy(sheet, "mine-step-10.png"))).read_bytes() == b"another"
     sheet.unlink()
     assert shown.copy(sheet, "mine-step-10.png") is None
-    assert len(list(place.rglob("*.png"))) == 2
+    assert len(list(place.rglob("*.png"))) == before + 2
 
 
 def test_the_page_deletes_what_is_old_and_keeps_its_scenes(built: Any, place: Path) -> None:
@@ -127,8 +135,8 @@ def finished(runs: Path, name: str) -> Path:
     return runs / name
 
 
-def test_a_page_that_is_loaded_knows_the_adapters_that_were_trained(built: Any, tmp_path: Path) -> None:
-    result = finished(tmp_path / "runs", "mine") / "controlnet"
+def test_a_page_that_is_loaded_knows_the_adapters_that_were_trained(built: Any, runs: Path) -> None:
+    result = finished(runs, "mine") / "controlnet"
     loads = [one for one in built.fns.values() if (built._id, "load") in one.targets]
     (listed,) = [one for one in loads if {getattr(out, "label", "") for out in one.outputs} == {"Adapter"}]
     updates = listed.fn()
@@ -284,3 +292,65 @@ def test_a_run_that_disappears_is_left_out(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(run_folders, "read_run", late)
     assert [run.name for run in run_folders.found(tmp_path)] == ["two"]
     assert run_folders.found(tmp_path / "nothing") == []
+
+
+def listener(built: Any, name: str) -> Any:
+    """The function of the page that is called so; the first, where several are."""
+    return next(one.fn for one in built.fns.values() if one.fn is not None and one.fn.__name__ == name)
+
+
+def test_where_the_last_run_was_deleted_nothing_of_it_stays(built: Any) -> None:
+    chosen, about, curves, sheet, log, _, *buttons = listener(built, "_look")("mine", "before")
+    assert (chosen["choices"], chosen["value"], curves, log) == ([], None, "", "")
+    assert "No training yet" in about
+    assert not any(update["visible"] for update in (sheet, *buttons))
+
+
+def test_only_a_finished_adapter_is_taken_to_the_first_tab(built: Any, runs: Path) -> None:
+    folder = finished(runs, "mine")
+    assert listener(built, "_use")("mine")[2]["value"] == str(folder / "controlnet")
+    (folder / "controlnet").rmdir()
+    with pytest.raises(gradio.Error, match="The run mine is failed"):
+        listener(built, "_use")("mine")
+
+
+def test_a_session_keeps_no_photo_of_millions_of_pixels(
+    built: Any, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Engine, "size", lambda *values: (64, 64))
+    photo = str(next(place.rglob("scene*.png")))
+    drawn = listener(built, "_draw")("canny", False, 100, 200, "", "", photo)[4]
+    assert drawn.map.image.shape == (64, 64, 3)
+    assert drawn.photo is None
+
+
+def test_a_picture_that_was_deleted_is_a_line(built: Any, tmp_path: Path) -> None:
+    gone = gallery.Made(str(tmp_path / "gone.png"), None)  # type: ignore[arg-type]
+    with pytest.raises(gradio.Error, match="shows that picture no longer"):
+        listener(built, "_select")([gone], SimpleNamespace(index=0))
+
+
+def test_a_click_that_comes_to_nothing_is_forgotten(built: Any, tmp_path: Path) -> None:
+    made, session = making.Making(Engine("tiny"), tmp_path), SimpleNamespace(session_hash="one")
+    for end, told in ((made._refused, making.IDLE), (made._left, None)):
+        made._begin(session)
+        made._stop(session)
+        assert end(session) == told
+        stop = made._take(session)
+        assert not stop.is_set(), "the next pictures are cancelled by what came before"
+        made._begin(session)
+        end(session)
+        made._stop(session)
+        assert stop.is_set(), "what is in the making cannot be cancelled"
+        made._dropped(session, stop)
+        assert not made._waiting
+        assert not made._taken
+    targets = {target[1]: one.fn.__name__ for one in built.fns.values() for target in one.targets if one.fn}
+    assert (targets["failure"], targets["unload"]) == ("_refused", "_left")
+
+
+def test_a_wrong_number_is_not_repeated_whole() -> None:
+    for read in (asked.whole, asked.real):
+        with pytest.raises(ValueError, match="not '99") as refused:
+            read("9" * 9000 + "x", "the seed")
+        assert len(str(refused.value)) < 120

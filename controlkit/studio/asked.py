@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 MOST_PICTURES = 16  # of one request: others wait
 DIGITS = 4  # of numbers that come from sliders
+TOLD = 40  # characters of a wrong number that its error repeats
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +111,7 @@ def whole(text: str | None, what: str) -> int | None:
     try:
         return int(text) if text and text.strip() else None
     except ValueError:
-        raise ValueError(f"{what} must be a whole number, or empty, not {text!r}") from None
+        raise ValueError(f"{what} must be a whole number, or empty, not {text[:TOLD]!r}") from None
 
 
 def real(text: str | None, what: str) -> float | None:
@@ -118,4 +119,4 @@ def real(text: str | None, what: str) -> float | None:
     try:
         return float(text) if text and text.strip() else None
     except ValueError:
-        raise ValueError(f"{what} must be a number, or empty, not {text!r}") from None
+        raise ValueError(f"{what} must be a number, or empty, not {text[:TOLD]!r}") from None

@@ -154,8 +154,9 @@ class TrainTab:
     def _look(self, name: str | None, seen: str) -> list[Any]:
         """What there is to be seen of the chosen run, or else the newest; nothing where it is as before."""
         runs = run_folders.found(self.runs)
-        if not runs:
-            return [gr.update(choices=[], value=None), NOTHING, *[gr.skip()] * 7]
+        if not runs:  # none yet, or their folders were deleted
+            no = gr.update(visible=False)
+            return [gr.update(choices=[], value=None), NOTHING, "", no, "", "", no, no, no]
         run = next((run for run in runs if run.name == name), runs[0])
         log = run_folders.log_lines(run.record.folder)
         now = repr(
@@ -201,6 +202,8 @@ class TrainTab:
     def _use(self, name: str | None) -> list[Any]:
         """The first tab, with the run's kind of map and its adapter."""
         run = run_folders.look(self._folder(name))
+        if run.state != "finished" or not self._fits(run):
+            raise ValueError(f"the run {run.name} is {run.state}: it has no adapter for this page")
         kind = str(run.record.config.get("map"))
         known = self.engine.kinds
         return [
