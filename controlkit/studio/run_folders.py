@@ -73,7 +73,8 @@ def found(runs: Path) -> list[Run]:
 
 def is_run(folder: Path) -> bool:
     """Whether a folder is that of a training."""
-    return (folder / "config.toml").is_file() or (folder / LOG).is_file()
+    # os.path answers for folders that may not be read, too, where pathlib raises
+    return any(os.path.isfile(folder / name) for name in ("config.toml", LOG))
 
 
 def look(folder: Path) -> Run:
