@@ -108,15 +108,17 @@ def number(value: float) -> str:
 
 def whole(text: str | None, what: str) -> int | None:
     """A whole number that was typed in, None for nothing. Raises ValueError for anything else."""
+    given = (text or "").strip()
     try:
-        return int(text) if text and text.strip() else None
+        return int(given) if given else None
     except ValueError:
-        raise ValueError(f"{what} must be a whole number, or empty, not {text[:TOLD]!r}") from None
+        raise ValueError(f"{what} must be a whole number, or empty, not {given[:TOLD]!r}") from None
 
 
 def real(text: str | None, what: str) -> float | None:
     """A number that was typed in, None for nothing. Raises ValueError for anything else."""
+    given = (text or "").strip()
     try:
-        return float(text) if text and text.strip() else None
+        return float(given) if given else None
     except ValueError:
-        raise ValueError(f"{what} must be a number, or empty, not {text[:TOLD]!r}") from None
+        raise ValueError(f"{what} must be a number, or empty, not {given[:TOLD]!r}") from None
