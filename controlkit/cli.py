@@ -725,13 +725,23 @@ def ui(
     ] = "127.0.0.1",
     port: Annotated[int, _option("N", "The port.")] = 7860,
     runs: Annotated[str, _option("FOLDER", "Where trainings are, and what is made is kept.")] = "runs",
+    data: Annotated[
+        Texts,
+        _option(
+            "FOLDER",
+            "Trainings may use pictures within it alone (repeatable).  [default: any folder of this machine;"
+            " where others reach the page, none]",
+        ),
+    ] = None,
 ) -> None:
     """Open the studio page: make pictures and train adapters in a browser."""
     from controlkit.studio import server
 
     with (
         _terminal() as terminal,
-        server.opened(base, device=device, host=host, port=port, runs=runs, report=terminal) as address,
+        server.opened(
+            base, device=device, host=host, port=port, runs=runs, data=data or (), report=terminal
+        ) as address,
     ):
         for line in server.told(address, host, runs):
             print(line, flush=True)

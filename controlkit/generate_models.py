@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -11,18 +12,21 @@ if TYPE_CHECKING:
     from controlkit.adapters import Adapter
     from controlkit.base import Base
 
+MOST_ADAPTERS = 4  # that are kept; of SD 1.5 each takes 0.7 GB
 Key = tuple[str, str, str, bool]
+Stamp = tuple[tuple[str, int, int], ...]
 
 
 class Models:
-    """What was loaded. One base is kept at a time, with its adapters: another one takes their place.
+    """What was loaded. One base is kept at a time, with the adapters that were used last: another base takes
+    their place.
 
     Networks that rest stay on the processor until they work, where memory is scarce.
     """
 
     def __init__(self) -> None:
         self._base: tuple[Key, Base] | None = None
-        self._adapters: dict[tuple[Key, str, float], Adapter] = {}
+        self._adapters: dict[str, tuple[Stamp, Adapter]] = {}  # by name; the last one was used last
 
     def base(self, name: str, *, device: str, dtype: torch.dtype, rests: bool = False) -> Base:
         """The base on its device, or, if it rests, on the processor. Raises ValueError as `load_base`."""
@@ -33,19 +37,33 @@ class Models:
         return self._base[1]
 
     def adapter(self, name: str, base: Base, *, rests: bool = False) -> Adapter:
-        """An adapter beside a base that was made of the present one; a folder that was replaced is read anew.
+        """An adapter beside a base that was made of the present one; one whose files changed is read anew.
 
         Raises ValueError as `load_adapter`.
         """
         from controlkit.adapters import load_adapter
 
         assert self._base is not None, "the base is loaded first"
-        written = os.stat(name).st_mtime if os.path.exists(name) else 0.0
-        key = (self._base[0], name, written)
-        if key not in self._adapters:
+        stamp = _stamp(name)
+        before, kept = self._adapters.pop(name, (stamp, None))
+        if kept is None or before != stamp:
+            kept = None  # given back before the next one takes memory
+            while len(self._adapters) >= MOST_ADAPTERS:
+                del self._adapters[next(iter(self._adapters))]
             device = base.unet.device if rests else base.device
-            self._adapters[key] = load_adapter(name, base=base, device=device, dtype=base.dtype)
-        return self._adapters[key]
+            kept = load_adapter(name, base=base, device=device, dtype=base.dtype)
+        self._adapters[name] = stamp, kept
+        return kept
+
+
+def _stamp(name: str) -> Stamp:
+    """Path, time and size of each file that an adapter is read from: weights that are overwritten in place
+    leave their folder's time as it was. Nothing for a name of the hub or of a bundled adapter.
+    """
+    place = Path(os.path.expanduser(name))
+    files = sorted(place.iterdir()) if os.path.isdir(place) else [place]
+    found = [(str(file), file.stat()) for file in files if os.path.isfile(file)]
+    return tuple((path, status.st_mtime_ns, status.st_size) for path, status in found)
 
 
 def _load_base(name: str, *, device: str, dtype: torch.dtype, rests: bool) -> Base:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 MOST_PICTURES = 16  # of one request: others wait
 DIGITS = 4  # of numbers that come from sliders
+TOLD = 40  # characters of a wrong number that its error repeats
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,15 +108,17 @@ def number(value: float) -> str:
 
 def whole(text: str | None, what: str) -> int | None:
     """A whole number that was typed in, None for nothing. Raises ValueError for anything else."""
+    given = (text or "").strip()
     try:
-        return int(text) if text and text.strip() else None
+        return int(given) if given else None
     except ValueError:
-        raise ValueError(f"{what} must be a whole number, or empty, not {text!r}") from None
+        raise ValueError(f"{what} must be a whole number, or empty, not {given[:TOLD]!r}") from None
 
 
 def real(text: str | None, what: str) -> float | None:
     """A number that was typed in, None for nothing. Raises ValueError for anything else."""
+    given = (text or "").strip()
     try:
-        return float(text) if text and text.strip() else None
+        return float(given) if given else None
     except ValueError:
-        raise ValueError(f"{what} must be a number, or empty, not {text!r}") from None
+        raise ValueError(f"{what} must be a number, or empty, not {given[:TOLD]!r}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ import gradio as gr
 
 from controlkit.infotext import PictureRecord
 from controlkit.studio.commands import command, script
+from controlkit.studio.toasts import readable
 from controlkit.studio.uploads import as_file
 
 COPY = """(text) => {
@@ -31,9 +33,9 @@ class Made:
     record: PictureRecord
 
     @property
-    def caption(self) -> str:
-        """One short line."""
-        return f"seed {self.record.seed}"
+    def there(self) -> bool:
+        """Whether the page can still show it: what is old is deleted."""
+        return os.path.isfile(self.file)
 
 
 class Gallery:
@@ -76,8 +78,12 @@ class Gallery:
         """The components that show one picture."""
         return [self.view, self.about, self.download, self.command, self.script, self.actions, self.fold]
 
+    @readable
     def _select(self, made: list[Made], event: gr.SelectData) -> list[Any]:
-        return chosen(made[event.index])
+        one = made[event.index]
+        if not one.there:
+            raise ValueError("the page shows that picture no longer; it lies where pictures are kept")
+        return chosen(one)
 
 
 def chosen(made: Made) -> list[Any]:
@@ -98,19 +104,17 @@ def about(record: PictureRecord) -> str:
     """What a picture was made with, as HTML."""
     from html import escape
 
-    rows = {
-        "Seed": record.seed,
-        "Size": f"{record.width} × {record.height}",
-        "Steps": record.steps,
-        "Guidance": f"{record.guidance:g}",
-        "Scheduler": record.scheduler,
-    }
+    rows = [
+        ("Seed", str(record.seed)),
+        ("Size", f"{record.width} × {record.height}"),
+        ("Steps", str(record.steps)),
+        ("Guidance", f"{record.guidance:g}"),
+        ("Scheduler", record.scheduler),
+    ]
     for control in record.controls:
         how = [f"{control.scale:g}"] if isinstance(control.scale, float | int) else []
         how += [f"{control.start:g} to {control.end:g}"] if (control.start, control.end) != (0, 1) else []
         how += [control.mode] if control.mode != "balanced" else []
-        rows[control.kind] = ", ".join(how)
-    cells = "".join(
-        f"<div><dt>{escape(name)}</dt><dd>{escape(str(value))}</dd></div>" for name, value in rows.items()
-    )
+        rows.append((control.kind, ", ".join(how)))
+    cells = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in rows)
     return f'<p class="told">{escape(record.prompt)}</p><dl>{cells}</dl>'

@@ -55,7 +55,7 @@ class Making:
             show_progress="hidden",
             api_visibility="private",
         )
-        began.then(
+        made = began.then(
             self._make,
             [gallery.made, *settings, tab.width, tab.height, *slots],
             [gallery.status, gallery.made, gallery.strip, *gallery.shown, *buttons],
@@ -65,6 +65,11 @@ class Making:
             show_progress_on=gallery.status,
             api_name="generate",
         )
+        # a value that gradio itself refuses never comes to `_make`: the buttons would stay as they are
+        made.failure(
+            self._refused, None, buttons, queue=False, show_progress="hidden", api_visibility="private"
+        )
+        tab.page.unload(self._left)
         tab.cancel.click(
             self._stop,
             None,
@@ -80,11 +85,12 @@ class Making:
         stop = self._take(request)
         try:
             job = self._asked(*values).plan(self.keep)
-            yield from self._shown(job, made, stop)
-        except Exception as error:
-            line = f'<p class="bad">{toast(error).message}</p>'
+            yield from self._shown(job, [one for one in made if one.there], stop)
+        except Exception as error:  # noqa: BLE001 - raised as what the page shows of it
+            told = toast(error)  # once: it is what writes to the terminal
+            line = f'<p class="bad">{told.message}</p>'
             yield [line, *[gr.skip()] * OUTPUTS, *IDLE]  # what was finished before stays
-            raise
+            raise told from None
         finally:
             self._dropped(request, stop)
 
@@ -134,6 +140,18 @@ class Making:
         self._waiting.setdefault(str(request.session_hash), []).append(threading.Event())
         return BUSY
 
+    def _refused(self, request: gr.Request) -> list[Any]:
+        """Take back what `_begin` did, where the run has not begun."""
+        self._left(request)
+        return IDLE
+
+    def _left(self, request: gr.Request) -> None:
+        """Forget the clicks of a session whose turn will not come."""
+        session = str(request.session_hash)
+        taken = [event for event in self._waiting.pop(session, []) if event in self._taken]
+        if taken:
+            self._waiting[session] = taken
+
     def _take(self, request: gr.Request) -> threading.Event:
         """What cancels the run whose turn it is: turns come in the order of the clicks."""
         waiting = self._waiting.setdefault(str(request.session_hash), [])
@@ -145,10 +163,10 @@ class Making:
 
     def _dropped(self, request: gr.Request, stop: threading.Event) -> None:
         self._taken.discard(stop)
-        waiting = self._waiting.get(str(request.session_hash), [])
-        waiting.remove(stop)
-        if not waiting:
-            self._waiting.pop(str(request.session_hash), None)
+        session = str(request.session_hash)
+        waiting = [event for event in self._waiting.pop(session, []) if event is not stop]
+        if waiting:
+            self._waiting[session] = waiting
 
     def _stop(self, request: gr.Request) -> list[Any]:
         """Cancel all that this session waits for."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -14,18 +15,19 @@ from controlkit.studio.server import KEPT
 from controlkit.studio.train_tab import TrainTab
 
 TITLE = "ControlKit studio"
+SHOWN = 24 * 60 * 60  # seconds for which the page's copies of pictures are there; looked at hourly
 
 
-def build(engine: Engine, runs: Path) -> Any:
-    """The page for a loaded engine. runs: the folder of the trainings."""
-    with gr.Blocks(title=TITLE, analytics_enabled=False) as page:
+def build(engine: Engine, runs: Path, data: Sequence[Path] | None = None) -> Any:
+    """The page for a loaded engine. runs: the folder of the trainings. data: as in `TrainTab`."""
+    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(60 * 60, SHOWN)) as page:
         gr.HTML(_head(engine.name))
         with gr.Tabs() as tabs:
             with gr.Tab("Create", id="create") as first:
                 create = CreateTab(engine, runs / KEPT, page)
             with gr.Tab("Train", id="train") as second:
-                train = TrainTab(engine, runs)
-        train.wire(tabs, second, first, create)
+                train = TrainTab(engine, runs, data)
+        train.wire(page, tabs, second, first, create)
     page.queue(default_concurrency_limit=8)
     return page
 

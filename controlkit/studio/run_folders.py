@@ -7,21 +7,23 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from controlkit.studio.server import KEPT
 from controlkit.training.lock import holder
 from controlkit.training.reporting.run_record import RunRecord, read_run
 
-if TYPE_CHECKING:
-    pass
-
 LOG = "train.log"  # in the run's folder: what the training says
 WARMUP_SHARE = 5  # a short training warms up over a fifth of its steps at most
+ALIVE = ("starting", "running")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _children: list[subprocess.Popen[bytes]] = []  # those begun here, so that none is left a zombie
+_beginning = threading.Lock()  # two who begin at once must see each other's training
+_listing = threading.Lock()  # of `_children`
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,11 @@ class Run:
         return steps if isinstance(steps, int) else 0
 
     @property
+    def can_go_on(self) -> bool:
+        """Whether it ended before its end, and has a recipe to go on by."""
+        return self.state in ("stopped", "failed") and (self.record.folder / "config.toml").is_file()
+
+    @property
     def line(self) -> str:
         """The run in one line."""
         if self.state in ("running", "stopped") and self.steps:
@@ -53,24 +60,33 @@ class Run:
 
 def found(runs: Path) -> list[Run]:
     """The runs in a folder, the one that was written to last first."""
-    _reap()
-    folders = [path for path in runs.iterdir() if is_run(path)] if runs.is_dir() else []
-    return [look(folder) for folder in sorted(folders, key=_written, reverse=True)]
+    try:
+        folders = [path for path in runs.iterdir() if is_run(path)]
+    except OSError:  # there is none yet
+        return []
+    seen = []
+    for folder in sorted(folders, key=_written, reverse=True):
+        with suppress(OSError, ValueError):  # one that is being deleted
+            seen.append(look(folder))
+    return seen
 
 
 def is_run(folder: Path) -> bool:
     """Whether a folder is that of a training."""
-    return (folder / "config.toml").is_file() or (folder / LOG).is_file()
+    # os.path answers for folders that may not be read, too, where pathlib raises
+    return any(os.path.isfile(folder / name) for name in ("config.toml", LOG))
 
 
 def look(folder: Path) -> Run:
     """The state of one run."""
+    _reap()
     record = read_run(folder)
     pid = holder(folder)
     if pid is not None:
         return Run(record, "running", pid)
-    child = next((child for child in _children if child.args[-1] == _out(folder)), None)  # type: ignore[index]
-    if child is not None:
+    with _listing:
+        child = next((child for child in _children if child.args[-1] == _out(folder)), None)  # type: ignore[index]
+    if child is not None and record.result is None:  # else it is about to end
         return Run(record, "starting", child.pid)
     if record.result is not None:
         return Run(record, "finished")
@@ -78,8 +94,12 @@ def look(folder: Path) -> Run:
 
 
 def _written(folder: Path) -> float:
-    files = [folder / name for name in (LOG, "metrics.jsonl", "config.toml")]
-    return max(path.stat().st_mtime for path in files if path.is_file())
+    """When a run was written to last; long ago where it is being deleted."""
+    times = [0.0]
+    for name in (LOG, "metrics.jsonl", "config.toml"):
+        with suppress(OSError):
+            times.append((folder / name).stat().st_mtime)
+    return max(times)
 
 
 def recipes(base: str) -> dict[str, str]:
@@ -95,28 +115,75 @@ def recipes(base: str) -> dict[str, str]:
     }
 
 
-def begin(runs: Path, *, name: str, recipe: str, base: str, steps: int, source: str = "") -> Path:
+def begin(
+    runs: Path, *, name: str, recipe: str, base: str, steps: int, source: str = "",
+    within: Sequence[Path] | None = None,
+) -> Path:  # fmt: skip
     """Begin a training in a process of its own, which outlives this one; returns its folder.
 
-    source: a folder of pictures on this machine; "" is the bundled world. Raises ValueError for a name or a
-    folder that cannot be taken, or for what the recipe makes impossible.
+    source: a folder of pictures on this machine; "" is the bundled world. within: the folders in which it has
+    to lie; None is anywhere. Raises ValueError for a name or a folder that cannot be taken, for what the
+    recipe makes impossible, and while another training runs.
     """
     if not _NAME.fullmatch(name):
         raise ValueError(
             f"a run's name has letters, digits, - and _ alone, and begins with no sign: not {name!r}"
         )
-    folder = runs / name
-    if folder.exists():
-        raise ValueError(f"there is a run {name} already: choose another name, or go on with that one")
+    if name.lower() == KEPT:
+        raise ValueError(f"the folder {KEPT} is for the pictures of the page: choose another name")
     settings = [f"base={base}", f"steps={steps}"]
     if source:
-        place = Path(os.path.abspath(os.path.expanduser(source.strip())))
-        if not place.is_dir():
-            raise ValueError(f"{place} is not a folder on the machine that serves this page")
-        settings.append(f"data.source={place}")
+        settings.append(f"data.source={_anywhere(source) if within is None else _within(source, within)}")
     warmup = _checked(recipe, settings, steps)
-    _begun(folder, [recipe, *settings, f"warmup={warmup}"])
+    with _beginning:
+        folder = runs / name
+        if folder.exists() and not _never_began(folder):
+            raise ValueError(f"there is a run {name} already: choose another name, or go on with that one")
+        _check_free(runs)
+        _begun(folder, [recipe, *settings, f"warmup={warmup}"])
     return folder
+
+
+def _anywhere(source: str) -> str:
+    """The folder that was typed in, whole. Raises ValueError where there is none."""
+    place = os.path.abspath(os.path.expanduser(source.strip()))
+    if not os.path.isdir(place):
+        raise ValueError(f"{place} is not a folder on the machine that serves this page")
+    return place
+
+
+def _within(source: str, folders: Sequence[Path]) -> str:
+    """The folder that was typed in, whole or as it is called within one of `folders`, without links.
+
+    Raises one ValueError for all others: it must not tell what there is on the machine.
+    """
+    for folder in folders:
+        try:
+            place = os.path.realpath(folder / source.strip())
+        except ValueError:  # a name that no file can have
+            continue
+        if any(Path(place).is_relative_to(one) for one in folders) and os.path.isdir(place):
+            return place
+    allowed = f"a folder within {called(folders)}" if folders else "the bundled world"
+    raise ValueError(f"the trainings of this page cannot use that folder: choose {allowed}")
+
+
+def called(folders: Sequence[Path]) -> str:
+    """The folders that may be trained on, by the names that they have, without the places where they lie."""
+    return " or ".join(folder.name or str(folder) for folder in folders)
+
+
+def _never_began(folder: Path) -> bool:
+    """Whether a folder holds nothing but what a training said that could not begin: its name is free."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return names == [LOG] and look(folder).state == "failed"
+
+
+def _check_free(runs: Path) -> None:
+    """Raise ValueError while a training runs: two would share one device, and its memory."""
+    busy = next((run for run in found(runs) if run.state in ALIVE), None)
+    if busy is not None:
+        raise ValueError(f"the training {busy.name} is {busy.state}: wait until it has ended, or stop it")
 
 
 def _checked(recipe: str, settings: Sequence[str], steps: int) -> int:
@@ -131,10 +198,12 @@ def _checked(recipe: str, settings: Sequence[str], steps: int) -> int:
 
 def go_on(folder: Path) -> None:
     """Go on with a run that was stopped, by its own recipe. Raises ValueError where it cannot."""
-    run = look(folder)
-    if run.state not in ("stopped", "failed") or not (folder / "config.toml").is_file():
-        raise ValueError(f"the run {run.name} is {run.state}: there is nothing to go on with")
-    _begun(folder, [str(folder / "config.toml")])
+    with _beginning:
+        run = look(folder)
+        if not run.can_go_on:
+            raise ValueError(f"the run {run.name} is {run.state}: there is nothing to go on with")
+        _check_free(folder.parent)
+        _begun(folder, [str(folder / "config.toml")])
 
 
 def stop(folder: Path) -> None:
@@ -142,7 +211,12 @@ def stop(folder: Path) -> None:
     run = look(folder)
     if run.pid is None:
         raise ValueError(f"the run {run.name} is {run.state}: there is nothing to stop")
-    os.kill(run.pid, signal.SIGTERM)
+    try:
+        os.kill(run.pid, signal.SIGTERM)
+    except ProcessLookupError:
+        return  # it has just ended
+    except OSError as error:
+        raise ValueError(f"cannot stop the run {run.name}: {error.strerror}") from error
 
 
 def log_lines(folder: Path, most: int = 40) -> list[str]:
@@ -164,7 +238,7 @@ def _begun(folder: Path, words: Sequence[str]) -> None:
     apart = (
         {"start_new_session": True} if os.name != "nt" else {}
     )  # Ctrl-C at the page is not for the training
-    with log:
+    with log, _listing:
         _children.append(
             subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, **apart)  # type: ignore[call-overload]
         )
@@ -176,4 +250,5 @@ def _out(folder: Path) -> str:
 
 def _reap() -> None:
     """Forget those that have ended."""
-    _children[:] = [child for child in _children if child.poll() is None]
+    with _listing:
+        _children[:] = [child for child in _children if child.poll() is None]

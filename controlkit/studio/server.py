@@ -6,7 +6,7 @@ import ipaddress
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,16 +39,32 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def trainable(host: str, data: Sequence[str]) -> list[Path] | None:
+    """The folders within which the pictures of a training have to lie: those that are named.
+
+    None is anywhere: where none is named, and the page is reached from this machine alone. Raises ValueError
+    for a name that is no folder.
+    """
+    for name in data:
+        if not os.path.isdir(os.path.expanduser(name)):
+            raise ValueError(f"{name} is not a folder: --data takes one with data sets for trainings")
+    if not data and is_loopback(host):
+        return None
+    return [Path(os.path.realpath(os.path.expanduser(name))) for name in data]
+
+
 @contextmanager
 def opened(
     base: str = "tiny", *, device: str = "auto", host: str = HOST, port: int | None = PORT, runs: str = RUNS,
-    report: Report,
+    data: Sequence[str] = (), report: Report,
 ) -> Iterator[str]:  # fmt: skip
-    """The page, served within the block; yields its address. port: None is any free one.
+    """The page, served within the block; yields its address. port: None is any free one. data: as in
+    `trainable`.
 
     Raises ValueError for a base, a device, a folder or a port that cannot be had.
     """
     check_installed()
+    folders = trainable(host, data)
     place = _private_folder()
     before = {name: os.environ.get(name) for name in (*_QUIET, "GRADIO_TEMP_DIR")}
     os.environ.update({**_QUIET, "GRADIO_TEMP_DIR": str(place)})
@@ -61,7 +77,7 @@ def opened(
 
         engine = Engine(base, device=device)
         engine.load()
-        page = build(engine, Path(os.path.abspath(runs)))
+        page = build(engine, Path(os.path.abspath(runs)), folders)
         _, address, _ = _launch(page, host, port, theme=theme(), css=css(), js=js())
         yield address
     finally:

@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 import numpy as np
 
-from controlkit import preprocessors
+from controlkit import images, preprocessors
 from controlkit.preprocessors import Map
 from controlkit.preprocessors.canny import HIGH, LOW
 from controlkit.rules import MODES
@@ -37,10 +37,13 @@ MOST_EDGE = 600  # of a slider for canny's thresholds; gradients above are rare
 
 @dataclass(frozen=True, eq=False)
 class Drawn:
-    """A map that is shown, and what it was made of: uint8 (H, W, 3) both."""
+    """A map that is shown; beside a pose the photo at its size, uint8 (H, W, 3).
+
+    A session keeps it for long: of other maps no photo, which may have 40 million pixels.
+    """
 
     map: Map
-    picture: np.ndarray
+    photo: np.ndarray | None = None
 
 
 class Slot:
@@ -167,7 +170,8 @@ class Slot:
         wish = Wish(kind, is_map, low, max(low, high))
         made = self.engine.map(picture, wish, width=size[0], height=size[1])
         told = _findings(picture if is_map else made.image, kind, is_map=is_map, made=made)
-        return [*_views(made, picture), told, Drawn(made, picture)]
+        photo = None if made.poses is None else images.cover(picture, *size)
+        return [*_views(made, photo), told, Drawn(made, photo)]
 
     @readable
     def _move(self, value: Any, drawn: Drawn | None) -> list[Any]:
@@ -175,7 +179,7 @@ class Slot:
         if drawn is None or drawn.map.poses is None:
             return [gr.skip()] * 3
         made = edited(value, drawn.map)
-        return [*_views(made, drawn.picture)[1:], Drawn(made, drawn.picture)]
+        return [*_views(made, drawn.photo)[1:], Drawn(made, drawn.photo)]
 
     @property
     def inputs(self) -> list[Any]:
@@ -198,7 +202,7 @@ def _source(rest: tuple[Any, ...]) -> str | None:
     return next((path for path in reversed(rest[2:]) if path), None)
 
 
-def _views(made: Map, picture: np.ndarray) -> list[Any]:
+def _views(made: Map, photo: np.ndarray | None) -> list[Any]:
     """The map, the editor of its joints and their download, of which the fitting ones are visible."""
     if made.poses is None:
         return [gr.update(value=made.image, visible=True), shown(None), gr.update(visible=False)]
@@ -209,7 +213,7 @@ def _views(made: Map, picture: np.ndarray) -> list[Any]:
     joints = write_shown(json.dumps(poses_to_json(made.poses), indent=2).encode(), "pose.json")
     return [
         gr.update(value=made.image, visible=False),
-        shown(made, picture),
+        shown(made, photo),
         gr.update(value=joints, visible=True),
     ]
 

@@ -12,7 +12,7 @@ from typing import Any
 import gradio as gr
 
 SECONDS = 12.0  # that a toast stays
-FULL = "The device's memory is full: ask for smaller or fewer pictures."
+FULL = "The device's memory is full: ask for smaller or fewer pictures, or wait while a training runs."
 
 
 def readable(work: Callable[..., Any]) -> Callable[..., Any]:

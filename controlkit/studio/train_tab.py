@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from controlkit.studio import run_folders
 from controlkit.studio.engine import Engine
 from controlkit.studio.run_view import NOTHING, details
 from controlkit.studio.toasts import readable
-from controlkit.studio.uploads import write_shown
+from controlkit.studio.uploads import Shown
 
 if TYPE_CHECKING:
     from controlkit.studio.create_tab import CreateTab
@@ -19,14 +20,19 @@ if TYPE_CHECKING:
 EVERY = 2.0  # seconds between two looks at the runs
 STEPS = 250
 WORLD, FOLDER = "The bundled world", "A folder"
+READ = "Pictures with captions beside them (.txt), or a data set that controlkit data check reads"
+ONE = "One training at a time; while it runs, pictures take longer."
 
 
 class TrainTab:
-    """Builds the tab and wires it. runs: the folder of the trainings."""
+    """Builds the tab and wires it. runs: the folder of the trainings. data: the folders within which their
+    pictures have to lie; None is anywhere.
+    """
 
-    def __init__(self, engine: Engine, runs: Path) -> None:
+    def __init__(self, engine: Engine, runs: Path, data: Sequence[Path] | None = None) -> None:
         """Lay the components out."""
-        self.engine, self.runs = engine, runs
+        self.data = data
+        self.engine, self.runs, self.sheets = engine, runs, Shown()
         self.recipes = run_folders.recipes(engine.name)
         with gr.Row(elem_classes="columns"):
             with gr.Column(scale=4, min_width=300):
@@ -56,17 +62,20 @@ class TrainTab:
     def _form(self) -> None:
         gr.HTML("<h2>A new training</h2>")
         names = [*self.recipes]
+        sources = [WORLD] if self.data == [] else [WORLD, FOLDER]
         self.source = gr.Radio(
-            [WORLD, FOLDER], value=WORLD, label="Pictures", elem_classes="segments", container=False
+            sources, value=WORLD, label="Pictures", elem_classes="segments", container=False
         )
+        where = f"within {run_folders.called(self.data)}" if self.data else "on the machine of this page"
         self.folder = gr.Textbox(
-            label="Folder on the machine of this page", placeholder="/home/me/photos", visible=False,
-            info="Pictures with captions beside them (.txt), or a data set that controlkit data check reads",
+            label=f"Folder {where}", placeholder="photos" if self.data else "/home/me/photos", info=READ,
+            visible=False,
         )  # fmt: skip
         self.recipe = gr.Dropdown(names, value=names[0], label="Recipe", info=self.recipes[names[0]])
         self.steps = gr.Number(STEPS, label="Steps", precision=0, minimum=1)
         self.name = gr.Textbox("my-adapter", label="Name", info=f"Its folder lies in {self.runs.name}.")
         self.start = gr.Button("Start training", variant="primary", elem_id="start")
+        gr.HTML(f'<p class="faint">{ONE}</p>')
 
     def _listen(self) -> None:
         quiet: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": 8}
@@ -93,7 +102,9 @@ class TrainTab:
             done = button.click(self._ask(work), self.chosen, None, api_name=name, **quiet)
             done.then(**look, api_visibility="private")
 
-    def wire(self, tabs: gr.Tabs, own: gr.Tab, create_tab: gr.Tab, create: CreateTab) -> None:
+    def wire(
+        self, page: gr.Blocks, tabs: gr.Tabs, own: gr.Tab, create_tab: gr.Tab, create: CreateTab
+    ) -> None:
         """Look at the runs while the tab is open, and take adapters to the first tab."""
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         look = {"fn": self._look, "inputs": [self.chosen, self.seen]}
@@ -105,7 +116,8 @@ class TrainTab:
         create_tab.select(lambda: gr.Timer(active=False), None, self.timer, **quiet)
         slots = create.slots
         adapters = [slot.adapter for slot in slots]
-        create_tab.select(lambda: [self._adapters()] * len(slots), None, adapters, **quiet)
+        for shown in (page.load, create_tab.select):  # a page that is loaded anew has its first choices
+            shown(lambda: [self._adapters()] * len(slots), None, adapters, **quiet)
         self.use.click(self._use, self.chosen, [tabs, slots[0].kind, slots[0].adapter], **quiet)
 
     def _choices(self) -> list[tuple[str, str]]:
@@ -120,7 +132,7 @@ class TrainTab:
             raise ValueError(f"the page knows no recipe {recipe!r} for the base {self.engine.name}")
         begun = run_folders.begin(
             self.runs, name=(name or "").strip(), recipe=recipe, base=self.engine.name, steps=int(steps or 0),
-            source=folder if source == FOLDER else "",
+            source=folder if source == FOLDER else "", within=self.data,
         )  # fmt: skip
         return gr.update(choices=self._choices(), value=begun.name)
 
@@ -142,8 +154,9 @@ class TrainTab:
     def _look(self, name: str | None, seen: str) -> list[Any]:
         """What there is to be seen of the chosen run, or else the newest; nothing where it is as before."""
         runs = run_folders.found(self.runs)
-        if not runs:
-            return [gr.update(choices=[], value=None), NOTHING, *[gr.skip()] * 7]
+        if not runs:  # none yet, or their folders were deleted
+            no = gr.update(visible=False)
+            return [gr.update(choices=[], value=None), NOTHING, "", no, "", "", no, no, no]
         run = next((run for run in runs if run.name == name), runs[0])
         log = run_folders.log_lines(run.record.folder)
         now = repr(
@@ -152,19 +165,18 @@ class TrainTab:
         if now == seen:
             return [gr.skip()] * 9
         view = details(run, log)
-        sheet = run.record.samples[-1][1] if run.record.samples else None
-        picture = None if sheet is None else write_shown(sheet.read_bytes(), f"{run.name}-{sheet.name}")
-        step = f"Step {run.record.samples[-1][0]}: maps, their pictures, samples" if sheet else "Samples"
-        alive = run.state in ("starting", "running")
+        step, sheet = run.record.samples[-1] if run.record.samples else (0, None)
+        picture = None if sheet is None else self.sheets.copy(sheet, f"{run.name}-{sheet.name}")
+        label = f"Step {step}: maps, their pictures, samples"
         return [
             gr.update(choices=[(one.line, one.name) for one in runs], value=run.name),
             view.head,
             view.curves,
-            gr.update(value=picture, visible=sheet is not None, label=step),
+            gr.update(value=picture, visible=picture is not None, label=label),
             view.log,
             now,
-            gr.update(visible=alive),
-            gr.update(visible=run.state == "stopped"),
+            gr.update(visible=run.state in run_folders.ALIVE),
+            gr.update(visible=run.can_go_on),
             gr.update(visible=run.state == "finished" and self._fits(run)),
         ]
 
@@ -190,6 +202,8 @@ class TrainTab:
     def _use(self, name: str | None) -> list[Any]:
         """The first tab, with the run's kind of map and its adapter."""
         run = run_folders.look(self._folder(name))
+        if run.state != "finished" or not self._fits(run):
+            raise ValueError(f"the run {run.name} is {run.state}: it has no adapter for this page")
         kind = str(run.record.config.get("map"))
         known = self.engine.kinds
         return [

@@ -46,3 +46,24 @@ def write_shown(data: bytes, name: str) -> str:
     folder = Path(tempfile.mkdtemp(dir=os.environ.get("GRADIO_TEMP_DIR")))
     (folder / name).write_bytes(data)
     return str(folder / name)
+
+
+class Shown:
+    """Files of the trainings where the page may serve them: one copy of each as long as it stays as it is."""
+
+    def __init__(self) -> None:
+        self._copies: dict[Path, tuple[tuple[int, int], str]] = {}
+
+    def copy(self, file: Path, name: str) -> str | None:
+        """Where a file is shown, by this name; None where it is gone."""
+        try:
+            status = file.stat()
+            stamp = status.st_mtime_ns, status.st_size
+            before, place = self._copies.get(file, (None, ""))
+            if before != stamp or not os.path.isfile(place):
+                place = write_shown(file.read_bytes(), name)
+                self._copies[file] = stamp, place
+            os.utime(place)  # it is looked at: the page deletes what nobody has for long
+        except OSError:
+            return None
+        return place

@@ -1,0 +1,356 @@
+"""The parts of the studio that need no page: what is kept, what may be trained on, what is told."""
+
+import gc
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("gradio", reason="the studio page needs the extra ui")
+
+import gradio
+from outcomes import Run
+
+from controlkit import adapters, generate_models, infotext
+from controlkit.studio import asked, gallery, making, run_folders, server
+from controlkit.studio import page as studio_page
+from controlkit.studio.engine import Engine
+from controlkit.studio.uploads import Shown
+
+# gradio (6.31) and what it is built on use what Starlette is about to drop.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:gradio"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),  # its event loops are never closed
+]
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the adapters that were read, none of which takes time."""
+    names: list[str] = []
+    base = SimpleNamespace(device="cpu", dtype=None)
+    monkeypatch.setattr(generate_models, "_load_base", lambda *values, **named: base)
+    monkeypatch.setattr(adapters, "load_adapter", lambda name, **named: names.append(name) or object())
+    return names
+
+
+def adapter_of(models: generate_models.Models, name: str) -> Any:
+    """An adapter, beside the one base."""
+    base = models.base("tiny", device="cpu", dtype=None)  # type: ignore[arg-type]
+    return models.adapter(name, base)
+
+
+def test_an_adapter_whose_weights_were_overwritten_in_place_is_read_anew(
+    tmp_path: Path, loaded: list[str]
+) -> None:
+    weights, models = tmp_path / "diffusion_pytorch_model.safetensors", generate_models.Models()
+    weights.write_bytes(b"first")
+    first, before = adapter_of(models, str(tmp_path)), tmp_path.stat()
+    assert adapter_of(models, str(tmp_path)) is first
+    for data, later in ((b"other", 5), (b"longer", 0)):  # another time; another size at the same time
+        time = weights.stat().st_mtime_ns + later
+        weights.write_bytes(data)
+        os.utime(weights, ns=(time, time))
+        assert adapter_of(models, str(tmp_path)) is not first
+        first = adapter_of(models, str(tmp_path))
+    assert tmp_path.stat().st_mtime_ns == before.st_mtime_ns
+    assert len(loaded) == 3
+
+
+def test_the_adapters_that_were_used_last_are_kept(loaded: list[str]) -> None:
+    models, most = generate_models.Models(), generate_models.MOST_ADAPTERS
+    names = [f"owner/adapter-{number}" for number in range(most + 1)]
+    for name in [*names[:most], names[0], names[most], names[0], names[1]]:
+        adapter_of(models, name)
+    assert loaded == [*names, names[1]]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where the page's files lie."""
+    place = tmp_path_factory.mktemp("place")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", str(place))
+        yield place
+
+
+@pytest.fixture(scope="module")
+def built(place: Path) -> Iterator[Any]:
+    """The page, not served; its runs are in `runs`."""
+    yield studio_page.build(Engine("tiny"), place.with_name("runs"))
+    gc.collect()  # here, where the event loops that it leaves open are no error
+
+
+@pytest.fixture
+def runs(place: Path) -> Iterator[Path]:
+    """The page's runs, of which there are none yet."""
+    yield place.with_name("runs")
+    shutil.rmtree(place.with_name("runs"), ignore_errors=True)
+
+
+def test_a_sheet_is_written_once_for_all_looks(tmp_path: Path, place: Path) -> None:
+    sheet, shown = tmp_path / "step-10.png", Shown()
+    sheet.write_bytes(b"first")
+    before = len(list(place.rglob("*.png")))
+    first = shown.copy(sheet, "mine-step-10.png")
+    assert first is not None
+    assert Path(first).name == "mine-step-10.png"
+    os.utime(first, (0, 0))
+    assert shown.copy(sheet, "mine-step-10.png") == first
+    assert Path(first).stat().st_mtime > 0, "one that is looked at grows old"
+    sheet.write_bytes(b"another")
+    second = shown.copy(sheet, "mine-step-10.png")
+    assert second is not None
+    assert second != first
+    Path(second).unlink()
+    assert Path(str(shown.copy(sheet, "mine-step-10.png"))).read_bytes() == b"another"
+    sheet.unlink()
+    assert shown.copy(sheet, "mine-step-10.png") is None
+    assert len(list(place.rglob("*.png"))) == before + 2
+
+
+def test_the_page_deletes_what_is_old_and_keeps_its_scenes(built: Any, place: Path) -> None:
+    from gradio.route_utils import delete_files_created_by_app
+
+    assert built.delete_cache is not None
+    assert all(seconds > 0 for seconds in built.delete_cache)
+    scenes = sorted(place.rglob("*.png"))
+    assert len(scenes) > 1
+    (place / "old.png").write_bytes(scenes[0].read_bytes())
+    built.temp_file_sets[-1].add(str(place / "old.png"))
+    delete_files_created_by_app(built, age=-1)
+    assert sorted(place.rglob("*.png")) == scenes
+
+
+def finished(runs: Path, name: str) -> Path:
+    """The folder of a training that ended, as far as the page looks."""
+    (runs / name / "controlnet").mkdir(parents=True)
+    (runs / name / "config.toml").write_text('task = "controlnet"\nbase = "tiny"\nmap = "canny"\n')
+    return runs / name
+
+
+def test_a_page_that_is_loaded_knows_the_adapters_that_were_trained(built: Any, runs: Path) -> None:
+    result = finished(runs, "mine") / "controlnet"
+    loads = [one for one in built.fns.values() if (built._id, "load") in one.targets]
+    (listed,) = [one for one in loads if {getattr(out, "label", "") for out in one.outputs} == {"Adapter"}]
+    updates = listed.fn()
+    assert len(updates) == len(listed.outputs) == 3
+    assert all(("mine (canny)", str(result)) in update["choices"] for update in updates)
+
+
+def test_an_error_while_making_is_logged_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*values: Any) -> Any:
+        raise RuntimeError("something of ours")
+
+    made = making.Making(Engine("tiny"), tmp_path)
+    monkeypatch.setattr(made, "_asked", broken)
+    steps = made._make(SimpleNamespace(session_hash="one"), [])
+    assert "Something went wrong inside (RuntimeError)" in next(steps)[0]
+    with pytest.raises(gradio.Error, match="RuntimeError"):
+        next(steps)
+    assert [record.exc_info[1].args for record in caplog.records if record.exc_info] == [
+        ("something of ours",)
+    ]
+
+
+def test_two_maps_of_one_kind_are_both_told() -> None:
+    controls = tuple(
+        infotext.ControlRecord("canny", "map.png", "", True, "canny", scale=scale) for scale in (0.5, 0.75)
+    )
+    record = infotext.PictureRecord(
+        prompt="a cube", negative_prompt="", base="tiny", steps=1, scheduler="ddim", seed=0,
+        controls=controls, guidance=1.0, width=64, height=64, device="cpu", dtype="float32", versions={},
+    )  # fmt: skip
+    told = gallery.about(record)
+    assert told.count("<dt>canny</dt>") == 2
+    assert "<dd>0.5</dd>" in told
+    assert "<dd>0.75</dd>" in told
+
+
+@pytest.fixture
+def begun(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The trainings that were begun, in words; none is."""
+    words: list[list[str]] = []
+
+    def begin(folder: Path, said: list[str]) -> None:
+        folder.mkdir(parents=True)
+        (folder / "config.toml").write_text("")
+        words.append(said)
+
+    monkeypatch.setattr(run_folders, "_begun", begin)
+    return words
+
+
+def begin(runs: Path, name: str = "mine", **how: Any) -> Path:
+    """Begin a short training."""
+    return run_folders.begin(runs, name=name, recipe="tiny-canny", base="tiny", steps=20, **how)
+
+
+def test_a_page_for_others_trains_on_folders_that_its_owner_names(
+    tmp_path: Path, begun: list[list[str]]
+) -> None:
+    photos, outside = tmp_path / "data" / "photos", tmp_path / "outside"
+    photos.mkdir(parents=True)
+    outside.mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "data")
+    (photos / "away").symlink_to(outside)
+    within = server.trainable("0.0.0.0", [str(tmp_path / "link")])
+    assert within == [tmp_path / "data"]
+    for number, source in enumerate((str(photos), "photos", " photos/ ", str(tmp_path / "link/photos"))):
+        begin(tmp_path / "runs", f"run-{number}", source=source, within=within)
+        assert f"data.source={photos}" in begun[-1]
+    told = set()
+    for source in (
+        *(str(outside), "../outside", "photos/away", str(tmp_path / "nothing"), "nothing", "/root", "~"),
+        *("~root", "/etc/passwd", str(tmp_path / "data" / ".." / "outside"), "a\0b", "x" * 5000),
+    ):
+        with pytest.raises(ValueError, match="cannot use that folder") as refused:
+            begin(tmp_path / "runs", "refused", source=source, within=within)
+        told.add(str(refused.value))
+    assert told == {"the trainings of this page cannot use that folder: choose a folder within data"}
+    assert not (tmp_path / "runs" / "refused").exists()
+
+
+def test_where_others_reach_the_page_no_folder_is_trained_on_unless_named(
+    tmp_path: Path, begun: list[list[str]]
+) -> None:
+    assert server.trainable("127.0.0.1", []) is None
+    assert server.trainable("0.0.0.0", []) == []
+    with pytest.raises(ValueError, match="choose the bundled world"):
+        begin(tmp_path / "runs", source=str(tmp_path), within=[])
+    begin(tmp_path / "runs", "alone", source=str(tmp_path))
+    assert f"data.source={tmp_path}" in begun[-1]
+    begin(tmp_path / "runs", within=[])
+    assert len(begun) == 2
+
+
+def test_the_named_folder_has_to_be_there(run: Run) -> None:
+    assert run("ui", "--data", "no-such").refused() == (
+        "no-such is not a folder: --data takes one with data sets for trainings"
+    )
+
+
+def test_one_training_at_a_time(tmp_path: Path, begun: list[list[str]]) -> None:
+    from controlkit.training.lock import locked
+
+    for name in ("first", "stopped"):
+        (tmp_path / name / "checkpoints").mkdir(parents=True)
+        (tmp_path / name / "config.toml").write_text("steps = 20\n")
+    with locked(tmp_path / "first"):
+        for work in (lambda: begin(tmp_path), lambda: run_folders.go_on(tmp_path / "stopped")):
+            with pytest.raises(ValueError, match="the training first is running: wait until it has ended"):
+                work()
+    begin(tmp_path)
+    assert len(begun) == 1
+
+
+def test_two_who_begin_at_once_begin_one(
+    tmp_path: Path, begun: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = run_folders._check_free
+
+    def slowly(runs: Path) -> None:
+        free(runs)
+        time.sleep(0.2)
+
+    monkeypatch.setattr(run_folders, "_check_free", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        ends = [job.exception() for job in [pool.submit(begin, tmp_path) for _ in range(2)]]
+    assert len(begun) == 1
+    assert sorted(str(end)[:27] for end in ends) == ["None", "there is a run mine already"]
+
+
+def test_the_name_of_a_training_that_could_not_begin_is_free(tmp_path: Path, begun: list[list[str]]) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / run_folders.LOG).write_text("error: no pictures in photos\n")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileExistsError):  # of the stand-in, which was reached
+        begin(tmp_path)
+    with pytest.raises(ValueError, match="there is a run file already"):
+        begin(tmp_path, "file")
+    with pytest.raises(ValueError, match="for the pictures of the page"):
+        begin(tmp_path, "studio")
+
+
+def test_a_run_that_disappears_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = [finished(tmp_path, name) for name in ("one", "two")]
+    read = run_folders.read_run
+
+    def late(folder: Path) -> Any:
+        if folder == folders[0]:
+            shutil.rmtree(folder)
+        return read(folder)
+
+    monkeypatch.setattr(run_folders, "read_run", late)
+    assert [run.name for run in run_folders.found(tmp_path)] == ["two"]
+    assert run_folders.found(tmp_path / "nothing") == []
+
+
+def listener(built: Any, name: str) -> Any:
+    """The function of the page that is called so; the first, where several are."""
+    return next(one.fn for one in built.fns.values() if one.fn is not None and one.fn.__name__ == name)
+
+
+def test_where_the_last_run_was_deleted_nothing_of_it_stays(built: Any) -> None:
+    chosen, about, curves, sheet, log, _, *buttons = listener(built, "_look")("mine", "before")
+    assert (chosen["choices"], chosen["value"], curves, log) == ([], None, "", "")
+    assert "No training yet" in about
+    assert not any(update["visible"] for update in (sheet, *buttons))
+
+
+def test_only_a_finished_adapter_is_taken_to_the_first_tab(built: Any, runs: Path) -> None:
+    folder = finished(runs, "mine")
+    assert listener(built, "_use")("mine")[2]["value"] == str(folder / "controlnet")
+    (folder / "controlnet").rmdir()
+    with pytest.raises(gradio.Error, match="The run mine is failed"):
+        listener(built, "_use")("mine")
+
+
+def test_a_session_keeps_no_photo_of_millions_of_pixels(
+    built: Any, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Engine, "size", lambda *values: (64, 64))
+    photo = str(next(place.rglob("scene*.png")))
+    drawn = listener(built, "_draw")("canny", False, 100, 200, "", "", photo)[4]
+    assert drawn.map.image.shape == (64, 64, 3)
+    assert drawn.photo is None
+
+
+def test_a_picture_that_was_deleted_is_a_line(built: Any, tmp_path: Path) -> None:
+    gone = gallery.Made(str(tmp_path / "gone.png"), None)  # type: ignore[arg-type]
+    with pytest.raises(gradio.Error, match="shows that picture no longer"):
+        listener(built, "_select")([gone], SimpleNamespace(index=0))
+
+
+def test_a_click_that_comes_to_nothing_is_forgotten(built: Any, tmp_path: Path) -> None:
+    made, session = making.Making(Engine("tiny"), tmp_path), SimpleNamespace(session_hash="one")
+    for end, told in ((made._refused, making.IDLE), (made._left, None)):
+        made._begin(session)
+        made._stop(session)
+        assert end(session) == told
+        stop = made._take(session)
+        assert not stop.is_set(), "the next pictures are cancelled by what came before"
+        made._begin(session)
+        end(session)
+        made._stop(session)
+        assert stop.is_set(), "what is in the making cannot be cancelled"
+        made._dropped(session, stop)
+        assert not made._waiting
+        assert not made._taken
+    targets = {target[1]: one.fn.__name__ for one in built.fns.values() for target in one.targets if one.fn}
+    assert (targets["failure"], targets["unload"]) == ("_refused", "_left")
+
+
+def test_a_wrong_number_is_not_repeated_whole() -> None:
+    for read in (asked.whole, asked.real):
+        with pytest.raises(ValueError, match="not '99") as refused:
+            read("9" * 9000 + "x", "the seed")
+        assert len(str(refused.value)) < 120
