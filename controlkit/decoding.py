@@ -1,0 +1,140 @@
+"""Picture files: the header first, refused where it is none or too large, then decoded upright."""
+
+import io
+import os
+import struct
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from controlkit.files import PathLike
+from controlkit.pixel_arrays import array_to_rgb, on_white
+
+DEFAULT_MAX_PIXELS = 89_478_485
+"""Pictures of more pixels are refused before they are decoded; Pillow starts to warn at the same size."""
+
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+# Pillow imports all of its plugins, a tenth of a second, when it is asked for any other.
+_QUICK_FORMATS = ("PNG", "JPEG", "GIF", "BMP", "PPM")
+ORIENTATION = 0x0112
+"""EXIF's tag."""
+_LOOKALIKES = {
+    b"<svg": "an SVG drawing",
+    b"<?xml": "an XML file (an SVG drawing?)",
+    b"<!doctype": "an HTML page",
+    b"<html": "an HTML page",
+    b"version https://git-lfs": "a Git LFS pointer (run `git lfs pull`)",
+    b"%pdf": "a PDF",
+}
+DECODE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    LookupError,
+    TypeError,
+    RuntimeError,  # AVIF
+    struct.error,
+)
+"""What Pillow raises on damaged files, gathered from its decoders."""
+# Guards warnings.catch_warnings, which changes state that all threads share.
+_opening = threading.Lock()
+
+
+@contextmanager
+def opened(
+    source: PathLike | bytes, *, max_pixels: int, formats: Sequence[str] = _FORMATS
+) -> Iterator[tuple[Image.Image, str]]:
+    """Read a picture file's header, refuse what is no picture or too large; yield picture and name."""
+    name = "the data given" if isinstance(source, bytes) else os.fspath(source)
+    file = io.BytesIO(source) if isinstance(source, bytes) else _open_file(name)
+    with file:
+        image = _read_header(file, name, formats)
+        width, height = image.size
+        if width * height > max_pixels:
+            raise ValueError(f"{name} has {width} x {height} pixels; at most {max_pixels:,} pixels are read")
+        yield image, name
+
+
+def _open_file(name: str) -> io.BufferedReader:
+    try:
+        return open(name, "rb")
+    except FileNotFoundError as error:
+        raise ValueError(f"{name} does not exist") from error
+    except IsADirectoryError as error:
+        raise ValueError(f"{name} is a folder, not a picture") from error
+    except OSError as error:
+        raise ValueError(f"{name} cannot be read: {error.strerror}") from error
+
+
+def _read_header(file: io.BytesIO | io.BufferedReader, name: str, formats: Sequence[str]) -> Image.Image:
+    try:
+        with _opening, warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit follows
+            try:
+                return Image.open(file, formats=[name for name in formats if name in _QUICK_FORMATS])
+            except UnidentifiedImageError:
+                return Image.open(file, formats=list(formats))
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{name} {_what_it_is(file, formats)}") from error
+    except Image.DecompressionBombError as error:
+        limit = f"{2 * DEFAULT_MAX_PIXELS:,} pixels"
+        raise ValueError(f"{name} is too large: its header announces more than {limit}") from error
+    except DECODE_ERRORS as error:
+        raise ValueError(f"{name} cannot be read as a picture: {one_line(error)}") from error
+
+
+def _what_it_is(file: io.BytesIO | io.BufferedReader, formats: Sequence[str]) -> str:
+    file.seek(0)
+    start = file.read(64).lstrip().lower()
+    if not start:
+        return "is empty"
+    for prefix, kind in _LOOKALIKES.items():
+        if start.startswith(prefix):
+            return f"is not a picture but {kind}"
+    return f"is not a picture of a format that is read here ({', '.join(formats)})"
+
+
+def image_to_rgb(image: Image.Image, name: str) -> np.ndarray:
+    """Decode a picture: uint8 (H, W, 3), upright. Raises ValueError, beginning with ``name``."""
+    try:
+        image.load()
+        return _upright_to_rgb(upright(image), name)
+    except _PictureRefused:
+        raise
+    except DECODE_ERRORS as error:
+        raise ValueError(f"{name} is damaged or truncated: {one_line(error)}") from error
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF orientation says."""
+    return ImageOps.exif_transpose(image) if image.getexif().get(ORIENTATION, 1) != 1 else image
+
+
+class _PictureRefused(ValueError):
+    """A picture that decodes but has values with no defined meaning as a picture."""
+
+
+def _upright_to_rgb(image: Image.Image, name: str) -> np.ndarray:
+    if image.mode.startswith("I"):  # I;16 and its byte orders; I is 32 bits, used by 16-bit PGM and TIFF
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise _PictureRefused(f"{name} has integer values outside 0 to 65535")
+        return array_to_rgb(values.astype(np.uint16), name)
+    if image.mode == "F":
+        try:
+            return array_to_rgb(np.asarray(image), name)
+        except ValueError as error:
+            raise _PictureRefused(str(error)) from error
+    if image.has_transparency_data:
+        return on_white(np.asarray(image.convert("RGBA")))
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))  # convert always copies
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, on one line."""
+    return " ".join(str(error).split()) or type(error).__name__
