@@ -299,15 +299,16 @@ def test_an_adapter_that_two_kinds_share_is_told_of_the_wrong_one(
 def test_the_help_shows_groups(run: Run) -> None:
     import typer.main
 
-    from controlkit.cli import _GROUPS, app
+    from controlkit.cli import app
+    from controlkit.command_group import GROUPS
 
     command = typer.main.get_command(app)
     there = {parameter.name for parameter in command.commands["generate"].params}  # type: ignore[attr-defined]
-    named = [name for names in _GROUPS.values() for name in names]
+    named = [name for names in GROUPS.values() for name in names]
     assert set(named) <= there
     assert len(set(named)) == len(named)
     helped = run("generate", "--help").done()
-    places = [helped.index(f"\n{title}:\n") for title in ("Arguments", *_GROUPS, "Options")]
+    places = [helped.index(f"\n{title}:\n") for title in ("Arguments", *GROUPS, "Options")]
     assert places == sorted(places)
     assert helped.index("--lora FILE") > helped.index("\nModels:\n")
     assert helped.index("  --help") > places[-1], "what is in no group stands at the end"

@@ -32,6 +32,8 @@ APPLICATION = {
     for name in (
         "__main__",
         "cli",
+        "cli_files",
+        "cli_training",
         "convert_job",
         "models_job",
         "transfer_job",
