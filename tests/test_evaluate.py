@@ -311,7 +311,7 @@ def test_kinds_of_one_measure_are_told_apart(run: Run, pairs):
     page = Path("report/report.html").read_text()
     (row,) = re.findall(r'<tr><th scope="row">\d+</th>(.*?)</tr>', page.partition("Pair by pair")[2])
     shown = re.findall(r"<td>([\d.]+)</td>", row)
-    labels = ["no control", "canny", "canny 2", "pictures"]
+    labels = ["no control", "canny", "canny (scribble)", "pictures"]
     wanted = [scores[kind]["edge F1"][label] for kind in ("canny", "scribble") for label in labels]
     assert [float(value) for value in shown] == pytest.approx(wanted, abs=6e-4)
     assert len(set(shown)) > 4
@@ -375,6 +375,28 @@ def test_what_a_run_held_out(run: Run, pairs, tmp_path, monkeypatch):
     assert report["adapters"][0]["label"] == "run"
     assert report["adapters"][0]["kind"] == "canny"
     assert report["settings"]["base"] == "tiny"
+
+
+def test_a_network_for_several_kinds(run: Run, pairs, tmp_path, monkeypatch):
+    """Each kind is measured with the maps of its own column."""
+    monkeypatch.setenv("CONTROLKIT_CACHE", str(tmp_path / "cache"))
+    rows = [json.loads(line) for line in (pairs / "metadata.jsonl").read_text().splitlines()]
+    (pairs / "depth").mkdir()
+    for number, row in enumerate(rows):
+        images.write_png(pairs / "depth" / f"{number}.png", np.full((160, 160, 3), 40 * number, np.uint8))
+        row["depth_file_name"] = f"depth/{number}.png"
+    (pairs / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    settings = ["steps=1", "warmup=0", "batch_size=2", "score_scenes=0", "monitor_every=0", "sample_every=0"]
+    settings += ['data.map_column=["canny","depth"]', f"data.source={pairs}", "data.holdout=1", "out=run"]
+    run("train", "tiny-several", *settings).done()
+    run("evaluate", "run", *QUICK).done()
+    report = told(Path("report"))
+    labels = [(one["label"], one["kind"]) for one in report["adapters"]]
+    assert labels == [("run (canny)", "canny"), ("run (depth)", "depth")]
+    (shown,) = (Path("report/maps") / "asked-depth").iterdir()
+    assert np.array_equal(np.unique(images.load_picture(shown)), [40 * int(shown.stem)])
+    (shown,) = (Path("report/maps") / "asked-canny").iterdir()
+    assert set(np.unique(images.load_picture(shown))) == {0, 255}
 
 
 def test_a_map_that_no_preprocessor_makes(run: Run, pairs, tmp_path):

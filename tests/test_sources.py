@@ -292,6 +292,9 @@ def test_the_maps_of_the_kind_that_is_trained(tmp_path: Path) -> None:
     assert map_names("") == ["c.png"]
     assert map_names("softedge") == []  # and not canny's, which the column with the common name holds
     assert map_names("depth", maps="made") == []
+    assert map_names("", map_column=("depth", "canny_file_name")) == ["d.png", "c.png"]  # by kind, by name
+    with pytest.raises(ValueError, match=r"no column 'softedge'"):
+        map_names("", map_column=("depth", "softedge"))
     with pytest.raises(ValueError, match=r"no column with maps of softedge.*data.maps=made"):
         map_names("softedge", maps="files")
     del row["conditioning_image_file_name"]

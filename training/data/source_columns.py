@@ -75,9 +75,12 @@ def _map_columns(columns: Sequence[str], *, data: DataRecipe, kind: str, where: 
     if data.maps == "made":
         return ()
     if data.map_column:
-        return tuple(_named(columns, name, "map_column", where) for name in data.map_column)
-    own = (f"{kind}_file_name", f"{kind}_image", f"{kind}_map", kind) if kind else ()
-    found = _first(own, columns)
+        named = [name if name in columns else _first(_of_kind(name), columns) for name in data.map_column]
+        return tuple(
+            found or _named(columns, name, "map_column", where)
+            for name, found in zip(data.map_column, named, strict=True)
+        )
+    found = _first(_of_kind(kind), columns) if kind else ""
     if not found and not (kind and _known_kinds(columns)):
         # Beside columns of other kinds, the one with a common name holds a map of the first of them.
         found = _first(MAP_NAMES, columns) or _only_map(columns, where)
@@ -87,6 +90,11 @@ def _map_columns(columns: Sequence[str], *, data: DataRecipe, kind: str, where: 
             f"have maps made with data.maps=made; columns: {', '.join(columns)}"
         )
     return (found,) if found else ()
+
+
+def _of_kind(kind: str) -> tuple[str, ...]:
+    """What columns with maps of a kind are called."""
+    return f"{kind}_file_name", f"{kind}_image", f"{kind}_map", kind
 
 
 def _only_map(columns: Sequence[str], where: str) -> str:

@@ -121,18 +121,18 @@ def _opened(
     found: Opened = {}
     side = data.resolution or resolution
     for kind, usual in options.items():
-        examples = open_examples(data, kind=kind, report=report)
+        one = {"map_column": (kind,)} if kind in data.map_column else {}  # of those that are stacked its own
+        of_kind = data.model_copy(update=one)
+        examples = open_examples(of_kind, kind=kind, report=report)
         sizes = sizes or _sizes(examples, data, report)
         of_data = data.options if own in ("", kind) else {}
         asked = request.options.get(kind, {})
         if examples[0].maps and data.maps != "made":
-            told = {
-                **of_data,
-                **_style(kind, {**usual, **asked}),
-            }  # the rest is of maps of generated pictures
+            # the rest of the options is of maps of generated pictures
+            told = {**of_data, **_style(kind, {**usual, **asked})}
         else:
             told = {**usual, **_fixed(of_data), **asked}
-        seen = data.model_copy(update={"options": told})
+        seen = of_kind.model_copy(update={"options": told})
         found[kind] = (
             examples,
             Visits(examples, sizes, data=seen, kind=kind, resolution=side, seed=0),

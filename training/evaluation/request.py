@@ -227,7 +227,8 @@ def _of_run(data: str, base: str | None, adapters: list[str]) -> tuple[str, str,
         result = config.parent / "controlnet"
         if not result.is_dir():
             raise ValueError(f"{data} has no result yet (no {result}): finish the training first")
-        adapters = [f"{recipe.map}={result}"]
+        several = recipe.data.map_column if recipe.adapter == "controlnet-union" else ()
+        adapters = [f"{kind}={result}" for kind in several or (recipe.map,)]
     return data, base or recipe.base, adapters, {}
 
 
@@ -247,7 +248,11 @@ def _labelled(adapters: Sequence[Compared]) -> tuple[Compared, ...]:
     """The same with a short name for each, all of them different."""
     labels: list[str] = []
     for one in adapters:
-        label = _short(one.name) + (f" ({one.written})" if one.written else "")
+        is_of_several = len({other.kind for other in adapters if other.name == one.name}) > 1
+        short = _short(one.name)
+        kind = one.kind if is_of_several and one.kind != short else ""
+        how = ", ".join(part for part in (kind, one.written) if part)
+        label = f"{short} ({how})" if how else short
         if label in labels or label in _TAKEN:
             number = next(k for k in range(2, len(adapters) + 2) if f"{label} {k}" not in labels)
             label = f"{label} {number}"
