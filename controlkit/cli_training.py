@@ -102,7 +102,9 @@ def train(
         from controlkit.info_job import how_to_use
 
         spec = read_info(result.result).map
-        if spec.channels == 3:
+        if (result.result.parent / "unet").is_dir():
+            print(f"and {result.result.parent / 'unet'}: its README says how to use both together")
+        elif spec.channels == 3:
             print("use it with:")
             print(f"  {how_to_use(spec.kind, str(result.result), result.base)}")
         else:

@@ -183,7 +183,7 @@ def _read(given: MapSource) -> torch.Tensor | list[np.ndarray]:
                 f" {float(given.min()):g} to {float(given.max()):g}"
             )
         return given
-    pictures, _ = images.load_pictures(given)
+    pictures, _ = images.load_pictures(given, behind=0)
     if not pictures:
         raise ValueError("no map given")
     return pictures

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from controlkit.files import PathLike
-from controlkit.pixel_arrays import array_to_rgb, on_white
+from controlkit.pixel_arrays import array_to_rgb, over
 
 DEFAULT_MAX_PIXELS = 89_478_485
 """Pictures of more pixels are refused before they are decoded; Pillow starts to warn at the same size."""
@@ -99,11 +99,14 @@ def _what_it_is(file: io.BytesIO | io.BufferedReader, formats: Sequence[str]) ->
     return f"is not a picture of a format that is read here ({', '.join(formats)})"
 
 
-def image_to_rgb(image: Image.Image, name: str) -> np.ndarray:
-    """Decode a picture: uint8 (H, W, 3), upright. Raises ValueError, beginning with ``name``."""
+def image_to_rgb(image: Image.Image, name: str, *, behind: int = 255) -> np.ndarray:
+    """Decode a picture: uint8 (H, W, 3), upright; behind: the grey level behind what is transparent.
+
+    Raises ValueError, beginning with ``name``.
+    """
     try:
         image.load()
-        return _upright_to_rgb(upright(image), name)
+        return _upright_to_rgb(upright(image), name, behind)
     except _PictureRefused:
         raise
     except DECODE_ERRORS as error:
@@ -119,7 +122,7 @@ class _PictureRefused(ValueError):
     """A picture that decodes but has values with no defined meaning as a picture."""
 
 
-def _upright_to_rgb(image: Image.Image, name: str) -> np.ndarray:
+def _upright_to_rgb(image: Image.Image, name: str, behind: int) -> np.ndarray:
     if image.mode.startswith("I"):  # I;16 and its byte orders; I is 32 bits, used by 16-bit PGM and TIFF
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
@@ -131,7 +134,7 @@ def _upright_to_rgb(image: Image.Image, name: str) -> np.ndarray:
         except ValueError as error:
             raise _PictureRefused(str(error)) from error
     if image.has_transparency_data:
-        return on_white(np.asarray(image.convert("RGBA")))
+        return over(np.asarray(image.convert("RGBA")), behind)
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))  # convert always copies
 
 

@@ -193,7 +193,7 @@ def _sources(
 def _source(argument: arguments.ControlArgument) -> Source:
     if not argument.is_map and argument.kind not in (*preprocessors.names(), INPAINT):
         preprocessors.get(argument.kind)  # raises, with the kinds there are
-    picture = images.load_picture(argument.path)
+    picture = (images.load_map if argument.is_map else images.load_picture)(argument.path)
     mask = images.load_mask(argument.mask) if argument.mask else None
     if mask is not None and not mask.any():
         raise ValueError(
@@ -225,7 +225,8 @@ def _source_again(record: ControlRecord, earlier: Earlier) -> Source:
     found = earlier.find(record.path, record.sha256, option=option)
     mask = earlier.find(record.mask, record.mask_sha256, option=option) if record.mask else None
     pixels = None if mask is None else images.load_mask(mask)
-    return Source(record, images.load_picture(found), found, pixels, mask)
+    picture = (images.load_map if record.is_map else images.load_picture)(found)
+    return Source(record, picture, found, pixels, mask)
 
 
 def _with_adapters(sources: Sequence[Source], adapters: Mapping[str, str]) -> list[Source]:

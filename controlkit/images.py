@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     Source = PathLike | bytes | Image.Image | np.ndarray | torch.Tensor
 
 
-def load_picture(source: "Source", *, max_pixels: int = DEFAULT_MAX_PIXELS) -> np.ndarray:
+def load_picture(source: "Source", *, max_pixels: int = DEFAULT_MAX_PIXELS, behind: int = 255) -> np.ndarray:
     """Return any picture as uint8 RGB of shape (H, W, 3).
 
     ``source`` is a path, the bytes of a file, a PIL image, a numpy array (uint8, uint16, bool, or float in
@@ -45,7 +45,8 @@ def load_picture(source: "Source", *, max_pixels: int = DEFAULT_MAX_PIXELS) -> n
     The array returned may share memory with the one given.
 
     Whatever the format, the result is defined: turned upright by its EXIF orientation, 16 bits scaled by
-    1/257, alpha composited on white, CMYK, palettes and 1-bit converted, of an animation the first frame.
+    1/257, alpha composited on white (on the grey level ``behind``), CMYK, palettes and 1-bit converted, of an
+    animation the first frame.
     Colour profiles are ignored, as in every data set that ControlNets were trained on.
 
     Raises:
@@ -54,16 +55,21 @@ def load_picture(source: "Source", *, max_pixels: int = DEFAULT_MAX_PIXELS) -> n
             ``max_pixels`` is; nothing is decoded then), or an array has another shape, type or range.
     """
     if isinstance(source, np.ndarray):
-        return array_to_rgb(source, "the array")
+        return array_to_rgb(source, "the array", behind=behind)
     if isinstance(source, Image.Image):
-        return image_to_rgb(source, "the picture")
+        return image_to_rgb(source, "the picture", behind=behind)
     if "torch" in sys.modules and isinstance(source, sys.modules["torch"].Tensor):
-        return _tensor_to_rgb(source)
+        return _tensor_to_rgb(source, behind)
     if not isinstance(source, (str, os.PathLike, bytes)):
         given = type(source).__name__
         raise ValueError(f"a picture is a path, bytes, a PIL image, an array or a tensor, not {given}")
     with opened(source, max_pixels=max_pixels) as (image, name):
-        return image_to_rgb(image, name)
+        return image_to_rgb(image, name, behind=behind)
+
+
+def load_map(source: "Source", *, max_pixels: int = DEFAULT_MAX_PIXELS) -> np.ndarray:
+    """Return any map as :func:`load_picture` does, but on black, as lines, poses and depth are drawn."""
+    return load_picture(source, max_pixels=max_pixels, behind=0)
 
 
 def load_mask(path: PathLike) -> np.ndarray:
@@ -112,8 +118,10 @@ def picture_size(source: "PathLike | bytes | np.ndarray") -> tuple[int, int]:
         return (height, width) if turned else (width, height)
 
 
-def load_pictures(sources: "Source | Sequence[Source]") -> "tuple[list[np.ndarray], bool]":
-    """Return one picture or a batch as a list of pictures, and whether it was a batch.
+def load_pictures(
+    sources: "Source | Sequence[Source]", *, behind: int = 255
+) -> "tuple[list[np.ndarray], bool]":
+    """Return one picture or a batch as a list of pictures, and whether it was a batch. behind: as there.
 
     A batch is a list or tuple of what :func:`load_picture` takes, an array (N, H, W, C), or a tensor
     (N, C, H, W); it may be empty.
@@ -122,11 +130,11 @@ def load_pictures(sources: "Source | Sequence[Source]") -> "tuple[list[np.ndarra
         ValueError: as :func:`load_picture`; for a batch, with the number of the picture in it.
     """
     if not isinstance(sources, (list, tuple)) and getattr(sources, "ndim", 0) != 4:
-        return [load_picture(cast("Source", sources))], False
+        return [load_picture(cast("Source", sources), behind=behind)], False
     pictures = []
     for index, source in enumerate(cast(Sequence[Any], sources)):
         try:
-            pictures.append(load_picture(source))
+            pictures.append(load_picture(source, behind=behind))
         except ValueError as error:
             raise ValueError(f"picture {index} of the batch: {error}") from error
     return pictures, True
@@ -332,13 +340,13 @@ def write_png(
 # --- arrays and tensors ---
 
 
-def _tensor_to_rgb(tensor: "torch.Tensor") -> np.ndarray:
+def _tensor_to_rgb(tensor: "torch.Tensor", behind: int) -> np.ndarray:
     shape = tuple(tensor.shape)
     if len(shape) != 3 or shape[0] not in (1, 3, 4):
         raise ValueError(f"the tensor has the shape {shape}; a picture is (1, 3 or 4, height, width)")
     tensor = tensor.detach().cpu()
     array = (tensor.float() if tensor.is_floating_point() else tensor).permute(1, 2, 0).numpy()
-    return array_to_rgb(array, "the tensor")
+    return array_to_rgb(array, "the tensor", behind=behind)
 
 
 def _rgb(image: np.ndarray) -> np.ndarray:

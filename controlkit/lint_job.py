@@ -93,7 +93,7 @@ def run(job: Plan, progress: Callable[[int, int], None] = lambda done, total: No
     verdicts = []
     for file in job.maps:
         try:
-            image = images.load_picture(file.path)
+            image = images.load_map(file.path)
             kind = file.kind or preprocessors.guess_kind(image)
             findings = preprocessors.lint(file.path, kind, picture)
         except ValueError as error:

@@ -3,8 +3,8 @@
 import numpy as np
 
 
-def array_to_rgb(array: np.ndarray, name: str) -> np.ndarray:
-    """An array (H, W) or (H, W, 1, 3 or 4) as a picture; what is transparent is on white.
+def array_to_rgb(array: np.ndarray, name: str, *, behind: int = 255) -> np.ndarray:
+    """An array (H, W) or (H, W, 1, 3 or 4) as a picture. behind: the grey level behind what is transparent.
 
     Raises ValueError, beginning with ``name``, for another shape, type or range.
     """
@@ -16,7 +16,7 @@ def array_to_rgb(array: np.ndarray, name: str) -> np.ndarray:
         )
     levels = _to_levels(array, name)
     if levels.shape[2] == 4:
-        return on_white(levels)
+        return over(levels, behind)
     if levels.shape[2] == 1:
         levels = np.broadcast_to(levels, (*levels.shape[:2], 3))
     return np.ascontiguousarray(levels)
@@ -38,7 +38,7 @@ def _to_levels(array: np.ndarray, name: str) -> np.ndarray:
     return np.rint(np.clip(array, 0.0, 1.0) * 255.0).astype(np.uint8)
 
 
-def on_white(rgba: np.ndarray) -> np.ndarray:
-    """uint8 (H, W, 4) on white, (H, W, 3)."""
+def over(rgba: np.ndarray, behind: int) -> np.ndarray:
+    """uint8 (H, W, 4) on a grey level, (H, W, 3)."""
     colour, alpha = rgba[..., :3].astype(np.uint32), rgba[..., 3:].astype(np.uint32)
-    return ((colour * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+    return ((colour * alpha + behind * (255 - alpha) + 127) // 255).astype(np.uint8)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from controlkit.images import load_picture
+from controlkit.images import load_map, load_picture
 from controlkit.naming import unknown
 from controlkit.preprocessors.lint_depth import bands, colour_map, depth_findings, facing, normal_findings
 from controlkit.preprocessors.lint_edges import edge_findings, line_findings, looks_inverted, looks_thin
@@ -64,7 +64,7 @@ def lint(map: "Source | Map", kind: str = "", picture: "Source | None" = None) -
         map = map.image
     if kind and kind not in _FAMILY:
         raise unknown("map", kind, KINDS)
-    facts = Facts(load_picture(map))
+    facts = Facts(load_map(map))
     found = _content(facts, source, kind, style_is_known=style_is_known)
     if picture is not None:
         found += _size(facts, load_picture(picture))
@@ -79,29 +79,24 @@ def guess_kind(map: "Source | Map") -> str:
     Raises:
         ValueError: it cannot be read.
     """
-    facts = Facts(load_picture(map.image if isinstance(map, Map) else map))
+    facts = Facts(load_map(map.image if isinstance(map, Map) else map))
     family = _family(facts, Strokes(facts))
     return "softedge" if family == "lines" else family
 
 
 def _content(facts: Facts, source: object, kind: str, *, style_is_known: bool) -> list[Finding]:
     """What levels and colours say, whatever the map belongs to."""
-    clear = _transparency(facts, source)
-    if clear >= 1:
-        return [error("transparent", "the map is fully transparent", "save it without an alpha channel")]
     if facts.is_constant:
+        clear = _transparency(source)
+        if clear >= 1:
+            return [error("transparent", "the map is fully transparent", "save it without an alpha channel")]
+        if clear:
+            what = "what is not transparent in the map is black, and so is what is behind it: nothing is seen"
+            return [error("transparent", what, "draw it in white, and save it without an alpha channel")]
         return [_constant(facts, kind)]
     strokes = Strokes(facts)
     looks = _family(facts, strokes)
     family = _FAMILY.get(kind, looks)
-    if family in ("canny", "lines", "openpose") and clear > 0.2:
-        return [
-            error(
-                "transparent",
-                f"{clear:.0%} of the map is transparent; it is read as white there, and should be black",
-                "put the map on black and save it without an alpha channel",
-            )
-        ]
     if found := _other_kind(facts, strokes, family, looks):
         return [found]
     if family in ("canny", "lines") and facts.share(48) * facts.pixels < _fewest(facts):
@@ -215,10 +210,8 @@ def _coloured_family(facts: Facts, strokes: Strokes) -> str:
     return "canny" if thin else ""
 
 
-def _transparency(facts: Facts, source: object) -> float:
-    """The share of pixels that are more transparent than not; looked up only where the map has much white."""
-    if facts.share(255) < 0.2:
-        return 0.0
+def _transparency(source: object) -> float:
+    """The share of pixels that are more transparent than not."""
     if isinstance(source, np.ndarray):
         alpha = source[..., 3] if source.ndim == 3 and source.shape[2] == 4 else None
         if alpha is None:

@@ -103,7 +103,7 @@ REFUSED = [
     ("--output_dir=$OUTPUT_DIR", "--output_dir=$OUTPUT_DIR names a variable of the shell: write its value"),
     ("--mixed_precision=fp8", "unknown --mixed_precision 'fp8'"),
     ("--lr_scheduler=cosin", "unknown --lr_scheduler 'cosin' (did you mean 'cosine'?)"),
-    ("--lr_scheduler=linear --lr_warmup_steps=2000", "warmup=2000 is longer than the training, steps=1000"),
+    ("--lr_scheduler=linear --lr_warmup_steps=2000", "--lr_warmup_steps=2000 is longer than the training"),
     ("--lr_scheduler=cosine_with_restarts --lr_num_cycles=2", "--lr_num_cycles=2: the rate falls once"),
     ("--lr_scheduler=polynomial --lr_power=2", "--lr_power=2.0: the rate falls in a line"),
     ("--adam_epsilon=1e-6", "--adam_epsilon=1e-06: the optimizer's epsilon is 1e-8"),

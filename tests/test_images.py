@@ -103,6 +103,24 @@ def test_alpha_is_composited_on_white() -> None:
     )
 
 
+def test_maps_are_on_black() -> None:
+    """Lines on a transparent layer, whatever colour the transparent pixels have."""
+    drawn = np.zeros((4, 4, 4), np.uint8)
+    drawn[1] = 255
+    hidden = drawn.copy()
+    hidden[..., :3] = 255
+    for source in (drawn, Image.fromarray(drawn), encoded(Image.fromarray(hidden)), hidden):
+        levels = images.load_map(source)
+        assert np.array_equal(
+            levels[..., 0], np.where(np.arange(4)[:, None] == 1, 255, 0) + 0 * levels[..., 0]
+        )
+    assert images.load_picture(hidden).min() == 255
+    half = np.full((1, 1, 4), 128, np.uint8)
+    assert images.load_map(half).tolist() == [[[64, 64, 64]]]
+    assert images.load_picture(half).tolist() == [[[191, 191, 191]]]
+    assert np.array_equal(images.load_pictures([drawn], behind=0)[0][0], images.load_map(drawn))
+
+
 def test_every_mode_has_a_defined_result() -> None:
     base = Image.new("RGB", (2, 1))
     base.putpixel((0, 0), (255, 0, 0))

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import tarfile
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -194,10 +195,11 @@ def test_a_row_without_its_map(tmp_path: Path) -> None:
 
 
 def test_captions_of_every_sort(tmp_path: Path) -> None:
-    given = [None, ["first", "second"], [], "two\n lines", "emoji 🦊 ‮rtl", ""]
+    given = [None, ["first", "second"], [], "two\n lines", "emoji 🦊 ‮rtl", "", ["", None, "third"]]
     examples = rows_of(tmp_path, *({"file_name": "a.png", "text": text, "hint": "a.png"} for text in given))
-    expected = ["x", "", "first", "", "two lines", "emoji 🦊 ‮rtl", ""]
+    expected = ["x", "", "first", "", "two lines", "emoji 🦊 ‮rtl", "", "third"]
     assert [example.caption for example in examples] == expected
+    assert [example.captions for example in examples[2:4]] == [("first", "second"), ("",)]
     examples = opened(tmp_path, caption="a picture")
     assert [example.caption for example in examples] == [text or "a picture" for text in expected]
 
@@ -303,6 +305,61 @@ def test_the_maps_of_the_kind_that_is_trained(tmp_path: Path) -> None:
         map_names("")
 
 
+def test_pictures_that_may_be_the_maps_are_not_passed_over(tmp_path: Path) -> None:
+    """Where a column's name says nothing, nobody's maps are replaced by others without a word."""
+    for name in ("a.png", "e.png"):
+        put(tmp_path / name, encoded(photograph("cat")))
+    row = {"file_name": "a.png", "text": "x", "edge_file_name": "e.png"}
+    put(tmp_path / "metadata.jsonl", jsonl([row]))
+    with pytest.raises(
+        ValueError, match=r"pictures in edge_file_name, too: .*data.map_column=edge_file_name"
+    ):
+        opened(tmp_path)
+    (piece,) = opened(tmp_path, map_column=("edge",))[0].maps
+    assert piece.name.endswith("e.png")
+    assert opened(tmp_path, maps="made")[0].maps == ()
+    plain = {"file_name": "a.png", "text": "x", "width": 3, "license": "CC-BY 4.0", "path": "a.png"}
+    put(tmp_path / "metadata.jsonl", jsonl([plain]))
+    assert opened(tmp_path)[0].maps == ()
+
+
+def test_columns_of_maps_hold_maps(tmp_path: Path) -> None:
+    """A number called depth and a web site called source are no maps."""
+    put(tmp_path / "a.png", encoded(photograph("cat")))
+    row = {"file_name": "a.png", "text": "x", "source": "laion", "depth": 0.5}
+    put(tmp_path / "metadata.jsonl", jsonl([row]))
+    assert opened(tmp_path)[0].maps == ()
+    put(tmp_path / "metadata.jsonl", jsonl([row | {"conditioning_image": "a.png"}]))
+    assert len(opened(tmp_path)[0].maps) == 1
+
+
+def test_a_folder_that_may_hold_the_maps_is_not_trained_on(tmp_path: Path) -> None:
+    for name in NAMES:
+        for folder, picture in (("train", photograph(name)), ("train_cond", edges(name))):
+            put(tmp_path / "kohya" / folder / f"{name}.png", encoded(picture))
+            put(tmp_path / "inside" / folder.removeprefix("train") / f"{name}.png", encoded(picture))
+        for place in ("kohya/train", "inside", "concepts/1_cat", "concepts/1_dog"):
+            put(tmp_path / place / f"{name}.txt", name)
+            put(tmp_path / place / f"{name}.png", encoded(photograph(name)))
+    with pytest.raises(
+        ValueError, match=r"train_cond/ has pictures named like train/ and no captions: .*canny"
+    ):
+        opened(tmp_path / "kohya")
+    with pytest.raises(ValueError, match=r"_cond/ has pictures named like its pictures and no captions"):
+        opened(tmp_path / "inside")
+    examples = opened(tmp_path / "kohya", map_column=("train_cond",))
+    assert [np.array_equal(pixels(e.maps[0]), edges(Path(e.name).stem)) for e in examples] == [True] * 4
+    assert len(opened(tmp_path / "concepts")) == 8  # both with captions: two concepts
+
+
+def test_names_that_look_alike_are_alike(tmp_path: Path) -> None:
+    """macOS writes an umlaut as a letter and two dots."""
+    put(tmp_path / unicodedata.normalize("NFC", "für.png"), encoded(photograph("cat")))
+    put(tmp_path / "conditioning" / unicodedata.normalize("NFD", "für.png"), encoded(edges("cat")))
+    (example,) = opened(tmp_path)
+    assert np.array_equal(pixels(example.maps[0]), edges("cat"))
+
+
 def test_what_preprocess_writes(tmp_path: Path) -> None:
     for name in NAMES[:2]:
         put(tmp_path / "photos" / f"{name}.png", encoded(photograph(name)))
@@ -406,6 +463,35 @@ def test_paired_folders_with_links(tmp_path: Path) -> None:
         opened(tmp_path / "set")
 
 
+def test_names_within_may_be_absolute(tmp_path: Path) -> None:
+    name = str(tmp_path / "set" / "a.png")
+    _, absolute, climbing = rows_of(
+        tmp_path / "set",
+        {"file_name": name, "text": "x", "hint": name},
+        {"file_name": f"{tmp_path}/set/../set2/a.png", "text": "x", "hint": "a.png"},
+    )
+    assert pixels(absolute.picture).shape == pixels(absolute.maps[0]).shape == (96, 128, 3)
+    with pytest.raises(ValueError, match="leads out"):
+        climbing.picture.read()
+
+
+def test_a_snapshot_of_the_hubs_cache(tmp_path: Path) -> None:
+    """Its files are links to blobs beside it; links to anything else are followed no more than elsewhere."""
+    cached = tmp_path / "hub" / "datasets--me--cats"
+    put(cached / "blobs" / "1f", encoded(photograph("cat")))
+    put(cached / "blobs" / "2f", jsonl([{"file_name": f"{n}.png", "text": "x"} for n in "ab"]))
+    put(tmp_path / "hub" / "secret.png", encoded(photograph("cat")))
+    snapshot = cached / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    for name, target in (("a.png", "../../blobs/1f"), ("metadata.jsonl", "../../blobs/2f")):
+        (snapshot / name).symlink_to(target)
+    (snapshot / "b.png").symlink_to("../../../secret.png")
+    good, bad = opened(snapshot)
+    assert pixels(good.picture).shape == (96, 128, 3)
+    with pytest.raises(ValueError, match="leads out"):
+        bad.picture.read()
+
+
 def test_which_folder_of_maps(tmp_path: Path) -> None:
     put_pictures(tmp_path, pictures="images", maps="canny")
     put_pictures(tmp_path, pictures="images", maps="depth")
@@ -470,6 +556,16 @@ def test_members_by_name(tmp_path: Path) -> None:
     put_shard(tmp_path / "y.tar", {"1.jpg": b"p", "1.json": b'{"t": ["x", "y"]}', "2.png": b"q"})
     examples = opened(tmp_path / "y.tar", caption_column="t")
     assert [(example.picture.read(), example.caption) for example in examples] == [(b"p", "x"), (b"q", "")]
+
+
+def test_shards_with_pictures_that_may_be_maps(tmp_path: Path) -> None:
+    put_shard(tmp_path / "x.tar", {"1.image.jpg": b"p", "1.edge.png": b"m", "1.txt": b"x"})
+    with pytest.raises(ValueError, match=r"pictures in edge.png, too: .*data.map_column=edge.png"):
+        opened(tmp_path / "x.tar")
+    assert opened(tmp_path / "x.tar", map_column=("edge",))[0].maps[0].read() == b"m"
+    assert opened(tmp_path / "x.tar", maps="made")[0].maps == ()
+    put_shard(tmp_path / "y.tar", {"1.jpg": b"p", "1.depth.png": b"m"})
+    assert opened(tmp_path / "y.tar", kind="canny")[0].maps == ()  # of another kind, as its name says
 
 
 def test_shards_with_faults(tmp_path: Path) -> None:

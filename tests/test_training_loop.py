@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -293,6 +294,64 @@ def test_an_unlocked_decoder_is_trained_and_written(place):
     moved = {name for name in before if not torch.equal(before[name].half().float(), after[name].float())}
     assert moved
     assert all(name.startswith(("up_blocks", "conv_norm_out", "conv_out")) for name in moved)
+    card = (folder / "controlnet" / "README.md").read_text()
+    assert 'unet = UNet2DConditionModel.from_pretrained("unet"' in card
+    assert "unet=unet" in card
+    assert "in several shapes of the area of 64×64" in card
+
+
+def test_the_result_may_keep_every_bit(place):
+    folder, _ = run(place, "whole", steps=1, export_dtype="fp32")
+    result = load_file(folder / "controlnet" / "diffusion_pytorch_model.safetensors")
+    trained = {name.removeprefix("model.controlnet."): t for name, t in weights(folder).items()}
+    assert result.keys() == trained.keys()
+    assert all(torch.equal(result[name], tensor) for name, tensor in trained.items())
+
+
+def test_of_several_captions_each_visit_is_told_one(place, monkeypatch):
+    """The cache holds all of them, and the result is that without it."""
+    pictures = place / "captioned" / "pictures"
+    shutil.copytree(place / "pictures", pictures)
+    shutil.copytree(place / "base", place / "captioned" / "base")
+    table = [{"file_name": f"{n:02d}.png", "text": [f"red {n}", f"blue {n}"]} for n in range(14)]
+    (pictures / "metadata.jsonl").write_text("\n".join(map(json.dumps, table)))
+    told, real = [], ControlNetTask._captions
+    monkeypatch.setattr(
+        ControlNetTask, "_captions", lambda self, part: told.append(real(self, part)) or told[-1]
+    )
+    settings = {"steps": 6, "warmup": 0, "sample_every": 0, "monitor_every": 0, "checkpoint_every": 99}
+    settings |= {"log_every": 1, "caption_dropout": 0.0, "ema": 0.0}
+    found = []
+    for name, cached in (("cached", True), ("not", False)):
+        train_recipe(str(recipe(place / "captioned" / name, pictures, data_cache=cached, **settings)))
+        found.append(losses(place / "captioned" / name))
+    assert found[0] == found[1]
+    words = [caption.split()[0] for part in told for caption in part]
+    assert len(words) == 2 * 6 * 4
+    assert 12 <= words.count("red") <= 36
+
+
+def test_a_run_does_not_go_on_with_other_data(place):
+    """Held-out pairs would be drawn anew, and the report would be of what is there now."""
+    pictures = place / "changing" / "pictures"
+    shutil.copytree(place / "pictures", pictures)
+    shutil.copytree(place / "base", place / "changing" / "base")
+    settings = {"warmup": 0, "sample_every": 0, "monitor_every": 0, "checkpoint_every": 1, "log_every": 1}
+    path = str(recipe(place / "changing" / "run", pictures, steps=3, **settings))
+
+    def stop(step):
+        if step.step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_recipe(path, progress=stop)
+    caption = (pictures / "05.txt").read_text()
+    (pictures / "05.txt").write_text("another caption")
+    with pytest.raises(ValueError, match=r"the data set has changed since this run stopped \(then 11 pairs"):
+        train_recipe(path)
+    (pictures / "05.txt").write_text(caption)
+    train_recipe(path)
+    assert len(rows(place / "changing" / "run")) == 3
 
 
 @pytest.mark.parametrize(

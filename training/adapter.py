@@ -29,7 +29,7 @@ from controlkit.training.data.visits import Visits
 from controlkit.training.draws import derived_seed
 from controlkit.training.exporting import save_half
 from controlkit.training.hint_start import start_hint_encoder
-from controlkit.training.machine import Machine
+from controlkit.training.machine import DTYPES, Machine
 from controlkit.training.memory import free_memory, put
 from controlkit.training.noising import (
     Noisy,
@@ -233,13 +233,13 @@ class ControlNetTask:
         return self.encoded.given(samples, captions, self.machine.device)
 
     def _captions(self, part: PairsPart) -> list[str]:
-        """What each pair is told: its caption, or nothing at a share of visits."""
+        """What each pair is told: its caption, of several one, or nothing at a share of visits."""
         dropped = [
             float(np.random.default_rng(derived_seed(s.visit.seed, "caption")).random())
             < self.recipe.caption_dropout
             for s in part.samples
         ]
-        return ["" if drop else s.example.caption for s, drop in zip(part.samples, dropped, strict=True)]
+        return ["" if drop else _one_caption(s) for s, drop in zip(part.samples, dropped, strict=True)]
 
     def _present(self, part: PairsPart) -> Tensor:
         """Which of several maps each pair is shown, (B, n) bool: at least one."""
@@ -367,7 +367,8 @@ class ControlNetTask:
             training={"recipe": told, **({"data_sha256": digest} if (digest := self.feed.digest()) else {})},
         )
         network = self._filled(self.controlnet, weights, "controlnet.")
-        save_adapter(without_low_rank(network) if is_low_rank(recipe) else network, folder, info=info)
+        whole = without_low_rank(network) if is_low_rank(recipe) else network
+        save_adapter(whole, folder, info=info, dtype=DTYPES[recipe.export_dtype])
         if not recipe.sd_locked:
             with files.replace_folder(folder.parent / "unet") as target:
                 save_half(self._filled(self.base.unet, weights, "unet."), target)
@@ -424,15 +425,23 @@ class ControlNetTask:
         self._make_room()
 
 
+def _one_caption(sample: Outline) -> str:
+    """Of several captions one, drawn for the visit, as diffusers' train_controlnet.py draws them."""
+    captions = sample.example.captions
+    if len(captions) == 1:
+        return captions[0]
+    return captions[derived_seed(sample.visit.seed, "which caption") % len(captions)]
+
+
 def _report_bad_maps(kind: str, maps: Sequence[NDArray[np.uint8]], report: Callable[[str], None]) -> None:
     """Say before the first step what is wrong with the maps, each thing once."""
     from controlkit import preprocessors
 
-    if kind not in preprocessors.names():
-        return
-    found = Counter(
-        f"{finding.message}; {finding.cure}" for image in maps for finding in preprocessors.lint(image, kind)
-    )
+    if kind in preprocessors.names():
+        found = Counter(f"{one.message}; {one.cure}" for m in maps for one in preprocessors.lint(m, kind))
+    else:
+        blank = "of one colour: nothing can be learned from them"
+        found = Counter(blank for m in maps if (m == m[:1, :1]).all())
     for text, count in found.items():
         report(f"{count} of the first {len(maps)} {kind} maps: {text}")
 

@@ -193,6 +193,8 @@ class ControlNetRecipe(Recipe):
     """tensorboard, wandb and whatever else accelerate knows."""
     project: str = "controlkit"
     """The name under which trackers file the run."""
+    export_dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
+    """Of the result's file. fp32 keeps every bit, as diffusers' script writes it, in twice the bytes."""
     push_to_hub: str = ""
     """Repository on the hub ("owner/name") that gets the result after it is written; "" for none."""
 

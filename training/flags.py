@@ -192,8 +192,10 @@ def _toml(value: Any) -> str:
 
 def _by_flag(message: str) -> str:
     """A recipe's fault, told of the flag that its key came from."""
-    named = re.match(r"flags: ([a-z_.]+?)(?:\.\d+)?: ", message)
+    named = re.match(r"flags: ([a-z_.]+?)(?:\.\d+)?(?:: |(?==))", message)
     if not named:
         return message.removeprefix("flags: ")
     flags = [name for name, flag in FLAGS.items() if flag.key == named[1]]
-    return f"{' or '.join(f'--{name}' for name in flags) or named[1]}: {message[named.end() :]}"
+    shown = " or ".join(f"--{name}" for name in flags) or named[1]
+    rest = message[named.end() :]
+    return f"{shown}{rest}" if rest.startswith("=") else f"{shown}: {rest}"

@@ -91,6 +91,7 @@ SDXL_ONLY = tuple(FLAGS)[-5:]
 FIXED: dict[str, Any] = {
     "hint_start": "standard",
     "zero_convolution_rate": 1.0,
+    "export_dtype": "fp32",
     "hint_encoder_rate": 1.0,
     "objective": "base",
     "min_snr_gamma": 0.0,

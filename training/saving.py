@@ -26,6 +26,7 @@ MAY_CHANGE |= {
     "score_every",
     "trackers",
     "project",
+    "export_dtype",
     "push_to_hub",
     "bad_steps",
 }

@@ -164,7 +164,7 @@ class Slot:
         path = _source(rest)
         if path is None:
             return [gr.update(value=None, visible=True), shown(None), gr.update(visible=False), _no(), None]
-        picture = read_upload(path)
+        picture = read_upload(path, is_map=is_map)
         width, height = whole(rest[0], "the width"), whole(rest[1], "the height")
         size = self.engine.size(picture, width, height)
         wish = Wish(kind, is_map, low, max(low, high))

@@ -15,10 +15,10 @@ MAX_BYTES = 20 * 1024 * 1024  # of one upload
 MAX_PIXELS = 40_000_000  # of one picture; a camera's 24 megapixels and some more
 
 
-def read_upload(path: str) -> np.ndarray:
-    """An uploaded picture, uint8 (H, W, 3). Raises ValueError, naming the file without its folder."""
+def read_upload(path: str, *, is_map: bool = False) -> np.ndarray:
+    """An uploaded picture or map, uint8 (H, W, 3). Raises ValueError, naming the file without its folder."""
     try:
-        return images.load_picture(path, max_pixels=MAX_PIXELS)
+        return (images.load_map if is_map else images.load_picture)(path, max_pixels=MAX_PIXELS)
     except ValueError as error:
         raise ValueError(str(error).replace(path, os.path.basename(path))) from error
 

@@ -103,7 +103,10 @@ class Encoded:
             return
         wanted = list(indices)
         self._learn(wanted)
-        captions = {_hash(caption): caption for caption in [*(self.examples[i].caption for i in wanted), ""]}
+        captions = {
+            _hash(caption): caption
+            for caption in [*(c for i in wanted for c in self.examples[i].captions), ""]
+        }
         mine = self._captions.missing(captions)[processes.index :: processes.count]
         done = 0
         for part in _parts(mine):
@@ -131,7 +134,7 @@ class Encoded:
             return ""
         total = hashlib.sha256()
         for index in indices:
-            total.update(" ".join([*self._content[index], self.examples[index].caption]).encode())
+            total.update(" ".join([*self._content[index], *self.examples[index].captions]).encode())
         return total.hexdigest()
 
     def outline(self, turn: Turn) -> Outline:

@@ -72,8 +72,9 @@ class ArrayPiece(Piece):
 class Example:
     """One pair of a data set, not yet read.
 
-    ``maps`` is empty where the map is to be made of the picture; several are stacked, channel by channel.
-    A piece whose bytes are JSON holds a pose (any layout that `controlkit.preprocessors.read_poses` reads).
+    ``maps`` is empty where the map is to be made of the picture; several are stacked, channel by channel. A
+    piece whose bytes are JSON holds a pose (any layout that `controlkit.preprocessors.read_poses` reads).
+    ``more_captions`` are those beside the first one: each visit is told one of all of them.
     """
 
     name: str
@@ -81,6 +82,12 @@ class Example:
     picture: Piece
     caption: str
     maps: tuple[Piece, ...] = ()
+    more_captions: tuple[str, ...] = ()
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """All of them, the first one first."""
+        return self.caption, *self.more_captions
 
 
 Examples = Sequence[Example]

@@ -79,6 +79,7 @@ class StoredFeed:
         self.encoded.fill([*pairs.trained, *pairs.shown], processes)
         trained = set(pairs.trained)
         self.pairs = len(trained)
+        self._all = self.encoded.digest([*pairs.trained, *pairs.shown])
         self.order = Order(
             [bucket if index in trained else -1 for index, bucket in enumerate(visits.shape_of)],
             batch_size=recipe.batch_size,
@@ -86,11 +87,18 @@ class StoredFeed:
         )
 
     def state(self, number: int) -> dict[str, Any]:
-        """Nothing: every pair can be asked for at once."""
-        return {}
+        """What the data are: a run goes on with the same."""
+        return {"pairs": self.pairs, "data_sha256": self._all}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """There is nothing to know."""
+        """Raises ValueError where the pictures, maps or captions are others than when the run stopped."""
+        before = state.get("data_sha256", "")
+        if before and self._all and before != self._all:  # without a cache nobody knows
+            raise ValueError(
+                f"the data set has changed since this run stopped (then {state['pairs']:,} pairs to train on,"
+                f" now {self.pairs:,}): bring it back as it was, or begin a new run, with out=FOLDER and"
+                " init=THIS-RUN/controlnet"
+            )
 
     def digest(self) -> str:
         """SHA-256 over every trained pair's picture, map and caption, in their order."""

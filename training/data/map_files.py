@@ -84,7 +84,7 @@ def read_levels(
 ) -> NDArray[Any]:
     """A map's levels: uint8 (H, W, 3), or with ``grey`` uint8 or uint16 (H, W).
 
-    Pictures are read as :func:`controlkit.images.load_picture` defines. ``grey`` keeps 16 bits where there
+    Pictures are read as :func:`controlkit.images.load_map` defines. ``grey`` keeps 16 bits where there
     are any; otherwise they become 8. With ``depth``, what is no picture of 8 bits (npy, npz, pfm, EXR, PNG
     and TIFF of 16 bits or floats, arrays of other types than uint8) is read as depth
     (:func:`controlkit.preprocessors.read_depth`), whose range becomes black to white: near is white.
@@ -99,7 +99,7 @@ def read_levels(
             return _depth_levels(content, grey=grey, metric=metric)
         if grey and is_deep and not _is_float(content):
             return _deep_levels(content)
-        picture = images.load_picture(content)
+        picture = images.load_map(content)
     return _one_channel(picture, name) if grey else picture
 
 

@@ -47,7 +47,9 @@ class Resident:
             alike = [(index, view) for index, view in views if (view.width, view.height) == size]
             self._rows |= {key: row for row, key in enumerate(alike)}
             self._tables[size] = _table(encoded, alike, device)
-        captions = list(dict.fromkeys(["", *(encoded.examples[index].caption for index in indices)]))
+        captions = list(
+            dict.fromkeys(["", *(c for index in indices for c in encoded.examples[index].captions)])
+        )
         self._captions = {caption: row for row, caption in enumerate(captions)}
         text = [encoded.text([caption]) for caption in captions]
         pooled = [row.pooled for row in text if row.pooled is not None]
@@ -121,7 +123,7 @@ def _bytes(feed: StoredFeed) -> int:
     each = encoded.kept_moments(first, view).nbytes + encoded.kept_map(first, view).nbytes
     text = encoded.text([""])
     caption = text.encoder_hidden_states.nbytes + (0 if text.pooled is None else text.pooled.nbytes)
-    captions = {encoded.examples[index].caption for index in feed.trained}
+    captions = {caption for index in feed.trained for caption in encoded.examples[index].captions}
     pixels = sum(v.width * v.height for index in feed.trained for v in encoded.visits.views(index))
     return each * pixels // (view.width * view.height) + caption * (len(captions) + 1)
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from controlkit import preprocessors
 from controlkit.naming import did_you_mean
+from controlkit.picture_files import DEPTH_SUFFIXES, SUFFIXES
 from controlkit.training.config_adapter import DataRecipe
 
 PICTURE_NAMES = (
@@ -36,6 +39,9 @@ MAP_NAMES = (
     "map",
     "source",
 )
+LOOKED_AT = 8
+"""Rows that show what a column holds."""
+_MAP_FILES = SUFFIXES | DEPTH_SUFFIXES | {".json"}
 CAPTION_NAMES = ("text", "caption", "prompt", "captions", "prompts", "texts")
 
 
@@ -49,13 +55,18 @@ class Columns:
     """"" where there are no captions."""
 
 
-def choose_columns(columns: Sequence[str], *, data: DataRecipe, kind: str, where: str) -> Columns:
+def choose_columns(
+    columns: Sequence[str], *, data: DataRecipe, kind: str, where: str, rows: Sequence[Mapping[str, Any]]
+) -> Columns:
     """Choose among the columns that there are: those that the recipe names, else the usual names.
 
     kind: the kind of map that is trained; a column named after it goes before the usual names. "" for any.
+    rows: the first ones, where they are known; a column in which none of them has a file, a picture or a pose
+    holds no maps.
 
     Raises ValueError, one line with the columns that there are: one that is named is not among them, no
-    picture is found, or maps are wanted from files and none are found.
+    picture is found, maps are wanted from files and none are found, or they may lie in a column of another
+    name.
     """
     picture = _named(columns, data.picture_column, "picture_column", where) or _first(PICTURE_NAMES, columns)
     if not picture:
@@ -66,12 +77,20 @@ def choose_columns(columns: Sequence[str], *, data: DataRecipe, kind: str, where
     rest = [column for column in columns if column != picture]
     return Columns(
         picture,
-        _map_columns(rest, data=data, kind=kind, where=where),
+        _map_columns(rest, data=data, kind=kind, where=where, rows=rows, picture=picture),
         _named(columns, data.caption_column, "caption_column", where) or _first(CAPTION_NAMES, rest),
     )
 
 
-def _map_columns(columns: Sequence[str], *, data: DataRecipe, kind: str, where: str) -> tuple[str, ...]:
+def _map_columns(
+    columns: Sequence[str],
+    *,
+    data: DataRecipe,
+    kind: str,
+    where: str,
+    rows: Sequence[Mapping[str, Any]],
+    picture: str,
+) -> tuple[str, ...]:
     if data.maps == "made":
         return ()
     if data.map_column:
@@ -80,6 +99,8 @@ def _map_columns(columns: Sequence[str], *, data: DataRecipe, kind: str, where: 
             found or _named(columns, name, "map_column", where)
             for name, found in zip(data.map_column, named, strict=True)
         )
+    if rows:
+        columns = [name for name in columns if any(_may_be_map(row.get(name)) for row in rows)]
     found = _first(_of_kind(kind), columns) if kind else ""
     if not found and not (kind and _known_kinds(columns)):
         # Beside columns of other kinds, the one with a common name holds a map of the first of them.
@@ -89,7 +110,32 @@ def _map_columns(columns: Sequence[str], *, data: DataRecipe, kind: str, where: 
             f"{where} has no column with maps{f' of {kind}' * bool(kind)}: name it with data.map_column, or "
             f"have maps made with data.maps=made; columns: {', '.join(columns)}"
         )
+    if not found and rows:
+        others = [name for name in columns if any(row.get(name) != row.get(picture) for row in rows)]
+        _refuse_unknown(others, kind=kind, where=where)
     return (found,) if found else ()
+
+
+def _refuse_unknown(columns: Sequence[str], *, kind: str, where: str) -> None:
+    """Refuse to make maps of the pictures where a column of a name that says nothing may hold them."""
+    known = _known_kinds(columns)
+    usual = {*PICTURE_NAMES, *known, *(MAP_NAMES if known else ())}
+    left = [name for name in columns if name.casefold() not in usual]
+    if left:
+        raise ValueError(
+            f"{where} has pictures in {' and '.join(left)}, too: if these are the maps"
+            f"{f' of {kind}' * bool(kind)}, say so with data.map_column={left[0]}; to have maps made of the"
+            " pictures, with data.maps=made"
+        )
+
+
+def _may_be_map(value: object) -> bool:
+    """Whether what a row holds can be a map: a file's name, a picture, numbers in rows, a pose."""
+    if isinstance(value, str):
+        return os.path.splitext(value)[1].lower() in _MAP_FILES
+    if isinstance(value, list):
+        return any(isinstance(part, list) for part in value[:1])
+    return isinstance(value, dict | bytes)
 
 
 def _of_kind(kind: str) -> tuple[str, ...]:

@@ -1,8 +1,9 @@
 """What every source of examples is built from: files that stay inside their data set, rows made on demand.
 
-A data set comes from somebody else. A name in it that leads out of its folder (`../x.png`, an absolute path,
-a link) is never followed: whoever trains on pictures of strangers would otherwise read, and publish, files
-of their own.
+A data set comes from somebody else. A name in it that leads out of its folder (`../x.png`, an absolute path
+elsewhere, a link) is never followed: whoever trains on pictures of strangers would otherwise read, and
+publish, files of their own. The hub's cache keeps a data set's files beside its folder, as links say: those
+count as within.
 """
 
 from __future__ import annotations
@@ -72,7 +73,8 @@ class BytesPiece(Piece):
 
 def leads_out(path: Path, root: Path) -> str:
     """Say why a path may not be read: where its links are followed it lies outside `root`. "" if it may."""
-    if _is_within(os.path.realpath(path), _real(str(root))):
+    real = os.path.realpath(path)
+    if any(_is_within(real, place) for place in _places(str(root))):
         return ""
     return (
         f"{path} leads out of the data set (to a file elsewhere) and is not read: copy the file into {root}"
@@ -84,20 +86,26 @@ def _is_within(path: str, root: str) -> bool:
 
 
 @lru_cache(maxsize=64)
-def _real(folder: str) -> str:
-    return os.path.realpath(folder)
+def _places(folder: str) -> tuple[str, ...]:
+    """Where a data set's files may lie: in its folder; of a snapshot in the hub's cache among its blobs."""
+    real = os.path.realpath(folder)
+    cached, found, _ = real.partition(f"{os.sep}snapshots{os.sep}")
+    is_cached = found and os.path.basename(cached).startswith("datasets--")
+    return (real, os.path.join(cached, "blobs")) if is_cached else (real,)
 
 
 def named_file(name: object, root: Path, *, where: str) -> Piece:
     """Return the piece for a file that a data set names, relative to its folder `root`; opens nothing.
 
     where: what messages call the place of the name, such as "metadata.jsonl, line 3, file_name".
-    A name that is none, is absolute or climbs out becomes a piece that refuses to be read.
+    A name that is none, is absolute and elsewhere, or climbs out becomes a piece that refuses to be read.
     """
     if not isinstance(name, str) or not name.strip() or "\0" in name:
         return RefusedPiece(where, f"{where}: a file's name is wanted, not {name!r:.60}")
     path = name.replace("\\", "/")
     drive = len(path) > 1 and path[1] == ":"
+    if path.startswith("/") and _is_within(os.path.normpath(path), os.path.abspath(root)):
+        path = os.path.relpath(path, root)
     if path.startswith("/") or drive or ".." in path.split("/"):
         problem = f"{where}: {name!r} leads out of the data set and is not read; names are relative to {root}"
         return RefusedPiece(where, problem)
@@ -187,15 +195,14 @@ def read_caption(piece: Piece) -> str:
         raise ValueError(f"{piece.name} is not UTF-8 text") from error
 
 
-def caption_of(value: object, *, where: str) -> str:
-    """Return a caption as data sets hold them: a text, none at all, or several, of which the first counts.
+def captions_of(value: object, *, where: str) -> tuple[str, ...]:
+    """Return captions as data sets hold them: a text, none at all, or a list; at least one, maybe empty.
 
     Raises ValueError with `where`: it is something else.
     """
-    if isinstance(value, (list, tuple)):
-        value = value[0] if value else None
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise ValueError(f"{where}: a caption is a text, not {value!r:.60}")
-    return " ".join(value.split())
+    found = []
+    for text in value if isinstance(value, (list, tuple)) else [value]:
+        if not isinstance(text, str | None):
+            raise ValueError(f"{where}: a caption is a text, not {text!r:.60}")
+        found.append(" ".join((text or "").split()))
+    return tuple(text for text in found if text) or ("",)

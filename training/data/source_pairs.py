@@ -8,6 +8,7 @@ ROOT/conditioning/a.png              their maps: the same name, in a folder name
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -68,6 +69,8 @@ def open_pairs(
     report(f"{root}: {len(pictures):,} pictures, {about_maps([f'{name}/' for name in maps], kind)}")
     if not pictures:
         return LazyExamples(0, _no_example)
+    if not maps and not place:
+        _refuse_unknown_maps(root, pictures, kind)
     stems = Counter(_stem(Path(name).name) for name in pictures)
     partners = [(name, _by_stem(walk(root / name, root))) for name in maps]
     captions: dict[int, str] = {}
@@ -160,8 +163,32 @@ def _pictures(root: Path, place: str, folders: Sequence[str], maps: Sequence[str
     )
 
 
+def _refuse_unknown_maps(root: Path, pictures: Sequence[str], kind: str) -> None:
+    """Refuse a folder beside the pictures that has their names and no captions, where they have captions: it
+    holds their maps, more likely than more pictures.
+    """
+    groups: dict[str, dict[str, str]] = {}
+    for name in pictures:
+        folder, _, rest = name.rpartition("/")
+        groups.setdefault(folder, {})[_stem(rest)] = name
+    captioned = {folder for folder, names in groups.items() if _has_caption(root, names.values())}
+    for folder, names in groups.items():
+        whose = next((one for one in captioned if names.keys() <= groups[one].keys()), None)
+        if folder and whose is not None and folder not in captioned:
+            shown = f"{whose}/" if whose else "its pictures"
+            raise ValueError(
+                f"{root}: {folder}/ has pictures named like {shown} and no captions: if these are the maps"
+                f"{f' of {kind}' * bool(kind)}, say so with data.map_column={folder}; if not, move it away"
+            )
+
+
+def _has_caption(root: Path, names: Iterable[str]) -> bool:
+    return any((root / name).with_suffix(suffix).is_file() for name in names for suffix in CAPTION_SUFFIXES)
+
+
 def _stem(name: str) -> str:
-    return os.path.splitext(name)[0]
+    """A name without suffix, to be compared: one system writes ü as a letter, another as u and two dots."""
+    return unicodedata.normalize("NFC", os.path.splitext(name)[0])
 
 
 def _by_stem(names: Iterable[str]) -> dict[str, list[str]]:

@@ -15,12 +15,12 @@ from controlkit import preprocessors
 from controlkit.picture_files import SUFFIXES, read_text
 from controlkit.training.config_adapter import DataRecipe
 from controlkit.training.data.examples import Example, Piece
-from controlkit.training.data.source_columns import about_maps, choose_columns
+from controlkit.training.data.source_columns import LOOKED_AT, about_maps, choose_columns
 from controlkit.training.data.source_files import (
     LazyExamples,
     Leftover,
     RefusedPiece,
-    caption_of,
+    captions_of,
     named_file,
     walk,
 )
@@ -50,7 +50,8 @@ def open_rows(
     names = list(dict.fromkeys(key for _, row in rows for key in row))
     if not rows:
         raise ValueError(f"{file} lists no pictures: it is empty")
-    columns = choose_columns(names, data=data, kind=kind, where=str(file))
+    first = [row for _, row in rows[:LOOKED_AT]]
+    columns = choose_columns(names, data=data, kind=kind, where=str(file), rows=first)
     report(f"{file}: {len(rows):,} rows, {about_maps(columns.maps, kind)}")
     wanted = [columns.picture, *columns.maps, *([columns.caption] if columns.caption else [])]
     kept = [(place, [row.get(key, _ABSENT) for key in wanted]) for place, row in rows]
@@ -63,14 +64,14 @@ def open_rows(
             _piece(value, root, where=where, key=key)
             for key, value in zip(wanted, values[: 1 + count], strict=False)
         )
-        caption = ""
+        captions: tuple[str, ...] = ("",)
         try:
             if columns.caption and values[-1] is not _ABSENT:
-                caption = caption_of(values[-1], where=f"{where}, {columns.caption}")
+                captions = captions_of(values[-1], where=f"{where}, {columns.caption}")
         except ValueError as error:
             picture = RefusedPiece(where, str(error))
         name = values[0] if isinstance(values[0], str) and values[0] else where
-        return Example(name, picture, caption or data.caption, tuple(maps))
+        return Example(name, picture, captions[0] or data.caption, tuple(maps), captions[1:])
 
     return LazyExamples(len(kept), make, lambda: _unlisted(file, columns.picture))
 

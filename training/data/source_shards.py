@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 
+from controlkit import preprocessors
 from controlkit.naming import did_you_mean
 from controlkit.training.config_adapter import DataRecipe
 from controlkit.training.data.examples import Example, Piece
 from controlkit.training.data.source_columns import CAPTION_NAMES, about_maps
-from controlkit.training.data.source_files import LazyExamples, RefusedPiece, caption_of, read_caption
+from controlkit.training.data.source_files import LazyExamples, RefusedPiece, captions_of, read_caption
 from controlkit.training.data.source_tar import Shard, find_shards, read_index
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "avif", "gif")
@@ -57,7 +58,7 @@ def open_shards(
     caption = _caption_member(members, data)
     shown = ["/".join(names) for names in maps]
     report(f"{source}: {count:,} examples in {len(shards)} shards, {about_maps(shown, kind)}")
-    texts: dict[int, str] = {}
+    texts: dict[int, tuple[str, ...]] = {}
 
     def make(index: int) -> Example:
         number = int(np.searchsorted(ends, index, side="right"))
@@ -66,11 +67,12 @@ def open_shards(
         piece = _member(shard, row, picture)
         try:
             if index not in texts:
-                texts[index] = _caption(shard, row, caption, data.caption_column)
+                texts[index] = _captions(shard, row, caption, data.caption_column)
         except ValueError as error:
             piece = RefusedPiece(name, str(error))
         found = tuple(_member(shard, row, names) for names in maps)
-        return Example(name, piece, texts.get(index, "") or data.caption, found)
+        told = texts.get(index, ("",))
+        return Example(name, piece, told[0] or data.caption, found, told[1:])
 
     return LazyExamples(count, make)
 
@@ -109,7 +111,20 @@ def _map_members(members: Sequence[str], data: DataRecipe, kind: str, source: st
             f"{source}: no member of the shards is a map that is known by its name: name it with "
             f"data.map_column; there are {', '.join(members)}"
         )
+    left = [name for name in members if _is_other_picture(name)]
+    if left:
+        raise ValueError(
+            f"{source} has pictures in {' and '.join(left)}, too: if these are the maps"
+            f"{f' of {kind}' * bool(kind)}, say so with data.map_column={left[0]}; to have maps made of the"
+            " pictures, with data.maps=made"
+        )
     return []
+
+
+def _is_other_picture(member: str) -> bool:
+    """Whether a member of a name that says nothing holds a picture."""
+    name, _, suffix = member.rpartition(".")
+    return suffix in PICTURES and name not in (*_PICTURE_NAMES, *preprocessors.names())
 
 
 def _named(members: Sequence[str], name: str, option: str, source: str) -> list[str]:
@@ -134,19 +149,19 @@ def _caption_member(members: Sequence[str], data: DataRecipe) -> list[str]:
     return [name for name in (*_CAPTIONS, "json") if name in members]
 
 
-def _caption(shard: Shard, row: int, names: Sequence[str], key: str) -> str:
-    """The caption of an example, "" where it has none. Raises ValueError where it cannot be read."""
+def _captions(shard: Shard, row: int, names: Sequence[str], key: str) -> tuple[str, ...]:
+    """The captions of an example, "" where it has none. Raises ValueError where they cannot be read."""
     for name in names:
         piece = shard.piece(row, name)
         if isinstance(piece, RefusedPiece) or (key and key.lower() not in names and name != "json"):
             continue
         if not name.endswith("json"):
-            return read_caption(piece)
+            return (read_caption(piece),)
         obj = _json(piece)
         keys = (key,) if key and key.lower() not in names else CAPTION_NAMES
         value = next((obj[name] for name in keys if name in obj), None)
-        return caption_of(value, where=f"{piece.name}, {'/'.join(keys)}")
-    return ""
+        return captions_of(value, where=f"{piece.name}, {'/'.join(keys)}")
+    return ("",)
 
 
 def _json(piece: Piece) -> dict[str, Any]:

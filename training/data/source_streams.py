@@ -163,7 +163,7 @@ def open_stream(
             names = list(next(iter(table), {}))
         if not names:
             raise ValueError(f"{data.source}: there are no rows")
-    columns = choose_columns(names, data=data, kind=kind, where=data.source)
+    columns = choose_columns(names, data=data, kind=kind, where=data.source, rows=())
     report(f"{data.source}: a stream, {about_maps(columns.maps, kind)}")
     wanted = [columns.picture, *columns.maps, *([columns.caption] if columns.caption else [])]
     return Stream(table.select_columns(wanted), columns, Place.of(data.source), data)

@@ -23,13 +23,13 @@ from controlkit.hub import first_sentence
 from controlkit.naming import did_you_mean
 from controlkit.training.config_adapter import DataRecipe
 from controlkit.training.data.examples import ArrayPiece, Example, Piece
-from controlkit.training.data.source_columns import Columns, about_maps, choose_columns
+from controlkit.training.data.source_columns import LOOKED_AT, Columns, about_maps, choose_columns
 from controlkit.training.data.source_files import (
     BytesPiece,
     InsideFile,
     LazyExamples,
     RefusedPiece,
-    caption_of,
+    captions_of,
     leads_out,
     named_file,
 )
@@ -152,7 +152,8 @@ def open_table(
     Raises ValueError, one line: as `load`, or a column that is named is not there.
     """
     table = load(source, data)
-    columns = choose_columns(table.column_names, data=data, kind=kind, where=source)
+    first = [table[index] for index in range(min(LOOKED_AT, len(table)))]
+    columns = choose_columns(table.column_names, data=data, kind=kind, where=source, rows=first)
     report(f"{source}: {len(table):,} rows, {about_maps(columns.maps, kind)}")
     captions = table.select_columns([columns.caption])[:][columns.caption] if columns.caption else None
     parts = {name: table.select_columns([name]) for name in (columns.picture, *columns.maps)}
@@ -162,13 +163,13 @@ def open_table(
         where = f"{source} row {index}"
         pieces = [CellPiece(part, index, name, place) for name, part in parts.items()]
         picture: Piece = pieces[0]
-        caption = ""
+        told: tuple[str, ...] = ("",)
         try:
             if captions is not None:
-                caption = caption_of(captions[index], where=f"{where}, {columns.caption}")
+                told = captions_of(captions[index], where=f"{where}, {columns.caption}")
         except ValueError as error:
             picture = RefusedPiece(where, str(error))
-        return Example(where, picture, caption or data.caption, tuple(pieces[1:]))
+        return Example(where, picture, told[0] or data.caption, tuple(pieces[1:]), told[1:])
 
     return LazyExamples(len(table), make)
 
@@ -182,12 +183,12 @@ def example_of_row(
         _piece_of(row.get(name), place, where=f"{where}, column {name}")
         for name in (columns.picture, *columns.maps)
     ]
-    caption = ""
+    told: tuple[str, ...] = ("",)
     try:
-        caption = caption_of(row.get(columns.caption), where=f"{where}, {columns.caption}")
+        told = captions_of(row.get(columns.caption), where=f"{where}, {columns.caption}")
     except ValueError as error:
         pieces[0] = RefusedPiece(where, str(error))
-    return Example(where, pieces[0], caption or data.caption, tuple(pieces[1:]))
+    return Example(where, pieces[0], told[0] or data.caption, tuple(pieces[1:]), told[1:])
 
 
 @dataclass(frozen=True)

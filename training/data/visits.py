@@ -104,7 +104,9 @@ class Visits:
         self.channels = self._count * (1 if self._grey else 3)
         self.fixed = data.map_blur == 0 and (self._maker is None or self._maker.fixed)
         made_of = (self._grey, kind) if is_made else (self._grey, *self._senses)
-        self.map_settings = f"{'made' if is_made else 'read'} {made_of} {sorted(data.options.items())}"
+        self.map_settings = (
+            f"{'made' if is_made else 'read on black'} {made_of} {sorted(data.options.items())}"
+        )
         if self._maker is None:
             self._check_files()
 

@@ -79,11 +79,13 @@ def card(
     base = _public(info.base or str(run.config.get("base", "")))
     kind = info.map.kind or "control"
     title = info.title or f"ControlNet {kind}"
-    parts = [_front_matter(info, base, grid=grid), f"# {title}\n", _intro(info, base)]
+    parts = [_front_matter(info, base, grid=grid), f"# {title}\n", _intro(info, base, run)]
     if grid:
         parts.append(f"![Maps, pictures and samples]({GRID})\n")
         parts.append("From the top: maps, the pictures they come from, and samples of this adapter.\n")
-    parts += [_map_spec(info.map), _usage(info, base, kind, place, caption=_caption(run), network=network)]
+    unlocked = run.config.get("sd_locked") is False
+    use = _usage(info, base, kind, place, caption=_caption(run), network=network, unlocked=unlocked)
+    parts += [_map_spec(info.map), use]
     parts += [_scores(run), _training(run), _origin(run)]
     return "\n".join(part for part in parts if part)
 
@@ -109,10 +111,12 @@ def _front_matter(info: AdapterInfo, base: str, *, grid: bool) -> str:
     return "\n".join(["---", *lines, "---\n"])
 
 
-def _intro(info: AdapterInfo, base: str) -> str:
+def _intro(info: AdapterInfo, base: str, run: RunRecord) -> str:
     family = FAMILY_TITLES.get(info.family, "a base")
     of = f"`{base}` ({family})" if base else family
-    size = f" at {info.resolution}×{info.resolution}" if info.resolution else ""
+    has_shapes = bool(run.config.get("data", {}).get("buckets"))
+    area = f" in several shapes of the area of {info.resolution}×{info.resolution}"
+    size = "" if not info.resolution else area if has_shapes else f" at {info.resolution}×{info.resolution}"
     predicts = f", which predicts `{info.prediction_type}`" if info.prediction_type else ""
     return (
         f"Control weights for {of}{predicts}, trained{size} with ControlKit. Pictures follow a"
@@ -132,13 +136,23 @@ def _map_spec(spec: MapSpec) -> str:
     return "## The map\n\n" + _table(("", ""), [(k, v) for k, v in rows.items() if v])
 
 
-def _usage(info: AdapterInfo, base: str, kind: str, place: str, *, caption: str, network: str) -> str:
+def _usage(
+    info: AdapterInfo, base: str, kind: str, place: str, *, caption: str, network: str, unlocked: bool
+) -> str:
     parts = ["## Use\n"]
+    if unlocked:
+        parts.append(
+            "The base's decoder was trained with it (`sd_locked=false`): the whole U-Net lies in the folder"
+            " `unet` beside these weights, and they go together. For ControlKit, copy the base's folder, put"
+            " this `unet` in the place of its own, and give that folder as `--base`.\n"
+        )
     if (network, info.family == "sdxl") in _PIPELINES:
-        parts += ["With diffusers:\n", _snippet(info, base, place, caption=caption, network=network)]
+        snippet = _snippet(info, base, place, caption=caption, network=network, unlocked=unlocked)
+        parts += ["With diffusers:\n", snippet]
     if info.map.channels == 3:
         first = kind.split(" + ")[0]  # of a network for several
         prompt, base_name, kind = (shlex.quote(word) for word in (caption, base or "BASE", first))
+        base_name = "BASE-WITH-THIS-UNET" if unlocked else base_name
         command = (
             f"controlkit generate {prompt} --base {base_name} --map {kind}=map.png"
             f" --adapter {kind}={shlex.quote(place)} -o picture.png"
@@ -152,11 +166,12 @@ def _usage(info: AdapterInfo, base: str, kind: str, place: str, *, caption: str,
     return "\n".join(parts)
 
 
-def _snippet(info: AdapterInfo, base: str, place: str, *, caption: str, network: str) -> str:
+def _snippet(info: AdapterInfo, base: str, place: str, *, caption: str, network: str, unlocked: bool) -> str:
     pipeline = _PIPELINES[network, info.family == "sdxl"]
     name = "adapter" if network == "T2IAdapter" else "controlnet"
     shown = "control_image=[hint], control_mode=[0]" if network == "ControlNetUnionModel" else "image=hint"
-    lines = ["import torch", f"from diffusers import {network}, {pipeline}"]
+    classes = sorted([network, pipeline, *(["UNet2DConditionModel"] if unlocked else [])])
+    lines = ["import torch", f"from diffusers import {', '.join(classes)}"]
     if info.map.channels == 3:
         lines.append("from diffusers.utils import load_image")
         hint = 'load_image("map.png")'
@@ -172,8 +187,9 @@ def _snippet(info: AdapterInfo, base: str, place: str, *, caption: str, network:
     lines += [
         "",
         f"{name} = {network}.from_pretrained({json.dumps(place)}, torch_dtype={dtype})",
+        *([f'unet = UNet2DConditionModel.from_pretrained("unet", torch_dtype={dtype})'] if unlocked else []),
         f"pipe = {pipeline}.from_pretrained(",
-        f"    {source}, {name}={name}, torch_dtype={dtype}",
+        f"    {source}, {name}={name}, {'unet=unet, ' * unlocked}torch_dtype={dtype}",
         f"){device}",
         f"hint = {hint}",
         f"picture = pipe({json.dumps(caption, ensure_ascii=False)}, {shown},"
