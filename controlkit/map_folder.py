@@ -114,12 +114,16 @@ class MapFolder:
         captions, rows, counts = Captions(), self._earlier_rows(), Counts()
         for picture in self.pictures:
             kept = self.picture_path(picture)
-            if self.missing_kinds(picture) or not kept.exists():
+            if self.missing_kinds(picture):
                 continue
             try:
+                if self.has_pictures and not kept.exists():  # a kill came between its maps and the picture
+                    self.keep_picture(picture)
                 caption = captions.of(picture.path)
             except ValueError as error:
                 counts.failed.append((picture.path, str(error)))
+                continue
+            if not kept.exists():
                 continue
             counts.complete += 1
             counts.without_caption += not caption

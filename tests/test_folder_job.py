@@ -349,6 +349,21 @@ def test_a_full_disk_stops_the_job_in_one_line(photos: Path, tmp_path: Path) -> 
         subprocess.run(["umount", place], check=True)
 
 
+def test_a_kill_between_the_maps_and_their_picture_loses_no_pair(
+    photos: Path, preprocess: Preprocess
+) -> None:
+    preprocess("canny", "photos", "-o", "set")
+    kept = sorted(path for path in Path("set").rglob("*") if path.is_file() and "canny" not in path.parts)
+    whole = Path("set/metadata.jsonl").read_text()
+    picture = next(path for path in kept if path.suffix in (".png", ".jpg"))
+    picture.unlink()
+    Path("set/metadata.jsonl").unlink()
+    outcome = preprocess("canny", "photos", "-o", "set")
+    assert "4 pictures complete" in outcome.out
+    assert Path("set/metadata.jsonl").read_text() == whole
+    assert picture.is_file()
+
+
 def test_a_killed_job_goes_on(photos: Path, preprocess: Preprocess) -> None:
     for index in range(60):
         Image.fromarray(data.astronaut()[index:, :]).save(f"photos/n{index:02d}.png", compress_level=0)
