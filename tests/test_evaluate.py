@@ -140,6 +140,7 @@ def test_another_adapter_joins_the_comparison(evaluated, tmp_path):
     assert len(list((folder / "pictures").iterdir())) == 6
 
 
+@pytest.mark.slow
 def test_more_kinds_pairs_and_seeds_join(evaluated, tmp_path):
     """An adapter of another kind before the first, one more pair, one more seed: nothing is made twice."""
     folder = shutil.copytree(evaluated[0], tmp_path / "joined")

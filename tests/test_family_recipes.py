@@ -43,7 +43,10 @@ def train(tmp_path: Path, family: str, *more: str) -> Path:
     return out
 
 
-@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    ["sd1", pytest.param("sd2", marks=pytest.mark.slow), pytest.param("sdxl", marks=pytest.mark.slow)],
+)
 def test_a_familys_recipe_trains_and_its_result_draws(
     tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -60,7 +63,7 @@ def test_a_familys_recipe_trains_and_its_result_draws(
     assert picture.shape == (64, 64, 3)
 
 
-@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+@pytest.mark.parametrize("family", [pytest.param("sd1", marks=pytest.mark.slow), "sdxl"])
 def test_a_result_is_loaded_by_a_diffusers_pipeline(
     tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

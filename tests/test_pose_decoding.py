@@ -71,7 +71,10 @@ def test_people_are_those_of_controlnet_aux_many_times(aux: Any) -> None:
     check_many(aux, range(100, 400))
 
 
-@pytest.mark.parametrize(("height", "width"), [(512, 512), (184, 184), (368, 640), (60, 45), (1024, 768)])
+@pytest.mark.parametrize(
+    ("height", "width"),
+    [(512, 512), (184, 184), (368, 640), (60, 45), pytest.param(1024, 768, marks=pytest.mark.slow)],
+)
 def test_people_at_sizes_that_are_special(aux: Any, height: int, width: int) -> None:
     rng = np.random.default_rng(height)
     output = network_output(rng, *grid_of(height, width).cells, 3, hidden=0.1)

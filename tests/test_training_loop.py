@@ -362,7 +362,7 @@ def test_objectives_and_weights_change_the_loss(place, plain, change):
     assert losses(other)[0] != losses(plain)[0]
 
 
-@pytest.mark.parametrize("family", ["sd2", "sdxl"])
+@pytest.mark.parametrize("family", [pytest.param("sd2", marks=pytest.mark.slow), "sdxl"])
 def test_every_family_trains_and_diffusers_loads_the_result(place, family):
     from diffusers import ControlNetModel
     from tiny_models import build

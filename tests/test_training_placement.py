@@ -61,7 +61,12 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+OFTEN = ("usual", "unlocked")  # the others are slow tests
+
+
+@pytest.mark.parametrize(
+    "variant", [pytest.param(name, marks=() if name in OFTEN else pytest.mark.slow) for name in VARIANTS]
+)
 def test_a_step_mixes_no_devices(place, variant):
     device, changes = VARIANTS[variant]
     run = opened(place, variant, **changes)

@@ -326,7 +326,7 @@ def test_training_keeps_to_the_bases_own(models: Path, tmp_path: Path, folders: 
 # --- the command ---
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["tiny", pytest.param("kl", marks=pytest.mark.slow)])
 def test_the_command_records_and_repeats_it(
     generate: Run, run: Run, folders: dict[str, Path], photo: Path, kind: str
 ) -> None:
