@@ -239,6 +239,11 @@ def _adapter_config(folder: Path) -> dict[str, Any]:
         hint = f" (did you mean {inner.parent}?)" if inner else ""
         raise ValueError(f"{folder} is not an adapter folder: it has no config.json{hint}")
     config = read_json(folder / "config.json")
+    if "_class_name" not in config:
+        raise ValueError(
+            f"{folder}/config.json does not say of which class it is (_class_name): give the file with the"
+            f" weights, {weight_files(folder)[0].name}, which tells by itself"
+        )
     if config.get("_class_name") not in (*CLASS_NAMES.values(), *_OTHER_CLASS_NAMES):
         raise ValueError(f"{folder} holds a {config.get('_class_name')}, not a ControlNetModel")
     return config

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from controlkit import latent_scale
 from controlkit.base_parts import ALIASES as ALIASES
 from controlkit.base_parts import BUNDLED as BUNDLED
 from controlkit.base_parts import FAMILY_TITLES as FAMILY_TITLES
@@ -157,13 +158,13 @@ class Base:
         else:
             posterior = encoded.latent_dist
             latents = posterior.mode() if generator is None else posterior.sample(generator)
-        return (latents * self.vae.config.scaling_factor).to(self.dtype)
+        return latent_scale.scaled(latents, self.vae).to(self.dtype)
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Latents (B, 4, h, w) to pixels (B, 3, 8h, 8w), float32, in [-1, 1] but for a little overshoot."""
-        unscaled = latents.to(self.vae.device, self.vae.dtype) / self.vae.config.scaling_factor
-        return self.vae.decode(unscaled).sample.float()
+        seen = latent_scale.unscaled(latents.to(self.vae.device, self.vae.dtype), self.vae)
+        return self.vae.decode(seen).sample.float()
 
     def digest(self) -> str:
         """SHA-256 over every weight and buffer with its name, type and shape: equal digests, equal bytes."""

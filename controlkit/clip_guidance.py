@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from controlkit import diffusion, limits
+from controlkit import diffusion, latent_scale, limits
 from controlkit.base_parts import load_tokenizer
 from controlkit.controlnet import digest_of_weights, lock
 from controlkit.devices import check_device
@@ -157,7 +157,7 @@ class ClipGuide:
         vae, clip = self.base.vae, self.guidance.clip
         share = max(min(x_0.shape[-2:]) * self.base.vae_factor // clip.size, 1)
         small = functional.avg_pool2d(x_0, share) if share > 1 else x_0
-        pixels = vae.decode(small.to(vae.dtype) / vae.config.scaling_factor).sample
+        pixels = vae.decode(latent_scale.unscaled(small.to(vae.dtype), vae)).sample
         return spherical_distance(clip.encode_pixels(pixels), self.target)
 
     def gradient(self, x_0: Tensor) -> Tensor:

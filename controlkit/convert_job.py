@@ -110,8 +110,14 @@ def check_precision(dtype: str | None) -> str:
 def check_apart(source: str, output: Path) -> None:
     """Raise ValueError where writing would destroy what it is made from."""
     read, written = Path(os.path.realpath(os.path.expanduser(source))), Path(os.path.realpath(output))
-    if read.exists() and (read == written or written in read.parents):
+    is_a_part = read.is_dir() and written.is_file() and (read in written.parents or _is_linked(read, written))
+    if read.exists() and (read == written or written in read.parents or is_a_part):
         raise ValueError(f"{output} would overwrite {source}, which it is made from")
+
+
+def _is_linked(folder: Path, file: Path) -> bool:
+    """Whether a link in a folder leads to a file, as in the hub's cache."""
+    return any(os.path.realpath(path) == str(file) for path in folder.iterdir())
 
 
 def _unet(name: str, file: AdapterFile, plan: Plan, report: Report) -> Any:

@@ -16,7 +16,7 @@ from controlkit import preprocessors
 from controlkit.generate_job import Report
 from controlkit.map_folder import METADATA, SHEET, MapFolder
 from controlkit.map_pipeline import MapPipeline, Outcome
-from controlkit.picture_files import DEPTH_SUFFIXES, SUFFIXES, Picture, find_pictures
+from controlkit.picture_files import DEPTH_SUFFIXES, SUFFIXES, Picture, find_pictures, unread_below
 from controlkit.preprocess_job import Beside, reads_depth, settings_of_kinds
 from controlkit.processes import Processes
 
@@ -34,6 +34,8 @@ class Plan:
     overwrite: bool
     sheet: bool
     beside: Beside
+    unread: Mapping[str, int] = field(default_factory=dict)
+    """Files of the folders that are pictures of formats that are not read, by suffix."""
 
 
 @dataclass
@@ -103,14 +105,16 @@ def plan(
     place = Path(output)
     of_kinds = settings_of_kinds(kinds, settings, device=device)
     of_files = all(reads_depth(options) for options in of_kinds.values())
+    suffixes = DEPTH_SUFFIXES if of_files else SUFFIXES
     pictures = find_pictures(
         sources,
         leave_out=[place, place / SHEET, *(place / kind for kind in preprocessors.names())],
-        suffixes=DEPTH_SUFFIXES if of_files else SUFFIXES,
+        suffixes=suffixes,
     )
     folder = MapFolder(place, of_kinds, pictures)
     folder.check(overwrite=overwrite)
-    return Plan(folder, workers or _cores(), batch or DEFAULT_BATCH, overwrite, sheet, beside)
+    unread = unread_below(sources, suffixes)
+    return Plan(folder, workers or _cores(), batch or DEFAULT_BATCH, overwrite, sheet, beside, unread)
 
 
 def run(job: Plan, report: FolderReport) -> Result:
@@ -122,6 +126,8 @@ def run(job: Plan, report: FolderReport) -> Result:
     result = Result(is_mine=processes.is_first)
     if processes.is_first:
         job.folder.prepare()
+        for suffix, count in job.unread.items():
+            report.note(f"left out, for that format is not read: {count} of {suffix}")
     processes.wait()
     _make_maps(job, processes, result, report)
     shares = processes.gather([result])

@@ -60,11 +60,14 @@ def _build_errors() -> tuple[type[Exception], ...]:
     return (*of_python, ArithmeticError, AssertionError, pickle.UnpicklingError, StrictDataclassError)
 
 
+_VARIANTS = ("", ".fp16", ".bf16")
+
+
 def check_weights(folder: Path) -> str | None:
     """Check that the weight files in ``folder`` are whole; of safetensors, by their headers and sizes.
 
-    Returns their variant: None, or "fp16" if there is only that one. Raises ValueError, naming the file, when
-    there is none, or when one is empty, cut short, a Git LFS pointer, a web page or something else.
+    Returns their variant: None, or "fp16" or "bf16" if there is only that one. Raises ValueError, naming the
+    file, when there is none, or when one is empty, cut short, a Git LFS pointer, a web page or anything else.
     """
     files = weight_files(folder)
     for file in files:
@@ -73,7 +76,7 @@ def check_weights(folder: Path) -> str | None:
                 refuse_impostor(file, stream.read(512))
         else:
             read_header(file)
-    return "fp16" if ".fp16" in files[0].name else None
+    return next((name for name in ("fp16", "bf16") if f".{name}" in files[0].name), None)
 
 
 def is_pickle(file: Path) -> bool:
@@ -86,7 +89,7 @@ def weight_files(folder: Path) -> list[Path]:
 
     Full precision comes before half, and safetensors before a pickle. Raises ValueError if there is none.
     """
-    for variant in ("", ".fp16"):
+    for variant in _VARIANTS:
         for stem in ("diffusion_pytorch_model", "model"):
             single = folder / f"{stem}{variant}.safetensors"
             index = folder / f"{stem}.safetensors.index{variant}.json"
@@ -94,10 +97,13 @@ def weight_files(folder: Path) -> list[Path]:
                 return [single]
             if index.is_file() and (shards := set(read_json(index).get("weight_map", {}).values())):
                 return [folder / shard for shard in sorted(shards)]
-    for variant in ("", ".fp16"):
+    for variant in _VARIANTS:
         for stem in ("diffusion_pytorch_model", "pytorch_model"):
             if (pickle := folder / f"{stem}{variant}.bin").is_file():
                 return [pickle]
+            index = folder / f"{stem}.bin.index{variant}.json"
+            if index.is_file() and (shards := set(read_json(index).get("weight_map", {}).values())):
+                return [folder / shard for shard in sorted(shards)]
     raise ValueError(f"{folder} has no weights (diffusion_pytorch_model.safetensors or model.safetensors)")
 
 
@@ -125,6 +131,8 @@ def read_header(file: Path) -> dict[str, Any]:
             raise ValueError("metadata must be strings")
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise ValueError(f"{file} is not a safetensors file (its header is not readable)") from error
+    if size > 8 + length + end:
+        raise ValueError(f"{file} is damaged: {size} bytes, and its header tells of {8 + length + end}")
     if size != 8 + length + end:
         raise ValueError(f"{file} is cut short: {size} bytes of {8 + length + end}; fetch it again")
     return header
@@ -175,10 +183,15 @@ def read_state(file: Path, *, what: str, pickled: bool | None = None) -> dict[st
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises ValueError naming the file if it is missing or something else."""
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        if text.startswith("\ufeff"):
+            raise ValueError(
+                f"{file} begins with a byte order mark, which the libraries do not read: save it without one"
+            )
+        value = json.loads(text)
     except OSError as error:
         raise ValueError(f"{file} is missing or not readable") from error
-    except ValueError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{file} is not valid JSON") from error
     if not isinstance(value, dict):
         raise ValueError(f"{file} does not hold a JSON object")

@@ -7,6 +7,7 @@ import glob
 import io
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,6 +31,7 @@ class Picture:
     name: str
 
 
+_UNREAD = "heic heif jp2 j2k jxl ico svg psd tga dds dng cr2 cr3 nef arw raw hdr exr pfm"
 DEPTH_SUFFIXES = SUFFIXES | {".npy", ".npz", ".pfm", ".exr"}
 """What counts in a folder of depth files."""
 
@@ -59,6 +61,14 @@ def find_pictures(
         for picture in pictures:
             found.setdefault(os.path.abspath(picture.path), picture)
     return _with_own_names(list(found.values())) if own_names else list(found.values())
+
+
+def unread_below(arguments: Sequence[str], suffixes: frozenset[str] = SUFFIXES) -> dict[str, int]:
+    """How many pictures of formats that are not read lie in the folders among arguments, by suffix."""
+    unread = frozenset(f".{name}" for name in _UNREAD.split()) - suffixes
+    folders = [name for name in arguments if os.path.isdir(name)]
+    found = (file.suffix.lower() for name in folders for file in _files_below(name, frozenset(), unread))
+    return dict(sorted(Counter(found).items()))
 
 
 def _what_was_looked_for(argument: str, suffixes: frozenset[str]) -> str:

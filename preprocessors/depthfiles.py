@@ -238,6 +238,16 @@ def _read_raster(data: bytes, name: str) -> np.ndarray:
     return picture
 
 
+def _read_grey(data: bytes, name: str) -> np.ndarray:
+    """A PGM: of 16 bits its own numbers, which Pillow would stretch to 65535."""
+    import cv2
+
+    picture = load_picture(data)  # refuses what is cut short
+    ended = data + b"\n"  # OpenCV wants something behind the last number in words
+    levels: np.ndarray | None = cv2.imdecode(np.frombuffer(ended, np.uint8), cv2.IMREAD_UNCHANGED)
+    return picture if levels is None or levels.dtype != np.uint16 else levels
+
+
 def _is_deep(image: Image.Image, data: bytes) -> bool:
     if image.format == "PNG":
         return data[24] == 16  # the header's bit depth
@@ -247,6 +257,8 @@ def _is_deep(image: Image.Image, data: bytes) -> bool:
 
 _READERS = {
     b"\x89PNG": _read_raster,
+    b"P5": _read_grey,
+    b"P2": _read_grey,
     b"II*\0": _read_raster,
     b"MM\0*": _read_raster,
     b"\x93NUMPY": _read_npy,

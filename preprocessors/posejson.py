@@ -13,6 +13,7 @@ _BODY, _FACE = "pose_keypoints_2d", "face_keypoints_2d"
 _HANDS = ("hand_left_keypoints_2d", "hand_right_keypoints_2d")
 # BODY_25 has the middle of the hips after the wrists, and the feet at its end.
 _BODY_25 = (*range(8), *range(9, 19))
+_FARTHEST = 2  # canvases from its corner that a joint may be; people of fewer pixels there are none
 _PUPILS = (14, 15)
 
 
@@ -133,9 +134,12 @@ def _is_number(x: Any) -> bool:
 
 
 def _are_fractions(parts: tuple[np.ndarray, ...]) -> bool:
+    """Whether coordinates are shares of the canvas: some of a person may lie outside of it, and nobody is so
+    small in pixels.
+    """
     points = np.concatenate([part.reshape(-1, 3) for part in parts])
     xy = points[points[:, 2] > 0, :2]
-    return bool(((xy >= 0) & (xy <= 1)).all() and (xy != np.floor(xy)).any())
+    return bool((np.abs(xy) <= _FARTHEST).all() and (xy != np.floor(xy)).any())
 
 
 def _size(obj: dict[str, Any], key: str, given: int | None, name: str) -> int:
@@ -144,5 +148,8 @@ def _size(obj: dict[str, Any], key: str, given: int | None, name: str) -> int:
         value = given
     if value is None or not _is_number(value) or value < 1 or value != int(value):
         side = key.removeprefix("canvas_")
-        raise ValueError(f"{name} has no {key} (a whole number of pixels); it can be given as {side}")
+        raise ValueError(
+            f"{name} has no {key} (a whole number of pixels); it can be given: as {side}, of the command line"
+            " as --canvas WxH"
+        )
     return int(value)

@@ -1,11 +1,14 @@
 """The locked base against diffusers' own pipelines, and every way in which loading one can fail."""
 
+import inspect
 import json
 import os
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny_models
 import torch
@@ -15,6 +18,8 @@ from controlkit import base as bases
 from controlkit import controlnet as pair
 from controlkit.base import Base, load_base
 from controlkit.folders import quiet_libraries
+from controlkit.images import picture_to_tensor
+from controlkit.schedulers import SCHEDULERS, make_scheduler
 
 PROMPTS = ["a red figure", "", "Héllo 世界 👋", "a red figure"]
 
@@ -388,3 +393,73 @@ def test_names_that_lead_nowhere() -> None:
 def test_devices_that_are_not_there(folders: dict[str, Path]) -> None:
     assert "unknown device 'gpu'" in message_of(folders["sd1"], device="gpu")
     assert "device 'cuda:99' is not available here" in message_of(folders["sd1"], device="cuda:99")
+
+
+def test_an_autoencoder_with_statistics_of_its_own(folders: dict[str, Path], tmp_path: Path) -> None:
+    """latents_mean and latents_std, as diffusers' SDXL pipelines take them; so does training."""
+    from controlkit.sampling import generate
+    from controlkit.training.data.encoding import encode_pictures, picture_encoder_id
+
+    folder = Path(shutil.copytree(folders["sdxl"], tmp_path / "base"))
+    plain = load_base(str(folder))
+    mean, std = [-1.6574, 1.886, -1.383, 2.5155], [8.4927, 5.9022, 6.5498, 5.2299]
+    rewrite(folder / "vae" / "config.json", latents_mean=mean, latents_std=std, scaling_factor=0.5)
+    base = load_base(str(folder))
+    ours = generate(base, "a red figure", steps=3, seeds=[1])[0]
+    pipe = pipeline(folder, "sdxl")
+    pipe.scheduler = make_scheduler("ddim", base)
+    height, width = ours.shape[:2]
+    noise = torch.Generator().manual_seed(1)
+    theirs = pipe("a red figure", num_inference_steps=3, generator=noise, height=height, width=width)
+    assert np.abs(ours.astype(int) - np.asarray(theirs.images[0]).astype(int)).max() <= 1
+    picture = np.ascontiguousarray(ours)
+    latents = base.encode_pictures(picture_to_tensor([picture]))
+    assert torch.allclose(
+        base.decode_latents(latents), base.vae.decode(encoded(base, picture)).sample, atol=1e-4
+    )
+    assert torch.allclose(encode_pictures(base, [picture]).mean.float(), latents, atol=2e-3)
+    assert picture_encoder_id(base) != picture_encoder_id(plain)
+
+
+def encoded(base: Base, picture: np.ndarray) -> torch.Tensor:
+    """What the encoder itself gives, in its own units."""
+    with torch.no_grad():
+        return base.vae.encode(picture_to_tensor([picture])).latent_dist.mode()
+
+
+def test_latents_are_never_clipped_like_pixels(loaded: dict[str, Base]) -> None:
+    """Whatever the base's file says, as in diffusers' pipelines."""
+    base = replace(loaded["sd1"], scheduler_config={**loaded["sd1"].scheduler_config, "clip_sample": True})
+    for name in SCHEDULERS:
+        scheduler = make_scheduler(name, base)
+        if "clip_sample" in inspect.signature(type(scheduler).__init__).parameters:
+            assert not scheduler.config.clip_sample, name
+
+
+def test_weights_in_shards_of_pickles_and_in_bfloat16(folders: dict[str, Path], tmp_path: Path) -> None:
+    from diffusers import UNet2DConditionModel
+
+    folder = Path(shutil.copytree(folders["sd1"], tmp_path / "base"))
+    whole = load_base(str(folder)).unet.state_dict()
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet")
+    for options in (
+        {"safe_serialization": False, "max_shard_size": "1MB"},
+        {"variant": "bf16"},
+    ):
+        shutil.rmtree(folder / "unet")
+        unet.save_pretrained(folder / "unet", **options)
+        assert len(list((folder / "unet").glob("*.*"))) >= 2
+        again = load_base(str(folder)).unet.state_dict()
+        assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
+
+
+def test_a_configuration_with_a_byte_order_mark_is_named(broken: Path) -> None:
+    file = broken / "unet" / "config.json"
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert "unet/config.json begins with a byte order mark" in message_of(broken)
+
+
+def test_a_file_that_is_too_long_is_not_called_short(broken: Path) -> None:
+    file = broken / "unet" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes() + b"more")
+    assert "is damaged: " in message_of(broken)

@@ -401,3 +401,14 @@ def test_other_exr_is_refused_with_the_cure(content: bytes, message: str) -> Non
     with pytest.raises(ValueError, match=message) as caught:
         read_depth(content)
     assert "\n" not in str(caught.value)
+
+
+def test_a_grey_map_of_16_bits_keeps_its_numbers() -> None:
+    """PGM in millimetres, as sensors write it: not the 8 bits of a picture."""
+    millimetres = np.linspace(1000, 5000, 64 * 48).astype(np.uint16).reshape(48, 64)
+    for content in (
+        b"P5 64 48 65535\n" + millimetres.astype(">u2").tobytes(),
+        b"P5 64 48 5000\n" + millimetres.astype(">u2").tobytes(),
+        b"P2 64 48 65535\n" + b" ".join(b"%d" % value for value in millimetres.ravel()),
+    ):
+        assert np.array_equal(read_depth(content), millimetres)

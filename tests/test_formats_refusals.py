@@ -369,7 +369,7 @@ def described(header: dict[str, Any], **changes: Any) -> None:
         (lambda header: header.update(__metadata__=[1]), "its header is not readable"),
         (lambda header: header["__metadata__"].update(controlkit=5), "its header is not readable"),
         (
-            lambda header: header["__metadata__"].update(controlkit="5"),
+            lambda header: header["__metadata__"].update(controlkit="{"),
             "its controlkit description cannot be read",
         ),
         (lambda header: described(header, map=5), "its controlkit description cannot be read"),

@@ -19,7 +19,7 @@ import torch
 from adapter_files import controlnet_of, original_controlnet, refusal, residuals, same, saved
 from diffusers import ControlNetModel
 from outcomes import Run
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from controlkit.adapters import MAPS, Adapter, AdapterInfo, MapSpec, load_adapter, write_adapter
 from controlkit.base import Base
@@ -407,3 +407,53 @@ def test_a_training_that_starts_from_a_file_is_planned_as_from_a_folder(run: Run
         for init in ("canny.safetensors", "canny")
     ]
     assert sizes == [2_975_736, 2_975_736]
+
+
+def test_a_part_of_what_is_read_is_not_written_over(run: Run, load: Load, tmp_path: Path) -> None:
+    write_adapter(controlnet_of(load("sd1")), tmp_path / "own", layout="diffusers", info=INFO)
+    weights = tmp_path / "own" / "diffusion_pytorch_model.safetensors"
+    before = weights.read_bytes()
+    message = run("convert", "own", weights, "--to", "original").refused()
+    assert "would overwrite own, which it is made from" in message
+    blob = tmp_path / "blob.safetensors"  # as in the hub's cache
+    weights.rename(blob)
+    weights.symlink_to(blob)
+    assert "would overwrite own" in run("convert", "own", blob, "--to", "single").refused()
+    assert blob.read_bytes() == before
+    run("convert", "own", tmp_path / "own" / "half.safetensors", "--to", "single", "--dtype", "fp16").done()
+
+
+@pytest.mark.parametrize("options", [{}, {"safe_serialization": False}], ids=["safetensors", "pickles"])
+def test_shards_are_converted_as_they_are_loaded(
+    options: dict[str, bool], run: Run, load: Load, tmp_path: Path
+) -> None:
+    network = controlnet_of(load("sd1"))
+    network.save_pretrained(tmp_path / "shards", max_shard_size="500KB", **options)
+    assert len(list((tmp_path / "shards").iterdir())) > 3
+    run("convert", "shards", "whole.safetensors", "--to", "single").done()
+    assert set(load_file("whole.safetensors")) == set(network.state_dict())
+    for name, tensor in load_file("whole.safetensors").items():
+        assert tensor.equal(network.state_dict()[name])
+    assert "ControlNet" in run("info", "shards").done()
+
+
+def test_files_that_others_have_written_in(load: Load, tmp_path: Path) -> None:
+    base = load("sd1")
+    file = tmp_path / "a.safetensors"
+    write_adapter(controlnet_of(base), file, layout="single", info=INFO)
+    tensors = load_file(file)
+    save_file(tensors, file, {"controlkit": "junk"})  # an entry of that name which is not ours
+    assert load_adapter(str(file), base=base).info.title == ""
+    save_file({f"module.{name}": tensor for name, tensor in tensors.items()}, file)
+    with pytest.raises(ValueError, match=r"'module.' before every name, .*save it unwrapped"):
+        load_adapter(str(file), base=base)
+    file.write_bytes(b"\x80\0\0\0\0")
+    with pytest.raises(ValueError, match=r"is cut short or is not a safetensors file \(5 bytes\)"):
+        load_adapter(str(file), base=base)
+    write_adapter(controlnet_of(base), tmp_path / "folder", layout="diffusers", info=INFO)
+    config = tmp_path / "folder" / "config.json"
+    told = json.loads(config.read_text())
+    config.write_text(json.dumps({key: value for key, value in told.items() if key != "_class_name"}))
+    with pytest.raises(ValueError, match=r"_class_name\): give the file with the weights, diffusion_pytorch"):
+        load_adapter(str(tmp_path / "folder"), base=base)
+    load_adapter(str(tmp_path / "folder" / "diffusion_pytorch_model.safetensors"), base=base)

@@ -86,7 +86,7 @@ def test_what_openpose_itself_writes(tmp_path: Path) -> None:
         "face_keypoints_3d": [],
     }
     obj = {"version": 1.3, "people": [person]}
-    with pytest.raises(ValueError, match=r"no canvas_width .*it can be given as width"):
+    with pytest.raises(ValueError, match=r"no canvas_width .*: as width, of the command line as --canvas"):
         read(tmp_path, obj)
     poses = read(tmp_path, obj, width=640, height=480)
     assert (poses.width, poses.height) == (640, 480)
@@ -124,6 +124,11 @@ def test_fractions_of_the_canvas_are_recognised(tmp_path: Path) -> None:
     assert poses.people[0, :3].tolist() == [[400, 100, 1], [0, 400, 1], [0, 0, 0]]
     assert (poses.faces[0, :68] == [100, 200, 1]).all()
     assert not poses.faces[0, 68:].any()  # the pupils: 68 points have none, and this body has no eyes
+    for outside in ([0.25, 1.015625, 1.0], [-0.015625, 0.5, 1.0]):  # a person that is cut off
+        cut = {"pose_keypoints_2d": [0.5, 0.25, 1.0] + outside + [0.0, 0.0, 0.0] * 16}
+        poses = read(tmp_path, {"people": [cut], "canvas_height": 400, "canvas_width": 800})
+        assert poses.people[0, 0].tolist() == [400, 100, 1]
+        assert poses.people[0, 1, :2].tolist() == [800 * outside[0], 400 * outside[1]]
     whole = {"pose_keypoints_2d": [1, 1, 1] + [0] * 51}
     poses = read(tmp_path, {"people": [whole], "canvas_height": 400, "canvas_width": 800})
     assert poses.people[0, 0].tolist() == [1, 1, 1]  # a pixel

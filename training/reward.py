@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from controlkit import diffusion
+from controlkit import diffusion, latent_scale
 from controlkit.base import BUNDLED, Base
 from controlkit.training.config_adapter import ControlNetRecipe
 from controlkit.training.data.made_maps import range_ends
@@ -75,7 +75,7 @@ class Reward:
         vae, wanted = self.base.vae, controlnet_cond.mean(dim=1)
 
         def one(row: Tensor, k: int) -> Tensor:
-            decoded = vae.decode(row.to(vae.dtype) / vae.config.scaling_factor).sample
+            decoded = vae.decode(latent_scale.unscaled(row.to(vae.dtype), vae)).sample
             return self.missed((decoded.clamp(-1, 1) + 1) / 2, wanted[k : k + 1].to(decoded.dtype))
 
         return _AtOnce.apply(latents, one)

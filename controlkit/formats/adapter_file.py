@@ -115,8 +115,9 @@ def open_adapter_file(path: str | os.PathLike[str]) -> AdapterFile:
     what it is instead), or whose tensors are not those of its kind.
     """
     name = os.fspath(path)
-    found = find_adapter_file(name) or _file_in(find_adapter_folder(name))
-    weights = open_weights(found)
+    named = find_adapter_file(name)
+    parts = [named] if named else weight_files(find_adapter_folder(name))
+    found, weights = parts[0], open_weights(*parts)
     kind, layout, names = recognise(weights.entries, found)
     entries = {name: weights.entries[key] for key, name in names.items()}
     _check_floats(entries, found)
@@ -134,13 +135,6 @@ def open_adapter_file(path: str | os.PathLike[str]) -> AdapterFile:
         info=info or AdapterInfo(map=MapSpec(channels=hint_channels(config)), family=family),
         names=names,
     )
-
-
-def _file_in(folder: Path) -> Path:
-    found = weight_files(folder)
-    if len(found) != 1:
-        raise ValueError(f"{folder} holds its weights in {len(found)} files: only one is read")
-    return found[0]
 
 
 def hint_channels(config: Mapping[str, Any]) -> int:

@@ -107,7 +107,7 @@ def read_description(metadata: Mapping[str, str], where: object) -> tuple[Adapte
     Raises ValueError naming the file, ``where``, if it cannot be read.
     """
     text = metadata.get(METADATA_KEY)
-    if text is None:
+    if text is None or not text.lstrip().startswith("{"):  # somebody else's entry of that name
         return None, {}
     try:
         described = json.loads(text)

@@ -70,6 +70,9 @@ def recognise(entries: Mapping[str, Stored], where: object) -> Recognised:
     return Recognised(kind, layout, renamed)
 
 
+_WRAPPED = "module."
+
+
 def _kind(entries: Mapping[str, Stored], where: object) -> tuple[str, str, str]:
     """The kind, the layout and the prefix of the keys."""
     if LORA_KEY in entries:
@@ -95,6 +98,11 @@ def _kind(entries: Mapping[str, Stored], where: object) -> tuple[str, str, str]:
             return "t2i-adapter", "diffusers", prefix
         if any(f"{prefix}body.0.{inner}block1.weight" in entries for inner in ("", "body.0.")):
             return "t2i-adapter", "original", prefix
+    if all(key.startswith(_WRAPPED) for key in entries):
+        raise ValueError(
+            f"{where} has {_WRAPPED!r} before every name, as a network that was wrapped for several GPUs is"
+            " saved: save it unwrapped (network.module.state_dict())"
+        )
     held = mistake_in(entries)
     if held is not None:
         raise ValueError(f"{where} is {held}")

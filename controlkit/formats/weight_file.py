@@ -7,7 +7,7 @@ nested in it (``state_dict``, ``adapter``) is laid out flat. Which of the two a 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -42,22 +42,29 @@ class Stored(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class WeightFile:
-    """A file's entries and the metadata of its header. Build it with `open_weights`."""
+    """A file's entries and the metadata of its header; of several shards those of all. Build it with
+    `open_weights`.
+    """
 
     path: Path
     entries: Mapping[str, Stored]
     metadata: Mapping[str, str] = field(default_factory=dict)
     _state: Mapping[str, Tensor] | None = field(default=None, repr=False)  # of a pickle, which is read whole
+    _shards: Sequence[WeightFile] = field(default=(), repr=False)
 
     @property
     def is_pickle(self) -> bool:
         """Whether it is a pickle."""
-        return self._state is not None
+        return self._state is not None or any(shard.is_pickle for shard in self._shards)
 
     def read(self, keys: Iterable[str]) -> dict[str, Tensor]:
         """The tensors of these keys, on the CPU, in the file's precision. Raises ValueError if damaged."""
         if self._state is not None:
             return {key: self._state[key] for key in keys}
+        if self._shards:
+            wanted = list(keys)
+            parts = [shard.read([k for k in wanted if k in shard.entries]) for shard in self._shards]
+            return {key: next(part[key] for part in parts if key in part) for key in wanted}
         from safetensors import SafetensorError, safe_open
 
         try:
@@ -68,15 +75,21 @@ class WeightFile:
 
     def check_hash(self) -> None:
         """Raise ValueError, naming the file, if its header knows the tensors' hash and they have another."""
+        for shard in self._shards:
+            shard.check_hash()
         check_hash(self.path, self.metadata)
 
 
-def open_weights(path: Path) -> WeightFile:
-    """Open a weight file.
+def open_weights(path: Path, *more: Path) -> WeightFile:
+    """Open a weight file, or several that hold the parts of one model.
 
     Raises ValueError, naming the file, with what it is instead: missing, empty, cut short, a Git LFS pointer,
     a web page, GGUF, a pickle of more than tensors, or without any tensor.
     """
+    if more:
+        shards = [open_weights(shard) for shard in (path, *more)]
+        entries = {key: entry for shard in shards for key, entry in shard.entries.items()}
+        return WeightFile(path, entries, _shards=shards)
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
     try:
@@ -112,7 +125,7 @@ def precision(entries: Mapping[str, Stored]) -> str:
 
 def _is_pickle(start: bytes) -> bool:
     """Whether a file begins as torch's archive or as a bare pickle; a safetensors header is JSON."""
-    return start[8:9] != b"{" and (start.startswith(b"PK\x03\x04") or start[:1] == b"\x80")
+    return len(start) > 8 and start[8:9] != b"{" and (start.startswith(b"PK\x03\x04") or start[:1] == b"\x80")
 
 
 def _unwrapped(state: Mapping[str, Any]) -> Mapping[str, Any]:

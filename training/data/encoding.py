@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from controlkit import images
+from controlkit import images, latent_scale
 from controlkit.base import Base
 
 KEPT = torch.float16
@@ -52,8 +52,8 @@ def encode_pictures(base: Base, pictures: Sequence[NDArray[np.uint8]]) -> Moment
 def _moments(base: Base, pictures: Sequence[NDArray[np.uint8]]) -> Moments:
     pixel_values = images.picture_to_tensor(list(pictures)).to(base.vae.device, base.vae.dtype)
     posterior = base.vae.encode(pixel_values.to(memory_format=torch.channels_last)).latent_dist
-    scale = base.vae.config.scaling_factor
-    return Moments(*((part * scale).to("cpu", KEPT).contiguous() for part in (posterior.mean, posterior.std)))
+    parts = latent_scale.scaled(posterior.mean, base.vae), latent_scale.spread(posterior.std, base.vae)
+    return Moments(*(part.to("cpu", KEPT).contiguous() for part in parts))
 
 
 @torch.no_grad()
@@ -67,7 +67,7 @@ def encode_captions(base: Base, captions: Sequence[str]) -> Text:
 def picture_encoder_id(base: Base) -> str:
     """What decides the latents of a picture, in 16 letters: weights, scale, precision."""
     modules = [base.vae.encoder, base.vae.quant_conv]
-    return _identity(modules, base.vae.config.scaling_factor, base.vae.dtype, KEPT, _place(base.vae.device))
+    return _identity(modules, *latent_scale.told(base.vae), base.vae.dtype, KEPT, _place(base.vae.device))
 
 
 def text_encoder_id(base: Base) -> str:
