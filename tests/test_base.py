@@ -1,6 +1,5 @@
 """The locked base against diffusers' own pipelines, and every way in which loading one can fail."""
 
-import inspect
 import json
 import os
 import shutil
@@ -19,7 +18,7 @@ from controlkit import controlnet as pair
 from controlkit.base import Base, load_base
 from controlkit.folders import quiet_libraries
 from controlkit.images import picture_to_tensor
-from controlkit.schedulers import SCHEDULERS, make_scheduler
+from controlkit.schedulers import make_scheduler
 
 PROMPTS = ["a red figure", "", "Héllo 世界 👋", "a red figure"]
 
@@ -430,10 +429,8 @@ def encoded(base: Base, picture: np.ndarray) -> torch.Tensor:
 def test_latents_are_never_clipped_like_pixels(loaded: dict[str, Base]) -> None:
     """Whatever the base's file says, as in diffusers' pipelines."""
     base = replace(loaded["sd1"], scheduler_config={**loaded["sd1"].scheduler_config, "clip_sample": True})
-    for name in SCHEDULERS:
-        scheduler = make_scheduler(name, base)
-        if "clip_sample" in inspect.signature(type(scheduler).__init__).parameters:
-            assert not scheduler.config.clip_sample, name
+    for name in ("ddim", "ddpm", "heun", "lcm", "tcd"):  # those that can clip
+        assert make_scheduler(name, base).config.clip_sample is False, name
 
 
 def test_weights_in_shards_of_pickles_and_in_bfloat16(folders: dict[str, Path], tmp_path: Path) -> None:
