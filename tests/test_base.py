@@ -426,6 +426,7 @@ def encoded(base: Base, picture: np.ndarray) -> torch.Tensor:
         return base.vae.encode(picture_to_tensor([picture])).latent_dist.mode()
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # in diffusers' own schedulers
 def test_latents_are_never_clipped_like_pixels(loaded: dict[str, Base]) -> None:
     """Whatever the base's file says, as in diffusers' pipelines."""
     base = replace(loaded["sd1"], scheduler_config={**loaded["sd1"].scheduler_config, "clip_sample": True})
