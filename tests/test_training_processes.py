@@ -6,6 +6,8 @@ import pytest
 from killed_runs import FSDP, distance, losses, prepared, recipe, settings, start, train_together, weights
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
@@ -13,7 +15,7 @@ def place(tmp_path_factory):
     return prepared(folder)
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[2, 1])
 def alone(place, request):
     """One process with the batch of two, and its accumulation."""
     folder = place / f"one-{request.param}"
@@ -24,7 +26,7 @@ def alone(place, request):
     return folder, request.param
 
 
-@pytest.mark.parametrize("sharded", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("sharded", [False, True])
 def test_two_processes_give_the_weights_of_one_with_twice_the_batch(place, alone, sharded):
     one, accumulation = alone
     two = place / f"two-{accumulation}-{sharded}"
@@ -39,7 +41,6 @@ def test_two_processes_give_the_weights_of_one_with_twice_the_batch(place, alone
     assert distance(first, second) < 1e-4
 
 
-@pytest.mark.slow
 def test_shared_weights_resume(place):
     folder = place / "resumed"
     changes = settings(2, accumulation=2, channels_last=False, sd_locked=False)

@@ -113,7 +113,7 @@ class Slot:
             inputs,
             [*outputs, self.edges, self.wanted],
             show_progress="hidden",
-            trigger_mode="always_last",  # else a photo that comes while the last one's removal is told is lost
+            trigger_mode="always_last",  # else a photo that comes right after a removal can be lost
             concurrency_limit=8,
             api_name=f"map{api}",
         )
