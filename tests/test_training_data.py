@@ -126,6 +126,7 @@ def test_packed_maps_lose_nothing(kind, width, channels):
 def test_a_store_holds_what_was_written_and_finds_what_others_wrote(tmp_path):
     mine, other = Store(tmp_path / "s"), Store(tmp_path / "s")
     assert mine.missing(["a", "b", "a"]) == ["a", "b"]
+    assert [mine.missing("abcde", (k, 2)) for k in range(2)] == [["a", "c", "e"], ["b", "d"]]
     mine.write({"a": torch.arange(3.0)})
     assert "a" not in other
     other.refresh()
@@ -133,6 +134,7 @@ def test_a_store_holds_what_was_written_and_finds_what_others_wrote(tmp_path):
     other.write({"b": torch.ones(2, 2, dtype=torch.float16)})
     mine.refresh()
     assert mine.missing(["a", "b", "c"]) == ["c"]
+    assert mine.missing("abcde", (1, 2)) == ["d"]  # b is there, and the other process's share stays its own
     assert mine.read("b").dtype == torch.float16
 
 

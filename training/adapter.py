@@ -377,10 +377,13 @@ class ControlNetTask:
         """The network itself; where processes share its weights, one of its kind with whole ones."""
         if not self.machine.sharded:
             return network
+        from diffusers import UNet2DConditionModel
+
+        whole: Any = UNet2DConditionModel.from_config(
+            dict(self.base.unet.config)
+        )  # the base's is shared, too
         if network is self.controlnet:
-            whole = make_network(self.recipe, self.base.unet, self.encoded.visits.channels)
-        else:
-            whole = type(network).from_config(network.config)
+            whole = make_network(self.recipe, whole, self.encoded.visits.channels)
         whole.load_state_dict(
             {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
         )

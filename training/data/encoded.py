@@ -107,7 +107,8 @@ class Encoded:
             _hash(caption): caption
             for caption in [*(c for i in wanted for c in self.examples[i].captions), ""]
         }
-        mine = self._captions.missing(captions)[processes.index :: processes.count]
+        share = processes.index, processes.count
+        mine = self._captions.missing(captions, share)
         done = 0
         for part in _parts(mine):
             self._captions.write(self._encoded_captions(part, captions))
@@ -219,7 +220,8 @@ class Encoded:
         maps = {}
         if self._maps is not None:
             maps = {self._map_name(i, view): (i, view) for i in indices for view in self.visits.views(i)}
-        mine = self._latents.missing(jobs)[processes.index :: processes.count]
+        share = processes.index, processes.count
+        mine = self._latents.missing(jobs, share)
         mine.sort(key=lambda name: (jobs[name][1].width, jobs[name][1].height))  # a batch has one size
         done = 0
         with ThreadPoolExecutor(max(self.data.workers, 1)) as threads:
@@ -231,7 +233,7 @@ class Encoded:
             if self._maps is None:
                 return
             done = 0
-            mine = self._maps.missing(maps)[processes.index :: processes.count]
+            mine = self._maps.missing(maps, share)
             for part in _parts(mine):
                 made = threads.map(lambda name: pack(self.visits.map(*maps[name], seed=0)), part)
                 self._maps.write(dict(zip(part, made, strict=True)))

@@ -47,9 +47,13 @@ class Store:
             self._seen.add(path)
             self._where |= {name: path for name in names if name != "__metadata__"}
 
-    def missing(self, names: Iterable[str]) -> list[str]:
-        """Those that are not there, each once."""
-        return [name for name in dict.fromkeys(names) if name not in self._where]
+    def missing(self, names: Iterable[str], share: tuple[int, int] = (0, 1)) -> list[str]:
+        """Those that are not there, each once; of a share, the k-th of n processes, only its own.
+
+        Shares are of all names: what another process has written meanwhile must not move them.
+        """
+        mine = list(dict.fromkeys(names))[share[0] :: share[1]]
+        return [name for name in mine if name not in self._where]
 
     def read(self, name: str) -> Tensor:
         """A tensor, mapped from disk. Raises ValueError where its shard has gone since."""
