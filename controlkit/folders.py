@@ -92,19 +92,23 @@ def weight_files(folder: Path) -> list[Path]:
     for variant in _VARIANTS:
         for stem in ("diffusion_pytorch_model", "model"):
             single = folder / f"{stem}{variant}.safetensors"
-            index = folder / f"{stem}.safetensors.index{variant}.json"
             if single.is_file():
                 return [single]
-            if index.is_file() and (shards := set(read_json(index).get("weight_map", {}).values())):
-                return [folder / shard for shard in sorted(shards)]
+            if shards := _shards(folder / f"{stem}.safetensors.index{variant}.json"):
+                return shards
     for variant in _VARIANTS:
         for stem in ("diffusion_pytorch_model", "pytorch_model"):
             if (pickle := folder / f"{stem}{variant}.bin").is_file():
                 return [pickle]
-            index = folder / f"{stem}.bin.index{variant}.json"
-            if index.is_file() and (shards := set(read_json(index).get("weight_map", {}).values())):
-                return [folder / shard for shard in sorted(shards)]
+            if shards := _shards(folder / f"{stem}.bin.index{variant}.json"):
+                return shards
     raise ValueError(f"{folder} has no weights (diffusion_pytorch_model.safetensors or model.safetensors)")
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files that an index lists; none where there is no index."""
+    listed = set(read_json(index).get("weight_map", {}).values()) if index.is_file() else ()
+    return [index.parent / shard for shard in sorted(listed)]
 
 
 def read_header(file: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ def scaled(encoded: Tensor, vae: Any) -> Tensor:
 def unscaled(latents: Tensor, vae: Any) -> Tensor:
     """Latents (B, C, h, w), as the decoder takes them."""
     mean, std = _statistics(latents, vae)
-    plain = latents / vae.config.scaling_factor if mean is None else latents * std / vae.config.scaling_factor
+    plain = latents * std / vae.config.scaling_factor
     return plain if mean is None else plain + mean
 
 

@@ -6,7 +6,6 @@ towards the viewer (disparity, and what relative networks estimate). Here everyt
 
 import io
 import os
-import struct
 import sys
 import zipfile
 import zlib
@@ -17,7 +16,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from controlkit.files import PathLike, write_bytes
-from controlkit.images import DEFAULT_MAX_PIXELS, load_picture
+from controlkit.images import DECODE_ERRORS, DEFAULT_MAX_PIXELS, load_picture
 from controlkit.preprocessors.exr import read_exr
 
 if TYPE_CHECKING:
@@ -26,18 +25,7 @@ if TYPE_CHECKING:
     DepthSource = PathLike | bytes | Image.Image | np.ndarray | torch.Tensor
 
 _GREY_TOLERANCE = 8  # levels of 255 by which channels may differ: what JPEG does to a grey picture
-_DAMAGE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    LookupError,
-    TypeError,
-    RuntimeError,
-    struct.error,
-    zipfile.BadZipFile,
-    zlib.error,
-)
+_DAMAGE = (*DECODE_ERRORS, zipfile.BadZipFile, zlib.error)
 
 
 def read_depth(source: "DepthSource", *, metric: bool = False) -> np.ndarray:

@@ -379,9 +379,8 @@ class ControlNetTask:
             return network
         from diffusers import UNet2DConditionModel
 
-        whole: Any = UNet2DConditionModel.from_config(
-            dict(self.base.unet.config)
-        )  # the base's is shared, too
+        # not the base's own U-Net, which processes share, too
+        whole: Any = UNet2DConditionModel.from_config(dict(self.base.unet.config))
         if network is self.controlnet:
             whole = make_network(self.recipe, whole, self.encoded.visits.channels)
         whole.load_state_dict(

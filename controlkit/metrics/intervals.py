@@ -14,7 +14,7 @@ LEAST = 8
 """Values below which there is no interval: resamples of fewer say too little (of two normal values, the true
 mean lies between them half of the time).
 """
-_BEYOND = 20  # resamples wanted beyond either end
+_BEYOND, _BEYOND_SLOW = 20, 5  # resamples wanted beyond either end: of means, of any statistic
 _CHUNK = 2_000_000  # numbers drawn at once
 
 
@@ -65,8 +65,10 @@ def interval(
     if count < LEAST:
         return Interval(value, float("nan"), float("nan"))
     random = np.random.default_rng(seed)
-    draws = np.array([statistic(random.integers(count, size=count)) for _ in range(resamples)])
-    return _interval(value, draws[np.isfinite(draws)], _tail(count, level))
+    tail = _tail(count, level)
+    wanted = max(resamples, math.ceil(_BEYOND_SLOW / tail))
+    draws = np.array([statistic(random.integers(count, size=count)) for _ in range(wanted)])
+    return _interval(value, draws[np.isfinite(draws)], tail)
 
 
 def _tail(count: int, level: float) -> float:

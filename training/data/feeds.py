@@ -96,8 +96,7 @@ class StoredFeed:
         if before and self._all and before != self._all:  # without a cache nobody knows
             raise ValueError(
                 f"the data set has changed since this run stopped (then {state['pairs']:,} pairs to train on,"
-                f" now {self.pairs:,}): bring it back as it was, or begin a new run, with out=FOLDER and"
-                " init=THIS-RUN/controlnet"
+                f" now {self.pairs:,}): bring it back as it was, or begin a new run with out=FOLDER"
             )
 
     def digest(self) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from controlkit import preprocessors
 from controlkit.naming import did_you_mean
-from controlkit.picture_files import DEPTH_SUFFIXES, SUFFIXES
+from controlkit.picture_files import DEPTH_SUFFIXES
 from controlkit.training.config_adapter import DataRecipe
 
 PICTURE_NAMES = (
@@ -41,7 +41,7 @@ MAP_NAMES = (
 )
 LOOKED_AT = 8
 """Rows that show what a column holds."""
-_MAP_FILES = SUFFIXES | DEPTH_SUFFIXES | {".json"}
+_MAP_FILES = DEPTH_SUFFIXES | {".json"}
 CAPTION_NAMES = ("text", "caption", "prompt", "captions", "prompts", "texts")
 
 
@@ -94,10 +94,10 @@ def _map_columns(
     if data.maps == "made":
         return ()
     if data.map_column:
-        named = [name if name in columns else _first(_of_kind(name), columns) for name in data.map_column]
         return tuple(
-            found or _named(columns, name, "map_column", where)
-            for name, found in zip(data.map_column, named, strict=True)
+            ("" if name in columns else _first(_of_kind(name), columns))
+            or _named(columns, name, "map_column", where)
+            for name in data.map_column
         )
     if rows:
         columns = [name for name in columns if any(_may_be_map(row.get(name)) for row in rows)]

@@ -171,7 +171,9 @@ def _refuse_unknown_maps(root: Path, pictures: Sequence[str], kind: str) -> None
     for name in pictures:
         folder, _, rest = name.rpartition("/")
         groups.setdefault(folder, {})[_stem(rest)] = name
-    captioned = {folder for folder, names in groups.items() if _has_caption(root, names.values())}
+    if len(groups) == 1:  # nothing lies beside them, and captions need not be looked for
+        return
+    captioned = [folder for folder, names in groups.items() if _has_caption(root, names.values())]
     for folder, names in groups.items():
         whose = next((one for one in captioned if names.keys() <= groups[one].keys()), None)
         if folder and whose is not None and folder not in captioned:

@@ -142,9 +142,9 @@ def _usage(
     parts = ["## Use\n"]
     if unlocked:
         parts.append(
-            "The base's decoder was trained with it (`sd_locked=false`): the whole U-Net lies in the folder"
-            " `unet` beside these weights, and they go together. For ControlKit, copy the base's folder, put"
-            " this `unet` in the place of its own, and give that folder as `--base`.\n"
+            "The base's decoder was trained with it (`sd_locked=false`): the whole U-Net lies in the run's"
+            " folder `unet`, which an upload leaves behind, and they go together. For ControlKit, copy the"
+            " base's folder, put this `unet` in the place of its own, and give that folder as `--base`.\n"
         )
     if (network, info.family == "sdxl") in _PIPELINES:
         snippet = _snippet(info, base, place, caption=caption, network=network, unlocked=unlocked)
