@@ -181,7 +181,7 @@ def test_intervals_are_scipys():
 
 @pytest.mark.parametrize("count", [LEAST, 10, 40])
 def test_intervals_hold_what_they_promise(count):
-    """Of 600 repetitions, about 95 % have the true mean; Efron's own of 10 values miss it twice as often."""
+    """Of 600 repetitions, about 95 % have the true mean; Efron's own of 8 values miss it twice as often."""
     random = np.random.default_rng(5)
     inside = efrons = 0
     for _ in range(600):
@@ -192,7 +192,7 @@ def test_intervals_hold_what_they_promise(count):
         low, high = np.quantile(means, [0.025, 0.975])
         efrons += low <= 1.0 <= high
     assert 555 <= inside <= 585
-    assert count > 10 or 600 - efrons >= 2 * 30  # 30 of 600 are the 5 % that they promise
+    assert count > LEAST or 600 - efrons >= 2 * 30  # 30 of 600 are the 5 % that they promise
 
 
 def test_what_has_no_interval():

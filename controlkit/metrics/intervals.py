@@ -32,7 +32,7 @@ def mean_interval(
 ) -> Interval:
     """The mean of one value per pair (N,), with its expanded percentile bootstrap interval (Hesterberg 2015,
     section 4.2): Efron's percentiles, moved outwards by what makes them Student's t interval for normal
-    values; without it, those of 10 pairs miss twice as often as they say.
+    values; without it, those of 8 pairs miss at least twice as often as they say (a test counts).
 
     Pairs are drawn with replacement. What several pictures of one pair gave is to be averaged first: they are
     not independent. Fewer pairs than LEAST have no interval: low and high are then not numbers.
