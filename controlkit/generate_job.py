@@ -158,7 +158,7 @@ class Session:
         size = first.width, first.height
         if first.hires != 1:
             size = cascade.larger_size(*size, first.hires)
-        texts = [first.prompt, first.negative_prompt] if first.prompt_syntax == "a1111" else [""]
+        texts = [first.prompt, first.negative_prompt or ""] if first.prompt_syntax == "a1111" else [""]
         request = memory_plan.Request(
             *size,
             pictures=options.count,

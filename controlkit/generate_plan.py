@@ -46,7 +46,7 @@ class Options(Settings):
     """
 
     prompt: str = ""
-    negative_prompt: str = ""
+    negative_prompt: str | None = None
     base: str = "tiny"
     steps: int = 20
     scheduler: str = "ddim"
@@ -170,7 +170,7 @@ def plan(
         kinds = {"loras": loras, "embeddings": embeddings, "ip_adapters": ip_adapters}
         left_out = earlier.left_out(given, [kind for kind, texts in kinds.items() if texts])
         notes = [*generate_notes.of_versions(earlier.record), *left_out, *notes]
-    for text in (options.prompt, options.negative_prompt):
+    for text in (options.prompt, options.negative_prompt or ""):
         notes += prompt_syntax.notes(text, options.prompt_syntax)
     notes += generate_notes.of_maps(sources)
     return Plan(options, tuple(sources), tuple(outputs), beginning, tuple(notes), added, frozenset(given))
@@ -274,7 +274,7 @@ def check_preview(preview: str, job: Plan) -> Path:
 
 def _check_text(options: Options, sources: Sequence[Source], others: Sequence[str]) -> None:
     """Raise ValueError for a text that no PNG could record, as a file's name that is not Unicode."""
-    texts = [options.prompt, options.negative_prompt, options.base, options.clip]
+    texts = [options.prompt, options.negative_prompt or "", options.base, options.clip]
     for source in sources:
         texts += [source.record.path, source.record.adapter, source.record.mask]
     texts += others

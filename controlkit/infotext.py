@@ -189,7 +189,7 @@ def infotext(record: PictureRecord) -> str:
         fields["VAE"] = record.vae
     if record.merge_tokens:
         fields["Token merging ratio"] = f"{record.merge_tokens:g}"
-    text = record.prompt + record.negative_prompt
+    text = record.prompt + (record.negative_prompt or "")
     if record.prompt_syntax == "plain" and any(sign in text for sign in "()[]"):
         fields["Emphasis"] = "None"  # to A1111, too, its brackets are letters
     for i, control in enumerate(record.controls):

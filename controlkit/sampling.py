@@ -132,7 +132,7 @@ def generate(
     base: Base,
     prompt: str,
     *,
-    negative_prompt: str = "",
+    negative_prompt: str | None = None,
     prompt_syntax: str = "plain",
     controls: Sequence[Control] = (),
     start: Start | None = None,
@@ -281,19 +281,19 @@ def _prepared(base: Base, controls: Sequence[Control]) -> Iterator[None]:
 
 
 def encode_text(
-    base: Base, prompt: str, negative_prompt: str, *, guidance: float, syntax: str = "plain"
+    base: Base, prompt: str, negative_prompt: str | None, *, guidance: float, syntax: str = "plain"
 ) -> Conditioning:
     """The text as `denoise` takes it: rows [negative prompt, prompt], or only the prompt where nothing is
     guided: when guidance <= 1, or for a base that is told the guidance.
 
-    syntax: see `prompt_syntax`. An SDXL takes an absent negative prompt as zeros, where it was trained so,
-    not as the encoding of "".
+    syntax: see `prompt_syntax`. An absent negative prompt (None) is the encoding of "", and zeros for an SDXL
+    that was trained so, as in diffusers' pipelines; "" is the encoding of "" for both.
     """
     alone = guidance <= 1 or base.is_told_guidance
-    prompts = [prompt] if alone else [negative_prompt, prompt]
+    prompts = [prompt] if alone else [negative_prompt or "", prompt]
     text = base.encode_prompts(prompts) if syntax == "plain" else encode_weighted(base, prompts)
     zeros = base.family == "sdxl" and base.zeros_for_empty_negative
-    if alone or negative_prompt or not zeros:
+    if alone or negative_prompt is not None or not zeros:
         return text
     assert text.pooled is not None, "SDXL's text encoders give a pooled vector"
     keep = torch.tensor([0.0, 1.0], device=text.pooled.device, dtype=text.pooled.dtype)[:, None]

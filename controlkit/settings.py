@@ -16,13 +16,14 @@ from controlkit import limits, prompt_syntax
 class Settings:
     """What a picture is made with, in plain values; as in `sampling.generate` and `cascade.refine`.
 
-    vae: another autoencoder than the base's own, as in `vaes.with_vae`, or "". memory: the measures of
+    negative_prompt: None for none, which to an SDXL is not the same as "" (`sampling.encode_text`). vae:
+    another autoencoder than the base's own, as in `vaes.with_vae`, or "". memory: the measures of
     `memory.Memory` by name, none where memory is not limited. clip: the name of the CLIP that `clip_guidance`
     asks, "" for none.
     """
 
     prompt: str
-    negative_prompt: str
+    negative_prompt: str | None
     base: str
     steps: int
     scheduler: str
@@ -71,7 +72,7 @@ class Settings:
         limits.check_compiled(self.compile, self.features_every, self.merge_tokens)
         prompt_syntax.check_syntax(self.prompt_syntax)
         if self.prompt_syntax == "a1111":
-            for text in (self.prompt, self.negative_prompt):
+            for text in (self.prompt, self.negative_prompt or ""):
                 prompt_syntax.parse(text)
 
 

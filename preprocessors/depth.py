@@ -35,7 +35,8 @@ class Depth(Preprocessor):
     With ``model="file"`` nothing is estimated: the picture is depth from a sensor or a renderer, read by
     :func:`controlkit.preprocessors.read_depth` in all its bits. ``metric=True`` says that its values grow
     with the distance (metres, millimetres); without it they grow towards the viewer (disparity, and what
-    :func:`controlkit.preprocessors.write_depth_png16` writes).
+    :func:`controlkit.preprocessors.write_depth_png16` writes). ``fill=True`` fills the holes that sensors
+    leave from the nearest measured pixels; without it they are black.
 
     Raises:
         ValueError: one line: an unknown name, missing or damaged weights, an option out of range.
@@ -52,6 +53,7 @@ class Depth(Preprocessor):
         clip: float = 0.0,
         tile: int = 0,
         metric: bool = False,
+        fill: bool = False,
         resolution: int = 0,
     ) -> None:
         """Load the network."""
@@ -64,10 +66,13 @@ class Depth(Preprocessor):
             raise ValueError(
                 "depth's metric is for model=file: of networks it is known whether they say metres"
             )
+        if fill and model != FROM_FILE:
+            raise ValueError("depth's fill is for model=file: networks leave no holes")
         self.model = model
         self._options: dict[str, float | str] = {"clip": clip}
-        self._options |= {"metric": metric} if model == FROM_FILE else {"tile": tile, "precision": precision}
-        self._clip, self._tile, self._metric = clip, tile, metric
+        from_file = {"metric": metric, "fill": fill}
+        self._options |= from_file if model == FROM_FILE else {"tile": tile, "precision": precision}
+        self._clip, self._tile, self._from_file = clip, tile, from_file
         self._network = None
         if model != FROM_FILE:
             self._network = DepthNetwork(model, device=device, precision=precision)
@@ -78,7 +83,7 @@ class Depth(Preprocessor):
             return super().load(image)
         is_batch = isinstance(image, (list, tuple)) or getattr(image, "ndim", 0) == 4
         sources: Sequence[Any] = image if is_batch else [image]  # type: ignore[assignment]
-        return [read_depth(source, metric=self._metric) for source in sources], is_batch
+        return [read_depth(source, **self._from_file) for source in sources], is_batch
 
     def inverse_depth(self, picture: np.ndarray) -> np.ndarray:
         """Return the estimated inverse depth of a uint8 (H, W, 3) picture: float32 (H, W), larger is nearer.
@@ -91,7 +96,7 @@ class Depth(Preprocessor):
     def _inverse_depths(self, pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
         if self._network is None:
             return [
-                picture if picture.dtype == np.float32 else read_depth(picture, metric=self._metric)
+                picture if picture.dtype == np.float32 else read_depth(picture, **self._from_file)
                 for picture in pictures
             ]
         if self._tile:

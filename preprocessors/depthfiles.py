@@ -28,7 +28,7 @@ _GREY_TOLERANCE = 8  # levels of 255 by which channels may differ: what JPEG doe
 _DAMAGE = (*DECODE_ERRORS, zipfile.BadZipFile, zlib.error)
 
 
-def read_depth(source: "DepthSource", *, metric: bool = False) -> np.ndarray:
+def read_depth(source: "DepthSource", *, metric: bool = False, fill: bool = False) -> np.ndarray:
     """Return depth from a file or array as inverse depth: float32 (H, W), larger is nearer, finite.
 
     ``source`` is a path, the bytes of a file, a PIL image, or an array or tensor of any real type, of the
@@ -38,7 +38,8 @@ def read_depth(source: "DepthSource", *, metric: bool = False) -> np.ndarray:
 
     ``metric`` says that values grow with the distance; they are inverted (1 / depth). Holes (NaN, infinity,
     transparent pixels, and with ``metric`` zero and less) become as far as the farthest value, so they are
-    black in the map and leave the range of the rest as it is. Where all is a hole, the depth is 0 throughout.
+    black in the map and leave the range of the rest as it is; with ``fill`` they become as far as the
+    measured pixel that is nearest to them in the picture. Where all is a hole, the depth is 0 throughout.
 
     Raises:
         ValueError: one line with the file's name: it is missing, damaged, too large, coloured (equal channels
@@ -54,7 +55,7 @@ def read_depth(source: "DepthSource", *, metric: bool = False) -> np.ndarray:
         values = _one_channel(values, name)
     if values.ndim != 2 or values.size == 0:
         raise ValueError(f"{name} has the shape {values.shape}; depth is (height, width)")
-    return _inverse(values.astype(np.float64), metric=metric)
+    return _inverse(values.astype(np.float64), metric=metric, fill=fill)
 
 
 def write_depth_png16(path: PathLike, depth: np.ndarray) -> None:
@@ -85,12 +86,17 @@ def write_depth_npy(path: PathLike, depth: np.ndarray) -> None:
     write_bytes(path, buffer.getvalue())
 
 
-def _inverse(values: np.ndarray, *, metric: bool) -> np.ndarray:
+def _inverse(values: np.ndarray, *, metric: bool, fill: bool) -> np.ndarray:
     """Return float64 (H, W), NaN and infinity included, as inverse depth, its holes filled."""
     with np.errstate(all="ignore"):
         inverse = (np.where(values > 0, 1.0 / values, np.nan) if metric else values).astype(np.float32)
         inverse[np.isinf(values)] = np.nan
     valid = np.isfinite(inverse)
+    if fill and valid.any() and not valid.all():
+        from scipy import ndimage
+
+        nearest = ndimage.distance_transform_edt(~valid, return_distances=False, return_indices=True)
+        return inverse[tuple(nearest)]
     farthest = inverse[valid].min() if valid.any() else np.float32(0.0)
     return np.where(valid, inverse, farthest)
 

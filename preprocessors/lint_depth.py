@@ -21,6 +21,10 @@ _COLOUR_MAPS = {
 }
 # ColorBrewer's eleven colours; depth networks' demonstrations show them.
 _SPECTRAL = bytes.fromhex("9e0142 d53e4f f46d43 fdae61 fee08b ffffbf e6f598 abdda4 66c2a5 3288bd 5e4fa2")
+_SPECK = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (9, 9))
+_FEWEST_HOLES = 0.003  # of the map; good maps have a black pixel here and there
+_MOST_HOLES = 0.4  # of what is not black; between lines there is more
+_FEWEST_SPECKS = 24
 _ON_THE_MAP = 14.0  # levels: the usual distance of a sample's colours from the colour map's
 
 
@@ -61,6 +65,34 @@ def depth_findings(facts: Facts) -> list[Finding]:
             )
         )
     return found
+
+
+def without_holes(facts: Facts) -> Facts:
+    """The map with its black specks filled, as sensors leave them; the same facts where there are none.
+
+    A speck is black, narrow, and surrounded by what is not; black things and shadows are wider.
+    """
+    closed = cv2.morphologyEx(facts.image, cv2.MORPH_CLOSE, _SPECK)
+    specks = (facts.level == 0) & (closed.max(axis=2) > 16)
+    if not _FEWEST_HOLES * facts.pixels < np.count_nonzero(specks) < _MOST_HOLES * facts.marked:
+        return facts
+    if cv2.connectedComponents(specks.astype(np.uint8))[0] <= _FEWEST_SPECKS:  # slits between things
+        return facts
+    return Facts(np.where(specks[..., None], closed, facts.image))
+
+
+def hole_findings(facts: Facts, filled: Facts) -> list[Finding]:
+    """What is wrong with a depth map that equals ``filled`` but for its holes."""
+    share = np.count_nonzero(facts.level != filled.level) / facts.pixels
+    if not share:
+        return []
+    return [
+        warning(
+            "holes",
+            f"the depth has black specks ({share:.1%} of it): pixels without a measurement read as far away",
+            "fill them, as by `controlkit preprocess depth FILE model=file fill=true` from what was measured",
+        )
+    ]
 
 
 def colour_map(facts: Facts) -> str:

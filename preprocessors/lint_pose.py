@@ -230,7 +230,9 @@ def _old_style() -> Finding:
 def _damaged(strokes: Strokes) -> Finding:
     if has_ringing(strokes.facts, least=0.1):
         return warning(
-            "jpeg", "the pose is damaged by JPEG: its flat colours are not flat", f"save PNG; {_MAKE}"
+            "jpeg",
+            "the pose is damaged by JPEG, or by enlarging with a sharp filter: its flat colours are not flat",
+            f"save PNG, and resize poses by drawing their joints anew; {_MAKE}",
         )
     return warning(
         "grey",

@@ -14,7 +14,15 @@ from PIL import Image
 
 from controlkit.images import load_map, load_picture
 from controlkit.naming import unknown
-from controlkit.preprocessors.lint_depth import bands, colour_map, depth_findings, facing, normal_findings
+from controlkit.preprocessors.lint_depth import (
+    bands,
+    colour_map,
+    depth_findings,
+    facing,
+    hole_findings,
+    normal_findings,
+    without_holes,
+)
 from controlkit.preprocessors.lint_edges import edge_findings, line_findings, looks_inverted, looks_thin
 from controlkit.preprocessors.lint_facts import Facts, Finding, error, warning
 from controlkit.preprocessors.lint_pose import Strokes, looks_drawn, may_be_faces, may_be_pose, pose_findings
@@ -94,6 +102,13 @@ def _content(facts: Facts, source: object, kind: str, *, style_is_known: bool) -
             what = "what is not transparent in the map is black, and so is what is behind it: nothing is seen"
             return [error("transparent", what, "draw it in white, and save it without an alpha channel")]
         return [_constant(facts, kind)]
+    filled = without_holes(facts) if _FAMILY.get(kind) == "depth" else facts
+    found = _of_family(filled, kind, style_is_known=style_is_known)
+    return found if "error" in {one.severity for one in found} else found + hole_findings(facts, filled)
+
+
+def _of_family(facts: Facts, kind: str, *, style_is_known: bool) -> list[Finding]:
+    """What is wrong with a map for its kind, or for what it looks like where none is said."""
     strokes = Strokes(facts)
     looks = _family(facts, strokes)
     family = _FAMILY.get(kind, looks)

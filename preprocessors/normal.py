@@ -21,7 +21,7 @@ _SIDE = 512
 class Normal(Preprocessor):
     """The normals of a picture's surfaces, from its depth. Red: left, green: top, blue: to the viewer.
 
-    ``model``, ``device``, ``precision``, ``tile`` and ``metric`` are those of :class:`Depth`, whose estimate
+    ``model``, ``device``, ``precision``, ``tile``, ``metric`` and ``fill`` are :class:`Depth`'s. Its estimate
     is scaled so that its range means the same whatever the network and the picture's size. ``a`` is the
     weight of "towards the viewer": more makes flatter maps. Where the depth is below the share
     ``bg_threshold`` of its range, it counts as background and faces the viewer.
@@ -45,12 +45,15 @@ class Normal(Preprocessor):
         bg_threshold: float = 0.1,
         tile: int = 0,
         metric: bool = False,
+        fill: bool = False,
         resolution: int = 0,
     ) -> None:
         """Load the depth network."""
         super().__init__(resolution=resolution)
         check_normal_options(self.kind, a, bg_threshold)
-        self._depth = Depth(model=model, device=device, precision=precision, tile=tile, metric=metric)
+        self._depth = Depth(
+            model=model, device=device, precision=precision, tile=tile, metric=metric, fill=fill
+        )
         self._a, self._bg_threshold = a, bg_threshold
         self.load = self._depth.load  # type: ignore[method-assign]  # a file of depth is read as one
 

@@ -41,7 +41,7 @@ def our_latents(
         text = sampling.encode_text(
             base,
             rest.pop("prompt", "a red cube"),
-            rest.pop("negative_prompt", ""),
+            rest.pop("negative_prompt", None),
             guidance=guidance,
             syntax=rest.pop("syntax", "plain"),
         )

@@ -41,7 +41,11 @@ def test_sixteen_bits_become_a_map_without_banding(tmp_path: Path, suffix: str) 
     levels, counts = np.unique(made.image, return_counts=True)
     assert len(levels) == 256
     assert counts[1:-1].max() - counts[1:-1].min() <= 3 * 2  # as many pixels at each level
-    assert (made.model, made.polarity, made.params) == ("file", "near-is-white", {"clip": 0, "metric": False})
+    assert (made.model, made.polarity, made.params) == (
+        "file",
+        "near-is-white",
+        {"clip": 0, "metric": False, "fill": False},
+    )
     np.testing.assert_array_equal(made.depth, RAMP)
 
 
@@ -160,6 +164,17 @@ def test_holes_are_black_and_leave_the_rest_alone(hole: float) -> None:
     got = from_file(holed, metric=True)
     assert (got[holes] == 0).all()
     np.testing.assert_array_equal(got[~holes], expected[~holes])
+
+
+def test_holes_are_filled_from_the_nearest_measurement_on_request() -> None:
+    metres = np.array([[2.0, 0, 0, 4, 4], [2, 2, np.nan, 4, np.inf]], np.float32)
+    expected = np.array([[2.0, 2, 4, 4, 4], [2, 2, 2, 4, 4]])
+    filled = read_depth(metres, metric=True, fill=True)
+    np.testing.assert_allclose(filled[[0, 0, 1]][:, [0, 1, 3, 4]], 1 / expected[[0, 0, 1]][:, [0, 1, 3, 4]])
+    assert set(1 / filled[[0, 1], 2]) <= {2.0, 4.0}  # as near to the one as to the other
+    assert not read_depth(np.zeros((3, 3)), metric=True, fill=True).any()
+    with pytest.raises(ValueError, match="fill is for model=file"):
+        preprocessors.get("depth", model="tiny", fill=True)
 
 
 @pytest.mark.parametrize("value", [0.0, 3.0, np.nan, np.inf])

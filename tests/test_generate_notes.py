@@ -132,7 +132,7 @@ def notes(given: dict[str, Any], *grid: str, **asked: Any) -> list[str]:
         ({"hires_strength": 0.3, "hires": 1.5}, "", None),
         ({"negative_prompt": "y", "guidance": 1.0}, "", "--negative has no effect"),
         ({"negative_prompt": "y", "guidance": 1.0}, "guidance=1,2", None),
-        ({"negative_prompt": "", "guidance": 1.0}, "", None),
+        ({"negative_prompt": None, "guidance": 1.0}, "", None),
         ({"negative_prompt": "y"}, "", None),
         ({"guidance_rescale": 0.3, "guidance": 0.0}, "", "--guidance-rescale has no effect"),
         ({"guidance_until": 0.3, "guidance": 1.0}, "", "--guidance-until has no effect"),

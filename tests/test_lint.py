@@ -198,6 +198,16 @@ def test_sizes_are_compared(size: tuple[int, int], expected: list[str], said: st
     assert all(said in finding.message for finding in found)
 
 
+def test_holes_of_a_sensor_are_said_and_can_be_filled() -> None:
+    metres = np.fromfunction(lambda y, x: 1 + (200 - y) / 100 + 0.2 * np.sin(x / 20), (200, 240))
+    metres[rng(0).random(metres.shape) < 0.07] = 0.0
+    (found,) = lint(preprocessors.get("depth", model="file", metric=True)(metres))
+    assert found.code == "holes"
+    assert "black specks (5.8% of it)" in found.message  # those that are not in what is far, black anyway
+    assert "fill=true" in found.cure
+    assert lint(preprocessors.get("depth", model="file", metric=True, fill=True)(metres)) == []
+
+
 def test_a_turned_map_is_said_to_be_turned() -> None:
     picture = np.ascontiguousarray(data.coffee())
     made = preprocessors.get("canny")(np.ascontiguousarray(np.rot90(picture)))

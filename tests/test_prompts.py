@@ -154,7 +154,7 @@ def test_long_prompts_are_read_to_the_end(load: Callable[[str], Base], family: s
 
 
 def test_an_absent_negative_prompt_of_sdxl_is_zeros_at_any_length(load: Callable[[str], Base]) -> None:
-    text = sampling.encode_text(load("sdxl"), LONG, "", guidance=5.0, syntax="a1111")
+    text = sampling.encode_text(load("sdxl"), LONG, None, guidance=5.0, syntax="a1111")
     assert not text.encoder_hidden_states[0].any()
     assert text.encoder_hidden_states[1].any()
 

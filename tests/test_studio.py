@@ -246,6 +246,21 @@ def test_no_picture_of_the_machine_is_opened(page: Page, place: str, marked: boo
     assert b"does not exist" not in answer
 
 
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [("localhost", 200), ("127.0.0.1", 200), ("[::1]", 200), ("attacker.example", 400), ("", 400)],
+)
+def test_a_page_for_this_machine_answers_to_no_other_name(page: Page, name: str, code: int) -> None:
+    """Or a site whose name is made to lead here could read it from the browser (DNS rebinding)."""
+    port = urllib.parse.urlsplit(page.address).port
+    request = urllib.request.Request(f"{page.address.rstrip('/')}/config", headers={"Host": f"{name}:{port}"})
+    try:
+        answered = urllib.request.urlopen(request, timeout=20).status
+    except urllib.error.HTTPError as refused:
+        answered = refused.code
+    assert answered == code
+
+
 def test_two_at_once_are_served_in_turn(page: Page) -> None:
     clients = [Client(page.address, verbose=False) for _ in range(2)]
     jobs = []

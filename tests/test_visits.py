@@ -277,6 +277,20 @@ def test_depth_in_numbers_has_its_own_range_and_near_is_white(format: str) -> No
     assert metric[inverse == inverse.min()].min() == 255
 
 
+def test_holes_in_depth_are_filled_on_request() -> None:
+    metres = np.full((343, 400), 2.0, np.float32)
+    metres[:, 200:] = 4.0
+    metres[10:20, 20:60] = 0.0
+    content = depth_contents(metres)["npy"]
+    for fill, level in ((False, 0), ("true", 255), ("no", 0)):
+        options = {"metric": True, "fill": fill}
+        assert (
+            visits_of(content, kind="depth", options=options).map(0, WHOLE, seed=0)[12:18, 25:55] == level
+        ).all()
+    with pytest.raises(ValueError, match="depth's fill is 'some'; it must be true or false"):
+        visits_of(content, kind="depth", options={"fill": "some"})
+
+
 def test_depth_in_16_bits_is_stretched_and_depth_in_8_bits_is_taken_as_it_is() -> None:
     values = PICTURE[..., 0].astype(np.uint16) * 10 + 1000
     png = cv2.imencode(".png", values)[1].tobytes()

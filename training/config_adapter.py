@@ -42,7 +42,7 @@ class DataRecipe(Table):
     """
     options: dict[str, Any] = Field(default_factory=dict)
     """Options of the preprocessor; ranges such as "50..150" are drawn anew at each visit, a seed fixes the
-    draws. Of maps from files: style (drawn poses), metric (depth that grows with the distance).
+    draws. Of maps from files: style (drawn poses), metric (depth that grows with the distance), fill (holes).
     """
     map_mode: Literal["auto", "rgb", "grey"] = "auto"
     """Channels of one map: 3, or 1; 16 bits are kept where grey maps have them. auto: rgb."""

@@ -42,7 +42,7 @@ class Asked:
     prompt: str
     base: str
     controls: Sequence[AskedControl] = ()
-    negative_prompt: str = ""
+    negative_prompt: str | None = None
     seed: int = 0
     count: int = 1
     steps: int = 20

@@ -17,7 +17,7 @@ def command(record: PictureRecord) -> str:
     for control in record.controls:
         words += ["--map", control_text(control.kind, control.path, vars(control))]
         words += ["--adapter", f"{control.kind}={control.adapter}"]
-    if record.negative_prompt:
+    if record.negative_prompt is not None:
         words += ["--negative", record.negative_prompt]
     words += ["--seed", str(record.seed), "--steps", str(record.steps)]
     words += ["--guidance", number(record.guidance), "--scheduler", record.scheduler]
@@ -55,7 +55,7 @@ def script(record: PictureRecord) -> str:
         "(picture,) = generate(",
         "    base,",
         f"    {record.prompt!r},",
-        *([f"    negative_prompt={record.negative_prompt!r},"] if record.negative_prompt else []),
+        *([f"    negative_prompt={record.negative_prompt!r},"] if record.negative_prompt is not None else []),
         "    controls=controls,",
         f"    steps={record.steps},",
         f"    guidance={record.guidance!r},",

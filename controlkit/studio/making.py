@@ -193,7 +193,7 @@ class Making:
         number = whole(seed, "the seed")
         return Asked(
             prompt=prompt or "",
-            negative_prompt=negative or "",
+            negative_prompt=negative or None,
             base=self.engine.name,
             device=self.engine.device,
             controls=controls,

@@ -20,6 +20,7 @@ HOST = "127.0.0.1"
 PORT = 7860
 RUNS = "runs"
 KEPT = "studio"  # the folder within it where pictures and their maps are kept
+LOOPBACK_NAMES = ["localhost", "127.0.0.1", "::1", "[::1]"]  # of this machine, to itself
 _QUIET = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
 
@@ -109,10 +110,24 @@ def _launch(page: Any, host: str, port: int | None, **look: Any) -> Any:
             pwa=False,
             mcp_server=False,
             footer_links=[],
+            app_kwargs={"middleware": _guards(host)},
             **look,
         )
     except OSError as error:
         raise ValueError(f"cannot serve on {host}, port {port}: choose another --port or --host") from error
+
+
+def _guards(host: str) -> list[Any]:
+    """What stands before the page: one for this machine alone answers to no name but this machine's.
+
+    Another site's name may be made to lead here (DNS rebinding), and its scripts would then read the page.
+    """
+    from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+    if not is_loopback(host):
+        return []
+    return [Middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK_NAMES, host], www_redirect=False)]
 
 
 def _free_port(host: str) -> int:

@@ -426,6 +426,13 @@ def steps(image: np.ndarray, rng: Random) -> np.ndarray:
     return image // step * np.uint8(step)
 
 
+def with_holes(image: np.ndarray, rng: Random) -> np.ndarray:
+    """A map with 2 to 15 % of black specks, one to a few pixels wide, as sensors leave them."""
+    noise = cv2.GaussianBlur(rng.standard_normal(image.shape[:2]), (0, 0), rng.uniform(0.3, 1.2))
+    holes = noise < np.quantile(noise, rng.uniform(0.02, 0.15))
+    return np.where(holes[..., None], np.uint8(0), image)
+
+
 def in_colours(image: np.ndarray, rng: Random) -> np.ndarray:
     """Depth in one of the usual colour maps."""
     names = ("INFERNO", "MAGMA", "VIRIDIS", "JET", "TURBO", "PLASMA")
@@ -521,6 +528,7 @@ DAMAGED: list[tuple[str, str, Make, tuple[str, ...]]] = [
     ("depth", "metric, far is white", metric_depth, ("far-white",)),
     ("depth", "a colour map", damaged(depth, in_colours), ("colour-map",)),
     ("depth", "every 8th to 24th level", damaged(depth, steps), ("banded",)),
+    ("depth", "black specks of a sensor", damaged(depth, with_holes), ("holes",)),
     ("depth", "constant", constant, ("constant",)),
     ("depth", "a photograph", photograph, ("photo", "wrong-kind")),
     ("depth", "a canny map", canny, ("wrong-kind",)),

@@ -80,7 +80,13 @@ def read_joints(content: bytes, name: str, *, width: int | None, height: int | N
 
 
 def read_levels(
-    content: bytes | NDArray[Any], name: str, *, grey: bool, depth: bool, metric: bool = False
+    content: bytes | NDArray[Any],
+    name: str,
+    *,
+    grey: bool,
+    depth: bool,
+    metric: bool = False,
+    fill: bool = False,
 ) -> NDArray[Any]:
     """A map's levels: uint8 (H, W, 3), or with ``grey`` uint8 or uint16 (H, W).
 
@@ -89,6 +95,7 @@ def read_levels(
     and TIFF of 16 bits or floats, arrays of other types than uint8) is read as depth
     (:func:`controlkit.preprocessors.read_depth`), whose range becomes black to white: near is white.
     ``metric`` says that values grow with the distance, and pictures of 8 bits are then read so, too.
+    ``fill`` fills holes in depth from around them.
 
     Raises:
         ValueError: one line with ``name``: it cannot be read, or is coloured where it must be grey.
@@ -96,7 +103,7 @@ def read_levels(
     with _named(name):
         is_deep = _is_deep(content)
         if depth and (metric or is_deep):
-            return _depth_levels(content, grey=grey, metric=metric)
+            return _depth_levels(content, grey=grey, metric=metric, fill=fill)
         if grey and is_deep and not _is_float(content):
             return _deep_levels(content)
         picture = images.load_map(content)
@@ -152,10 +159,10 @@ def _is_float(content: bytes | NDArray[Any]) -> bool:
         return not image.mode.startswith("I;16")
 
 
-def _depth_levels(content: bytes | NDArray[Any], *, grey: bool, metric: bool) -> NDArray[Any]:
+def _depth_levels(content: bytes | NDArray[Any], *, grey: bool, metric: bool, fill: bool) -> NDArray[Any]:
     from controlkit.preprocessors import depth_to_map, read_depth
 
-    inverse = read_depth(content, metric=metric)
+    inverse = read_depth(content, metric=metric, fill=fill)
     if not grey:
         return depth_to_map(inverse)
     low, high = float(inverse.min()), float(inverse.max())

@@ -8,12 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
+from controlkit.preprocessors.depth import Depth
+from controlkit.preprocessors.options import checked_options
 from controlkit.training.data import map_files
 from controlkit.training.data.map_files import Sense
 from controlkit.training.data.mirroring import mirrored_drawing
 
 if TYPE_CHECKING:
     from controlkit.training.config_adapter import DataRecipe
+
+
+OF_DEPTH = ("metric", "fill")
+"""Options of depth that is read from files, as `preprocessors.read_depth` has them."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,8 @@ class MapUse:
     """Whether the map has one channel (``data.map_mode``)."""
     metric: bool = False
     """Whether depth grows with the distance (``data.options.metric``)."""
+    fill: bool = False
+    """Whether holes in depth are filled from around them (``data.options.fill``)."""
     mirrored: bool = False
     """Whether any visit sees the mirror image."""
 
@@ -39,8 +47,9 @@ class MapUse:
 
     def levels(self, content: bytes | NDArray[Any], name: str) -> NDArray[Any]:
         """The whole map, as `map_files.read_levels` reads it for this use."""
+        is_depth = self.sense == "depth"
         return map_files.read_levels(
-            content, name, grey=self.grey, depth=self.sense == "depth", metric=self.metric
+            content, name, grey=self.grey, depth=is_depth, metric=self.metric, fill=self.fill
         )
 
     def problem(self, content: bytes | NDArray[Any], name: str) -> str:
@@ -61,13 +70,17 @@ class MapUse:
 def uses_of(data: DataRecipe, *, kind: str, count: int) -> list[MapUse]:
     """The use of each of ``count`` maps of an example: of stacked ones, each column says what it holds.
 
-    kind: of the map, where there is one; "" where it is not known.
+    kind: of the map, where there is one; "" where it is not known. Raises ValueError for an option that is
+    neither true nor false.
     """
+    given = {name: data.options[name] for name in OF_DEPTH if name in data.options}
+    options = checked_options(Depth, given, kind="depth")
     return [
         MapUse(
             sense,
             grey=data.map_mode == "grey",
-            metric=bool(data.options.get("metric", False)),
+            metric=options.get("metric", False),
+            fill=options.get("fill", False),
             mirrored=data.flip > 0,
         )
         for sense in senses_of(data.map_column, kind=kind, count=count)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from controlkit.naming import unknown
 from controlkit.training.data import map_files
-from controlkit.training.data.map_use import MapUse, uses_of
+from controlkit.training.data.map_use import OF_DEPTH, MapUse, uses_of
 from controlkit.training.data.mirroring import mirrored_drawing, mirrored_normals
 from controlkit.training.data.views import View, look, make_views, nearest_shape, shapes
 from controlkit.training.draws import derived_seed
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _BLUR = (0.4, 2.0)  # pixels, the ends of the spread of map_blur
 _FARTHEST_ASPECT = 1.1  # annotators stretch maps to multiples of 64, which is less than this
 _COLOURED = {"normal", "normalbae", "openpose", "shuffle"}
-_STYLE, _METRIC = "style", "metric"
+_STYLE = "style"
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,9 @@ class Visits:
 
     Maps from files may be of another size than their picture; they are resized with it. Depth in more than 8
     bits has its own range as black to white, near is white; ``data.options`` may hold ``metric`` (values grow
-    with the distance). Poses as JSON are scaled, cut and mirrored as joints and drawn at the final size,
-    with limbs running out of the picture; ``data.options`` may hold ``style``. Mirrored normals change red;
+    with the distance) and ``fill`` (holes are filled from around them). Poses as JSON are scaled, cut and
+    mirrored as joints and drawn at the final size, with limbs running out of the picture; ``data.options``
+    may hold ``style``. Mirrored normals change red;
     mirrored drawings of poses exchange the colours of left and right. Where several maps are stacked, each
     one's column says what it is (a name with "depth", "normal" or "pose" in it); else ``kind`` does.
 
@@ -245,7 +246,7 @@ class Visits:
 
     def _check_files(self) -> None:
         """Refuse at once what the options and the first example that can be read show."""
-        allowed = [_STYLE] * ("pose" in self._senses) + [_METRIC] * ("depth" in self._senses)
+        allowed = [_STYLE] * ("pose" in self._senses) + [*OF_DEPTH] * ("depth" in self._senses)
         for name in self._data.options:
             if name not in allowed:
                 which = " and ".join(allowed) or "none"

@@ -68,7 +68,7 @@ class Request:
     steps: int = STEPS
     guidance: float | None = None
     scheduler: str = "ddim"
-    negative_prompt: str = ""
+    negative_prompt: str | None = None
     device: str = "auto"
     features: str = "inception"
     clip: str = "clip-b"
