@@ -7,8 +7,10 @@ silenced here, and what matters in them (missing or misshapen weights) becomes a
 
 import json
 import pickle
+import re
 import struct
 import warnings
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -178,10 +180,21 @@ def read_state(file: Path, *, what: str, pickled: bool | None = None) -> dict[st
             source: Any = str(file) if mapped else stream
             state = torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError) as error:
-        raise ValueError(f"{file} is damaged, or holds more than tensors, which is refused") from error
+        raise ValueError(f"{file} {_pickle_problem(file, start, error)}") from error
     if not isinstance(state, dict):
         raise ValueError(f"{file} is no {what}: it holds a {type(state).__name__}")
     return state
+
+
+def _pickle_problem(file: Path, start: bytes, error: Exception) -> str:
+    """Why torch refused a pickle, in a few words."""
+    foreign = re.search(r"GLOBAL (\S+) was not an allowed", str(error))
+    if foreign:
+        what = f"holds more than tensors ({foreign[1]}), which is refused"
+        return f"{what}: it could run code; save the tensors alone"
+    if isinstance(error, EOFError) or (start.startswith(b"PK") and not zipfile.is_zipfile(file)):
+        return "is cut short: fetch it again"
+    return "is damaged, or holds more than tensors, which is refused"
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -243,7 +256,9 @@ def quiet_libraries() -> Iterator[None]:
 
 
 def refuse_impostor(file: Path, start: bytes) -> None:
-    """Raise ValueError for a file whose first bytes tell that it is empty, a pointer, a page or GGUF."""
+    """Raise ValueError for a file whose first bytes tell that it holds no weights: empty, a pointer, a page,
+    GGUF, a picture, a text.
+    """
     if not start:
         raise ValueError(f"{file} is empty (0 bytes); fetch it again")
     if start.startswith(b"version https://git-lfs"):
@@ -253,6 +268,12 @@ def refuse_impostor(file: Path, start: bytes) -> None:
     # A header's length, too, can begin with the bytes of a blank and of "<"; its JSON follows it.
     if start[8:9] != b"{" and start.lstrip().startswith(b"<"):
         raise ValueError(f"{file} is a web page, not weights: the download needed a login or another address")
+    if start.startswith((b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"GIF8")):
+        raise ValueError(f"{file} is a picture, not weights")
+    if not any(byte < 32 and byte not in b"\t\n\r" for byte in start):  # a header's length has zeros
+        raise ValueError(
+            f"{file} is a text, not weights: give a .safetensors or .pth file, or a model's folder"
+        )
 
 
 def _check_report(folder: Path, report: Mapping[str, Any], *, exact: bool) -> None:

@@ -8,7 +8,7 @@ models' names, loads them, extracts the maps, generates and writes. The torch-ba
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -130,10 +130,29 @@ class Session:
         options, device = self.job.options, self.base.device
         if options.cuda_graph and options.device == "auto" and device.type != "cuda":
             warnings.warn(f"--cuda-graph has no effect on the device {device}", stacklevel=2)
+        for line in self._cut():
+            warnings.warn(line, stacklevel=2)
         beginning = self.job.beginning
         scaled = None if beginning is None else beginning.scaled(self.first.width, self.first.height)
         if scaled is not None:
             warnings.warn(scaled, stacklevel=2)
+
+    def _cut(self) -> Iterator[str]:
+        """Of which pictures and maps more than a little lies outside what is generated."""
+        from controlkit.sampling import MOST_CUT, share_cut
+
+        width, height = self.first.width, self.first.height
+        seen = {source.record.path: source.picture for source in self.sources}
+        beginning = self.job.beginning
+        if beginning is not None:
+            seen.setdefault(beginning.record.path, beginning.picture)
+        for path, picture in seen.items():
+            size = picture.shape[1], picture.shape[0]
+            if (cut := share_cut(size, width, height)) > MOST_CUT:
+                yield (
+                    f"{path} is {size[0]}x{size[1]}, and {cut:.0%} of it lies outside the {width}x{height}"
+                    " that are generated: other --width and --height keep its shape"
+                )
 
     def check_told(self) -> None:
         """Raise ValueError unless the base is told what it takes besides the text."""

@@ -30,8 +30,8 @@ class Beginning:
         if self.mask is None or own == (width, height):
             return None
         return (
-            f"{self.record.path} is {own[0]}x{own[1]} and is scaled to {width}x{height}: what the mask leaves"
-            " alone are the scaled picture's pixels"
+            f"{self.record.path} is {own[0]}x{own[1]} and is brought to {width}x{height}: what the mask"
+            " leaves alone are the pixels of that"
         )
 
 

@@ -227,7 +227,7 @@ def parse(text: Mapping[str, str], *, source: str | Path) -> PictureRecord:
             f"{source} is a sheet of several pictures (--grid): only a single one can be repeated"
         )
     if JSON_CHUNK not in text:
-        raise ValueError(f"{source} carries no parameters: it was not made by `controlkit generate`")
+        raise ValueError(f"{source} {_foreign(text)}: it was not made by `controlkit generate`")
     from pydantic import TypeAdapter, ValidationError
 
     try:
@@ -236,6 +236,17 @@ def parse(text: Mapping[str, str], *, source: str | Path) -> PictureRecord:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the JSON"
         raise ValueError(f"{source}: its parameters cannot be read: {where}: {first['msg']}") from None
+
+
+def _foreign(text: Mapping[str, str]) -> str:
+    """What a picture of another program carries, in a few words."""
+    if INFOTEXT_CHUNK in text:
+        prompt = text[INFOTEXT_CHUNK].partition("\n")[0]
+        shown = prompt if len(prompt) <= 60 else f"{prompt[:60]} ..."
+        return f"carries parameters as A1111 writes them (its prompt: {shown!r}), which are not repeated here"
+    if {"prompt", "workflow"} & set(text):
+        return "carries a workflow of ComfyUI, which is not repeated here"
+    return "carries no parameters"
 
 
 def _pairs(fields: Mapping[str, object]) -> str:

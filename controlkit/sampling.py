@@ -38,6 +38,7 @@ from controlkit.execution import Execution as Execution
 from controlkit.execution import Runner
 from controlkit.ip_adapter import PicturePrompt as PicturePrompt
 from controlkit.ip_adapter import pictures_told, with_pictures
+from controlkit.layouts import lay_out
 from controlkit.memory import Memory as Memory
 from controlkit.memory import at_work, kept_small
 from controlkit.predicting import Guidance as Guidance
@@ -62,6 +63,7 @@ GUIDANCE = {"tiny": 2.0, "sd1": 7.5, "sd2": 7.5, "sdxl": 5.0}  # by bundled name
 TOLD_GUIDANCE = 8.5  # of bases that are told it, as diffusers' LatentConsistencyModelPipeline
 DEVICE_BATCH = 4  # pictures at once on a GPU: each one more needs more memory
 PICTURE_GUIDANCE = 10.0  # of bases that are told a picture, as diffusers' StableUnCLIPImg2ImgPipeline
+MOST_CUT = 0.05  # of a map, to have the sides that networks are best at
 AREA_FACTOR = 2.0  # a map whose area is within this factor of the base's native area keeps its size
 
 Callback = Callable[[int, int, Tensor], None]
@@ -101,8 +103,9 @@ def picture_size(
     map_size: width and height of the first map, None without one. A given width or height is kept, and one
     that is given alone brings the other in the map's shape, to a multiple of 8. With neither given the map
     decides: its own size, to multiples of 8, when its area is within a factor of 2 of the base's native area,
-    else its shape at the native area, to multiples of the U-Net's coarsest cell (64 pixels). Never a side
-    outside `limits.SIZE_RANGE`, however thin the map is. Without a map the picture is the native square.
+    else its shape at the native area: to multiples of the U-Net's coarsest cell (64 pixels) where that cuts
+    off no more than `MOST_CUT`, else of a half, a quarter or an eighth of it. Never a side outside
+    `limits.SIZE_RANGE`, however thin the map is. Without a map the picture is the native square.
     any_area: keep the map's size however large it is, as pictures in tiles do.
     Raises ValueError for a given side that is no multiple of 8.
     """
@@ -114,12 +117,20 @@ def picture_size(
     native = base.resolution
     map_width, map_height = map_size or (native, native)
     ratio = (native * native / (map_width * map_height)) ** 0.5  # factor to the native area, per side
+    cell = base.vae_factor * 2 ** (len(base.unet.config.block_out_channels) - 1)
     if any_area or 1 / AREA_FACTOR <= ratio * ratio <= AREA_FACTOR:
         ratio, cell = 1.0, base.vae_factor
-    else:
-        cell = base.vae_factor * 2 ** (len(base.unet.config.block_out_channels) - 1)
-    free_width, free_height = (_allowed_side(side * ratio, cell) for side in (map_width, map_height))
-    return width or free_width, height or free_height
+    while True:
+        free = tuple(_allowed_side(side * ratio, cell) for side in (map_width, map_height))
+        if cell <= base.vae_factor or share_cut((map_width, map_height), *free) <= MOST_CUT:
+            return width or free[0], height or free[1]
+        cell //= 2
+
+
+def share_cut(size: tuple[int, int], width: int, height: int) -> float:
+    """The share of a picture of a size that lies outside width x height, which it covers."""
+    ratio = size[0] * height / (size[1] * width)
+    return 1 - min(ratio, 1 / ratio)
 
 
 def _allowed_side(side: float, cell: int) -> int:
@@ -272,10 +283,9 @@ def _guide(base: Base, guidance: ClipGuidance | None, prompt: str, syntax: str) 
 
 @contextlib.contextmanager
 def _prepared(base: Base, controls: Sequence[Control]) -> Iterator[None]:
-    """Within the block the networks are laid out as they compute fastest, and build no graphs."""
+    """Within the block the networks build no graphs; they are laid out as they compute fastest."""
     networks = [base.unet, *(control.controlnet for control in controls)]
-    for network in [*networks, base.vae]:
-        network.to(memory_format=torch.channels_last)
+    lay_out(*networks, base.vae)
     with torch.no_grad(), text_kept(*{id(network): network for network in networks}.values()):
         yield
 

@@ -73,7 +73,7 @@ def without_holes(facts: Facts) -> Facts:
     A speck is black, narrow, and surrounded by what is not; black things and shadows are wider.
     """
     closed = cv2.morphologyEx(facts.image, cv2.MORPH_CLOSE, _SPECK)
-    specks = (facts.level == 0) & (closed.max(axis=2) > 16)
+    specks = (facts.level == 0) & (closed.max(axis=2) > 40)
     if not _FEWEST_HOLES * facts.pixels < np.count_nonzero(specks) < _MOST_HOLES * facts.marked:
         return facts
     if cv2.connectedComponents(specks.astype(np.uint8))[0] <= _FEWEST_SPECKS:  # slits between things

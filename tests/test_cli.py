@@ -90,6 +90,15 @@ def test_like_says_what_is_gone_or_changed(generate: Run, run: Run, photo: Path)
     assert f"was made from {photo}, which is gone" in gone
     write_png("plain.png", np.zeros((8, 8, 3), np.uint8))
     assert "carries no parameters" in run("generate", "--like", "plain.png", "-o", "again.png").refused()
+    for texts, said in (
+        (
+            {"parameters": "1girl, sea\nSteps: 20, Sampler: Euler"},
+            "parameters as A1111 writes them (its prompt: '1girl,",
+        ),
+        ({"prompt": "{}", "workflow": "{}"}, "carries a workflow of ComfyUI"),
+    ):
+        write_png("foreign.png", np.zeros((8, 8, 3), np.uint8), text=texts)
+        assert said in run("generate", "--like", "foreign.png", "-o", "again.png").refused()
     write_png("broken.png", np.zeros((8, 8, 3), np.uint8), text={"controlkit": '{"prompt": 3}'})
     assert (
         "broken.png: its parameters cannot be read: prompt:"

@@ -107,7 +107,7 @@ REFUSED = [
     ("--lr_scheduler=cosine_with_restarts --lr_num_cycles=2", "--lr_num_cycles=2: the rate falls once"),
     ("--lr_scheduler=polynomial --lr_power=2", "--lr_power=2.0: the rate falls in a line"),
     ("--adam_epsilon=1e-6", "--adam_epsilon=1e-06: the optimizer's epsilon is 1e-8"),
-    ("--adam_beta2=1.5", "--adam_beta1 or --adam_beta2: input should be less than or equal to 1, not 1.5"),
+    ("--adam_beta2=1.5", "--adam_beta1 or --adam_beta2: input should be less than 1, not 1.5"),
     ("--resolution=500", "--resolution: input should be a multiple of 8, not 500"),
     ("--proportion_empty_prompts=2", "--proportion_empty_prompts: input should be less than or equal to 1"),
     ("--train_batch_size=0", "--train_batch_size: input should be greater than 0, not 0"),

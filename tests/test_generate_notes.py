@@ -207,11 +207,11 @@ def test_what_only_the_device_and_the_size_show(run: Run, models: Path) -> None:
     fixed = ["generate", "x", "--base", models / "sd1", "--steps", 1, "--from", "photo.png"]
     outcome = run(*fixed, "--mask", "mask.png", "--cuda-graph", "--device", "cpu", "-o", "out.png")
     outcome.done()
-    assert "note: photo.png is 70x64 and is scaled to 72x64: what the mask leaves alone" in outcome.err
+    assert "note: photo.png is 70x64 and is brought to 72x64: what the mask leaves alone" in outcome.err
     assert outcome.err.count("--cuda-graph has no effect on the device cpu") == 1
     outcome = run(*fixed, "--width", 64, "--height", 64, "-o", "out.png")
     outcome.done()
-    assert "is scaled" not in outcome.err
+    assert "photo.png is 70x64, and 9% of it lies outside the 64x64 that are generated" in outcome.err
 
 
 # --- words, sizes, records ---

@@ -388,6 +388,12 @@ RECIPE = {"steps": 10_000, "learning_rate": 1e-5, "zero_convolution_rate": 10.0,
 
 def test_advice_comes_when_control_is_overdue():
     assert advice(looks(2000, 0.2), **RECIPE) is None
+    config = {"steps": 4000, "learning_rate": 1e-3, "zero_convolution_rate": 6.0}
+    assert "until about" not in str(
+        advice_for(looks(2000, 0.2), {**config, "optimizer": "prodigy"}, finished=True)
+    )
+    assert advice_for(looks(2000, 0.2), {**config, "optimizer": "adafactor"}) is None
+    assert advice_for(looks(2000, 0.2), config) is not None
     at_the_end = advice(looks(2000, 0.2), **RECIPE, finished=True)
     assert "may need until about step 3,550. Train longer, or raise learning_rate." in at_the_end
     slow = advice(looks(2000, 0.2), **RECIPE | {"zero_convolution_rate": 1.0}, finished=True)

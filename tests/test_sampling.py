@@ -146,14 +146,15 @@ def test_the_default_size(sd1: Base) -> None:
     assert sampling.picture_size(sd1, None) == (64, 64)
     assert sampling.picture_size(sd1, (60, 70)) == (64, 72)  # near the native area: its own size, to /8
     assert sampling.picture_size(sd1, (4000, 3900)) == (64, 64)  # far: its shape, to the coarsest cell
-    assert sampling.picture_size(sd1, (640, 160)) == (128, 64)
+    assert sampling.picture_size(sd1, (640, 160)) == (128, 32), "which is its shape"
+    assert sampling.picture_size(sd1, (1280, 704)) == (88, 48), "not 64 x 64, which would cut off 45 %"
     assert sampling.picture_size(sd1, None, width=32) == (32, 64)
     assert sampling.picture_size(sd1, (640, 480), width=96) == (96, 72), "in the map's shape"
     assert sampling.picture_size(sd1, (640, 480), height=96) == (128, 96)
     assert sampling.picture_size(sd1, (640, 480), width=96, height=32) == (96, 32)
     assert sampling.picture_size(sd1, (9000, 3), width=96) == (96, 16)
-    assert sampling.picture_size(sd1, (30_000, 20)) == (2496, 64)
-    assert sampling.picture_size(sd1, (1_000_000, 1)) == (8192, 64)
+    assert sampling.picture_size(sd1, (30_000, 20)) == (2480, 16)
+    assert sampling.picture_size(sd1, (1_000_000, 1)) == (8192, 16)
     assert sampling.picture_size(sd1, (2048, 2)) == (2048, 16), "sides that `limits.check_size` would refuse"
 
 

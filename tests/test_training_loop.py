@@ -230,6 +230,27 @@ def test_looking_and_showing_disturb_nothing(place, plain):
     assert len(list((watched / "samples").iterdir())) == 3
 
 
+OTHER_WAYS = {
+    "contiguous": {"channels_last": False},
+    "rewarded": {"reward": 0.5, "reward_below": 1.0, "data_map_blur": 0.0, "optimizer": "schedule-free"},
+    "uncached": {"data_cache": False},
+}
+
+
+@pytest.mark.parametrize(
+    "way", ["contiguous", *(pytest.param(w, marks=pytest.mark.slow) for w in OTHER_WAYS)]
+)
+def test_a_picture_moves_no_weight_to_where_another_was(place, way):
+    """Fused optimizers pair weights with their moments by address; other sums round differently."""
+    if way == "rewarded":
+        pytest.importorskip("schedulefree")
+    hidden, _ = run(place, f"{way}-hidden", **OTHER_WAYS[way])
+    shown, _ = run(place, f"{way}-shown", sample_every=1, **OTHER_WAYS[way])
+    assert len(list((shown / "samples").iterdir())) == 3
+    assert losses(shown) == losses(hidden)
+    assert distance(weights(shown), weights(hidden)) == 0
+
+
 def test_scores_in_between_are_of_the_averaged_weights(place, monkeypatch):
     seen = []
     real = ControlNetTask.scores
@@ -283,12 +304,13 @@ def test_only_the_middle_residual_is_trained_where_that_is_asked(place):
     assert any(t.any() for name, t in result.items() if name.startswith("controlnet_mid_block"))
 
 
-def test_an_unlocked_decoder_is_trained_and_written(place):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_an_unlocked_decoder_is_trained_and_written(place, precision):
     from diffusers import UNet2DConditionModel
 
     from controlkit import load_base
 
-    folder, _ = run(place, "unlocked", sd_locked=False)
+    folder, _ = run(place, f"unlocked-{precision}", sd_locked=False, precision=precision)
     before = load_base(str(place / "base")).unet.state_dict()
     after = UNet2DConditionModel.from_pretrained(folder / "unet").state_dict()
     moved = {name for name in before if not torch.equal(before[name].half().float(), after[name].float())}
@@ -300,8 +322,9 @@ def test_an_unlocked_decoder_is_trained_and_written(place):
     assert "in several shapes of the area of 64×64" in card
 
 
-def test_the_result_may_keep_every_bit(place):
-    folder, _ = run(place, "whole", steps=1, export_dtype="fp32")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_result_may_keep_every_bit(place, precision):
+    folder, _ = run(place, f"whole-{precision}", steps=1, export_dtype="fp32", precision=precision)
     result = load_file(folder / "controlnet" / "diffusion_pytorch_model.safetensors")
     trained = {name.removeprefix("model.controlnet."): t for name, t in weights(folder).items()}
     assert result.keys() == trained.keys()
@@ -405,6 +428,28 @@ def test_adafactor_runs_and_resumes(place):
     assert (folder / "controlnet").is_dir()
 
 
+def test_the_middle_residual_alone_is_what_an_adapter_is_trained_on_for(place):
+    """What it had for the others would act in every use of the result, and did not in the training."""
+    first, _ = run(place, "all", steps=1)
+    folder, _ = run(place, "then-middle", steps=1, only_mid_control=True, init=str(first / "controlnet"))
+    result = load_file(folder / "controlnet" / "diffusion_pytorch_model.safetensors")
+    before = load_file(first / "controlnet" / "diffusion_pytorch_model.safetensors")
+    down = [name for name in result if name.startswith("controlnet_down_blocks")]
+    assert any(before[name].any() for name in down)
+    assert not any(result[name].any() for name in down)
+
+
+@pytest.mark.slow
+def test_a_schedule_free_result_is_the_optimizers_own_average(place):
+    pytest.importorskip("schedulefree")
+    results = [
+        run(place, f"free-{ema}", optimizer="schedule-free", ema=ema, export_dtype="fp32")[0]
+        for ema in (0.0, 0.99)
+    ]
+    plain, also = (load_file(f / "controlnet" / "diffusion_pytorch_model.safetensors") for f in results)
+    assert all(torch.equal(plain[name], tensor) for name, tensor in also.items())
+
+
 @pytest.mark.parametrize("name", ["lion", "prodigy", "schedule-free", "adamw8bit"])
 @pytest.mark.slow
 def test_other_optimizers_run_or_say_what_is_missing(place, name):
@@ -421,7 +466,8 @@ def test_other_optimizers_run_or_say_what_is_missing(place, name):
     elif name == "adamw8bit" and not torch.cuda.is_available():
         pytest.skip("8-bit moments are CUDA's")
     else:
-        folder, _ = run(place, name, optimizer=name, steps=2, sample_every=2)
+        rate = {"learning_rate": 1.0} if name == "prodigy" else {}
+        folder, _ = run(place, name, optimizer=name, steps=2, sample_every=2, **rate)
         assert all(math.isfinite(loss) for loss in losses(folder))
 
 

@@ -142,6 +142,23 @@ def test_only_the_updates_of_a_control_lora_are_trained(place: Path) -> None:
     assert moved > 20
 
 
+def test_updates_of_low_rank_survive_half_precision(place: Path) -> None:
+    """They are merged into the base's own weights in fp32: bf16 would round most of them away."""
+    told = {"adapter": "control-lora", "precision": "bf16", "export_dtype": "fp32", "learning_rate": 1e-4}
+    folder = run(place, "lora-half", **told, **SMALL)
+    trained = {
+        k.removeprefix("model.controlnet."): v for k, v in weights(folder).items() if k.startswith("model.")
+    }
+    own = load_base(str(place / "sd1")).unet.state_dict()
+    result = load_adapter(
+        str(folder / "controlnet"), base=load_base(str(place / "sd1"))
+    ).controlnet.state_dict()
+    name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    down, up = (trained[f"{name}.lora_{side}.default.weight"] for side in "AB")
+    assert (up @ down).any()
+    assert torch.allclose(result[f"{name}.weight"] - own[f"{name}.weight"], up @ down, atol=1e-8)
+
+
 def test_merged_updates_give_what_they_gave_beside(place: Path) -> None:
     base = load_base(str(place / "sd1"))
     table = {"task": "controlnet", "map": "canny", "out": "x", "steps": 1, "batch_size": 1, "warmup": 0}

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from controlkit import files, images, union
 from controlkit.adapters import MAPS, AdapterInfo, MapSpec, save_adapter
-from controlkit.base import BUNDLED, load_base
+from controlkit.base import BUNDLED, Base, load_base
+from controlkit.base_parts import load_unet
 from controlkit.controlnet import check_copyable
 from controlkit.kinds import kind_of
+from controlkit.layouts import keep_layout
 from controlkit.training.attention import Attention
 from controlkit.training.config_adapter import ControlNetRecipe
 from controlkit.training.data.encoded import Given, Outline, Sample, levels_of
@@ -55,6 +57,11 @@ from controlkit.training.variants import (
 )
 
 _LINTED = 16
+_NO_SIGNAL = 1e-6  # ᾱ of a last step that is pure noise
+_OTHER_SCHEDULE = (
+    "zero_terminal_snr: the base's own schedule does not end in pure noise, and samples, scores and generate"
+    " take the base's: set rescale_betas_zero_snr in its scheduler_config.json, or leave this out"
+)
 _STARTED_ON = 32  # maps that a new hint encoder is fitted to
 
 
@@ -68,8 +75,9 @@ class ControlNetTask:
         # Pictures and captions are encoded once, so in full precision; the U-Net alone is halved.
         self.base = load_base(recipe.base, device=machine.device)
         check_copyable(self.base.unet.config)  # also of an adapter that is trained on: it is not told more
-        self.base.unet.to(machine.weights_dtype)
         self.alphas_cumprod = schedule(recipe, self.base)
+        if recipe.zero_terminal_snr and float(self.base.alphas_cumprod[-1]) > _NO_SIGNAL:
+            report(_OTHER_SCHEDULE)
         if machine.device.type == "cuda":  # other devices may have no float64
             self.alphas_cumprod = self.alphas_cumprod.to(machine.device)
         self.reward = Reward(recipe, self.base, self.alphas_cumprod) if recipe.reward else None
@@ -78,7 +86,7 @@ class ControlNetTask:
         if self.reward is not None:
             self.reward.check(self.encoded.visits.channels)
         _report_bad_maps(recipe.map, self.feed.first_maps(_LINTED), report)
-        self.controlnet = self._network()
+        self.controlnet = self._network()  # before the base is halved
         self._prepare()
         measures = recipe.attention == "auto" and machine.device.type == "cuda" and not machine.sharded
         self.attention = Attention(measures=measures, report=report)
@@ -260,11 +268,13 @@ class ControlNetTask:
         return (start + rows / part.batch) % 1.0
 
     def _added_cond(self, pooled: Tensor | None, samples: Sequence[Outline]) -> dict[str, Tensor] | None:
-        """SDXL's further conditioning: sizes and cuts as they were (Podell et al. 2023, section 2.2)."""
+        """SDXL's further conditioning: size, cut, and size again (Podell et al. 2023, section 2.2)."""
         if self.base.family != "sdxl":
             return None
         assert pooled is not None
         rows = [(s.size[1], s.size[0], s.view.top, s.view.left, s.view.height, s.view.width) for s in samples]
+        if self.recipe.size_conditioning == "seen":
+            rows = [(height, width, 0, 0, height, width) for *_, height, width in rows]
         device = self.machine.device
         return {
             "text_embeds": pooled.to(device, torch.float32),
@@ -366,27 +376,28 @@ class ControlNetTask:
             title=f"{recipe.map} for the bundled base" if bundled else recipe.map,
             training={"recipe": told, **({"data_sha256": digest} if (digest := self.feed.digest()) else {})},
         )
-        network = self._filled(self.controlnet, weights, "controlnet.")
+        network, unet = self._exact(weights)
         whole = without_low_rank(network) if is_low_rank(recipe) else network
         save_adapter(whole, folder, info=info, dtype=DTYPES[recipe.export_dtype])
         if not recipe.sd_locked:
             with files.replace_folder(folder.parent / "unet") as target:
-                save_half(self._filled(self.base.unet, weights, "unet."), target)
+                save_half(unet, target)
 
-    def _filled(self, network: Any, weights: Mapping[str, Tensor], prefix: str) -> Any:
-        """The network itself; where processes share its weights, one of its kind with whole ones."""
-        if not self.machine.sharded:
-            return network
-        from diffusers import UNet2DConditionModel
+    def _exact(self, weights: Mapping[str, Tensor]) -> tuple[Any, Any]:
+        """The control network and the U-Net with the weights that were trained, in all their bits.
 
-        # not the base's own U-Net, which processes share, too
-        whole: Any = UNet2DConditionModel.from_config(dict(self.base.unet.config))
-        if network is self.controlnet:
-            whole = make_network(self.recipe, whole, self.encoded.visits.channels)
-        whole.load_state_dict(
-            {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
-        )
-        return whole
+        Those that the run computes with, where these are whole and fp32. Otherwise new ones on the CPU: of
+        networks in half precision the optimizer has finer weights, and what stayed as it was the base has.
+        """
+        if self.half is None and not self.machine.sharded:
+            return self.controlnet, self.base.unet
+        unet = load_unet(self.recipe.base)
+        network = self._made(replace(self.base, unet=unet, device=torch.device("cpu")))
+        for prefix, module in {"controlnet.": network, "unet.": unet}.items():
+            trained = {n.removeprefix(prefix): w.cpu() for n, w in weights.items() if n.startswith(prefix)}
+            _, unknown = module.load_state_dict(trained, strict=False)
+            assert not unknown, unknown
+        return network, unet
 
     def close(self) -> None:
         """End the loader's threads."""
@@ -394,11 +405,18 @@ class ControlNetTask:
 
     # --- at the start ---
 
+    def _made(self, base: Base) -> Any:
+        """A network as recipe and base have it, float32, of a base in full precision."""
+        channels = self.encoded.visits.channels
+        if self.recipe.init is not None:
+            return started_from(self.recipe, base, channels)
+        return make_network(self.recipe, base.unet, channels)
+
     def _network(self) -> Any:
-        recipe, channels = self.recipe, self.encoded.visits.channels
+        """The network as the training starts with it."""
+        recipe, network = self.recipe, self._made(self.base)
         if recipe.init is not None:
-            return started_from(recipe, self.base, channels)
-        network = make_network(recipe, self.base.unet, channels)
+            return network
         if recipe.hint_start == "unit" and hasattr(network, "controlnet_cond_embedding"):
             cond = images.levels_to_cond(levels_of(self._alike(_STARTED_ON)))
             cond = cond.reshape(-1, kind_of(network).channels(network), *cond.shape[2:])  # of all kinds alike
@@ -419,11 +437,12 @@ class ControlNetTask:
         """Mark what is trained, and lay the networks out as they compute fastest."""
         recipe, unet = self.recipe, self.base.unet
         mark_trained(self.controlnet, unet, recipe)
-        if not recipe.sd_locked:
-            unet.float()  # a trained part keeps fp32 weights, or masters of them
+        if recipe.sd_locked:  # otherwise a part is trained, of fp32 weights or masters of them
+            unet.to(self.machine.weights_dtype)
         if recipe.channels_last and not self.machine.sharded:  # which takes contiguous weights only
             for network in (self.controlnet, unet):
                 network.to(memory_format=torch.channels_last)
+        keep_layout(self.controlnet, unet, self.base.vae)
         self._make_room()
 
 

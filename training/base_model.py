@@ -16,6 +16,7 @@ from controlkit.base import Base
 from controlkit.base_parts import load_tokenizer, noise_schedule
 from controlkit.controlnet import lock
 from controlkit.folders import load_part
+from controlkit.layouts import keep_layout
 from controlkit.sampling import generate
 from controlkit.training.cache import cached_latents, cached_text
 from controlkit.training.config import BaseRecipe
@@ -78,6 +79,7 @@ class BaseTask(DrawnTask):
             device=device,
             dtype=torch.float32,
         )
+        keep_layout(self.base.unet, vae)
         self.shown = validation.captions[:_SHOWN]
 
     def modules(self) -> dict[str, nn.Module]:

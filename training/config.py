@@ -126,7 +126,7 @@ def parse_recipe(table: dict[str, Any], *, where: str, overrides: Sequence[str] 
         return kind.model_validate(table)
     except ValidationError as error:
         place = ".".join(map(str, error.errors()[0]["loc"]))
-        at_fault = next((text for text in overrides if _is_about(text, place)), where)
+        at_fault = next((text for text in reversed(overrides) if _is_about(text, place)), where)
         raise ValueError(f"{at_fault}: {_fault(error, kind)}") from error
 
 

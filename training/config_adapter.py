@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt, field_validator, model_validator
+from pydantic import AfterValidator, Field, PositiveInt, field_validator, model_validator
 
 from controlkit.naming import unknown
 from controlkit.training.config_base import Count, Factor, Probability, Rate, Recipe, Table, Weight, Widths
@@ -13,10 +13,19 @@ WORLD_KINDS = ("canny", "openpose", "depth")  # maps that the bundled world has 
 FORMATS = ("auto", "imagefolder", "fill50k", "paired", "huggingface", "webdataset", "world")
 OPTIMIZERS = ("adamw", "adamw8bit", "adafactor", "lion", "prodigy", "schedule-free")
 TIMESTEPS = ("uniform", "cubic", "logit-normal", "structure")
+_LEAST_SIDE = 16  # pixels, of what can be generated, for samples and scores
 VARIANTS = ("controlnet", "control-lora", "t2i-adapter", "controlnet-xs", "lite", "controlnet-union")
 COPIES = ("controlnet", "control-lora")  # variants that are a copy of the base's encoder
 REWARDED = ("canny", "depth")  # kinds of map that can be taken of a picture by differentiable means
-Side = Annotated[int, Field(ge=0, le=16384, multiple_of=8)]
+
+
+def _side(side: int) -> int:
+    if 0 < side < _LEAST_SIDE:
+        raise ValueError(f"it is 0, for the base's, or {_LEAST_SIDE} pixels at least")
+    return side
+
+
+Side = Annotated[int, Field(ge=0, le=16384, multiple_of=8), AfterValidator(_side)]
 
 
 class DataRecipe(Table):
@@ -161,10 +170,18 @@ class ControlNetRecipe(Recipe):
     """False trains the base's decoder, too, and writes it beside the adapter."""
     only_mid_control: bool = False
     """Train and apply the residual of the middle block alone."""
+    size_conditioning: Literal["original", "seen"] = "original"
+    """What an SDXL is told of size and cut. original: the picture's own, and where it was cut, as the base
+    was told; seen: the size that is trained on, uncut, as diffusers' script and every generation tell it.
+    """
     caption_dropout: Probability = 0.1
     """Share of visits with an empty caption, drawn anew at each visit."""
 
     optimizer: Literal[OPTIMIZERS] = "adamw"  # type: ignore[valid-type]
+    """All but adamw and adafactor come from packages: uv sync --extra optimizers. prodigy finds its rate by
+    itself, one for all parts; learning_rate is a factor on it, usually 1. schedule-free needs no schedule and
+    averages the weights by itself, so ema is not used.
+    """
     gradient_checkpointing: bool = False
     """Compute the forward pass twice and keep less in memory."""
     attention: Literal["auto", "torch"] = "auto"
@@ -209,6 +226,7 @@ class ControlNetRecipe(Recipe):
             raise ValueError(
                 f"warmup={self.warmup} is longer than the training, steps={self.steps}: give less"
             )
+        self._check_optimizer()
         self._check_variant()
         self._check_columns()
         if self.reward:
@@ -237,12 +255,24 @@ class ControlNetRecipe(Recipe):
         if columns and self.data.maps == "made":
             raise ValueError("data.map_column names maps in files, and data.maps=made makes them")
 
+    def _check_optimizer(self) -> None:
+        """Refuse numbers that mean something else to the optimizer."""
+        if self.optimizer == "prodigy" and self.learning_rate < 0.1:
+            raise ValueError(
+                "optimizer=prodigy finds the learning rate by itself, and learning_rate is a factor on it:"
+                f" with {self.learning_rate:g} it would hardly move; add learning_rate=1"
+            )
+        if self.optimizer == "schedule-free" and not self.betas[0]:
+            raise ValueError("optimizer=schedule-free divides by the first of betas, which is 0: give 0.9")
+
     def _check_variant(self) -> None:
         """Refuse what the variant has no part for."""
         if self.only_mid_control and self.adapter not in COPIES:
             raise ValueError(f"only_mid_control goes with adapter {' and '.join(COPIES)}, not {self.adapter}")
         if self.gradient_checkpointing and self.adapter == "controlnet-xs":
             raise ValueError("gradient_checkpointing does not go with adapter controlnet-xs")
+        if self.init is not None and self.hint_channels is not None:
+            raise ValueError("hint_channels are of a new adapter, and init has its own: leave them out")
         if self.init_base is not None and self.init is None:
             raise ValueError("init_base says what init was trained on, and there is no init")
         if self.init_base is not None and self.adapter not in COPIES:

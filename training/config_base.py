@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 Rate = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Factor = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Decay = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0)]
 
@@ -39,12 +40,12 @@ class Recipe(Table):
     """After the warmup: constant; a half cosine or line down to a fiftieth of the rate at the end; or rsqrt,
     constant up to twice the warmup and then falling with one over the root of the step, which needs no end.
     """
-    betas: tuple[Probability, Probability] = (0.9, 0.99)
+    betas: tuple[Decay, Decay] = (0.9, 0.99)
     """Adam's decay of the gradient's mean and of its square's mean."""
     weight_decay: Weight = 0.01
     clip: Factor = 1.0
     """Largest gradient norm; larger gradients are scaled down to it."""
-    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    ema: Decay = 0.0
     """Decay of the moving average of the weights that becomes the result; 0 takes the last weights."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """bf16, fp16: networks compute in it; the trained weights and the optimizer stay fp32."""

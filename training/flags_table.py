@@ -102,6 +102,7 @@ FIXED: dict[str, Any] = {
     "stratified": False,
     "layout_steps": 0,
     "zero_terminal_snr": False,
+    "size_conditioning": "seen",
     "sd_locked": True,
     "only_mid_control": False,
     "ema": 0.0,

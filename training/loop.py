@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -20,7 +20,13 @@ from controlkit.training.config_base import Recipe
 from controlkit.training.graphs import Graphs, open_graphs
 from controlkit.training.interrupts import Interrupts, watched
 from controlkit.training.machine import Machine
-from controlkit.training.optimizers import learning_rate, make_optimizer, set_rates
+from controlkit.training.optimizers import (
+    averages_itself,
+    averages_of,
+    learning_rate,
+    make_optimizer,
+    set_rates,
+)
 from controlkit.training.saving import Saver, check_folder, restore, stopped_by, write_recipe
 from controlkit.training.stepping import Taken, can_read_late, is_finite, update
 from controlkit.training.task import Losses, Part, Task
@@ -91,6 +97,7 @@ def train(
         with _tracked(run), Saver(run) as saver:
             _train_steps(run, saver)
         if run.finished:
+            _refuse_standstill(run)
             _export(run, folder / result)
     except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
         raise ValueError(stopped_by(folder, error)) from error
@@ -99,12 +106,20 @@ def train(
     return run
 
 
+def _refuse_standstill(run: Run) -> None:
+    """Raise ValueError where no step of all changed anything, which is no training."""
+    run.read_losses()
+    if run.bad_steps >= run.step:
+        raise ValueError(
+            f"none of the {run.step} steps had a finite gradient, so nothing was learned and no result is"
+            " written: look at noise_offset, input_perturbation, the data and the base's weights"
+        )
+
+
 def _export(run: Run, result: Path) -> None:
     """Write the result, and what is known of it."""
     with averaged(run), quiet_libraries():
         weights = run.weights.whole()  # every process gives its share
-        if run.machine.sharded:
-            weights |= run.weights.frozen(run.task.modules())
         if run.machine.processes.is_first:
             with files.replace_folder(result) as target:
                 run.task.export(target, weights)
@@ -197,9 +212,11 @@ def open_run(
     )
     run.reads_late = can_read_late(run)
     run.graphs = open_graphs(run)
-    if recipe.ema:
+    if recipe.ema and not averages_itself(optimizer):
         weights.start_average()
     restore(run)
+    if recipe.ema and averages_itself(optimizer) and not run.step:
+        run.watch.say(0, "a schedule-free optimizer averages the weights by itself: ema is not used")
     if machine.processes.is_first:
         run.watch.open_log(run.step)
         write_recipe(recipe, folder)
@@ -354,21 +371,14 @@ def _memory(run: Run) -> dict[str, float]:
 def averaged(run: Run) -> Iterator[None]:
     """Within the block the task's modules hold the averaged weights, in evaluation mode."""
     modules = run.task.modules().values()
-    settle = getattr(run.optimizer, "eval", None)  # schedule-free optimizers keep their average themselves
-    if settle is not None and run.step:
-        settle()
-        run.weights.give()
     for module in modules:
         module.eval()
     try:
-        with run.weights.averaged():
+        with averages_of(run.optimizer, run.weights) if run.step else nullcontext(), run.weights.averaged():
             yield
     finally:
         for module in modules:
             module.train()
-        if settle is not None and run.step:
-            run.optimizer.train()  # type: ignore[attr-defined]
-            run.weights.give()
 
 
 def _sample_due(run: Run) -> bool:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from controlkit.training.config_base import Recipe
 from controlkit.training.sharding import shared_like, whole_tensor
+
+if TYPE_CHECKING:
+    from controlkit.training.weights import Weights
 
 _LAST_RATE = 0.02  # of the learning rate, at the end of the cosine and linear schedules
 PACKAGES: Mapping[str, str] = {
@@ -62,7 +67,8 @@ def make_optimizer(recipe: Recipe, groups: Sequence[dict[str, Any]]) -> torch.op
     if name == "prodigy":
         from prodigyopt import Prodigy
 
-        return Prodigy(tables, lr=lr, betas=betas, weight_decay=decay, safeguard_warmup=recipe.warmup > 0)
+        with redirect_stdout(io.StringIO()):  # it prints that its weight decay is decoupled
+            return Prodigy(tables, lr=lr, betas=betas, weight_decay=decay, safeguard_warmup=recipe.warmup > 0)
     if name == "schedule-free":
         from schedulefree import AdamWScheduleFree
 
@@ -73,6 +79,33 @@ def make_optimizer(recipe: Recipe, groups: Sequence[dict[str, Any]]) -> torch.op
         return free
     assert name == "adamw", name
     return torch.optim.AdamW(tables, betas=betas, weight_decay=decay, fused=True)
+
+
+def averages_itself(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer keeps an average of the weights, which is then what counts: schedule-free ones."""
+    return hasattr(optimizer, "eval")
+
+
+@contextmanager
+def averages_of(optimizer: torch.optim.Optimizer, weights: Weights) -> Iterator[None]:
+    """Within the block weights are the averages of an optimizer that keeps them; afterwards what they were.
+
+    To the bit, which the optimizer's own way there and back is not.
+    """
+    if not averages_itself(optimizer):
+        yield
+        return
+    masters = list(weights.masters.values())
+    before = [master.detach().clone() for master in masters]
+    optimizer.eval()  # type: ignore[attr-defined]
+    weights.give()
+    try:
+        yield
+    finally:
+        optimizer.train()  # type: ignore[attr-defined]
+        with torch.no_grad():
+            torch._foreach_copy_(masters, before)
+        weights.give()
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:

@@ -104,6 +104,10 @@ def started_from(recipe: ControlNetRecipe, base: Base, channels: int) -> Any:
     of_base = file is not None and open_adapter_file(file).kind in OF_BASE  # made whole on this base already
     if recipe.init_base is not None and not of_base:
         transfer(network, load_unet(recipe.init_base), base.unet)
+    if recipe.only_mid_control:  # what is not trained shall not act, wherever the result is used
+        with torch.no_grad():
+            for parameter in network.controlnet_down_blocks.parameters():
+                parameter.zero_()
     return with_low_rank(network, recipe.rank, seed=recipe.seed) if is_low_rank(recipe) else network
 
 

@@ -122,11 +122,6 @@ class Weights:
         """The trained weights as they are now, by name, fp32."""
         return {name: self._whole(name, master.detach()) for name, master in self.masters.items()}
 
-    def frozen(self, modules: Mapping[str, nn.Module]) -> Tensors:
-        """What stays as it was in modules of which a part is trained, by name, whole."""
-        frozen = named(modules, trained=False)
-        return {name: whole_tensor(parameter.detach()) for name, parameter in frozen.items()}
-
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Put back what `tensors` gave. Raises KeyError or RuntimeError where it does not fit."""
@@ -158,11 +153,11 @@ class Weights:
         return shared_like(whole, self.masters[name])
 
 
-def named(modules: Mapping[str, nn.Module], *, trained: bool = True) -> dict[str, nn.Parameter]:
-    """Parameters by `module.parameter` name: those that are trained, or the others."""
+def named(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
+    """The parameters that are trained, by `module.parameter` name."""
     return {
         f"{prefix}.{name}": parameter
         for prefix, module in modules.items()
         for name, parameter in module.named_parameters()
-        if parameter.requires_grad is trained
+        if parameter.requires_grad
     }

@@ -119,14 +119,6 @@ class ZeroWeights(Weights):
             with self._together(parameter):
                 parameter.copy_(whole)
 
-    def frozen(self, modules: Mapping[str, nn.Module]) -> Tensors:
-        """What stays as it was in modules of which a part is trained, by name, whole."""
-        whole = {}
-        for name, parameter in named(modules, trained=False).items():
-            with self._together(parameter):
-                whole[name] = parameter.detach().clone()
-        return whole
-
     def _together(self, parameter: nn.Parameter) -> AbstractContextManager[Any]:
         """Within the block a weight of the network is whole, also where processes share it."""
         import deepspeed

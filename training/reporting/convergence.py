@@ -58,11 +58,14 @@ def advice(
     zero_convolution_rate: float,
     warmup: int = 0,
     finished: bool = False,
+    walks: bool = True,
 ) -> str | None:
     """What to look at where control does not take hold, or is lost again; None while there is nothing to say.
 
-    steps: of the whole training. The three other numbers are the recipe's. It speaks when control is overdue
-    (`USUAL_TRAVEL`), when the adapter does damage, and at the end. Plain sentences, one line.
+    steps: of the whole training. The three other numbers are the recipe's. walks: whether the optimizer moves
+    a weight by about its rate per step; otherwise nothing is known of how long control takes. It speaks when
+    control is overdue (`USUAL_TRAVEL`), when the adapter does damage, and at the end. Plain sentences, one
+    line.
     """
     looks = _looks(history)
     if not looks:
@@ -78,10 +81,12 @@ def advice(
         )
     rate = learning_rate * zero_convolution_rate
     travel = rate * max(step - warmup / 2, 0)  # the warmup walks half the way
-    if travel < 2 * USUAL_TRAVEL[1] and not (finished or step >= steps):
+    if (travel < 2 * USUAL_TRAVEL[1] or not walks) and not (finished or step >= steps):
         return None
     if _exceeds(last, _LIKELY):
         return _unsure(last)
+    if not walks:
+        return f"By step {step} the map makes no difference yet. Train longer, or try optimizer=adamw."
     said = _diagnosis(
         last, travel, late=warmup / 2 + USUAL_TRAVEL[1] / rate, raised=zero_convolution_rate >= 6
     )
@@ -98,6 +103,7 @@ def advice_for(history: History, config: Mapping[str, Any], *, finished: bool = 
             zero_convolution_rate=float(config.get("zero_convolution_rate", 1.0)),
             warmup=int(config.get("warmup", 0)),
             finished=finished,
+            walks=config.get("optimizer", "adamw") not in ("adafactor", "prodigy"),
         )
     except (KeyError, TypeError, ValueError):
         return None
