@@ -1,7 +1,8 @@
 """Adapters on the hub that are known by name: what each is for, what its map is, and under which licence.
 
 Of a family's adapters for a kind of map the first is the one that is used when none is named. What stands
-here was read on the models' pages; a revision stands only where a page showed that commit.
+here was read on the models' pages; a revision stands only where such a page, or code that others download by,
+names that commit.
 Needs no torch.
 """
 
@@ -86,30 +87,58 @@ _V11_LINES = "v1.1 comes first: white on black, as our preprocessors draw"
 
 KNOWN: tuple[KnownAdapter, ...] = (
     _sd1("control_v11p_sd15_canny", "canny", _V11_EDGES, revision="115a470d547982438f70198e353a921996e2e819"),
-    _sd1("sd-controlnet-canny", "canny", "v1.0"),
+    _sd1("sd-controlnet-canny", "canny", "v1.0", revision="7f2f69197050967007f6bbd23ab5e52f0384162a"),
     _sd1(
         "control_v11p_sd15_openpose",
         "openpose",
         _V11_POSE,
         revision="db722b9b8571c5cf3b1353d0f4d887060b8ae678",
     ),
-    _sd1("sd-controlnet-openpose", "openpose", "v1.0", spec=replace(_POSE, draw_style="v1.0")),
-    _sd1("control_v11f1p_sd15_depth", "depth", _V11_DEPTH),
-    _sd1("sd-controlnet-depth", "depth", "v1.0"),
+    _sd1(
+        "sd-controlnet-openpose",
+        "openpose",
+        "v1.0",
+        spec=replace(_POSE, draw_style="v1.0"),
+        revision="df796456519d1ac5dbe674caa0653fcc9673bca8",
+    ),
+    _sd1(
+        "control_v11f1p_sd15_depth", "depth", _V11_DEPTH, revision="539f99181d33db39cf1af2e517cd8056785f0a87"
+    ),
+    _sd1("sd-controlnet-depth", "depth", "v1.0", revision="35e42a3ea49845b3c76f202f145f257b9fb1b7d4"),
     _sd1("control_v11p_sd15_softedge", "softedge", revision="b5bcad0c48e9b12f091968cf5eadbb89402d6bc9"),
     _sd1("control_v11p_sd15_scribble", "scribble", _V11_LINES),
-    _sd1("sd-controlnet-scribble", "scribble", "v1.0"),
-    _sd1("control_v11p_sd15_lineart", "lineart"),
+    _sd1("sd-controlnet-scribble", "scribble", "v1.0", revision="864edcd5ccc6ee2695eeebea5b4512100c83e7b3"),
+    _sd1("control_v11p_sd15_lineart", "lineart", revision="8a158f547e031c5b8fbca19ead09a74767ff4db0"),
     _sd1("control_v11p_sd15s2_lineart_anime", "lineart_anime"),
     _sd1("control_v11p_sd15_mlsd", "mlsd", _V11_LINES),
     _sd1("sd-controlnet-mlsd", "mlsd", "v1.0"),
-    _sd1("control_v11p_sd15_normalbae", "normalbae"),
-    _sd1("control_v11p_sd15_seg", "seg"),
-    _sd1("control_v11f1e_sd15_tile", "tile", "the picture itself, small or blurred"),
+    _sd1("control_v11p_sd15_normalbae", "normalbae", revision="cb7296e6587a219068e9d65864e38729cd862aa8"),
+    _sd1("control_v11p_sd15_seg", "seg", revision="210682041b41097834006a910b8773f423343900"),
+    _sd1(
+        "control_v11f1e_sd15_tile",
+        "tile",
+        "the picture itself, small or blurred",
+        revision="3f877705c37010b7221c3d10743307d6b5b6efac",
+    ),
     KnownAdapter("TencentARC/t2iadapter_depth_sd15v2", "sd1", _MAPS["depth"], "apache-2.0", "t2i-adapter"),
-    _sd1("control_v11p_sd15_inpaint", "inpaint", "needs a hole: --from PICTURE --mask MASK"),
-    _sd1("control_v11e_sd15_shuffle", "shuffle", "acts on the picture as a whole"),
-    _sd1("control_v11e_sd15_ip2p", "ip2p", "the prompt is an instruction"),
+    _sd1(
+        "control_v11p_sd15_inpaint",
+        "inpaint",
+        "needs a hole: --from PICTURE --mask MASK",
+        revision="c96e03a807e64135568ba8aecb66b3a306ec73bd",
+    ),
+    _sd1(
+        "control_v11e_sd15_shuffle",
+        "shuffle",
+        "acts on the picture as a whole",
+        revision="8cf275970f984acf5cc0fdfa537db8be098936a3",
+    ),
+    _sd1(
+        "control_v11e_sd15_ip2p",
+        "ip2p",
+        "the prompt is an instruction",
+        revision="1fed6ebb905c61929a60514830eb05b039969d6d",
+    ),
     _sd2("canny", "9c3106f9154d708550f2c83d231fbd648da7b670", _MAPS["canny"]),
     _sd2("openpose", "70ba4e452ee9e331e006340744a1ed150262ca98", _POSE),
     _sd2("depth", "d09d674d3cc5e9ccbcb85a64fa6841e07582ebd6", _MAPS["depth"]),
@@ -134,6 +163,7 @@ KNOWN: tuple[KnownAdapter, ...] = (
         "sdxl",
         replace(_POSE, draw_style="xinsir"),
         "apache-2.0",
+        revision="23f966cd5cfdd3f7729c903e243d87152162d2b7",
         note="trained on thicker lines than ours",
     ),
     _t2i("openpose", _POSE, "f90998885600ed3627cedc305316edff47b8b03f"),
@@ -170,6 +200,7 @@ KNOWN: tuple[KnownAdapter, ...] = (
         MapSpec(),
         "apache-2.0",
         "controlnet-union",
+        revision="801a4a3fa3d4c936f4feea95b98607bc6726f80c",
         note="one network for several kinds of maps",
     ),
 )

@@ -177,7 +177,7 @@ def test_a_pinned_adapter_is_asked_for_by_its_commit(
 ) -> None:
     commit = revision_of(PINNED)
     assert commit is not None
-    unpinned = "lllyasviel/sd-controlnet-canny"
+    unpinned = "lllyasviel/sd-controlnet-mlsd"
     assert revision_of(unpinned) is None
     assert revision_of("someone/something") is None
     with recording_hub(models / "canny-sd1", monkeypatch) as asked:
