@@ -89,7 +89,7 @@ def test_the_command_lists_marks_and_filters(run: Run, models: Path, empty_cache
         "lllyasviel/sd-controlnet-canny",
         "controlnet",
         "openrail",
-        "main",
+        "7f2f691",
     ]
     assert "  canny: white-on-black, high 200, low 100" in lines
     assert any(line.startswith(f"  {CANNY}: v1.1 comes first") for line in lines)
