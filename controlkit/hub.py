@@ -75,6 +75,11 @@ def check_exists(
             raise _no_model(place, answer, what=what, partial=False, bundled=bundled)
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form of a hub id, ``owner/name``."""
+    return _HUB_ID.fullmatch(name) is not None
+
+
 def find_file(source: str, name: str, *, hint: str = "give model=FOLDER") -> Path:
     """The path of one file: in a folder, or of a hub repository (``owner/name``), downloaded where needed.
 

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from inspect import signature
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from controlkit.formats import control_lora
 from controlkit.formats.adapter_file import AdapterFile
-from controlkit.formats.recognise import KINDS
+from controlkit.formats.recognise import KINDS, OF_BASE
 from controlkit.formats.structure import (
     IN_NO_SHAPE,
     MODULES,
@@ -40,6 +42,7 @@ _REFUSALS = (
     AssertionError,
     RuntimeError,
 )
+Made = TypeVar("Made")
 Builder = Callable[[AdapterFile, "UNet2DConditionModel | None"], nn.Module]
 
 
@@ -62,6 +65,39 @@ def build_network(
         network = nn.Module.to(network, dtype)  # diffusers' own speaks of modules that these do not have
     check_finite(network.state_dict(), str(file.path))
     return network.eval()
+
+
+def check_whole(file: AdapterFile, base: Mapping[str, Any] | None, *, name: str = "") -> None:
+    """Raise `build_network`'s ValueError for a file's names and shapes, without reading its weights.
+
+    ``base``: the configuration of its base's U-Net, and ``name`` the base's; None checks what is known
+    without one.
+    """
+    hollow: Any = replace(file, weights=file.weights.hollow())
+    with torch.device("meta"):
+        if base is not None:
+            unet = _hollow_unet(base, name)
+            network: Any = BUILDERS[file.kind](hollow, unet)
+            if file.kind == "lllite":
+                from controlkit import lllite
+
+                lllite.check_fits(network, unet, base=name)
+        elif file.kind == "control-lora":
+            _plainly(file, lambda: control_lora.check_pairs(hollow.tensors()))
+        else:  # no shape depends on how many heads and groups there are, as long as they divide it
+            any_base: Any = SimpleNamespace(config={"attention_head_dim": 1, "norm_num_groups": 1})
+            (_plain if file.kind in OF_BASE else BUILDERS[file.kind])(hollow, any_base)
+
+
+def _hollow_unet(config: Mapping[str, Any], name: str) -> UNet2DConditionModel:
+    from diffusers import UNet2DConditionModel
+
+    try:
+        return UNet2DConditionModel(**_taken(UNet2DConditionModel, config))
+    except _REFUSALS as error:
+        raise ValueError(
+            f"cannot build the U-Net of the base {name} from its configuration: {error}"
+        ) from error
 
 
 def full_config(file: AdapterFile, unet: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -168,10 +204,8 @@ def _control_lora(file: AdapterFile, unet: UNet2DConditionModel | None) -> nn.Mo
     """A Control-LoRA made full; its mathematics is `control_lora.expand`'s."""
     of_base = _state_of(unet, file)
     assert unet is not None
-    try:
-        state = control_lora.expand(file.tensors(), of_base)
-    except ValueError as error:
-        raise ValueError(f"{file.path}: {error}") from error
+    tensors = file.tensors()
+    state = _plainly(file, lambda: control_lora.expand(tensors, of_base))
     entries = {key: Stored("F32", tuple(tensor.shape)) for key, tensor in state.items()}
     config = with_untold(controlnet_config(Shapes(entries, file.path)), unet.config)
     config |= {key: file.config[key] for key in IN_NO_SHAPE if key in file.config}
@@ -181,8 +215,14 @@ def _control_lora(file: AdapterFile, unet: UNet2DConditionModel | None) -> nn.Mo
 def _lllite(file: AdapterFile, unet: UNet2DConditionModel | None) -> nn.Module:
     from controlkit import lllite
 
+    tensors = file.tensors()
+    return _plainly(file, lambda: lllite.from_tensors(tensors))
+
+
+def _plainly(file: AdapterFile, make: Callable[[], Made]) -> Made:
+    """What a function makes of a file; its ValueError names the file."""
     try:
-        return lllite.from_tensors(file.tensors())
+        return make()
     except ValueError as error:
         raise ValueError(f"{file.path}: {error}") from error
 
