@@ -29,6 +29,7 @@ from controlkit.formats.structure import (
 )
 from controlkit.formats.structure_others import xs_with_untold
 from controlkit.formats.weight_file import Stored
+from controlkit.naming import first_of
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -157,11 +158,6 @@ def check_coverage(
         raise ValueError(f"{where}: the shape of {first_of(wrong)} is {shapes}")
 
 
-def first_of(names: list[str]) -> str:
-    """The first of some names, and how many more there are."""
-    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
-
-
 def _taken(cls: Any, config: Mapping[str, Any]) -> dict[str, Any]:
     """What a class takes of a configuration, as diffusers does: another version's may say more."""
     return {key: value for key, value in config.items() if key in signature(cls.__init__).parameters}
@@ -195,7 +191,9 @@ def _difference(file: AdapterFile, unet: UNet2DConditionModel | None) -> nn.Modu
                     f"{file.path} is the difference to another base: {key} is {by(tuple(state[key].shape))}"
                     f" in it and {by(tuple(own.shape))} in the base"
                 )
-            state[key] = state[key].float() + own.to("cpu", torch.float32).reshape(state[key].shape)
+            state[key] = state[key].float() + own.to(state[key].device, torch.float32).reshape(
+                state[key].shape
+            )
     config = full_config(file, None if unet is None else unet.config)
     return assemble(file.class_name, config, state, file.path)
 

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from controlkit import files
 from controlkit.folders import write_weights
 from controlkit.formats import keys, t2i_keys
-from controlkit.formats.building import check_finite, first_of
+from controlkit.formats.building import check_finite
 from controlkit.formats.description import AdapterInfo, header_entries
 from controlkit.formats.structure import CLASS_NAMES
+from controlkit.naming import first_of
 
 LAYOUTS: Mapping[str, str] = {
     "diffusers": "a folder, as diffusers saves it",
@@ -32,6 +33,8 @@ _KINDS = {name: kind for kind, name in reversed(list(CLASS_NAMES.items()))}
 def kind_of(network: nn.Module) -> str:
     """The kind (of `recognise.KINDS`) of a network. Raises ValueError for one that is no adapter."""
     name = type(network).__name__
+    if name == "LLLite":
+        raise ValueError("a ControlNet-LLLite is read only: it cannot be written in any layout")
     if name not in _KINDS:
         raise ValueError(f"a {name} is no adapter that can be written; known are {', '.join(_KINDS)}")
     return _KINDS[name]
