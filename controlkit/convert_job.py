@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -15,6 +16,8 @@ from controlkit.formats.weight_file import SUFFIXES
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+    from controlkit.formats.description import AdapterInfo
 
 LAYOUTS = ("diffusers", "single", "original", "control-lora")
 DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
@@ -30,14 +33,15 @@ class Report(Protocol):
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked conversion. ``dtype``: torch's name, "" for the file's own."""
+    """A checked conversion. ``dtype``: torch's name, "" for the file's own. ``rank``: None is the rank that
+    the file was trained with, or `DEFAULT_RANK`."""
 
     source: str
     output: Path
     layout: str
     dtype: str
     base: str | None
-    rank: int
+    rank: int | None
 
 
 def plan(
@@ -72,7 +76,7 @@ def plan(
         raise ValueError(f"cannot write {output}: pickles are only read; name it .safetensors")
     check_apart(source, path)
     files.check_writable(path, folder=to == "diffusers")
-    return Plan(source, path, to, precision, base, DEFAULT_RANK if rank is None else rank)
+    return Plan(source, path, to, precision, base, rank)
 
 
 def run(plan: Plan, report: Report) -> list[str]:
@@ -149,7 +153,8 @@ def _write(plan: Plan, file: AdapterFile, network: nn.Module, unet: Any) -> list
     from controlkit.formats.structure import IN_NO_SHAPE
 
     whole, trunk = network.state_dict(), unet.state_dict()
-    tensors = control_lora.reduce(whole, trunk, plan.rank)
+    rank = plan.rank or _trained_rank(file.info) or DEFAULT_RANK
+    tensors = control_lora.reduce(whole, trunk, rank)
     tensors = {key: tensor.to(dtype).contiguous() for key, tensor in tensors.items()}
     check_finite(tensors, f"cannot save the Control-LoRA as {str(dtype or 'it is').removeprefix('torch.')}")
     config: Any = network.config
@@ -161,7 +166,16 @@ def _write(plan: Plan, file: AdapterFile, network: nn.Module, unet: Any) -> list
     )
     writing.write_tensors(plan.output, tensors, entries)
     kept = control_lora.kept_share(whole, trunk, tensors)
-    return [f"rank {plan.rank} keeps {kept:.1%} of what was changed in its base's weights"]
+    return [f"rank {rank} keeps {kept:.1%} of what was changed in its base's weights"]
+
+
+def _trained_rank(info: AdapterInfo) -> int | None:
+    """The rank of the updates that a Control-LoRA was trained as, by its header; None for other adapters."""
+    recipe = info.training.get("recipe")
+    if not isinstance(recipe, Mapping) or recipe.get("adapter") != "control-lora":
+        return None
+    rank = recipe.get("rank")
+    return rank if isinstance(rank, int) and 1 <= rank <= limits.MAX_RANK else None
 
 
 def own_dtype(file: AdapterFile) -> torch.dtype | None:

@@ -240,8 +240,8 @@ def test_convert_and_info(run: Run, load: Load, models: Path, tmp_path: Path) ->
     )
     assert ", float16, " in first
     assert how == (
-        "  controlkit generate PROMPT --base sd15 --control canny=PICTURE --adapter canny=canny.safetensors"
-    )
+        "  controlkit generate PROMPT --base BASE --control canny=PICTURE --adapter canny=canny.safetensors"
+    )  # of SD1, and not of its published sizes
     told = run("info", "canny.safetensors", "--base", base).done().splitlines()
     assert told[0].startswith("canny.safetensors: a ControlNet for SD1, original keys, ")
     assert "map: canny: white-on-black, high 200, low 100" in told

@@ -12,6 +12,7 @@ convolutions. Tensors here are dicts by name, the file's names on one side and d
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -85,13 +86,23 @@ def _whole(name: str, own: Tensor, left: dict[str, Tensor]) -> Tensor:
 def check_pairs(tensors: Mapping[str, Tensor]) -> None:
     """Raise ValueError for what is wrong with a file whatever its base.
 
-    That is a factor without a partner of the same rank, and that the end of a ControlNet is missing.
+    That is a factor without a partner of the same rank, and a gap in a ControlNet's own parts.
     """
     for name in sorted(tensors):
         if name.endswith((_UP, _DOWN)):
             _check_pair(name.rpartition(".")[0], tensors)
-    if _END not in tensors:
-        raise ValueError(f"the Control-LoRA lacks {_END}, a ControlNet's own part")
+    for part, step in (("zero_convs.{}.0", 1), ("input_hint_block.{}", 2)):
+        pattern = re.escape(part).replace(r"\{\}", r"(\d+)")
+        numbers = [int(found[1]) for name in tensors if (found := re.match(pattern, name))]
+        for number in range(0, max(numbers, default=0) + 1, step):
+            _check_there(f"{part.format(number)}.weight", tensors)
+            _check_there(f"{part.format(number)}.bias", tensors)
+    _check_there(_END, tensors)
+
+
+def _check_there(name: str, tensors: Mapping[str, Tensor]) -> None:
+    if name not in tensors:
+        raise ValueError(f"the Control-LoRA lacks {name}, a ControlNet's own part")
 
 
 def _check_pair(stem: str, tensors: Mapping[str, Tensor]) -> None:
