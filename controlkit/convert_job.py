@@ -90,11 +90,14 @@ def run(plan: Plan, report: Report) -> list[str]:
     file = open_adapter_file(plan.source)
     unet = None if plan.base is None else _unet(plan.base, file, plan, report)
     report.status("loading the libraries")
-    from controlkit.formats.building import build_network
+    from controlkit.formats.building import build_network, heads_are_known
 
-    network = build_network(file, unet=unet)
-    report.status(f"writing {plan.output}")
-    notes = _write(plan, file, network, unet)
+    if unet is None and plan.layout in ("single", "original") and not heads_are_known(file):
+        notes = _rename(plan, file, report)
+    else:
+        network = build_network(file, unet=unet)
+        report.status(f"writing {plan.output}")
+        notes = _write(plan, file, network, unet)
     written = open_adapter_file(plan.output)
     return [
         f"wrote {plan.output}: {summary(written)}",
@@ -167,6 +170,29 @@ def _write(plan: Plan, file: AdapterFile, network: nn.Module, unet: Any) -> list
     writing.write_tensors(plan.output, tensors, entries)
     kept = control_lora.kept_share(whole, trunk, tensors)
     return [f"rank {rank} keeps {kept:.1%} of what was changed in its base's weights"]
+
+
+def _rename(plan: Plan, file: AdapterFile, report: Report) -> list[str]:
+    """Write a file's tensors under other names or in another precision, as they lie there.
+
+    That needs no network, and of its configuration the header then says as little as the file did.
+    """
+    import torch
+
+    from controlkit.formats import writing
+    from controlkit.formats.building import check_finite, check_whole
+    from controlkit.formats.description import header_entries
+
+    check_whole(file, None)
+    state = file.tensors()
+    check_finite(state, str(file.path))
+    names = writing.original_names(state, file.kind) if plan.layout == "original" else {}
+    report.status(f"writing {plan.output}")
+    dtype: torch.dtype | None = getattr(torch, plan.dtype) if plan.dtype else None
+    tensors = {names.get(key, key): tensor for key, tensor in writing.stored(state, dtype).items()}
+    layout = "original" if names else "diffusers"
+    writing.write_tensors(plan.output, tensors, header_entries(file.info, kind=file.kind, layout=layout))
+    return []
 
 
 def _trained_rank(info: AdapterInfo) -> int | None:

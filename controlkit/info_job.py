@@ -173,11 +173,11 @@ def _misfit(file: AdapterFile, base: BaseStructure | None, name: str) -> str:
 
 def _check_whole(file: AdapterFile, base: BaseStructure | None) -> None:
     """Raise the ValueError that loading raises for a file's names and shapes."""
-    unet = None if base is None else base.unet
-    if not is_whole(file, unet):
+    usual = base or read_base(_USUAL_BASES.get(file.family, "sd15"))
+    if not is_whole(file, usual.unet):
         from controlkit.formats.building import check_whole
 
-        check_whole(file, unet, name="" if base is None else base.name)
+        check_whole(file, None if base is None else base.unet, name="" if base is None else base.name)
 
 
 def _provenance(info: AdapterInfo) -> list[str]:

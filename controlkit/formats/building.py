@@ -109,12 +109,18 @@ def full_config(file: AdapterFile, unet: Mapping[str, Any] | None) -> dict[str, 
     config = {key: value for key, value in file.config.items() if not key.startswith("_")}
     if file.is_told or file.kind in ("t2i-adapter", "lite"):
         return config
-    published = config.get("cross_attention_dim") in TEXT_FAMILIES and file.kind != "controlnet-xs"
-    if unet is None and not published:
+    if unet is None and not heads_are_known(file):
         raise ValueError(
             f"{file.path} does not say how many attention heads it has: name the base that it is for (--base)"
         )
     return xs_with_untold(config, unet) if file.kind == "controlnet-xs" else with_untold(config, unet)
+
+
+def heads_are_known(file: AdapterFile) -> bool:
+    """Whether a file's attention heads are known without its base: it says so, or is of a published size."""
+    if file.is_told or file.kind not in ("controlnet", "controlnet-union", "controlnet-xs"):
+        return True
+    return file.config.get("cross_attention_dim") in TEXT_FAMILIES and file.kind != "controlnet-xs"
 
 
 def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
