@@ -146,11 +146,7 @@ def _may_fit(file: AdapterFile, name: str) -> bool:
         check_kind_fits(file.kind, file.config, file.family, base, name=str(file.path))
     except ValueError:
         return False
-    if file.kind == "lllite":
-        entries = file.entries.items()
-        widths = {entry.shape[-1] for key, entry in entries if key.endswith(".down.0.weight")}
-        return widths <= set(base.unet["block_out_channels"])
-    return file.kind != "control-lora" or is_whole(file, base.unet)
+    return file.kind not in ("control-lora", "lllite") or is_whole(file, base.unet)
 
 
 def _misfit(file: AdapterFile, base: BaseStructure | None, name: str) -> str:

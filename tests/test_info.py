@@ -1,5 +1,8 @@
 """`controlkit info`: what it says of a file by its header alone is what loading does with it."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,11 +21,16 @@ from diffusers import (
 from outcomes import Run
 from torch import Tensor
 
+from controlkit import light, union
 from controlkit.adapters import AdapterInfo, MapSpec, write_adapter
 from controlkit.base import Base
 from controlkit.formats import control_lora, expected
+from controlkit.formats.lllite_keys import part_tensors, width_at
 from controlkit.info_job import read_base
+from controlkit.light import LightControl
+from controlkit.lllite import Part
 
+ROOT = Path(__file__).resolve().parent.parent
 Load = Callable[[str], Base]
 PUBLISHED = {"sd15": tiny_models.SD15_UNET, "sd21": tiny_models.SD21_UNET, "sdxl": tiny_models.SDXL_UNET}
 
@@ -82,7 +90,7 @@ def test_what_is_expected_of_the_other_kinds() -> None:
         {"adapter_type": "full_adapter_xl", "channels": [16, 32, 32, 32], "downscale_factor": 16},
     ]
     with torch.device("meta"):
-        union = ControlNetUnionModel(
+        several = ControlNetUnionModel(
             **sizes,
             down_block_types=types,
             addition_time_embed_dim=8,
@@ -91,8 +99,11 @@ def test_what_is_expected_of_the_other_kinds() -> None:
         )
         plain = ControlNetModel(**sizes, down_block_types=types, mid_block_type="UNetMidBlock2D")
         adapters = [T2IAdapter(**variant) for variant in variants]
-    assert expected.union_tensors(union.config) == shapes(union)
+        lite = LightControl(1, (16, 32), (4, 8, 16), layers=3)
+    assert expected.union_tensors(several.config) == shapes(several)
     assert expected.controlnet_tensors(plain.config) == shapes(plain)
+    assert expected.lite_tensors(lite.config) == shapes(lite)
+    assert expected.lite_tensors({**lite.config, "widths": [12]}) is None  # no norm has 8 groups of these
     for adapter in adapters:
         assert expected.t2i_tensors(adapter.config) == shapes(adapter)
     for change in (
@@ -136,8 +147,6 @@ def test_a_file_that_is_not_whole_is_named_as_loading_names_it(
 def test_every_other_kind_is_checked_for_wholeness(
     kind: str, load: Load, models: Path, run: Run, tmp_path: Path
 ) -> None:
-    from controlkit import light, union
-
     base = load("sdxl")
     network: Any = {
         "union": lambda: union.from_base(base, 6, hint_channels=(4, 8)),
@@ -257,3 +266,43 @@ def test_a_sharded_file_is_as_large_as_all_of_its_shards(sd1: Base, run: Run, tm
     controlnet_of(sd1).save_pretrained(tmp_path / "shards", max_shard_size="500KB")
     total = sum(file.stat().st_size for file in (tmp_path / "shards").glob("*.safetensors"))
     assert f", {total / 1e6:.1f} MB" in run("info", "shards").done().splitlines()[0]
+
+
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+def test_where_an_lllite_may_be_is_where_the_unet_has_projections(family: str, load: Load) -> None:
+    unet = load(family).unet
+    own = {
+        name: projection.in_features
+        for name, projection in unet.named_modules()
+        if name.endswith((".attn1.to_q", ".attn2.to_q"))
+    }
+    sides = (*(f"{side}_blocks.{level}" for side in ("down", "up") for level in range(5)), "mid_block")
+    for side in sides:
+        for layer in range(4):
+            for block in range(3):
+                for attention in ("attn1", "attn2"):
+                    place = f"{side}.attentions.{layer}.transformer_blocks.{block}.{attention}.to_q"
+                    assert width_at(place, unet.config) == own.get(place), place
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_what_is_expected_of_a_part_of_an_lllite(depth: int) -> None:
+    assert part_tensors(10, 8, 3, depth) == shapes(Part(10, 8, 3, depth))
+
+
+def test_common_files_need_no_libraries(load: Load, models: Path, tmp_path: Path) -> None:
+    """A Control-LoRA and an LLLite among them, which are held against the base's configuration."""
+    saved(small_lora(load("sdxl")), tmp_path / "a.safetensors")
+    saved(lllite("input_blocks_4_1_transformer_blocks_0_attn1_to_q", 32), tmp_path / "b.safetensors")
+    saved(dict(light.from_base(load("sdxl")).state_dict()), tmp_path / "c.safetensors")
+    saved(union.from_base(load("sdxl"), 6, hint_channels=(4, 8)).state_dict(), tmp_path / "d.safetensors")
+    saved(T2IAdapter(3, [16, 32, 32, 32], 2, 16, "full_adapter_xl").state_dict(), tmp_path / "e.safetensors")
+    code = (
+        "import sys\nfrom controlkit import info_job\n"
+        "for name in 'abcde':\n"
+        "    told = info_job.describe(f'{name}.safetensors', base=sys.argv[1])\n"
+        "    assert f'fits {sys.argv[1]}: yes' in told, told\n"
+        "assert 'torch' not in sys.modules and 'diffusers' not in sys.modules"
+    )
+    command = [sys.executable, "-c", code, str(models / "sdxl")]
+    subprocess.run(command, cwd=tmp_path, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})

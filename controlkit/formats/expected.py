@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from controlkit.formats import keys
+from controlkit.formats import keys, lllite_keys
 
 if TYPE_CHECKING:
     from controlkit.formats.adapter_file import AdapterFile
@@ -49,6 +49,10 @@ def is_whole(file: AdapterFile, unet: Mapping[str, Any] | None) -> bool:
             return _same(found, union_tensors(file.config))
         case "t2i-adapter":
             return _same(found, t2i_tensors(file.config))
+        case "lite":
+            return _same(found, lite_tensors(file.config))
+        case "lllite":
+            return unet is not None and _is_whole_lllite(found, unet)
         case "control-lora":
             return unet is not None and _is_whole_lora(found, unet)
     return False
@@ -119,6 +123,32 @@ def _light_t2i(entering: int, widths: list[int], blocks: int) -> Tensors:
             tensors |= _layer(f"{block}.block1", inner, inner, 3, 3)
             tensors |= _layer(f"{block}.block2", inner, inner, 3, 3)
     return tensors
+
+
+def lite_tensors(config: Mapping[str, Any]) -> Tensors | None:
+    """The tensors of our light network, `controlkit.light.LightControl`; None for widths that it refuses."""
+    widths, first = list(config["widths"]), config["block_out_channels"][0]
+    if any(width % min(8, width) for width in widths):
+        return None
+    tensors = _layer("encoder.0", widths[0], config["conditioning_channels"], 3, 3)
+    number = 1
+    for narrow, wide in pairwise(widths):
+        tensors |= _residual(f"encoder.{number}", narrow)
+        tensors |= _layer(f"encoder.{number + 1}", wide, narrow, 3, 3)
+        number += 2
+    for block in range(number, number + config["layers"]):
+        tensors |= _residual(f"encoder.{block}", widths[-1])
+    number += config["layers"] + 1  # behind an activation
+    tensors |= _layer(f"encoder.{number}", first, widths[-1], 3, 3)
+    return tensors | _embedding("time_embedding", first, first)
+
+
+def _residual(name: str, width: int) -> Tensors:
+    convolutions = {
+        **_layer(f"{name}.conv1", width, width, 3, 3),
+        **_layer(f"{name}.conv2", width, width, 3, 3),
+    }
+    return {**_layer(f"{name}.norm", width), **convolutions}
 
 
 def encoder_tensors(config: Mapping[str, Any]) -> Tensors | None:
@@ -222,6 +252,30 @@ def _fits(found: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
     """Whether a tensor has a shape; a 1x1 convolution and a matrix are the same numbers."""
     alike = {len(found), len(wanted)} == {2, 4} and found[:2] == wanted[:2]
     return found == wanted or (alike and set(found[2:] + wanted[2:]) == {1})
+
+
+def _is_whole_lllite(found: Tensors, unet: Mapping[str, Any]) -> bool:
+    """Whether an LLLite's parts are whole, each as wide as the projection of such a U-Net that it is for."""
+    parts: dict[str, Tensors] = {}
+    for key, shape in found.items():
+        name, _, inner = key.partition(".")
+        parts.setdefault(name, {})[inner] = shape
+    return all(_is_whole_part(name, own, unet) for name, own in parts.items())
+
+
+def _is_whole_part(name: str, own: Tensors, unet: Mapping[str, Any]) -> bool:
+    first, second, down = (
+        own.get(f"{key}.weight", ()) for key in ("conditioning1.0", "conditioning1.2", "down.0")
+    )
+    if len(first) != 4 or len(second) != 4 or len(down) != 2:
+        return False
+    inner, tokens = down
+    try:
+        width = lllite_keys.width_at(lllite_keys.place(name), unet)
+    except ValueError:
+        return False
+    depth = lllite_keys.depth_of(own)
+    return width == tokens and own == lllite_keys.part_tensors(tokens, 2 * first[0], inner, depth)
 
 
 def _is_whole_lora(found: Tensors, unet: Mapping[str, Any]) -> bool:
