@@ -139,6 +139,7 @@ def _own_base(file: AdapterFile) -> str:
 
 def _may_fit(file: AdapterFile, name: str) -> bool:
     """Whether nothing that is known here of a base speaks against it; nothing is downloaded."""
+    name = next((alias for alias, repository in ALIASES.items() if repository == name), name)
     if name not in (*BUNDLED, *ALIASES) and not os.path.isdir(os.path.expanduser(name)):
         return True
     try:

@@ -24,6 +24,7 @@ from torch import Tensor
 from controlkit import light, union
 from controlkit.adapters import AdapterInfo, MapSpec, write_adapter
 from controlkit.base import Base
+from controlkit.families import ALIASES
 from controlkit.formats import control_lora, expected
 from controlkit.formats.lllite_keys import part_tensors, width_at
 from controlkit.info_job import read_base
@@ -208,6 +209,7 @@ def test_the_command_has_the_base_that_the_file_names(
     assert told(str(models / "sd1")) == f"{beginning}{models / 'sd1'}"
     assert told(str(models / "sdxl")) == f"{beginning}BASE"
     assert told("sd15") == f"{beginning}BASE"  # whose sizes are others
+    assert told(ALIASES["sd15"]) == f"{beginning}BASE"
     assert told("") == f"{beginning}BASE"
 
 
