@@ -168,7 +168,7 @@ def save_adapter(
             _adapter_config(target)
         except ValueError as error:
             raise ValueError(f"cannot save the adapter over what is there: {error}") from error
-    tensors = writing.stored(controlnet, dtype)
+    tensors = writing.stored(controlnet.state_dict(), dtype)
     with files.replace_folder(target) as temporary:
         files.write_json(temporary / "config.json", writing.config_of(controlnet))
         entries = header_entries(info, kind=writing.kind_of(controlnet), date=date)

@@ -182,7 +182,7 @@ def _embedding(text: str) -> tuple[EmbeddingRecord, str]:
 def _told(text: str, encoder: str) -> PromptPictures:
     source, names, scale = arguments.parse_picture_prompt(text)
     limits.check_picture_scale(scale)
-    if not (source.endswith((".bin", ".pt")) and os.path.isfile(source)):
+    if not (source.endswith(hub.PICKLES) and os.path.isfile(source)):
         hub.check_weight_file(source, what="IP-Adapter")
     if encoder and not os.path.isdir(encoder):
         raise ValueError(f"there is no folder {encoder}: --image-encoder is that of a CLIP picture encoder")

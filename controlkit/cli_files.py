@@ -21,7 +21,9 @@ def convert(
     to: Annotated[str, option("LAYOUT", "diffusers, single, original or control-lora.", "--to")],
     dtype: Annotated[Text, option("TYPE", "fp16, bf16 or fp32.  [default: the file's]")] = None,
     base: Annotated[Text, option("NAME", "The base, where the file needs one to be whole.")] = None,
-    rank: Annotated[Whole, option("N", "Of a Control-LoRA: 1 to 1024.  [default: 128]")] = None,
+    rank: Annotated[
+        Whole, option("N", "Of a Control-LoRA: 1 to 1024.  [default: as trained, else 128]")
+    ] = None,
 ) -> None:
     """Convert an adapter file: to diffusers' folder, to one file, to the original's keys."""
     from controlkit import convert_job

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -15,6 +16,8 @@ from controlkit.formats.weight_file import SUFFIXES
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+    from controlkit.formats.description import AdapterInfo
 
 LAYOUTS = ("diffusers", "single", "original", "control-lora")
 DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
@@ -30,14 +33,15 @@ class Report(Protocol):
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked conversion. ``dtype``: torch's name, "" for the file's own."""
+    """A checked conversion. ``dtype``: torch's name, "" for the file's own. ``rank``: None is the rank that
+    the file was trained with, or `DEFAULT_RANK`."""
 
     source: str
     output: Path
     layout: str
     dtype: str
     base: str | None
-    rank: int
+    rank: int | None
 
 
 def plan(
@@ -72,7 +76,7 @@ def plan(
         raise ValueError(f"cannot write {output}: pickles are only read; name it .safetensors")
     check_apart(source, path)
     files.check_writable(path, folder=to == "diffusers")
-    return Plan(source, path, to, precision, base, DEFAULT_RANK if rank is None else rank)
+    return Plan(source, path, to, precision, base, rank)
 
 
 def run(plan: Plan, report: Report) -> list[str]:
@@ -86,11 +90,14 @@ def run(plan: Plan, report: Report) -> list[str]:
     file = open_adapter_file(plan.source)
     unet = None if plan.base is None else _unet(plan.base, file, plan, report)
     report.status("loading the libraries")
-    from controlkit.formats.building import build_network
+    from controlkit.formats.building import build_network, heads_are_known
 
-    network = build_network(file, unet=unet)
-    report.status(f"writing {plan.output}")
-    notes = _write(plan, file, network, unet)
+    if unet is None and plan.layout in ("single", "original") and not heads_are_known(file):
+        notes = _rename(plan, file, report)
+    else:
+        network = build_network(file, unet=unet)
+        report.status(f"writing {plan.output}")
+        notes = _write(plan, file, network, unet)
     written = open_adapter_file(plan.output)
     return [
         f"wrote {plan.output}: {summary(written)}",
@@ -149,7 +156,8 @@ def _write(plan: Plan, file: AdapterFile, network: nn.Module, unet: Any) -> list
     from controlkit.formats.structure import IN_NO_SHAPE
 
     whole, trunk = network.state_dict(), unet.state_dict()
-    tensors = control_lora.reduce(whole, trunk, plan.rank)
+    rank = plan.rank or _trained_rank(file.info) or DEFAULT_RANK
+    tensors = control_lora.reduce(whole, trunk, rank)
     tensors = {key: tensor.to(dtype).contiguous() for key, tensor in tensors.items()}
     check_finite(tensors, f"cannot save the Control-LoRA as {str(dtype or 'it is').removeprefix('torch.')}")
     config: Any = network.config
@@ -161,7 +169,39 @@ def _write(plan: Plan, file: AdapterFile, network: nn.Module, unet: Any) -> list
     )
     writing.write_tensors(plan.output, tensors, entries)
     kept = control_lora.kept_share(whole, trunk, tensors)
-    return [f"rank {plan.rank} keeps {kept:.1%} of what was changed in its base's weights"]
+    return [f"rank {rank} keeps {kept:.1%} of what was changed in its base's weights"]
+
+
+def _rename(plan: Plan, file: AdapterFile, report: Report) -> list[str]:
+    """Write a file's tensors under other names or in another precision, as they lie there.
+
+    That needs no network, and of its configuration the header then says as little as the file did.
+    """
+    import torch
+
+    from controlkit.formats import writing
+    from controlkit.formats.building import check_finite, check_whole
+    from controlkit.formats.description import header_entries
+
+    check_whole(file, None)
+    state = file.tensors()
+    check_finite(state, str(file.path))
+    names = writing.original_names(state, file.kind) if plan.layout == "original" else {}
+    report.status(f"writing {plan.output}")
+    dtype: torch.dtype | None = getattr(torch, plan.dtype) if plan.dtype else None
+    tensors = {names.get(key, key): tensor for key, tensor in writing.stored(state, dtype).items()}
+    layout = "original" if names else "diffusers"
+    writing.write_tensors(plan.output, tensors, header_entries(file.info, kind=file.kind, layout=layout))
+    return []
+
+
+def _trained_rank(info: AdapterInfo) -> int | None:
+    """The rank of the updates that a Control-LoRA was trained as, by its header; None for other adapters."""
+    recipe = info.training.get("recipe")
+    if not isinstance(recipe, Mapping) or recipe.get("adapter") != "control-lora":
+        return None
+    rank = recipe.get("rank")
+    return rank if isinstance(rank, int) and 1 <= rank <= limits.MAX_RANK else None
 
 
 def own_dtype(file: AdapterFile) -> torch.dtype | None:

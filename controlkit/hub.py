@@ -19,7 +19,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 CONNECT_SECONDS = 3.0  # for the hub to answer; with name resolution never more than _GIVE_UP_SECONDS
 _GIVE_UP_SECONDS = 4.0
 _WEIGHTS = (".safetensors", ".bin")
-_PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 
 
 def find_folder(
@@ -73,6 +73,11 @@ def check_exists(
         answer = _ask_briefly(place, revision)
         if isinstance(answer, str):
             raise _no_model(place, answer, what=what, partial=False, bundled=bundled)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form of a hub id, ``owner/name``."""
+    return _HUB_ID.fullmatch(name) is not None
 
 
 def find_file(source: str, name: str, *, hint: str = "give model=FOLDER") -> Path:
@@ -135,13 +140,13 @@ def check_weight_file(source: str, *, what: str) -> None:
     if os.path.isdir(path):
         return
     is_id = re.fullmatch(rf"{_HUB_ID.pattern}(/[\w./-]+\.safetensors)?", source)
-    if not os.path.isfile(path) and (not is_id or source.endswith(_PICKLES)):
+    if not os.path.isfile(path) and (not is_id or source.endswith(PICKLES)):
         raise ValueError(
             f"there is no {what} {source}: give a .safetensors file, a folder that holds one, or a hub id"
             " (owner/name or owner/name/file.safetensors)"
         )
     if os.path.isfile(path) and not path.endswith(".safetensors"):
-        pickle = path.endswith(_PICKLES)
+        pickle = path.endswith(PICKLES)
         raise ValueError(
             f"{what} {source} is {'a pickle, which could run code' if pickle else 'no .safetensors file'}:"
             " give one in safetensors format"
@@ -170,6 +175,8 @@ def _place(
         return Path(path)
     if os.path.isfile(path):
         raise ValueError(f"{what} {name_or_path}: this is a file; give the folder that holds the model")
+    if name_or_path.endswith((".safetensors", *PICKLES)):
+        raise ValueError(f"no {what} called {name_or_path!r}: there is no such file")
     repo_id = aliases.get(name_or_path, name_or_path)
     if not _HUB_ID.fullmatch(repo_id):
         known = [*bundled, *aliases]

@@ -1,4 +1,8 @@
-"""What `controlkit info` says of an adapter file: read from its header, at once and without torch."""
+"""What `controlkit info` says of an adapter file: read from its header, at once and without torch.
+
+Of a kind or a structure that is not common (`formats/expected.py`), and of a file with a fault, which is then
+named as loading would, the libraries are loaded, and its weights still not read.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +16,11 @@ from controlkit.families import ALIASES, BUNDLED, FAMILY_TITLES
 from controlkit.folders import read_json
 from controlkit.formats.adapter_file import AdapterFile, hint_channels, open_adapter_file
 from controlkit.formats.description import AdapterInfo, map_in_words
+from controlkit.formats.expected import is_whole
 from controlkit.formats.fitting import EITHER, BaseStructure, check_kind_fits
 from controlkit.formats.recognise import KINDS, OF_BASE
-from controlkit.hub import find_file
+from controlkit.formats.structure import UNTOLD
+from controlkit.hub import find_file, is_hub_id
 
 _UNET_DEFAULTS: Mapping[str, Any] = {  # diffusers', for what a published config.json leaves out
     "in_channels": 4,
@@ -28,23 +34,30 @@ _SDXL_UNET: Mapping[str, Any] = {
     "block_out_channels": (320, 640, 1280),
     "cross_attention_dim": 2048,
     "down_block_types": ("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2,
+    "up_block_types": ("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",),
+    "transformer_layers_per_block": (1, 2, 10),
     "use_linear_projection": True,
     "addition_embed_type": "text_time",
+    "projection_class_embeddings_input_dim": 2816,
+    **UNTOLD["sdxl"],
 }
 _PUBLISHED: Mapping[str, tuple[Mapping[str, Any], str]] = {  # the bases of `families.ALIASES`
     "sd15": ({"cross_attention_dim": 768}, "epsilon"),
-    "sd21": ({"cross_attention_dim": 1024, "use_linear_projection": True}, "v_prediction"),
+    "sd21": ({"cross_attention_dim": 1024, "use_linear_projection": True, **UNTOLD["sd2"]}, "v_prediction"),
     "sdxl": (_SDXL_UNET, "epsilon"),
 }
 _USUAL_BASES = {"sd1": "sd15", "sd2": "sd21", "sdxl": "sdxl"}
 _NOT_RUN = ("controlnext",)
+_NO_BASE = "BASE"  # stands in a command where it is not known which
+_HASHED = 100_000_000  # bytes of a file whose hash is checked at once
 
 
 def describe(name: str, *, base: str | None = None) -> list[str]:
     """Lines that say what an adapter is and says of itself, whether it fits a base, and how to use it.
 
-    ``name``: a file, a folder, a bundled name or a hub id. Of a base the configuration alone is read. Raises
-    ValueError, one line, for what is no adapter, and for a base that leads nowhere.
+    ``name``: a file, a folder, a bundled name or a hub id. Of a base the configuration alone is read, and of
+    the file its header and, where that is quick, its hash. Raises ValueError, one line, for what is no
+    adapter, and for a base that leads nowhere.
     """
     structure = None if base is None else read_base(base)
     file = open_adapter_file(name)
@@ -53,12 +66,12 @@ def describe(name: str, *, base: str | None = None) -> list[str]:
         return [*lines, "controlkit does not run this kind"]
     if file.kind in OF_BASE:
         lines.append("its weights are changes to its base's: other software needs that base, too")
+    why_not = _misfit(file, structure, name)
     if structure is not None:
-        why_not = _misfit(file, structure, name)
         lines.append(f"fits {base}: {why_not or 'yes'}")
-        if why_not:
-            return lines
-    return [*lines, "use it with:", f"  {how_to_use_file(file, name, base)}"]
+    elif why_not:
+        lines.append(f"can be used: {why_not}")
+    return lines if why_not else [*lines, "use it with:", f"  {how_to_use_file(file, name, base)}"]
 
 
 def summary(file: AdapterFile) -> str:
@@ -68,7 +81,7 @@ def summary(file: AdapterFile) -> str:
     hint = "" if channels == 3 else f", maps of {channels} channels"
     return (
         f"{KINDS[file.kind]}{_extent(file)} for {family}, {file.layout} keys{hint},"
-        f" {file.parameters:,} parameters, {file.dtype}, {file.path.stat().st_size / 1e6:.1f} MB"
+        f" {file.parameters:,} parameters, {file.dtype}, {file.weights.size / 1e6:.1f} MB"
     )
 
 
@@ -107,24 +120,61 @@ def how_to_use(kind: str, adapter: str, base: str) -> str:
 
 
 def how_to_use_file(file: AdapterFile, name: str, base: str | None) -> str:
-    """The command that uses a file; KIND stands for its map's kind where the file does not say."""
-    own = file.info.base if file.info.base in (*BUNDLED, *ALIASES) else ""
-    where = base or own or _USUAL_BASES.get(file.family, "sd15")
+    """The command that uses a file; KIND and BASE stand for what neither the file nor its sizes say."""
+    where = base or _own_base(file)
     if file.info.map.channels not in (1, 3):
         return f"from Python: its maps have {file.info.map.channels} channels"
     return how_to_use(file.info.map.kind or "KIND", name, where)
 
 
-def _misfit(file: AdapterFile, base: BaseStructure, name: str) -> str:
-    """Why it does not fit, or a warning, in words; "" if all is well."""
+def _own_base(file: AdapterFile) -> str:
+    """The base that a file names, or its family's usual one, if it is at hand and may fit; else BASE."""
+    said = file.info.base
+    if said and said not in (*BUNDLED, *ALIASES):
+        known = is_hub_id(said) or os.path.isdir(os.path.expanduser(said))
+        return said if known and _may_fit(file, said) else _NO_BASE
+    usual = said or _USUAL_BASES.get(file.family, "sd15")
+    return usual if _may_fit(file, usual) else _NO_BASE
+
+
+def _may_fit(file: AdapterFile, name: str) -> bool:
+    """Whether nothing that is known here of a base speaks against it; nothing is downloaded."""
+    name = next((alias for alias, repository in ALIASES.items() if repository == name), name)
+    if name not in (*BUNDLED, *ALIASES) and not os.path.isdir(os.path.expanduser(name)):
+        return True
     try:
-        check_kind_fits(file.kind, file.config, file.family, base, name=name)
+        base = read_base(name)
+        check_kind_fits(file.kind, file.config, file.family, base, name=str(file.path))
+    except ValueError:
+        return False
+    return file.kind not in ("control-lora", "lllite") or is_whole(file, base.unet)
+
+
+def _misfit(file: AdapterFile, base: BaseStructure | None, name: str) -> str:
+    """Why it does not fit, or cannot be used at all, or a warning, in words; "" if all is well."""
+    try:
+        if base is not None:
+            check_kind_fits(file.kind, file.config, file.family, base, name=name)
+        _check_whole(file, base)
+        if file.weights.size <= _HASHED:
+            file.weights.check_hash()
     except ValueError as error:
         return f"no, {error}"
+    if base is None:
+        return ""
     trained = file.info.prediction_type
     if trained not in ("", base.prediction_type):
         return f"badly, it was trained for {trained} and the base predicts {base.prediction_type}"
     return ""
+
+
+def _check_whole(file: AdapterFile, base: BaseStructure | None) -> None:
+    """Raise the ValueError that loading raises for a file's names and shapes."""
+    usual = base or read_base(_USUAL_BASES.get(file.family, "sd15"))
+    if not is_whole(file, usual.unet):
+        from controlkit.formats.building import check_whole
+
+        check_whole(file, None if base is None else base.unet, name="" if base is None else base.name)
 
 
 def _provenance(info: AdapterInfo) -> list[str]:

@@ -12,6 +12,7 @@ plain, "light", "plus" and "full" kinds.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +26,9 @@ from torch import Tensor
 from controlkit import limits
 from controlkit.base import FAMILY_TITLES
 from controlkit.folders import load_part, quiet_libraries, read_json, read_state
-from controlkit.hub import find_file, find_weight_file, first_sentence
+from controlkit.formats.structure import by
+from controlkit.hub import PICKLES, find_file, find_weight_file, first_sentence
+from controlkit.naming import first_of
 from controlkit.reuse import KeptText, PicturePart, cross_attentions
 
 if TYPE_CHECKING:
@@ -113,9 +116,16 @@ def with_pictures(text: Tensor, prompts: Sequence[PicturePrompt]) -> Tensor:
 
 
 def _find(source: str) -> Path:
+    """The file, which may be a pickle: tensors and nothing else are read from it."""
     path = Path(source).expanduser()
-    if path.suffix in (".bin", ".pt") and path.is_file():
-        return path  # tensors and nothing else are read from it
+    if path.suffix in PICKLES and path.is_file():
+        return path
+    if path.is_dir() and not any(path.glob("*.safetensors")):
+        found = sorted(file for file in path.iterdir() if file.suffix in PICKLES and file.is_file())
+        if len(found) != 1:
+            number = len(found) or "no"
+            raise ValueError(f"IP-Adapter {source}: the folder holds {number} files of weights; name the one")
+        return found[0]
     return find_weight_file(source, what="IP-Adapter", usual=USUAL_FILE)
 
 
@@ -145,14 +155,8 @@ def _attention_weights(
 ) -> tuple[tuple[Tensor, Tensor], ...]:
     """The matrices for each cross-attention, which the files number 1, 3, 5 ...: self-attentions count."""
     attentions = list(cross_attentions(base.unet))
-    numbers = range(1, 2 * len(attentions), 2)
-    expected = {f"{number}.to_{part}_ip.weight" for number in numbers for part in "kv"}
-    title = FAMILY_TITLES[base.family]
-    if set(state) != expected:
-        raise ValueError(
-            f"{file} was made for a base with {len(state) // 2} cross-attentions; the {title} base"
-            f" {base.name} has {len(attentions)}"
-        )
+    numbers, title = _numbers(len(attentions)), FAMILY_TITLES[base.family]
+    _check_attentions(file, state, len(attentions), f"the {title} base {base.name}")
     weights = []
     for number, attention in zip(numbers, attentions, strict=True):
         pair = tuple(state[f"{number}.to_{part}_ip.weight"] for part in "kv")
@@ -166,17 +170,78 @@ def _attention_weights(
     return tuple((to_k, to_v) for to_k, to_v in weights)
 
 
+def _numbers(attentions: int) -> range:
+    return range(1, 2 * attentions, 2)
+
+
+def _keys(attentions: int) -> list[str]:
+    return [f"{number}.to_{part}_ip.weight" for number in _numbers(attentions) for part in "kv"]
+
+
+def _check_attentions(file: Path, state: Mapping[str, Tensor], attentions: int, base: str) -> None:
+    """Raise ValueError unless a file has keys and values for each of a base's cross-attentions."""
+    own = len(state) // 2
+    if own != attentions and set(state) == set(_keys(own)):
+        raise ValueError(f"{file} was made for a base with {own} cross-attentions; {base} has {attentions}")
+    if missing := [key for key in _keys(attentions) if key not in state]:
+        raise ValueError(f"{file} is damaged: it lacks ip_adapter.{first_of(missing)}")
+    if strange := [key for key in state if key not in _keys(attentions)]:
+        raise ValueError(
+            f"{file} holds ip_adapter.{first_of(strange)}, which an IP-Adapter for {base} does not have"
+        )
+
+
 def _projection(file: Path, state: Mapping[str, Tensor], base: Base) -> Any:
     """diffusers' module that makes tokens of what the encoder gives; renaming the keys is its work, too."""
     with quiet_libraries(), torch.random.fork_rng(devices=[]):
         try:
             made = base.unet._convert_ip_adapter_image_proj_to_diffusers(dict(state), low_cpu_mem_usage=False)
         except (KeyError, IndexError, RuntimeError, ValueError) as error:
-            raise ValueError(
-                f"{file} is none of the IP-Adapters that are known (plain, plus, full):"
-                f" {first_sentence(error)}"
-            ) from error
+            raise ValueError(_fault_in_projection(file, state, error)) from error
     return made.to(base.unet.device, base.dtype).eval().requires_grad_(False)
+
+
+_IN_FILES = (  # diffusers' names in the projections, and the files'
+    (r"^image_embeds\.", "proj."),
+    (r"^ff\.net\.0\.proj\.", "proj.0."),
+    (r"^ff\.net\.2\.", "proj.2."),
+    (r"\.ln0\.", ".0.norm1."),
+    (r"\.ln1\.", ".0.norm2."),
+    (r"\.attn\.to_[kv]\.", ".0.to_kv."),
+    (r"\.attn\.to_q\.", ".0.to_q."),
+    (r"\.attn\.to_out\.0\.", ".0.to_out."),
+    (r"\.ff\.0\.", ".1.0."),
+    (r"\.ff\.1\.net\.0\.proj\.", ".1.1."),
+    (r"\.ff\.1\.net\.2\.", ".1.3."),
+)
+
+
+_FAULT = re.compile(
+    r"(?P<how>Missing|Unexpected) key\(s\) in state_dict: \"(?P<key>[^\"]+)\""
+    r"|size mismatch for (?P<shape>.+?):"
+)
+
+
+def _fault_in_projection(file: Path, state: Mapping[str, Tensor], error: Exception) -> str:
+    """What is wrong with a projection that diffusers refuses: the tensor at fault, by the file's name."""
+    unknown = f"{file} is none of the IP-Adapters that are known (plain, plus, full)"
+    if isinstance(error, KeyError):
+        return f"{unknown}: it lacks image_proj.{error.args[0]}"
+    found = _FAULT.search(str(error))
+    if found is None:
+        return f"{unknown}: {first_sentence(error)}"
+    name = found["key"] or found["shape"]
+    for ours, theirs in _IN_FILES:
+        name = re.sub(ours, theirs, name)
+    if "proj.3.weight" in state:
+        name = re.sub(r"^norm\.", "proj.3.", name)
+    if found["shape"]:
+        shape = by(tuple(state[name].shape)) if name in state else "another"
+        return (
+            f"{file} is damaged: the shape of image_proj.{name} is {shape}, which does not suit the others'"
+        )
+    how = "lacks" if found["how"] == "Missing" else "holds, beyond what such a file has,"
+    return f"{file} is damaged: it {how} image_proj.{name}"
 
 
 class _Wanted(NamedTuple):

@@ -13,7 +13,6 @@ U-Net stays as it is, and its projections are hooked while a step runs.
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,11 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_PLACE = re.compile(
-    r"lllite_unet_(?:(input|output)_blocks_(\d+)|middle_block)_1_transformer_blocks_(\d+)"
-    r"_(attn[12])_to_(q|(?<=attn1_to_)[kv])"
-)
-_STRIDES = {1: (4, 2), 2: (4, 4), 3: (4, 4, 2)}  # of the map's convolutions, by depth: kernels as large
+from controlkit.formats.lllite_keys import STRIDES, depth_of
+from controlkit.formats.lllite_keys import place as place
 
 
 class LLLite(nn.Module):
@@ -56,7 +52,7 @@ class Part(nn.Module):
     def __init__(self, tokens: int, embedded: int, inner: int, depth: int) -> None:
         super().__init__()
         half, convolutions = embedded // 2, []
-        strides = _STRIDES[depth]
+        strides = STRIDES[depth]
         for k, stride in enumerate(strides):
             wide = embedded if k == len(strides) - 1 else half
             convolutions += [nn.Conv2d(3 if k == 0 else half, wide, stride, stride=stride), nn.ReLU()]
@@ -92,7 +88,7 @@ def _part(name: str, own: Mapping[str, Tensor]) -> Part:
         raise ValueError(f"LLLite: {name} lacks down.0.weight or its conditioning1")
     if down.dim() != 2:
         raise ValueError(f"LLLite: {name} is a convolution; only those in attention's projections are known")
-    depth = 3 if "conditioning1.4.weight" in own else 2 if second.shape[-1] == 4 else 1
+    depth = depth_of({key: tuple(tensor.shape) for key, tensor in own.items()})
     part = Part(down.shape[1], 2 * first.shape[0], down.shape[0], depth).to(down.dtype)
     expected = {key: tuple(tensor.shape) for key, tensor in part.state_dict().items()}
     for key in sorted(expected.keys() ^ own.keys()):
@@ -102,21 +98,6 @@ def _part(name: str, own: Mapping[str, Tensor]) -> Part:
             raise ValueError(f"LLLite: {name}.{key} is {tuple(own[key].shape)}, not {shape}")
     part.load_state_dict(own)
     return part
-
-
-def place(name: str) -> str:
-    """The U-Net's projection that a name of the file means, as diffusers names it. Raises ValueError."""
-    match = _PLACE.fullmatch(name)
-    if match is None:
-        raise ValueError(f"LLLite: {name} names no attention projection of a U-Net")
-    side, block, transformer, attention, projection = match.groups()
-    if side == "input":
-        where = f"down_blocks.{(int(block) - 1) // 3}.attentions.{(int(block) - 1) % 3}"
-    elif side == "output":
-        where = f"up_blocks.{int(block) // 3}.attentions.{int(block) % 3}"
-    else:
-        where = "mid_block.attentions.0"
-    return f"{where}.transformer_blocks.{transformer}.{attention}.to_{projection}"
 
 
 def check_fits(network: LLLite, unet: nn.Module, *, base: str) -> None:

@@ -1,7 +1,12 @@
 """Names that users type: suggestions, and the one-line error for a name that does not exist."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+
+
+def first_of(names: Sequence[str]) -> str:
+    """The first of some names, and how many more there are."""
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:

@@ -107,6 +107,16 @@ def test_a_damaged_control_lora_is_refused(sd1: Base, load: Callable[[str], Base
         control_lora.expand(tensors | {"input_blocks.77.0.op.up": torch.zeros(1)}, unet)
     with pytest.raises(ValueError, match=r"does not fit the base: .* changes 7x"):
         control_lora.expand(tensors | {up: torch.zeros(7, 2)}, unet)
+    narrow = tensors | {up: tensors[up][:, :1]}
+    for check in (control_lora.check_pairs, lambda file: control_lora.expand(file, unet)):
+        with pytest.raises(
+            ValueError, match=r"to_q.up is of rank 1 and its .*to_q.down of rank 2: it is damaged"
+        ):
+            check(narrow)
+    for name in ("zero_convs.2.0.bias", "input_hint_block.4.weight", "middle_block_out.0.weight"):
+        with pytest.raises(ValueError, match=f"lacks {name}, a ControlNet's own part"):
+            control_lora.check_pairs({k: v for k, v in tensors.items() if k != name})
+    control_lora.check_pairs(tensors)
     with pytest.raises(ValueError, match="lacks middle_block_out"):
         control_lora.expand({k: v for k, v in tensors.items() if "middle_block_out" not in k}, unet)
     with pytest.raises(ValueError, match="no copy of this base's encoder"):

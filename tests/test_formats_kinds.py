@@ -335,7 +335,9 @@ def test_xs_files(family: str, learns_time: bool, load: Load, tmp_path: Path, ru
     assert xs_output(pair[0], base) == xs_output(pair[1], base)
     round_trips(adapter, base, tmp_path, network)
     assert "a ControlNet-XS for " in run("info", file).done()
-    refused = run("convert", file, "b.safetensors", "--to", "single").refused()
+    run("convert", file, "b.safetensors", "--to", "single").done()  # which needs no network
+    assert load_file("b.safetensors").keys() == network.state_dict().keys()
+    refused = run("convert", file, "b", "--to", "diffusers").refused()
     assert "does not say how many attention heads it has" in refused
     other = load("sd1" if family == "sdxl" else "sdxl")
     refusal(file, other, "does not fit the base")
@@ -370,6 +372,7 @@ def lllite_state() -> dict[str, Tensor]:
         "mid.0.weight": (16, 48),
         "up.0.weight": (640, 16),
     }
+    parts |= {key.replace("weight", "bias"): shape[:1] for key, shape in parts.items()}
     return {f"{place}.{key}": torch.randn(shape) for key, shape in parts.items()}
 
 
@@ -380,7 +383,9 @@ def test_lllite_and_controlnext_are_named(load: Load, tmp_path: Path, run: Run) 
     refusal(lllite, load("sd1"), "it is for SDXL, the base is SD1")
     told = run("info", lllite).done()
     assert "a ControlNet-LLLite for SDXL, kohya keys" in told
-    assert "--adapter KIND=" in told
+    assert "--base sdxl --map KIND=MAP --adapter KIND=" in told
+    refused = run("convert", lllite, "b.safetensors", "--to", "single").refused()
+    assert "a ControlNet-LLLite is read only" in refused
     state = {"down_res.0.conv1.weight": torch.zeros(2, 2), "mid_convs.0.0.weight": torch.zeros(2, 2)}
     next_ = saved(state, tmp_path / "next.safetensors")
     refusal(next_, load("sd1"), "is a ControlNeXt, which controlkit does not run")

@@ -140,6 +140,32 @@ def test_a_pickle_that_would_run_code_does_not(suffix: str, sd1: Base, tmp_path:
             keys_alone("base_conv_in.weight", "control_to_base_for_conv_in.weight"),
             "is a ControlNet-XS together",
         ),
+        (
+            keys_alone(
+                "base_conv_in.weight",
+                "control_to_base_for_conv_in.weight",
+                "controlnet_cond_embedding.conv_in.weight",
+            ),
+            "is a ControlNet-XS together",
+        ),
+        (
+            keys_alone(
+                "control_model.enc_zero_convs_out.0.0.weight", "control_model.input_hint_block.0.weight"
+            ),
+            "is a ControlNet-XS in its authors' layout, which is not read",
+        ),
+        (
+            keys_alone("dec_zero_convs_out.0.0.weight", "control_model.input_blocks.0.0.weight"),
+            "is a ControlNet-XS in its authors' layout, which is not read",
+        ),
+        (
+            keys_alone("body.0.block1.weight", "body.0.skep.weight"),
+            "is a T2I-Adapter with convolutions on its shortcuts",
+        ),
+        (
+            keys_alone("adapter.body.0.block1.weight", "adapter.body.2.down_opt.op.weight"),
+            "is a T2I-Adapter with convolutions on its shortcuts or between its levels (sk=False or use_conv",
+        ),
         (keys_alone("style_embedding", "proj"), "is a T2I style or fusing adapter"),
         (
             keys_alone("layer.weight", "b", "c"),

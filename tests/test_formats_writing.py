@@ -240,8 +240,8 @@ def test_convert_and_info(run: Run, load: Load, models: Path, tmp_path: Path) ->
     )
     assert ", float16, " in first
     assert how == (
-        "  controlkit generate PROMPT --base sd15 --control canny=PICTURE --adapter canny=canny.safetensors"
-    )
+        "  controlkit generate PROMPT --base BASE --control canny=PICTURE --adapter canny=canny.safetensors"
+    )  # of SD1, and not of its published sizes
     told = run("info", "canny.safetensors", "--base", base).done().splitlines()
     assert told[0].startswith("canny.safetensors: a ControlNet for SD1, original keys, ")
     assert "map: canny: white-on-black, high 200, low 100" in told
@@ -457,3 +457,36 @@ def test_files_that_others_have_written_in(load: Load, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"_class_name\): give the file with the weights, diffusion_pytorch"):
         load_adapter(str(tmp_path / "folder"), base=base)
     load_adapter(str(tmp_path / "folder" / "diffusion_pytorch_model.safetensors"), base=base)
+
+
+def test_other_names_or_another_precision_need_no_base(load: Load, run: Run, tmp_path: Path) -> None:
+    base, network = load("sd1"), controlnet_of(load("sd1"))
+    saved(original_controlnet(network), tmp_path / "a.safetensors")
+    run("convert", "a.safetensors", "b.safetensors", "--to", "single").done()
+    names = network.state_dict()
+    assert load_file("b.safetensors").keys() == names.keys()
+    adapter = load_adapter("b.safetensors", base=base)  # which knows what the file does not: its heads
+    assert adapter.controlnet.config.attention_head_dim == base.unet.config.attention_head_dim
+    run("convert", "b.safetensors", "c.safetensors", "--to", "original", "--dtype", "fp16").done()
+    assert open_adapter_file("c.safetensors").dtype == "float16"
+    ours, theirs = load_file("c.safetensors"), original_controlnet(network, prefix="control_model.")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key].half()) for key in theirs)
+    refused = run("convert", "b.safetensors", "d", "--to", "diffusers").refused()
+    assert "does not say how many attention heads it has" in refused
+    saved({key: names[key] for key in list(names)[:-1]}, tmp_path / "less.safetensors")
+    assert (
+        "less.safetensors lacks "
+        in run("convert", "less.safetensors", "e.safetensors", "--to", "single").refused()
+    )
+    large = {key: value * 1e9 for key, value in names.items()}
+    order = (
+        "convert",
+        saved(large, tmp_path / "f.safetensors"),
+        "g.safetensors",
+        "--to",
+        "single",
+        "--dtype",
+        "fp16",
+    )
+    assert "cannot save the adapter as float16" in run(*order).refused()

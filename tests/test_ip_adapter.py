@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -175,6 +176,28 @@ def test_what_a_pickle_says_and_both_layouts(sd1: Base, home: Path, tmp_path: Pa
     assert all(torch.equal(a, b) for a, b in zip(sum(ours.weights, ()), sum(theirs.weights, ()), strict=True))
 
 
+@pytest.mark.parametrize("suffix", [".bin", ".pt", ".pth", ".ckpt"])
+def test_pickles_of_every_name_are_read_alone_or_in_their_folder(
+    suffix: str, sd1: Base, tmp_path: Path, run: Run
+) -> None:
+    folder = tmp_path / "models"
+    folder.mkdir()
+    message = f"IP-Adapter {folder}: the folder holds no files of weights; name the one"
+    with pytest.raises(ValueError, match=message):
+        picture_prompt(sd1, str(folder), [photo(1)])
+    torch.save(adapter(sd1, "plain"), folder / f"a{suffix}")
+    write_encoder(folder / "image_encoder")
+    by_name, by_folder = (
+        picture_prompt(sd1, str(source), [photo(1)]) for source in (folder / f"a{suffix}", folder)
+    )
+    assert torch.equal(by_name.tokens, by_folder.tokens)
+    asked = run("generate", "x", "--ip-adapter", f"{folder / f'a{suffix}'}=gone.png").refused()
+    assert "gone.png" in asked
+    (folder / "b.pt").write_bytes(b"x")
+    with pytest.raises(ValueError, match="the folder holds 2 files of weights; name the one"):
+        picture_prompt(sd1, str(folder), [photo(1)])
+
+
 def test_with_everything_else(sd1: Base, home: Path) -> None:
     prompt = picture_prompt(sd1, str(home / "sd1-plain.safetensors"), [photo(1)])
     control = Control(controlnet_of(sd1), cond(), mode="control")
@@ -194,6 +217,15 @@ def changed(parts: dict[str, dict[str, Tensor]], how: str) -> dict[str, dict[str
         return {**parts, "ip_adapter": {key: torch.zeros(8, 12) for key in attentions}}
     if how == "fewer attentions":
         return {**parts, "ip_adapter": {key: attentions[key] for key in list(attentions)[:4]}}
+    if how == "one too few":
+        return {**parts, "ip_adapter": {k: v for k, v in attentions.items() if k != "3.to_v_ip.weight"}}
+    if how == "one too many":
+        return {**parts, "ip_adapter": {**attentions, "99.to_q_ip.weight": torch.zeros(8, 12)}}
+    if how.startswith("without "):
+        name = how.removeprefix("without ")
+        return {**parts, "image_proj": {k: v for k, v in parts["image_proj"].items() if k != name}}
+    if how.startswith("with a wrong "):
+        return {**parts, "image_proj": {**parts["image_proj"], how.split()[-1]: torch.zeros(8, 8)}}
     if how == "not finite":
         return {**parts, "image_proj": {**parts["image_proj"], "proj.bias": torch.full((128,), torch.nan)}}
     if how == "no projection":
@@ -207,8 +239,46 @@ def changed(parts: dict[str, dict[str, Tensor]], how: str) -> dict[str, dict[str
 
 
 @pytest.mark.parametrize(
+    ("kind", "how", "message"),
+    [
+        ("plain", "without norm.bias", "is damaged: it lacks image_proj.norm.bias"),
+        ("plain", "without proj.bias", "is damaged: it lacks image_proj.proj.bias"),
+        (
+            "plain",
+            "with a wrong more.weight",
+            "is damaged: it holds, beyond what such a file has, image_proj.more",
+        ),
+        ("full", "without proj.3.bias", "is damaged: it lacks image_proj.proj.3.bias"),
+        ("full", "with a wrong proj.2.weight", "is damaged: the shape of image_proj.proj.2.weight is 8x8"),
+        ("plus", "without layers.2.0.norm2.bias", "is damaged: it lacks image_proj.layers.2.0.norm2.bias"),
+        (
+            "plus",
+            "without layers.1.0.to_kv.weight",
+            "is damaged: it lacks image_proj.layers.1.0.to_kv.weight",
+        ),
+        ("plus", "without layers.3.1.3.weight", "is damaged: it lacks image_proj.layers.3.1.3.weight"),
+        (
+            "plus",
+            "with a wrong layers.3.0.to_out.weight",
+            "the shape of image_proj.layers.3.0.to_out.weight is 8x8",
+        ),
+        ("plus", "without proj_out.weight", "(plain, plus, full): it lacks image_proj.proj_out.weight"),
+    ],
+)
+def test_the_tensor_at_fault_in_a_projection_is_named(
+    sd1: Base, tmp_path: Path, kind: str, how: str, message: str
+) -> None:
+    save_file(flat(changed(adapter(sd1, kind), how)), tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        picture_prompt(sd1, str(tmp_path / "a.safetensors"), [photo(0)])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
     ("how", "message"),
     [
+        ("one too few", "is damaged: it lacks ip_adapter.3.to_v_ip.weight"),
+        ("one too many", "holds ip_adapter.99.to_q_ip.weight, which an IP-Adapter for the SD1 base"),
         ("another family", "was made for another base: its 1.to_k_ip is (8, 12), and the SD1 base"),
         ("fewer attentions", "was made for a base with 2 cross-attentions; the SD1 base"),
         ("not finite", "is damaged: image_proj.proj.bias has numbers that are not finite"),

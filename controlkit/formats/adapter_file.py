@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from controlkit.families import FAMILY_TITLES
 from controlkit.folders import read_json, weight_files
 from controlkit.formats.description import AdapterInfo, MapSpec, read_description
 from controlkit.formats.finding import (
@@ -124,7 +125,10 @@ def open_adapter_file(path: str | os.PathLike[str]) -> AdapterFile:
     info, structure = read_description(weights.metadata, found)
     own = structure or _config_beside(found, CLASS_NAMES.get(kind))
     config = _config(kind, Shapes(entries, found), own)
-    family = _family(kind, config, entries) or (info.family if info else "")
+    said = info.family if info and info.family in FAMILY_TITLES else ""
+    by_tensors = _family(kind, config, entries)
+    # A T2I-Adapter reads no text: of which family it is its sizes can only suggest.
+    family = (said or by_tensors) if kind == "t2i-adapter" else (by_tensors or said)
     return AdapterFile(
         weights,
         kind,

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from inspect import signature
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from controlkit.formats import control_lora
 from controlkit.formats.adapter_file import AdapterFile
-from controlkit.formats.recognise import KINDS
+from controlkit.formats.recognise import KINDS, OF_BASE
 from controlkit.formats.structure import (
     IN_NO_SHAPE,
     MODULES,
@@ -27,6 +29,7 @@ from controlkit.formats.structure import (
 )
 from controlkit.formats.structure_others import xs_with_untold
 from controlkit.formats.weight_file import Stored
+from controlkit.naming import first_of
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -40,6 +43,7 @@ _REFUSALS = (
     AssertionError,
     RuntimeError,
 )
+Made = TypeVar("Made")
 Builder = Callable[[AdapterFile, "UNet2DConditionModel | None"], nn.Module]
 
 
@@ -64,6 +68,39 @@ def build_network(
     return network.eval()
 
 
+def check_whole(file: AdapterFile, base: Mapping[str, Any] | None, *, name: str = "") -> None:
+    """Raise `build_network`'s ValueError for a file's names and shapes, without reading its weights.
+
+    ``base``: the configuration of its base's U-Net, and ``name`` the base's; None checks what is known
+    without one.
+    """
+    hollow: Any = replace(file, weights=file.weights.hollow())
+    with torch.device("meta"):
+        if base is not None:
+            unet = _hollow_unet(base, name)
+            network: Any = BUILDERS[file.kind](hollow, unet)
+            if file.kind == "lllite":
+                from controlkit import lllite
+
+                lllite.check_fits(network, unet, base=name)
+        elif file.kind == "control-lora":
+            _plainly(file, lambda: control_lora.check_pairs(hollow.tensors()))
+        else:  # no shape depends on how many heads and groups there are, as long as they divide it
+            any_base: Any = SimpleNamespace(config={"attention_head_dim": 1, "norm_num_groups": 1})
+            (_plain if file.kind in OF_BASE else BUILDERS[file.kind])(hollow, any_base)
+
+
+def _hollow_unet(config: Mapping[str, Any], name: str) -> UNet2DConditionModel:
+    from diffusers import UNet2DConditionModel
+
+    try:
+        return UNet2DConditionModel(**_taken(UNet2DConditionModel, config))
+    except _REFUSALS as error:
+        raise ValueError(
+            f"cannot build the U-Net of the base {name} from its configuration: {error}"
+        ) from error
+
+
 def full_config(file: AdapterFile, unet: Mapping[str, Any] | None) -> dict[str, Any]:
     """The complete configuration of a file's network: what its shapes do not tell is as in ``unet``.
 
@@ -72,12 +109,18 @@ def full_config(file: AdapterFile, unet: Mapping[str, Any] | None) -> dict[str, 
     config = {key: value for key, value in file.config.items() if not key.startswith("_")}
     if file.is_told or file.kind in ("t2i-adapter", "lite"):
         return config
-    published = config.get("cross_attention_dim") in TEXT_FAMILIES and file.kind != "controlnet-xs"
-    if unet is None and not published:
+    if unet is None and not heads_are_known(file):
         raise ValueError(
             f"{file.path} does not say how many attention heads it has: name the base that it is for (--base)"
         )
     return xs_with_untold(config, unet) if file.kind == "controlnet-xs" else with_untold(config, unet)
+
+
+def heads_are_known(file: AdapterFile) -> bool:
+    """Whether a file's attention heads are known without its base: it says so, or is of a published size."""
+    if file.is_told or file.kind not in ("controlnet", "controlnet-union", "controlnet-xs"):
+        return True
+    return file.config.get("cross_attention_dim") in TEXT_FAMILIES and file.kind != "controlnet-xs"
 
 
 def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
@@ -121,11 +164,6 @@ def check_coverage(
         raise ValueError(f"{where}: the shape of {first_of(wrong)} is {shapes}")
 
 
-def first_of(names: list[str]) -> str:
-    """The first of some names, and how many more there are."""
-    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
-
-
 def _taken(cls: Any, config: Mapping[str, Any]) -> dict[str, Any]:
     """What a class takes of a configuration, as diffusers does: another version's may say more."""
     return {key: value for key, value in config.items() if key in signature(cls.__init__).parameters}
@@ -159,7 +197,9 @@ def _difference(file: AdapterFile, unet: UNet2DConditionModel | None) -> nn.Modu
                     f"{file.path} is the difference to another base: {key} is {by(tuple(state[key].shape))}"
                     f" in it and {by(tuple(own.shape))} in the base"
                 )
-            state[key] = state[key].float() + own.to("cpu", torch.float32).reshape(state[key].shape)
+            state[key] = state[key].float() + own.to(state[key].device, torch.float32).reshape(
+                state[key].shape
+            )
     config = full_config(file, None if unet is None else unet.config)
     return assemble(file.class_name, config, state, file.path)
 
@@ -168,10 +208,8 @@ def _control_lora(file: AdapterFile, unet: UNet2DConditionModel | None) -> nn.Mo
     """A Control-LoRA made full; its mathematics is `control_lora.expand`'s."""
     of_base = _state_of(unet, file)
     assert unet is not None
-    try:
-        state = control_lora.expand(file.tensors(), of_base)
-    except ValueError as error:
-        raise ValueError(f"{file.path}: {error}") from error
+    tensors = file.tensors()
+    state = _plainly(file, lambda: control_lora.expand(tensors, of_base))
     entries = {key: Stored("F32", tuple(tensor.shape)) for key, tensor in state.items()}
     config = with_untold(controlnet_config(Shapes(entries, file.path)), unet.config)
     config |= {key: file.config[key] for key in IN_NO_SHAPE if key in file.config}
@@ -181,8 +219,14 @@ def _control_lora(file: AdapterFile, unet: UNet2DConditionModel | None) -> nn.Mo
 def _lllite(file: AdapterFile, unet: UNet2DConditionModel | None) -> nn.Module:
     from controlkit import lllite
 
+    tensors = file.tensors()
+    return _plainly(file, lambda: lllite.from_tensors(tensors))
+
+
+def _plainly(file: AdapterFile, make: Callable[[], Made]) -> Made:
+    """What a function makes of a file; its ValueError names the file."""
     try:
-        return lllite.from_tensors(file.tensors())
+        return make()
     except ValueError as error:
         raise ValueError(f"{file.path}: {error}") from error
 

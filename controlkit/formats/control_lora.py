@@ -12,17 +12,18 @@ convolutions. Tensors here are dicts by name, the file's names on one side and d
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from controlkit.formats import keys
+from controlkit.formats.expected import COPIED as COPIED
 
 MARK = "lora_controlnet"
-COPIED = ("conv_in.", "time_embedding.", "add_embedding.", "class_embedding.", "down_blocks.", "mid_block.")
-"""Beginnings of diffusers' names of what a ControlNet copies from its base."""
 _UP, _DOWN = ".up", ".down"
+_END = "middle_block_out.0.weight"  # the last of what is a ControlNet's own, not its base's
 
 
 def is_control_lora(names: Iterable[str]) -> bool:
@@ -58,16 +59,15 @@ def expand(tensors: Mapping[str, Tensor], unet_state: Mapping[str, Tensor]) -> d
         more = f" and {len(left) - 1} more" if len(left) > 1 else ""
         raise ValueError(f"the Control-LoRA holds {min(left)}{more}, which the base's encoder does not have")
     if not any(key.startswith("controlnet_mid_block.") for key in state):
-        raise ValueError("the Control-LoRA lacks middle_block_out.0.weight, a ControlNet's own part")
+        raise ValueError(f"the Control-LoRA lacks {_END}, a ControlNet's own part")
     return state
 
 
 def _whole(name: str, own: Tensor, left: dict[str, Tensor]) -> Tensor:
     """A weight of the base's as the file has it: changed, replaced, or as it is."""
     stem = name.removesuffix(".weight")
+    _check_pair(stem, left)
     up, down = left.pop(stem + _UP, None), left.pop(stem + _DOWN, None)
-    if (up is None) != (down is None):
-        raise ValueError(f"the Control-LoRA has only one of {stem}.up and {stem}.down")
     stored = left.pop(name, None)
     if stored is not None:
         own = stored.float()
@@ -75,12 +75,51 @@ def _whole(name: str, own: Tensor, left: dict[str, Tensor]) -> Tensor:
         return own
     first, second = up.flatten(1).float(), down.flatten(1).float()
     sides = (first.shape[0], second.shape[1])
-    if first.shape[1] != second.shape[0] or sides != (own.shape[0], own.flatten(1).shape[1]):
+    if sides != (own.shape[0], own.flatten(1).shape[1]):
         raise ValueError(
             f"the Control-LoRA does not fit the base: {stem} changes {sides[0]}x{sides[1]} weights,"
             f" and the base has {own.shape[0]}x{own.flatten(1).shape[1]} there"
         )
     return own + (first @ second).reshape(own.shape)
+
+
+def check_pairs(tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError for what is wrong with a file whatever its base.
+
+    That is a factor without a partner of the same rank, and a gap in a ControlNet's own parts.
+    """
+    for name in sorted(tensors):
+        if name.endswith((_UP, _DOWN)):
+            _check_pair(name.rpartition(".")[0], tensors)
+    for part, step in (("zero_convs.{}.0", 1), ("input_hint_block.{}", 2)):
+        pattern = re.escape(part).replace(r"\{\}", r"(\d+)")
+        numbers = [int(found[1]) for name in tensors if (found := re.match(pattern, name))]
+        for number in range(0, max(numbers, default=0) + 1, step):
+            _check_there(f"{part.format(number)}.weight", tensors)
+            _check_there(f"{part.format(number)}.bias", tensors)
+    _check_there(_END, tensors)
+
+
+def _check_there(name: str, tensors: Mapping[str, Tensor]) -> None:
+    if name not in tensors:
+        raise ValueError(f"the Control-LoRA lacks {name}, a ControlNet's own part")
+
+
+def _check_pair(stem: str, tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError for one of two factors alone, and for two that cannot be multiplied."""
+    up, down = tensors.get(stem + _UP), tensors.get(stem + _DOWN)
+    if up is None and down is None:
+        return
+    if up is None or down is None:
+        raise ValueError(f"the Control-LoRA has only one of {stem}.up and {stem}.down")
+    if up.dim() < 2 or down.dim() < 2:
+        raise ValueError(f"the Control-LoRA's {stem}.up and {stem}.down are no matrices: it is damaged")
+    ranks = up.flatten(1).shape[1], down.shape[0]
+    if ranks[0] != ranks[1]:
+        raise ValueError(
+            f"the Control-LoRA's {stem}.up is of rank {ranks[0]} and its {stem}.down of rank {ranks[1]}:"
+            " it is damaged"
+        )
 
 
 def reduce(
@@ -156,11 +195,12 @@ def kept_share(
 
 
 def encoder_of(unet_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What a ControlNet copies of a U-Net, by diffusers' names, on the CPU.
+    """What a ControlNet copies of a U-Net, by diffusers' names, on the CPU (or, of shapes alone, nowhere).
 
     Of a base that fills holes the first convolution sees the latents' four channels, which come first.
     """
-    copied = {key: tensor.cpu() for key, tensor in unet_state.items() if key.startswith(COPIED)}
+    copied = {key: tensor for key, tensor in unet_state.items() if key.startswith(COPIED)}
+    copied = {key: tensor if tensor.is_meta else tensor.cpu() for key, tensor in copied.items()}
     if (first := copied.get("conv_in.weight")) is not None and first.shape[1] == 9:
         copied["conv_in.weight"] = first[:, :4]
     return copied

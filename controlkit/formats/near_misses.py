@@ -10,10 +10,14 @@ from controlkit.formats.weight_file import Stored
 
 
 class Mistake(NamedTuple):
-    """What a file is instead (`sign`: a pattern that begins one of its keys), and what to do."""
+    """What a file is instead (`sign`: a pattern that begins one of its keys), and what to do.
+
+    ``alike``: whether it has an adapter's keys, too, and has to be told before any is looked for.
+    """
 
     sign: str
     what: str
+    alike: bool = False
 
 
 _LATER_FAMILIES = "which is for another family of models: controlkit runs SD1, SD2 and SDXL"
@@ -29,6 +33,19 @@ _MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         r"base_conv_in\.",
         "a ControlNet-XS together with its base: give the ControlNetXSAdapter alone",
+        alike=True,
+    ),
+    Mistake(
+        r"(.*\.)?(enc|dec)_zero_convs_(in|out)\.",
+        "a ControlNet-XS in its authors' layout, which is not read: give one as diffusers saves it"
+        " (ControlNetXSAdapter)",
+        alike=True,
+    ),
+    Mistake(
+        r"(adapter\.)?body\.\d+\.(skep|down_opt)\.",
+        "a T2I-Adapter with convolutions on its shortcuts or between its levels (sk=False or use_conv=True of"
+        " the original class), which is not read: the original project's own code runs it",
+        alike=True,
     ),
     Mistake(r"(style_embedding$|spatial_feat_mapping\.)", "a T2I style or fusing adapter: not supported"),
     Mistake(r"(image_proj\.|ip_adapter\.)", "an IP-Adapter: give it as --ip-adapter FILE=PICTURE"),
@@ -60,12 +77,19 @@ _MISTAKES: tuple[Mistake, ...] = (
 )
 
 
-def mistake_in(entries: Mapping[str, Stored]) -> str | None:
-    """What a file without an adapter is, in words with what to do instead; None where it is not known."""
+def mistake_in(entries: Mapping[str, Stored], *, alike: bool = False) -> str | None:
+    """What a file is instead of an adapter, in words with what to do; None where it is not known.
+
+    ``alike``: of those alone that have an adapter's keys, too.
+    """
     for mistake in _MISTAKES:
+        if alike and not mistake.alike:
+            continue
         pattern = re.compile(mistake.sign)
         if any(pattern.match(key) for key in entries):
             return mistake.what
-    if len(entries) == 1 and len(next(iter(entries.values())).shape) in (1, 2):  # one vector per token
+    if (
+        not alike and len(entries) == 1 and len(next(iter(entries.values())).shape) in (1, 2)
+    ):  # one vector per token
         return "a textual inversion, by its single small tensor: give it as --embedding FILE"
     return None

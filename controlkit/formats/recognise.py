@@ -9,6 +9,7 @@ from typing import NamedTuple
 from controlkit.formats import keys, t2i_keys
 from controlkit.formats.near_misses import mistake_in
 from controlkit.formats.weight_file import Stored
+from controlkit.naming import first_of
 
 KINDS: Mapping[str, str] = {
     "controlnet": "a ControlNet",
@@ -63,7 +64,7 @@ def recognise(entries: Mapping[str, Stored], where: object) -> Recognised:
     names = {key: renamer(key) for key in own}
     strange = [key for key, name in names.items() if name is None]
     if strange:
-        raise ValueError(f"{where} holds {_first_of(strange)}, which {KINDS[kind]} does not have")
+        raise ValueError(f"{where} holds {first_of(strange)}, which {KINDS[kind]} does not have")
     renamed = {key: name for key, name in names.items() if name is not None}
     if len(set(renamed.values())) != len(renamed):
         raise ValueError(f"{where} holds the same tensors twice, with and without a prefix")
@@ -75,11 +76,13 @@ _WRAPPED = "module."
 
 def _kind(entries: Mapping[str, Stored], where: object) -> tuple[str, str, str]:
     """The kind, the layout and the prefix of the keys."""
+    if (held := mistake_in(entries, alike=True)) is not None:
+        raise ValueError(f"{where} is {held}")
     if LORA_KEY in entries:
         return "control-lora", "original", ""
     if any(key.startswith("lllite_unet") for key in entries):
         return "lllite", "kohya", ""
-    if "control_to_base_for_conv_in.weight" in entries and "base_conv_in.weight" not in entries:
+    if "control_to_base_for_conv_in.weight" in entries:
         return "controlnet-xs", "diffusers", ""
     if UNION_KEY in entries and any(key.startswith("control_add_embedding.") for key in entries):
         return "controlnet-union", "diffusers", ""
@@ -106,7 +109,7 @@ def _kind(entries: Mapping[str, Stored], where: object) -> tuple[str, str, str]:
     held = mistake_in(entries)
     if held is not None:
         raise ValueError(f"{where} is {held}")
-    raise ValueError(f"{where} is no adapter that controlkit knows: it holds {_first_of(list(entries))}")
+    raise ValueError(f"{where} is no adapter that controlkit knows: it holds {first_of(list(entries))}")
 
 
 def _renamer(kind: str, layout: str, prefix: str, own: Sequence[str]) -> Callable[[str], str | None]:
@@ -122,7 +125,3 @@ def _renamer(kind: str, layout: str, prefix: str, own: Sequence[str]) -> Callabl
         counts = keys.counts_of_original(key.removeprefix(prefix) for key in own)
         return lambda key: keys.to_diffusers(key.removeprefix(prefix), counts) if prefix in key else None
     return lambda key: key  # a network's own names: what it does not have is found where it is built
-
-
-def _first_of(names: Sequence[str]) -> str:
-    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")

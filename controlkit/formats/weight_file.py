@@ -8,7 +8,7 @@ nested in it (``state_dict``, ``adapter``) is laid out flat. Which of the two a 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -57,6 +57,11 @@ class WeightFile:
         """Whether it is a pickle."""
         return self._state is not None or any(shard.is_pickle for shard in self._shards)
 
+    @property
+    def size(self) -> int:
+        """In bytes, of all shards."""
+        return sum(shard.size for shard in self._shards) or self.path.stat().st_size
+
     def read(self, keys: Iterable[str]) -> dict[str, Tensor]:
         """The tensors of these keys, on the CPU, in the file's precision. Raises ValueError if damaged."""
         if self._state is not None:
@@ -72,6 +77,18 @@ class WeightFile:
                 return {key: opened.get_tensor(key) for key in keys}
         except (SafetensorError, OSError, RuntimeError) as error:
             raise ValueError(f"{self.path} is damaged: {error}") from error
+
+    def hollow(self) -> WeightFile:
+        """The same entries with tensors that have shapes and no numbers (torch's "meta"): nothing is read."""
+        import torch
+
+        state = {
+            key: torch.empty(
+                entry.shape, dtype=getattr(torch, FLOATS.get(entry.dtype, "float32")), device="meta"
+            )
+            for key, entry in self.entries.items()
+        }
+        return replace(self, metadata={}, _state=state, _shards=())
 
     def check_hash(self) -> None:
         """Raise ValueError, naming the file, if its header knows the tensors' hash and they have another."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from controlkit import files
 from controlkit.folders import write_weights
 from controlkit.formats import keys, t2i_keys
-from controlkit.formats.building import check_finite, first_of
+from controlkit.formats.building import check_finite
 from controlkit.formats.description import AdapterInfo, header_entries
 from controlkit.formats.structure import CLASS_NAMES
+from controlkit.naming import first_of
 
 LAYOUTS: Mapping[str, str] = {
     "diffusers": "a folder, as diffusers saves it",
@@ -32,6 +33,8 @@ _KINDS = {name: kind for kind, name in reversed(list(CLASS_NAMES.items()))}
 def kind_of(network: nn.Module) -> str:
     """The kind (of `recognise.KINDS`) of a network. Raises ValueError for one that is no adapter."""
     name = type(network).__name__
+    if name == "LLLite":
+        raise ValueError("a ControlNet-LLLite is read only: it cannot be written in any layout")
     if name not in _KINDS:
         raise ValueError(f"a {name} is no adapter that can be written; known are {', '.join(_KINDS)}")
     return _KINDS[name]
@@ -50,11 +53,11 @@ def check_single_name(path: str | Path) -> None:
         raise ValueError(f"cannot write {path}: the name of one file of weights must end with {SUFFIX}")
 
 
-def stored(network: nn.Module, dtype: torch.dtype | None, what: str = "adapter") -> dict[str, Tensor]:
+def stored(
+    state: Mapping[str, Tensor], dtype: torch.dtype | None, what: str = "adapter"
+) -> dict[str, Tensor]:
     """A network's tensors as they are stored, on the CPU. Raises ValueError if one is not finite then."""
-    tensors = {
-        key: tensor.detach().to("cpu", dtype).contiguous() for key, tensor in network.state_dict().items()
-    }
+    tensors = {key: tensor.detach().to("cpu", dtype).contiguous() for key, tensor in state.items()}
     as_type = f" as {str(dtype).removeprefix('torch.')}" if dtype else ""
     check_finite(tensors, f"cannot save the {what}{as_type}")
     return tensors
@@ -77,8 +80,8 @@ def write_file(
     """
     kind = kind_of(network)
     check_single_name(path)
-    names = _original_names(network, kind) if layout == "original" else None
-    tensors = stored(network, dtype)
+    names = original_names(network.state_dict(), kind) if layout == "original" else None
+    tensors = stored(network.state_dict(), dtype)
     if names is not None:
         tensors = {names[key]: tensor for key, tensor in tensors.items()}
     write_tensors(
@@ -100,9 +103,9 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
         write_weights(temporary, tensors, metadata)
 
 
-def _original_names(network: nn.Module, kind: str) -> dict[str, str]:
+def original_names(ours: Iterable[str], kind: str) -> dict[str, str]:
     """The original project's name of every tensor. Raises ValueError for a kind or a tensor that it lacks."""
-    ours = list(network.state_dict())
+    ours = list(ours)
     if kind == "controlnet":
         counts = keys.counts_of_diffusers(ours)
         names = {key: keys.to_original(key, counts) for key in ours}
@@ -113,9 +116,7 @@ def _original_names(network: nn.Module, kind: str) -> dict[str, str]:
         names = {key: t2i_keys.to_original(key, light=light, blocks=blocks) for key in ours}
         prefix = ""
     else:
-        raise ValueError(
-            f"a {type(network).__name__} has no original layout: write it as diffusers or single"
-        )
+        raise ValueError(f"a {CLASS_NAMES[kind]} has no original layout: write it as diffusers or single")
     without = [key for key, name in names.items() if name is None]
     if without:
         raise ValueError(f"the original layout has no place for {first_of(without)}")
