@@ -210,7 +210,7 @@ def test_folders_that_hold_something_else(folder: Path, bases: dict[str, Base], 
     refusal(run, bases["sd1"], f"did you mean {run / 'controlnet'}?")
     (folder / "config.json").write_text(json.dumps({"_class_name": "UNet2DConditionModel"}))
     refusal(folder, bases["sd1"], "holds a UNet2DConditionModel, not a ControlNetModel")
-    refusal(folder / "config.json", bases["sd1"], "config.json is cut short or is not a safetensors file")
+    refusal(folder / "config.json", bases["sd1"], "config.json is a text, not weights")
 
 
 def test_names_that_lead_nowhere(bases: dict[str, Base]) -> None:
