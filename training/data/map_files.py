@@ -94,7 +94,8 @@ def read_levels(
     are any; otherwise they become 8. With ``depth``, what is no picture of 8 bits (npy, npz, pfm, EXR, PNG
     and TIFF of 16 bits or floats, arrays of other types than uint8) is read as depth
     (:func:`controlkit.preprocessors.read_depth`), whose range becomes black to white: near is white.
-    ``metric`` says that values grow with the distance, and pictures of 8 bits are then read so, too.
+    ``metric`` says that values grow with the distance, and pictures of 8 bits are then read so, too; without
+    it they do in an EXR's channel Z or depth alone.
     ``fill`` fills holes in depth from around them.
 
     Raises:
@@ -162,7 +163,7 @@ def _is_float(content: bytes | NDArray[Any]) -> bool:
 def _depth_levels(content: bytes | NDArray[Any], *, grey: bool, metric: bool, fill: bool) -> NDArray[Any]:
     from controlkit.preprocessors import depth_to_map, read_depth
 
-    inverse = read_depth(content, metric=metric, fill=fill)
+    inverse = read_depth(content, metric=metric or None, fill=fill)
     if not grey:
         return depth_to_map(inverse)
     low, high = float(inverse.min()), float(inverse.max())
