@@ -703,6 +703,19 @@ def test_warnings_do_not_change_the_exit_code(
     assert "warning: unpaired map, 1\n  canny/x.png is named by no row of metadata.jsonl" in out
 
 
+def test_maps_whose_kind_cannot_be_told_are_said(
+    tmp_path: Path, run: Callable[..., tuple[int, str, str]]
+) -> None:
+    folder = make_set(tmp_path / "set", 3)
+    put(folder / "canny/1.png", encoded(photograph(1)))
+    for _ in range(2):  # the second time from memory
+        code, out, _ = run(folder)
+        assert code == 0
+        assert f"note: unknown kind, 1\n  {folder}/canny/1.png: its kind cannot be told, so only" in out
+        assert "cure: say what the maps are with --map KIND" in out
+    assert "unknown kind" not in run(folder, "--map", "canny")[1]
+
+
 def test_pictures_without_a_map_are_told_what_to_do(
     tmp_path: Path, run: Callable[..., tuple[int, str, str]]
 ) -> None:

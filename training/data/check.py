@@ -14,7 +14,7 @@ from pathlib import PurePath
 
 from controlkit.preprocessors.linting import KINDS
 from controlkit.training.config_adapter import DataRecipe
-from controlkit.training.data.check_facts import Facts, look_at_map, look_at_picture
+from controlkit.training.data.check_facts import UNKNOWN_KIND, Facts, look_at_map, look_at_picture
 from controlkit.training.data.check_memory import Memory
 from controlkit.training.data.check_result import UNPAIRED_MAP, UNPAIRED_PICTURE
 from controlkit.training.data.check_result import Check as Check
@@ -47,8 +47,8 @@ def check_examples(
     set, a map of another aspect than its picture, a pose that is none, a caption that is none, a map that
     cannot be mirrored where `data.flip` mirrors it, a coloured one where `data.map_mode` is grey. Warnings:
     files that are in no pair; and, with `lint`, what `controlkit.preprocessors.lint` finds in maps of a
-    `kind` that it knows ("": it guesses). Notes: a map of another size, the same picture twice, tiny and grey
-    pictures, no caption.
+    `kind` that it knows ("": it guesses). Notes: a map whose kind cannot be guessed or of another size, the
+    same picture twice, tiny and grey pictures, no caption.
 
     Without `lint`, PNG files are judged by their check sums and not unpacked, so that grey ones do not show.
     remember: keep what was found about each file in the cache folder, and do not look again at files that
@@ -145,7 +145,9 @@ def _look(
         role = " ".join(part for part in (what, use.name, kind) if part)
         facts = _facts(piece, role, kind is not None, look, memory, findings)
         if facts:
-            findings += _about_map(piece, facts, size, use)
+            found = _about_map(piece, facts, size, use)
+            # Of a stack, each has a kind of its own, which cannot be said.
+            findings += [one for one in found if len(example.maps) == 1 or one[1] != UNKNOWN_KIND]
             rest.append(facts.digest)
     if not example.caption:
         findings.append(
@@ -211,7 +213,8 @@ def _about_map(piece: Piece, facts: Facts, size: tuple[int, int] | None, use: Ma
     if use.name and facts.refused:
         yield "error", "unfit", facts.refused, ""
     for code, message, cure in facts.lint:
-        yield "warning", code, f"{piece.name}: {message}", cure
+        severity = "note" if code == UNKNOWN_KIND else "warning"
+        yield severity, code, f"{piece.name}: {message}", cure
     if facts.people == 0:
         yield "warning", "nobody", f"{piece.name} holds no person: its map is black", "take the pair out"
     if size is None or size == (facts.width, facts.height):
