@@ -703,6 +703,17 @@ def test_warnings_do_not_change_the_exit_code(
     assert "warning: unpaired map, 1\n  canny/x.png is named by no row of metadata.jsonl" in out
 
 
+def test_numbers_are_depth_alone(tmp_path: Path, run: Callable[..., tuple[int, str, str]]) -> None:
+    put(tmp_path / "set/images/a.png", GOOD_PNG)
+    (tmp_path / "set/maps").mkdir()
+    np.save(tmp_path / "set/maps/a.npy", photograph()[..., 0].astype(np.float32))
+    assert run(tmp_path / "set", "--map", "depth", "--sheet", tmp_path / "sheet.png")[0] == 0
+    for kind in ([], ["--map", "canny"]):
+        code, out, _ = run(tmp_path / "set", *kind)
+        assert code == 1
+        assert "maps/a.npy holds numbers (npy, npz, pfm, EXR), which are read where the map is depth" in out
+
+
 def test_maps_whose_kind_cannot_be_told_are_said(
     tmp_path: Path, run: Callable[..., tuple[int, str, str]]
 ) -> None:

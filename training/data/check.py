@@ -138,7 +138,7 @@ def _look(
         findings += _about_picture(example.name, picture, size, data)
     rest = []
     kind = lint_kind if len(example.maps) == 1 or lint_kind is None else ""  # each of a stack is of its own
-    for piece, use in zip(example.maps, _uses(example, data, map_kind), strict=True):
+    for piece, use in zip(example.maps, uses_for(example, data, map_kind), strict=True):
         look = partial(look_at_map, canvas=size, kind=kind, use=use)
         # A pose may have no canvas of its own, so what is found depends on the picture's size.
         what = f"pose {size}" if piece.name.endswith(".json") else "depth" * (use.sense == "depth") or "map"
@@ -203,7 +203,7 @@ def _about_picture(name: str, facts: Facts, size: tuple[int, int], data: DataRec
         yield "note", "grey", f"{name} has no colour", ""
 
 
-def _uses(example: Example, data: DataRecipe, kind: str) -> list[MapUse]:
+def uses_for(example: Example, data: DataRecipe, kind: str) -> list[MapUse]:
     """What visits ask of each map; of one whose kind nobody said, the name of its folder may tell it."""
     folder = PurePath(example.maps[0].name).parent.name if example.maps and not kind else ""
     return uses_of(data, kind=kind or folder, count=len(example.maps))

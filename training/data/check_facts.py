@@ -100,7 +100,7 @@ def _map_facts(
         return Facts(content.shape[1], content.shape[0], digest)
     if is_json(content):
         return _pose_facts(content, digest, piece.name, canvas)
-    if use.sense == "depth" and is_numbers(content):
+    if is_numbers(content):
         levels = use.levels(content, piece.name)
         return Facts(levels.shape[1], levels.shape[0], digest)
     if kind is None and (size := _whole_png(content)):

@@ -59,6 +59,11 @@ def is_numbers(content: bytes | NDArray[Any]) -> bool:
     return isinstance(content, bytes) and content.startswith(_NO_PICTURES)
 
 
+def _not_depth(name: str) -> str:
+    """Why a file of numbers cannot be another map."""
+    return f"{name} holds numbers (npy, npz, pfm, EXR), which are read where the map is depth, and only there"
+
+
 def grey_pose(name: str) -> str:
     """Why a pose cannot be a grey map."""
     return f"{name} is a pose, which is drawn in colours, and data.map_mode is grey"
@@ -101,6 +106,8 @@ def read_levels(
     Raises:
         ValueError: one line with ``name``: it cannot be read, or is coloured where it must be grey.
     """
+    if not depth and is_numbers(content):
+        raise ValueError(_not_depth(name))
     with _named(name):
         is_deep = _is_deep(content)
         if depth and (metric or is_deep):
