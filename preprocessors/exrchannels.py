@@ -10,8 +10,9 @@ _Layer = Mapping[str, str]  # last parts of names, in small letters, to the whol
 def depth_channels(names: Sequence[str]) -> tuple[list[str], bool]:
     """Return the channels that hold the depth (one, or R, G and B), and whether it is a distance.
 
-    OpenEXR reserves the name Z for the distance from the viewer; what is named depth is taken so, too. Y, V
-    and colours may say anything. What lies in no layer goes first, then what lies in a layer named depth.
+    OpenEXR reserves the name Z for the distance from the viewer; what is named depth, or lies in a layer of
+    that name, is taken so, too. Y, V and colours may say anything. What lies in no layer goes first, then
+    what lies in a layer named depth.
 
     Raises:
         ValueError: none does, or several do; the message continues the file's name.
@@ -25,11 +26,13 @@ def depth_channels(names: Sequence[str]) -> tuple[list[str], bool]:
     inner = list(layers.values())
     for found in (
         _all(_distance(own)),
-        _all(_distance(layer) or _value(layer) for layer in named),
+        _all(_distance(layer) or _value(layer) or _single(layer) for layer in named),
         _all(map(_distance, inner)),
     ):
         if found:
             return [_only(found)], True
+    if colours := _only_colours(named):
+        return colours, True
     return _without_distance(names, own, inner), False
 
 
@@ -41,9 +44,8 @@ def _without_distance(names: Sequence[str], own: _Layer, inner: Sequence[_Layer]
         return colours
     if alone := _all(_value(layer) for layer in inner if len(layer) == 1):
         return [_only(alone)]
-    if pictures := [colours for colours in map(_colours, inner) if colours]:
-        _only([colours[0] for colours in pictures])
-        return pictures[0]
+    if colours := _only_colours(inner):
+        return colours
     if len(names) == 1:
         return list(names)
     raise ValueError(f"has no channel Z that is a depth (it has {', '.join(names)})")
@@ -59,8 +61,19 @@ def _value(layer: _Layer) -> str:
     return next((layer[one] for one, beside in _PARTNERS.items() if one in layer and beside not in layer), "")
 
 
+def _single(layer: _Layer) -> str:
+    return next(iter(layer.values())) if len(layer) == 1 else ""
+
+
 def _colours(layer: _Layer) -> list[str]:
     return [layer[one] for one in "rgb"] if all(one in layer for one in "rgb") else []
+
+
+def _only_colours(layers: Sequence[_Layer]) -> list[str]:
+    found = [colours for colours in map(_colours, layers) if colours]
+    if len(found) > 1:
+        _only([colours[0] for colours in found])  # says which there are
+    return found[0] if found else []
 
 
 def _all(found: str | Iterable[str]) -> list[str]:
