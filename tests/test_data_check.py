@@ -717,14 +717,17 @@ def test_numbers_are_depth_alone(tmp_path: Path, run: Callable[..., tuple[int, s
 def test_maps_whose_kind_cannot_be_told_are_said(
     tmp_path: Path, run: Callable[..., tuple[int, str, str]]
 ) -> None:
-    folder = make_set(tmp_path / "set", 3)
-    put(folder / "canny/1.png", encoded(photograph(1)))
+    folder = tmp_path / "set"
+    put(folder / "images/1.png", GOOD_PNG)
+    put(folder / "maps/1.png", encoded(photograph(1)))
     for _ in range(2):  # the second time from memory
         code, out, _ = run(folder)
         assert code == 0
-        assert f"note: unknown kind, 1\n  {folder}/canny/1.png: its kind cannot be told, so only" in out
+        assert f"note: unknown kind, 1\n  {folder}/maps/1.png: its kind cannot be told, so only" in out
         assert "cure: say what the maps are with --map KIND" in out
     assert "unknown kind" not in run(folder, "--map", "canny")[1]
+    (folder / "maps").rename(folder / "canny")  # which says it
+    assert "warning: photo, 1" in run(folder)[1]
 
 
 def test_pictures_without_a_map_are_told_what_to_do(

@@ -137,7 +137,7 @@ def _look(
     if picture and size:
         findings += _about_picture(example.name, picture, size, data)
     rest = []
-    kind = lint_kind if len(example.maps) == 1 or lint_kind is None else ""  # each of a stack is of its own
+    kind = _kind_to_lint(example, lint_kind)
     for piece, use in zip(example.maps, uses_for(example, data, map_kind), strict=True):
         look = partial(look_at_map, canvas=size, kind=kind, use=use)
         # A pose may have no canvas of its own, so what is found depends on the picture's size.
@@ -205,8 +205,22 @@ def _about_picture(name: str, facts: Facts, size: tuple[int, int], data: DataRec
 
 def uses_for(example: Example, data: DataRecipe, kind: str) -> list[MapUse]:
     """What visits ask of each map; of one whose kind nobody said, the name of its folder may tell it."""
-    folder = PurePath(example.maps[0].name).parent.name if example.maps and not kind else ""
-    return uses_of(data, kind=kind or folder, count=len(example.maps))
+    return uses_of(data, kind=kind or _folder(example), count=len(example.maps))
+
+
+def _kind_to_lint(example: Example, asked: str | None) -> str | None:
+    """What a map is looked through for: the kind asked for, else its folder's name; "" has it guessed."""
+    if asked is None:
+        return None
+    if len(example.maps) != 1:
+        return ""  # each of a stack is of its own kind
+    folder = _folder(example)
+    return asked or (folder if folder in KINDS else "")
+
+
+def _folder(example: Example) -> str:
+    """The name of the folder that the maps lie in; "" where there are none."""
+    return PurePath(example.maps[0].name).parent.name if example.maps else ""
 
 
 def _about_map(piece: Piece, facts: Facts, size: tuple[int, int] | None, use: MapUse) -> Iterator[_Found]:
