@@ -62,7 +62,7 @@ def read_depth(source: "DepthSource", *, metric: bool | None = None, fill: bool 
     if values.ndim != 2 or values.size == 0:
         raise ValueError(f"{name} has the shape {values.shape}; depth is (height, width)")
     is_metric = is_distance if metric is None else metric
-    return _inverse(values.astype(np.float64), metric=is_metric, fill=fill)
+    return _inverse(values, metric=is_metric, fill=fill)
 
 
 def write_depth_png16(path: PathLike, depth: np.ndarray) -> None:
@@ -94,7 +94,9 @@ def write_depth_npy(path: PathLike, depth: np.ndarray) -> None:
 
 
 def _inverse(values: np.ndarray, *, metric: bool, fill: bool) -> np.ndarray:
-    """Return float64 (H, W), NaN and infinity included, as inverse depth, its holes filled."""
+    """Return (H, W) numbers, NaN and infinity included, as inverse depth, its holes filled."""
+    with np.errstate(invalid="ignore"):  # NaNs that signal
+        values = values.astype(np.float64)
     sky = np.isfinite(values) & (values >= _SKY) if metric else np.zeros(values.shape, bool)
     with np.errstate(all="ignore"):
         inverse = (np.where(values > 0, 1.0 / values, np.nan) if metric else values).astype(np.float32)

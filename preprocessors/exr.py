@@ -67,7 +67,7 @@ def _read_channels(data: bytes, header: _Header, wanted: list[str]) -> dict[str,
     rows = _ROWS[header.compression]
     blocks = -(-height // rows)
     for offset in struct.unpack_from(f"<{blocks}Q", data, header.end):
-        row, size = struct.unpack_from("<ii", data, offset)
+        row, size = struct.unpack_from("<ii", data, offset) if offset < len(data) else (top - 1, 0)
         first = row - top
         count = min(rows, height - first)
         if not 0 <= first < height or offset + 8 + size > len(data):

@@ -4,6 +4,7 @@ import io
 import os
 import struct
 import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -506,6 +507,16 @@ def test_other_exr_is_refused_with_the_cure(content: bytes, message: str) -> Non
     with pytest.raises(ValueError, match=message) as caught:
         read_depth(content)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("error")
+def test_no_damaged_byte_of_an_exr_is_a_traceback() -> None:
+    whole = _exr({"Z": FLOATS, "R": FLOATS})
+    for at in range(600):
+        damaged = bytearray(whole)
+        damaged[at] = 255 - damaged[at]
+        with suppress(ValueError):
+            assert read_depth(bytes(damaged)).ndim == 2
 
 
 def test_a_grey_map_of_16_bits_keeps_its_numbers() -> None:
