@@ -371,6 +371,9 @@ def draw(
     output: Output = "drawn.png",
     size: Annotated[Text, option("WxH", "The map's size.  [default: the canvas's]")] = None,
     canvas: Annotated[Text, option("WxH", "What the joints refer to, if the file does not say.")] = None,
+    picture: Annotated[
+        int | None, option("N", "Which of the pictures in the file, from 1.  [default: the only one]")
+    ] = None,
     style: Annotated[str, option("NAME", "v1.1, v1.0 or xinsir.")] = "v1.1",
     mirror: Annotated[bool, typer.Option("--mirror", help="Exchange left and right.")] = False,
     drop: Annotated[
@@ -387,7 +390,9 @@ def draw(
         mirror=mirror, drop=drop or (), drop_random=drop_random, jitter=jitter, seed=seed
     )
     with terminal.opened():
-        written = draw_job.draw(pose, output=output, size=size, canvas=canvas, style=style, changes=changes)
+        written = draw_job.draw(
+            pose, output=output, size=size, canvas=canvas, style=style, changes=changes, picture=picture
+        )
     for path in written:
         print(f"wrote {path}")
     print("follow it with:")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from controlkit.training.config_adapter import DataRecipe
     from controlkit.training.data.check import Check
     from controlkit.training.data.examples import Example, Examples, Piece
+    from controlkit.training.data.map_use import MapUse
 
 SHEET_PAIRS, SHEET_COLUMNS = 12, 6
 NAMES = 5
@@ -81,7 +82,7 @@ def check_data(
         examples, data=data, kind=kind, lint=lint, report=lambda _: None, progress=report.progress
     )
     written = []
-    if sheet and write_sheet(sheet, examples, check):
+    if sheet and write_sheet(sheet, examples, check, data=data, kind=kind):
         written.append(Path(sheet))
     if json:
         files.write_json(json, as_json(check))
@@ -115,13 +116,13 @@ def as_json(check: Check) -> dict[str, Any]:
     }
 
 
-def write_sheet(path: str, examples: Examples, check: Check) -> bool:
+def write_sheet(path: str, examples: Examples, check: Check, *, data: DataRecipe, kind: str) -> bool:
     """Write a contact sheet of some of the pairs, picture beside map; False where none can be shown."""
     from controlkit.images import write_png
     from controlkit.sheets import contact_sheet
 
     step = max(1, -(-len(check.usable) // SHEET_PAIRS))
-    pairs = [_cells(examples[index]) for index in check.usable[::step]]
+    pairs = [_cells(examples[index], data, kind) for index in check.usable[::step]]
     if not pairs:
         return False
     beside = max(1, SHEET_COLUMNS // max(map(len, pairs)))  # pairs in a row
@@ -130,10 +131,14 @@ def write_sheet(path: str, examples: Examples, check: Check) -> bool:
     return True
 
 
-def _cells(example: Example) -> list[tuple[np.ndarray, str]]:
+def _cells(example: Example, data: DataRecipe, kind: str) -> list[tuple[np.ndarray, str]]:
     """The picture above its file's name, then its maps, the first above the caption."""
-    picture = _pixels(example.picture, None)
-    maps = [_pixels(piece, (picture.shape[1], picture.shape[0])) for piece in example.maps]
+    from controlkit import images
+    from controlkit.training.data.check import uses_for
+
+    picture = images.load_picture(example.picture.read())
+    uses = uses_for(example, data, kind)
+    maps = [_map_pixels(piece, use, picture) for piece, use in zip(example.maps, uses, strict=True)]
     labels = [
         Path(example.name).name,
         example.caption,
@@ -142,13 +147,15 @@ def _cells(example: Example) -> list[tuple[np.ndarray, str]]:
     return list(zip([picture, *maps], labels, strict=False))
 
 
-def _pixels(piece: Piece, canvas: tuple[int, int] | None) -> np.ndarray:
+def _map_pixels(piece: Piece, use: MapUse, picture: np.ndarray) -> np.ndarray:
     from controlkit import images, preprocessors
-    from controlkit.training.data.map_files import is_json, read_joints
+    from controlkit.training.data.map_files import is_json, is_numbers, read_joints
 
     content = piece.read()
+    if is_numbers(content):
+        return replace(use, grey=False).levels(content, piece.name)
     if isinstance(content, bytes) and is_json(content):
-        width, height = canvas or (None, None)
+        height, width = picture.shape[:2]
         return preprocessors.poses_to_map(read_joints(content, piece.name, width=width, height=height)).image
     return images.load_picture(content)
 

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import struct
 import threading
 import warnings
@@ -30,6 +31,8 @@ _LOOKALIKES = {
     b"version https://git-lfs": "a Git LFS pointer (run `git lfs pull`)",
     b"%pdf": "a PDF",
 }
+_JSON = re.compile(rb'[\[{]\s*(["\[{}\]]|$)')
+_HEIC = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}  # of the ISO media formats
 DECODE_ERRORS = (
     OSError,
     SyntaxError,
@@ -96,6 +99,10 @@ def _what_it_is(file: io.BytesIO | io.BufferedReader, formats: Sequence[str]) ->
     for prefix, kind in _LOOKALIKES.items():
         if start.startswith(prefix):
             return f"is not a picture but {kind}"
+    if _JSON.match(start.removeprefix(b"\xef\xbb\xbf").lstrip()):
+        return "is not a picture but a JSON file (a pose is drawn first: `controlkit draw FILE`)"
+    if start[4:8] == b"ftyp" and start[8:12] in _HEIC:
+        return "is a HEIC picture, as iPhones save them, which is not read here: convert it to JPEG"
     return f"is not a picture of a format that is read here ({', '.join(formats)})"
 
 

@@ -44,10 +44,12 @@ def draw(
     canvas: str | None = None,
     style: str = "v1.1",
     changes: Changes | None = None,
+    picture: int | None = None,
 ) -> list[Path]:
     """Draw the poses of a JSON file; returns the files written: the map, and the changed joints beside it.
 
-    ``canvas`` is the size that the joints refer to, for files that do not say it; ``size`` is the map's.
+    ``canvas`` is the size that the joints refer to, for files that do not say it; ``size`` is the map's;
+    ``picture`` is the one of several in the file, counted from 1.
     Raises ValueError for a file that is no pose, an unknown limb or style, a number out of range, or an
     output that cannot be written or is the input.
     """
@@ -58,7 +60,8 @@ def draw(
     if is_beside and (changes != Changes() or size):
         raise ValueError(f"the changed joints would overwrite {pose}: choose another -o")
     width, height = parse_size(canvas) if canvas else (None, None)
-    poses = _changed(preprocessors.read_poses(pose, width=width, height=height), changes)
+    read = preprocessors.read_poses(pose, width=width, height=height, picture=picture)
+    poses = _changed(read, changes)
     map_width, map_height = parse_size(size) if size else (None, None)
     made = preprocessors.poses_to_map(poses, width=map_width, height=map_height, style=style)
     for file in (path, joints):

@@ -48,6 +48,11 @@ class Verdict:
         kind = f"{self.kind or 'unknown kind'}{' (guessed)' if self.guessed and self.kind else ''}"
         return [f"{self.path}: {kind}: {found.message}. Cure: {found.cure}." for found in self.findings]
 
+    @property
+    def is_open(self) -> bool:
+        """Whether nothing but the size could be looked at, for want of a kind."""
+        return not self.kind and all(found.code in ("size", "aspect") for found in self.findings)
+
 
 @dataclass(frozen=True)
 class Result:
@@ -65,9 +70,15 @@ class Result:
         count = len(self.verdicts)
         looked = f"looked at {count} map{'s' * (count != 1)}"
         wrong = sum(bool(verdict.findings) for verdict in self.verdicts)
-        if not wrong:
-            return f"{looked}: nothing found"
-        return f"{looked}: {wrong} with findings, {count - wrong} without"
+        found = f"{wrong} with findings, {count - wrong} without" if wrong else "nothing found"
+        return f"{looked}: {found}{self._about_kinds()}"
+
+    def _about_kinds(self) -> str:
+        unknown = sum(verdict.is_open for verdict in self.verdicts)
+        if not unknown:
+            return ""
+        whose = "its kind" if len(self.verdicts) == 1 else f"the kind of {unknown}"
+        return f"; {whose} cannot be told, so only what holds for every map was checked: say it with --kind"
 
 
 def plan(maps: Sequence[str], *, kind: str = "", picture: str = "") -> Plan:

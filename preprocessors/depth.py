@@ -34,9 +34,10 @@ class Depth(Preprocessor):
 
     With ``model="file"`` nothing is estimated: the picture is depth from a sensor or a renderer, read by
     :func:`controlkit.preprocessors.read_depth` in all its bits. ``metric=True`` says that its values grow
-    with the distance (metres, millimetres); without it they grow towards the viewer (disparity, and what
-    :func:`controlkit.preprocessors.write_depth_png16` writes). ``fill=True`` fills the holes that sensors
-    leave from the nearest measured pixels; without it they are black.
+    with the distance (metres, millimetres), ``metric=False`` that they grow towards the viewer (disparity,
+    and what :func:`controlkit.preprocessors.write_depth_png16` writes). Without either the file decides: the
+    channel Z or depth of an EXR is a distance, all else grows towards the viewer. ``fill=True`` fills the
+    holes that sensors leave from the nearest measured pixels; without it they are black.
 
     Raises:
         ValueError: one line: an unknown name, missing or damaged weights, an option out of range.
@@ -52,7 +53,7 @@ class Depth(Preprocessor):
         precision: str = "auto",
         clip: float = 0.0,
         tile: int = 0,
-        metric: bool = False,
+        metric: bool | None = None,
         fill: bool = False,
         resolution: int = 0,
     ) -> None:
@@ -70,7 +71,7 @@ class Depth(Preprocessor):
             raise ValueError("depth's fill is for model=file: networks leave no holes")
         self.model = model
         self._options: dict[str, float | str] = {"clip": clip}
-        from_file = {"metric": metric, "fill": fill}
+        from_file = {"fill": fill} if metric is None else {"metric": metric, "fill": fill}
         self._options |= from_file if model == FROM_FILE else {"tile": tile, "precision": precision}
         self._clip, self._tile, self._from_file = clip, tile, from_file
         self._network = None

@@ -17,7 +17,7 @@ from PIL import Image, UnidentifiedImageError
 
 from controlkit.files import PathLike, write_bytes
 from controlkit.images import DECODE_ERRORS, DEFAULT_MAX_PIXELS, load_picture
-from controlkit.preprocessors.exr import read_exr
+from controlkit.preprocessors.exr import UnreadKind, read_exr
 
 if TYPE_CHECKING:
     import torch
@@ -25,27 +25,33 @@ if TYPE_CHECKING:
     DepthSource = PathLike | bytes | Image.Image | np.ndarray | torch.Tensor
 
 _GREY_TOLERANCE = 8  # levels of 255 by which channels may differ: what JPEG does to a grey picture
+_SKY = 1e9  # metres or millimetres; Blender writes 1e10 where its rays hit nothing
+_EXR = b"v/1\x01"
 _DAMAGE = (*DECODE_ERRORS, zipfile.BadZipFile, zlib.error)
 
 
-def read_depth(source: "DepthSource", *, metric: bool = False, fill: bool = False) -> np.ndarray:
+def read_depth(source: "DepthSource", *, metric: bool | None = None, fill: bool = False) -> np.ndarray:
     """Return depth from a file or array as inverse depth: float32 (H, W), larger is nearer, finite.
 
     ``source`` is a path, the bytes of a file, a PIL image, or an array or tensor of any real type, of the
     shape (H, W) or with an axis of equal channels. Files, recognised by their content: PNG and TIFF of 8 or
     16 bits, TIFF of 32-bit floats, ``.npy`` and ``.npz`` (with one array; pickled objects are refused),
-    ``.pfm``, ``.exr`` (the channel Z or Y, or equal R, G and B), and 8-bit pictures of other formats.
+    ``.pfm``, ``.exr`` (the channel Z or Y, or equal R, G and B; of several passes that named depth), and
+    8-bit pictures of other formats.
 
-    ``metric`` says that values grow with the distance; they are inverted (1 / depth). Holes (NaN, infinity,
-    transparent pixels, and with ``metric`` zero and less) become as far as the farthest value, so they are
-    black in the map and leave the range of the rest as it is; with ``fill`` they become as far as the
-    measured pixel that is nearest to them in the picture. Where all is a hole, the depth is 0 throughout.
+    ``metric`` says that values grow with the distance; they are inverted (1 / depth). None leaves it to the
+    file: an EXR's channel Z or depth is a distance, as OpenEXR defines it; everything else counts as larger
+    is nearer. Holes (NaN, infinity, transparent pixels, what an EXR stores no pixels for, and with ``metric``
+    zero and less) become as far as the farthest value, so they are black in the map and leave the range of
+    the rest as it is; with ``fill`` they become as far as the measured pixel that is nearest to them in the
+    picture. So does a renderer's sky (with ``metric`` values from 1e9 on), which is never filled. Where all
+    is a hole, the depth is 0 throughout.
 
     Raises:
         ValueError: one line with the file's name: it is missing, damaged, too large, coloured (equal channels
             are needed), or of a format that holds no depth.
     """
-    values = _values(source)
+    values, is_distance = _values(source)
     if values.ndim == 3 and 1 in (values.shape[0], values.shape[2]):
         values = values.reshape(values.shape[1:] if values.shape[0] == 1 else values.shape[:2])
     name = _name(source)
@@ -55,7 +61,8 @@ def read_depth(source: "DepthSource", *, metric: bool = False, fill: bool = Fals
         values = _one_channel(values, name)
     if values.ndim != 2 or values.size == 0:
         raise ValueError(f"{name} has the shape {values.shape}; depth is (height, width)")
-    return _inverse(values.astype(np.float64), metric=metric, fill=fill)
+    is_metric = is_distance if metric is None else metric
+    return _inverse(values, metric=is_metric, fill=fill)
 
 
 def write_depth_png16(path: PathLike, depth: np.ndarray) -> None:
@@ -87,17 +94,22 @@ def write_depth_npy(path: PathLike, depth: np.ndarray) -> None:
 
 
 def _inverse(values: np.ndarray, *, metric: bool, fill: bool) -> np.ndarray:
-    """Return float64 (H, W), NaN and infinity included, as inverse depth, its holes filled."""
+    """Return (H, W) numbers, NaN and infinity included, as inverse depth, its holes filled."""
+    with np.errstate(invalid="ignore"):  # NaNs that signal
+        values = values.astype(np.float64)
+    sky = np.isfinite(values) & (values >= _SKY) if metric else np.zeros(values.shape, bool)
     with np.errstate(all="ignore"):
         inverse = (np.where(values > 0, 1.0 / values, np.nan) if metric else values).astype(np.float32)
-        inverse[np.isinf(values)] = np.nan
+        inverse[np.isinf(values) | sky] = np.nan
     valid = np.isfinite(inverse)
+    farthest = inverse[valid].min() if valid.any() else np.float32(0.0)
+    inverse[sky] = farthest
+    valid |= sky
     if fill and valid.any() and not valid.all():
         from scipy import ndimage
 
         nearest = ndimage.distance_transform_edt(~valid, return_distances=False, return_indices=True)
         return inverse[tuple(nearest)]
-    farthest = inverse[valid].min() if valid.any() else np.float32(0.0)
     return np.where(valid, inverse, farthest)
 
 
@@ -122,8 +134,30 @@ def _name(source: object) -> str:
     return "the data given" if isinstance(source, bytes) else "the depth given"
 
 
-def _values(source: "DepthSource") -> np.ndarray:
-    """Return the values of depth as they are stored, of any type and shape."""
+def _values(source: "DepthSource") -> tuple[np.ndarray, bool]:
+    """Return the values of depth as they are stored, and whether the file says that they are distances."""
+    if not isinstance(source, (str, os.PathLike, bytes)):
+        return _held(source), False
+    name = _name(source)
+    data = source if isinstance(source, bytes) else _read_bytes(name)
+    try:
+        if data.startswith(_EXR):
+            return read_exr(data, max_pixels=DEFAULT_MAX_PIXELS)
+        for start, read in _READERS.items():
+            if data.startswith(start):
+                return read(data, name), False
+    except _Refused:
+        raise
+    except UnreadKind as error:
+        raise ValueError(f"{name} {error}") from error
+    except _DAMAGE as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{name} is damaged or cannot be read: {reason}") from error
+    return load_picture(source), False
+
+
+def _held(source: Any) -> np.ndarray:
+    """Return the values of what is no file, of any type and shape."""
     if isinstance(source, np.ndarray):
         return source
     if isinstance(source, Image.Image):
@@ -132,21 +166,8 @@ def _values(source: "DepthSource") -> np.ndarray:
         tensor: Any = source.detach().cpu()
         values = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
         return values.transpose(1, 2, 0) if values.ndim == 3 else values
-    if not isinstance(source, (str, os.PathLike, bytes)):
-        given = type(source).__name__
-        raise ValueError(f"depth is a path, bytes, a PIL image, an array or a tensor, not {given}")
-    name = _name(source)
-    data = source if isinstance(source, bytes) else _read_bytes(name)
-    for start, read in _READERS.items():
-        if data.startswith(start):
-            try:
-                return read(data, name)
-            except _Refused:
-                raise
-            except _DAMAGE as error:
-                reason = " ".join(str(error).split()) or type(error).__name__
-                raise ValueError(f"{name} is damaged or cannot be read: {reason}") from error
-    return load_picture(source)
+    given = type(source).__name__
+    raise ValueError(f"depth is a path, bytes, a PIL image, an array or a tensor, not {given}")
 
 
 class _Refused(ValueError):
@@ -207,10 +228,6 @@ def _read_pfm(data: bytes, name: str) -> np.ndarray:
     return values.reshape(height, width, channels)[::-1]
 
 
-def _read_exr(data: bytes, name: str) -> np.ndarray:
-    return read_exr(data, max_pixels=DEFAULT_MAX_PIXELS)
-
-
 def _read_raster(data: bytes, name: str) -> np.ndarray:
     """Read a PNG or TIFF: 16 bits and floats as they are, 8 bits as any picture."""
     try:
@@ -259,6 +276,5 @@ _READERS = {
     b"PK\x03\x04": _read_npz,
     b"Pf": _read_pfm,
     b"PF": _read_pfm,
-    b"v/1\x01": _read_exr,
 }
 """First bytes of a file: how it is read."""

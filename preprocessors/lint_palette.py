@@ -100,6 +100,12 @@ def _hand_codes() -> np.ndarray:
     return count_codes(np.concatenate(shifted))[0]
 
 
+def is_finger(colours: np.ndarray) -> np.ndarray:
+    """Which of (N, 3) colours are those of a hand's lines: bool (N,). Some are close to a joint's."""
+    wide = colours.astype(np.int32)
+    return is_in(wide[:, 0] << 16 | wide[:, 1] << 8 | wide[:, 2], _hand_codes())
+
+
 @cache
 def exact_codes() -> np.ndarray:
     """The codes of all colours that the usual drawing uses, sorted."""

@@ -13,6 +13,7 @@ from controlkit.preprocessors.lint_palette import (
     extremes,
     flatness,
     is_bgr,
+    is_finger,
     is_in,
     label_strokes,
     largest,
@@ -160,10 +161,14 @@ def pose_findings(strokes: Strokes, *, style_is_known: bool = False) -> list[Fin
             )
         ]
     codes, counts = count_codes(strokes.colours)
+    has_dim = np.count_nonzero((labels >= 1) & (labels <= 18)) > 0.02 * np.count_nonzero(labels)
     if counts[is_in(codes, exact_codes())].sum() > 0.995 * counts.sum():
-        return [] if style_is_known else _full_colour(labels)
+        return [] if style_is_known or has_dim else _full_colour(strokes, labels)
     if counts[is_in(codes, blended_codes())].sum() > 0.9 * counts.sum():
-        return [] if style_is_known else [_old_style()]
+        # Both styles have limbs of 0.6 of the colour; in full colour, smooth ends of limbs pass as blended.
+        found = [_old_style()] if has_dim else _full_colour(strokes, labels)
+        if found:
+            return [] if style_is_known else found
     if np.sort(counts)[-64:].sum() > 0.97 * counts.sum():  # few colours, and not the right ones
         return [_palette(strokes)]
     return [_damaged(strokes)]
@@ -196,13 +201,13 @@ def _palette(strokes: Strokes) -> Finding:
     )
 
 
-def _full_colour(labels: np.ndarray) -> list[Finding]:
+def _full_colour(strokes: Strokes, labels: np.ndarray) -> list[Finding]:
     """Limbs at 1.0 instead of 0.6 of their colour: none is dim, and full colours reach beyond joints."""
-    if np.count_nonzero((labels >= 1) & (labels <= 18)) > 0.02 * np.count_nonzero(labels):
-        return []
+    labels = labels.copy()
+    labels[strokes.mask] *= ~is_finger(strokes.colours)  # fingers are always in full colour
     long = 0
     for colour in range(18):
-        if colour in (0, 9, 12):  # hands are drawn in these, too
+        if colour in (0, 9, 12):  # which hands and bodies share
             continue
         part = (labels == 19 + colour).astype(np.uint8)
         if part.any():

@@ -44,7 +44,7 @@ class Normal(Preprocessor):
         a: float = FLAT,
         bg_threshold: float = 0.1,
         tile: int = 0,
-        metric: bool = False,
+        metric: bool | None = None,
         fill: bool = False,
         resolution: int = 0,
     ) -> None:

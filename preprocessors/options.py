@@ -41,6 +41,7 @@ def checked_options(make: type, given: Mapping[str, Any], *, kind: str) -> dict[
 
 def _of_type(wanted: Any, value: Any, name: str) -> Any:
     choices = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
+    choices = tuple(choice for choice in choices if choice is not types.NoneType)  # the same as not given
     for choice in choices:
         read = _READERS[choice](value)
         if read is not None:

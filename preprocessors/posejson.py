@@ -14,6 +14,7 @@ _HANDS = ("hand_left_keypoints_2d", "hand_right_keypoints_2d")
 # BODY_25 has the middle of the hips after the wrists, and the feet at its end.
 _BODY_25 = (*range(8), *range(9, 19))
 _FARTHEST = 2  # canvases from its corner that a joint may be; people of fewer pixels there are none
+_MANY = 3  # joints of a person, and a quarter of them
 _PUPILS = (14, 15)
 
 
@@ -32,26 +33,27 @@ def poses_to_json(poses: Poses) -> dict[str, Any]:
 
 
 def poses_from_json(
-    obj: Any, *, name: str = "the pose JSON", width: int | None = None, height: int | None = None
+    obj: Any,
+    *,
+    name: str = "the pose JSON",
+    width: int | None = None,
+    height: int | None = None,
+    picture: int | None = None,
 ) -> Poses:
-    """Return the poses of a JSON object in OpenPose's format, or of a list with one such object.
+    """Return the poses of a JSON object in OpenPose's format, or of one of a list of such objects.
 
     Read are bodies of 18 joints and of 25 (BODY_25, what OpenPose itself writes; its middle hip and feet are
     dropped), hands of 21 points and faces of 70 or 68; null, an empty list or no key means that a part is
     absent. Coordinates are in pixels of the canvas; where all of a file lie in [0, 1], and not all are whole,
-    they are fractions of it. ``width`` and ``height`` say how large the canvas is where the JSON does not
-    (OpenPose's does not).
+    they are fractions of it; where all lie in [-1, 1] and many of a person's are negative, they are what
+    OpenPose writes with ``--keypoint_scale 4``. ``width`` and ``height`` say how large the canvas is where
+    the JSON does not (OpenPose's does not). ``picture`` says which of a list, counted from 1, is meant.
 
     Raises:
         ValueError: one line with ``name``: a key is missing, a part has another number of points, a number is
-            none, or the size is not known.
+            none, the size is not known, or there are several pictures and it is not said which is meant.
     """
-    if isinstance(obj, list):
-        if len(obj) > 1:
-            raise ValueError(f"{name} holds {len(obj)} pictures; one with its 'people' is wanted")
-        obj = obj[0] if obj else None
-    if not isinstance(obj, dict) or not isinstance(obj.get("people"), list):
-        raise ValueError(f"{name} is not in OpenPose's format: an object with a list 'people' is wanted")
+    obj = _one_picture(obj, picture, name)
     bodies, hands, faces = [], [], []
     for i, person in enumerate(obj["people"]):
         where = f"{name}, people[{i}]"
@@ -69,7 +71,8 @@ def poses_from_json(
     wide = _size(obj, "canvas_width", width, name)
     high = _size(obj, "canvas_height", height, name)
     if _are_fractions(parts):
-        parts = tuple(points * [wide, high, 1] for points in parts)  # type: ignore[assignment]
+        is_centred = _are_centred(parts)
+        parts = tuple(_on_canvas(points, wide, high, is_centred) for points in parts)  # type: ignore[assignment]
     return Poses(parts[0], wide, high, hands=parts[1], faces=parts[2])
 
 
@@ -82,7 +85,9 @@ def write_poses(path: PathLike, poses: Poses) -> None:
     write_json(path, poses_to_json(poses))
 
 
-def read_poses(path: PathLike, *, width: int | None = None, height: int | None = None) -> Poses:
+def read_poses(
+    path: PathLike, *, width: int | None = None, height: int | None = None, picture: int | None = None
+) -> Poses:
     """Read poses from a JSON file in OpenPose's format, whoever wrote it; see :func:`poses_from_json`.
 
     Raises:
@@ -95,7 +100,30 @@ def read_poses(path: PathLike, *, width: int | None = None, height: int | None =
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:  # broken JSON or broken UTF-8
         raise ValueError(f"{path} is not a JSON file: {error}") from error
-    return poses_from_json(obj, name=str(path), width=width, height=height)
+    return poses_from_json(obj, name=str(path), width=width, height=height, picture=picture)
+
+
+def _one_picture(obj: Any, picture: int | None, name: str) -> dict[str, Any]:
+    """Return the object that holds the people of one picture."""
+    objects = obj if isinstance(obj, list) else [obj]
+    first = objects[0] if objects else None
+    if not isinstance(first, dict) or not isinstance(first.get("people"), list):
+        coco = " (these are COCO's 'keypoints')" * (isinstance(first, dict) and "keypoints" in first)
+        raise ValueError(
+            f"{name} is not in OpenPose's format{coco}: an object with a list 'people' is wanted"
+        )
+    count = len(objects)
+    if picture is None and count > 1:
+        raise ValueError(
+            f"{name} holds {count} pictures; one is wanted: say which, 1 to {count}, as picture, of the"
+            " command line as --picture"
+        )
+    if picture is not None and not 1 <= picture <= count:
+        raise ValueError(f"{name} holds {count} picture{'s' * (count > 1)}, and no number {picture}")
+    found = objects[(picture or 1) - 1]
+    if not isinstance(found, dict) or not isinstance(found.get("people"), list):
+        raise ValueError(f"{name}, picture {picture}, has no list 'people'")
+    return found
 
 
 def _body(person: dict[str, Any], where: str) -> np.ndarray:
@@ -140,6 +168,25 @@ def _are_fractions(parts: tuple[np.ndarray, ...]) -> bool:
     points = np.concatenate([part.reshape(-1, 3) for part in parts])
     xy = points[points[:, 2] > 0, :2]
     return bool((np.abs(xy) <= _FARTHEST).all() and (xy != np.floor(xy)).any())
+
+
+def _are_centred(parts: tuple[np.ndarray, ...]) -> bool:
+    """Whether fractions count from -1 to 1: of somebody many joints are negative, not one or two outside."""
+    found = []
+    for person in zip(*parts, strict=True):
+        points = np.concatenate([part.reshape(-1, 3) for part in person])
+        found.append(points[points[:, 2] > 0, :2])
+    negative = [int(np.count_nonzero((xy < 0).any(axis=1))) for xy in found]
+    many = [count >= max(_MANY, len(xy) / 4) for count, xy in zip(negative, found, strict=True)]
+    return any(many) and all(bool((np.abs(xy) <= 1).all()) for xy in found)
+
+
+def _on_canvas(points: np.ndarray, width: int, height: int, is_centred: bool) -> np.ndarray:
+    """Fractions of the canvas, (..., 3), as pixels; points that are absent stay 0."""
+    if not is_centred:
+        return points * [width, height, 1]
+    placed = (points + np.array([1, 1, 0])) * [width / 2, height / 2, 1]
+    return np.where(points[..., 2:] > 0, placed, 0.0)
 
 
 def _size(obj: dict[str, Any], key: str, given: int | None, name: str) -> int:

@@ -703,6 +703,33 @@ def test_warnings_do_not_change_the_exit_code(
     assert "warning: unpaired map, 1\n  canny/x.png is named by no row of metadata.jsonl" in out
 
 
+def test_numbers_are_depth_alone(tmp_path: Path, run: Callable[..., tuple[int, str, str]]) -> None:
+    put(tmp_path / "set/images/a.png", GOOD_PNG)
+    (tmp_path / "set/maps").mkdir()
+    np.save(tmp_path / "set/maps/a.npy", photograph()[..., 0].astype(np.float32))
+    assert run(tmp_path / "set", "--map", "depth", "--sheet", tmp_path / "sheet.png")[0] == 0
+    for kind in ([], ["--map", "canny"]):
+        code, out, _ = run(tmp_path / "set", *kind)
+        assert code == 1
+        assert "maps/a.npy holds numbers (npy, npz, pfm, EXR), which are read where the map is depth" in out
+
+
+def test_maps_whose_kind_cannot_be_told_are_said(
+    tmp_path: Path, run: Callable[..., tuple[int, str, str]]
+) -> None:
+    folder = tmp_path / "set"
+    put(folder / "images/1.png", GOOD_PNG)
+    put(folder / "maps/1.png", encoded(photograph(1)))
+    for _ in range(2):  # the second time from memory
+        code, out, _ = run(folder)
+        assert code == 0
+        assert f"note: unknown kind, 1\n  {folder}/maps/1.png: its kind cannot be told, so only" in out
+        assert "cure: say what the maps are with --map KIND" in out
+    assert "unknown kind" not in run(folder, "--map", "canny")[1]
+    (folder / "maps").rename(folder / "canny")  # which says it
+    assert "warning: photo, 1" in run(folder)[1]
+
+
 def test_pictures_without_a_map_are_told_what_to_do(
     tmp_path: Path, run: Callable[..., tuple[int, str, str]]
 ) -> None:

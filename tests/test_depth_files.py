@@ -4,6 +4,7 @@ import io
 import os
 import struct
 import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from skimage import data
 
 from controlkit import preprocessors
 from controlkit.preprocessors import depth_to_map, read_depth, write_depth_npy, write_depth_png16
+from controlkit.training.data.map_files import read_levels
 
 RAMP = np.arange(65536, dtype=np.uint16).reshape(256, 256)
 FLOATS = np.random.default_rng(0).uniform(0.5, 9, (13, 17)).astype(np.float32)
@@ -44,7 +46,7 @@ def test_sixteen_bits_become_a_map_without_banding(tmp_path: Path, suffix: str) 
     assert (made.model, made.polarity, made.params) == (
         "file",
         "near-is-white",
-        {"clip": 0, "metric": False, "fill": False},
+        {"clip": 0, "fill": False},
     )
     np.testing.assert_array_equal(made.depth, RAMP)
 
@@ -321,7 +323,13 @@ def test_other_sources_are_refused(tmp_path: Path) -> None:
 
 
 def _exr(
-    channels: dict[str, np.ndarray], *, compression: int = 3, version: int = 2, top: int = -3, left: int = 5
+    channels: dict[str, np.ndarray],
+    *,
+    compression: int = 3,
+    version: int = 2,
+    top: int = -3,
+    left: int = 5,
+    shown: tuple[int, int, int, int] | None = None,
 ) -> bytes:
     """Write an OpenEXR file by its specification: scanlines, channels in alphabetical order."""
     names = sorted(channels)
@@ -340,7 +348,7 @@ def _exr(
             attribute("channels", "chlist", listed + b"\0"),
             attribute("compression", "compression", bytes([compression])),
             attribute("dataWindow", "box2i", window),
-            attribute("displayWindow", "box2i", window),
+            attribute("displayWindow", "box2i", window if shown is None else struct.pack("<4i", *shown)),
             attribute("lineOrder", "lineOrder", b"\0"),
             attribute("pixelAspectRatio", "float", struct.pack("<f", 1.0)),
         ]
@@ -384,7 +392,7 @@ def test_exr_depth_is_read(compression: int, dtype: str) -> None:
     depth = smooth.astype(dtype)
     other = np.zeros(depth.shape, "<f2")
     content = _exr({"A": other, "ViewLayer.Depth.Z": depth, "R": other}, compression=compression)
-    np.testing.assert_array_equal(read_depth(content), depth.astype(np.float32))
+    np.testing.assert_array_equal(read_depth(content, metric=False), depth.astype(np.float32))
     assert len(content) < 37 * 90 * (np.dtype(dtype).itemsize + 4) or compression < 2
 
 
@@ -392,6 +400,78 @@ def test_exr_runs_are_unrolled() -> None:
     from controlkit.preprocessors.exr import _unrolled
 
     assert _unrolled(struct.pack("<b", 4) + b"x" + struct.pack("<b", -3) + b"abc") == b"xxxxxabc"
+
+
+@pytest.mark.parametrize(
+    ("depth", "others"),
+    [
+        (["ViewLayer.Depth.Z"], ["ViewLayer.Combined.R", "ViewLayer.Normal.X", "ViewLayer.Normal.Y"]),
+        (["ViewLayer.Depth.Z"], ["ViewLayer.Denoising Depth.Z", "ViewLayer.Mist.Z", "ViewLayer.Zebra.Z"]),
+        (["ViewLayer.Depth.Z"], [f"ViewLayer.Normal.{axis}" for axis in "XYZ"]),
+        (["Z"], ["R", "left.Z", "forward.left.v", "right.Depth.Z"]),
+        (["depth"], ["R", "G", "B", "N.X", "N.Y", "N.Z"]),
+        (["Depth.V"], ["R", "G", "B", "UV.U", "UV.V"]),
+        (["Depth.R"], ["R", "G", "B", "A"]),
+        (["Depth.R", "Depth.G", "Depth.B"], ["R", "G", "B", "A"]),
+        (["left.Z"], ["left.R", "left.A", "N.X", "N.Y", "N.Z"]),
+    ],
+    ids=lambda names: names[0],
+)
+def test_of_an_exr_with_several_passes_the_depth_is_read_as_a_distance(
+    depth: list[str], others: list[str]
+) -> None:
+    content = _exr({name: FLOATS.astype("<f4") for name in depth} | dict.fromkeys(others, FLOATS[::-1]))
+    np.testing.assert_allclose(read_depth(content), 1 / FLOATS, rtol=1e-6)
+    np.testing.assert_array_equal(read_depth(content, metric=False), FLOATS)
+
+
+@pytest.mark.parametrize(
+    ("depth", "others"),
+    [(["Y"], ["right.Y"]), (["R", "G", "B"], ["UV.U", "UV.V"]), (["only.V"], ["UV.U", "UV.V"])],
+    ids=lambda names: names[0],
+)
+def test_of_an_exr_without_z_what_lies_in_no_layer_is_read_as_it_is(
+    depth: list[str], others: list[str]
+) -> None:
+    content = _exr({name: FLOATS.astype("<f4") for name in depth} | dict.fromkeys(others, FLOATS[::-1]))
+    np.testing.assert_array_equal(read_depth(content), FLOATS)
+
+
+def test_a_distance_is_inverted_unless_it_is_told_not_to_be(tmp_path: Path) -> None:
+    (tmp_path / "z.exr").write_bytes(_exr({"Z": FLOATS}))
+    np.testing.assert_array_equal(from_file(tmp_path / "z.exr"), from_file(FLOATS, metric=True))
+    np.testing.assert_array_equal(from_file(tmp_path / "z.exr", metric="false"), from_file(FLOATS))
+    made = preprocessors.get("normal", model="file")(tmp_path / "z.exr")
+    np.testing.assert_array_equal(made.depth, read_depth(FLOATS, metric=True))
+    for metric in (False, True):  # training's default, which leaves it to the file, and data.options.metric
+        levels = read_levels(_exr({"Z": FLOATS}), "z", grey=False, depth=True, metric=metric)
+        np.testing.assert_array_equal(levels, from_file(FLOATS, metric=True))
+    with pytest.raises(ValueError, match="must be true or false"):
+        preprocessors.get("depth", model="file", metric="perhaps")
+
+
+@pytest.mark.parametrize("fill", [False, True])
+def test_a_renderers_sky_is_far_and_leaves_the_range_alone(fill: bool) -> None:
+    depth = FLOATS.astype("<f4")
+    depth[:5] = 1e10
+    depth[12, 3] = np.nan
+    got = read_depth(_exr({"Z": depth}), fill=fill)
+    assert (got[:5] == (1 / depth[5:][depth[5:] > 0]).min()).all()
+    assert (got[12, 3] == got[0, 0]) != fill
+
+
+def test_an_exr_is_placed_in_the_picture_that_was_rendered() -> None:
+    height, width = FLOATS.shape
+    larger = read_depth(_exr({"Z": FLOATS}, left=4, top=7, shown=(0, 0, 29, 24)))
+    assert larger.shape == (25, 30)
+    np.testing.assert_allclose(larger[7 : 7 + height, 4 : 4 + width], 1 / FLOATS, rtol=1e-6)
+    assert (larger[:7] == larger.min()).all()
+    inner = read_depth(_exr({"Z": FLOATS}, left=-4, top=-3, shown=(0, 0, 9, 5)))
+    np.testing.assert_allclose(inner, 1 / FLOATS[3:9, 4:14], rtol=1e-6)
+    assert not read_depth(_exr({"Z": FLOATS}, left=50, top=0, shown=(0, 0, 9, 5))).any()
+    grey = FLOATS.astype("<f4")
+    coloured = _exr({"R": grey, "G": grey, "B": grey}, left=0, top=0, shown=(0, 0, width, height))
+    assert read_depth(coloured).shape == (height + 1, width + 1)
 
 
 def test_exr_of_equal_colours_is_depth() -> None:
@@ -404,9 +484,20 @@ def test_exr_of_equal_colours_is_depth() -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (_exr({"Z": FLOATS}, compression=4), "its compression piz is not read here; save it as 32-bit float"),
-        (_exr({"Z": FLOATS}, version=2 | 0x200), "tiled, deep or of several parts; save it"),
-        (_exr({"U": FLOATS, "W": FLOATS}), r"no channel Z \(it has U, W\)"),
+        (_exr({"Z": FLOATS}, compression=4), "^the data given is an EXR with PIZ compression, .*; save it"),
+        (_exr({"Z": FLOATS}, compression=7), "^the data given is an EXR with B44A compression, which is not"),
+        (_exr({"Z": FLOATS}, version=2 | 0x200), "^the data given is an EXR in tiles, which is not read"),
+        (_exr({"Z": FLOATS}, version=2 | 0x1800), "is an EXR of several parts and with deep pixels, which"),
+        (_exr({"U": FLOATS, "W": FLOATS}), r"^the data given has no channel Z .*\(it has U, W\)"),
+        (_exr({"X": FLOATS, "Y": FLOATS, "Z": FLOATS}), "has no channel Z that is a depth"),
+        (
+            _exr({"a.Z": FLOATS, "b.Z": FLOATS}),
+            r"several channels that may be its depth \(a.Z, b.Z\): keep one",
+        ),
+        (_exr({"L.Depth.Z": FLOATS, "M.Depth.Z": FLOATS}), r"several .*\(L.Depth.Z, M.Depth.Z\)"),
+        (_exr({f"{eye}.{one}": FLOATS for eye in "LM" for one in "RGB"}), r"several .*\(L.R, M.R\)"),
+        (_exr({"left.Y": FLOATS, "right.Y": FLOATS}), r"several .*\(left.Y, right.Y\)"),
+        (_exr({"Z": FLOATS}, shown=(0, 0, 99999, 99999)), "has 100000 x 100000 pixels; at most"),
         (_exr({"Z": FLOATS})[:-50], "cut short"),
         (_exr({"Z": FLOATS})[:90], "damaged"),
         (_exr({"Z": FLOATS})[:30], "damaged"),
@@ -416,6 +507,16 @@ def test_other_exr_is_refused_with_the_cure(content: bytes, message: str) -> Non
     with pytest.raises(ValueError, match=message) as caught:
         read_depth(content)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("error")
+def test_no_damaged_byte_of_an_exr_is_a_traceback() -> None:
+    whole = _exr({"Z": FLOATS, "R": FLOATS})
+    for at in range(600):
+        damaged = bytearray(whole)
+        damaged[at] = 255 - damaged[at]
+        with suppress(ValueError):
+            assert read_depth(bytes(damaged)).ndim == 2
 
 
 def test_a_grey_map_of_16_bits_keeps_its_numbers() -> None:

@@ -53,6 +53,14 @@ def test_a_drawing_may_stand_beside_its_joints(draw: Draw) -> None:
     assert load_picture("pose.png").any()
 
 
+def test_one_picture_of_a_batch_is_drawn(draw: Draw) -> None:
+    one = json.loads(Path("pose.json").read_text())
+    Path("batch.json").write_text(json.dumps([{**one, "people": []}, one]))
+    assert "batch.json holds 2 pictures" in draw("batch.json")
+    assert "wrote out.png" in draw("batch.json", "--picture", "2", "-o", "out.png")
+    assert len(drawn("out.png")[1].people) == 1
+
+
 def test_sizes_and_styles(draw: Draw) -> None:
     draw("pose.json", "-o", "big.png", "--size", "640x960", "--style", "xinsir")
     image, poses = drawn("big.png")

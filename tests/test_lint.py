@@ -23,6 +23,7 @@ COUNT = 40
 # Of 40 maps of the split "report": a little below what tests/benchmarks/lint.py measures on 200.
 FLOORS = {
     ("canny", "inverted"): 40,
+    ("canny", "a drawing on white"): 35,
     ("canny", "JPEG 30 to 95"): 36,
     ("canny", "resized smoothly"): 36,
     ("canny", "blurred"): 28,
@@ -146,6 +147,48 @@ def test_a_chosen_style_is_not_worth_a_word() -> None:
 
 
 # --- what must be found ---
+
+
+def drawn_on_white() -> np.ndarray:
+    """A few thick strokes, as a pen leaves them."""
+    image = np.full((512, 512, 3), 255, np.uint8)
+    cv2.polylines(image, [np.array([(60, 450), (60, 230), (256, 60), (450, 230), (450, 450)])], True, 0, 9)
+    cv2.rectangle(image, (210, 300), (300, 450), 0, 14)
+    cv2.circle(image, (380, 110), 40, 0, 6, cv2.LINE_AA)
+    return image
+
+
+def busy_edges() -> np.ndarray:
+    """White edges so many and thick that little black is left between them."""
+    edges = cv2.Canny(data.coffee(), 20, 40)
+    return cv2.merge([cv2.dilate(edges, np.ones((9, 9), np.uint8))] * 3)
+
+
+def test_a_drawing_on_white_is_inverted_and_busy_edges_are_too_many() -> None:
+    found = lint(drawn_on_white(), "canny")
+    assert codes(found) == ["inverted", "thick"]
+    assert "invert it" in found[0].cure
+    busy = busy_edges()
+    assert (busy > 127).mean() > 0.6
+    assert codes(lint(busy, "canny")) == ["full"]
+
+
+def test_full_colours_with_smooth_ends_are_no_style_of_their_own() -> None:
+    people, width, height = samples.poses("report", rng(3))
+    image = samples.full_colour_pose(people, width, height)
+    assert "full colour" in lint(image, "openpose")[0].message
+    y, x = np.nonzero(image.any(axis=2))
+    some = np.arange(0, len(y), 150)
+    image[y[some], x[some]] //= 3
+    (found,) = lint(image, "openpose")
+    assert "full colour" in found.message
+
+
+def test_hands_without_bodies_pass() -> None:
+    image = np.zeros((512, 512, 3), np.uint8)
+    for at in ((150, 200), (350, 330)):
+        samples._add_hand(image, rng(1), np.array(at), 90)
+    assert lint(image, "openpose") == []
 
 
 def test_nobody_is_a_warning() -> None:
@@ -295,6 +338,24 @@ def test_the_job_reports_each_map_and_goes_on_after_a_broken_one(tmp_path: Path)
     assert result.findings == 3
     assert result.summary() == "looked at 4 maps: 3 with findings, 1 without"
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+def test_the_job_says_of_how_many_maps_it_cannot_tell_the_kind(tmp_path: Path) -> None:
+    write_png(tmp_path / "1.png", drawn_on_white())
+    write_png(tmp_path / "2.png", np.ascontiguousarray(data.astronaut()))
+    write_png(tmp_path / "3.png", few_edges())
+    write_png(tmp_path / "4.png", np.full((64, 64, 3), 9, np.uint8))  # of which all is said
+    job = lint_job.plan([str(tmp_path)])
+    result = lint_job.run(job)
+    assert [bool(verdict.findings) for verdict in result.verdicts] == [False, False, False, True]
+    assert result.summary() == (
+        "looked at 4 maps: 1 with findings, 3 without; the kind of 2 cannot be told, so only what holds for "
+        "every map was checked: say it with --kind"
+    )
+    forced = lint_job.run(lint_job.plan([str(tmp_path / "[12].png")], kind="canny"))
+    assert forced.summary() == "looked at 2 maps: 2 with findings, 0 without"
+    alone = lint_job.run(lint_job.plan([str(tmp_path / "2.png")]))
+    assert alone.summary().startswith("looked at 1 map: nothing found; its kind cannot be told, so only what")
 
 
 def test_a_style_that_the_file_notes_is_accepted(tmp_path: Path) -> None:

@@ -134,10 +134,43 @@ def test_fractions_of_the_canvas_are_recognised(tmp_path: Path) -> None:
     assert poses.people[0, 0].tolist() == [1, 1, 1]  # a pixel
 
 
+def test_coordinates_from_minus_one_to_one_are_recognised(tmp_path: Path) -> None:
+    """OpenPose with --keypoint_scale 4: (-1, -1) is the corner at the top left, (1, 1) the opposite one."""
+    place = np.array([[0.1 * n - 0.8, 0.8 - 0.1 * n] for n in range(18)])
+    body = np.concatenate([place, np.ones((18, 1))], axis=1)
+    body[17] = 0
+    right = {"pose_keypoints_2d": [0.5, 0.25, 1.0] * 18}  # nothing of it tells
+    people = [{"pose_keypoints_2d": body.ravel().tolist(), "face_keypoints_2d": [-0.5, 0.5, 1.0] * 68}, right]
+    poses = read(tmp_path, {"version": 1.3, "people": people}, width=800, height=400)
+    np.testing.assert_allclose(poses.people[0, :17, :2], (place[:17] + 1) / 2 * [800, 400], atol=1e-9)
+    assert not poses.people[0, 17].any()
+    assert (poses.people[1] == [600, 250, 1]).all()
+    assert (poses.faces[0, :68] == [200, 300, 1]).all()
+    people[1] = {"pose_keypoints_2d": [0.5, 1.25, 1.0] * 18}  # somebody who is cut off by the lower edge
+    poses = read(tmp_path, {"people": people}, width=800, height=400)
+    assert poses.people[1, 0].tolist() == [400, 500, 1]
+
+
+def test_one_of_several_pictures_is_read(tmp_path: Path) -> None:
+    """ComfyUI writes a list, one object for each picture of a batch."""
+    size = {"canvas_width": 100, "canvas_height": 100}
+    batch = [{"people": [{"pose_keypoints_2d": [n, n, 1] * 18}], **size} for n in (10, 20)]
+    assert read(tmp_path, batch, picture=2).people[0, 0].tolist() == [20, 20, 1]
+    assert read(tmp_path, batch[:1], picture=1).people[0, 0].tolist() == [10, 10, 1]
+    with pytest.raises(ValueError, match="say which, 1 to 2, as picture, of the command line as --picture"):
+        read(tmp_path, batch)
+    for wrong in (0, 3):
+        with pytest.raises(ValueError, match=f"holds 2 pictures, and no number {wrong}"):
+            read(tmp_path, batch, picture=wrong)
+    with pytest.raises(ValueError, match="picture 2, has no list 'people'"):
+        read(tmp_path, [*batch[:1], 3], picture=2)
+
+
 @pytest.mark.parametrize(
     ("obj", "message"),
     [
         ([{"people": []}] * 3, "holds 3 pictures; one"),
+        ([{"image_id": 1, "keypoints": [1] * 51}] * 118, r"not in OpenPose's format \(these are COCO's"),
         ({"people": [{"face_keypoints_2d": [1] * 210}]}, "no list 'pose_keypoints_2d'"),
         ({"people": [{"pose_keypoints_2d": None, "hand_left_keypoints_2d": [1] * 60}]}, "has 20 points"),
         ({"people": [{"pose_keypoints_2d": [], "face_keypoints_2d": [None] * 210}]}, "not a finite number"),

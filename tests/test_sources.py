@@ -432,6 +432,40 @@ def test_paired_folders_below_folders(tmp_path: Path) -> None:
             opened(tmp_path)[number].maps[0].read()
 
 
+def test_paired_folders_with_depth_in_numbers_and_openposes_names(tmp_path: Path) -> None:
+    put_pictures(tmp_path, pictures="images", maps="maps")
+    maps = tmp_path / "maps"
+    contents = {"astronaut.npy": b"", "cat.exr": b"", "coffee_keypoints.json": '{"people": []}'}
+    for name, content in contents.items():
+        (maps / f"{name.partition('.')[0].removesuffix('_keypoints')}.png").unlink()
+        put(maps / name, content)
+    put(maps / "rocket.npy", b"")  # beside rocket.png, which goes first
+    expected = [*contents, "rocket.png"]
+    examples = opened(tmp_path)
+    assert [Path(example.maps[0].name).name for example in examples] == expected
+    put(tmp_path / "images" / "coffee_keypoints.png", encoded(photograph("coffee")))  # whose map is it now?
+    examples = opened(tmp_path)
+    assert Path(examples[3].maps[0].name).name == "coffee_keypoints.json"
+    with pytest.raises(ValueError, match=r"no map for coffee.png: .* is wanted \(for depth .npy, .* .json"):
+        examples[2].maps[0].read()
+
+
+def test_poses_are_no_maps_of_another_kind(tmp_path: Path) -> None:
+    put(tmp_path / "a.png", encoded(photograph("cat")))
+    put(tmp_path / "conditioning" / "a.json", '{"people": []}')
+    for kind in ("", "openpose", "my_pose", "mine"):
+        assert len(opened(tmp_path, kind=kind)) == 1
+    for kind in ("depth", "canny", "midas"):
+        with pytest.raises(ValueError, match=f"a.json holds a pose, which is drawn, and maps of {kind} are"):
+            opened(tmp_path, kind=kind)
+    put(tmp_path / "depth" / "a.png", encoded(edges("cat")))
+    columns = ("depth", "conditioning")  # of a stack each column says what it is
+    assert len(opened(tmp_path, kind="canny", map_column=columns)) == 1
+    (tmp_path / "depth" / "a.png").rename(tmp_path / "depth" / "a.json")
+    with pytest.raises(ValueError, match="maps of depth are wanted"):
+        opened(tmp_path, kind="canny", map_column=columns)
+
+
 def test_paired_folders_with_faults(tmp_path: Path) -> None:
     put_pictures(tmp_path / "set", pictures="images", maps="maps")
     (tmp_path / "set" / "maps" / "cat.png").unlink()

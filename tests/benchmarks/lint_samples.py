@@ -502,6 +502,7 @@ def swapped(make: Make) -> Make:
 
 DAMAGED: list[tuple[str, str, Make, tuple[str, ...]]] = [
     ("canny", "inverted", inverted(canny), ("inverted",)),
+    ("canny", "a drawing on white", inverted(scribble), ("inverted",)),
     ("canny", "JPEG 30 to 95", damaged(canny, jpeg), ("jpeg",)),
     ("canny", "resized smoothly", damaged(canny, resized), ("grey",)),
     ("canny", "blurred", damaged(canny, blurred), ("grey",)),

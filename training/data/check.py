@@ -14,7 +14,7 @@ from pathlib import PurePath
 
 from controlkit.preprocessors.linting import KINDS
 from controlkit.training.config_adapter import DataRecipe
-from controlkit.training.data.check_facts import Facts, look_at_map, look_at_picture
+from controlkit.training.data.check_facts import UNKNOWN_KIND, Facts, look_at_map, look_at_picture
 from controlkit.training.data.check_memory import Memory
 from controlkit.training.data.check_result import UNPAIRED_MAP, UNPAIRED_PICTURE
 from controlkit.training.data.check_result import Check as Check
@@ -47,8 +47,8 @@ def check_examples(
     set, a map of another aspect than its picture, a pose that is none, a caption that is none, a map that
     cannot be mirrored where `data.flip` mirrors it, a coloured one where `data.map_mode` is grey. Warnings:
     files that are in no pair; and, with `lint`, what `controlkit.preprocessors.lint` finds in maps of a
-    `kind` that it knows ("": it guesses). Notes: a map of another size, the same picture twice, tiny and grey
-    pictures, no caption.
+    `kind` that it knows ("": it guesses). Notes: a map whose kind cannot be guessed or of another size, the
+    same picture twice, tiny and grey pictures, no caption.
 
     Without `lint`, PNG files are judged by their check sums and not unpacked, so that grey ones do not show.
     remember: keep what was found about each file in the cache folder, and do not look again at files that
@@ -137,15 +137,17 @@ def _look(
     if picture and size:
         findings += _about_picture(example.name, picture, size, data)
     rest = []
-    kind = lint_kind if len(example.maps) == 1 or lint_kind is None else ""  # each of a stack is of its own
-    for piece, use in zip(example.maps, _uses(example, data, map_kind), strict=True):
+    kind = _kind_to_lint(example, lint_kind)
+    for piece, use in zip(example.maps, uses_for(example, data, map_kind), strict=True):
         look = partial(look_at_map, canvas=size, kind=kind, use=use)
         # A pose may have no canvas of its own, so what is found depends on the picture's size.
         what = f"pose {size}" if piece.name.endswith(".json") else "depth" * (use.sense == "depth") or "map"
         role = " ".join(part for part in (what, use.name, kind) if part)
         facts = _facts(piece, role, kind is not None, look, memory, findings)
         if facts:
-            findings += _about_map(piece, facts, size, use)
+            found = _about_map(piece, facts, size, use)
+            # Of a stack, each has a kind of its own, which cannot be said.
+            findings += [one for one in found if len(example.maps) == 1 or one[1] != UNKNOWN_KIND]
             rest.append(facts.digest)
     if not example.caption:
         findings.append(
@@ -201,17 +203,32 @@ def _about_picture(name: str, facts: Facts, size: tuple[int, int], data: DataRec
         yield "note", "grey", f"{name} has no colour", ""
 
 
-def _uses(example: Example, data: DataRecipe, kind: str) -> list[MapUse]:
+def uses_for(example: Example, data: DataRecipe, kind: str) -> list[MapUse]:
     """What visits ask of each map; of one whose kind nobody said, the name of its folder may tell it."""
-    folder = PurePath(example.maps[0].name).parent.name if example.maps and not kind else ""
-    return uses_of(data, kind=kind or folder, count=len(example.maps))
+    return uses_of(data, kind=kind or _folder(example), count=len(example.maps))
+
+
+def _kind_to_lint(example: Example, asked: str | None) -> str | None:
+    """What a map is looked through for: the kind asked for, else its folder's name; "" has it guessed."""
+    if asked is None:
+        return None
+    if len(example.maps) != 1:
+        return ""  # each of a stack is of its own kind
+    folder = _folder(example)
+    return asked or (folder if folder in KINDS else "")
+
+
+def _folder(example: Example) -> str:
+    """The name of the folder that the maps lie in; "" where there are none."""
+    return PurePath(example.maps[0].name).parent.name if example.maps else ""
 
 
 def _about_map(piece: Piece, facts: Facts, size: tuple[int, int] | None, use: MapUse) -> Iterator[_Found]:
     if use.name and facts.refused:
         yield "error", "unfit", facts.refused, ""
     for code, message, cure in facts.lint:
-        yield "warning", code, f"{piece.name}: {message}", cure
+        severity = "note" if code == UNKNOWN_KIND else "warning"
+        yield severity, code, f"{piece.name}: {message}", cure
     if facts.people == 0:
         yield "warning", "nobody", f"{piece.name} holds no person: its map is black", "take the pair out"
     if size is None or size == (facts.width, facts.height):

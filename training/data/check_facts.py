@@ -22,6 +22,8 @@ from controlkit.training.data.map_use import MapUse
 LARGE = 16_000_000
 """Pictures of more pixels are decoded one at a time, so that a check's memory stays small."""
 
+UNKNOWN_KIND = "unknown kind"
+"""The code of a map that looks like none, where nobody said what it is."""
 _GREY = 6  # levels between the channels; JPEG tints grey by less
 _PNG = b"\x89PNG\r\n\x1a\n"
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
@@ -98,7 +100,7 @@ def _map_facts(
         return Facts(content.shape[1], content.shape[0], digest)
     if is_json(content):
         return _pose_facts(content, digest, piece.name, canvas)
-    if use.sense == "depth" and is_numbers(content):
+    if is_numbers(content):
         levels = use.levels(content, piece.name)
         return Facts(levels.shape[1], levels.shape[0], digest)
     if kind is None and (size := _whole_png(content)):
@@ -115,6 +117,9 @@ def _pose_facts(content: bytes, digest: str, name: str, canvas: tuple[int, int] 
 
 def _lint(content: bytes, kind: str) -> tuple[tuple[str, str, str], ...]:
     found = preprocessors.lint(content, kind)
+    if not kind and not found and not preprocessors.guess_kind(content):
+        said = "its kind cannot be told, so only what holds for every map was checked"
+        return ((UNKNOWN_KIND, said, "say what the maps are with --map KIND"),)
     # Which style a pose is drawn in matters to an adapter that was trained, not to one that will be.
     return tuple(
         (finding.code, finding.message, finding.cure) for finding in found if finding.code != "style"

@@ -59,6 +59,11 @@ def is_numbers(content: bytes | NDArray[Any]) -> bool:
     return isinstance(content, bytes) and content.startswith(_NO_PICTURES)
 
 
+def _not_depth(name: str) -> str:
+    """Why a file of numbers cannot be another map."""
+    return f"{name} holds numbers (npy, npz, pfm, EXR), which are read where the map is depth, and only there"
+
+
 def grey_pose(name: str) -> str:
     """Why a pose cannot be a grey map."""
     return f"{name} is a pose, which is drawn in colours, and data.map_mode is grey"
@@ -94,12 +99,15 @@ def read_levels(
     are any; otherwise they become 8. With ``depth``, what is no picture of 8 bits (npy, npz, pfm, EXR, PNG
     and TIFF of 16 bits or floats, arrays of other types than uint8) is read as depth
     (:func:`controlkit.preprocessors.read_depth`), whose range becomes black to white: near is white.
-    ``metric`` says that values grow with the distance, and pictures of 8 bits are then read so, too.
+    ``metric`` says that values grow with the distance, and pictures of 8 bits are then read so, too; without
+    it they do in an EXR's channel Z or depth alone.
     ``fill`` fills holes in depth from around them.
 
     Raises:
         ValueError: one line with ``name``: it cannot be read, or is coloured where it must be grey.
     """
+    if not depth and is_numbers(content):
+        raise ValueError(_not_depth(name))
     with _named(name):
         is_deep = _is_deep(content)
         if depth and (metric or is_deep):
@@ -162,7 +170,7 @@ def _is_float(content: bytes | NDArray[Any]) -> bool:
 def _depth_levels(content: bytes | NDArray[Any], *, grey: bool, metric: bool, fill: bool) -> NDArray[Any]:
     from controlkit.preprocessors import depth_to_map, read_depth
 
-    inverse = read_depth(content, metric=metric, fill=fill)
+    inverse = read_depth(content, metric=metric or None, fill=fill)
     if not grey:
         return depth_to_map(inverse)
     low, high = float(inverse.min()), float(inverse.max())

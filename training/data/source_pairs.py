@@ -3,6 +3,9 @@
 ROOT/a.jpg, or ROOT/images/a.jpg     the pictures, in folders below that, too
 ROOT/a.txt, ROOT/a.caption           their captions, beside them
 ROOT/conditioning/a.png              their maps: the same name, in a folder named so, or after their kind
+
+A map may be a picture, depth in numbers (a.npy, a.exr ...), or a pose (a.json, or a_keypoints.json, as
+OpenPose names it).
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from pathlib import Path
 
 from controlkit import preprocessors
 from controlkit.naming import did_you_mean
-from controlkit.picture_files import CAPTION_SUFFIXES, SUFFIXES
+from controlkit.picture_files import CAPTION_SUFFIXES, DEPTH_SUFFIXES, SUFFIXES
 from controlkit.training.config_adapter import DataRecipe
 from controlkit.training.data.examples import Example, Piece
 from controlkit.training.data.source_columns import about_maps
@@ -47,6 +50,9 @@ MAP_FOLDERS = (
     "sources",
 )
 POSES = ".json"
+_SORTS = (SUFFIXES, DEPTH_SUFFIXES, {POSES})
+_OPENPOSE = "_keypoints"
+"""What OpenPose adds to a picture's name."""
 SHEET = "sheet.png"
 """The contact sheet that `controlkit preprocess --sheet` leaves at the top: no picture of the data set."""
 
@@ -56,8 +62,8 @@ def open_pairs(
 ) -> LazyExamples:
     """Open a folder of pictures and, if there is one, its folder of maps; reads nothing but names.
 
-    A picture's map has its name (and folder below), with any picture's suffix or .json for a pose. Captions
-    are read when the example is asked for, and kept.
+    A picture's map has its name (and folder below), with the suffix of a picture, of depth in numbers, or of
+    a pose. Captions are read when the example is asked for, and kept.
 
     Raises ValueError, one line: a folder that is named is not there, maps of several kinds stand side by
     side and none was named, a folder is a link that leads out, or maps are wanted and there are none.
@@ -72,7 +78,8 @@ def open_pairs(
     if not maps and not place:
         _refuse_unknown_maps(root, pictures, kind)
     stems = Counter(_stem(Path(name).name) for name in pictures)
-    partners = [(name, _by_stem(walk(root / name, root))) for name in maps]
+    known = {*stems, *map(_stem, pictures)}
+    partners = [(name, _by_stem(walk(root / name, root), known)) for name in maps]
     captions: dict[int, str] = {}
 
     def make(index: int) -> Example:
@@ -193,15 +200,26 @@ def _stem(name: str) -> str:
     return unicodedata.normalize("NFC", os.path.splitext(name)[0])
 
 
-def _by_stem(names: Iterable[str]) -> dict[str, list[str]]:
-    """The files of a folder of maps by their name without suffix; pictures go before poses."""
+def _by_stem(names: Iterable[str], pictures: set[str]) -> dict[str, list[str]]:
+    """The files of a folder of maps by the name without suffix that their pictures have; of several sorts,
+    pictures go before depth in numbers, and these before poses.
+    """
     found: dict[str, list[str]] = {}
     for name in sorted(names):
-        if os.path.splitext(name)[1].lower() in SUFFIXES | {POSES}:
-            found.setdefault(_stem(name), []).append(name)
+        if _rank(name) < len(_SORTS):
+            stem = _stem(name)
+            if name.lower().endswith(f"{_OPENPOSE}{POSES}") and stem not in pictures:
+                stem = stem[: -len(_OPENPOSE)]
+            found.setdefault(stem, []).append(name)
     for stem, files in found.items():
-        found[stem] = [name for name in files if not name.lower().endswith(POSES)] or files
+        first = min(map(_rank, files))
+        found[stem] = [name for name in files if _rank(name) == first]
     return found
+
+
+def _rank(name: str) -> int:
+    suffix = os.path.splitext(name)[1].lower()
+    return next((rank for rank, suffixes in enumerate(_SORTS) if suffix in suffixes), len(_SORTS))
 
 
 def _partner(name: str, files: dict[str, list[str]], folder: Path, root: Path, *, alone: bool) -> Piece:
@@ -213,7 +231,10 @@ def _partner(name: str, files: dict[str, list[str]], folder: Path, root: Path, *
     where = f"{folder / stem}"
     if found:
         return RefusedPiece(where, f"{folder} has several maps for {name}: {', '.join(found)}")
-    problem = f"{folder} has no map for {name}: a file {stem}.png, .jpg ... is wanted"
+    problem = (
+        f"{folder} has no map for {name}: a file {stem}.png, .jpg ... is wanted (for depth .npy, .exr"
+        " ..., for poses .json, too)"
+    )
     cure = "bring the maps, take the pictures out, or have maps made of the pictures (data.maps=made)"
     return RefusedPiece(where, problem, "no map", cure)
 

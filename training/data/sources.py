@@ -17,10 +17,13 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from controlkit import preprocessors
 from controlkit.picture_files import SUFFIXES
+from controlkit.preprocessors.linting import KINDS
 from controlkit.training.config_adapter import DataRecipe
+from controlkit.training.data.map_files import sense_of
 from controlkit.training.data.source_files import LazyExamples, leads_out, walk
-from controlkit.training.data.source_pairs import open_pairs
+from controlkit.training.data.source_pairs import POSES, open_pairs
 from controlkit.training.data.source_rows import METADATA, PROMPTS, open_rows
 from controlkit.training.data.source_shards import open_shards
 from controlkit.training.data.source_streams import Stream as Stream
@@ -48,7 +51,8 @@ def open_examples(
     The order is that of the file that lists the pictures, of the shards, or of the names. What is wrong with
     one pair (a key that is missing, a name that leads out of the folder) shows when it is read.
 
-    Raises ValueError, one line: there is no such data set, it is empty, or the file that lists it is broken.
+    Raises ValueError, one line: there is no such data set, it is empty, the file that lists it is broken, or
+    its maps are poses and another kind is wanted.
     """
     layout, source = recognise(data)
     match layout:
@@ -62,9 +66,23 @@ def open_examples(
             examples = open_rows(Path(source), data=data, kind=kind, report=report)
     if not len(examples):
         raise ValueError(f"{data.source}: no picture is there; wanted: {LAYOUTS}")
+    _refuse_poses(examples, data, kind)
     if 0 < data.limit < len(examples):
         return LazyExamples(data.limit, examples.__getitem__, examples.leftovers)
     return examples
+
+
+def _refuse_poses(examples: LazyExamples, data: DataRecipe, kind: str) -> None:
+    """Refuse a first example with a pose where a map of another known kind is wanted: joints are drawn."""
+    maps = examples[0].maps
+    kinds = data.map_column if len(maps) > 1 else (kind,) * len(maps)
+    known = {*preprocessors.names(), *KINDS}
+    for piece, wanted in zip(maps, kinds, strict=False):
+        if piece.name.lower().endswith(POSES) and wanted in known and sense_of(wanted) != "pose":
+            raise ValueError(
+                f"{piece.name} holds a pose, which is drawn, and maps of {wanted} are wanted: say that the"
+                " map is openpose, or where the others are with data.map_column"
+            )
 
 
 def recognise(data: DataRecipe) -> tuple[str, str]:
