@@ -102,7 +102,9 @@ def _content(facts: Facts, source: object, kind: str, *, style_is_known: bool) -
             what = "what is not transparent in the map is black, and so is what is behind it: nothing is seen"
             return [error("transparent", what, "draw it in white, and save it without an alpha channel")]
         return [_constant(facts, kind)]
-    filled = without_holes(facts) if _FAMILY.get(kind) == "depth" else facts
+    filled = facts
+    if _FAMILY.get(kind) == "depth" and not looks_thin(facts):
+        filled = without_holes(facts)
     found = _of_family(filled, kind, style_is_known=style_is_known)
     return found if "error" in {one.severity for one in found} else found + hole_findings(facts, filled)
 

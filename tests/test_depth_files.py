@@ -443,9 +443,9 @@ def test_a_distance_is_inverted_unless_it_is_told_not_to_be(tmp_path: Path) -> N
     np.testing.assert_array_equal(from_file(tmp_path / "z.exr", metric="false"), from_file(FLOATS))
     made = preprocessors.get("normal", model="file")(tmp_path / "z.exr")
     np.testing.assert_array_equal(made.depth, read_depth(FLOATS, metric=True))
-    for metric in (False, True):  # training's default, which leaves it to the file, and data.options.metric
+    for metric, same in ((None, True), (True, True), (False, False)):  # of data.options; None is its default
         levels = read_levels(_exr({"Z": FLOATS}), "z", grey=False, depth=True, metric=metric)
-        np.testing.assert_array_equal(levels, from_file(FLOATS, metric=True))
+        np.testing.assert_array_equal(levels, from_file(FLOATS, metric=same))
     with pytest.raises(ValueError, match="must be true or false"):
         preprocessors.get("depth", model="file", metric="perhaps")
 

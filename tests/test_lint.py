@@ -246,7 +246,7 @@ def test_holes_of_a_sensor_are_said_and_can_be_filled() -> None:
     metres[rng(0).random(metres.shape) < 0.07] = 0.0
     (found,) = lint(preprocessors.get("depth", model="file", metric=True)(metres))
     assert found.code == "holes"
-    assert "black specks (5.8% of it)" in found.message  # those that are not in what is far, black anyway
+    assert "black specks (4.0% of it)" in found.message  # those that are not in what is far, black anyway
     assert "fill=true" in found.cure
     assert lint(preprocessors.get("depth", model="file", metric=True, fill=True)(metres)) == []
 

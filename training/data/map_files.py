@@ -90,7 +90,7 @@ def read_levels(
     *,
     grey: bool,
     depth: bool,
-    metric: bool = False,
+    metric: bool | None = None,
     fill: bool = False,
 ) -> NDArray[Any]:
     """A map's levels: uint8 (H, W, 3), or with ``grey`` uint8 or uint16 (H, W).
@@ -167,10 +167,12 @@ def _is_float(content: bytes | NDArray[Any]) -> bool:
         return not image.mode.startswith("I;16")
 
 
-def _depth_levels(content: bytes | NDArray[Any], *, grey: bool, metric: bool, fill: bool) -> NDArray[Any]:
+def _depth_levels(
+    content: bytes | NDArray[Any], *, grey: bool, metric: bool | None, fill: bool
+) -> NDArray[Any]:
     from controlkit.preprocessors import depth_to_map, read_depth
 
-    inverse = read_depth(content, metric=metric or None, fill=fill)
+    inverse = read_depth(content, metric=metric, fill=fill)
     if not grey:
         return depth_to_map(inverse)
     low, high = float(inverse.min()), float(inverse.max())

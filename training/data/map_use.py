@@ -29,8 +29,8 @@ class MapUse:
     sense: Sense = ""
     grey: bool = False
     """Whether the map has one channel (``data.map_mode``)."""
-    metric: bool = False
-    """Whether depth grows with the distance (``data.options.metric``)."""
+    metric: bool | None = None
+    """Whether depth grows with the distance (``data.options.metric``); None leaves it to the file."""
     fill: bool = False
     """Whether holes in depth are filled from around them (``data.options.fill``)."""
     mirrored: bool = False
@@ -79,7 +79,7 @@ def uses_of(data: DataRecipe, *, kind: str, count: int) -> list[MapUse]:
         MapUse(
             sense,
             grey=data.map_mode == "grey",
-            metric=options.get("metric", False),
+            metric=options.get("metric"),
             fill=options.get("fill", False),
             mirrored=data.flip > 0,
         )
