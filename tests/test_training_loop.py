@@ -144,6 +144,12 @@ def test_steps_without_a_finite_gradient_change_nothing_and_name_their_pairs(pla
     assert all(bool(torch.isfinite(tensor).all()) for tensor in weights(folder).values())
 
 
+def test_a_run_in_which_no_step_was_taken_has_no_result(place):
+    with pytest.raises(ValueError, match="none of the 2 steps had a finite gradient, so nothing was learned"):
+        run(place, "standstill", steps=2, noise_offset=1e30, bad_steps=9)
+    assert not (place / "standstill" / "controlnet").exists()
+
+
 def test_a_device_that_passes_steps_over_by_itself_gives_the_same_run(place, monkeypatch):
     """What is done on a GPU, where the host reads norms later, on a processor."""
     real = ControlNetTask.losses
