@@ -282,7 +282,8 @@ def test_need_grows_with_the_batch_as_full_plans_do():
     r = recipe(batch_size=24, checkpoint_every=400, steps=400)
     need = batch_need(r, size=(128, 128))
     full = plan(r)
-    assert need(24) == pytest.approx(full.memory.total - full.resident, rel=0.1)
+    # what is resident is measured, and tests that ran before in this process have left something
+    assert need(24) == pytest.approx(full.memory.total - full.resident, rel=0.15)
 
 
 # --- trying batches ---
