@@ -283,7 +283,7 @@ def _damage(file: Path, how: str, marker: Path) -> None:
         ("a web page", "is a web page"),
         ("LFS", "is a Git LFS pointer"),
         ("empty", "is empty"),
-        ("noise", "is not a file of weights|is damaged"),
+        ("noise", "is a text, not weights"),
         ("evil", "could run code"),
         ("a list", "holds no weights"),
         ("lack", "lack norm"),

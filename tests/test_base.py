@@ -217,7 +217,7 @@ def test_missing_parts_and_files(broken: Path) -> None:
     (broken / "text_encoder" / "model.safetensors").unlink()
     assert f"{broken / 'text_encoder'} has no weights" in message_of(broken)
     for name, words in (("model.fp16.safetensors", "is empty"), ("pytorch_model.bin", "cannot build")):
-        (broken / "text_encoder" / name).write_bytes(b"anything" if name.endswith("bin") else b"")
+        (broken / "text_encoder" / name).write_bytes(b"\0anything" if name.endswith("bin") else b"")
         assert words in message_of(broken)
         (broken / "text_encoder" / name).unlink()
     (broken / "text_encoder" / "pytorch_model.bin").write_bytes(b"<html>")

@@ -142,6 +142,17 @@ def test_only_the_updates_of_a_control_lora_are_trained(place: Path) -> None:
     assert moved > 20
 
 
+def test_widths_of_another_hint_encoder_than_the_one_that_is_trained_on_are_refused() -> None:
+    table = {"task": "controlnet", "map": "canny", "out": "x", "steps": 1, "batch_size": 1, "warmup": 0}
+    table |= {"learning_rate": 1e-3, "init": "canny"}
+    base = load_base("tiny")
+    assert started_from(parse_recipe(table | {"hint_channels": [8, 16, 48, 96]}, where="test"), base, 3)
+    with pytest.raises(
+        ValueError, match=r"widths \[8, 16, 48, 96\], and hint_channels are \[8, 16, 24, 32\]"
+    ):
+        started_from(parse_recipe(table | {"hint_channels": [8, 16, 24, 32]}, where="test"), base, 3)
+
+
 def test_updates_of_low_rank_survive_half_precision(place: Path) -> None:
     """They are merged into the base's own weights in fp32: bf16 would round most of them away."""
     told = {"adapter": "control-lora", "precision": "bf16", "export_dtype": "fp32", "ema": 0.0}

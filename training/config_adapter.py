@@ -271,8 +271,6 @@ class ControlNetRecipe(Recipe):
             raise ValueError(f"only_mid_control goes with adapter {' and '.join(COPIES)}, not {self.adapter}")
         if self.gradient_checkpointing and self.adapter == "controlnet-xs":
             raise ValueError("gradient_checkpointing does not go with adapter controlnet-xs")
-        if self.init is not None and self.hint_channels is not None:
-            raise ValueError("hint_channels are of a new adapter, and init has its own: leave them out")
         if self.init_base is not None and self.init is None:
             raise ValueError("init_base says what init was trained on, and there is no init")
         if self.init_base is not None and self.adapter not in COPIES:

@@ -94,6 +94,12 @@ def started_from(recipe: ControlNetRecipe, base: Base, channels: int) -> Any:
             f"init {recipe.init!r} takes maps of {kind.trained_channels(network)} channels, and the data's"
             f" have {channels}"
         )
+    widths = tuple(network.config.get("conditioning_embedding_out_channels", ()))
+    if recipe.hint_channels and widths and widths != tuple(recipe.hint_channels):
+        raise ValueError(
+            f"init {recipe.init!r} has a hint encoder of the widths {list(widths)}, and hint_channels are"
+            f" {list(recipe.hint_channels)}: leave them out"
+        )
     columns, known = " + ".join(recipe.data.map_column), adapter.info.map.kind
     if recipe.adapter == "controlnet-union" and known != columns:
         raise ValueError(
