@@ -4,6 +4,7 @@ const SVG = "http://www.w3.org/2000/svg";
 const root = element.querySelector(".pose-editor");
 const STEP = 1, LEAP = 8; // pixels of the map per arrow key, and with Shift
 let value = null, current = [0, 0], past = [], photoShown = true, timer = 0;
+let told = []; // joints that were told and are not answered yet, oldest first
 
 function make(name, attributes, parent) {
   const node = document.createElementNS(SVG, name);
@@ -113,6 +114,7 @@ function move(person, joint, x, y) {
 }
 
 function tell() {
+  told.push(JSON.stringify(value.people));
   props.value = { ...value, map: "", photo: "" };
   trigger("edited");
 }
@@ -165,6 +167,9 @@ function key(event, person, joint) {
 watch("value", () => {
   const given = props.value;
   if (given && !given.map) return; // our own, on its way
+  const answered = given ? told.indexOf(JSON.stringify(given.people)) : -1;
+  told = told.slice(answered < 0 ? told.length : answered + 1);
+  if (answered >= 0 && (told.length || timer)) return; // joints were moved since: their map is on its way
   const fresh = !value || !given || given.photo !== value.photo || given.width !== value.width;
   if (fresh) past = [];
   const focused = root.contains(document.activeElement) && document.activeElement.dataset?.joint;
