@@ -83,9 +83,9 @@ def without_holes(facts: Facts) -> Facts:
 
 def hole_findings(facts: Facts, filled: Facts) -> list[Finding]:
     """What is wrong with a depth map that equals ``filled`` but for its holes."""
-    share = np.count_nonzero(facts.level != filled.level) / facts.pixels
-    if not share:
+    if filled is facts:
         return []
+    share = np.count_nonzero(facts.level != filled.level) / facts.pixels
     return [
         warning(
             "holes",

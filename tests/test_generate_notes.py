@@ -211,6 +211,7 @@ def test_what_only_the_device_and_the_size_show(run: Run, models: Path) -> None:
     assert outcome.err.count("--cuda-graph has no effect on the device cpu") == 1
     outcome = run(*fixed, "--width", 64, "--height", 64, "-o", "out.png")
     outcome.done()
+    assert "is brought to" not in outcome.err
     assert "photo.png is 70x64, and 9% of it lies outside the 64x64 that are generated" in outcome.err
 
 
