@@ -41,6 +41,12 @@ NAMELESS = """() => [...document.querySelectorAll("button, input, textarea, circ
   return box.width && box.height && !name.trim();
 }).map((node) => node.outerHTML.slice(0, 200))"""
 
+THREE_RIGHT = """(node) => { for (let k = 0; k < 3; k++)
+  node.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowRight", bubbles: true })); }"""
+LATE = """() => { const plain = window.fetch; window.fetch = async (to, ...rest) => {
+  if (String(to.url ?? to).includes("/queue/join")) await new Promise((done) => setTimeout(done, 700));
+  return plain(to, ...rest); } }"""
+
 
 class Quiet:
     """A report that nobody reads."""
@@ -176,8 +182,7 @@ def test_joints_are_moved_by_mouse_and_keyboard(visit: Callable[..., Page]) -> N
     dragged = page.locator(".pose-editor image.drawn").get_attribute("href")
     focused = page.locator(".pose-editor circle:focus")
     place = focused.get_attribute("cx")
-    for _ in range(3):
-        page.keyboard.press("ArrowRight")
+    focused.evaluate(THREE_RIGHT)
     expect(page.locator(".pose-editor image.drawn")).not_to_have_attribute("href", dragged or "")
     assert float(focused.get_attribute("cx") or 0) == pytest.approx(float(place or 0) + 3, abs=0.02)
     page.keyboard.press("PageDown")
@@ -188,6 +193,24 @@ def test_joints_are_moved_by_mouse_and_keyboard(visit: Callable[..., Page]) -> N
     with page.expect_download() as download:
         page.get_by_role("button", name="Joints as JSON").click()
     assert len(json.loads(Path(download.value.path()).read_text())["people"]) == 1
+
+
+@pytest.mark.slow
+def test_a_map_that_is_late_takes_back_no_joint(visit: Callable[..., Page]) -> None:
+    page = visit()
+    page.get_by_role("radio", name="Pose").first.check(force=True)
+    joint = page.locator(".pose-editor circle").nth(4)
+    joint.focus()
+    drawn = page.locator(".pose-editor image.drawn").get_attribute("href")
+    place = float(joint.get_attribute("cx") or 0)
+    page.evaluate(LATE)
+    for _ in range(6):  # each is told on its own: the page waits a quarter of a second for more
+        page.keyboard.press("ArrowRight")
+        page.wait_for_timeout(400)
+    page.wait_for_timeout(3000)
+    expect(page.locator(".pose-editor image.drawn")).not_to_have_attribute("href", drawn or "")
+    expect(page.locator(".pose-editor.moving, .moving .pose-editor")).to_have_count(0)
+    assert float(joint.get_attribute("cx") or 0) == pytest.approx(place + 6, abs=0.02)
 
 
 @pytest.mark.slow

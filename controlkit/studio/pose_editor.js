@@ -4,7 +4,8 @@ const SVG = "http://www.w3.org/2000/svg";
 const root = element.querySelector(".pose-editor");
 const STEP = 1, LEAP = 8; // pixels of the map per arrow key, and with Shift
 let value = null, current = [0, 0], past = [], photoShown = true, timer = 0;
-let told = []; // joints that were told and are not answered yet, oldest first
+let told = "", toldAt = 0; // the joints that were told and are not answered yet, and since when
+const PATIENCE = 5000; // milliseconds, after which no answer is waited for: the page was told what is wrong
 
 function make(name, attributes, parent) {
   const node = document.createElementNS(SVG, name);
@@ -113,10 +114,17 @@ function move(person, joint, x, y) {
   place();
 }
 
+// One at a time: gradio would tell joints that came late by the value of the component, which an answer sets.
 function tell() {
-  told.push(JSON.stringify(value.people));
+  if (told && Date.now() - toldAt < PATIENCE) return; // moved again: told after the answer
+  [told, toldAt] = [JSON.stringify(value.people), Date.now()];
   props.value = { ...value, map: "", photo: "" };
   trigger("edited");
+}
+
+function tellSoon(milliseconds) {
+  clearTimeout(timer);
+  timer = setTimeout(() => { timer = 0; tell(); }, milliseconds);
 }
 
 function back() {
@@ -155,8 +163,7 @@ function key(event, person, joint) {
     const [dx, dy] = ways[event.key], far = event.shiftKey ? LEAP : STEP, [x, y] = value.people[person][joint];
     if (!timer) remember();
     move(person, joint, x + dx * far, y + dy * far);
-    clearTimeout(timer);
-    timer = setTimeout(() => { timer = 0; tell(); }, 250);
+    tellSoon(250);
   } else if (event.key in turns) {
     const next = all[(turns[event.key] + all.length) % all.length];
     root.querySelector(`[data-joint="${next.join(" ")}"]`).focus();
@@ -167,9 +174,12 @@ function key(event, person, joint) {
 watch("value", () => {
   const given = props.value;
   if (given && !given.map) return; // our own, on its way
-  const answered = given ? told.indexOf(JSON.stringify(given.people)) : -1;
-  told = told.slice(answered < 0 ? told.length : answered + 1);
-  if (answered >= 0 && (told.length || timer)) return; // joints were moved since: their map is on its way
+  const answered = given && told && told === JSON.stringify(given.people);
+  told = "";
+  if (answered && JSON.stringify(value.people) !== JSON.stringify(given.people)) {
+    if (!timer) tellSoon(0); // joints were moved since: this map is none of theirs
+    return;
+  }
   const fresh = !value || !given || given.photo !== value.photo || given.width !== value.width;
   if (fresh) past = [];
   const focused = root.contains(document.activeElement) && document.activeElement.dataset?.joint;
