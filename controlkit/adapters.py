@@ -23,7 +23,7 @@ from controlkit.class_labels import check_labels_fit
 from controlkit.controlnet import lock
 from controlkit.folders import is_pickle, load_part, read_header, read_json, weight_files, write_weights
 from controlkit.formats import writing
-from controlkit.formats.adapter_file import hint_channels, open_adapter_file
+from controlkit.formats.adapter_file import check_config, hint_channels, open_adapter_file
 from controlkit.formats.building import build_network, check_finite
 from controlkit.formats.description import MAPS as MAPS
 from controlkit.formats.description import AdapterInfo as AdapterInfo
@@ -107,8 +107,12 @@ def _load(name_or_path: str, base: Base, *, dtype: torch.dtype) -> tuple[Adapter
         folder = find_adapter_folder(name_or_path)
         config = _adapter_config(folder)
         if config["_class_name"] == "ControlNetModel" and not _is_union(folder):
-            _check_sizes(config, base, name=name_or_path)
-            return read_info(folder), _load_network(folder, dtype=dtype)
+            try:
+                _check_sizes(config, base, name=name_or_path)
+                return read_info(folder), _load_network(folder, dtype=dtype)
+            except ValueError:
+                _check_config(name_or_path)
+                raise
     opened = open_adapter_file(name_or_path)
     check_kind_fits(opened.kind, opened.config, opened.family, structure_of(base), name=name_or_path)
     channels = hint_channels(opened.config)
@@ -118,6 +122,15 @@ def _load(name_or_path: str, base: Base, *, dtype: torch.dtype) -> tuple[Adapter
             f" and its network takes {channels}"
         )
     return opened.info, build_network(opened, unet=base.unet, dtype=dtype)
+
+
+def _check_config(folder: str) -> None:
+    """Say more than that a folder cannot be loaded, where its config.json is another network's."""
+    try:
+        file = open_adapter_file(folder)
+    except ValueError:
+        return
+    check_config(file)
 
 
 def check_adapter(name_or_path: str) -> None:

@@ -14,9 +14,10 @@ from typing import Any
 from controlkit import naming, preprocessors
 from controlkit.families import ALIASES, BUNDLED, FAMILY_TITLES
 from controlkit.folders import read_json
-from controlkit.formats.adapter_file import AdapterFile, hint_channels, open_adapter_file
+from controlkit.formats.adapter_file import AdapterFile, check_config, hint_channels, open_adapter_file
 from controlkit.formats.description import AdapterInfo, map_in_words
 from controlkit.formats.expected import is_whole
+from controlkit.formats.finding import find_adapter_file
 from controlkit.formats.fitting import EITHER, BaseStructure, check_kind_fits
 from controlkit.formats.recognise import KINDS, OF_BASE
 from controlkit.formats.structure import UNTOLD
@@ -155,6 +156,8 @@ def _misfit(file: AdapterFile, base: BaseStructure | None, name: str) -> str:
     try:
         if base is not None:
             check_kind_fits(file.kind, file.config, file.family, base, name=name)
+        if find_adapter_file(name) is None:
+            check_config(file)
         _check_whole(file, base)
         if file.weights.size <= _HASHED:
             file.weights.check_hash()

@@ -1,5 +1,6 @@
 """`controlkit info`: what it says of a file by its header alone is what loading does with it."""
 
+import json
 import os
 import subprocess
 import sys
@@ -308,3 +309,30 @@ def test_common_files_need_no_libraries(load: Load, models: Path, tmp_path: Path
     )
     command = [sys.executable, "-c", code, str(models / "sdxl")]
     subprocess.run(command, cwd=tmp_path, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+
+
+CONTRADICTIONS = {
+    "cross_attention_dim": 64,
+    "layers_per_block": 1,
+    "conditioning_channels": 4,
+    "block_out_channels": [16, 32, 64, 64],
+    "use_linear_projection": True,
+}
+
+
+@pytest.mark.parametrize("key", CONTRADICTIONS)
+def test_a_folder_with_another_networks_config_says_so(
+    run: Run, models: Path, load: Load, tmp_path: Path, key: str
+) -> None:
+    folder = tmp_path / "adapter"
+    controlnet_of(load("sd1")).save_pretrained(folder)
+    assert fits(run, folder, models / "sd1") == "yes"
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, key: CONTRADICTIONS[key]}))
+    said = fits(run, folder, models / "sd1")
+    assert said.startswith(f"no, {folder / 'config.json'} says {key} ")
+    assert said.endswith(
+        "it is another network's (the file diffusion_pytorch_model.safetensors tells by itself)"
+    )
+    refusal(folder, load("sd1"), said.removeprefix("no, "))
+    assert fits(run, folder / "diffusion_pytorch_model.safetensors", models / "sd1") == "yes"

@@ -17,7 +17,7 @@ from controlkit.formats.finding import (
     find_adapter_folder,
     only_weights,
 )
-from controlkit.formats.fitting import config_family
+from controlkit.formats.fitting import config_family, plain
 from controlkit.formats.recognise import recognise
 from controlkit.formats.structure import (
     CLASS_NAMES,
@@ -48,6 +48,11 @@ _CONFIGS: Mapping[str, Callable[[Shapes], Config]] = {
     "controlnet-xs": xs_config,
     "lite": light_config,
 }
+_TOLD_BY_SHAPES = (
+    *("in_channels", "block_out_channels", "layers_per_block", "down_block_types", "cross_attention_dim"),
+    *("conditioning_channels", "conditioning_embedding_out_channels"),
+    *("projection_class_embeddings_input_dim", "use_linear_projection"),
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,6 +150,27 @@ def hint_channels(config: Mapping[str, Any]) -> int:
     """The channels of the map that a network of this configuration takes."""
     of_t2i = config.get("in_channels", 3) if config.get("_class_name") == "T2IAdapter" else 3
     return int(config.get("conditioning_channels", of_t2i))
+
+
+def check_config(file: AdapterFile) -> None:
+    """Raise ValueError, one line, where the config.json of a ControlNet's folder is not that of its weights.
+
+    A ControlNet that is named by its folder is built by it; one that is named by its file, by its shapes.
+    """
+    if file.class_name != "ControlNetModel":
+        return
+    said = _config_beside(file.path, file.class_name)
+    read = controlnet_config(Shapes(file.entries, file.path))
+    if "use_linear_projection" in read:  # a folder's matrices are what they look like
+        projection = next(entry for key, entry in file.entries.items() if key.endswith(".proj_in.weight"))
+        read["use_linear_projection"] = len(projection.shape) == 2
+    for key in _TOLD_BY_SHAPES:
+        if key in said and key in read and plain(said[key]) != plain(read[key]):
+            raise ValueError(
+                f"{file.path.with_name('config.json')} says {key} {plain(said[key])}, and the weights beside"
+                f" it have {plain(read[key])}: it is another network's"
+                f" (the file {file.path.name} tells by itself)"
+            )
 
 
 def _config_beside(file: Path, class_name: str | None) -> Config:
