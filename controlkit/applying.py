@@ -44,15 +44,15 @@ class EncodedControl:
 
     def within_region(self, residual: Tensor) -> Tensor:
         """A residual where the mask lets it act."""
-        return residual * self.region_for(residual)
+        return residual * self.region_at(residual.shape[-2], residual.shape[-1], residual)
 
-    def region_for(self, residual: Tensor) -> Tensor:
-        """The mask as large as a residual (..., h, w): (1, 1, h, w)."""
+    def region_at(self, height: int, width: int, like: Tensor) -> Tensor:
+        """The mask at another size, (1, 1, height, width), on the device and in the precision of `like`."""
         assert self.region is not None
-        size = tuple(residual.shape[-2:])
-        if size not in self.regions:
+        size = (height, width)
+        if size not in self.regions:  # a copy to a device would be waited for: once, and not in every step
             stretched = torch.nn.functional.interpolate(self.region, size=size, mode="bilinear")
-            self.regions[size] = stretched.to(residual.device, residual.dtype)
+            self.regions[size] = stretched.to(like.device, like.dtype)
         return self.regions[size]
 
 
@@ -124,6 +124,8 @@ class Networks(NamedTuple):
     predict: Callable[..., Tensor] = predict
     control_residuals: Callable[..., Residuals] = control_residuals
     compiled: bool = False
+    graphs: bool = False
+    """Whether they are the compiler's CUDA graphs, whose results the next step writes over."""
 
 
 EAGER = Networks()
@@ -182,13 +184,15 @@ def summed_residuals(
     step: int,
     steps: int,
     again: bool = False,
+    keep: bool = False,
     networks: Networks = EAGER,
 ) -> Residuals | None:
     """The residuals of all controls active in this step, weighed and summed; None when there are none.
 
     ``noisy_latents`` (B, C, h, w), one row for each picture: guidance shows both branches the same ones. The
     residuals have a row for each of `rows`; those of a branch that no control acts on are zero. `again`
-    (lossy): what the networks gave before, where they were run before. networks: what runs them.
+    (lossy): what the networks gave before, where they were run before and it was to `keep`. networks: what
+    runs them.
     """
     terms = []
     due = [e for e in controls if not acts_inside(e) and e.control.active(step, steps)]
@@ -215,7 +219,8 @@ def summed_residuals(
                 added_cond=told.added_cond,
                 class_labels=told.class_labels,
             )
-            encoded.last[key] = residuals
+            if keep:
+                encoded.last[key] = residuals.map(torch.clone) if networks.graphs else residuals
         residuals = weigh_residuals(residuals, [scale * weight for weight in encoded.weights])
         if encoded.region is not None:
             residuals = residuals.map(encoded.within_region)

@@ -53,7 +53,7 @@ class Commands(TyperGroup):
         except RuntimeError as error:
             if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
                 raise
-            _fail("the device's memory is full: ask for smaller pictures or batches")
+            _fail("the device's memory is full: ask for smaller pictures or batches (generate: --memory 6GB)")
         finally:
             _flush_stdout()
 

@@ -10,7 +10,7 @@ diffusers' `ControlNetXSAdapter` and the base's own U-Net: none is copied. The r
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,19 +29,18 @@ class Crossing:
     """How a ControlNet-XS acts in one step.
 
     network: diffusers' `ControlNetXSAdapter`. hint: (1|B, C, h, w). scale: on all that enters the U-Net.
-    region: (1, 1, H, W) in [0, 1], where it enters; None is everywhere.
+    region: where it enters, in [0, 1], as `EncodedControl.region_at` tells; None is everywhere.
     """
 
     network: Any
     hint: Tensor
     scale: float = 1.0
-    region: Tensor | None = None
+    region: Callable[[int, int, Tensor], Tensor] | None = None
 
     def entering(self, x: Tensor, made: Tensor) -> Tensor:
         """``x`` of the U-Net with what the control encoder made for it."""
         if self.region is not None:
-            region = torch.nn.functional.interpolate(self.region, size=made.shape[-2:], mode="bilinear")
-            made = made * region.to(made.device, made.dtype)
+            made = made * self.region(made.shape[-2], made.shape[-1], made)
         return x + (made if self.scale == 1 else made * self.scale)
 
 

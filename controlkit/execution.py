@@ -70,7 +70,7 @@ class Runner:
 
 
 def _recorder_for(device: torch.device) -> Recorder | None:
-    return CudaRecorder() if device.type == "cuda" else None
+    return CudaRecorder(device) if device.type == "cuda" else None
 
 
 _COMPILED: dict[str | None, Networks] = {}
@@ -86,6 +86,7 @@ def _compiled(mode: str | None) -> Networks:
             torch.compile(EAGER.predict, **options),
             torch.compile(EAGER.control_residuals, **options),
             compiled=True,
+            graphs=mode is not None,
         )
     return _COMPILED[mode]
 
@@ -123,9 +124,10 @@ class Replayed:
         if runner.recorder is None:  # given up
             return model_pred
         if known is None:
-            recordings[key] = Recording((fixed, self._whole))
+            recordings[key] = Recording((fixed,))
             return model_pred
-        known.held += (kept_text(self._whole.base.unet, *self._whole.controlnets),)  # all computed by now
+        # this batch's predictor, and the text, all computed by now: the kind may be known from another batch
+        known.held += (self._whole, kept_text(self._whole.base.unet, *self._whole.controlnets))
         again = lambda shown, told: self._whole(shown, told, step)  # noqa: E731
         reason = _record(known, runner.recorder, again, (noisy_latents, timestep), model_pred)
         if reason:

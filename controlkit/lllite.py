@@ -13,7 +13,7 @@ U-Net stays as it is, and its projections are hooked while a step runs.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,12 +123,12 @@ def encode_hint(network: LLLite, controlnet_cond: Tensor) -> tuple[Tensor, ...]:
 
 @dataclass(frozen=True, eq=False)
 class Acting:
-    """How an LLLite acts in one step: its embeddings, its scale, and the region (1, 1, H, W) or None."""
+    """How an LLLite acts in one step: its embeddings, its scale, and its `EncodedControl.region_at`."""
 
     network: LLLite
     hint: Sequence[Tensor]
     scale: float = 1.0
-    region: Tensor | None = None
+    region: Callable[[int, int, Tensor], Tensor] | None = None
 
 
 @contextlib.contextmanager
@@ -164,8 +164,8 @@ class _Hook:
         repeats = len(x) // len(embedding)
         added = self.part(x, embedding.repeat(repeats, 1, 1)) * self.control.scale
         if self.control.region is not None:
-            region = nn.functional.interpolate(self.control.region, size=(height, width), mode="bilinear")
-            added = added * region.flatten(2).transpose(1, 2).to(added.device, added.dtype)
+            region = self.control.region(height, width, added)
+            added = added * region.flatten(2).transpose(1, 2)
         return x + added, *rest
 
     def _size(self, tokens: int) -> tuple[int, int]:

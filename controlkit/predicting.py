@@ -144,6 +144,8 @@ class Predictor:
 
         ``timestep``: a number on the networks' device.
         """
+        if self.networks.graphs:  # else each run of a network ends the life of the others' results
+            torch.compiler.cudagraph_mark_step_begin()
         noisy_latents = noisy_latents.to(self.base.dtype).contiguous(memory_format=torch.channels_last)
         rows = self.rows
         if rows.branches == 1 or step >= self.savings.guidance_until * self.steps:
@@ -203,13 +205,14 @@ class Predictor:
             step=step,
             steps=self.steps,
             again=shallow or step % savings.control_every != 0,
+            keep=not self.keeps_nothing,
             networks=self.networks,
         )
         if self.networks.compiled:
             text_fixed(self.base.unet, rows.unet_states)
         if inside:
             return self._inside(noisy_latents, timestep, rows, step, inside, residuals, deep)
-        return self.networks.predict(
+        model_pred = self.networks.predict(
             self.base.unet,
             self._with_shown(noisy_latents),
             timestep,
@@ -219,7 +222,8 @@ class Predictor:
             timestep_cond=self.timestep_cond,
             class_labels=rows.class_labels,
             deep=deep,
-        ).float()
+        )
+        return model_pred.to(torch.float32, copy=self.networks.graphs)
 
     def _inside(
         self,
@@ -238,10 +242,11 @@ class Predictor:
         for encoded in inside:
             control = encoded.control
             scale = control.scale_at(step, self.steps) * encoded.weights[0]
+            region = None if encoded.region is None else encoded.region_at
             if kind_of(control.controlnet).hooks:
-                hooked.append(lllite.Acting(control.controlnet, encoded.hint, scale, encoded.region))
+                hooked.append(lllite.Acting(control.controlnet, encoded.hint, scale, region))
             else:
-                crossing = cross.Crossing(control.controlnet, encoded.hint[0], scale, encoded.region)
+                crossing = cross.Crossing(control.controlnet, encoded.hint[0], scale, region)
         given = (self.base.unet, self._with_shown(noisy_latents), timestep, rows.unet_states)
         told: dict[str, Any] = {
             "residuals": residuals,

@@ -28,11 +28,16 @@ class Recorder(Protocol):
 class CudaRecorder:
     """CUDA graphs, by the pattern of torch.cuda.graph's documentation; all share one pool of memory."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._pool: Any = None
 
     def record(self, work: Work) -> tuple[Callable[[], None], Tensor]:
         """Warm up on a stream of its own, then capture. Nothing in the work may wait for the device."""
+        with torch.cuda.device(self._device):  # streams are made on the current one
+            return self._record(work)
+
+    def _record(self, work: Work) -> tuple[Callable[[], None], Tensor]:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):

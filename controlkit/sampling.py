@@ -259,7 +259,8 @@ def generate(
                     **how,
                 )
             with at_work(memory, base, base.vae):
-                decoded = base.decode_latents(latents)
+                at_once = 1 if memory is None and base.device.type != "cpu" else len(latents)
+                decoded = torch.cat([base.decode_latents(part) for part in latents.split(at_once)])
             for picture in images.tensor_to_pictures(decoded):
                 pictures.append(picture if start is None else start.pasted(picture))
                 if finished is not None:

@@ -126,8 +126,19 @@ class Careless:
         return lambda: None, work().clone()
 
 
+@pytest.mark.parametrize(
+    ("scale", "recorded_in"),
+    [
+        (1.0, 1),
+        ((1.0, 0.6, 0.3, 0.1), 2),
+    ],  # a kind of step of which each batch has one is recorded in the second
+)
 def test_a_recording_holds_what_it_reads(
-    sd1: Base, recorder: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch
+    sd1: Base,
+    recorder: Callable[[Any], Any],
+    monkeypatch: pytest.MonkeyPatch,
+    scale: float | tuple[float, ...],
+    recorded_in: int,
 ) -> None:
     base, read = tiny_models.told_guidance(sd1), []
     real = execution._record
@@ -154,14 +165,78 @@ def test_a_recording_holds_what_it_reads(
     alive: list[bool] = []
 
     def callback(done: int, total: int, latents: Tensor) -> None:
-        if done > 4:  # in the second batch
+        if done > 4 * recorded_in:  # in a later batch
             gc.collect()
             alive.append(all(reference() is not None for reference in read))
 
-    request: dict[str, Any] = {"seeds": [0, 1], "steps": 4, "savings": Savings(merge_tokens=0.5)}
+    request: dict[str, Any] = {"seeds": range(recorded_in + 1), "steps": 4}
+    request |= {
+        "savings": Savings(merge_tokens=0.5),
+        "controls": [Control(controlnet_of(sd1), cond(), scale)],
+    }
     generate(base, "x", execution=GRAPHS, callback=callback, **request)
     assert len(read) > 4
     assert alive == [True] * 4
+
+
+class Generations:
+    """Networks as the compiler's graphs run them: what a step gave is written over when another step begins.
+
+    Without marks (`torch.compiler.cudagraph_mark_step_begin`) every run of a network is a step; with them a
+    step is what lies between two marks.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._given: list[Tensor] = []
+        self.marks = 0
+        monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", self._mark)
+        networks = Networks(self._predict, self._control_residuals, compiled=True, graphs=True)
+        monkeypatch.setattr(execution, "_compiled", lambda mode: networks)
+
+    def _mark(self) -> None:
+        self.marks += 1
+        self._next()
+
+    def _next(self) -> None:
+        for tensor in self._given:
+            tensor.fill_(float("nan"))
+        self._given.clear()
+
+    def _run(self, work: Callable[..., Any], *args: Any, **told: Any) -> Any:
+        if not self.marks:
+            self._next()
+        return work(*args, **told)
+
+    def _predict(self, *args: Any, **told: Any) -> Tensor:
+        model_pred = self._run(EAGER.predict, *args, **told)
+        self._given.append(model_pred)
+        return model_pred
+
+    def _control_residuals(self, *args: Any, **told: Any) -> Any:
+        residuals = self._run(EAGER.control_residuals, *args, **told)
+        residuals.map(self._given.append)
+        return residuals
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"memory": Memory(1, one_branch=True)},
+        {"savings": Savings(control_every=2)},
+        {"scheduler": "pndm", "guidance": 1.0},  # which remembers predictions
+        {"seeds": [0, 1]},
+    ],
+)
+def test_no_step_reads_what_the_next_one_writes_over(
+    sd1: Base, monkeypatch: pytest.MonkeyPatch, how: dict[str, Any]
+) -> None:
+    request: dict[str, Any] = {"steps": 5, "controls": [Control(controlnet_of(sd1), cond())], **how}
+    expected = generate(sd1, "x", **request)
+    networks = Generations(monkeypatch)
+    found = generate(sd1, "x", execution=Execution(compiled=True), **request)
+    assert networks.marks
+    assert all(np.array_equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
 @pytest.fixture

@@ -379,6 +379,26 @@ def test_every_kind_follows_window_mode_mask_and_scale(load: Callable[[str], Bas
         assert (other - alone).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("kind", ["controlnet-xs", "lllite"])
+def test_a_mask_is_stretched_once_for_all_steps(
+    load: Callable[[str], Base], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """It lies on the CPU: on a GPU each step would wait for the copies."""
+    base, sizes = load("sdxl"), []
+    plain = torch.nn.functional.interpolate
+
+    def noting(tensor: torch.Tensor, **how: Any) -> torch.Tensor:
+        if how.get("mode") == "bilinear":
+            sizes.append(how["size"])
+        return plain(tensor, **how)
+
+    monkeypatch.setattr(torch.nn.functional, "interpolate", noting)
+    controls = [Control(MAKE[kind](base), cond(), mask=torch.ones(SIZE, SIZE))]
+    our_latents(base, controls, seed=7, steps=3, scheduler="ddim")
+    assert sizes
+    assert len(sizes) == len(set(sizes))
+
+
 @pytest.mark.parametrize("kind", [*KINDS, "lllite"])
 def test_a_mode_that_leaves_a_branch_alone_leaves_it_alone(load: Callable[[str], Base], kind: str) -> None:
     """One branch at a time gives what both at once do."""

@@ -165,4 +165,4 @@ def _why_not(run: Run) -> str:
 
 
 def _recorder_for(device: torch.device) -> Recorder | None:
-    return CudaRecorder() if device.type == "cuda" else None
+    return CudaRecorder(device) if device.type == "cuda" else None
