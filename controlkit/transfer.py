@@ -7,9 +7,11 @@ is what the original project does (``tool_transfer_control.py``), and exact for 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from controlkit.formats.control_lora import encoder_of
@@ -45,11 +47,6 @@ def transfer_state(
     return moved
 
 
-def transfer(network: Any, old: Any, new: Any) -> None:
-    """Carry a ControlNet over in place, from the U-Net ``old`` to the U-Net ``new``: see `transfer_state`."""
-    network.load_state_dict(transfer_state(network.state_dict(), old.state_dict(), new.state_dict()))
-
-
 class Distances(NamedTuple):
     """How far encoders are apart: the root of the sum of squared differences of their weights.
 
@@ -74,3 +71,13 @@ def distances(state: Mapping[str, Tensor], old: Mapping[str, Tensor], new: Mappi
         for index, (a, b) in enumerate(((copied, own), (copied, other), (own, other))):
             sums[index] += float((a.double() - b.double()).square().sum())
     return Distances(*(total**0.5 for total in sums))
+
+
+def encoder_digest(unet: Mapping[str, Tensor]) -> str:
+    """SHA-256 of a U-Net's encoder, rounded to half precision: the same for its files of either precision."""
+    total = hashlib.sha256()
+    for key, tensor in sorted(encoder_of(unet).items()):
+        half = tensor.detach().to("cpu", torch.float16).contiguous().reshape(-1)
+        total.update(f"{key} {tuple(tensor.shape)}\n".encode())
+        total.update(half.view(torch.uint8).numpy().data)
+    return total.hexdigest()

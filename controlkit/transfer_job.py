@@ -16,6 +16,7 @@ from controlkit import files
 from controlkit.convert_job import Report, check_apart, check_precision, own_dtype
 from controlkit.families import FAMILY_TITLES
 from controlkit.formats.adapter_file import AdapterFile, open_adapter_file
+from controlkit.formats.description import ENCODER, AdapterInfo
 from controlkit.formats.fitting import BaseStructure, check_kind_fits, plain
 from controlkit.formats.recognise import KINDS
 from controlkit.formats.weight_file import SUFFIXES
@@ -24,7 +25,6 @@ from controlkit.info_job import how_to_use_file, read_base, summary
 if TYPE_CHECKING:
     import torch
 
-    from controlkit.formats.description import AdapterInfo
     from controlkit.transfer import Distances
 
 MOVABLE = ("controlnet", "controlnet-union", "controlnet-difference", "control-lora")
@@ -115,7 +115,7 @@ def run(plan: Plan, report: Report) -> list[str]:
 
     from controlkit.adapters import write_adapter
     from controlkit.formats.building import build_network
-    from controlkit.transfer import distances, transfer_state
+    from controlkit.transfer import distances, encoder_digest, transfer_state
 
     old = _unet(plan.old, report)
     new = _unet(plan.new, report)
@@ -128,9 +128,10 @@ def run(plan: Plan, report: Report) -> list[str]:
     notes = _notes(plan, distances(state, old.state_dict(), new.state_dict()))
     network.load_state_dict(moved)
     report.status(f"writing {plan.output}")
-    write_adapter(
-        network, plan.output, layout=_layout(plan), dtype=dtype, info=transferred_info(plan.file.info, plan)
-    )
+    if plan.file.info.training.get(ENCODER) not in (None, encoder_digest(old.state_dict())):
+        notes.append(f"the adapter says that it was trained on another base than {plan.old.name}")
+    info = transferred_info(plan.file.info, plan, encoder=encoder_digest(new.state_dict()))
+    write_adapter(network, plan.output, layout=_layout(plan), dtype=dtype, info=info)
     written = open_adapter_file(plan.output)
     return [
         f"wrote {plan.output}: {summary(written)}",
@@ -140,8 +141,11 @@ def run(plan: Plan, report: Report) -> list[str]:
     ]
 
 
-def transferred_info(info: AdapterInfo, plan: Plan) -> AdapterInfo:
-    """What the adapter says of itself on its new base: whence it came stands in ``training``."""
+def transferred_info(info: AdapterInfo, plan: Plan, *, encoder: str) -> AdapterInfo:
+    """What the adapter says of itself on its new base: whence it came stands in ``training``.
+
+    ``encoder``: the new base's `transfer.encoder_digest`.
+    """
     old, new = _told(plan.old.name), _told(plan.new.name)
     history = [*_history(info.training), {"from": old, "to": new}]
     return replace(
@@ -149,7 +153,7 @@ def transferred_info(info: AdapterInfo, plan: Plan) -> AdapterInfo:
         family=plan.new.family,
         prediction_type=plan.new.prediction_type,
         base=new,
-        training={**info.training, "transfers": history},
+        training={**info.training, "transfers": history, ENCODER: encoder},
     )
 
 

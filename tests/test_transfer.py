@@ -17,6 +17,8 @@ from controlkit.adapters import MAPS, AdapterInfo, load_adapter, save_adapter, w
 from controlkit.base import Base, load_base
 from controlkit.formats import control_lora
 from controlkit.formats.adapter_file import open_adapter_file
+from controlkit.formats.description import ENCODER
+from controlkit.transfer import encoder_digest
 
 Bases = tuple[Base, Base]
 COPIED = ("conv_in.", "time_embedding.", "add_embedding.", "down_blocks.", "mid_block.")
@@ -88,7 +90,8 @@ def test_the_command_adds_what_the_bases_differ_by(
     adapter = load_adapter("moved", base=new)
     assert adapter.info.base == "second"  # and not where it lies
     assert adapter.info.map == MAPS["canny"]
-    assert adapter.info.training == {"steps": 7, "transfers": [{"from": "first", "to": "second"}]}
+    history = [{"from": "first", "to": "second"}]
+    assert adapter.info.training == {"steps": 7, "transfers": history, ENCODER: encoder_digest(second)}
 
 
 def test_there_and_back_returns_the_weights(run: Run, pair: Callable[[str], Bases], tmp_path: Path) -> None:

@@ -17,12 +17,14 @@ from controlkit.base import load_base
 from controlkit.control import Control
 from controlkit.controlnet import from_base
 from controlkit.formats import control_lora
+from controlkit.formats.description import ENCODER
 from controlkit.kinds import kind_of
 from controlkit.sampling import generate
 from controlkit.training import train_recipe
 from controlkit.training.config import parse_recipe
 from controlkit.training.planning_networks import build
 from controlkit.training.variants import make_network, started_from, without_low_rank
+from controlkit.transfer import encoder_digest
 
 VARIANTS = ("controlnet", "control-lora", "t2i-adapter", "controlnet-xs", "lite")
 SMALL = {"rank": 4, "size_ratio": 0.5}
@@ -292,6 +294,34 @@ def test_what_was_learned_is_carried_to_another_base_once(place: Path) -> None:
     assert (base - own).abs().max() > 0.1, "the bases differ"
     torch.testing.assert_close(started["whole"], base + 0.5, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(started["lora.safetensors"], base + 0.5, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_an_init_of_another_base_than_is_said_is_noted(place: Path, told: bool) -> None:
+    """By what its file says of its base, or by how near its weights are to either."""
+    bases = {name: load_base(str(place / name)) for name in ("sd1", "old")}
+    network = from_base(bases["old"], hint_channels=(4, 8, 8, 8), seed=1)
+    digests = {name: encoder_digest(base.unet.state_dict()) for name, base in bases.items()}
+    assert digests["old"] != digests["sd1"]
+    training = {ENCODER: digests["old"]} if told else {}
+    info = AdapterInfo(map=MapSpec("canny"), family="sd1", training=training)
+    save_adapter(network, place / "of-old", info=info, dtype=torch.float32)
+    table = {"task": "controlnet", "map": "canny", "out": "x", "steps": 1, "batch_size": 1, "warmup": 0}
+    table |= {"learning_rate": 1e-3, "init": str(place / "of-old")}
+
+    def notes(base: str, **more: str) -> list[str]:
+        said: list[str] = []
+        recipe_: Any = parse_recipe(table | {"base": base} | more, where="test")
+        started_from(recipe_, bases[base], 3, report=said.append)
+        return said
+
+    assert notes("old") == notes("sd1", init_base=str(place / "old")) == []
+    (wrong,) = notes("old", init_base=str(place / "sd1"))
+    assert (
+        ("was trained on another base than init_base" in wrong) if told else ("nearer to the base" in wrong)
+    )
+    missing = notes("sd1")
+    assert ["init_base=ITS_BASE carries it over" in note for note in missing] == [True] * told
 
 
 def test_an_adapter_of_another_kind_is_no_start(place: Path) -> None:

@@ -219,3 +219,11 @@ def test_what_is_seen_lies_together_in_memory() -> None:
         assert seen.dtype == np.uint8
     same = View(451, 300, 451, 300, 0, 0, mirrored=False)
     assert np.array_equal(look(picture, same), picture)
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_what_is_cut_off_at_the_left_is_told_of_the_picture_as_it_is_shown(mirrored: bool) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+    view = View(48, 64, 96, 64, 16, 0, mirrored)
+    shown = image[:, ::-1] if mirrored else image
+    assert np.array_equal(look(image, view), shown[:, view.seen_left : view.seen_left + 48])

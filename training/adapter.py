@@ -19,10 +19,11 @@ from controlkit.adapters import MAPS, AdapterInfo, MapSpec, save_adapter
 from controlkit.base import BUNDLED, Base, load_base
 from controlkit.base_parts import load_unet
 from controlkit.controlnet import check_copyable
+from controlkit.formats.description import ENCODER
 from controlkit.kinds import kind_of
 from controlkit.layouts import keep_layout
 from controlkit.training.attention import Attention
-from controlkit.training.config_adapter import ControlNetRecipe
+from controlkit.training.config_adapter import COPIES, ControlNetRecipe
 from controlkit.training.data.encoded import Given, Outline, Sample, levels_of
 from controlkit.training.data.feeds import StoredFeed, open_feed
 from controlkit.training.data.loader import Loader
@@ -55,6 +56,7 @@ from controlkit.training.variants import (
     started_from,
     without_low_rank,
 )
+from controlkit.transfer import encoder_digest
 
 _LINTED = 16
 _NO_SIGNAL = 1e-6  # ᾱ of a last step that is pure noise
@@ -75,6 +77,8 @@ class ControlNetTask:
         # Pictures and captions are encoded once, so in full precision; the U-Net alone is halved.
         self.base = load_base(recipe.base, device=machine.device)
         check_copyable(self.base.unet.config)  # also of an adapter that is trained on: it is not told more
+        copied = recipe.adapter in COPIES
+        self._origin = {ENCODER: encoder_digest(self.base.unet.state_dict())} if copied else {}
         self.alphas_cumprod = schedule(recipe, self.base)
         if recipe.zero_terminal_snr and float(self.base.alphas_cumprod[-1]) > _NO_SIGNAL:
             report(_OTHER_SCHEDULE)
@@ -272,7 +276,9 @@ class ControlNetTask:
         if self.base.family != "sdxl":
             return None
         assert pooled is not None
-        rows = [(s.size[1], s.size[0], s.view.top, s.view.left, s.view.height, s.view.width) for s in samples]
+        rows = [
+            (s.size[1], s.size[0], s.view.top, s.view.seen_left, s.view.height, s.view.width) for s in samples
+        ]
         if self.recipe.size_conditioning == "seen":
             rows = [(height, width, 0, 0, height, width) for *_, height, width in rows]
         device = self.machine.device
@@ -367,6 +373,7 @@ class ControlNetTask:
         told["data"] = {key: v for key, v in told["data"].items() if f"data.{key}" not in MAY_CHANGE}
         told["data"]["source"] = PurePath(recipe.data.source).name  # no folders of the machine that trained
         bundled = recipe.base in BUNDLED
+        data = self.feed.digest()
         info = AdapterInfo(
             map=_map_spec(recipe, self.encoded.visits),
             family=self.base.family,
@@ -374,7 +381,7 @@ class ControlNetTask:
             base=recipe.base if bundled else "",
             resolution=recipe.data.resolution or self.base.resolution,
             title=f"{recipe.map} for the bundled base" if bundled else recipe.map,
-            training={"recipe": told, **({"data_sha256": digest} if (digest := self.feed.digest()) else {})},
+            training={"recipe": told, **self._origin, **({"data_sha256": data} if data else {})},
         )
         network, unet = self._exact(weights)
         whole = without_low_rank(network) if is_low_rank(recipe) else network
@@ -405,16 +412,16 @@ class ControlNetTask:
 
     # --- at the start ---
 
-    def _made(self, base: Base) -> Any:
+    def _made(self, base: Base, report: Callable[[str], None] = lambda note: None) -> Any:
         """A network as recipe and base have it, float32, of a base in full precision."""
         channels = self.encoded.visits.channels
         if self.recipe.init is not None:
-            return started_from(self.recipe, base, channels)
+            return started_from(self.recipe, base, channels, report=report)
         return make_network(self.recipe, base.unet, channels)
 
     def _network(self) -> Any:
         """The network as the training starts with it."""
-        recipe, network = self.recipe, self._made(self.base)
+        recipe, network = self.recipe, self._made(self.base, self.report)
         if recipe.init is not None:
             return network
         if recipe.hint_start == "unit" and hasattr(network, "controlnet_cond_embedding"):

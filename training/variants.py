@@ -13,11 +13,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from controlkit import union
@@ -31,6 +31,7 @@ from controlkit.controlnet import (
     trainable_parameters,
 )
 from controlkit.families import t2i_shape
+from controlkit.formats.description import ENCODER
 from controlkit.kinds import kind_of
 from controlkit.training.config_adapter import COPIES, ControlNetRecipe
 
@@ -70,8 +71,16 @@ def make_network(
     return with_low_rank(network, recipe.rank, seed=recipe.seed) if is_low_rank(recipe) else network
 
 
-def started_from(recipe: ControlNetRecipe, base: Base, channels: int) -> Any:
+def started_from(
+    recipe: ControlNetRecipe,
+    base: Base,
+    channels: int,
+    *,
+    report: Callable[[str], None] = lambda note: None,
+) -> Any:
     """The network of the recipe's `init`, float32, to be trained on.
+
+    ``report``: is told where `init` seems to have another base than the recipe says.
 
     Raises ValueError for one that does not fit the base, the recipe's variant, or the maps.
     """
@@ -80,7 +89,7 @@ def started_from(recipe: ControlNetRecipe, base: Base, channels: int) -> Any:
     from controlkit.formats.adapter_file import open_adapter_file
     from controlkit.formats.finding import find_adapter_file
     from controlkit.formats.recognise import OF_BASE
-    from controlkit.transfer import transfer
+    from controlkit.transfer import transfer_state
 
     assert recipe.init is not None
     adapter = load_adapter(recipe.init, base=base, dtype=torch.float32)
@@ -108,13 +117,42 @@ def started_from(recipe: ControlNetRecipe, base: Base, channels: int) -> Any:
         )
     file = find_adapter_file(recipe.init)
     of_base = file is not None and open_adapter_file(file).kind in OF_BASE  # made whole on this base already
-    if recipe.init_base is not None and not of_base:
-        transfer(network, load_unet(recipe.init_base), base.unet)
+    if recipe.adapter in COPIES and not of_base:
+        new = base.unet.state_dict()
+        old = new if recipe.init_base is None else load_unet(recipe.init_base).state_dict()
+        state = network.state_dict()
+        moved = state if old is new else transfer_state(state, old, new)
+        doubt = _doubt(state, adapter.info.training.get(ENCODER), old, new)
+        if doubt:
+            report(doubt.format(init=recipe.init, old=recipe.init_base, new=recipe.base))
+        network.load_state_dict(moved)
     if recipe.only_mid_control:  # what is not trained shall not act, wherever the result is used
         with torch.no_grad():
             for parameter in network.controlnet_down_blocks.parameters():
                 parameter.zero_()
     return with_low_rank(network, recipe.rank, seed=recipe.seed) if is_low_rank(recipe) else network
+
+
+def _doubt(
+    state: Mapping[str, Tensor], made_from: str | None, old: Mapping[str, Tensor], new: Mapping[str, Tensor]
+) -> str:
+    """What speaks against an adapter's coming from the U-Net ``old``; "" if nothing.
+
+    ``made_from``: what it says itself; None of other software's, where distances tell.
+    """
+    from controlkit.transfer import distances, encoder_digest
+
+    if made_from is None:
+        if old is new or (gaps := distances(state, old, new)).old <= gaps.new:
+            return ""
+        return (
+            "init {init} is nearer to the base {new} than to init_base={old}: are they the right way round?"
+        )
+    if encoder_digest(old) == made_from:
+        return ""
+    if old is new:
+        return "init {init} was trained on another base than {new}: init_base=ITS_BASE carries it over"
+    return "init {init} was trained on another base than init_base={old}"
 
 
 def is_low_rank(recipe: ControlNetRecipe) -> bool:

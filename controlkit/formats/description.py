@@ -24,6 +24,9 @@ _SPEC_FAMILIES = {
 }
 _SPEC_SOFTWARE = {"diffusers": "diffusers", "original": "https://github.com/lllyasviel/ControlNet"}
 
+ENCODER = "encoder_sha256"
+"""Where ``training`` says which encoder an adapter was copied from: `controlkit.transfer.encoder_digest`."""
+
 
 @dataclass(frozen=True)
 class MapSpec:

@@ -45,6 +45,11 @@ class View:
     top: int
     mirrored: bool
 
+    @property
+    def seen_left(self) -> int:
+        """Pixels that are cut off at the left of the whole picture as it is shown, mirrored or not."""
+        return self.resized_width - self.width - self.left if self.mirrored else self.left
+
 
 def shapes(data: DataRecipe, *, resolution: int) -> list[Size]:
     """The shapes (width, height) in pixels that are trained on, the narrowest first.
