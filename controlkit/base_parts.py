@@ -125,7 +125,29 @@ def read_family(folder: Path, unet_config: Mapping[str, Any]) -> str:
             f"{folder}: its U-Net takes {taken} channels but its VAE makes {latent_channels}:"
             " bases that edit by instruction are not supported"
         )
-    return family_of(unet_config)
+    family = family_of(unet_config)
+    if family == "sdxl":
+        _check_told_sizes(folder, unet_config)
+    return family
+
+
+def _check_told_sizes(folder: Path, unet_config: Mapping[str, Any]) -> None:
+    """Raise ValueError for an SDXL that is not told a picture's size, cut, and size: its refiner, say."""
+    told, width = (
+        unet_config.get(key) for key in ("projection_class_embeddings_input_dim", "addition_time_embed_dim")
+    )
+    pooled = read_json(part_of(folder, "text_encoder_2") / "config.json").get("projection_dim", 512)
+    if told is None or width is None or told == pooled + 6 * width:
+        return
+    if told == pooled + 5 * width:
+        raise ValueError(
+            f"{folder}: this SDXL is told how beautiful pictures are (aesthetic score), as the refiner is,"
+            " which is not supported: give the base that it refines"
+        )
+    raise ValueError(
+        f"{folder}/unet/config.json: projection_class_embeddings_input_dim is {told}, and an SDXL is told"
+        f" {pooled} + 6 x {width} numbers of text and sizes"
+    )
 
 
 def _check_numbers(folder: Path, unet_config: Mapping[str, Any], vae_config: Mapping[str, Any]) -> None:

@@ -122,11 +122,6 @@ def from_base(
 
     unet: UNet2DConditionModel = getattr(base_or_unet, "unet", base_or_unet)
     check_copyable(unet.config)
-    if unet.config.in_channels != unet.config.out_channels:
-        raise ValueError(
-            f"this base fills holes (its U-Net takes {unet.config.in_channels} channels): train the adapter"
-            " on the base that it was made from; it will fit this one, too"
-        )
     if min(conditioning_channels, *hint_channels) < 1:
         raise ValueError(
             f"conditioning_channels {conditioning_channels} and hint_channels {tuple(hint_channels)}"
@@ -350,6 +345,12 @@ def check_structure(config: Mapping[str, Any]) -> None:
 def check_copyable(config: Mapping[str, Any]) -> None:
     """Raise ValueError if a control network cannot be made of the U-Net with this ``config``."""
     check_structure(config)
+    taken = config.get("in_channels", 4)
+    if taken != config.get("out_channels", 4):
+        raise ValueError(
+            f"this base fills holes (its U-Net takes {taken} channels): train the adapter"
+            " on the base that it was made from; it will fit this one, too"
+        )
     told = config.get("class_embed_type") or config.get("num_class_embeds")
     if told:
         raise ValueError(

@@ -199,11 +199,24 @@ def test_loading_is_silent(folders: dict[str, Path], capfd: pytest.CaptureFixtur
     assert logging.is_progress_bar_enabled() == had_bar
 
 
+@pytest.mark.parametrize(
+    ("numbers", "said"), [(5, "aesthetic score"), (7, "an SDXL is told 32 + 6 x 8 numbers")]
+)
+def test_an_sdxl_that_is_told_other_sizes_is_refused(tmp_path: Path, numbers: int, said: str) -> None:
+    width = tiny_models.UNETS["sdxl"]["addition_time_embed_dim"]
+    told = {"projection_class_embeddings_input_dim": 32 + numbers * width}
+    folder = tiny_models.build(tmp_path / "base", "sdxl", **told)
+    assert said in message_of(folder)
+    shutil.rmtree(folder / "text_encoder")  # which a refiner has not
+    assert said in message_of(folder)
+
+
 def test_wrong_folders(tmp_path: Path, broken: Path) -> None:
     assert "no model_index.json" in message_of(tmp_path)
     file = tmp_path / "model.safetensors"
     file.write_bytes(b"x")
     assert "this is a file; give the folder" in message_of(file)
+    assert f"P.from_single_file('{file}').save_pretrained('FOLDER')" in message_of(file)
     assert "give one of tiny, sd15, sd21, sdxl, an existing folder" in message_of(
         tmp_path / "none" / "at" / "all"
     )

@@ -324,6 +324,18 @@ def test_an_init_of_another_base_than_is_said_is_noted(place: Path, told: bool) 
     assert ["init_base=ITS_BASE carries it over" in note for note in missing] == [True] * told
 
 
+@pytest.mark.parametrize("adapter", ["t2i-adapter", "lite", "controlnet-xs", "init"])
+def test_a_base_that_fills_holes_is_refused_for_every_adapter(place: Path, adapter: str) -> None:
+    folder = place / "holes"
+    if not folder.exists():
+        tiny_models.build(folder, "sd1", in_channels=9)
+        network = from_base(load_base(str(place / "sd1")), hint_channels=(4, 8, 8, 8))
+        save_adapter(network, place / "for-holes", info=AdapterInfo(map=MapSpec("canny"), family="sd1"))
+    how = {"init": str(place / "for-holes")} if adapter == "init" else {"adapter": adapter}
+    with pytest.raises(ValueError, match=r"fills holes \(its U-Net takes 9 channels\): train the adapter on"):
+        run(place, f"holes-{adapter}", base=str(folder), steps=1, **how)
+
+
 def test_an_adapter_of_another_kind_is_no_start(place: Path) -> None:
     folder = run(place, "start-lite", adapter="lite", steps=1)
     with pytest.raises(ValueError, match="is a light network, and adapter=controlnet is trained"):
