@@ -98,13 +98,15 @@ class Base:
     def is_turbo(self) -> bool:
         """Whether it was distilled to few steps without guidance, going by how its scheduler spaces them.
 
-        SD-Turbo and SDXL-Turbo (Sauer et al. 2023, arXiv:2311.17042) come with an Euler scheduler that starts
-        at the last timestep. So do bases trained to zero signal-to-noise, which are guided.
+        SD-Turbo and SDXL-Turbo (Sauer et al. 2023, arXiv:2311.17042) predict the noise and come with an Euler
+        scheduler that starts at the last timestep. So do bases trained to zero signal-to-noise, which are
+        guided.
         """
         config = self.scheduler_config
         euler = str(config.get("_class_name", "")).startswith("Euler")
         trailing = config.get("timestep_spacing") == "trailing"
-        return euler and trailing and not config.get("rescale_betas_zero_snr", False)
+        known = self.prediction_type == "epsilon" and not config.get("rescale_betas_zero_snr", False)
+        return euler and trailing and known
 
     @property
     def vae_factor(self) -> int:

@@ -122,6 +122,7 @@ class Session:
         self.clip = _clip(clip, self.base, report, rests=rests)
         self.preview = None if preview is None else Preview(preview, self.base)
         self._warn()
+        self._doubted: set[str] = set()  # of a grid's schedulers, each said once
         self._maps: dict[tuple[object, ...], Any] = {}
         self.first = self._within_memory(self.first)
 
@@ -196,8 +197,13 @@ class Session:
     def make(self, records: Sequence[PictureRecord], finished: Callable[[int, np.ndarray], None]) -> None:
         """Generate pictures that differ by their seeds alone; each is handed over as soon as it is made."""
         from controlkit import sampling
+        from controlkit.schedulers import doubts
 
         first, options = records[0], self._options(records[0])
+        for line in doubts(first.scheduler, self.base):
+            if line not in self._doubted:
+                self._doubted.add(line)
+                warnings.warn(line, stacklevel=2)
         second = self._second_stage(first, options)
 
         def hand_over(k: int, picture: np.ndarray) -> None:

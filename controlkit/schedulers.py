@@ -17,6 +17,12 @@ from controlkit import naming
 if TYPE_CHECKING:
     from controlkit.base import Base
 
+NO_SIGNAL = 1e-6
+"""ᾱ of a step that shows nothing but noise."""
+PURE_NOISE = (
+    "the base {base} predicts the noise, and its schedule ends in nothing else (rescale_betas_zero_snr): at"
+    " that step no picture can be told, and what starts there may fail"
+)
 SCHEDULERS: Mapping[str, tuple[str, dict[str, Any]]] = {  # our name -> (diffusers' class, what it is set to)
     "ddim": ("DDIMScheduler", {"clip_sample": False}),
     "ddpm": ("DDPMScheduler", {"clip_sample": False}),
@@ -77,6 +83,19 @@ def make_scheduler(name: str, base: Base) -> Any:
         raise ValueError("scheduler 'lms' integrates with scipy, which is not installed: pip install scipy")
     class_name, settings = SCHEDULERS[name]
     return getattr(diffusers, class_name).from_config(base.scheduler_config, **settings)
+
+
+def doubts(name: str, base: Base) -> Iterator[str]:
+    """What does not go well together of a scheduler and a base's own schedule, a line each."""
+    if float(base.alphas_cumprod[-1]) > NO_SIGNAL:
+        return
+    if base.prediction_type == "epsilon":
+        yield PURE_NOISE.format(base=base.name)
+    if float(make_scheduler(name, base).alphas_cumprod[-1]) > NO_SIGNAL:
+        yield (
+            f"the base {base.name} was trained down to pure noise, and diffusers' {name} does not start there"
+            " (rescale_betas_zero_snr): very bright and very dark pictures come out grey; ddim and euler do"
+        )
 
 
 def make_schedule(name: str, base: Base, *, steps: int, strength: float = 1.0) -> Schedule:

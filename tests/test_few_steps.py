@@ -12,8 +12,9 @@ from sampling_peers import assert_same, cond, controlnet_of, our_latents, their_
 from controlkit.base import Base
 from controlkit.control import Control
 from controlkit.controlnet import from_base
+from controlkit.diffusion import rescale_zero_terminal_snr
 from controlkit.sampling import default_guidance
-from controlkit.schedulers import make_schedule
+from controlkit.schedulers import SCHEDULERS, doubts, make_schedule
 
 # diffusers' Euler schedulers hand torch tensors to numpy in a way that numpy 2 will drop (diffusers 0.42.1).
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:diffusers")
@@ -46,6 +47,8 @@ def test_a_turbo_base_keeps_its_spacing_and_is_not_guided(sd1: Base) -> None:
     assert default_guidance(turbo) == 1.0
     zero_snr = replace(turbo, scheduler_config={**turbo.scheduler_config, "rescale_betas_zero_snr": True})
     assert default_guidance(zero_snr) == default_guidance(sd1) == 7.5
+    v = replace(turbo, scheduler_config={**turbo.scheduler_config, "prediction_type": "v_prediction"})
+    assert default_guidance(v) == 7.5, "no such base was distilled"
     assert make_schedule("euler-a", turbo, steps=1).timesteps.tolist() == [999]
     controls = [Control(controlnet_of(sd1), cond())]
     for steps in (1, 2):
@@ -53,3 +56,14 @@ def test_a_turbo_base_keeps_its_spacing_and_is_not_guided(sd1: Base) -> None:
         ours = our_latents(turbo, controls, **request)
         assert_same(ours, their_latents(turbo, controls, **request))
     assert not torch.equal(ours, our_latents(sd1, controls, **request))
+
+
+def test_schedulers_that_do_not_start_at_pure_noise_are_named(sd1: Base) -> None:
+    config = {**sd1.scheduler_config, "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+    base = replace(sd1, scheduler_config=config, alphas_cumprod=rescale_zero_terminal_snr(sd1.alphas_cumprod))
+    said = {name: list(doubts(name, base)) for name in SCHEDULERS}
+    assert {name for name, lines in said.items() if lines} == {"heun", "lms", "pndm"}
+    assert all("does not start there" in line for lines in said.values() for line in lines)
+    assert not any(list(doubts(name, sd1)) for name in SCHEDULERS)
+    blind = replace(base, scheduler_config={**config, "prediction_type": "epsilon"})
+    assert "its schedule ends in nothing else" in next(doubts("ddim", blind))

@@ -271,6 +271,21 @@ def test_scores_in_between_are_of_the_averaged_weights(place, monkeypatch):
     assert all(torch.equal(seen[-1][name].half(), tensor) for name, tensor in result.items())
 
 
+def test_a_base_that_cannot_be_sampled_has_a_result_all_the_same(place):
+    """It predicts the noise, and its schedule ends in nothing else: what starts there is not finite."""
+    base = tiny_models.build(place / "blind", "sd1")
+    file = base / "scheduler" / "scheduler_config.json"
+    told = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    file.write_text(json.dumps(json.loads(file.read_text()) | told))
+    folder, said = run(place, "blind-run", base=str(base), steps=2, score_every=1, sample_every=2)
+    assert any("its schedule ends in nothing else" in note for note in said)
+    assert not any("edges are grey" in note for note in said), "map_blur is meant"
+    assert any(note.startswith("no scores of control: the latents ") for note in said)
+    assert any(note.startswith("no samples at step 2") for note in said)
+    assert (folder / "controlnet" / "diffusion_pytorch_model.safetensors").is_file()
+    assert not (folder / "scores.json").exists()
+
+
 def test_samples_that_cannot_be_made_do_not_end_the_run(place, plain, monkeypatch):
     def fail(self):
         raise RuntimeError("cuDNN is unwell\nand says so at length")

@@ -22,6 +22,7 @@ from controlkit.controlnet import check_copyable
 from controlkit.formats.description import ENCODER
 from controlkit.kinds import kind_of
 from controlkit.layouts import keep_layout
+from controlkit.schedulers import NO_SIGNAL, PURE_NOISE
 from controlkit.training.attention import Attention
 from controlkit.training.config_adapter import COPIES, ControlNetRecipe
 from controlkit.training.data.encoded import Given, Outline, Sample, levels_of
@@ -45,6 +46,7 @@ from controlkit.training.noising import (
     weighted_loss,
 )
 from controlkit.training.pair import Pair, PairsPart
+from controlkit.training.reporting.scores import ControlScores
 from controlkit.training.reporting.showing import Shown, is_examined
 from controlkit.training.reward import Reward
 from controlkit.training.saving import MAY_CHANGE
@@ -59,7 +61,6 @@ from controlkit.training.variants import (
 from controlkit.transfer import encoder_digest
 
 _LINTED = 16
-_NO_SIGNAL = 1e-6  # ᾱ of a last step that is pure noise
 _OTHER_SCHEDULE = (
     "zero_terminal_snr: the base's own schedule does not end in pure noise, and samples, scores and generate"
     " take the base's: set rescale_betas_zero_snr in its scheduler_config.json, or leave this out"
@@ -80,8 +81,11 @@ class ControlNetTask:
         copied = recipe.adapter in COPIES
         self._origin = {ENCODER: encoder_digest(self.base.unet.state_dict())} if copied else {}
         self.alphas_cumprod = schedule(recipe, self.base)
-        if recipe.zero_terminal_snr and float(self.base.alphas_cumprod[-1]) > _NO_SIGNAL:
+        to_noise = float(self.base.alphas_cumprod[-1]) <= NO_SIGNAL
+        if recipe.zero_terminal_snr and not to_noise:
             report(_OTHER_SCHEDULE)
+        if to_noise and self.base.prediction_type == "epsilon":
+            report(PURE_NOISE.format(base=recipe.base))
         if machine.device.type == "cuda":  # other devices may have no float64
             self.alphas_cumprod = self.alphas_cumprod.to(machine.device)
         self.reward = Reward(recipe, self.base, self.alphas_cumprod) if recipe.reward else None
@@ -89,7 +93,7 @@ class ControlNetTask:
         self.encoded = self.feed.encoded
         if self.reward is not None:
             self.reward.check(self.encoded.visits.channels)
-        _report_bad_maps(recipe.map, self.feed.first_maps(_LINTED), report)
+        _report_bad_maps(recipe, self.feed.first_maps(_LINTED), report)
         self.controlnet = self._network()  # before the base is halved
         self._prepare()
         measures = recipe.attention == "auto" and machine.device.type == "cuda" and not machine.sharded
@@ -313,8 +317,17 @@ class ControlNetTask:
 
     def scores(self) -> dict[str, float]:
         """Scores of control on the shown pairs."""
-        scores = self.shown.score(self.controlnet)
+        scores = self._scored()
         return scores.row() if scores else {}
+
+    def _scored(self) -> ControlScores | None:
+        """Scores of control; where pictures cannot be made, that is said, and the training goes on."""
+        try:
+            return self.shown.score(self.controlnet)
+        except (ValueError, RuntimeError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            self.report(f"no scores of control: {reason}")
+        return None
 
     def remark(self, rows: Sequence[dict[str, Any]]) -> str | None:
         """When control took hold, or what to look at when it does not."""
@@ -335,8 +348,8 @@ class ControlNetTask:
         """Scores of control on the shown pairs, under the weights that the network holds now."""
         if not self.recipe.score_scenes or is_examined(self.recipe):
             return {}  # not wanted, or there will be a better measure
-        scores = self.shown.score(self.controlnet)
-        if scores is None:
+        scores = self._scored()
+        if scores is None and self.shown.why_not_scored:
             self.report(f"no scores of control: {self.shown.why_not_scored}")
         return {} if scores is None else scores.to_json()
 
@@ -461,12 +474,16 @@ def _one_caption(sample: Outline) -> str:
     return captions[derived_seed(sample.visit.seed, "which caption") % len(captions)]
 
 
-def _report_bad_maps(kind: str, maps: Sequence[NDArray[np.uint8]], report: Callable[[str], None]) -> None:
+def _report_bad_maps(
+    recipe: ControlNetRecipe, maps: Sequence[NDArray[np.uint8]], report: Callable[[str], None]
+) -> None:
     """Say before the first step what is wrong with the maps, each thing once."""
     from controlkit import preprocessors
 
+    kind, meant = recipe.map, {"grey", "jpeg"} if recipe.data.map_blur else set()
     if kind in preprocessors.names():
-        found = Counter(f"{one.message}; {one.cure}" for m in maps for one in preprocessors.lint(m, kind))
+        findings = [one for m in maps for one in preprocessors.lint(m, kind) if one.code not in meant]
+        found = Counter(f"{one.message}; {one.cure}" for one in findings)
     else:
         blank = "of one colour: nothing can be learned from them"
         found = Counter(blank for m in maps if (m == m[:1, :1]).all())
