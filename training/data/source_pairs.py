@@ -11,6 +11,7 @@ OpenPose names it).
 from __future__ import annotations
 
 import os
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -56,6 +57,8 @@ _OPENPOSE = "_keypoints"
 SHEET = "sheet.png"
 """The contact sheet that `controlkit preprocess --sheet` leaves at the top: no picture of the data set."""
 
+_REPEATS = re.compile(r"[1-9]\d*_[^/]+/")
+
 
 def open_pairs(
     root: Path, *, data: DataRecipe, kind: str, report: Callable[[str], None] = lambda _: None
@@ -73,6 +76,12 @@ def open_pairs(
     maps = _map_folders([name for name in folders if name != place], data=data, kind=kind, root=root)
     pictures = _pictures(root, place, folders, maps)
     report(f"{root}: {len(pictures):,} pictures, {about_maps([f'{name}/' for name in maps], kind)}")
+    repeated = next((name for name in pictures if _REPEATS.match(name)), None)
+    if repeated is not None:
+        report(
+            f"{root}: {repeated.partition('/')[0]}/ is named as kohya's folders with repeats are; here every"
+            " picture is seen once in an epoch"
+        )
     if not pictures:
         return LazyExamples(0, _no_example)
     if not maps and not place:
