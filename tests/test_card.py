@@ -144,6 +144,7 @@ def test_a_card_of_another_kind_of_map(tmp_path, controlnet):
     assert r"| polarity | high \| low |" in text
     assert "| thresholds | low 0.5 |" in text
     assert "controlkit generate" not in text  # which reads maps of three channels
+    assert "ComfyUI" not in text
     compile(code(text, "python"), "card", "exec")
     assert "license" not in front_matter(text)
 

@@ -158,7 +158,7 @@ def _usage(
             f" --adapter {kind}={shlex.quote(place)} -o picture.png"
         )
         parts += ["With ControlKit:\n", f"```sh\n{command}\n```\n"]
-    if network == "ControlNetModel":
+    if network == "ControlNetModel" and info.map.channels == 3:  # others are fed pictures alone
         parts.append(
             "ComfyUI, Forge and A1111 load `diffusion_pytorch_model.safetensors` from their ControlNet"
             " folder.\n"
