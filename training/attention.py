@@ -130,9 +130,10 @@ def _timed(work: Callable[[], None], device: torch.device) -> float:
             spent.append(time.perf_counter() - started)
         return min(spent)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
+    stream = torch.cuda.current_stream(device)  # and not that of the first device
+    begin.record(stream)
     for _ in range(_TIMED):
         work()
-    end.record()
+    end.record(stream)
     end.synchronize()
     return float(begin.elapsed_time(end)) / 1000 / _TIMED
