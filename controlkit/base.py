@@ -61,8 +61,10 @@ class Base:
     ``family`` is "sd1", "sd2" or "sdxl". ``prediction_type`` is what the U-Net outputs: "epsilon",
     "v_prediction" or "sample". ``resolution`` is the side in pixels that it was trained for, ``vae_factor``
     how many pixels make one latent (8). ``alphas_cumprod`` is its noise schedule, (T,) float64 on the CPU.
-    ``zeros_for_empty_negative``: an SDXL that was trained with zeros for no text, not with the encoding of
-    "" (diffusers' ``force_zeros_for_empty_prompt``). ``picture_encoder``: of a base that is told a picture.
+    ``clip_skip``: which of the text encoders' layers is read, counted as in A1111: 1 is the last that is
+    meant to be, 2 the one before it. ``zeros_for_empty_negative``: an SDXL that was trained with zeros for no
+    text, not with the encoding of "" (diffusers' ``force_zeros_for_empty_prompt``). ``picture_encoder``: of a
+    base that is told a picture.
     """
 
     name: str
@@ -75,6 +77,7 @@ class Base:
     alphas_cumprod: Tensor = field(repr=False)
     device: torch.device
     dtype: torch.dtype
+    clip_skip: int = 1
     zeros_for_empty_negative: bool = True
     picture_encoder: PictureEncoder | None = field(default=None, repr=False)
 
@@ -177,15 +180,28 @@ class Base:
 
         Returns each encoder's (B, 77, D), which the U-Net takes side by side, and the pooled text (B, P). Of
         an SDXL these are both encoders' last layer but one and the second encoder's projection; else the last
-        layer and None.
+        layer and None. With ``clip_skip`` an earlier layer, which outside SDXL goes through the last norm, as
+        in A1111 and, where its ``clip_skip`` is one less, in diffusers.
+
+        Raises ValueError for more layers than there are.
         """
+        layers = min(encoder.config.num_hidden_layers for encoder in self.text_encoders)
+        if self.clip_skip > layers - (self.family == "sdxl"):
+            raise ValueError(
+                f"clip_skip {self.clip_skip} leaves no layer of the base's text encoder ({layers})"
+            )
         outputs = [
             encoder(**_wanted(told, encoder), output_hidden_states=True)
             for told, encoder in zip(tokens, self.text_encoders, strict=True)
         ]
         if self.family != "sdxl":
-            return [outputs[0].last_hidden_state.to(self.dtype)], None
-        hidden = [output.hidden_states[-2].to(self.dtype) for output in outputs]
+            if self.clip_skip == 1:
+                return [outputs[0].last_hidden_state.to(self.dtype)], None
+            model = getattr(
+                self.text_encoders[0], "text_model", self.text_encoders[0]
+            )  # before transformers 5.20
+            return [model.final_layer_norm(outputs[0].hidden_states[-self.clip_skip]).to(self.dtype)], None
+        hidden = [output.hidden_states[-1 - self.clip_skip].to(self.dtype) for output in outputs]
         return hidden, outputs[1].text_embeds.to(self.dtype)
 
     def _encode_prompt(self, prompt: str) -> Conditioning:

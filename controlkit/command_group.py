@@ -14,7 +14,7 @@ from typer.core import TyperCommand, TyperGroup
 GROUPS = {  # of the options of `generate`, in its help
     "What the picture follows": (
         *("control", "map_", "adapter", "ip_adapter", "image", "image_noise", "class_label"),
-        *("negative_prompt", "prompt_syntax", "guidance", "guidance_rescale", "clip_guidance"),
+        *("negative_prompt", "prompt_syntax", "clip_skip", "guidance", "guidance_rescale", "clip_guidance"),
     ),
     "Models": ("base", "lora", "embedding", "vae", "clip", "image_encoder"),
     "Where it starts, and how it is made": (

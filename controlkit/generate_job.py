@@ -235,6 +235,7 @@ class Session:
             "told": self._told(record),
             "clip_guidance": None if self.clip is None else ClipGuidance(self.clip, record.clip_guidance),
             "prompt_syntax": record.prompt_syntax,
+            "clip_skip": record.clip_skip,
             "steps": record.steps,
             "guidance": record.guidance,
             "guidance_rescale": record.guidance_rescale,

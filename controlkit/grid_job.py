@@ -29,6 +29,7 @@ _PICTURE_KEYS: Mapping[str, Callable[[str], Any]] = {
     "steps": int,
     "guidance": float,
     "guidance_rescale": float,
+    "clip_skip": int,
     "scheduler": str,
     "temperature": float,
     "strength": float,

@@ -178,6 +178,8 @@ def infotext(record: PictureRecord) -> str:
         "Size": f"{record.width}x{record.height}",
         "Model": record.base,
     }
+    if record.clip_skip != 1:
+        fields["Clip skip"] = record.clip_skip
     if record.start is not None:
         fields["Denoising strength"] = f"{record.start.strength:g}"
     if record.hires != 1:

@@ -46,6 +46,12 @@ def check_guidance(guidance: float) -> None:
         raise ValueError(f"guidance must be a number from 0 to {MAX_GUIDANCE:g}, not {guidance}")
 
 
+def check_clip_skip(clip_skip: int) -> None:
+    """Raise ValueError unless it is a whole number from 1 (the text encoder's last layer) to 12."""
+    if not isinstance(clip_skip, int) or not 1 <= clip_skip <= 12:
+        raise ValueError(f"clip_skip must be a whole number from 1 (none is skipped) to 12, not {clip_skip}")
+
+
 def check_rescale(rescale: float) -> None:
     """Raise ValueError unless guidance's rescaling is a number from 0 (none) to 1 (all)."""
     if not 0 <= rescale <= 1:

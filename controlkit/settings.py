@@ -38,6 +38,7 @@ class Settings:
     guidance_until: float = 1.0
     merge_tokens: float = 0.0
     prompt_syntax: str = "plain"
+    clip_skip: int = 1
     vae: str = ""
     memory: tuple[str, ...] = ()
     compile: bool = False
@@ -52,6 +53,7 @@ class Settings:
         limits.check_steps(self.steps)
         limits.check_seeds([self.seed])
         limits.check_rescale(self.guidance_rescale)
+        limits.check_clip_skip(self.clip_skip)
         limits.check_temperature(self.temperature, self.scheduler)
         limits.check_strength(self.hires_strength)
         if self.hires != 1:

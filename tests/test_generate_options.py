@@ -70,12 +70,14 @@ def test_what_a_control_cannot_be_told(generate: Run, photo: Path, how: str, mes
 def test_settings_are_recorded_and_repeated(run: Run, models: Path, photo: Path, region: str) -> None:
     fixed = ["--base", models / "sd1", "--adapter", f"canny={models / 'canny-sd1'}", "--steps", 3]
     how = f"1..0.5:end=0.9:gate=webui:mode=guess:mask={region}"
-    more = ["--scheduler", "euler-a", "--temperature", 0.5, "--guidance-rescale", 0.3]
+    more = ["--scheduler", "euler-a", "--temperature", 0.5, "--guidance-rescale", 0.3, "--clip-skip", 2]
     run("generate", "x", *fixed, "--control", f"canny={photo}:{how}", *more, "-o", "out.png").done()
     control = recorded("out.png")["controls"][0]  # type: ignore[index]
     assert (control["scale"], control["end"], control["gate"]) == ([1.0, 0.5], 0.9, "webui")
     assert (control["mode"], control["mask"]) == ("guess", region)
     assert (recorded("out.png")["temperature"], recorded("out.png")["guidance_rescale"]) == (0.5, 0.3)
+    assert recorded("out.png")["clip_skip"] == 2
+    assert "Clip skip: 2, " in read_png_text("out.png")["parameters"]
     run("generate", "--like", "out.png", "-o", "again.png").done()
     assert Path("again.png").read_bytes() == Path("out.png").read_bytes()
     run("generate", "--like", "out.png", "--temperature", 1, "-o", "other.png").done()
@@ -214,6 +216,8 @@ def test_a_preview_lives_as_long_as_the_picture_is_made(
         (("--hires", 0.5), "enlarged by a factor above 1 and up to 8, not 0.5"),
         (("--tile", 100), "a tile's side must be a multiple of 64"),
         (("--temperature", 0.5, "--scheduler", "euler"), "euler injects none"),
+        (("--clip-skip", 0), "clip_skip must be a whole number from 1"),
+        (("--clip-skip", 4), "clip_skip 4 leaves no layer of the base's text encoder (3)"),
         (("--control-every", 0), "control_every must be a whole number from 1"),
         (("--guidance-until", 2), "guidance_until must be a number from 0 to 1"),
         (("--guidance-rescale", -1), "guidance_rescale must be a number from 0 to 1"),

@@ -1,11 +1,13 @@
 """Weights, breaks and long prompts, in A1111's syntax."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import StableDiffusionXLPipeline
 from outcomes import Run
 from sampling_peers import assert_same, cond, controlnet_of, our_latents, parts_of
 
@@ -200,6 +202,45 @@ def test_diffusers_pipeline_makes_the_same_of_these_vectors(load: Callable[[str]
         **told,
     )[0]
     assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+@pytest.mark.parametrize("syntax", ["plain", "a1111"])
+def test_an_earlier_layer_reads_both_prompts(load: Callable[[str], Base], family: str, syntax: str) -> None:
+    """Beside the layers' own outputs, caught as they compute."""
+    base, outputs = load(family), []
+    skipped = {"sd1": 1, "sd2": 1, "sdxl": 0}[family]  # of three layers; an SDXL's last is never read
+    hooks = []
+    for encoder in base.text_encoders:
+        (layer,) = (m for name, m in encoder.named_modules() if name.endswith(f"encoder.layers.{skipped}"))
+        hooks.append(layer.register_forward_hook(lambda module, args, out: outputs.append(out)))
+    text = sampling.encode_text(replace(base, clip_skip=2), "a red cube", "grey", guidance=5.0, syntax=syntax)
+    for hook in hooks:
+        hook.remove()
+    count = len(base.text_encoders)
+    rows = [outputs[k : k + count] for k in range(0, len(outputs), count)]
+    if family != "sdxl":
+        (norm,) = (m for n, m in base.text_encoders[0].named_modules() if n.endswith("final_layer_norm"))
+        rows = [[norm(part) for part in row] for row in rows]
+    expected = torch.cat([torch.cat(row, dim=-1) for row in rows])
+    assert torch.equal(text.encoder_hidden_states, expected)
+    usual = sampling.encode_text(base, "a red cube", "grey", guidance=5.0, syntax=syntax)
+    assert not torch.allclose(usual.encoder_hidden_states, expected, atol=1e-2)
+    if usual.pooled is not None:
+        assert torch.equal(usual.pooled, text.pooled)
+    with pytest.raises(ValueError, match=r"clip_skip 4 leaves no layer of the base's text encoder \(3\)"):
+        sampling.encode_text(replace(base, clip_skip=4), "x", None, guidance=5.0)
+
+
+def test_latents_with_clip_skip_equal_the_sdxl_pipeline(load: Callable[[str], Base]) -> None:
+    """Of one branch: diffusers, which counts from 0, reads the negative prompt as if nothing was skipped."""
+    base = load("sdxl")
+    parts = {key: part for key, part in parts_of(base, [], "ddim").items() if key != "controlnet"}
+    told = {"do_classifier_free_guidance": False, "clip_skip": 1}
+    theirs, _, pooled, _ = StableDiffusionXLPipeline(**parts).encode_prompt("a red cube", **told)
+    ours = sampling.encode_text(replace(base, clip_skip=2), "a red cube", None, guidance=1.0)
+    assert torch.equal(ours.encoder_hidden_states, theirs)
+    assert torch.equal(ours.pooled, pooled)
 
 
 def test_the_syntax_is_recorded_and_repeated(run: Run, models: Path) -> None:
