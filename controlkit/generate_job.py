@@ -20,7 +20,7 @@ from controlkit.generate_models import Models
 from controlkit.generate_plan import INPAINT, Beginning, Plan, Source, adapted, versions
 from controlkit.generate_plan import plan as plan
 from controlkit.generate_preview import Preview, Show
-from controlkit.infotext import PictureRecord
+from controlkit.infotext import ControlRecord, PictureRecord
 from controlkit.settings import shared
 from controlkit.startup import nothing_collected
 
@@ -276,17 +276,39 @@ class Session:
     def _controls(self, record: PictureRecord, width: int, height: int) -> list[Control]:
         """The controls of a picture of some size, their maps extracted where they are photos."""
         from controlkit.control import Control
+        from controlkit.map_stacks import check_given, kinds_in, stack
 
         controls = []
-        rows = zip(record.controls, self.sources, self.adapters, strict=True)
-        for control, source, adapter in rows:
-            key = (control.kind, control.is_map, source.file, width, height)
-            if key not in self._maps:
-                self._maps[key] = self._map(source, width, height)
+        for adapter, rows in self._rows(record):
+            control, source = rows[0]
+            kind, cond = control.kind, self._map_at(source, width, height)
+            if kinds_in(adapter):
+                hows = [[getattr(one, name) for name in (*CONTROL_SETTINGS, "mask")] for one, _ in rows]
+                check_given(adapter, [one.kind for one, _ in rows], hows)
+                maps = {one.kind: self._map_at(given, width, height) for one, given in rows}
+                kind, cond = "", stack(adapter, maps)
             how = {name: getattr(control, name) for name in CONTROL_SETTINGS}
             mask = _fitted(source.mask, width, height)
-            controls.append(Control(adapter, self._maps[key], mask=mask, kind=control.kind, **how))
+            controls.append(Control(adapter, cond, mask=mask, kind=kind, **how))
         return controls
+
+    def _rows(self, record: PictureRecord) -> list[tuple[Adapter, list[tuple[ControlRecord, Source]]]]:
+        """The controls and their sources: several maps that are one input of an adapter in one row."""
+        from controlkit.map_stacks import kinds_in
+
+        rows: dict[object, tuple[Adapter, list[tuple[ControlRecord, Source]]]] = {}
+        for number, (control, source, adapter) in enumerate(
+            zip(record.controls, self.sources, self.adapters, strict=True)
+        ):
+            key = id(adapter) if kinds_in(adapter) else (number,)
+            rows.setdefault(key, (adapter, []))[1].append((control, source))
+        return list(rows.values())
+
+    def _map_at(self, source: Source, width: int, height: int) -> np.ndarray | torch.Tensor:
+        key = (source.record.kind, source.record.is_map, source.file, width, height)
+        if key not in self._maps:
+            self._maps[key] = self._map(source, width, height)
+        return self._maps[key]
 
     def _map(self, source: Source, width: int, height: int) -> np.ndarray | torch.Tensor:
         if source.record.kind != INPAINT:

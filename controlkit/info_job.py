@@ -123,9 +123,24 @@ def how_to_use(kind: str, adapter: str, base: str) -> str:
 def how_to_use_file(file: AdapterFile, name: str, base: str | None) -> str:
     """The command that uses a file; KIND and BASE stand for what neither the file nor its sizes say."""
     where = base or _own_base(file)
-    if file.info.map.channels not in (1, 3):
+    kinds = file.info.map.kind.split(" + ")
+    stacked = len(kinds) > 1 and file.kind != "controlnet-union"
+    if file.info.map.channels not in ((len(kinds), 3 * len(kinds)) if stacked else (1, 3)):
         return f"from Python: its maps have {file.info.map.channels} channels"
+    if stacked:
+        return _how_to_use_stack(kinds, name, where)
     return how_to_use(file.info.map.kind or "KIND", name, where)
+
+
+def _how_to_use_stack(kinds: list[str], adapter: str, base: str) -> str:
+    """The command for a network whose one input is a map of each of the kinds."""
+    where = "" if base in ("", "tiny") else f" --base {shlex.quote(base)}"
+    maps = " ".join(
+        f"--control {kind}=PICTURE" if kind in preprocessors.names() else f"--map {shlex.quote(kind)}=MAP"
+        for kind in kinds
+    )
+    adapters = " ".join(f"--adapter {shlex.quote(f'{kind}={adapter}')}" for kind in kinds)
+    return f"controlkit generate PROMPT{where} {maps} {adapters}"
 
 
 def _own_base(file: AdapterFile) -> str:

@@ -136,6 +136,15 @@ def test_a_card_of_a_real_base(tmp_path, controlnet, family, base, repo, license
     assert ModelCard(text).data.to_dict()["tags"]
 
 
+def test_a_card_of_several_maps_in_one_input(tmp_path, controlnet):
+    spec = MapSpec("canny + depth", channels=6)
+    text = write_card(adapter(tmp_path / "net", controlnet, map=spec)).read_text()
+    (command,) = [line for line in text.splitlines() if line.startswith("controlkit generate ")]
+    assert " --map canny=canny.png --map depth=depth.png " in command
+    assert command.count("--adapter ") == 2
+    assert "ComfyUI" not in text
+
+
 def test_a_card_of_another_kind_of_map(tmp_path, controlnet):
     spec = MapSpec("height\nmap", polarity="high | low", channels=1, thresholds={"low": 0.5})
     folder = adapter(tmp_path / "net", controlnet, map=spec, family="", title='quoted "title": x')

@@ -5,11 +5,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_models
+import torch
 from outcomes import Run
 
+from controlkit.adapters import AdapterInfo, MapSpec, load_adapter, save_adapter
 from controlkit.arguments import ControlArgument, parse_control
+from controlkit.base import Base, load_base
+from controlkit.control import Control
+from controlkit.controlnet import from_base
 from controlkit.grid_job import Axis, parse_axes
 from controlkit.images import load_picture, read_png_text, write_png
+from controlkit.sampling import generate as generate_pictures
 
 # diffusers' Euler schedulers hand torch tensors to numpy in a way that numpy 2 will drop (diffusers 0.42.1).
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -84,6 +91,45 @@ def test_settings_are_recorded_and_repeated(run: Run, models: Path, photo: Path,
     assert not np.array_equal(load_picture("other.png"), load_picture("out.png"))
     write_png(region, np.full((64, 64, 3), 255, np.uint8))
     assert "left.png, which has changed since" in run("generate", "--like", "out.png").refused()
+
+
+@pytest.mark.parametrize("each", [1, 3])
+def test_maps_that_are_one_input_are_given_as_several(run: Run, models: Path, sd1: Base, each: int) -> None:
+    """As a tensor of all of them from Python gives it."""
+    network = from_base(sd1, conditioning_channels=2 * each, hint_channels=(4, 8, 8, 8), seed=1)
+    tiny_models.randomize_zero_convs(network, seed=1)
+    info = AdapterInfo(map=MapSpec("canny + depth", channels=2 * each), family="sd1")
+    save_adapter(network, "both", info=info, dtype=torch.float32)
+    draw = np.random.default_rng(0)
+    maps = [np.repeat(draw.integers(0, 256, (64, 64, 1), np.uint8), 3, axis=2) for _ in range(2)]
+    for name, image in zip(("edges.png", "far.png"), maps, strict=True):
+        write_png(name, image)
+    fixed = ["generate", "x", "--base", models / "sd1", "--steps", 2]
+    given = ["--map", "depth=far.png:0.7", "--map", "canny=edges.png:0.7"]
+    adapters = ["--adapter", "canny=both", "--adapter", "depth=both"]
+    run(*fixed, *given, *adapters, "-o", "out.png").done()
+    levels = np.concatenate([image[..., :each] for image in maps], axis=2)
+    cond = torch.from_numpy(levels).permute(2, 0, 1)[None].contiguous() / 255
+    base = load_base(str(models / "sd1"))
+    control = Control(load_adapter("both", base=base), cond, scale=0.7)
+    (expected,) = generate_pictures(base, "x", controls=[control], steps=2)
+    assert np.array_equal(load_picture("out.png"), expected)
+    run("generate", "--like", "out.png", "-o", "again.png").done()
+    assert Path("again.png").read_bytes() == Path("out.png").read_bytes()
+    for arguments, message in (
+        (given[:2], "takes the maps canny, depth as one input, each once: canny is missing"),
+        ([*given, *given[:2]], "depth is given twice"),
+        ([*given[:2], "--map", "canny=edges.png:0.5"], "give them the same scale, window, mode and mask"),
+    ):
+        named = adapters if len(arguments) > 2 else adapters[2:]  # the depth's alone
+        refused = run(*fixed, *arguments, *named)
+        assert (refused.code, message in refused.err) == (2, True)
+    write_png("far.png", draw.integers(0, 256, (64, 64, 3), np.uint8))
+    if each == 1:
+        assert "takes grey maps, and the depth map is coloured" in run(*fixed, *given, *adapters).err
+    told = run("info", "both", "--base", models / "sd1").done().splitlines()[-1]
+    how = "--control canny=PICTURE --control depth=PICTURE --adapter canny=both --adapter depth=both"
+    assert told.endswith(how)
 
 
 def test_a_picture_to_start_from_is_recorded_and_repeated(

@@ -149,14 +149,16 @@ def _usage(
     if (network, info.family == "sdxl") in _PIPELINES:
         snippet = _snippet(info, base, place, caption=caption, network=network, unlocked=unlocked)
         parts += ["With diffusers:\n", snippet]
-    if info.map.channels == 3:
-        first = kind.split(" + ")[0]  # of a network for several
-        prompt, base_name, kind = (shlex.quote(word) for word in (caption, base or "BASE", first))
+    kinds = kind.split(" + ")
+    if network == "ControlNetUnionModel":
+        kinds = kinds[:1]  # any of them will do
+    if info.map.channels == 3 or (len(kinds) > 1 and info.map.channels in (len(kinds), 3 * len(kinds))):
+        prompt, base_name = (shlex.quote(word) for word in (caption, base or "BASE"))
         base_name = "BASE-WITH-THIS-UNET" if unlocked else base_name
-        command = (
-            f"controlkit generate {prompt} --base {base_name} --map {kind}=map.png"
-            f" --adapter {kind}={shlex.quote(place)} -o picture.png"
-        )
+        files = {one: "map.png" if len(kinds) == 1 else f"{one}.png" for one in kinds}
+        maps = " ".join(f"--map {shlex.quote(f'{one}={file}')}" for one, file in files.items())
+        adapters = " ".join(f"--adapter {shlex.quote(f'{one}={place}')}" for one in kinds)
+        command = f"controlkit generate {prompt} --base {base_name} {maps} {adapters} -o picture.png"
         parts += ["With ControlKit:\n", f"```sh\n{command}\n```\n"]
     if network == "ControlNetModel" and info.map.channels == 3:  # others are fed pictures alone
         parts.append(

@@ -1,0 +1,54 @@
+"""Maps of several kinds that a network was trained to take as one input, one behind the other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from controlkit import images
+from controlkit.kinds import kind_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from controlkit.adapters import Adapter
+
+
+def kinds_in(adapter: Adapter) -> list[str]:
+    """The kinds of maps in an adapter's one input, in their order; [] where it takes a map at a time."""
+    kinds = adapter.info.map.kind.split(" + ")
+    one_by_one = len(kinds) == 1 or kind_of(adapter.controlnet).name == "controlnet-union"
+    return [] if one_by_one else kinds
+
+
+def check_given(adapter: Adapter, kinds: Sequence[str], settings: Sequence[Sequence[object]]) -> None:
+    """Raise ValueError unless every kind of an adapter's input is given once, with the same settings."""
+    wanted = kinds_in(adapter)
+    one_input = f"adapter {adapter.name} takes the maps {', '.join(wanted)} as one input"
+    for kind in wanted:
+        if kinds.count(kind) != 1:
+            how_often = "missing" if kind not in kinds else "given twice"
+            raise ValueError(f"{one_input}, each once: {kind} is {how_often}")
+    if any(other != settings[0] for other in settings):
+        raise ValueError(f"{one_input}: give them the same scale, window, mode and mask")
+
+
+def stack(adapter: Adapter, maps: Mapping[str, np.ndarray | Tensor]) -> Tensor:
+    """An adapter's input, float32 (1, C, H, W) in [0, 1], of a map of each kind, uint8 (H, W, 3).
+
+    Raises ValueError for a coloured one where the network was trained with grey ones, and for a tensor.
+    """
+    kinds = kinds_in(adapter)
+    grey = adapter.info.map.channels == len(kinds)
+    parts = [_part(maps[kind], kind, grey=grey) for kind in kinds]
+    return images.levels_to_cond(images.maps_to_levels([np.concatenate(parts, axis=2)]))
+
+
+def _part(image: np.ndarray | Tensor, kind: str, *, grey: bool) -> np.ndarray:
+    if not isinstance(image, np.ndarray):
+        raise ValueError(f"the {kind} map is made of the picture to start from, and cannot be one of several")
+    if grey and (image != image[..., :1]).any():
+        raise ValueError(f"this control network takes grey maps, and the {kind} map is coloured")
+    return image[..., :1] if grey else image
