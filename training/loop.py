@@ -180,6 +180,8 @@ def forward_backward(run: Run) -> list[Losses]:
             losses = _of_piece(run, piece, len(piece) / pairs)
         run.weights.take_gradients()
         seen.append(replace(losses, each=losses.each.detach()))
+    if run.machine.processes.count > 1:
+        run.weights.reduce_gradients()
     return seen
 
 
@@ -229,7 +231,9 @@ def _started(task: Task, machine: Machine) -> tuple[nn.Module, Weights, torch.op
     if machine.fsdp:
         whole = machine.shared(whole)  # makes new parameters, so it comes first
     weights = Weights(task.modules(), half=None if machine.fsdp else task.half)
-    if not machine.fsdp:
+    if weights.has_masters and machine.processes.count > 1:
+        weights.agree()
+    elif not machine.fsdp:
         whole = machine.shared(whole)
     masters = {id(p): weights.masters[name] for name, p in weights.parameters.items()}
     groups = task.parameter_groups()

@@ -90,7 +90,7 @@ class Machine:
         """Within the block gradients stay with this process, except in the last micro-batch of a step."""
         if self.engine is not None:
             self.engine.set_gradient_accumulation_boundary(last)
-        if last or self.processes.count == 1 or self.sharded:
+        if last or not isinstance(module, nn.parallel.DistributedDataParallel):
             return contextlib.nullcontext()
         return self.accelerator.no_sync(module)
 

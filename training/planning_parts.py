@@ -16,6 +16,7 @@ from controlkit.training.planning_networks import (
     simulate_encoding,
     simulate_reward,
 )
+from controlkit.training.together import BUCKET
 
 _IMPORTED = 820 * 2**20  # Python, torch and the model libraries, where the system does not tell
 _FIRST_USE = 90 * 2**20  # kernels that are read in when they first run, threads' stacks
@@ -141,11 +142,16 @@ def _step(networks: Networks, recipe: ControlNetRecipe, step: Simulated, place: 
     fixed, share = heap if place.on_cpu else _CACHE_WASTE
     return {
         "gradients": gradients,
-        "gradients of other processes": whole if place.processes > 1 else 0,
+        "gradients of other processes": _exchanged(recipe, whole) if place.processes > 1 else 0,
         "activations kept for backward": saved,
         "workspace": workspace,
         "lost between allocations": fixed + int(share * (saved + workspace)),
     }
+
+
+def _exchanged(recipe: ControlNetRecipe, whole: int) -> int:
+    """What averaging over processes holds beside the gradients: DDP as much again, of masters a bucket."""
+    return min(whole, BUCKET) if recipe.precision == "bf16" else whole
 
 
 def _recorded(recipe: ControlNetRecipe, step: Simulated, place: Place) -> dict[str, int]:
