@@ -14,7 +14,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from controlkit.training import planning, planning_parts
+from controlkit.training import planning, planning_parts, planning_speed
 from controlkit.training.config import load_recipe
 from controlkit.training.planning import (
     batch_need,
@@ -24,7 +24,15 @@ from controlkit.training.planning import (
     try_batches,
 )
 from controlkit.training.planning_batch import available_memory
-from controlkit.training.planning_memory import Ledger, optimizer_bytes, simulate
+from controlkit.training.planning_memory import (
+    Ledger,
+    Like,
+    Moment,
+    Operation,
+    Simulated,
+    optimizer_bytes,
+    simulate,
+)
 from controlkit.training.planning_networks import build as build_networks
 from controlkit.training.planning_networks import simulate_step
 from controlkit.training.planning_parts import Place, count_memory
@@ -225,6 +233,18 @@ def test_what_encodes_stays_whole_in_half_precision(tmp_path):
     assert parts["autoencoder"] == 4 * sum(p.numel() for p in networks.vae.parameters())
     assert parts["text encoders"] == 4 * networks.text_parameters
     assert parts["locked U-Net"] < 4 * sum(p.numel() for p in networks.unet.parameters())
+
+
+@pytest.mark.parametrize("name", ["", "_backward"])
+def test_attention_is_timed_on_a_device_that_is_no_cpu(name, monkeypatch):
+    monkeypatch.setattr(planning_speed, "_synchronize", lambda device: None)
+    function = getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention_for_cpu{name}").default
+    tensor = Like((1, 2, 16, 8), (256, 128, 8, 1), torch.float32)
+    sums = Like((1, 2, 16), (32, 16, 1), torch.float32)
+    given = (*[tensor] * 5, sums, 0.0, False) if name else (*[tensor] * 3, 0.0, False)
+    operation = Operation(function, given, {}, "attention", 1000, 0, 0, 1)
+    speed = planning_speed.measure_speed(Simulated(Moment(), 0, [operation], 1), "meta")
+    assert speed.seconds["attention"] > 0
 
 
 @pytest.mark.slow
