@@ -371,6 +371,22 @@ def test_a_full_memory_is_recognised():
     assert not is_out_of_memory(ValueError("can't allocate memory"))
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
+        "CUDA driver error: out of memory",
+        "MPS backend out of memory (MPS allocated: 17 GB)",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED..",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+    ],
+)
+def test_a_full_memory_is_recognised_by_what_libraries_say_of_it(message):
+    assert is_out_of_memory(RuntimeError(message))
+    assert not is_out_of_memory(ValueError(message))
+
+
 def test_free_memory_is_known_on_linux():
     if sys.platform == "linux":
         assert 10**8 < available_memory("cpu") < 10**14

@@ -9,14 +9,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-_CPU_MESSAGES = ("can't allocate memory", "not enough memory", "DefaultCPUAllocator")
+_MESSAGES = (
+    "can't allocate memory",
+    "not enough memory",
+    "DefaultCPUAllocator",
+    "out of memory",  # "CUDA error: out of memory" of what allocates past torch, and other devices' own
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_NOT_SUPPORTED",  # no algorithm of cuDNN has the workspace that it needs
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that a device's memory is full."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in _CPU_MESSAGES)
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _MESSAGES)
 
 
 def put(tensor: Tensor, device: torch.device) -> Tensor:
