@@ -92,7 +92,7 @@ class ControlNetTask:
         self.attention = Attention(measures=measures, report=report)
         self.shown = Shown(
             recipe,
-            replace(self.base, dtype=machine.weights_dtype),
+            replace(self.base, dtype=self._unet_dtype),
             self.encoded,
             self.feed.shown,
             alphas_cumprod=self.alphas_cumprod,
@@ -432,6 +432,12 @@ class ControlNetTask:
             if len(found) >= count:
                 break
         return found[:count]
+
+    @property
+    def _unet_dtype(self) -> torch.dtype:
+        """The precision of the U-Net's weights as it trains: fp16's stay whole where a part is trained."""
+        trained_whole = self.recipe.precision == "fp16" and not self.recipe.sd_locked
+        return torch.float32 if trained_whole else self.machine.weights_dtype
 
     def _prepare(self) -> None:
         """Mark what is trained, and lay the networks out as they compute fastest."""
