@@ -2,16 +2,19 @@
 
 import functools
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from killed_runs import prepared, recipe
 
-from controlkit.training import loop, machine
+from controlkit.training import loop, machine, runs
 from controlkit.training.adapter import ControlNetTask
 from controlkit.training.config import load_recipe
+from controlkit.training.draws import Draws
 from controlkit.training.reporting import scores, showing
+from controlkit.training.task import DrawnPart, DrawnTask
 
 KINDS = ("control-lora", "t2i-adapter", "lite")
 
@@ -90,3 +93,44 @@ def test_what_is_trained_in_fp16_is_looked_at_scored_and_drawn(fp16, changes):
         assert run.task.scores()
     assert all(torch.equal(before[name], master) for name, master in run.weights.masters.items())
     assert {master.dtype for master in run.weights.masters.values()} == {torch.float32}
+
+
+class Drawn(DrawnTask):
+    """A task whose loss is what its network gives."""
+
+    def __init__(self, precision: str) -> None:
+        self.recipe = SimpleNamespace(precision=precision)
+        self.network = torch.nn.Linear(3, 3)
+
+    def modules(self) -> dict[str, torch.nn.Module]:
+        return {"network": self.network}
+
+    def loss(self, draws: Draws) -> torch.Tensor:
+        self.seen = self.network(torch.ones(2, 3))
+        return self.seen.float().mean()
+
+
+@pytest.mark.parametrize("name", ["fp32", "bf16", "fp16"])
+def test_tasks_that_draw_their_batch_compute_in_their_precision(name):
+    task = Drawn(name)
+    outer = torch.autocast("cpu", dtype=torch.float16, enabled=name == "fp16")  # Machine.autocast
+    with outer:
+        losses = task.losses(task.whole(), DrawnPart(Draws(1, 0), 2))
+    assert task.seen.dtype == machine.DTYPES[name]
+    assert losses.each.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("precision", "there", "said"), [("bf16", False, 1), ("bf16", True, 0), ("fp16", False, 0)]
+)
+def test_a_gpu_that_has_no_bf16_is_told_of(monkeypatch, precision, there, said):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *, including_emulation: there)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce RTX 2060")
+    told = load_recipe("tiny-canny", [f"precision={precision}"])
+    heard = []
+    monkeypatch.setattr("controlkit.training.adapter.ControlNetTask", lambda *_: None)
+    here = SimpleNamespace(device=torch.device("cuda"))
+    runs.build_task(told, here, lambda progress: heard.append(progress.message))
+    assert len(heard) == said
+    assert all("RTX 2060" in line and "precision=fp16" in line for line in heard)
+    assert not machine.remarks(told, torch.device("cpu"))

@@ -119,6 +119,16 @@ def device_name(recipe: Recipe) -> str:
         raise ValueError(f"{error} (device=cpu)") from error
 
 
+def remarks(recipe: Recipe, device: torch.device) -> list[str]:
+    """What is to be said of a recipe's settings on a device, before a training."""
+    if recipe.precision != "bf16" or device.type != "cuda":
+        return []
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return []
+    name = torch.cuda.get_device_name(device)
+    return [f"{name} computes bf16 by emulation, which is slow: precision=fp16 is what it has"]
+
+
 def check_precision(recipe: Recipe, device: torch.device) -> None:
     """Raise ValueError for a precision that the device does not train in."""
     if recipe.precision == "fp16" and device.type != "cuda":
