@@ -232,7 +232,16 @@ def test_what_encodes_stays_whole_in_half_precision(tmp_path):
     parts = count_memory(networks, r, step, Place("cpu", 0, 1, 128, 128)).parts
     assert parts["autoencoder"] == 4 * sum(p.numel() for p in networks.vae.parameters())
     assert parts["text encoders"] == 4 * networks.text_parameters
-    assert parts["locked U-Net"] < 4 * sum(p.numel() for p in networks.unet.parameters())
+    unet = 4 * sum(p.numel() for p in networks.unet.parameters())
+    assert parts["locked U-Net"] < unet
+    encoders = parts["autoencoder"] + parts["text encoders"]
+    for device, besides in (
+        ("cpu", planning_parts._FIRST_USE + unet),  # which is halved when all is encoded
+        ("cuda", planning_parts._CUDA_CONTEXT),  # to which the U-Net comes then
+    ):
+        place = Place(device, 0, 1, 128, 128)
+        work = planning_parts._encoding(networks, place)
+        assert count_memory(networks, r, step, place).phases["encoding"] == besides + encoders + work
 
 
 @pytest.mark.parametrize("name", ["", "_backward"])

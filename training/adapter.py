@@ -73,7 +73,8 @@ class ControlNetTask:
         self.recipe, self.machine, self.report = recipe, machine, report
         self.half = torch.bfloat16 if recipe.precision == "bf16" else None
         # Pictures and captions are encoded once, so in full precision; the U-Net alone is halved.
-        self.base = load_base(recipe.base, device=machine.device)
+        self.base = replace(load_base(recipe.base), device=machine.device)
+        self._make_ready()
         check_copyable(self.base.unet.config)  # also of an adapter that is trained on: it is not told more
         self.alphas_cumprod = schedule(recipe, self.base)
         if recipe.zero_terminal_snr and float(self.base.alphas_cumprod[-1]) > _NO_SIGNAL:
@@ -86,7 +87,7 @@ class ControlNetTask:
         if self.reward is not None:
             self.reward.check(self.encoded.visits.channels)
         _report_bad_maps(recipe.map, self.feed.first_maps(_LINTED), report)
-        self.controlnet = self._network()  # before the base is halved
+        self.controlnet = self._network()  # on the CPU, as the U-Net is, and before that is halved
         self._prepare()
         measures = recipe.attention == "auto" and machine.device.type == "cuda" and not machine.sharded
         self.attention = Attention(measures=measures, report=report)
@@ -341,12 +342,16 @@ class ControlNetTask:
     @contextmanager
     def _all_on_device(self) -> Iterator[None]:
         """Within the block the base's encoders are on its device, too; otherwise they make room."""
-        for part in (self.base.vae, *self.base.text_encoders):
-            part.to(self.machine.device)
+        self._make_ready()
         try:
             yield
         finally:
             self._make_room()
+
+    def _make_ready(self) -> None:
+        """Put what encodes and decodes on the device."""
+        for part in (self.base.vae, *self.base.text_encoders):
+            part.to(self.machine.device)
 
     def _make_room(self) -> None:
         """Take autoencoder and text encoders off a device, where the cache has what they give.
@@ -414,7 +419,7 @@ class ControlNetTask:
 
     def _network(self) -> Any:
         """The network as the training starts with it."""
-        recipe, network = self.recipe, self._made(self.base)
+        recipe, network = self.recipe, self._made(replace(self.base, device=torch.device("cpu")))
         if recipe.init is not None:
             return network
         if recipe.hint_start == "unit" and hasattr(network, "controlnet_cond_embedding"):
@@ -440,7 +445,10 @@ class ControlNetTask:
         return torch.float32 if trained_whole else self.machine.weights_dtype
 
     def _prepare(self) -> None:
-        """Mark what is trained, and lay the networks out as they compute fastest."""
+        """Mark what is trained, lay the networks out as they compute fastest, and put them on the device.
+
+        The U-Net comes there last: until the data is encoded, that has the device to itself.
+        """
         recipe, unet = self.recipe, self.base.unet
         mark_trained(self.controlnet, unet, recipe)
         if recipe.sd_locked:  # otherwise a part is trained, of fp32 weights or masters of them
@@ -450,6 +458,8 @@ class ControlNetTask:
                 network.to(memory_format=torch.channels_last)
         keep_layout(self.controlnet, unet, self.base.vae)
         self._make_room()
+        for network in (self.controlnet, unet):
+            network.to(self.machine.device)
 
 
 def _one_caption(sample: Outline) -> str:

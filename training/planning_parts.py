@@ -86,7 +86,7 @@ def count_memory(networks: Networks, recipe: ControlNetRecipe, step: Simulated, 
     encoders = _encoders(networks)
     stays = place.on_cpu or not recipe.data.cache
     phases = {
-        "encoding": {**base, **encoders, "at work": _encoding(networks, place)},
+        "encoding": {**_unhalved(networks, base, place), **encoders, "at work": _encoding(networks, place)},
         "training": {
             **base,
             **(encoders if stays else {}),
@@ -107,6 +107,12 @@ def count_memory(networks: Networks, recipe: ControlNetRecipe, step: Simulated, 
 def _base(networks: Networks, recipe: ControlNetRecipe, place: Place) -> dict[str, int]:
     process = place.imported + _FIRST_USE if place.on_cpu else _CUDA_CONTEXT
     return {"process and libraries": process, "locked U-Net": weight_bytes([networks.unet], trained=False)}
+
+
+def _unhalved(networks: Networks, base: dict[str, int], place: Place) -> dict[str, int]:
+    """The U-Net while pictures are encoded: all of it in fp32, in the host's memory."""
+    whole = 4 * sum(parameter.numel() for parameter in networks.unet.parameters())
+    return base | {"locked U-Net": whole if place.on_cpu else 0}
 
 
 def _encoders(networks: Networks) -> dict[str, int]:
