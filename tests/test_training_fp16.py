@@ -9,7 +9,7 @@ import pytest
 import torch
 from killed_runs import prepared, recipe
 
-from controlkit.training import loop, machine, runs
+from controlkit.training import loop, machine, planning, previews, runs
 from controlkit.training.adapter import ControlNetTask
 from controlkit.training.config import load_recipe
 from controlkit.training.draws import Draws
@@ -93,6 +93,24 @@ def test_what_is_trained_in_fp16_is_looked_at_scored_and_drawn(fp16, changes):
         assert run.task.scores()
     assert all(torch.equal(before[name], master) for name, master in run.weights.masters.items())
     assert {master.dtype for master in run.weights.masters.values()} == {torch.float32}
+
+
+def test_trying_batches_in_fp16_leaves_the_weights_as_they_are(place, fp16, monkeypatch):
+    real, opened = loop.open_run, []
+
+    def opens(*given):
+        run = real(*given)
+        run.machine.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120)
+        opened.append((run, {name: master.clone() for name, master in run.weights.masters.items()}))
+        return run
+
+    monkeypatch.setattr(loop, "open_run", opens)
+    monkeypatch.setattr(planning, "batch_need", lambda *_, **__: lambda size: 0)
+    monkeypatch.setattr(previews, "_LARGEST_ON_CPU", 2)
+    path = recipe(place / "tried", place / "pictures", precision="fp16", data_workers=0)
+    assert any("largest: 2" in line for line in previews.find_batch_for(str(path)))
+    ((run, before),) = opened
+    assert all(torch.equal(before[name], master) for name, master in run.weights.masters.items())
 
 
 class Drawn(DrawnTask):

@@ -30,9 +30,10 @@ from controlkit.training.data.resident import open_resident
 from controlkit.training.data.visits import Visits
 from controlkit.training.draws import derived_seed
 from controlkit.training.exporting import save_half
+from controlkit.training.graphs import why_not
 from controlkit.training.hint_start import start_hint_encoder
 from controlkit.training.machine import DTYPES, Machine
-from controlkit.training.memory import free_memory, put
+from controlkit.training.memory import free_memory, put, uncounted
 from controlkit.training.noising import (
     Noisy,
     draw_batch,
@@ -79,7 +80,7 @@ class ControlNetTask:
         self.alphas_cumprod = schedule(recipe, self.base)
         if recipe.zero_terminal_snr and float(self.base.alphas_cumprod[-1]) > _NO_SIGNAL:
             report(_OTHER_SCHEDULE)
-        if machine.device.type == "cuda":  # other devices may have no float64
+        if self._on_gpu:  # other devices may have no float64
             self.alphas_cumprod = self.alphas_cumprod.to(machine.device)
         self.reward = Reward(recipe, self.base, self.alphas_cumprod) if recipe.reward else None
         self.feed = open_feed(recipe, self.base, machine.processes, report=report)
@@ -89,7 +90,7 @@ class ControlNetTask:
         _report_bad_maps(recipe.map, self.feed.first_maps(_LINTED), report)
         self.controlnet = self._network()  # on the CPU, as the U-Net is, and before that is halved
         self._prepare()
-        measures = recipe.attention == "auto" and machine.device.type == "cuda" and not machine.sharded
+        measures = recipe.attention == "auto" and self._on_gpu and not machine.sharded
         self.attention = Attention(measures=measures, report=report)
         self.shown = Shown(
             recipe,
@@ -125,10 +126,14 @@ class ControlNetTask:
             pair.compile(dynamic=False, mode=self._compiled_for())  # one graph for each bucket
         return pair
 
+    @property
+    def _on_gpu(self) -> bool:
+        return self.machine.device.type == "cuda"
+
     def _compiled_for(self) -> str | None:
         """The compiler's mode: with CUDA graphs of its own where the recipe asks for both."""
-        on_gpu = self.machine.device.type == "cuda"
-        return "reduce-overhead" if self.recipe.cuda_graph and on_gpu else None
+        wanted = self.recipe.compile and self.recipe.cuda_graph and self._on_gpu
+        return "reduce-overhead" if wanted and not why_not(self.recipe, self.machine) else None
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Zero convolutions and hint encoder start from nothing and learn faster than the copied trunk."""
@@ -230,7 +235,12 @@ class ControlNetTask:
             added,
         )
         if self.attention.measures:
-            self.attention.measure(lambda: Pair(self.controlnet, self.base.unet, recipe)(*seen))
+            with uncounted(self.machine.device):
+                self.attention.measure(lambda: Pair(self.controlnet, self.base.unet, recipe)(*seen))
+        if (
+            self._compiled_for() is not None
+        ):  # of others' compiled functions torch cannot tell where one begins
+            torch.compiler.cudagraph_mark_step_begin()
         with self.attention.preferred():
             return whole(*seen), noisy, cond
 

@@ -279,7 +279,8 @@ def _within_memory(run: Run) -> list[Losses]:
             if smaller == largest or run.machine.processes.count > 1 or run.machine.sharded:
                 raise ValueError(_too_much(run, largest)) from error
         run.pieces *= 2
-        run.graphs, run.weights.keeps_gradients = None, False
+        if run.graphs is not None:  # a compiler's own go on, and write over gradients that are not kept
+            run.graphs, run.weights.keeps_gradients = None, False
         run.weights.drop_gradients()
         free_memory()
         message = f"{largest} pairs at once do not fit in memory: from step {run.step + 1} on"

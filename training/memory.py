@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -18,6 +20,8 @@ _MESSAGES = (
     "CUDNN_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_NOT_SUPPORTED",  # no algorithm of cuDNN has the workspace that it needs
 )
+
+_PEAKS: dict[torch.device, int] = {}  # in bytes, before what `uncounted` passed over
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -41,10 +45,24 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
+@contextmanager
+def uncounted(device: torch.device) -> Iterator[None]:
+    """Within the block memory is used that does not count for `peak_mb`, where a device counts it."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.cuda.max_memory_allocated(device)
+    try:
+        yield
+    finally:
+        torch.cuda.reset_peak_memory_stats(device)
+        _PEAKS[device] = max(before, _PEAKS.get(device, 0))
+
+
 def peak_mb(device: torch.device) -> float:
     """The most memory in use so far, in megabytes (10^6 bytes): on CUDA of tensors, else of the process."""
     if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated(device) / 1e6, 1)
+        return round(max(torch.cuda.max_memory_allocated(device), _PEAKS.get(device, 0)) / 1e6, 1)
     if sys.platform == "linux":  # where getrusage counts what the parent held when it started us, too
         status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
         return round(int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e6, 1)
