@@ -14,7 +14,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from controlkit.training import planning, planning_parts
+from controlkit.training import planning, planning_parts, planning_speed
 from controlkit.training.config import load_recipe
 from controlkit.training.planning import (
     batch_need,
@@ -24,7 +24,15 @@ from controlkit.training.planning import (
     try_batches,
 )
 from controlkit.training.planning_batch import available_memory
-from controlkit.training.planning_memory import Ledger, optimizer_bytes, simulate
+from controlkit.training.planning_memory import (
+    Ledger,
+    Like,
+    Moment,
+    Operation,
+    Simulated,
+    optimizer_bytes,
+    simulate,
+)
 from controlkit.training.planning_networks import build as build_networks
 from controlkit.training.planning_networks import simulate_step
 from controlkit.training.planning_parts import Place, count_memory
@@ -224,7 +232,28 @@ def test_what_encodes_stays_whole_in_half_precision(tmp_path):
     parts = count_memory(networks, r, step, Place("cpu", 0, 1, 128, 128)).parts
     assert parts["autoencoder"] == 4 * sum(p.numel() for p in networks.vae.parameters())
     assert parts["text encoders"] == 4 * networks.text_parameters
-    assert parts["locked U-Net"] < 4 * sum(p.numel() for p in networks.unet.parameters())
+    unet = 4 * sum(p.numel() for p in networks.unet.parameters())
+    assert parts["locked U-Net"] < unet
+    encoders = parts["autoencoder"] + parts["text encoders"]
+    for device, besides in (
+        ("cpu", planning_parts._FIRST_USE + unet),  # which is halved when all is encoded
+        ("cuda", planning_parts._CUDA_CONTEXT),  # to which the U-Net comes then
+    ):
+        place = Place(device, 0, 1, 128, 128)
+        work = planning_parts._encoding(networks, place)
+        assert count_memory(networks, r, step, place).phases["encoding"] == besides + encoders + work
+
+
+@pytest.mark.parametrize("name", ["", "_backward"])
+def test_attention_is_timed_on_a_device_that_is_no_cpu(name, monkeypatch):
+    monkeypatch.setattr(planning_speed, "_synchronize", lambda device: None)
+    function = getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention_for_cpu{name}").default
+    tensor = Like((1, 2, 16, 8), (256, 128, 8, 1), torch.float32)
+    sums = Like((1, 2, 16), (32, 16, 1), torch.float32)
+    given = (*[tensor] * 5, sums, 0.0, False) if name else (*[tensor] * 3, 0.0, False)
+    operation = Operation(function, given, {}, "attention", 1000, 0, 0, 1)
+    speed = planning_speed.measure_speed(Simulated(Moment(), 0, [operation], 1), "meta")
+    assert speed.seconds["attention"] > 0
 
 
 @pytest.mark.slow
@@ -349,6 +378,22 @@ def test_a_full_memory_is_recognised():
         torch.ones(2, 3) @ torch.ones(2, 3)
     assert not is_out_of_memory(other.value)
     assert not is_out_of_memory(ValueError("can't allocate memory"))
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
+        "CUDA driver error: out of memory",
+        "MPS backend out of memory (MPS allocated: 17 GB)",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED..",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+    ],
+)
+def test_a_full_memory_is_recognised_by_what_libraries_say_of_it(message):
+    assert is_out_of_memory(RuntimeError(message))
+    assert not is_out_of_memory(ValueError(message))
 
 
 def test_free_memory_is_known_on_linux():

@@ -7,7 +7,7 @@ import torch
 from tiny_models import UNETS
 
 from controlkit.controlnet import from_base, lock
-from controlkit.training import attention
+from controlkit.training import attention, memory
 from controlkit.training.attention import Attention, Shape, seconds, total
 from controlkit.training.config import parse_recipe
 from controlkit.training.pair import Pair
@@ -77,3 +77,16 @@ def test_a_kernel_that_does_not_take_a_shape_is_infinitely_slow():
     shape = Shape(1, 2, 16, 16, 8, torch.float32, CPU)
     assert math.isinf(seconds(shape, "cudnn"))
     assert 0 < seconds(shape, "flash") < 10
+
+
+def test_what_measuring_takes_is_no_part_of_the_peak(monkeypatch):
+    peak = [5_000_000]
+    monkeypatch.setattr(memory, "_PEAKS", {})
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: peak[0])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: peak.__setitem__(0, 3_000_000))
+    device = torch.device("cuda")
+    with memory.uncounted(device):
+        peak[0] = 9_000_000
+    assert memory.peak_mb(device) == 5.0
+    peak[0] = 6_000_000
+    assert memory.peak_mb(device) == 6.0

@@ -14,6 +14,7 @@ from controlkit.recording import Repeater
 from controlkit.training import graphs, train_recipe
 from controlkit.training.adapter import ControlNetTask
 from controlkit.training.pair import Pair
+from controlkit.training.weights import Weights
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +170,38 @@ def test_gradients_are_kept_for_the_graphs_of_a_compiler(place, recorder, monkey
     assert same(moved, weights)
     assert len(said) == 1
     assert said[0].startswith("CUDA graphs are the compiler's own")
+
+
+def test_a_compilers_graphs_keep_their_gradients_when_a_step_does_not_fit(place, recorder, monkeypatch):
+    real, kept = ControlNetTask.errors, []
+
+    def small_device(self, whole, given):
+        if len(given["mean"]) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return real(self, whole, given)
+
+    keep = Weights.keep_gradients
+    monkeypatch.setattr(Weights, "keep_gradients", lambda self: (kept.append(self), keep(self))[1])
+    monkeypatch.setattr(ControlNetTask, "errors", small_device)
+    monkeypatch.setattr(Pair, "compile", lambda self, **_: None)
+    recorder(Repeater())
+    run(place, "compiled in pieces", cuda_graph=True, compile=True, steps=1, warmup=0)
+    (weights,) = kept
+    assert weights.keeps_gradients
+    assert all(p.grad is not None for p in weights.parameters.values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "marks"), [({}, 4), ({"reward": 0.5}, 0)], ids=["compiled", "reward, which has no graphs"]
+)
+def test_a_compilers_graphs_are_told_where_each_micro_batch_begins(place, monkeypatch, changes, marks):
+    modes, marked = [], []
+    monkeypatch.setattr(Pair, "compile", lambda self, **given: modes.append(given["mode"]))
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: marked.append(1))
+    monkeypatch.setattr(ControlNetTask, "_on_gpu", True)
+    run(place, f"marked-{marks}", cuda_graph=True, compile=True, steps=2, warmup=0, **changes)
+    assert modes == ["reduce-overhead" if marks else None]
+    assert len(marked) == marks
 
 
 @pytest.mark.slow

@@ -8,12 +8,15 @@ from killed_runs import recipe, write_pictures
 from tiny_models import build
 
 from controlkit.applying import encode_controls
+from controlkit.base import load_base
 from controlkit.control import Control
 from controlkit.sampling import Guidance, denoise, encode_text
 from controlkit.schedulers import make_schedule
 from controlkit.starting import begin
+from controlkit.training import adapter
 from controlkit.training.adapter import ControlNetTask
 from controlkit.training.config import load_recipe
+from controlkit.training.data import encoding
 from controlkit.training.data.encoding import encode_captions, encode_pictures
 from controlkit.training.hint_start import start_hint_encoder
 from controlkit.training.loop import forward_backward, open_run, train_step
@@ -157,3 +160,51 @@ def test_sampling_mixes_no_devices(place):
         )
         pixels = base.decode_latents(latents)
     assert latents.device.type == pixels.device.type == "cuda"
+
+
+def test_the_unet_comes_to_the_device_when_the_data_is_encoded(place, monkeypatch):
+    real, seen = adapter.open_feed, []
+
+    def opens(recipe, base, *rest, **options):
+        seen.extend(part.device.type for part in (base.unet, base.vae, *base.text_encoders))
+        return real(recipe, load_base(recipe.base), *rest, **options)
+
+    monkeypatch.setattr(adapter, "open_feed", opens)
+    settings = {"data_workers": 0, "precision": "bf16", "data_cache": False}
+    table = load_recipe(str(recipe(place / "late", place / "pictures", **settings)))
+    machine = Machine(table)
+    machine.device = torch.device("meta")
+    task = ControlNetTask(table, machine, lambda _: None)
+    task.close()
+    assert seen == ["cpu", "meta", "meta"]
+    assert {p.device.type for part in (task.controlnet, task.base.unet) for p in part.parameters()} == {
+        "meta"
+    }
+    assert task.base.unet.dtype == torch.bfloat16
+
+
+def test_pictures_that_do_not_fit_at_once_are_encoded_in_smaller_batches(place, monkeypatch):
+    run = opened(place, "fewer", data_cache=False)
+    run.task.close()
+    tried, said = [], []
+
+    def moments(base, pictures):
+        tried.append(len(pictures))
+        if len(pictures) > 2:
+            raise RuntimeError("CUDA error: out of memory")
+        return encoding.Moments(*(torch.tensor([[float(p[0, 0, 0])] for p in pictures]) for _ in range(2)))
+
+    monkeypatch.setattr(encoding, "_moments", moments)
+    monkeypatch.setattr(type(run.task.base.vae), "device", torch.device("cuda"))
+    encoded = run.task.encoded
+    encoded.report = said.append
+    pictures = [np.full((8, 8, 3), k, np.uint8) for k in range(5)]
+    assert encoded._encoded(pictures).mean[:, 0].tolist() == [0, 1, 2, 3, 4]
+    assert tried == [5, 4, 2, 2, 1]
+    assert said[-1].endswith("from now on 2 at once")
+    encoded._encoded(pictures)
+    assert tried[5:] == [2, 2, 1]
+    assert len(said) == 2
+    monkeypatch.setattr(encoding, "_moments", lambda base, pictures: torch.ones(1, 2) @ torch.ones(1, 2))
+    with pytest.raises(RuntimeError, match="shapes"):
+        encoded._encoded(pictures)

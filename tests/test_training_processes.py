@@ -41,6 +41,20 @@ def test_two_processes_give_the_weights_of_one_with_twice_the_batch(place, alone
     assert distance(first, second) < 1e-4
 
 
+def test_masters_of_two_processes_get_all_their_micro_batches(place):
+    """bf16 rounds by micro-batch: so one process has the same ones, four in a step."""
+    one, two = place / "one-bf16", place / "two-bf16"
+    process = start(
+        recipe(one, place / "pictures", **settings(2, accumulation=4, precision="bf16")), place / "cache"
+    )
+    process.join()
+    assert process.exitcode == 0
+    path = recipe(two, place / "pictures", **settings(2, accumulation=2, precision="bf16"))
+    assert train_together(path, place / "cache", count=2) == [0, 0]
+    assert losses(two) == pytest.approx(losses(one), rel=1e-4)
+    assert distance(weights(two), weights(one)) < 1e-5
+
+
 def test_shared_weights_resume(place):
     folder = place / "resumed"
     changes = settings(2, accumulation=2, channels_last=False, sd_locked=False)

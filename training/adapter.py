@@ -32,9 +32,10 @@ from controlkit.training.data.resident import open_resident
 from controlkit.training.data.visits import Visits
 from controlkit.training.draws import derived_seed
 from controlkit.training.exporting import save_half
+from controlkit.training.graphs import why_not
 from controlkit.training.hint_start import start_hint_encoder
 from controlkit.training.machine import DTYPES, Machine
-from controlkit.training.memory import free_memory, put
+from controlkit.training.memory import free_memory, put, uncounted
 from controlkit.training.noising import (
     Noisy,
     draw_batch,
@@ -76,7 +77,8 @@ class ControlNetTask:
         self.recipe, self.machine, self.report = recipe, machine, report
         self.half = torch.bfloat16 if recipe.precision == "bf16" else None
         # Pictures and captions are encoded once, so in full precision; the U-Net alone is halved.
-        self.base = load_base(recipe.base, device=machine.device)
+        self.base = replace(load_base(recipe.base), device=machine.device)
+        self._make_ready()
         check_copyable(self.base.unet.config)  # also of an adapter that is trained on: it is not told more
         copied = recipe.adapter in COPIES
         self._origin = {ENCODER: encoder_digest(self.base.unet.state_dict())} if copied else {}
@@ -86,7 +88,7 @@ class ControlNetTask:
             report(_OTHER_SCHEDULE)
         if to_noise and self.base.prediction_type == "epsilon":
             report(PURE_NOISE.format(base=recipe.base))
-        if machine.device.type == "cuda":  # other devices may have no float64
+        if self._on_gpu:  # other devices may have no float64
             self.alphas_cumprod = self.alphas_cumprod.to(machine.device)
         self.reward = Reward(recipe, self.base, self.alphas_cumprod) if recipe.reward else None
         self.feed = open_feed(recipe, self.base, machine.processes, report=report)
@@ -94,13 +96,13 @@ class ControlNetTask:
         if self.reward is not None:
             self.reward.check(self.encoded.visits.channels)
         _report_bad_maps(recipe, self.feed.first_maps(_LINTED), report)
-        self.controlnet = self._network()  # before the base is halved
+        self.controlnet = self._network()  # on the CPU, as the U-Net is, and before that is halved
         self._prepare()
-        measures = recipe.attention == "auto" and machine.device.type == "cuda" and not machine.sharded
+        measures = recipe.attention == "auto" and self._on_gpu and not machine.sharded
         self.attention = Attention(measures=measures, report=report)
         self.shown = Shown(
             recipe,
-            replace(self.base, dtype=machine.weights_dtype),
+            replace(self.base, dtype=self._unet_dtype),
             self.encoded,
             self.feed.shown,
             alphas_cumprod=self.alphas_cumprod,
@@ -132,10 +134,14 @@ class ControlNetTask:
             pair.compile(dynamic=False, mode=self._compiled_for())  # one graph for each bucket
         return pair
 
+    @property
+    def _on_gpu(self) -> bool:
+        return self.machine.device.type == "cuda"
+
     def _compiled_for(self) -> str | None:
         """The compiler's mode: with CUDA graphs of its own where the recipe asks for both."""
-        on_gpu = self.machine.device.type == "cuda"
-        return "reduce-overhead" if self.recipe.cuda_graph and on_gpu else None
+        wanted = self.recipe.compile and self.recipe.cuda_graph and self._on_gpu
+        return "reduce-overhead" if wanted and not why_not(self.recipe, self.machine) else None
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Zero convolutions and hint encoder start from nothing and learn faster than the copied trunk."""
@@ -237,7 +243,12 @@ class ControlNetTask:
             added,
         )
         if self.attention.measures:
-            self.attention.measure(lambda: Pair(self.controlnet, self.base.unet, recipe)(*seen))
+            with uncounted(self.machine.device):
+                self.attention.measure(lambda: Pair(self.controlnet, self.base.unet, recipe)(*seen))
+        if (
+            self._compiled_for() is not None
+        ):  # of others' compiled functions torch cannot tell where one begins
+            torch.compiler.cudagraph_mark_step_begin()
         with self.attention.preferred():
             return whole(*seen), noisy, cond
 
@@ -360,12 +371,16 @@ class ControlNetTask:
     @contextmanager
     def _all_on_device(self) -> Iterator[None]:
         """Within the block the base's encoders are on its device, too; otherwise they make room."""
-        for part in (self.base.vae, *self.base.text_encoders):
-            part.to(self.machine.device)
+        self._make_ready()
         try:
             yield
         finally:
             self._make_room()
+
+    def _make_ready(self) -> None:
+        """Put what encodes and decodes on the device."""
+        for part in (self.base.vae, *self.base.text_encoders):
+            part.to(self.machine.device)
 
     def _make_room(self) -> None:
         """Take autoencoder and text encoders off a device, where the cache has what they give.
@@ -434,7 +449,8 @@ class ControlNetTask:
 
     def _network(self) -> Any:
         """The network as the training starts with it."""
-        recipe, network = self.recipe, self._made(self.base, self.report)
+        at_rest = replace(self.base, device=torch.device("cpu"))
+        recipe, network = self.recipe, self._made(at_rest, self.report)
         if recipe.init is not None:
             return network
         if recipe.hint_start == "unit" and hasattr(network, "controlnet_cond_embedding"):
@@ -453,8 +469,17 @@ class ControlNetTask:
                 break
         return found[:count]
 
+    @property
+    def _unet_dtype(self) -> torch.dtype:
+        """The precision of the U-Net's weights as it trains: fp16's stay whole where a part is trained."""
+        trained_whole = self.recipe.precision == "fp16" and not self.recipe.sd_locked
+        return torch.float32 if trained_whole else self.machine.weights_dtype
+
     def _prepare(self) -> None:
-        """Mark what is trained, and lay the networks out as they compute fastest."""
+        """Mark what is trained, lay the networks out as they compute fastest, and put them on the device.
+
+        The U-Net comes there last: until the data is encoded, that has the device to itself.
+        """
         recipe, unet = self.recipe, self.base.unet
         mark_trained(self.controlnet, unet, recipe)
         if recipe.sd_locked:  # otherwise a part is trained, of fp32 weights or masters of them
@@ -464,6 +489,8 @@ class ControlNetTask:
                 network.to(memory_format=torch.channels_last)
         keep_layout(self.controlnet, unet, self.base.vae)
         self._make_room()
+        for network in (self.controlnet, unet):
+            network.to(self.machine.device)
 
 
 def _one_caption(sample: Outline) -> str:

@@ -23,6 +23,7 @@ from controlkit.training.task import Losses
 
 if TYPE_CHECKING:
     from controlkit.training.loop import Run
+    from controlkit.training.machine import Machine
 
 TOLERANCE = 0.02
 """How far losses and gradients may be from those computed without a graph, as a share of their size (root
@@ -138,7 +139,7 @@ def open_graphs(run: Run) -> Graphs | None:
     """Graphs for a run whose recipe asks for them; None, with a line, where they cannot be."""
     if not getattr(run.recipe, "cuda_graph", False):
         return None
-    reason = _why_not(run)
+    reason = why_not(run.recipe, run.machine)
     recorder = None if reason else _recorder_for(run.machine.device)
     if recorder is None:
         run.watch.say(run.step, f"no CUDA graph: {reason or f'this run is on {run.machine.device}'}")
@@ -151,9 +152,9 @@ def open_graphs(run: Run) -> Graphs | None:
     return Graphs(run, recorder)
 
 
-def _why_not(run: Run) -> str:
-    recipe: Any = run.recipe
-    if run.machine.processes.count > 1:
+def why_not(recipe: Any, machine: Machine) -> str:
+    """Why a recipe's training cannot have graphs; "" where it can, on a device that has them."""
+    if machine.processes.count > 1:
         return "several processes exchange gradients while they compute"
     if recipe.precision == "fp16":
         return "fp16 scales its gradients on the way (precision=bf16 does not)"

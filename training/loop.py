@@ -180,6 +180,8 @@ def forward_backward(run: Run) -> list[Losses]:
             losses = _of_piece(run, piece, len(piece) / pairs)
         run.weights.take_gradients()
         seen.append(replace(losses, each=losses.each.detach()))
+    if run.machine.processes.count > 1:
+        run.weights.reduce_gradients()
     return seen
 
 
@@ -229,7 +231,9 @@ def _started(task: Task, machine: Machine) -> tuple[nn.Module, Weights, torch.op
     if machine.fsdp:
         whole = machine.shared(whole)  # makes new parameters, so it comes first
     weights = Weights(task.modules(), half=None if machine.fsdp else task.half)
-    if not machine.fsdp:
+    if weights.has_masters and machine.processes.count > 1:
+        weights.agree()
+    elif not machine.fsdp:
         whole = machine.shared(whole)
     masters = {id(p): weights.masters[name] for name, p in weights.parameters.items()}
     groups = task.parameter_groups()
@@ -275,7 +279,8 @@ def _within_memory(run: Run) -> list[Losses]:
             if smaller == largest or run.machine.processes.count > 1 or run.machine.sharded:
                 raise ValueError(_too_much(run, largest)) from error
         run.pieces *= 2
-        run.graphs, run.weights.keeps_gradients = None, False
+        if run.graphs is not None:  # a compiler's own go on, and write over gradients that are not kept
+            run.graphs, run.weights.keeps_gradients = None, False
         run.weights.drop_gradients()
         free_memory()
         message = f"{largest} pairs at once do not fit in memory: from step {run.step + 1} on"

@@ -90,7 +90,7 @@ class Machine:
         """Within the block gradients stay with this process, except in the last micro-batch of a step."""
         if self.engine is not None:
             self.engine.set_gradient_accumulation_boundary(last)
-        if last or self.processes.count == 1 or self.sharded:
+        if last or not isinstance(module, nn.parallel.DistributedDataParallel):
             return contextlib.nullcontext()
         return self.accelerator.no_sync(module)
 
@@ -117,6 +117,16 @@ def device_name(recipe: Recipe) -> str:
         return str(check_device(recipe.device))
     except ValueError as error:
         raise ValueError(f"{error} (device=cpu)") from error
+
+
+def remarks(recipe: Recipe, device: torch.device) -> list[str]:
+    """What is to be said of a recipe's settings on a device, before a training."""
+    if recipe.precision != "bf16" or device.type != "cuda":
+        return []
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return []
+    name = torch.cuda.get_device_name(device)
+    return [f"{name} computes bf16 by emulation, which is slow: precision=fp16 is what it has"]
 
 
 def check_precision(recipe: Recipe, device: torch.device) -> None:

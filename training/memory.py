@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import gc
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-_CPU_MESSAGES = ("can't allocate memory", "not enough memory", "DefaultCPUAllocator")
+_MESSAGES = (
+    "can't allocate memory",
+    "not enough memory",
+    "DefaultCPUAllocator",
+    "out of memory",  # "CUDA error: out of memory" of what allocates past torch, and other devices' own
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_NOT_SUPPORTED",  # no algorithm of cuDNN has the workspace that it needs
+)
+
+_PEAKS: dict[torch.device, int] = {}  # in bytes, before what `uncounted` passed over
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that a device's memory is full."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in _CPU_MESSAGES)
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _MESSAGES)
 
 
 def put(tensor: Tensor, device: torch.device) -> Tensor:
@@ -33,10 +45,24 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
+@contextmanager
+def uncounted(device: torch.device) -> Iterator[None]:
+    """Within the block memory is used that does not count for `peak_mb`, where a device counts it."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.cuda.max_memory_allocated(device)
+    try:
+        yield
+    finally:
+        torch.cuda.reset_peak_memory_stats(device)
+        _PEAKS[device] = max(before, _PEAKS.get(device, 0))
+
+
 def peak_mb(device: torch.device) -> float:
     """The most memory in use so far, in megabytes (10^6 bytes): on CUDA of tensors, else of the process."""
     if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated(device) / 1e6, 1)
+        return round(max(torch.cuda.max_memory_allocated(device), _PEAKS.get(device, 0)) / 1e6, 1)
     if sys.platform == "linux":  # where getrusage counts what the parent held when it started us, too
         status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
         return round(int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e6, 1)

@@ -16,6 +16,7 @@ from controlkit.training.planning_networks import (
     simulate_encoding,
     simulate_reward,
 )
+from controlkit.training.together import BUCKET
 
 _IMPORTED = 820 * 2**20  # Python, torch and the model libraries, where the system does not tell
 _FIRST_USE = 90 * 2**20  # kernels that are read in when they first run, threads' stacks
@@ -85,7 +86,7 @@ def count_memory(networks: Networks, recipe: ControlNetRecipe, step: Simulated, 
     encoders = _encoders(networks)
     stays = place.on_cpu or not recipe.data.cache
     phases = {
-        "encoding": {**base, **encoders, "at work": _encoding(networks, place)},
+        "encoding": {**_unhalved(networks, base, place), **encoders, "at work": _encoding(networks, place)},
         "training": {
             **base,
             **(encoders if stays else {}),
@@ -106,6 +107,12 @@ def count_memory(networks: Networks, recipe: ControlNetRecipe, step: Simulated, 
 def _base(networks: Networks, recipe: ControlNetRecipe, place: Place) -> dict[str, int]:
     process = place.imported + _FIRST_USE if place.on_cpu else _CUDA_CONTEXT
     return {"process and libraries": process, "locked U-Net": weight_bytes([networks.unet], trained=False)}
+
+
+def _unhalved(networks: Networks, base: dict[str, int], place: Place) -> dict[str, int]:
+    """The U-Net while pictures are encoded: all of it in fp32, in the host's memory."""
+    whole = 4 * sum(parameter.numel() for parameter in networks.unet.parameters())
+    return base | {"locked U-Net": whole if place.on_cpu else 0}
 
 
 def _encoders(networks: Networks) -> dict[str, int]:
@@ -141,11 +148,16 @@ def _step(networks: Networks, recipe: ControlNetRecipe, step: Simulated, place: 
     fixed, share = heap if place.on_cpu else _CACHE_WASTE
     return {
         "gradients": gradients,
-        "gradients of other processes": whole if place.processes > 1 else 0,
+        "gradients of other processes": _exchanged(recipe, whole) if place.processes > 1 else 0,
         "activations kept for backward": saved,
         "workspace": workspace,
         "lost between allocations": fixed + int(share * (saved + workspace)),
     }
+
+
+def _exchanged(recipe: ControlNetRecipe, whole: int) -> int:
+    """What averaging over processes holds beside the gradients: DDP as much again, of masters a bucket."""
+    return min(whole, BUCKET) if recipe.precision == "bf16" else whole
 
 
 def _recorded(recipe: ControlNetRecipe, step: Simulated, place: Place) -> dict[str, int]:

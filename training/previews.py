@@ -39,6 +39,8 @@ def find_batch_for(
 
     The data is opened and encoded as for the training; nothing is written into the run's folder.
     """
+    import torch
+
     from controlkit.training.adapter import ControlNetTask
     from controlkit.training.loop import open_run
     from controlkit.training.planning import batch_need
@@ -63,6 +65,8 @@ def find_batch_for(
             losses = task.losses(run.whole, task.part_of(pairs))
             machine.backward(losses.each.mean())
             run.weights.take_gradients()
+            if machine.scaler is not None:  # they may be infinite, of which even a rate of 0 makes no number
+                torch._foreach_zero_([m.grad for m in run.weights.masters.values() if m.grad is not None])
             run.optimizer.step()
             run.optimizer.zero_grad(set_to_none=True)
             losses.each.sum().item()  # the device has done it all

@@ -25,7 +25,7 @@ from controlkit.training.config import (
 from controlkit.training.going_on import as_begun
 from controlkit.training.lock import locked
 from controlkit.training.loop import train
-from controlkit.training.machine import Machine, device_name
+from controlkit.training.machine import Machine, device_name, remarks
 from controlkit.training.optimizers import check_optimizer
 from controlkit.training.saving import check_folder
 from controlkit.training.task import Task
@@ -196,6 +196,8 @@ def build_task(recipe: Recipe, machine: Machine, progress: Callable[[Progress], 
     def report(message: str) -> None:
         progress(Progress(0, recipe.steps, math.nan, 0.0, math.nan, message))
 
+    for remark in remarks(recipe, device):
+        report(remark)
     if isinstance(recipe, ControlNetRecipe):
         from controlkit.training.adapter import ControlNetTask
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from controlkit.training.draws import Draws
+from controlkit.training.machine import DTYPES
 
 
 @dataclass(frozen=True)
@@ -143,9 +144,9 @@ class DrawnTask(ABC):
 
     def losses(self, whole: nn.Module, part: DrawnPart) -> Losses:
         """The batch's mean loss, as if it were each pair's."""
-        half = self.recipe.precision == "bf16"
+        dtype = DTYPES[self.recipe.precision]
         device = next(whole.parameters()).device.type
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=half):
+        with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
             return Losses(self.loss(part.draws)[None])
 
     def look(self, step: int) -> dict[str, float]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from controlkit.training.optimizers import restore_state, state_of
 from controlkit.training.sharding import shared_like, whole_tensor
+from controlkit.training.together import average_gradients, take_firsts
 
 Tensors = dict[str, Tensor]
 
@@ -43,9 +44,19 @@ class Weights:
         """The name of each master by its id."""
         return {id(master): name for name, master in self.masters.items()}
 
+    @property
+    def has_masters(self) -> bool:
+        """Whether the optimizer moves other tensors than those that the network computes with."""
+        return self.masters is not self.parameters
+
+    def agree(self) -> None:
+        """Take the masters of the first process into all of them."""
+        take_firsts(list(self.masters.values()))
+        self.give()
+
     def take_gradients(self) -> None:
         """Move the network's gradients to the masters, adding to what is there."""
-        if self.masters is self.parameters:
+        if not self.has_masters:
             return
         found = [(self.masters[name], p.grad) for name, p in self.parameters.items() if p.grad is not None]
         new = [torch.empty_like(master, requires_grad=False) for master, _ in found]
@@ -53,6 +64,11 @@ class Weights:
         for (master, _), gradient in zip(found, new, strict=True):
             master.grad = gradient if master.grad is None else master.grad + gradient
         self._drop(self.parameters)
+
+    def reduce_gradients(self) -> None:
+        """Average the masters' gradients over processes; without masters DDP does while they are computed."""
+        if self.has_masters:
+            average_gradients(list(self.masters.values()))
 
     def keep_gradients(self) -> None:
         """Allocate the network's gradients, to be added to from now on."""
@@ -63,7 +79,7 @@ class Weights:
     def drop_gradients(self) -> None:
         """Forget all gradients."""
         self._drop(self.parameters)
-        if self.masters is not self.parameters:
+        if self.has_masters:
             for master in self.masters.values():
                 master.grad = None
 
@@ -77,7 +93,7 @@ class Weights:
 
     def give(self) -> None:
         """Round the masters into the network."""
-        if self.masters is not self.parameters:
+        if self.has_masters:
             with torch.no_grad():
                 torch._foreach_copy_(list(self.parameters.values()), list(self.masters.values()))
 

@@ -107,6 +107,9 @@ class ZeroWeights(Weights):
     def take_gradients(self) -> None:
         """DeepSpeed has them already."""
 
+    def reduce_gradients(self) -> None:
+        """DeepSpeed does, while they are computed."""
+
     def drop_gradients(self) -> None:
         """Forget all gradients."""
         self.engine.optimizer.zero_grad(set_to_none=True)

@@ -25,6 +25,7 @@ from controlkit.processes import Processes
 from controlkit.training.config_adapter import DataRecipe
 from controlkit.training.data.digests import Digests
 from controlkit.training.data.encoding import (
+    AT_ONCE,
     Moments,
     Text,
     encode_captions,
@@ -38,7 +39,7 @@ from controlkit.training.data.packing import pack, unpack
 from controlkit.training.data.stores import Store
 from controlkit.training.data.views import View
 from controlkit.training.data.visits import Visit, Visits
-from controlkit.training.memory import put
+from controlkit.training.memory import free_memory, is_out_of_memory, put
 from controlkit.training.world import cache_folder
 
 VERSION = 1  # raise when pictures or maps are prepared differently
@@ -84,6 +85,7 @@ class Encoded:
         self, base: Base, examples: Sequence[Example], visits: Visits, *, data: DataRecipe, report: Report
     ) -> None:
         self.base, self.examples, self.visits, self.data, self.report = base, examples, visits, data, report
+        self._at_once = AT_ONCE
         self._text = lru_cache(maxsize=_TEXTS)(self._text_of)
         self._content: dict[int, tuple[str, ...]] = {}  # digests of each example's picture, and of its maps
         self._latents: Store | None = None
@@ -186,9 +188,22 @@ class Encoded:
     def moments(self, samples: Sequence[Sample]) -> Moments:
         """The latents' moments of samples of one size: (B, 4, h, w) each."""
         if self._latents is None:
-            return encode_pictures(self.base, [s.picture for s in samples if s.picture is not None])
+            return self._encoded([s.picture for s in samples if s.picture is not None])
         stacked = torch.stack([s.moments for s in samples if s.moments is not None])
         return Moments(stacked[:, 0], stacked[:, 1])
+
+    def _encoded(self, pictures: Sequence[NDArray[np.uint8]]) -> Moments:
+        """The moments of pictures of one size; from now on of fewer at once where they do not fit."""
+        while True:
+            try:
+                return encode_pictures(self.base, pictures, at_once=self._at_once)
+            except RuntimeError as error:
+                if self._at_once == 1 or not is_out_of_memory(error) or self.base.vae.device.type == "cpu":
+                    raise
+            self._at_once //= 2
+            free_memory()
+            message = f"{2 * self._at_once} pictures at once do not fit in memory to be encoded"
+            self.report(f"{message}: from now on {self._at_once} at once")
 
     def text(self, captions: Sequence[str]) -> Text:
         """What the U-Net is told of each caption, (B, 77, D), and for SDXL the pooled text (B, P)."""
@@ -246,7 +261,7 @@ class Encoded:
         tensors: dict[str, Tensor] = {}
         for shape in dict.fromkeys(picture.shape for picture in pictures):
             rows = [k for k, picture in enumerate(pictures) if picture.shape == shape]
-            moments = encode_pictures(self.base, [pictures[k] for k in rows])
+            moments = self._encoded([pictures[k] for k in rows])
             stacked = torch.stack([moments.mean, moments.std], dim=1)
             tensors |= {names[k]: row for k, row in zip(rows, stacked, strict=True)}
         return tensors

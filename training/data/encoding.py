@@ -22,7 +22,8 @@ from controlkit.base import Base
 
 KEPT = torch.float16
 """Precision of what is kept: its rounding is far below the spread of the autoencoder's own distribution."""
-_BATCH = 8
+AT_ONCE = 8
+"""Pictures that are encoded at once, elsewhere than on a CPU."""
 
 
 class Moments(NamedTuple):
@@ -42,9 +43,9 @@ class Text(NamedTuple):
 
 
 @torch.no_grad()
-def encode_pictures(base: Base, pictures: Sequence[NDArray[np.uint8]]) -> Moments:
+def encode_pictures(base: Base, pictures: Sequence[NDArray[np.uint8]], *, at_once: int = AT_ONCE) -> Moments:
     """Pictures of one size, uint8 (H, W, 3), to the moments of their scaled latents."""
-    size = 1 if base.vae.device.type == "cpu" else _BATCH
+    size = 1 if base.vae.device.type == "cpu" else at_once
     parts = [_moments(base, pictures[start : start + size]) for start in range(0, len(pictures), size)]
     return Moments(*(torch.cat(column) for column in zip(*parts, strict=True)))
 

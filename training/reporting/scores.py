@@ -15,11 +15,12 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from controlkit.control import Control
 from controlkit.sampling import generate
@@ -130,7 +131,7 @@ class Scorer:
                 floor = self._mean(lambda pair, seed: self._generate(pair, seed, None))
                 ceiling = self._mean(lambda pair, _: through_vae(self.base, pair.picture), seeds=[0])
                 self._bounds = floor, ceiling
-            network = _as_used(controlnet, self.base)
+            network = as_used(controlnet, self.base)
             control = self._mean(lambda pair, seed: self._generate(pair, seed, network))
         return ControlScores(len(self.pairs), control, *self._bounds)
 
@@ -166,9 +167,14 @@ def score_control(
     return Scorer(base, pairs, kind=kind, **options).score(controlnet)
 
 
-def _as_used(controlnet: ControlNetModel, base: Base) -> ControlNetModel:
+def as_used(controlnet: ControlNetModel, base: Base) -> ControlNetModel:
     """The network in the base's precision, in which it will be used; itself where that is its own."""
-    return controlnet if controlnet.dtype == base.dtype else copy.deepcopy(controlnet).to(base.dtype)
+    if controlnet.dtype == base.dtype:
+        return controlnet
+    network, lowered = cast(nn.Module, controlnet), {}  # of tensors alone: the copy is never whole
+    for p in network.parameters():
+        lowered[id(p)] = nn.Parameter(p.detach().to(base.dtype), requires_grad=p.requires_grad)
+    return cast("ControlNetModel", copy.deepcopy(network, lowered).to(base.dtype))
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from controlkit.training.data.encoded import Encoded, Outline, Sample, levels_of
 from controlkit.training.data.order import Turn
 from controlkit.training.reporting.convergence import advice_for, took_hold
 from controlkit.training.reporting.monitor import Monitor
-from controlkit.training.reporting.scores import ControlScores, Pair, Scorer
+from controlkit.training.reporting.scores import ControlScores, Pair, Scorer, as_used
 
 if TYPE_CHECKING:
     from diffusers import ControlNetModel
@@ -69,7 +69,7 @@ class Shown:
         if self._monitor is None:
             return {}
         unet = None if self.recipe.sd_locked else self.base.unet
-        return self._monitor.look(controlnet, unet).row()
+        return self._monitor.look(as_used(controlnet, self.base), unet).row()
 
     def remark(self, rows: Sequence[dict[str, Any]]) -> str | None:
         """When control took hold, or what to look at when it does not."""
@@ -93,7 +93,7 @@ class Shown:
 
     def sample(self, controlnet: ControlNetModel) -> NDArray[np.uint8]:
         """Columns of map, picture, and samples under control."""
-        columns = []
+        columns, network = [], as_used(controlnet, self.base)
         with self.on_device():
             for index in self.indices[:_COLUMNS]:
                 sample = self.encoded.sample(Turn(index, 0))
@@ -101,7 +101,7 @@ class Shown:
                 samples = generate(
                     self.base,
                     sample.example.caption,
-                    controls=[Control(controlnet, cond)],
+                    controls=[Control(network, cond)],
                     seeds=_SEEDS,
                     width=sample.view.width,
                     height=sample.view.height,
