@@ -245,9 +245,7 @@ class ControlNetTask:
         if self.attention.measures:
             with uncounted(self.machine.device):
                 self.attention.measure(lambda: Pair(self.controlnet, self.base.unet, recipe)(*seen))
-        if (
-            self._compiled_for() is not None
-        ):  # of others' compiled functions torch cannot tell where one begins
+        if self._compiled_for() is not None:  # beside other compiled functions each run would count as a step
             torch.compiler.cudagraph_mark_step_begin()
         with self.attention.preferred():
             return whole(*seen), noisy, cond
