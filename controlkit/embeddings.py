@@ -1,7 +1,7 @@
 """Textual inversion: new words of a base's language, learned as vectors (Gal et al. 2022, arXiv:2208.01618).
 
-A file holds one or more vectors for a word. A copy of the base gets the word, and ``word_1`` ... for further
-vectors, in its tokenizer, and the vectors in its text encoder; a prompt that says the word says all of them.
+A file holds one or more vectors for a word. A copy of the base gets a token for each in its tokenizer
+(`words`), and the vectors in its text encoder; a prompt that says the word, in any case, says all of them.
 The base that was given stays as it is. The result equals that of diffusers' `load_textual_inversion`
 (tests/test_embeddings.py).
 """
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from controlkit.base import FAMILY_TITLES
 from controlkit.folders import read_state
 from controlkit.loras import shallow_copy
+from controlkit.words import known_as, tokens_for
 
 if TYPE_CHECKING:
     from controlkit.base import Base
@@ -44,26 +45,32 @@ def with_embeddings(base: Base, embeddings: Sequence[Embedding]) -> Base:
     """A base that knows more words. The given base is not changed.
 
     Raises ValueError, naming the file, for one that is missing, damaged or no embedding, was made for another
-    family (the sizes are named), or whose word the base knows already.
+    family (the sizes are named), or whose word the base knows already, in whatever case.
     """
     for embedding in embeddings:
         token, vectors = _read(embedding, base)
         tokenizers = [copy.deepcopy(tokenizer) for tokenizer in base.tokenizers]
         encoders = [shallow_copy(encoder) for encoder in base.text_encoders]
+        tokens = tokens_for(token, len(vectors[0]))
         for tokenizer, encoder, rows in zip(tokenizers, encoders, vectors, strict=True):
-            _add(embedding.file, token, tokenizer, encoder, rows)
-        base = replace(base, tokenizers=tokenizers, text_encoders=encoders)
+            _add(embedding.file, tokens, tokenizer, encoder, rows)
+        known = {**base.words, token: tokens}
+        base = replace(base, tokenizers=tokenizers, text_encoders=encoders, words=known)
     return base
 
 
-def _add(file: str, token: str, tokenizer: Any, encoder: Any, vectors: Tensor) -> None:
-    """Teach a word of n vectors (n, D) to a tokenizer and a text encoder, which are changed."""
-    words = [token, *(f"{token}_{index}" for index in range(1, len(vectors)))]
-    # Where ``token_1`` is known, the token would be taken to have it as its second vector.
-    if any(word in tokenizer.get_vocab() for word in (*words, f"{token}_1")):
-        raise ValueError(f"{file}: the base knows the word {token!r} already; give it another, as WORD=FILE")
-    tokenizer.add_tokens(words)
-    ids = tokenizer.convert_tokens_to_ids(words)
+def _add(file: str, tokens: Sequence[str], tokenizer: Any, encoder: Any, vectors: Tensor) -> None:
+    """Teach a word of n tokens and vectors (n, D) to a tokenizer and a text encoder, which are changed."""
+    from tokenizers import AddedToken
+
+    before = known_as(tokens[0], tokenizer)
+    if before is not None:
+        spelled = "" if before == tokens[0] else f", as {before!r}"
+        raise ValueError(
+            f"{file}: the base knows the word {tokens[0]!r} already{spelled}; give it another, as WORD=FILE"
+        )
+    tokenizer.add_tokens([AddedToken(token, normalized=True) for token in tokens])  # in any case
+    ids = tokenizer.convert_tokens_to_ids(list(tokens))
     module = encoder.get_input_embeddings()
     known = module.weight
     table = known.new_zeros((max(len(known), *(i + 1 for i in ids)), known.shape[1]))
