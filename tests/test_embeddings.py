@@ -191,6 +191,46 @@ def test_the_end_is_found_behind_a_new_word_under_an_old_configuration(
     assert old.text_encoders[1].text_model.eos_token_id == 2
 
 
+def test_two_files_of_one_word_are_those_of_both_encoders(
+    load: Callable[[str], Base], tmp_path: Path
+) -> None:
+    base, rows = load("sdxl"), [vectors(2, 0), vectors(2, 1)]
+    files = [tmp_path / "learned_embeds.safetensors", tmp_path / "learned_embeds_2.safetensors"]
+    for file, part in zip(files, rows, strict=True):
+        save_file({WORD: part}, file)
+    save_file({"clip_l": rows[0], "clip_g": rows[1]}, tmp_path / "both.safetensors")
+    said = [
+        with_embeddings(base, words).encode_prompts([f"a {WORD} cube"])
+        for words in (
+            [Embedding(str(tmp_path / "both.safetensors"), WORD)],
+            [Embedding(str(file)) for file in files],
+        )
+    ]
+    assert torch.equal(said[0].encoder_hidden_states, said[1].encoder_hidden_states)
+    assert said[0].pooled is not None
+    assert said[1].pooled is not None
+    assert torch.equal(said[0].pooled, said[1].pooled)
+    with pytest.raises(
+        ValueError, match=r"the same word, as --embedding WORD=learned_embeds\.safetensors --emb"
+    ):
+        with_embeddings(base, [Embedding(str(files[0]))])
+    save_file({WORD: rows[1][:1]}, files[1])
+    with pytest.raises(ValueError, match=r"_2.safetensors: damaged, for the text encoders get different"):
+        with_embeddings(base, [Embedding(str(file)) for file in files])
+
+
+def test_two_files_of_one_word_go_where_they_fit(load: Callable[[str], Base], tmp_path: Path) -> None:
+    base = copied(load("sdxl"))
+    base.text_encoders[1].set_input_embeddings(torch.nn.Embedding(len(base.tokenizers[1]), 48))
+    rows = [vectors(1), vectors(1, width=48)]
+    for index, part in enumerate(rows):
+        save_file({WORD: part}, tmp_path / f"{index}.safetensors")
+    for order in ((0, 1), (1, 0)):
+        known = with_embeddings(base, [Embedding(str(tmp_path / f"{index}.safetensors")) for index in order])
+        for encoder, part in zip(known.text_encoders, rows, strict=True):
+            assert torch.equal(encoder.get_input_embeddings().weight[-1:], part)
+
+
 @pytest.mark.parametrize(
     ("state", "message"),
     [
@@ -198,6 +238,7 @@ def test_the_end_is_found_behind_a_new_word_under_an_old_configuration(
         ({"clip_l": vectors(1), "clip_g": vectors(1)}, "has vectors for 2 text encoder(s), and the SD1 base"),
         ({WORD: vectors(1) * float("inf")}, "no finite vectors"),
         ({"a": vectors(1), "b": vectors(1)}, "is no embedding: it holds a, b"),
+        ({"a": vectors(1), "b": vectors(1)}, "; of several words, save each to a file of its own"),
         ({"a</w>": vectors(1)}, "the base knows the word 'a</w>' already"),
     ],
 )
@@ -228,7 +269,9 @@ def test_files_that_cannot_be_read(sd1: Base, tmp_path: Path) -> None:
 def test_words_on_the_command_line(generate: Run, run: Run) -> None:
     save_file({"emb_params": vectors(2)}, "styl.safetensors")
     generate("-o", "plain.png").done()
-    generate("--embedding", "cube=styl.safetensors", "-o", "out.png").done()
+    outcome = generate("--embedding", "cube=styl.safetensors", "-o", "out.png")
+    outcome.done()
+    assert "has no effect: no prompt says it" not in outcome.err
     (told,) = json.loads(read_png_text("out.png")["controlkit"])["embeddings"]
     assert told == {"file": "styl.safetensors", "token": "cube", "sha256": sha256_file("styl.safetensors")}
     assert not np.array_equal(load_picture("out.png"), load_picture("plain.png"))
@@ -237,3 +280,13 @@ def test_words_on_the_command_line(generate: Run, run: Run) -> None:
     assert "there is no embedding nowhere.pt" in generate("--embedding", "nowhere.pt").refused()
     save_file({"emb_params": vectors(1)}, "styl.safetensors")
     assert "which has changed since" in run("generate", "--like", "out.png").refused()
+
+
+@pytest.mark.filterwarnings("default")  # the command shows them as notes
+def test_a_word_that_no_prompt_says_is_noted(generate: Run) -> None:
+    save_file({"emb_params": vectors(1)}, "Styl.safetensors")
+    outcome = generate("--embedding", "Styl.safetensors", "-o", "out.png")
+    outcome.done()
+    assert outcome.err.count("note: the word 'Styl' has no effect: no prompt says it") == 1
+    outcome = generate("--embedding", "Styl.safetensors", "--negative", "a styl", "-o", "out.png")
+    assert "the word 'Styl'" not in outcome.err
