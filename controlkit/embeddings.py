@@ -9,6 +9,7 @@ The base that was given stays as it is. The result equals that of diffusers' `lo
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -170,7 +171,9 @@ def _parts(file: Path, state: Mapping[str, Any]) -> tuple[str, list[Tensor]]:
     sized = len(parts) == (2 if set(state) == set(_ENCODERS) else 1)
     if not sized or not all(isinstance(part, Tensor) and part.is_floating_point() for part in parts):
         held = ", ".join(map(str, list(state)[:3])) or "nothing"
-        words = len(parts) > 1 and all(isinstance(part, Tensor) and part.ndim < 3 for part in parts)
-        cure = "; of several words, save each to a file of its own" if words else ""
+        marked = len(state) > 1 and all(
+            re.fullmatch(r"<\S+>", str(key)) for key in state
+        )  # as diffusers does
+        cure = "; of several words, save each to a file of its own" if marked else ""
         raise ValueError(f"{file} is no embedding: it holds {held}{cure}")
     return own, parts

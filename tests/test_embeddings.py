@@ -238,7 +238,10 @@ def test_two_files_of_one_word_go_where_they_fit(load: Callable[[str], Base], tm
         ({"clip_l": vectors(1), "clip_g": vectors(1)}, "has vectors for 2 text encoder(s), and the SD1 base"),
         ({WORD: vectors(1) * float("inf")}, "no finite vectors"),
         ({"a": vectors(1), "b": vectors(1)}, "is no embedding: it holds a, b"),
-        ({"a": vectors(1), "b": vectors(1)}, "; of several words, save each to a file of its own"),
+        (
+            {"<s0>": vectors(1), "<s1>": vectors(1)},
+            "holds <s0>, <s1>; of several words, save each to a file of its own",
+        ),
         ({"a</w>": vectors(1)}, "the base knows the word 'a</w>' already"),
     ],
 )
