@@ -34,7 +34,8 @@ from controlkit.base_parts import (
 from controlkit.class_labels import PictureEncoder
 from controlkit.controlnet import digest_of_weights, lock
 from controlkit.devices import check_device
-from controlkit.folders import quiet_libraries, read_json
+from controlkit.folders import read_json
+from controlkit.words import Words, saved_by_diffusers, with_all_vectors
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
@@ -61,10 +62,11 @@ class Base:
     ``family`` is "sd1", "sd2" or "sdxl". ``prediction_type`` is what the U-Net outputs: "epsilon",
     "v_prediction" or "sample". ``resolution`` is the side in pixels that it was trained for, ``vae_factor``
     how many pixels make one latent (8). ``alphas_cumprod`` is its noise schedule, (T,) float64 on the CPU.
-    ``clip_skip``: which of the text encoders' layers is read, counted as in A1111: 1 is the last that is
-    meant to be, 2 the one before it. ``zeros_for_empty_negative``: an SDXL that was trained with zeros for no
-    text, not with the encoding of "" (diffusers' ``force_zeros_for_empty_prompt``). ``picture_encoder``: of a
-    base that is told a picture.
+    ``words``: those that were learned (`embeddings.py`), and the tokens of each one's vectors. ``clip_skip``:
+    which of the text encoders' layers is read, counted as in A1111: 1 is the last that is meant to be, 2 the
+    one before it. ``zeros_for_empty_negative``: an SDXL that was trained with zeros for no text, not with the
+    encoding of "" (diffusers' ``force_zeros_for_empty_prompt``). ``picture_encoder``: of a base that is told
+    a picture.
     """
 
     name: str
@@ -77,6 +79,7 @@ class Base:
     alphas_cumprod: Tensor = field(repr=False)
     device: torch.device
     dtype: torch.dtype
+    words: Words = field(default_factory=dict, repr=False)
     clip_skip: int = 1
     zeros_for_empty_negative: bool = True
     picture_encoder: PictureEncoder | None = field(default=None, repr=False)
@@ -214,14 +217,17 @@ class Base:
 
     def _tokens(self, prompt: str, tokenizer: CLIPTokenizer, encoder: CLIPTextModel) -> dict[str, Tensor]:
         """The prompt's token ids (1, 77), padded or cut, and the padding's mask."""
-        prompt = with_all_vectors(prompt, tokenizer)
         length = encoder.config.max_position_embeddings  # the tokenizer's own limit is a setting, often wrong
-        if len(tokenizer(prompt, verbose=False).input_ids) > length:
+        read = tokenizer(prompt, verbose=False).input_ids
+        ids = [one for word in with_all_vectors(read, self.words, tokenizer) for one in word]
+        if len(ids) > length:
             warnings.warn(f"the prompt has more than {length} tokens; the rest is ignored", stacklevel=5)
-        tokens = tokenizer(
-            prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-        )
-        return {key: tokens[key] for key in ("input_ids", "attention_mask")}
+            ids = [*ids[: length - 1], ids[-1]]  # the end stays
+        filling = length - len(ids)
+        return {
+            "input_ids": torch.tensor([ids + filling * [tokenizer.pad_token_id]]),
+            "attention_mask": torch.tensor([len(ids) * [1] + filling * [0]]),
+        }
 
 
 def _wanted(tokens: Mapping[str, Tensor], encoder: CLIPTextModel) -> dict[str, Tensor]:
@@ -229,14 +235,6 @@ def _wanted(tokens: Mapping[str, Tensor], encoder: CLIPTextModel) -> dict[str, T
     asks = getattr(encoder.config, "use_attention_mask", False)
     keys = ("input_ids", "attention_mask") if asks else ("input_ids",)
     return {key: tokens[key].to(encoder.device) for key in keys}
-
-
-def with_all_vectors(prompt: str, tokenizer: CLIPTokenizer) -> str:
-    """The prompt in which learned words of several vectors (`embeddings.py`) stand for all of them."""
-    from diffusers.loaders import TextualInversionLoaderMixin
-
-    with quiet_libraries():  # a long prompt is told by `_tokens`, in our words
-        return TextualInversionLoaderMixin().maybe_convert_prompt(prompt, tokenizer)
 
 
 def load_base(
@@ -261,19 +259,21 @@ def load_base(
     picture_encoder = load_picture_side(folder, unet_config, dtype=dtype)
     if picture_encoder is not None:
         picture_encoder.image_encoder.to(device)
+    tokenizers = [
+        load_tokenizer(folder / part) for part in ("tokenizer", "tokenizer_2")[: len(text_encoders)]
+    ]
     return Base(
         name=name_or_path,
         family=family,
         unet=lock(unet).to(device),
         vae=lock(vae).to(device),
         text_encoders=[lock(encoder).to(device) for encoder in text_encoders],
-        tokenizers=[
-            load_tokenizer(folder / part) for part in ("tokenizer", "tokenizer_2")[: len(text_encoders)]
-        ],
+        tokenizers=tokenizers,
         scheduler_config=scheduler_config,
         alphas_cumprod=alphas_cumprod,
         device=device,
         dtype=dtype,
+        words=saved_by_diffusers(tokenizers[0]),
         zeros_for_empty_negative=zeros_for_empty_negative(folder),
         picture_encoder=picture_encoder,
     )

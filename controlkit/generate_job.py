@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from controlkit import images, infotext, known_adapters, naming, preprocessors
+from controlkit import generate_notes, images, infotext, known_adapters, naming, preprocessors
 from controlkit.generate_models import Models
 from controlkit.generate_plan import INPAINT, Beginning, Plan, Source, adapted, versions
 from controlkit.generate_plan import plan as plan
@@ -116,6 +116,7 @@ class Session:
         rests = bool(job.options.memory) or job.options.memory_limit is not None
         base = models.base(job.options.base, device=device, dtype=dtype, rests=rests)
         self.base = job.additions.onto(base)
+        self._taught = [word for word in self.base.words if word not in base.words]
         self.picture_prompts = job.additions.picture_prompts(self.base)
         self.first, self.sources = _decided(job, self.base)
         self.adapters = _adapters(self.sources, self.base, models, report, rests=rests)
@@ -131,7 +132,8 @@ class Session:
         options, device = self.job.options, self.base.device
         if options.cuda_graph and options.device == "auto" and device.type != "cuda":
             warnings.warn(f"--cuda-graph has no effect on the device {device}", stacklevel=2)
-        for line in self._cut():
+        prompts = (self.first.prompt, self.first.negative_prompt or "")
+        for line in (*generate_notes.of_words(self._taught, prompts), *self._cut()):
             warnings.warn(line, stacklevel=2)
         beginning = self.job.beginning
         scaled = None if beginning is None else beginning.scaled(self.first.width, self.first.height)

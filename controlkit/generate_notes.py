@@ -47,6 +47,14 @@ def of_maps(sources: Iterable[Source]) -> Iterator[str]:
                 yield f"{source.record.path}: {finding.message}; {finding.cure}"
 
 
+def of_words(words: Iterable[str], prompts: Iterable[str]) -> Iterator[str]:
+    """Of the words that a base was taught, those that no prompt says."""
+    said = "\n".join(prompts).lower()
+    for word in words:
+        if word.lower() not in said:
+            yield f"the word {word!r} has no effect: no prompt says it"
+
+
 def without_effect(job: Plan, variants: Sequence[Variant], varied: Collection[str] = ()) -> Iterator[str]:
     """What is asked for and changes nothing. variants: all pictures; varied: the settings of a grid."""
     options, given = job.options, {*job.given, *varied}

@@ -6,8 +6,7 @@ For a layer's weight W the file holds two factors, A (rank x in) and B (out x ra
 
 merged once, in float32, into a copy of the base. The base that was given stays as it is, and the copy shares
 every tensor with it that no LoRA changes. The result equals diffusers' `load_lora_weights` and `fuse_lora`
-(tests/test_loras.py). Reading and renaming keys, of kohya's files and of diffusers' own, is diffusers' work;
-applying them needs no peft.
+(tests/test_loras.py); it needs no peft. `lora_keys` has the names of the layers in files.
 """
 
 from __future__ import annotations
@@ -26,8 +25,9 @@ from torch import Tensor, nn
 
 from controlkit import limits
 from controlkit.base import FAMILY_TITLES
-from controlkit.folders import quiet_libraries, read_header
-from controlkit.hub import find_weight_file, first_sentence
+from controlkit.folders import quiet_libraries, read_header, read_state
+from controlkit.hub import find_weight_file
+from controlkit.lora_keys import Factors, by_layer, is_factor, other_network
 
 if TYPE_CHECKING:
     from controlkit.base import Base
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 DEFAULT_FILE = "pytorch_lora_weights.safetensors"  # as diffusers' training scripts call it
 METADATA_KEY = "lora_adapter_metadata"  # in the header of files that diffusers wrote
 
-_FACTOR = re.compile(r"(lora_(down|up|A|B)|(lora|_lora|lora_linear_layer)\.(down|up))\.weight$")
 _OTHER_KINDS: Mapping[str, str] = {  # part of a key -> what it belongs to
     "dora_scale": "DoRA",
     "lora_magnitude_vector": "DoRA",
@@ -117,13 +116,13 @@ def read_lora(source: str, base: Base) -> list[Layer]:
     file = find_weight_file(source, what="LoRA", usual=DEFAULT_FILE)
     header = read_header(file)
     told = header.pop("__metadata__", {})
+    _check_network(file, header, base)
     _check_keys(file, header)
     _check_family(file, header, base)
-    state, alphas = _converted(file, base)
+    with quiet_libraries():
+        found = by_layer(file, read_state(file, what="LoRA"), base.unet.config)
     rules = _rules(file, told)
-    layers = [
-        _layer(file, base, name, factors, alphas.get(name), rules) for name, factors in _pairs(state).items()
-    ]
+    layers = [_layer(file, base, name, factors, rules) for name, factors in found.items()]
     if not layers:
         raise ValueError(f"{file} is empty: it holds no LoRA")
     return layers
@@ -151,17 +150,27 @@ def shallow_copy(network: Any) -> Any:
     return copy.deepcopy(network, {id(t): t for t in (*network.parameters(), *network.buffers())})
 
 
+def _check_network(file: Path, keys: Iterable[str], base: Base) -> None:
+    """Raise ValueError for a LoRA that was made for something else than a U-Net of Stable Diffusion."""
+    other = other_network(keys)
+    if other is not None:
+        what, key = other
+        raise ValueError(
+            f"{file} is a LoRA for {what} ({key}), not for the {FAMILY_TITLES[base.family]} base {base.name}"
+        )
+
+
 def _check_keys(file: Path, keys: Iterable[str]) -> None:
     """Raise ValueError for a file in which anything but factors and alphas stands."""
     keys = list(keys)
-    strange = next((key for key in keys if not (_FACTOR.search(key) or key.endswith(".alpha"))), None)
+    strange = next((key for key in keys if not (is_factor(key) or key.endswith(".alpha"))), None)
     if strange is None:
         return
     kind = next((kind for key in keys for part, kind in _OTHER_KINDS.items() if part in key), None)
     if kind is not None:
         first = next(key for key in keys if any(part in key for part in _OTHER_KINDS))
         raise ValueError(f"{file} is a {kind} ({first}); only LoRA is supported")
-    if not any(_FACTOR.search(key) for key in keys):
+    if not any(is_factor(key) for key in keys):
         raise ValueError(f"{file} is not a LoRA: it holds {strange}")
     raise ValueError(f"{file} holds {strange}, which is no part of a LoRA of linear and convolution layers")
 
@@ -184,48 +193,6 @@ def _check_family(file: Path, header: Mapping[str, Any], base: Base) -> None:
         return
 
 
-def _converted(file: Path, base: Base) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """The factors by peft's names for diffusers' layers, ``unet.….lora_A.weight``; alphas by the layer."""
-    from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
-    from diffusers.utils import state_dict_utils as names
-
-    with quiet_libraries():
-        try:
-            state, alphas = StableDiffusionXLLoraLoaderMixin.lora_state_dict(
-                str(file),
-                weight_name=file.name,
-                use_safetensors=True,
-                local_files_only=True,
-                unet_config=base.unet.config,  # only SDXL's keys are renamed by it
-            )
-        except (OSError, ValueError, LookupError, AttributeError, RuntimeError) as error:
-            raise ValueError(f"{file} was made for another base than {base.name}: {_why(error)}") from error
-    of_unet = names.UNET_TO_DIFFUSERS
-    of_text = {**names.DIFFUSERS_OLD_TO_PEFT, **names.DIFFUSERS_TO_PEFT}
-    state |= {key: torch.tensor(alpha) for key, alpha in (alphas or {}).items()}
-    renamed: dict[str, Tensor] = {}
-    for key, tensor in state.items():
-        mapping = of_text if key.startswith("text_encoder") else of_unet
-        prefix = "" if key.startswith(("unet.", "text_encoder")) else "unet."  # the oldest files name none
-        renamed |= names.convert_state_dict({prefix + key: tensor}, mapping)
-    factors = {key: tensor for key, tensor in renamed.items() if not key.endswith(".alpha")}
-    told = {key: tensor for key, tensor in renamed.items() if key.endswith(".alpha")}
-    return factors, {re.sub(r"(\.lora_A\.weight)?\.alpha$", "", key): float(told[key]) for key in told}
-
-
-def _why(error: Exception) -> str:
-    return f"{type(error).__name__} {error}" if isinstance(error, LookupError) else first_sentence(error)
-
-
-def _pairs(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """The factors of each layer, {"lora_A": down, "lora_B": up}."""
-    pairs: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in state.items():
-        name, _, factor = key.removesuffix(".weight").rpartition(".")
-        pairs.setdefault(name, {})[factor] = tensor
-    return pairs
-
-
 def _rules(file: Path, told: Mapping[str, str]) -> Mapping[str, Any]:
     """What diffusers wrote into the header about alphas, if it did."""
     try:
@@ -241,15 +208,12 @@ def _layer(
     file: Path,
     base: Base,
     name: str,
-    factors: Mapping[str, Tensor],
-    alpha: float | None,
+    factors: Factors,
     rules: Mapping[str, Any],
 ) -> Layer:
     """One layer, checked against the base. Raises ValueError, naming the file and the layer."""
-    if set(factors) != {"lora_A", "lora_B"}:
-        raise ValueError(f"{file} is damaged: {name} has not both factors of a LoRA")
     network, _, path = name.partition(".")
-    down, up = factors["lora_A"], factors["lora_B"]
+    down, up = factors.down, factors.up
     for factor in (down, up):
         if not (factor.is_floating_point() and factor.ndim in (2, 4) and torch.isfinite(factor).all()):
             raise ValueError(f"{file} is damaged: {name} holds no finite matrix")
@@ -259,8 +223,11 @@ def _layer(
             " which no product fits"
         )
     rank = len(down)
+    alpha = factors.alpha
     scale = _scale_by_rules(rules, network, path, rank=rank) if alpha is None else alpha / rank
-    layer = Layer(network, _path(file, base, network, path), down, up, scale)
+    if not math.isfinite(scale):
+        raise ValueError(f"{file} is damaged: the alpha of {name} in its {METADATA_KEY} is no finite number")
+    layer = Layer(network, _path(file, base, network, path, factors.key), down, up, scale)
     weight = _networks(base)[network].get_submodule(layer.path).weight
     if _without_ones(weight.shape) != _without_ones(layer.shape):
         raise ValueError(
@@ -280,15 +247,17 @@ def _scale_by_rules(rules: Mapping[str, Any], network: str, path: str, *, rank: 
     return float(alpha) / (math.sqrt(rank) if rules.get(f"{network}.use_rslora") else rank)
 
 
-def _path(file: Path, base: Base, network: str, path: str) -> str:
-    """The layer's path in this version of the libraries, which move CLIP's ``text_model``."""
+def _path(file: Path, base: Base, network: str, path: str, key: str) -> str:
+    """The layer's path in this version of the libraries, which move CLIP's ``text_model``.
+
+    key: the file's own name of the layer.
+    """
     modules = dict(_networks(base)[network].named_modules()) if network in _networks(base) else {}
     for name in (path, path.removeprefix("text_model."), f"text_model.{path}"):
         if isinstance(modules.get(name), nn.Linear | nn.Conv2d):
             return name
-    raise ValueError(
-        f"{file} was made for another base than {base.name}, which has no layer {network}.{path}"
-    )
+    name = f"{network}.{path}" if "." in key else key  # without dots it was taken apart by guessing
+    raise ValueError(f"{file} was made for another base than {base.name}, which has no layer {name}")
 
 
 def _without_ones(shape: Sequence[int]) -> tuple[int, ...]:

@@ -3,7 +3,8 @@
 As in A1111 (`prompt_syntax` has the letters): a prompt is cut into chunks of 75 tokens, each is encoded
 between its own start and end, and the results are laid one behind the other. A chunk's vectors are multiplied
 by their words' weights, then by one factor that gives the chunk its old mean again (its "Original" emphasis).
-Where a chunk is full, what stands behind a comma among its last 20 tokens goes to the next one.
+Where a chunk is full, what stands behind a comma among its last 20 tokens goes to the next one; so does a
+learned word of several vectors that has no room left for all of them.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from controlkit.base import Base, Conditioning, with_all_vectors
+from controlkit.base import Base, Conditioning
 from controlkit.prompt_syntax import Words, parse
+from controlkit.words import Words as Learned
+from controlkit.words import with_all_vectors
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -33,6 +36,14 @@ class Chunk(NamedTuple):
     read: int
 
 
+class _Token(NamedTuple):
+    """A token, its weight, and how many vectors of the same learned word stand before it."""
+
+    id: int
+    weight: float
+    place: int
+
+
 def encode_weighted(base: Base, prompts: Sequence[str]) -> Conditioning:
     """Encode prompts in A1111's syntax: ``encoder_hidden_states`` (B, 77 n, D), n chunks of the longest one.
 
@@ -44,7 +55,7 @@ def encode_weighted(base: Base, prompts: Sequence[str]) -> Conditioning:
     """
     if not prompts:
         raise ValueError("no prompts given")
-    rows = [[chunks_of(parse(prompt), *pair) for pair in _readers(base)] for prompt in prompts]
+    rows = [[chunks_of(parse(prompt), *pair, base.words) for pair in _readers(base)] for prompt in prompts]
     count = max(len(chunks) for row in rows for chunks in row)
     encode = _Encoder(base)
     encoded = []
@@ -61,50 +72,64 @@ def encode_weighted(base: Base, prompts: Sequence[str]) -> Conditioning:
 
 def tokens_of(base: Base, prompts: Sequence[str]) -> int:
     """How many tokens the U-Net sees of such prompts: 77 for each chunk of the longest."""
-    counts = [len(chunks_of(parse(text), *pair)) * pair[1] for text in prompts for pair in _readers(base)]
-    return max(counts)
+    return max(
+        len(chunks_of(parse(text), *pair, base.words)) * pair[1]
+        for text in prompts
+        for pair in _readers(base)
+    )
 
 
-def chunks_of(parts: Sequence[Sequence[Words]], tokenizer: CLIPTokenizer, length: int) -> list[Chunk]:
-    """The chunks of a parsed prompt, for a text encoder that reads `length` tokens (77); at least one."""
+def chunks_of(
+    parts: Sequence[Sequence[Words]], tokenizer: CLIPTokenizer, length: int, words: Learned | None = None
+) -> list[Chunk]:
+    """The chunks of a parsed prompt, for a text encoder that reads `length` tokens (77); at least one.
+
+    words: the base's learned ones.
+    """
     comma = tokenizer.convert_tokens_to_ids(",</w>")
-    pieces: list[list[tuple[int, float]]] = []
+    pieces: list[list[_Token]] = []
     for part in parts:
-        tokens = [(token, words.weight) for words in part for token in _ids(words.text, tokenizer)]
+        tokens = [token for run in part for token in _read(run, tokenizer, words or {})]
         pieces += _pieces(tokens, comma, length - 2)
     if len(pieces) > 1 and not pieces[-1]:  # nothing behind the last BREAK
         pieces.pop()
     return [_bounded(piece, tokenizer, length) for piece in pieces]
 
 
-def _ids(text: str, tokenizer: CLIPTokenizer) -> list[int]:
-    said = with_all_vectors(text, tokenizer)
-    ids: list[int] = tokenizer(said, add_special_tokens=False, verbose=False).input_ids
-    return ids
+def _read(run: Words, tokenizer: CLIPTokenizer, words: Learned) -> list[_Token]:
+    ids = tokenizer(run.text, add_special_tokens=False, verbose=False).input_ids
+    return [
+        _Token(one, run.weight, place)
+        for vectors in with_all_vectors(ids, words, tokenizer)
+        for place, one in enumerate(vectors)
+    ]
 
 
-def _pieces(tokens: list[tuple[int, float]], comma: int, size: int) -> list[list[tuple[int, float]]]:
+def _pieces(tokens: list[_Token], comma: int, size: int) -> list[list[_Token]]:
     """Tokens in pieces of at most `size`, one of them for no tokens."""
     pieces, first = [], 0
     while len(tokens) - first > size:
         cut = first + size
-        if tokens[cut][0] != comma:
+        begun = cut - tokens[cut].place  # where the learned word begins of which the cut would take a part
+        if first < begun < cut:
+            cut = begun
+        elif tokens[cut].id != comma:
             near = range(cut - 1, max(cut - COMMA_WITHIN, first) - 1, -1)
-            cut = next((k + 1 for k in near if tokens[k][0] == comma), cut)
+            cut = next((k + 1 for k in near if tokens[k].id == comma), cut)
         pieces.append(tokens[first:cut])
         first = cut
     return [*pieces, tokens[first:]]
 
 
-def _bounded(piece: list[tuple[int, float]], tokenizer: CLIPTokenizer, length: int) -> Chunk:
+def _bounded(piece: list[_Token], tokenizer: CLIPTokenizer, length: int) -> Chunk:
     filling = length - 2 - len(piece)
     ids = [
         tokenizer.bos_token_id,
-        *(token for token, _ in piece),
+        *(token.id for token in piece),
         tokenizer.eos_token_id,
         *[tokenizer.pad_token_id] * filling,
     ]
-    weights = (1.0, *(weight for _, weight in piece), *[1.0] * (filling + 1))
+    weights = (1.0, *(token.weight for token in piece), *[1.0] * (filling + 1))
     return Chunk(tuple(ids), weights, length - filling)
 
 

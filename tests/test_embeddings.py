@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,12 +16,13 @@ from safetensors.torch import save_file
 from sampling_peers import assert_same, cond, controlnet_of, our_latents, their_latents
 from torch import Tensor
 
-from controlkit.base import Base
+from controlkit.base import Base, load_base
 from controlkit.control import Control
 from controlkit.embeddings import Embedding, with_embeddings
 from controlkit.files import sha256_file
 from controlkit.images import load_picture, read_png_text
-from controlkit.prompts import encode_weighted
+from controlkit.prompt_syntax import parse
+from controlkit.prompts import chunks_of, encode_weighted
 
 WORD = "<styl>"
 
@@ -102,6 +104,79 @@ def test_several_words(sd1: Base, tmp_path: Path) -> None:
     assert torch.equal(said, one.encode_prompts(["a second"]).encoder_hidden_states)
 
 
+def taught(base: Base, folder: Path, **words: Tensor) -> Base:
+    for index, (word, rows) in enumerate(words.items()):
+        save_file({"emb_params": rows}, folder / f"{index}.safetensors")
+        base = with_embeddings(base, [Embedding(str(folder / f"{index}.safetensors"), word)])
+    return base
+
+
+@pytest.mark.parametrize(("word", "spelled"), [("Styl", "Styl"), ("Styl", "styl"), ("styl", "STYL")])
+def test_a_word_is_all_of_its_vectors_in_any_case(sd1: Base, tmp_path: Path, word: str, spelled: str) -> None:
+    known, plain = (taught(sd1, tmp_path, **{name: vectors(3)}) for name in (word, "styl"))
+    for encode in (Base.encode_prompts, encode_weighted):
+        expected = encode(plain, ["a styl cube"]).encoder_hidden_states
+        assert torch.equal(encode(known, [f"a {spelled} cube"]).encoder_hidden_states, expected)
+
+
+def test_words_within_words_are_each_their_own(sd1: Base, tmp_path: Path) -> None:
+    rows = [vectors(2, seed) for seed in range(3)]
+    known = taught(sd1, tmp_path, **dict(zip(("bad", "bad_1", "badhand"), rows, strict=True)))
+    plain = taught(sd1, tmp_path, **dict(zip(("qq", "ww", "zz"), rows, strict=True)))
+    for prompt, meant in (("bad, badhand", "qq, zz"), ("badhand bad_1 bad", "zz ww qq")):
+        said = known.encode_prompts([prompt]).encoder_hidden_states
+        assert torch.equal(said, plain.encode_prompts([meant]).encoder_hidden_states)
+
+
+@pytest.mark.parametrize("order", [("styl", "styl_1"), ("styl_1", "styl")])
+def test_a_word_is_no_vector_of_another(sd1: Base, tmp_path: Path, order: tuple[str, str]) -> None:
+    rows = {"styl": vectors(1, 0), "styl_1": vectors(1, 1)}
+    known = taught(sd1, tmp_path, **{word: rows[word] for word in order})
+    for word in order:
+        said = known.encode_prompts([f"a {word}"]).encoder_hidden_states
+        alone = taught(sd1, tmp_path, qq=rows[word]).encode_prompts(["a qq"]).encoder_hidden_states
+        assert torch.equal(said, alone)
+
+
+def test_words_that_differ_in_case_are_the_same(sd1: Base, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="knows the word 'STYL' already, as 'styl'; give it another"):
+        taught(sd1, tmp_path, styl=vectors(1), STYL=vectors(1))
+
+
+def test_words_that_diffusers_saved_in_a_base_are_all_of_their_vectors(
+    sd1: Base, models: Path, tmp_path: Path
+) -> None:
+    rows = vectors(2)
+    there = copied(sd1)
+    (tokenizer,), (encoder,) = there.tokenizers, there.text_encoders
+    tokenizer.add_tokens([WORD, f"{WORD}_1"])
+    encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    encoder.get_input_embeddings().weight.data[-2:] = rows
+    shutil.copytree(models / "sd1", tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base" / "tokenizer")
+    encoder.save_pretrained(tmp_path / "base" / "text_encoder")
+    said = load_base(str(tmp_path / "base")).encode_prompts([f"a {WORD} cube"]).encoder_hidden_states
+    ours = taught(sd1, tmp_path, **{WORD: rows}).encode_prompts([f"a {WORD} cube"]).encoder_hidden_states
+    assert torch.equal(said, ours)
+
+
+def test_a_word_goes_to_the_next_chunk_as_a_whole(sd1: Base, tmp_path: Path) -> None:
+    known = taught(sd1, tmp_path, six=vectors(6), long=vectors(80))
+    tokenizer = known.tokenizers[0]
+
+    def sizes(prompt: str) -> list[int]:
+        return [chunk.read - 2 for chunk in chunks_of(parse(prompt), tokenizer, 77, known.words)]
+
+    assert sizes("x" * 69 + " six") == [75]
+    assert sizes("x" * 72 + " six y") == [72, 7]
+    assert sizes("x" * 60 + "," + "x" * 11 + " six") == [72, 6], "a chunk that is not full ends at no comma"
+    assert sizes("x" * 60 + "," + "x" * 14 + " six") == [61, 20]
+    assert sizes("xx BREAK " + "x" * 72 + " six") == [2, 72, 6]
+    assert sizes("x long y") == [1, 75, 6], "what fits in no chunk is cut"
+    *_, last = chunks_of(parse("x" * 72 + " (six:1.5) y"), tokenizer, 77, known.words)
+    assert last.weights[:9] == (1.0, *6 * [1.5], 1.0, 1.0)
+
+
 def test_the_end_is_found_behind_a_new_word_under_an_old_configuration(
     load: Callable[[str], Base], tmp_path: Path
 ) -> None:
@@ -116,6 +191,46 @@ def test_the_end_is_found_behind_a_new_word_under_an_old_configuration(
     assert old.text_encoders[1].text_model.eos_token_id == 2
 
 
+def test_two_files_of_one_word_are_those_of_both_encoders(
+    load: Callable[[str], Base], tmp_path: Path
+) -> None:
+    base, rows = load("sdxl"), [vectors(2, 0), vectors(2, 1)]
+    files = [tmp_path / "learned_embeds.safetensors", tmp_path / "learned_embeds_2.safetensors"]
+    for file, part in zip(files, rows, strict=True):
+        save_file({WORD: part}, file)
+    save_file({"clip_l": rows[0], "clip_g": rows[1]}, tmp_path / "both.safetensors")
+    said = [
+        with_embeddings(base, words).encode_prompts([f"a {WORD} cube"])
+        for words in (
+            [Embedding(str(tmp_path / "both.safetensors"), WORD)],
+            [Embedding(str(file)) for file in files],
+        )
+    ]
+    assert torch.equal(said[0].encoder_hidden_states, said[1].encoder_hidden_states)
+    assert said[0].pooled is not None
+    assert said[1].pooled is not None
+    assert torch.equal(said[0].pooled, said[1].pooled)
+    with pytest.raises(
+        ValueError, match=r"the same word, as --embedding WORD=learned_embeds\.safetensors --emb"
+    ):
+        with_embeddings(base, [Embedding(str(files[0]))])
+    save_file({WORD: rows[1][:1]}, files[1])
+    with pytest.raises(ValueError, match=r"_2.safetensors: damaged, for the text encoders get different"):
+        with_embeddings(base, [Embedding(str(file)) for file in files])
+
+
+def test_two_files_of_one_word_go_where_they_fit(load: Callable[[str], Base], tmp_path: Path) -> None:
+    base = copied(load("sdxl"))
+    base.text_encoders[1].set_input_embeddings(torch.nn.Embedding(len(base.tokenizers[1]), 48))
+    rows = [vectors(1), vectors(1, width=48)]
+    for index, part in enumerate(rows):
+        save_file({WORD: part}, tmp_path / f"{index}.safetensors")
+    for order in ((0, 1), (1, 0)):
+        known = with_embeddings(base, [Embedding(str(tmp_path / f"{index}.safetensors")) for index in order])
+        for encoder, part in zip(known.text_encoders, rows, strict=True):
+            assert torch.equal(encoder.get_input_embeddings().weight[-1:], part)
+
+
 @pytest.mark.parametrize(
     ("state", "message"),
     [
@@ -123,6 +238,10 @@ def test_the_end_is_found_behind_a_new_word_under_an_old_configuration(
         ({"clip_l": vectors(1), "clip_g": vectors(1)}, "has vectors for 2 text encoder(s), and the SD1 base"),
         ({WORD: vectors(1) * float("inf")}, "no finite vectors"),
         ({"a": vectors(1), "b": vectors(1)}, "is no embedding: it holds a, b"),
+        (
+            {"<s0>": vectors(1), "<s1>": vectors(1)},
+            "holds <s0>, <s1>; of several words, save each to a file of its own",
+        ),
         ({"a</w>": vectors(1)}, "the base knows the word 'a</w>' already"),
     ],
 )
@@ -153,7 +272,9 @@ def test_files_that_cannot_be_read(sd1: Base, tmp_path: Path) -> None:
 def test_words_on_the_command_line(generate: Run, run: Run) -> None:
     save_file({"emb_params": vectors(2)}, "styl.safetensors")
     generate("-o", "plain.png").done()
-    generate("--embedding", "cube=styl.safetensors", "-o", "out.png").done()
+    outcome = generate("--embedding", "cube=styl.safetensors", "-o", "out.png")
+    outcome.done()
+    assert "has no effect: no prompt says it" not in outcome.err
     (told,) = json.loads(read_png_text("out.png")["controlkit"])["embeddings"]
     assert told == {"file": "styl.safetensors", "token": "cube", "sha256": sha256_file("styl.safetensors")}
     assert not np.array_equal(load_picture("out.png"), load_picture("plain.png"))
@@ -162,3 +283,13 @@ def test_words_on_the_command_line(generate: Run, run: Run) -> None:
     assert "there is no embedding nowhere.pt" in generate("--embedding", "nowhere.pt").refused()
     save_file({"emb_params": vectors(1)}, "styl.safetensors")
     assert "which has changed since" in run("generate", "--like", "out.png").refused()
+
+
+@pytest.mark.filterwarnings("default")  # the command shows them as notes
+def test_a_word_that_no_prompt_says_is_noted(generate: Run) -> None:
+    save_file({"emb_params": vectors(1)}, "Styl.safetensors")
+    outcome = generate("--embedding", "Styl.safetensors", "-o", "out.png")
+    outcome.done()
+    assert outcome.err.count("note: the word 'Styl' has no effect: no prompt says it") == 1
+    outcome = generate("--embedding", "Styl.safetensors", "--negative", "a styl", "-o", "out.png")
+    assert "the word 'Styl'" not in outcome.err

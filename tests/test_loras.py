@@ -3,7 +3,7 @@
 import copy
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,31 @@ SDXL = {
     "self_attn_out_proj",
     "text_encoder_2.text_model.encoder.layers.0.mlp.fc2": "lora_te2_text_model_encoder_layers_0_mlp_fc2",
 }
+# Layers in the names that ComfyUI writes: the original U-Net's, and its own for the text encoders.
+COMFY = {
+    "sd1": {
+        "unet.conv_in": "diffusion_model.input_blocks.0.0",
+        "unet.time_embedding.linear_2": "diffusion_model.time_embed.2",
+        "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q": "diffusion_model.input_blocks.1.1."
+        "transformer_blocks.0.attn1.to_q",
+        "unet.down_blocks.0.downsamplers.0.conv": "diffusion_model.input_blocks.3.0.op",
+        "unet.mid_block.resnets.1.time_emb_proj": "diffusion_model.middle_block.2.emb_layers.1",
+        "unet.up_blocks.0.upsamplers.0.conv": "diffusion_model.output_blocks.2.1.conv",
+        "unet.up_blocks.1.upsamplers.0.conv": "diffusion_model.output_blocks.5.2.conv",
+        "unet.up_blocks.3.attentions.1.proj_in": "diffusion_model.output_blocks.10.1.proj_in",
+        "unet.up_blocks.3.resnets.2.conv_shortcut": "diffusion_model.output_blocks.11.0.skip_connection",
+        "unet.conv_out": "diffusion_model.out.2",
+        "text_encoder.encoder.layers.2.mlp.fc1": "text_encoders.clip_l.transformer.text_model.encoder.layers."
+        "2.mlp.fc1",
+    },
+    "sdxl": {
+        "unet.add_embedding.linear_1": "diffusion_model.label_emb.0.0",
+        "unet.up_blocks.0.upsamplers.0.conv": "diffusion_model.output_blocks.2.2.conv",
+        "unet.up_blocks.0.attentions.2.proj_in": "diffusion_model.output_blocks.2.1.proj_in",
+        "text_encoder_2.text_model.encoder.layers.0.mlp.fc2": "text_encoders.clip_g.transformer.text_model."
+        "encoder.layers.0.mlp.fc2",
+    },
+}
 LAYERS = {"sd1": SD1, "sdxl": SDXL}
 WEIGHT = 0.8
 
@@ -86,12 +111,16 @@ def layer(base: Base, name: str) -> Any:
 
 
 def random_factors(
-    base: Base, family: str, *, alphas: Callable[[int, int], float] = ALPHAS["differ"]
+    base: Base,
+    family: str,
+    *,
+    alphas: Callable[[int, int], float] = ALPHAS["differ"],
+    names: Iterable[str] | None = None,
 ) -> Factors:
-    """Down, up and alpha of every layer; the ranks differ."""
+    """Down, up and alpha of every layer, or of these; the ranks differ."""
     generator = torch.Generator().manual_seed(3)
     found = {}
-    for index, name in enumerate(LAYERS[family]):
+    for index, name in enumerate(names or LAYERS[family]):
         shape, rank = layer(base, name).weight.shape, 2 + index % 2
         down = 0.3 * torch.randn((rank, *shape[1:]), generator=generator)
         up = 0.3 * torch.randn((shape[0], rank, *(1 for _ in shape[2:])), generator=generator)
@@ -100,9 +129,14 @@ def random_factors(
 
 
 def kohya(factors: Factors, family: str) -> dict[str, Tensor]:
+    return named(factors, LAYERS[family])
+
+
+def named(factors: Factors, stems: Mapping[str, str]) -> dict[str, Tensor]:
+    """What kohya's files hold of each layer, with other names of the layers."""
     state = {}
     for name, (down, up, alpha) in factors.items():
-        stem = LAYERS[family][name]
+        stem = stems[name]
         state |= {
             f"{stem}.lora_down.weight": down,
             f"{stem}.lora_up.weight": up,
@@ -165,6 +199,13 @@ def copied(base: Base) -> Base:
     )
 
 
+def assert_merged(base: Base, changed: Base, factors: Factors) -> None:
+    for name, (down, up, alpha) in factors.items():
+        expected = merged(layer(base, name).weight, down, up, alpha)
+        torch.testing.assert_close(layer(changed, name).weight.data, expected, rtol=1e-5, atol=1e-6)
+        assert (expected - layer(base, name).weight).abs().max() > 1e-2
+
+
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("family", LAYERS)
 def test_a_lora_is_merged_into_a_copy(
@@ -175,10 +216,7 @@ def test_a_lora_is_merged_into_a_copy(
     file, factors = write(tmp_path / "lora.safetensors", base, family, style)
     changed = with_loras(base, [Lora(str(file), WEIGHT)])
     assert base.digest() == before
-    for name, (down, up, alpha) in factors.items():
-        expected = merged(layer(base, name).weight, down, up, alpha)
-        torch.testing.assert_close(layer(changed, name).weight.data, expected, rtol=1e-5, atol=1e-6)
-        assert (expected - layer(base, name).weight).abs().max() > 1e-2
+    assert_merged(base, changed, factors)
     kept = {
         id(parameter) for network in (base.unet, *base.text_encoders) for parameter in network.parameters()
     }
@@ -217,6 +255,50 @@ def test_the_oldest_names_are_read(sd1: Base, tmp_path: Path) -> None:
         changed = with_loras(sd1, [Lora(str(tmp_path / "old.safetensors"), WEIGHT)])
         expected = merged(layer(sd1, name).weight, down, up, len(down))
         torch.testing.assert_close(layer(changed, name).weight.data, expected)
+
+
+@pytest.mark.parametrize("family", COMFY)
+def test_names_of_comfyui_are_read(load: Callable[[str], Base], tmp_path: Path, family: str) -> None:
+    base, file = load(family), tmp_path / "lora.safetensors"
+    factors = random_factors(base, family, names=COMFY[family])
+    save_file(named(factors, COMFY[family]), file)
+    assert_merged(base, with_loras(base, [Lora(str(file), WEIGHT)]), factors)
+
+
+@pytest.mark.parametrize(
+    ("stem", "ends"),
+    [
+        ("base_model.model.{path}", ("lora_A", "lora_B")),
+        ("unet.{path}", ("lora_A.default", "lora_B.default")),
+        ("unet.base_model.model.{path}", ("lora_A.some_name", "lora_B.some_name")),
+        ("unet.{path}", ("lora_down", "lora_up")),
+        ("lycoris_{flat}", ("lora_down", "lora_up")),
+    ],
+)
+def test_names_of_other_programs_are_read(
+    sd1: Base, tmp_path: Path, stem: str, ends: tuple[str, str]
+) -> None:
+    name = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+    factors = random_factors(sd1, "sd1", names=[name])
+    down, up, alpha = factors[name]
+    path = name.removeprefix("unet.")
+    stem = stem.format(path=path, flat=path.replace(".", "_"))
+    state = {f"{stem}.{end}.weight": factor for end, factor in zip(ends, (down, up), strict=True)}
+    save_file({**state, f"{stem}.alpha": torch.tensor(alpha)}, tmp_path / "lora.safetensors")
+    assert_merged(sd1, with_loras(sd1, [Lora(str(tmp_path / "lora.safetensors"), WEIGHT)]), factors)
+
+
+def test_a_file_may_mix_names(load: Callable[[str], Base], tmp_path: Path) -> None:
+    base, file = load("sdxl"), tmp_path / "lora.safetensors"
+    first = "unet.add_embedding.linear_2"
+    of_unet = random_factors(base, "sdxl", names=[first])
+    of_text = random_factors(base, "sdxl", names=list(SDXL)[4:], alphas=ALPHAS["none"])
+    state = named(of_unet, {first: "lora_unet_add_embedding_linear_2"})
+    save_file({**state, **peft_keys(of_text, "sdxl")}, file)
+    assert_merged(base, with_loras(base, [Lora(str(file), WEIGHT)]), of_unet | of_text)
+    again = {key.replace("lora_unet_", "lycoris_"): tensor.clone() for key, tensor in state.items()}
+    save_file({**state, **again}, file)
+    assert "holds the layer unet.add_embedding.linear_2 twice: as l" in refusal(base, file)
 
 
 def test_alphas_stand_in_the_header_of_newer_files(sd1: Base, tmp_path: Path) -> None:
@@ -268,6 +350,11 @@ def test_what_is_no_lora_for_this_base(load: Callable[[str], Base], tmp_path: Pa
         file,
     )
     assert "has no layer unet.transformer.x" in refusal(sd1, file)
+    stem = "lora_unet_nonsense_block"
+    save_file(
+        {f"{stem}.lora_down.weight": torch.ones(2, 2), f"{stem}.lora_up.weight": torch.ones(2, 2)}, file
+    )
+    assert refusal(sd1, file).endswith("which has no layer lora_unet_nonsense_block")
     assert "a LoRA's weight must be a number from -10 to 10, not 11" in refusal(sd1, file, 11)
 
 
@@ -286,6 +373,50 @@ def test_other_kinds_are_named(sd1: Base, tmp_path: Path, key: str, message: str
     assert message in refusal(sd1, file)
 
 
+@pytest.mark.parametrize(
+    ("layer", "network"),
+    [
+        ("lora_unet_double_blocks_0_img_attn_proj", "Flux or a network like it"),
+        ("transformer.single_transformer_blocks.0.attn.to_q", "Flux or a network like it"),
+        ("lora_unet_joint_blocks_0_x_block_attn_qkv", "SD3"),
+        ("diffusion_model.blocks.0.self_attn.q", "Wan"),
+        ("transformer.transformer_blocks.0.attn.to_q", "a diffusion transformer like SD3 or Flux"),
+    ],
+)
+def test_loras_for_other_networks_are_named(sd1: Base, tmp_path: Path, layer: str, network: str) -> None:
+    file = tmp_path / "lora.safetensors"
+    save_file({f"{layer}.lora_A.weight": torch.ones(2, 2), f"{layer}.lora_B.weight": torch.ones(2, 2)}, file)
+    assert refusal(sd1, file) == (
+        f"{file} is a LoRA for {network} ({layer}.lora_A.weight), not for the SD1 base {sd1.name}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("kept", "missing"),
+    [(("alpha",), "down"), (("down", "alpha"), "up"), (("up", "alpha"), "down"), (("up",), "down")],
+)
+def test_the_key_that_a_file_lacks_is_named(
+    sd1: Base, tmp_path: Path, kept: tuple[str, ...], missing: str
+) -> None:
+    file, _ = write(tmp_path / "lora.safetensors", sd1, "sd1", "kohya")
+    stem = "lora_unet_mid_block_attentions_0_proj_in"
+    keys = {"down": f"{stem}.lora_down.weight", "up": f"{stem}.lora_up.weight", "alpha": f"{stem}.alpha"}
+    shapes = {"down": (2, 32, 1, 1), "up": (32, 2, 1, 1), "alpha": ()}
+    save_file({**load_file(file), **{keys[part]: torch.ones(shapes[part]) for part in kept}}, file)
+    assert refusal(sd1, file) == (
+        f"{file} is damaged: {stem} has not both factors of a LoRA: there is no {keys[missing]}"
+    )
+
+
+@pytest.mark.parametrize("alpha", [float("nan"), float("inf"), [1.0, 2.0]])
+def test_alphas_that_are_no_numbers(sd1: Base, tmp_path: Path, alpha: Any) -> None:
+    file, _ = write(tmp_path / "lora.safetensors", sd1, "sd1", "kohya")
+    state = load_file(file)
+    key = next(key for key in state if key.endswith(".alpha"))
+    save_file({**state, key: torch.tensor(alpha)}, file)
+    assert refusal(sd1, file) == f"{file} is damaged: its {key} is no finite number"
+
+
 def test_damaged_files(sd1: Base, tmp_path: Path) -> None:
     file, _ = write(tmp_path / "lora.safetensors", sd1, "sd1", "peft")
     state, whole = load_file(file), file.read_bytes()
@@ -298,6 +429,8 @@ def test_damaged_files(sd1: Base, tmp_path: Path) -> None:
         assert message in refusal(sd1, file)
     save_file({key: tensor for key, tensor in state.items() if key != first}, file)
     assert "has not both factors" in refusal(sd1, file)
+    save_file(state, file, {"lora_adapter_metadata": json.dumps({"unet.lora_alpha": float("nan")})})
+    assert "in its lora_adapter_metadata is no finite number" in refusal(sd1, file)
     file.write_bytes(whole[:-10])
     assert "is cut short" in refusal(sd1, file)
     save_file({"conv_in.weight": torch.ones(2)}, file)
