@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
+_READ = {"sd1": 1, "sd2": 2, "sdxl": 2}  # the layer that a family reads, counted from the last
 _SAMPLE_SIZE = {"sd1": 64, "sd2": 64, "sdxl": 128}  # where a U-Net does not say
 
 
@@ -63,10 +64,10 @@ class Base:
     "v_prediction" or "sample". ``resolution`` is the side in pixels that it was trained for, ``vae_factor``
     how many pixels make one latent (8). ``alphas_cumprod`` is its noise schedule, (T,) float64 on the CPU.
     ``words``: those that were learned (`embeddings.py`), and the tokens of each one's vectors. ``clip_skip``:
-    which of the text encoders' layers is read, counted as in A1111: 1 is the last that is meant to be, 2 the
-    one before it. ``zeros_for_empty_negative``: an SDXL that was trained with zeros for no text, not with the
-    encoding of "" (diffusers' ``force_zeros_for_empty_prompt``). ``picture_encoder``: of a base that is told
-    a picture.
+    which layer of the text encoders is read, counted from the last as in A1111 and Forge: 2 is the last but
+    one, which SD2 and SDXL read anyway. ``zeros_for_empty_negative``: an SDXL that was trained with zeros for
+    no text, not with the encoding of "" (diffusers' ``force_zeros_for_empty_prompt``). ``picture_encoder``:
+    of a base that is told a picture.
     """
 
     name: str
@@ -183,13 +184,15 @@ class Base:
 
         Returns each encoder's (B, 77, D), which the U-Net takes side by side, and the pooled text (B, P). Of
         an SDXL these are both encoders' last layer but one and the second encoder's projection; else the last
-        layer and None. With ``clip_skip`` an earlier layer, which outside SDXL goes through the last norm, as
-        in A1111 and, where its ``clip_skip`` is one less, in diffusers.
+        layer and None. With ``clip_skip`` an earlier layer, which outside SDXL goes through the last norm.
+        (diffusers' ``clip_skip`` is one less for SD1, and two less for SD2, whose file lacks the last layer,
+        and for SDXL.)
 
-        Raises ValueError for more layers than there are.
+        Raises ValueError where there is no such layer.
         """
         layers = min(encoder.config.num_hidden_layers for encoder in self.text_encoders)
-        if self.clip_skip > layers - (self.family == "sdxl"):
+        skipped = max(self.clip_skip - _READ[self.family], 0)
+        if skipped + (self.family == "sdxl") >= layers:
             raise ValueError(
                 f"clip_skip {self.clip_skip} leaves no layer of the base's text encoder ({layers})"
             )
@@ -198,13 +201,12 @@ class Base:
             for told, encoder in zip(tokens, self.text_encoders, strict=True)
         ]
         if self.family != "sdxl":
-            if self.clip_skip == 1:
+            if not skipped:
                 return [outputs[0].last_hidden_state.to(self.dtype)], None
-            model = getattr(
-                self.text_encoders[0], "text_model", self.text_encoders[0]
-            )  # before transformers 5.20
-            return [model.final_layer_norm(outputs[0].hidden_states[-self.clip_skip]).to(self.dtype)], None
-        hidden = [output.hidden_states[-1 - self.clip_skip].to(self.dtype) for output in outputs]
+            encoder: Any = self.text_encoders[0]
+            norm = getattr(encoder, "text_model", encoder).final_layer_norm  # by the version of transformers
+            return [norm(outputs[0].hidden_states[-1 - skipped]).to(self.dtype)], None
+        hidden = [output.hidden_states[-2 - skipped].to(self.dtype) for output in outputs]
         return hidden, outputs[1].text_embeds.to(self.dtype)
 
     def _encode_prompt(self, prompt: str) -> Conditioning:
@@ -273,7 +275,7 @@ def load_base(
         alphas_cumprod=alphas_cumprod,
         device=device,
         dtype=dtype,
-        words=saved_by_diffusers(tokenizers[0]),
+        words={word: tokens for one in tokenizers for word, tokens in saved_by_diffusers(one).items()},
         zeros_for_empty_negative=zeros_for_empty_negative(folder),
         picture_encoder=picture_encoder,
     )

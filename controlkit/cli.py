@@ -132,7 +132,7 @@ def generate(
         Text, option("NAME", "a1111: (word:1.3) weighs a word, and prompts may be long.  [default: plain]")
     ] = None,
     clip_skip: Annotated[
-        Whole, option("N", "Read the text N - 1 layers earlier, counted as A1111 does.  [default: 1]")
+        Whole, option("N", "Layer of the text encoder, from its end, as in A1111.  [default: 1]")
     ] = None,
     steps: Annotated[Whole, option("N", "Denoising steps, 1 to 1000.  [default: 20]")] = None,
     guidance: Annotated[Text, option("X", "How much the prompt counts.  [default: the base's]")] = None,

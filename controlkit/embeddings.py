@@ -121,7 +121,8 @@ def _fitting(word: _Word, base: Base) -> list[Tensor]:
     widths = [encoder.get_input_embeddings().weight.shape[1] for encoder in base.text_encoders]
     _check_count(word, base)
     parts = word.parts
-    if widths != [part.shape[-1] for _, part in parts] == widths[::-1]:  # the second one's file was first
+    found = [part.shape[-1] if part.ndim else 0 for _, part in parts]
+    if widths != found == widths[::-1]:  # the second one's file was first
         parts = parts[::-1]
     vectors = [_checked(*part, width, base) for part, width in zip(parts, widths, strict=True)]
     if len({len(rows) for rows in vectors}) != 1:
@@ -171,9 +172,8 @@ def _parts(file: Path, state: Mapping[str, Any]) -> tuple[str, list[Tensor]]:
     sized = len(parts) == (2 if set(state) == set(_ENCODERS) else 1)
     if not sized or not all(isinstance(part, Tensor) and part.is_floating_point() for part in parts):
         held = ", ".join(map(str, list(state)[:3])) or "nothing"
-        marked = len(state) > 1 and all(
-            re.fullmatch(r"<\S+>", str(key)) for key in state
-        )  # as diffusers does
+        as_diffusers_does = (re.fullmatch(r"<\S+>", str(key)) for key in state)
+        marked = len(state) > 1 and all(as_diffusers_does)
         cure = "; of several words, save each to a file of its own" if marked else ""
         raise ValueError(f"{file} is no embedding: it holds {held}{cure}")
     return own, parts

@@ -278,16 +278,18 @@ class Session:
     def _controls(self, record: PictureRecord, width: int, height: int) -> list[Control]:
         """The controls of a picture of some size, their maps extracted where they are photos."""
         from controlkit.control import Control
-        from controlkit.map_stacks import check_given, kinds_in, stack
+        from controlkit.map_stacks import check_given, is_whole, stack
 
         controls = []
         for adapter, rows in self._rows(record):
-            control, source = rows[0]
-            kind, cond = control.kind, self._map_at(source, width, height)
-            if kinds_in(adapter):
+            (control, source), kinds = rows[0], [one.kind for one, _ in rows]
+            if not is_whole(adapter, kinds):
                 hows = [[getattr(one, name) for name in (*CONTROL_SETTINGS, "mask")] for one, _ in rows]
-                check_given(adapter, [one.kind for one, _ in rows], hows)
-                maps = {one.kind: self._map_at(given, width, height) for one, given in rows}
+                check_given(adapter, kinds, hows)
+            maps = {one.kind: self._map_at(given, width, height) for one, given in rows}
+            if is_whole(adapter, kinds):
+                kind, cond = control.kind, maps[control.kind]
+            else:
                 kind, cond = "", stack(adapter, maps)
             how = {name: getattr(control, name) for name in CONTROL_SETTINGS}
             mask = _fitted(source.mask, width, height)

@@ -111,13 +111,18 @@ def read_base(name: str) -> BaseStructure:
     return BaseStructure(name, {**_UNET_DEFAULTS, **unet}, scheduler.get("prediction_type", "epsilon"))
 
 
-def how_to_use(kind: str, adapter: str, base: str) -> str:
-    """The command that follows a map of a kind with an adapter. ``base`` "": leave it out."""
-    kind = kind.split(" + ")[0]  # of a network for several
-    given = f"--control {kind}=PICTURE" if kind in preprocessors.names() else f"--map {shlex.quote(kind)}=MAP"
+def how_to_use(kind: str, adapter: str, base: str, *, at_once: bool = False) -> str:
+    """The command that follows a map of a kind with an adapter. ``base`` "": leave it out.
+
+    ``at_once``: whether a network for several kinds takes a map of each, as one input.
+    """
+    kinds = kind.split(" + ") if at_once else [kind.split(" + ")[0]]
+    known = preprocessors.names()
+    maps = [f"--control {one}=PICTURE" if one in known else f"--map {shlex.quote(one)}=MAP" for one in kinds]
+    adapters = [f"--adapter {shlex.quote(f'{one}={adapter}')}" for one in kinds]
     where = "" if base in ("", "tiny") else f" --base {shlex.quote(base)}"
     prompt = '"a red figure"' if base == "tiny" else "PROMPT"
-    return f"controlkit generate {prompt}{where} {given} --adapter {shlex.quote(f'{kind}={adapter}')}"
+    return " ".join([f"controlkit generate {prompt}{where}", *maps, *adapters])
 
 
 def how_to_use_file(file: AdapterFile, name: str, base: str | None) -> str:
@@ -127,20 +132,7 @@ def how_to_use_file(file: AdapterFile, name: str, base: str | None) -> str:
     stacked = len(kinds) > 1 and file.kind != "controlnet-union"
     if file.info.map.channels not in ((len(kinds), 3 * len(kinds)) if stacked else (1, 3)):
         return f"from Python: its maps have {file.info.map.channels} channels"
-    if stacked:
-        return _how_to_use_stack(kinds, name, where)
-    return how_to_use(file.info.map.kind or "KIND", name, where)
-
-
-def _how_to_use_stack(kinds: list[str], adapter: str, base: str) -> str:
-    """The command for a network whose one input is a map of each of the kinds."""
-    where = "" if base in ("", "tiny") else f" --base {shlex.quote(base)}"
-    maps = " ".join(
-        f"--control {kind}=PICTURE" if kind in preprocessors.names() else f"--map {shlex.quote(kind)}=MAP"
-        for kind in kinds
-    )
-    adapters = " ".join(f"--adapter {shlex.quote(f'{kind}={adapter}')}" for kind in kinds)
-    return f"controlkit generate PROMPT{where} {maps} {adapters}"
+    return how_to_use(file.info.map.kind or "KIND", name, where, at_once=stacked)
 
 
 def _own_base(file: AdapterFile) -> str:

@@ -20,7 +20,13 @@ def kinds_in(adapter: Adapter) -> list[str]:
     """The kinds of maps in an adapter's one input, in their order; [] where it takes a map at a time."""
     kinds = adapter.info.map.kind.split(" + ")
     one_by_one = len(kinds) == 1 or kind_of(adapter.controlnet).name == "controlnet-union"
-    return [] if one_by_one else kinds
+    fits = adapter.info.map.channels in (len(kinds), 3 * len(kinds))
+    return kinds if fits and not one_by_one else []
+
+
+def is_whole(adapter: Adapter, kinds: Sequence[str]) -> bool:
+    """Whether what is given is an adapter's input as it is: also a picture with a grey map per channel."""
+    return not kinds_in(adapter) or (len(kinds) == 1 and adapter.info.map.channels == 3)
 
 
 def check_given(adapter: Adapter, kinds: Sequence[str], settings: Sequence[Sequence[object]]) -> None:
@@ -31,6 +37,9 @@ def check_given(adapter: Adapter, kinds: Sequence[str], settings: Sequence[Seque
         if kinds.count(kind) != 1:
             how_often = "missing" if kind not in kinds else "given twice"
             raise ValueError(f"{one_input}, each once: {kind} is {how_often}")
+    for kind in kinds:
+        if kind not in wanted:
+            raise ValueError(f"{one_input}, and {kind} is none of them")
     if any(other != settings[0] for other in settings):
         raise ValueError(f"{one_input}: give them the same scale, window, mode and mask")
 

@@ -33,9 +33,8 @@ if TYPE_CHECKING:
     from controlkit.control import Control
 
 _CUDA_CONTEXT = 700 * 10**6  # with the workspaces of cuBLAS and cuDNN
-_LIBRARIES = (
-    1000 * 10**6
-)  # of a process that has imported and once run them: tests/memory_trial.py 64 batch=1
+# Of a process that has imported and once run them: tests/memory_trial.py 64 batch=1.
+_LIBRARIES = 1000 * 10**6
 _WASTE = {"cpu": 0.25, "cuda": 0.1}  # share of what comes and goes that is lost between allocations
 _TOKENS = 77
 

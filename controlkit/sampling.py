@@ -146,7 +146,7 @@ def generate(
     *,
     negative_prompt: str | None = None,
     prompt_syntax: str = "plain",
-    clip_skip: int = 1,
+    clip_skip: int | None = None,
     controls: Sequence[Control] = (),
     start: Start | None = None,
     picture_prompts: Sequence[PicturePrompt] = (),
@@ -172,10 +172,9 @@ def generate(
     """Pictures of a prompt that follow the controls' maps, one per seed: uint8 (height, width, 3) RGB each.
 
     prompt_syntax: how both prompts are read, one of `prompt_syntax.SYNTAXES`; "a1111" understands
-    (word:1.3) and any length. clip_skip: which of the text encoders' layers is read, 1 to 12 counted as in
-    A1111: 2 is the last but one, for both prompts (diffusers' clip_skip is one less, and spares the negative
-    prompt). controls: their residuals are summed. start: a picture to start from, whole or
-    with a hole to fill. The first map, or else that picture, decides the size where none is given
+    (word:1.3) and any length. clip_skip: see `Base`, 1 to 12, for both prompts (diffusers' spares the
+    negative one); None is the base's. controls: their residuals are summed. start: a picture to start from,
+    whole or with a hole to fill. The first map, or else that picture, decides the size where none is given
     (`picture_size`). told: the class or the picture that the base is told besides the text, if it is.
     picture_prompts: what IP-Adapters made of pictures (`ip_adapter.picture_prompt`).
     steps: 1 to 1000. guidance: 0 to 100; at 1 or below, and by bases that are told the guidance, the negative
@@ -206,7 +205,8 @@ def generate(
     execution, savings = execution or Execution(), savings or Savings()
     _check_request(base, controls, savings, steps=steps, seeds=seeds)
     check_syntax(prompt_syntax)
-    limits.check_clip_skip(clip_skip)
+    reader = base if clip_skip is None else replace(base, clip_skip=clip_skip)
+    limits.check_clip_skip(reader.clip_skip)
     limits.check_temperature(temperature, scheduler)
     limits.check_compiled(execution.compiled, savings.features_every, savings.merge_tokens)
     natural = _natural_size(controls, start)
@@ -234,7 +234,6 @@ def generate(
         tiled_vae(base, tiles is not None or (memory is not None and memory.tiled_vae)),
     ):
         with at_work(memory, base, *base.encoders):
-            reader = replace(base, clip_skip=clip_skip)
             text = encode_text(reader, prompt, negative_prompt, guidance=guided.scale, syntax=prompt_syntax)
             labels = Labels(base, told or Told())
         with at_work(memory, base, *judges):

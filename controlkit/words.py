@@ -47,10 +47,15 @@ def known_as(word: str, tokenizer: CLIPTokenizer) -> str | None:
 
 
 def with_all_vectors(ids: Iterable[int], words: Words, tokenizer: CLIPTokenizer) -> list[tuple[int, ...]]:
-    """Token ids as a tokenizer reads a prompt, each alone, but those of a learned word's vectors together."""
+    """Token ids as a tokenizer reads a prompt, each alone, but those of a learned word's vectors together.
+
+    Words that the tokenizer was not taught (one of an SDXL's two may know them alone) are passed over.
+    """
+    added = tokenizer.added_tokens_encoder
     vectors = {
         tokenizer.convert_tokens_to_ids(word): tuple(tokenizer.convert_tokens_to_ids(list(tokens)))
         for word, tokens in words.items()
+        if all(token in added for token in tokens)
     }
     return [vectors.get(one, (one,)) for one in ids]
 

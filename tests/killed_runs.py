@@ -7,13 +7,28 @@ import os
 import signal
 import time
 import warnings
+from functools import cache
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.killed_preload", "killed_preload"])
+CONTEXT.set_forkserver_preload(["killed_preload"])
+
+
+@cache
+def start_server() -> None:
+    """Start what processes are forked from, with the libraries in it.
+
+    Before Python 3.13 only the environment tells it where modules are. What it cannot import it passes over,
+    and every process imports the libraries anew.
+    """
+    known = filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")])
+    with mock.patch.dict(os.environ, {"PYTHONPATH": os.pathsep.join(known)}):
+        forkserver.ensure_running()
 
 
 def write_base(folder: Path) -> None:
@@ -88,6 +103,7 @@ def train(path: str, cache: str) -> None:
 
 def start(path: Path, cache: Path) -> multiprocessing.process.BaseProcess:
     """A process that trains by a recipe."""
+    start_server()
     process = CONTEXT.Process(target=train, args=(str(path), str(cache)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -136,6 +152,7 @@ def train_together(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    start_server()
     processes = [
         CONTEXT.Process(target=train_as, args=(str(path), str(cache), rank, count, port, launched or {}))
         for rank in range(count)

@@ -23,6 +23,7 @@ from controlkit.files import sha256_file
 from controlkit.images import load_picture, read_png_text
 from controlkit.prompt_syntax import parse
 from controlkit.prompts import chunks_of, encode_weighted
+from controlkit.words import saved_by_diffusers, with_all_vectors
 
 WORD = "<styl>"
 
@@ -219,6 +220,19 @@ def test_two_files_of_one_word_are_those_of_both_encoders(
         with_embeddings(base, [Embedding(str(file)) for file in files])
 
 
+def test_a_word_that_one_tokenizer_knows_is_none_to_the_other(load: Callable[[str], Base]) -> None:
+    """As in an SDXL folder of which one text encoder was taught: an unknown word's id is the end's."""
+    one, other = load("sdxl").tokenizers
+    one = copy.deepcopy(one)
+    one.add_tokens([WORD, f"{WORD}_1"])
+    ids = other("a cube").input_ids
+    words = saved_by_diffusers(one)
+    assert list(words) == [WORD]
+    assert with_all_vectors(ids, words, other) == [(token,) for token in ids]
+    (*_, read, _) = with_all_vectors(one(f"a {WORD}").input_ids, words, one)
+    assert read == tuple(one.convert_tokens_to_ids([WORD, f"{WORD}_1"]))
+
+
 def test_two_files_of_one_word_go_where_they_fit(load: Callable[[str], Base], tmp_path: Path) -> None:
     base = copied(load("sdxl"))
     base.text_encoders[1].set_input_embeddings(torch.nn.Embedding(len(base.tokenizers[1]), 48))
@@ -258,12 +272,14 @@ def test_files_that_cannot_be_read(sd1: Base, tmp_path: Path) -> None:
     torch.save({"x": Path("x")}, tmp_path / "code.pt")
     (tmp_path / "cut.bin").write_bytes((tmp_path / "code.pt").read_bytes()[:60])
     save_file({WORD: vectors(1)}, tmp_path / "whole.safetensors")
+    save_file({WORD: torch.tensor(1.0)}, tmp_path / "number.safetensors")
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "whole.safetensors").read_bytes()[:-4])
     for name, message in (
         ("code.pt", r"holds more than tensors \(pathlib\S*\.PosixPath\), which is refused"),
         ("cut.bin", "is cut short: fetch it again"),
         ("cut.safetensors", "is cut short"),
         ("nowhere.pt", "there is no embedding"),
+        ("number.safetensors", "number.safetensors"),
     ):
         with pytest.raises(ValueError, match=message):
             with_embeddings(sd1, [Embedding(str(tmp_path / name))])

@@ -93,6 +93,7 @@ def test_settings_are_recorded_and_repeated(run: Run, models: Path, photo: Path,
     assert "left.png, which has changed since" in run("generate", "--like", "out.png").refused()
 
 
+@pytest.mark.filterwarnings("default")  # the command says that the adapter was not trained with masks
 @pytest.mark.parametrize("each", [1, 3])
 def test_maps_that_are_one_input_are_given_as_several(run: Run, models: Path, sd1: Base, each: int) -> None:
     """As a tensor of all of them from Python gives it."""
@@ -125,11 +126,32 @@ def test_maps_that_are_one_input_are_given_as_several(run: Run, models: Path, sd
         refused = run(*fixed, *arguments, *named)
         assert (refused.code, message in refused.err) == (2, True)
     write_png("far.png", draw.integers(0, 256, (64, 64, 3), np.uint8))
+    given += ["--map", "mask=edges.png:0.7"]
+    refused = run(*fixed, *given, *adapters, "--adapter", "mask=both")
+    assert "takes the maps canny, depth as one input, and mask is none of them" in refused.err
+    given = given[:4]
     if each == 1:
         assert "takes grey maps, and the depth map is coloured" in run(*fixed, *given, *adapters).err
     told = run("info", "both", "--base", models / "sd1").done().splitlines()[-1]
     how = "--control canny=PICTURE --control depth=PICTURE --adapter canny=both --adapter depth=both"
     assert told.endswith(how)
+
+
+def test_a_picture_with_a_grey_map_in_each_channel_is_one_input(run: Run, models: Path, sd1: Base) -> None:
+    network = from_base(sd1, hint_channels=(4, 8, 8, 8), seed=1)
+    info = AdapterInfo(map=MapSpec("canny + depth + mask"), family="sd1")
+    save_adapter(network, "three", info=info, dtype=torch.float32)
+    draw = np.random.default_rng(0)
+    image = draw.integers(0, 256, (64, 64, 3), np.uint8)
+    write_png("all.png", image)
+    fixed = ["generate", "x", "--base", models / "sd1", "--steps", 2]
+    for kind, channel in zip(("canny", "depth", "mask"), range(3), strict=True):
+        write_png(f"{kind}.png", np.repeat(image[..., channel : channel + 1], 3, axis=2))
+    run(*fixed, "--map", "canny=all.png", "--adapter", "canny=three", "-o", "one.png").done()
+    given = [word for kind in ("mask", "canny", "depth") for word in ("--map", f"{kind}={kind}.png")]
+    given += [word for kind in ("canny", "depth", "mask") for word in ("--adapter", f"{kind}=three")]
+    run(*fixed, *given, "-o", "several.png").done()
+    assert np.array_equal(load_picture("one.png"), load_picture("several.png"))
 
 
 def test_a_picture_to_start_from_is_recorded_and_repeated(

@@ -433,11 +433,12 @@ def test_paired_folders_below_folders(tmp_path: Path) -> None:
 
 
 def test_folders_with_kohyas_repeats_are_named(tmp_path: Path) -> None:
-    for folder in ("2024", "10_cat", "3_dog"):
+    for folder in ("2024_holiday", "10_cat", "3_dog"):
         put(tmp_path / folder / "a.png", encoded(photograph("cat")))
     said: list[str] = []
     data = DataRecipe(source=str(tmp_path), maps="made")
     assert len(open_examples(data, kind="canny", report=said.append)) == 3
+    assert not [note for note in said if "2024" in note]
     assert [note for note in said if "10_cat/ is named as kohya's folders with repeats are" in note]
 
 

@@ -334,6 +334,8 @@ class ControlNetTask:
         try:
             return self.shown.score(self.controlnet)
         except (ValueError, RuntimeError) as error:
+            if self.machine.sharded:  # the others wait for this process's share
+                raise
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             self.report(f"no scores of control: {reason}")
         return None
@@ -438,7 +440,7 @@ class ControlNetTask:
 
     # --- at the start ---
 
-    def _made(self, base: Base, report: Callable[[str], None] = lambda note: None) -> Any:
+    def _made(self, base: Base, report: Callable[[str], None] | None = None) -> Any:
         """A network as recipe and base have it, float32, of a base in full precision."""
         channels = self.encoded.visits.channels
         if self.recipe.init is not None:
@@ -454,6 +456,7 @@ class ControlNetTask:
         if recipe.hint_start == "unit" and hasattr(network, "controlnet_cond_embedding"):
             cond = images.levels_to_cond(levels_of(self._alike(_STARTED_ON)))
             cond = cond.reshape(-1, kind_of(network).channels(network), *cond.shape[2:])  # of all kinds alike
+            network.controlnet_cond_embedding.to(self.machine.device)
             start_hint_encoder(network, cond, seed=recipe.seed)
         return network
 

@@ -27,7 +27,7 @@ def start_hint_encoder(controlnet: Any, controlnet_cond: Tensor, *, seed: int) -
     """
     generator = torch.Generator().manual_seed(derived_seed(seed, "hint encoder"))
     encoder: Any = controlnet.controlnet_cond_embedding
-    x = controlnet_cond.to(controlnet.device, controlnet.dtype)
+    x = controlnet_cond.to(encoder.conv_in.weight.device, controlnet.dtype)
     if controlnet.config.get("controlnet_conditioning_channel_order") == "bgr":
         x = x.flip(1)
     for layer in [encoder.conv_in, *encoder.blocks, encoder.conv_out]:

@@ -341,11 +341,14 @@ def _report(run: Run) -> None:
     """A row of metrics where one is due: after so many steps, after a look, and at the end."""
     started = time.perf_counter()
     looked = run.task.look(run.step)
+    due = bool(looked) or run.task.scores_due(
+        run.step
+    )  # and not what came of it, which processes may not share
     if run.task.scores_due(run.step):
         with averaged(run):
             looked |= run.task.scores()
     run.watch.pause(time.perf_counter() - started)
-    if not (looked or run.step % run.recipe.log_every == 0 or run.finished):
+    if not (due or run.step % run.recipe.log_every == 0 or run.finished):
         return
     windows = run.machine.processes.gather([run.read_losses()])
     run.window = Window()

@@ -76,7 +76,7 @@ def started_from(
     base: Base,
     channels: int,
     *,
-    report: Callable[[str], None] = lambda note: None,
+    report: Callable[[str], None] | None = None,
 ) -> Any:
     """The network of the recipe's `init`, float32, to be trained on.
 
@@ -122,8 +122,9 @@ def started_from(
         old = new if recipe.init_base is None else load_unet(recipe.init_base).state_dict()
         state = network.state_dict()
         moved = state if old is new else transfer_state(state, old, new)
-        doubt = _doubt(state, adapter.info.training.get(ENCODER), old, new)
-        if doubt:
+        origin = adapter.info.training.get(ENCODER)
+        doubt = "" if report is None else _doubt(state, origin, old, new)
+        if report is not None and doubt:
             report(doubt.format(init=recipe.init, old=recipe.init_base, new=recipe.base))
         network.load_state_dict(moved)
     if recipe.only_mid_control:  # what is not trained shall not act, wherever the result is used

@@ -5,6 +5,8 @@ const root = element.querySelector(".pose-editor");
 const STEP = 1, LEAP = 8; // pixels of the map per arrow key, and with Shift
 let value = null, current = [0, 0], past = [], photoShown = true, timer = 0;
 let told = "", toldAt = 0; // the joints that were told and are not answered yet, and since when
+let givenUp = []; // those whose answer was not waited for any longer
+let held = false, typed = 0; // whether a joint is under the pointer, and when one was last moved by a key
 const PATIENCE = 5000; // milliseconds, after which no answer is waited for: the page was told what is wrong
 
 function make(name, attributes, parent) {
@@ -116,7 +118,9 @@ function move(person, joint, x, y) {
 
 // One at a time: gradio would tell joints that came late by the value of the component, which an answer sets.
 function tell() {
-  if (told && Date.now() - toldAt < PATIENCE) return; // moved again: told after the answer
+  const left = PATIENCE - (Date.now() - toldAt);
+  if (told && left > 0) return timer || tellSoon(left); // moved again: told after the answer, or for want of it
+  if (told) givenUp.push(told);
   [told, toldAt] = [JSON.stringify(value.people), Date.now()];
   props.value = { ...value, map: "", photo: "" };
   trigger("edited");
@@ -140,6 +144,7 @@ function grab(event, node, person, joint) {
   node.focus();
   node.setPointerCapture(event.pointerId);
   remember();
+  held = true;
   const svg = node.ownerSVGElement;
   const follow = (moved) => {
     const at = new DOMPoint(moved.clientX, moved.clientY).matrixTransform(svg.getScreenCTM().inverse());
@@ -148,6 +153,7 @@ function grab(event, node, person, joint) {
   const drop = () => {
     for (const kind of ["pointerup", "pointercancel"]) node.removeEventListener(kind, drop);
     node.removeEventListener("pointermove", follow);
+    held = false;
     tell();
   };
   node.addEventListener("pointermove", follow);
@@ -161,7 +167,8 @@ function key(event, person, joint) {
   const turns = { PageDown: at + 1, PageUp: at - 1, Home: 0, End: all.length - 1 };
   if (event.key in ways) {
     const [dx, dy] = ways[event.key], far = event.shiftKey ? LEAP : STEP, [x, y] = value.people[person][joint];
-    if (!timer) remember();
+    if (Date.now() - typed > 250) remember();
+    typed = Date.now();
     move(person, joint, x + dx * far, y + dy * far);
     tellSoon(250);
   } else if (event.key in turns) {
@@ -174,10 +181,13 @@ function key(event, person, joint) {
 watch("value", () => {
   const given = props.value;
   if (given && !given.map) return; // our own, on its way
-  const answered = given && told && told === JSON.stringify(given.people);
+  const joints = given ? JSON.stringify(given.people) : "";
+  if (givenUp.includes(joints) && joints !== told) return; // an answer that comes after all
+  const answered = told && told === joints;
   told = "";
-  if (answered && JSON.stringify(value.people) !== JSON.stringify(given.people)) {
-    if (!timer) tellSoon(0); // joints were moved since: this map is none of theirs
+  givenUp = [];
+  if (answered && (held || JSON.stringify(value.people) !== joints)) {
+    if (!held) tellSoon(0); // joints were moved since: this map is none of theirs
     return;
   }
   const fresh = !value || !given || given.photo !== value.photo || given.width !== value.width;

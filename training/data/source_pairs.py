@@ -57,7 +57,7 @@ _OPENPOSE = "_keypoints"
 SHEET = "sheet.png"
 """The contact sheet that `controlkit preprocess --sheet` leaves at the top: no picture of the data set."""
 
-_REPEATS = re.compile(r"[1-9]\d*_[^/]+/")
+_REPEATS = re.compile(r"[1-9]\d{0,2}_[^/]+/")
 
 
 def open_pairs(
