@@ -283,14 +283,12 @@ class Session:
         controls = []
         for adapter, rows in self._rows(record):
             (control, source), kinds = rows[0], [one.kind for one, _ in rows]
-            if not is_whole(adapter, kinds):
+            whole = is_whole(adapter, kinds)
+            if not whole:
                 hows = [[getattr(one, name) for name in (*CONTROL_SETTINGS, "mask")] for one, _ in rows]
                 check_given(adapter, kinds, hows)
             maps = {one.kind: self._map_at(given, width, height) for one, given in rows}
-            if is_whole(adapter, kinds):
-                kind, cond = control.kind, maps[control.kind]
-            else:
-                kind, cond = "", stack(adapter, maps)
+            kind, cond = (control.kind, maps[control.kind]) if whole else ("", stack(adapter, maps))
             how = {name: getattr(control, name) for name in CONTROL_SETTINGS}
             mask = _fitted(source.mask, width, height)
             controls.append(Control(adapter, cond, mask=mask, kind=kind, **how))

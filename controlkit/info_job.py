@@ -15,7 +15,7 @@ from controlkit import naming, preprocessors
 from controlkit.families import ALIASES, BUNDLED, FAMILY_TITLES
 from controlkit.folders import read_json
 from controlkit.formats.adapter_file import AdapterFile, check_config, hint_channels, open_adapter_file
-from controlkit.formats.description import AdapterInfo, map_in_words
+from controlkit.formats.description import AdapterInfo, kinds_at_once, map_in_words
 from controlkit.formats.expected import is_whole
 from controlkit.formats.finding import find_adapter_file
 from controlkit.formats.fitting import EITHER, BaseStructure, check_kind_fits
@@ -128,11 +128,10 @@ def how_to_use(kind: str, adapter: str, base: str, *, at_once: bool = False) -> 
 def how_to_use_file(file: AdapterFile, name: str, base: str | None) -> str:
     """The command that uses a file; KIND and BASE stand for what neither the file nor its sizes say."""
     where = base or _own_base(file)
-    kinds = file.info.map.kind.split(" + ")
-    stacked = len(kinds) > 1 and file.kind != "controlnet-union"
-    if file.info.map.channels not in ((len(kinds), 3 * len(kinds)) if stacked else (1, 3)):
+    at_once = bool(kinds_at_once(file.info.map, is_union=file.kind == "controlnet-union"))
+    if not at_once and file.info.map.channels not in (1, 3):
         return f"from Python: its maps have {file.info.map.channels} channels"
-    return how_to_use(file.info.map.kind or "KIND", name, where, at_once=stacked)
+    return how_to_use(file.info.map.kind or "KIND", name, where, at_once=at_once)
 
 
 def _own_base(file: AdapterFile) -> str:

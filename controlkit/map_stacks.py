@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from controlkit import images
+from controlkit.formats.description import kinds_at_once
 from controlkit.kinds import kind_of
 
 if TYPE_CHECKING:
@@ -18,10 +19,8 @@ if TYPE_CHECKING:
 
 def kinds_in(adapter: Adapter) -> list[str]:
     """The kinds of maps in an adapter's one input, in their order; [] where it takes a map at a time."""
-    kinds = adapter.info.map.kind.split(" + ")
-    one_by_one = len(kinds) == 1 or kind_of(adapter.controlnet).name == "controlnet-union"
-    fits = adapter.info.map.channels in (len(kinds), 3 * len(kinds))
-    return kinds if fits and not one_by_one else []
+    is_union = kind_of(adapter.controlnet).name == "controlnet-union"
+    return kinds_at_once(adapter.info.map, is_union=is_union)
 
 
 def is_whole(adapter: Adapter, kinds: Sequence[str]) -> bool:

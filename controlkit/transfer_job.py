@@ -127,7 +127,8 @@ def run(plan: Plan, report: Report) -> list[str]:
     moved = transfer_state(state, old.state_dict(), new.state_dict())
     notes = _notes(plan, distances(state, old.state_dict(), new.state_dict()))
     network.load_state_dict(moved)
-    if plan.file.info.training.get(ENCODER) not in (None, encoder_digest(old.state_dict())):
+    said = plan.file.info.training.get(ENCODER)
+    if said is not None and said != encoder_digest(old.state_dict()):
         notes.append(f"the adapter says that it was trained on another base than {plan.old.name}")
     info = transferred_info(plan.file.info, plan, encoder=encoder_digest(new.state_dict()))
     report.status(f"writing {plan.output}")

@@ -23,8 +23,8 @@ CONTEXT.set_forkserver_preload(["killed_preload"])
 def start_server() -> None:
     """Start what processes are forked from, with the libraries in it.
 
-    Before Python 3.13 only the environment tells it where modules are. What it cannot import it passes over,
-    and every process imports the libraries anew.
+    Python 3.11 does not tell it the path that modules are found by; its environment does. What it cannot
+    import it passes over, and every process imports the libraries anew.
     """
     known = filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")])
     with mock.patch.dict(os.environ, {"PYTHONPATH": os.pathsep.join(known)}):

@@ -143,6 +143,8 @@ def test_a_card_of_several_maps_in_one_input(tmp_path, controlnet):
     assert " --map canny=canny.png --map depth=depth.png " in command
     assert command.count("--adapter ") == 2
     assert "ComfyUI" not in text
+    plain = adapter(tmp_path / "plain", controlnet, map=MapSpec("canny + depth"))
+    assert " --map canny=map.png --adapter canny=" in write_card(plain).read_text()
 
 
 def test_a_card_of_another_kind_of_map(tmp_path, controlnet):

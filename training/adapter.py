@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -131,13 +132,14 @@ class ControlNetTask:
         if self.recipe.compile:
             shapes = len(self.encoded.visits.shapes)
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * shapes)
-            pair.compile(dynamic=False, mode=self._compiled_for())  # one graph for each bucket
+            pair.compile(dynamic=False, mode=self._compiled_for)  # one graph for each bucket
         return pair
 
     @property
     def _on_gpu(self) -> bool:
         return self.machine.device.type == "cuda"
 
+    @cached_property
     def _compiled_for(self) -> str | None:
         """The compiler's mode: with CUDA graphs of its own where the recipe asks for both."""
         wanted = self.recipe.compile and self.recipe.cuda_graph and self._on_gpu
@@ -245,7 +247,7 @@ class ControlNetTask:
         if self.attention.measures:
             with uncounted(self.machine.device):
                 self.attention.measure(lambda: Pair(self.controlnet, self.base.unet, recipe)(*seen))
-        if self._compiled_for() is not None:  # beside other compiled functions each run would count as a step
+        if self._compiled_for is not None:  # beside other compiled functions each run would count as a step
             torch.compiler.cudagraph_mark_step_begin()
         with self.attention.preferred():
             return whole(*seen), noisy, cond

@@ -341,10 +341,9 @@ def _report(run: Run) -> None:
     """A row of metrics where one is due: after so many steps, after a look, and at the end."""
     started = time.perf_counter()
     looked = run.task.look(run.step)
-    due = bool(looked) or run.task.scores_due(
-        run.step
-    )  # and not what came of it, which processes may not share
-    if run.task.scores_due(run.step):
+    scored = run.task.scores_due(run.step)
+    due = bool(looked) or scored  # and not what came of it, which processes may not share
+    if scored:
         with averaged(run):
             looked |= run.task.scores()
     run.watch.pause(time.perf_counter() - started)

@@ -45,6 +45,16 @@ class MapSpec:
     channels: int = 3
 
 
+def kinds_at_once(spec: MapSpec, *, is_union: bool) -> list[str]:
+    """The kinds of maps that are one input of a network, in their order; [] where it takes a map at a time.
+
+    ``is_union``: whether it is a ControlNet-Union, which knows several kinds and takes each by itself.
+    """
+    kinds = spec.kind.split(" + ")
+    stacked = len(kinds) > 1 and spec.channels in (len(kinds), 3 * len(kinds))
+    return kinds if stacked and not is_union else []
+
+
 @dataclass(frozen=True)
 class AdapterInfo:
     """What an adapter says of itself.

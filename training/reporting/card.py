@@ -17,6 +17,7 @@ from controlkit import files
 from controlkit.adapters import AdapterInfo, MapSpec, read_info
 from controlkit.base import ALIASES, BUNDLED, FAMILY_TITLES
 from controlkit.folders import read_json
+from controlkit.formats.description import kinds_at_once
 from controlkit.training.reporting.convergence import took_hold
 from controlkit.training.reporting.publishing import is_repo_id
 from controlkit.training.reporting.run_record import RunRecord, read_run, versions
@@ -149,10 +150,9 @@ def _usage(
     if (network, info.family == "sdxl") in _PIPELINES:
         snippet = _snippet(info, base, place, caption=caption, network=network, unlocked=unlocked)
         parts += ["With diffusers:\n", snippet]
-    kinds = kind.split(" + ")
-    if network == "ControlNetUnionModel":
-        kinds = kinds[:1]  # any of them will do
-    if info.map.channels == 3 or (len(kinds) > 1 and info.map.channels in (len(kinds), 3 * len(kinds))):
+    at_once = bool(kinds_at_once(info.map, is_union=network == "ControlNetUnionModel"))
+    kinds = kind.split(" + ") if at_once else kind.split(" + ")[:1]  # of several by themselves any will do
+    if at_once or info.map.channels == 3:
         prompt, base_name = (shlex.quote(word) for word in (caption, base or "BASE"))
         base_name = "BASE-WITH-THIS-UNET" if unlocked else base_name
         files = {one: "map.png" if len(kinds) == 1 else f"{one}.png" for one in kinds}
