@@ -6,12 +6,13 @@ silenced here, and what matters in them (missing or misshapen weights) becomes a
 """
 
 import json
+import os
 import pickle
 import re
 import struct
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,23 @@ from controlkit.hub import first_sentence
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+FLOATS: Mapping[str, str] = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+}
+"""Types of numbers by their names in safetensors, and torch's names for them."""
+_TYPES: Mapping[str, str] = {
+    **FLOATS,
+    "BOOL": "bool",
+    **{f"{kind[0].upper()}{bits}": f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)},
+}
+_ALIGNED = 64  # bytes: what torch's own memory begins at a multiple of
 
 
 def load_part(cls: type, folder: Path, *, dtype: Any, exact: bool = False) -> Any:
@@ -51,7 +69,34 @@ def load_part(cls: type, folder: Path, *, dtype: Any, exact: bool = False) -> An
         except _build_errors() as error:
             raise ValueError(f"cannot build {cls.__name__} from {folder}: {first_sentence(error)}") from error
     _check_report(folder, report, exact=exact)
+    _move_to_own_memory(model, weight_files(folder))
     return model.eval()
+
+
+def _move_to_own_memory(model: Any, files: Sequence[Path]) -> None:
+    """Read a model's tensors into memory of their own, as `read_tensors` does, where they lie elsewhere.
+
+    The libraries map the files and have read nothing yet, so that this costs no more than a first use would.
+    """
+    import torch
+
+    named = [*model.named_parameters(), *model.named_buffers()]
+    mapped = {name: tensor for name, tensor in named if tensor.data_ptr() % _ALIGNED}
+    for file in files if mapped else ():
+        header = read_header(file)
+        # transformers has short names in memory and long ones in files.
+        keys = {name: key for name in mapped for key in (name, f"text_model.{name}") if key in header}
+        same = {
+            name: key
+            for name, key in keys.items()
+            if getattr(torch, _TYPES.get(header[key]["dtype"], ""), None) == mapped[name].dtype
+            and tuple(header[key]["shape"]) == tuple(mapped[name].shape)
+        }
+        read = read_tensors(file, same.values())
+        for name, key in same.items():
+            mapped.pop(name).data = read[key]
+    for tensor in mapped.values():
+        tensor.data = tensor.data.clone()
 
 
 def _build_errors() -> tuple[type[Exception], ...]:
@@ -144,6 +189,33 @@ def read_header(file: Path) -> dict[str, Any]:
     return header
 
 
+def read_tensors(file: Path, keys: Iterable[str]) -> "dict[str, Tensor]":
+    """Tensors of a safetensors file by their keys, on the CPU, each in memory of its own.
+
+    The library maps the file, in which a tensor may lie at any address; and the kernels of some processors
+    round otherwise where that is no multiple of 64: the same weights in another file would give other
+    pictures. Raises ValueError, naming the file, if it is damaged.
+    """
+    import torch
+
+    header = read_header(file)
+    found: dict[str, Tensor] = {}
+    try:
+        with file.open("rb") as stream:
+            start = 8 + int.from_bytes(stream.read(8), "little")
+            for key in keys:
+                entry = header[key]
+                first, end = entry["data_offsets"]
+                stored = torch.empty(end - first, dtype=torch.uint8)
+                stream.seek(start + first)
+                if stream.readinto(stored.numpy().data) != end - first:
+                    raise EOFError(f"{key} is cut short")
+                found[key] = stored.view(getattr(torch, _TYPES[entry["dtype"]])).reshape(entry["shape"])
+    except (OSError, RuntimeError, LookupError, EOFError) as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+    return found
+
+
 def _end(entry: Mapping[str, Any]) -> int:
     """Where a tensor ends, by its entry in a header. Raises for an entry that is none."""
     dtype, shape, (_, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -221,10 +293,19 @@ def write_weights(file: Path, tensors: "Mapping[str, Tensor]", metadata: Mapping
     Where the metadata has an entry for the hash of the tensors, the true one is put in its place. The library
     writes the metadata in a random order, so the header is put in order afterwards, in place: same entries,
     same length. Write to a temporary place (``files.replace_folder``): this is not atomic by itself.
+
+    Raises OSError where the disk is full or cannot be written.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    save_file(dict(tensors), file, metadata=dict(metadata))
+    try:
+        save_file(dict(tensors), file, metadata=dict(metadata))
+    except SafetensorError as error:  # the library's own, whatever the system said
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        if found is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(file)) from error
     header = read_header(file)
     hashed = {HASH_KEY: tensor_hash(file)} if HASH_KEY in metadata else {}
     header["__metadata__"] = dict(sorted({**metadata, **hashed}.items()))

@@ -1,5 +1,6 @@
 """Adapters written in every layout: the same bytes again, what others read, and never a part of a file."""
 
+import copy
 import json
 import os
 import signal
@@ -87,6 +88,7 @@ def test_a_file_that_stands_alone_needs_no_base_to_be_whole(load: Load, run: Run
     run("convert", "a.safetensors", "folder", "--to", "diffusers").done()
     with quiet_libraries():
         theirs = ControlNetModel.from_pretrained(tmp_path / "folder")
+    theirs = copy.deepcopy(theirs)  # out of the mapped file, where some processors' kernels round otherwise
     assert same(residuals(theirs, base), residuals(network, base))
     saved(network.state_dict(), tmp_path / "bare.safetensors")
     told = run("convert", "bare.safetensors", "other", "--to", "diffusers").refused()

@@ -13,22 +13,14 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from controlkit.folders import read_header, read_state, refuse_impostor
+from controlkit.folders import FLOATS as FLOATS
+from controlkit.folders import read_header, read_state, read_tensors, refuse_impostor
 from controlkit.formats.hashing import check_hash
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 SUFFIXES = (".safetensors", ".pth", ".ckpt", ".bin", ".pt")
-FLOATS: Mapping[str, str] = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-}
-"""Types of numbers by their names in safetensors, and torch's names for them."""
 _NAMES = {ours: theirs for theirs, ours in FLOATS.items()}
 _WRAPPERS = ("state_dict", "adapter", "model")  # the entry of a training checkpoint that holds the network
 
@@ -70,13 +62,7 @@ class WeightFile:
             wanted = list(keys)
             parts = [shard.read([k for k in wanted if k in shard.entries]) for shard in self._shards]
             return {key: next(part[key] for part in parts if key in part) for key in wanted}
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(self.path, "pt") as opened:
-                return {key: opened.get_tensor(key) for key in keys}
-        except (SafetensorError, OSError, RuntimeError) as error:
-            raise ValueError(f"{self.path} is damaged: {error}") from error
+        return read_tensors(self.path, keys)
 
     def hollow(self) -> WeightFile:
         """The same entries with tensors that have shapes and no numbers (torch's "meta"): nothing is read."""
