@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from controlkit import diffusion
+from controlkit.checkpoints.kept import check_checkpoint, checkpoint_file, kept_folder
 from controlkit.class_labels import (
     PICTURE_PARTS,
     PictureEncoder,
@@ -58,13 +59,23 @@ _SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_
 
 
 def find_base(name_or_path: str) -> Path:
-    """The folder of a base by its bundled name, short name, path or hub id, whole. Raises ValueError."""
+    """The folder of a base by its bundled name, short name, path or hub id, whole. Raises ValueError.
+
+    Of a checkpoint in one file it is the folder in which its parts are kept.
+    """
+    file = checkpoint_file(name_or_path)
+    if file is not None:
+        return kept_folder(file)
     return find_folder(name_or_path, complete=is_complete, files=_HUB_FILES, **_PLACES)
 
 
 def check_base(name_or_path: str) -> None:
     """Raise `load_base`'s ValueError for a name that leads nowhere, without loading or downloading."""
-    check_exists(name_or_path, **_PLACES)
+    file = checkpoint_file(name_or_path)
+    if file is not None:
+        check_checkpoint(file)
+    else:
+        check_exists(name_or_path, **_PLACES)
 
 
 def noise_schedule(scheduler_config: Mapping[str, Any]) -> Tensor:

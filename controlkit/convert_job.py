@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from controlkit.checkpoints.reading import Checkpoint
     from controlkit.formats.description import AdapterInfo
 
 LAYOUTS = ("diffusers", "single", "original", "control-lora")
@@ -84,9 +85,12 @@ def run(plan: Plan, report: Report) -> list[str]:
 
     Raises ValueError, one line, for what `open_adapter_file`, `build_network` and `write_adapter` refuse.
     """
-    from controlkit.info_job import how_to_use_file, summary
+    from controlkit.info_job import how_to_use_file, opened_if_whole, summary
 
     report.status(f"reading {plan.source}")
+    whole = opened_if_whole(plan.source)
+    if whole is not None:
+        return _write_parts(whole, plan, report)
     file = open_adapter_file(plan.source)
     unet = None if plan.base is None else _unet(plan.base, file, plan, report)
     report.status("loading the libraries")
@@ -104,6 +108,35 @@ def run(plan: Plan, report: Report) -> list[str]:
         *notes,
         "use it with:",
         f"  {how_to_use_file(written, str(plan.output), plan.base)}",
+    ]
+
+
+def _write_parts(checkpoint: Checkpoint, plan: Plan, report: Report) -> list[str]:
+    """Write the parts of a whole base as a folder; lines that say what was written."""
+    import torch
+
+    from controlkit.checkpoints.writing import write_folder
+    from controlkit.info_job import how_to_use_base
+
+    if plan.layout != "diffusers":
+        raise ValueError(
+            f"{plan.source} is a whole Stable Diffusion: its parts are written as a folder (--to diffusers)"
+        )
+    if plan.base is not None:
+        raise ValueError(f"{plan.source} is a whole Stable Diffusion: it needs no --base")
+    if (
+        plan.output.is_dir()
+        and any(plan.output.iterdir())
+        and not (plan.output / "model_index.json").is_file()
+    ):
+        raise ValueError(f"cannot write {plan.output}: the folder holds something else than a base")
+    report.status(f"writing {plan.output}")
+    write_folder(checkpoint, plan.output, dtype=getattr(torch, plan.dtype) if plan.dtype else None)
+    return [
+        f"wrote {plan.output}: the parts of {checkpoint.summary()}",
+        f"prediction type: {checkpoint.prediction_type} (by {checkpoint.known_by})",
+        "use it with:",
+        f"  {how_to_use_base(str(plan.output))}",
     ]
 
 

@@ -117,6 +117,14 @@ def replace_file(path: PathLike) -> Iterator[Path]:
         raise
 
 
+def cache_folder() -> Path:
+    """What is computed once is kept here: $CONTROLKIT_CACHE, or controlkit/ in the user's cache folder."""
+    root = os.environ.get("CONTROLKIT_CACHE")
+    if root:
+        return Path(root)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "controlkit"
+
+
 def sha256_file(path: PathLike) -> str:
     """Return the SHA-256 of a file's bytes, in hexadecimal. Raises OSError where it cannot be read."""
     with open(path, "rb") as file:

@@ -20,11 +20,6 @@ CONNECT_SECONDS = 3.0  # for the hub to answer; with name resolution never more 
 _GIVE_UP_SECONDS = 4.0
 _WEIGHTS = (".safetensors", ".bin")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
-_CHECKPOINTS = (".safetensors", ".ckpt")
-_HOW_TO_SPLIT = (
-    ". diffusers makes one of a checkpoint, once (of an SDXL with StableDiffusionXLPipeline): from diffusers"
-    " import StableDiffusionPipeline as P; P.from_single_file({0!r}).save_pretrained('FOLDER')"
-)
 
 
 def find_folder(
@@ -179,8 +174,7 @@ def _place(
     if os.path.isdir(path):
         return Path(path)
     if os.path.isfile(path):
-        how = _HOW_TO_SPLIT.format(path) if what == "base" and path.endswith(_CHECKPOINTS) else ""
-        raise ValueError(f"{what} {name_or_path}: this is a file; give the folder that holds the model{how}")
+        raise ValueError(f"{what} {name_or_path}: this is a file; give the folder that holds the model")
     if name_or_path.endswith((".safetensors", *PICKLES)):
         raise ValueError(f"no {what} called {name_or_path!r}: there is no such file")
     repo_id = aliases.get(name_or_path, name_or_path)

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from controlkit import naming, preprocessors
+from controlkit.checkpoints.kept import checkpoint_file
+from controlkit.checkpoints.reading import SUFFIXES, Checkpoint, is_checkpoint, open_checkpoint
 from controlkit.families import ALIASES, BUNDLED, FAMILY_TITLES
 from controlkit.folders import read_json
 from controlkit.formats.adapter_file import AdapterFile, check_config, hint_channels, open_adapter_file
@@ -21,6 +23,7 @@ from controlkit.formats.finding import find_adapter_file
 from controlkit.formats.fitting import EITHER, BaseStructure, check_kind_fits
 from controlkit.formats.recognise import KINDS, OF_BASE
 from controlkit.formats.structure import UNTOLD
+from controlkit.formats.weight_file import open_weights
 from controlkit.hub import find_file, is_hub_id
 
 _UNET_DEFAULTS: Mapping[str, Any] = {  # diffusers', for what a published config.json leaves out
@@ -61,6 +64,9 @@ def describe(name: str, *, base: str | None = None) -> list[str]:
     adapter, and for a base that leads nowhere.
     """
     structure = None if base is None else read_base(base)
+    whole = opened_if_whole(name)
+    if whole is not None:
+        return _describe_checkpoint(whole, name)
     file = open_adapter_file(name)
     lines = [f"{name}: {summary(file)}", *_provenance(file.info)]
     if file.kind in _NOT_RUN:
@@ -73,6 +79,33 @@ def describe(name: str, *, base: str | None = None) -> list[str]:
     elif why_not:
         lines.append(f"can be used: {why_not}")
     return lines if why_not else [*lines, "use it with:", f"  {how_to_use_file(file, name, base)}"]
+
+
+def opened_if_whole(name: str) -> Checkpoint | None:
+    """A whole base in one file; None for anything else. Raises ValueError for a file that is damaged."""
+    file = checkpoint_file(name)
+    if file is None or file.suffix not in SUFFIXES:
+        return None
+    weights = open_weights(file)
+    return open_checkpoint(file, weights) if is_checkpoint(weights) else None
+
+
+def how_to_use_base(name: str) -> str:
+    """The command that uses a base."""
+    return f"controlkit generate PROMPT --base {shlex.quote(name)} --control canny=PICTURE"
+
+
+def _describe_checkpoint(checkpoint: Checkpoint, name: str) -> list[str]:
+    """The same of a whole base in one file."""
+    said = checkpoint.weights.metadata
+    told = {key: said.get(f"modelspec.{key}", "") for key in ("title", "license")}
+    return [
+        f"{name}: {checkpoint.summary()}",
+        *(f"{key}: {value}" for key, value in told.items() if value),
+        f"prediction type: {checkpoint.prediction_type} (by {checkpoint.known_by})",
+        "use it with:",
+        f"  {how_to_use_base(name)}",
+    ]
 
 
 def summary(file: AdapterFile) -> str:
@@ -100,6 +133,11 @@ def read_base(name: str) -> BaseStructure:
     Of a base on the hub only these two small files are fetched. Raises ValueError for a name that leads
     nowhere.
     """
+    file = checkpoint_file(name)
+    if file is not None:
+        checkpoint = open_checkpoint(file)
+        whole = {**_UNET_DEFAULTS, **checkpoint.configs["unet"]}
+        return BaseStructure(name, whole, checkpoint.prediction_type)
     if name in _PUBLISHED:
         unet, prediction_type = _PUBLISHED[name]
         return BaseStructure(name, {**_UNET_DEFAULTS, **unet}, prediction_type)
@@ -138,7 +176,7 @@ def _own_base(file: AdapterFile) -> str:
     """The base that a file names, or its family's usual one, if it is at hand and may fit; else BASE."""
     said = file.info.base
     if said and said not in (*BUNDLED, *ALIASES):
-        known = is_hub_id(said) or os.path.isdir(os.path.expanduser(said))
+        known = is_hub_id(said) or os.path.exists(os.path.expanduser(said))
         return said if known and _may_fit(file, said) else _NO_BASE
     usual = said or _USUAL_BASES.get(file.family, "sd15")
     return usual if _may_fit(file, usual) else _NO_BASE
@@ -147,7 +185,7 @@ def _own_base(file: AdapterFile) -> str:
 def _may_fit(file: AdapterFile, name: str) -> bool:
     """Whether nothing that is known here of a base speaks against it; nothing is downloaded."""
     name = next((alias for alias, repository in ALIASES.items() if repository == name), name)
-    if name not in (*BUNDLED, *ALIASES) and not os.path.isdir(os.path.expanduser(name)):
+    if name not in (*BUNDLED, *ALIASES) and not os.path.exists(os.path.expanduser(name)):
         return True
     try:
         base = read_base(name)

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from controlkit.checkpoints.kept import checkpoint_file
+from controlkit.checkpoints.reading import open_checkpoint
 from controlkit.families import ALIASES, BUNDLED, FAMILY_TITLES, family_of
 from controlkit.folders import read_json
 from controlkit.formats.description import MAPS as STANDARD_MAPS
@@ -239,10 +241,13 @@ def family_of_base(name: str) -> str:
     """The family of a base, as far as it can be told without a download: "" where it cannot.
 
     ``name``: of `load_base`. A short name is known here; a folder, a bundled base or a cached one says it in
-    its U-Net's configuration.
+    its U-Net's configuration, a checkpoint in its shapes (or ValueError says why it is none).
     """
     if name in _ALIAS_FAMILIES:
         return _ALIAS_FAMILIES[name]
+    file = checkpoint_file(name)
+    if file is not None:
+        return open_checkpoint(file).family
     folder = Path(os.path.expanduser(str(BUNDLED.get(name, name))))
     config: str | Path | None = folder / "unet" / "config.json"
     if not os.path.isfile(str(config)):

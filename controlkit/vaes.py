@@ -8,12 +8,14 @@ that is.
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from controlkit.checkpoints.autoencoder import check_file, load_autoencoder
 from controlkit.folders import load_part, read_json, weight_files
 from controlkit.hub import check_exists, find_folder
 
@@ -44,22 +46,50 @@ _UNKNOWN = ("latents_mean", "shift_factor")  # what latents may be scaled by bes
 
 def check_vae(name: str) -> None:
     """Raise `with_vae`'s ValueError for a name that leads nowhere, without loading or downloading."""
-    check_exists(name, **_PLACES)
+    file = _file(name)
+    if file is None:
+        check_exists(name, **_PLACES)
+    else:
+        check_file(file)
 
 
 def with_vae(base: Base, name: str) -> Base:
     """A base with another autoencoder; the given one stays as it is.
 
-    name: a short name (`ALIASES`), a hub id, or a folder, which holds config.json and the weights, or a
-    folder vae/ with them. It is loaded in the base's precision, onto the device of the base's own.
+    name: a short name (`ALIASES`), a hub id, a folder, which holds config.json and the weights, or a
+    folder vae/ with them, or one file, as A1111 keeps it. It is loaded in the base's precision, onto the
+    device of the base's own.
 
     Raises ValueError, one line, for a name that leads nowhere, a missing or damaged file, and an autoencoder
     of another class or whose latents are not like the base's. Warns of one that scales them otherwise.
     """
+    from controlkit.controlnet import lock
+
+    file = _file(name)
+    vae, where = _in_folder(name, base) if file is None else (_in_file(file, base), file)
+    _check_fits(vae, base, where)
+    return replace(base, vae=lock(vae).to(base.vae.device))
+
+
+def _file(name: str) -> Path | None:
+    """The file that is named as an autoencoder; None for anything else."""
+    path = os.path.expanduser(name)
+    return Path(path) if os.path.isfile(path) else None
+
+
+def _in_file(file: Path, base: Base) -> Any:
+    """An autoencoder of one file, which does not say by what it scales latents: as the base's own does."""
+    from controlkit.base_parts import vae_dtype
+
+    dtype = vae_dtype(base.vae.config, family=base.family, dtype=base.dtype)
+    return load_autoencoder(file, scaling_factor=base.vae.config.scaling_factor, dtype=dtype)
+
+
+def _in_folder(name: str, base: Base) -> tuple[Any, Path]:
+    """An autoencoder by its name, and its folder."""
     import diffusers
 
     from controlkit.base_parts import vae_dtype
-    from controlkit.controlnet import lock
 
     folder = _part(find_folder(name, complete=_is_complete, files=HUB_FILES, **_PLACES))
     config = read_json(folder / "config.json")
@@ -67,9 +97,7 @@ def with_vae(base: Base, name: str) -> Base:
     if kind not in CLASSES:
         raise ValueError(f"{folder}/config.json: the autoencoder is {kind}, not {' or '.join(CLASSES)}")
     dtype = vae_dtype(config, family=base.family, dtype=base.dtype)
-    vae = load_part(getattr(diffusers, kind), folder, dtype=dtype)
-    _check_fits(vae, base, folder)
-    return replace(base, vae=lock(vae).to(base.vae.device))
+    return load_part(getattr(diffusers, kind), folder, dtype=dtype), folder
 
 
 def _part(folder: Path) -> Path:

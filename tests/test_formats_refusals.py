@@ -91,10 +91,6 @@ def test_a_pickle_that_would_run_code_does_not(suffix: str, sd1: Base, tmp_path:
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        (
-            keys_alone("model.diffusion_model.input_blocks.0.0.weight", "first_stage_model.a.weight"),
-            "is a whole base model without a control network",
-        ),
         (keys_alone("conv_in.weight", "up_blocks.0.resnets.0.conv1.weight"), "is the U-Net of a base"),
         (
             keys_alone("input_blocks.0.0.weight", "output_blocks.0.0.in_layers.0.weight"),
@@ -202,6 +198,13 @@ def test_nested_pickles_of_other_things(sd1: Base, tmp_path: Path) -> None:
     for name, (state, message) in nested.items():
         torch.save(state, tmp_path / name)
         refusal(tmp_path / name, sd1, message)
+
+
+def test_a_whole_base_where_an_adapter_is_wanted(sd1: Base, tmp_path: Path, run: Run) -> None:
+    keys = keys_alone("model.diffusion_model.input_blocks.0.0.weight", "first_stage_model.a.weight")
+    file = saved(keys, tmp_path / "controlnet-canny.safetensors")
+    refusal(file, sd1, "is a whole base model without a control network")
+    assert "holds first_stage_model.a.weight, which no autoencoder" in run("info", file).refused()
 
 
 def test_the_real_neighbours_of_an_adapter(sd1: Base, tmp_path: Path) -> None:

@@ -286,11 +286,12 @@ def _write(
             parts["tokenizer_2"] = tokens
         for name, part in parts.items():
             part.save_pretrained(folder / name)
-    _write_index(folder, family, parts)
+    write_index(folder, family, parts)
     return folder
 
 
-def _write_index(folder: Path, family: str, parts: dict[str, Any]) -> None:
+def write_index(folder: Path, family: str, parts: dict[str, Any]) -> None:
+    """Write the list of a folder's parts and their classes."""
     index: dict[str, Any] = {
         "_class_name": "StableDiffusionXLPipeline" if family == "sdxl" else "StableDiffusionPipeline",
         "_diffusers_version": "0.38.0",

@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from controlkit import images
+from controlkit.files import cache_folder
 from controlkit.training.draws import derived_seed
-from controlkit.training.world import VERSION, World, cache_folder
+from controlkit.training.world import VERSION, World
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from controlkit.adapters import BUNDLED_ADAPTERS
-from controlkit.base_parts import ALIASES, BUNDLED, family_of
+from controlkit.base_parts import ALIASES, BUNDLED, family_of, find_base
+from controlkit.checkpoints.kept import checkpoint_file
 from controlkit.controlnet import HINT_CHANNELS, check_copyable
 from controlkit.folders import quiet_libraries, read_json
 from controlkit.formats.adapter_file import open_adapter_file
@@ -59,6 +60,8 @@ def config_folder(base: str) -> Path:
 
     Raises ValueError as `load_base` does.
     """
+    if checkpoint_file(base) is not None:
+        return find_base(base)
     return find_folder(
         base,
         what="base",

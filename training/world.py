@@ -17,17 +17,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from controlkit.files import cache_folder
+
 CHUNK = 250
 VALIDATION_SCENES = CHUNK  # rendered for samples and scores
 VERSION = 1  # raise when figures.py changes what it draws
-
-
-def cache_folder() -> Path:
-    """Where rendered scenes are kept: $CONTROLKIT_CACHE, or controlkit/ in the user's cache folder."""
-    root = os.environ.get("CONTROLKIT_CACHE")
-    if root:
-        return Path(root)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "controlkit"
 
 
 @dataclass(frozen=True)

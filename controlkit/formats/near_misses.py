@@ -21,6 +21,10 @@ class Mistake(NamedTuple):
 
 
 _LATER_FAMILIES = "which is for another family of models: controlkit runs SD1, SD2 and SDXL"
+_TRANSFORMER = Mistake(
+    r"(.*\.)?(double_blocks|joint_blocks|single_transformer_blocks)\.\d",
+    f"a transformer (Flux, SD3 or another), {_LATER_FAMILIES}",
+)
 _MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         r"(controlnet_blocks|controlnet_x_embedder|controlnet_single_blocks|pos_embed_input|controlnet_mode)",
@@ -57,10 +61,7 @@ _MISTAKES: tuple[Mistake, ...] = (
         r"(string_to_param\.|emb_params$|<.+>$|clip_[lg]$)",
         "a textual inversion: give it as --embedding FILE",
     ),
-    Mistake(
-        r"(.*\.)?(double_blocks|joint_blocks|single_transformer_blocks)\.\d",
-        f"a transformer (Flux, SD3 or another), {_LATER_FAMILIES}",
-    ),
+    _TRANSFORMER,
     Mistake(
         r"model\.diffusion_model\.",
         "a whole base model without a control network: give an adapter, and the base as --base",
@@ -75,6 +76,11 @@ _MISTAKES: tuple[Mistake, ...] = (
     ),
     Mistake(r"(text_model\.|cond_stage_model\.|transformer\.text_model\.)", "a text encoder, not an adapter"),
 )
+
+
+def transformer_in(entries: Mapping[str, Stored]) -> str | None:
+    """What a network of a later family of models is, in words; None for anything else."""
+    return _TRANSFORMER.what if any(re.match(_TRANSFORMER.sign, key) for key in entries) else None
 
 
 def mistake_in(entries: Mapping[str, Stored], *, alike: bool = False) -> str | None:

@@ -82,6 +82,11 @@ def by(shape: tuple[int, ...]) -> str:
 
 def controlnet_config(shapes: Shapes) -> Config:
     """A ControlNet's configuration, of diffusers' class. Raises ValueError for missing tensors."""
+    return {**encoder_config(shapes), **hint_config(shapes)}
+
+
+def encoder_config(shapes: Shapes) -> Config:
+    """What a U-Net's encoder and its copy have in common. Raises ValueError for missing tensors."""
     levels = shapes.count(r"down_blocks\.(\d+)\.")
     if not levels:
         raise ValueError(f"{shapes.where} lacks down_blocks.0: it is incomplete")
@@ -98,7 +103,6 @@ def controlnet_config(shapes: Shapes) -> Config:
         ),
         "layers_per_block": layers.pop(),
         "down_block_types": tuple("CrossAttnDownBlock2D" if text else "DownBlock2D" for text in attended),
-        **hint_config(shapes),
         **_attention_config(shapes, attended),
     }
     if "add_embedding.linear_1.weight" in shapes:

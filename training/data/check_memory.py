@@ -17,7 +17,6 @@ from controlkit.training.data.check_facts import Facts
 from controlkit.training.data.examples import FilePiece, Piece
 from controlkit.training.data.source_files import InsideFile, leads_out
 from controlkit.training.data.source_tar import TarPiece
-from controlkit.training.world import cache_folder
 
 VERSION = 3  # raise when the checks or the lint find other things
 
@@ -32,7 +31,7 @@ class Memory:
         """source: what the recipe calls the data set. folder: where the memory is kept."""
         place = os.path.abspath(os.path.expanduser(source))
         name = hashlib.sha256(place.encode("utf-8", "surrogateescape")).hexdigest()[:32]
-        self._path = (folder or cache_folder() / "checks") / f"{name}.json"
+        self._path = (folder or files.cache_folder() / "checks") / f"{name}.json"
         self._files: dict[str, Any] = {}
         """By place: the numbers, and by role what was found."""
         self._changed = False

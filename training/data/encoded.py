@@ -21,6 +21,7 @@ from torch import Tensor
 
 from controlkit import images
 from controlkit.base import Base
+from controlkit.files import cache_folder
 from controlkit.processes import Processes
 from controlkit.training.config_adapter import DataRecipe
 from controlkit.training.data.digests import Digests
@@ -40,7 +41,6 @@ from controlkit.training.data.stores import Store
 from controlkit.training.data.views import View
 from controlkit.training.data.visits import Visit, Visits
 from controlkit.training.memory import free_memory, is_out_of_memory, put
-from controlkit.training.world import cache_folder
 
 VERSION = 1  # raise when pictures or maps are prepared differently
 _SHARD = 256
