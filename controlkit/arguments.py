@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,8 @@ def parse_control(text: str, *, is_map: bool) -> ControlArgument:
     try:
         rest, settings = _split_control_settings(rest)
         path, scale = _split_scale(rest)
+        if path != rest and "scale" in settings:
+            raise ValueError("scale is given twice")
         if not path:
             raise ValueError("it names no picture: KIND=PICTURE or KIND=PICTURE:SCALE")
         found = ControlArgument(kind.strip(), path, **{"scale": scale, **settings}, is_map=is_map)
@@ -74,7 +76,7 @@ def _split_control_settings(rest: str) -> tuple[str, dict[str, Any]]:
     while not os.path.exists(rest):
         before, colon, tail = rest.rpartition(":")
         key, equals, value = tail.partition("=")
-        if not (colon and equals and key.isidentifier()):
+        if not (colon and equals and key.replace("-", "_").isidentifier()):
             break
         if key not in _CONTROL_KEYS:
             raise unknown("setting of a control", key, _CONTROL_KEYS)
@@ -90,7 +92,7 @@ def parse_control_setting(key: str, text: str) -> Any:
     try:
         return _CONTROL_KEYS[key](text)
     except ValueError:
-        raise ValueError(f"{key} cannot be {text!r}") from None
+        raise ValueError(f"{key} must be {_ALLOWED[key]}, not {text!r}") from None
 
 
 def parse_scale(text: str) -> Scale:
@@ -101,6 +103,12 @@ def parse_scale(text: str) -> Scale:
 
 def _layers(text: str) -> str | tuple[float, ...]:
     return tuple(float(part) for part in text.split(",")) if "," in text else text
+
+
+def _file(text: str) -> str:
+    if not text:
+        raise ValueError
+    return text
 
 
 def _yes(text: str) -> bool:
@@ -117,8 +125,16 @@ _CONTROL_KEYS: dict[str, Callable[[str], Any]] = {
     "gate": str,
     "mode": str,
     "layers": _layers,
-    "mask": str,
+    "mask": _file,
     "only_mid": _yes,
+}
+_ALLOWED: Mapping[str, str] = {
+    "scale": "a number, or several as a schedule: 1..0.2",
+    "start": "a number from 0 to 1",
+    "end": "a number from 0 to 1",
+    "layers": "a curve's name, or numbers with commas",
+    "mask": "a file",
+    "only_mid": "true or false",
 }
 
 
@@ -174,6 +190,8 @@ def parse_compared(text: str) -> tuple[str, str, dict[str, Any]]:
         rest, settings = _split_control_settings(rest)
         name, scale = _split_scale(rest)
         if name != rest:
+            if "scale" in settings:
+                raise ValueError("scale is given twice")
             settings = {"scale": scale, **settings}
         if not name:
             raise ValueError("it names no adapter: NAME, KIND=NAME or KIND=NAME:SCALE")
@@ -274,9 +292,7 @@ def numbered_outputs(output: str, count: int) -> list[Path]:
 def check_not_input(output: Path, inputs: Sequence[Path]) -> None:
     """Raise ValueError if `output` is one of the files that it is made from."""
     if output.resolve() in {path.resolve() for path in inputs}:
-        raise ValueError(
-            f"the output {output} would overwrite the picture it is made from: choose another -o"
-        )
+        raise ValueError(f"the output {output} would overwrite what it is made from: choose another -o")
 
 
 def _split_scale(rest: str) -> tuple[str, Scale]:

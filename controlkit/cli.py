@@ -12,6 +12,7 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -156,9 +157,9 @@ def generate(
     image_noise: Annotated[
         Whole, option("N", "How freely it is taken, 0 to 999.  [default: 0]", "--image-noise")
     ] = None,
-    class_label: Annotated[Whole, option("N", "The class, for a base that is told one.", "--class")] = None,
+    class_label: Annotated[Text, option("N", "The class, for a base that is told one.", "--class")] = None,
     hires: Annotated[
-        Number, option("FACTOR", "Then enlarge by this factor, and refine under the same control.")
+        Text, option("FACTOR", "Then enlarge by this factor, and refine under the same control.")
     ] = None,
     hires_strength: Annotated[
         Number, option("X", "How much the second stage redoes.  [default: 0.5]")
@@ -224,11 +225,14 @@ def generate(
         if name.rstrip("_") in Options.__dataclass_fields__ and value is not None
     }
     if memory is not None:
-        given["memory_limit"] = arguments.parse_bytes(given.pop("memory"))
-    for name in ("tile", "width", "height", "temperature", "guidance"):  # numbers that may be none
+        taken_away = arguments.is_none(given.pop("memory"))
+        given |= {"memory": ()} if taken_away else {"memory_limit": arguments.parse_bytes(memory)}
+    for name, whole in _MAY_BE_NONE.items():
         if name in given:
-            whole = name in ("tile", "width", "height")
-            given[name] = arguments.parse_number(given[name], f"--{name}", whole=whole)
+            flag = f"--{name.removesuffix('_label')}"
+            given[name] = arguments.parse_number(given[name], flag, whole=whole)
+    if given.get("hires", 1) is None:
+        given["hires"] = 1.0
     with terminal.opened() as told:
         plan = generate_job.plan(
             given,
@@ -326,8 +330,12 @@ def preprocess(
     names = [name.strip() for name in kinds.split(",")]
     options = preprocess_job.settings_of_kinds(names, settings, device=device)
     beside = preprocess_job.Beside(npy=npy, png16=png16)
-    if not paths:
+    if not all(paths) or not paths:
         raise ValueError("name a picture, a folder or a pattern")
+    if output == "":
+        raise ValueError("-o names nothing: give a .png for one map, else a folder")
+    if min(workers or 1, batch or 1) < 1 or 0 in (workers, batch):
+        raise ValueError("--workers and --batch must be at least 1")
     if arguments.is_one_map(names, paths, output):
         _preprocess_one(names[0], paths[0], options[names[0]], output or "map.png", beside)
         return
@@ -364,8 +372,27 @@ def _preprocess_one(kind: str, picture: str, options: dict[str, str], output: st
         written = preprocess_job.run(plan, told)
     for path in written:
         print(f"wrote {path}")
+    _tell_how_to_follow(kind, written[0])
+
+
+def _tell_how_to_follow(kind: str, path: Path) -> None:
+    """Print the command that follows a map, where one base that has a short name has an adapter for it."""
+    from controlkit.formats.finding import BUNDLED_ADAPTERS
+    from controlkit.known_adapters import defaults, same_kind
+
+    prompt, base = '"a red figure"', ""
+    if same_kind(kind) not in BUNDLED_ADAPTERS:
+        if same_kind(kind) not in defaults("sd1"):
+            return
+        prompt, base = "PROMPT", " --base sd15"
     print("follow it with:")
-    print(f'  controlkit generate "a red figure" --map {shlex.quote(f"{kind}={written[0]}")}')
+    print(f"  controlkit generate {prompt}{base} --map {shlex.quote(f'{kind}={path}')}")
+
+
+_MAY_BE_NONE = {  # numbers that may be taken away, and whether they are whole
+    **dict.fromkeys(("tile", "width", "height", "class_label"), True),
+    **dict.fromkeys(("temperature", "guidance", "hires"), False),
+}
 
 
 @app.command(epilog="Example:  controlkit draw pose.json -o pose.png --size 768x512 --mirror")
@@ -398,8 +425,7 @@ def draw(
         )
     for path in written:
         print(f"wrote {path}")
-    print("follow it with:")
-    print(f'  controlkit generate "a red figure" --map {shlex.quote(f"openpose={written[0]}")}')
+    _tell_how_to_follow("openpose", written[0])
 
 
 @app.command(epilog="Example:  controlkit lint edges.png downloads/ --picture photo.jpg")

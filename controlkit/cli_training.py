@@ -76,6 +76,8 @@ def train(
         raise ValueError(
             "which recipe? give its name or its .toml file, such as: controlkit train tiny-canny"
         )
+    if plan and find_batch:
+        raise ValueError("--plan loads nothing and --find-batch tries: give one of them")
     if plan or find_batch:
         _preview(recipe, settings or [], find_batch=find_batch)
         return

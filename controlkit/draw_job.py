@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from controlkit import arguments, files, preprocessors
+from controlkit.generate_job import warn_if_black
 from controlkit.preprocess_job import Beside, write_map
 
 LARGEST_SIDE = 8192
@@ -66,6 +67,7 @@ def draw(
     made = preprocessors.poses_to_map(poses, width=map_width, height=map_height, style=style)
     for file in (path, joints):
         files.check_writable(file)
+    warn_if_black(made.image, "the openpose map")
     return write_map(path, replace(made, poses=None) if is_beside else made, Beside())
 
 

@@ -135,7 +135,7 @@ def run(job: Plan, report: FolderReport) -> Result:
     result.black = [path for share in shares for path in share.black]
     result.failed = [failure for share in shares for failure in share.failed]
     if processes.is_first:
-        _finish(job, result)
+        _finish(job, result, report)
     processes.wait()
     return result
 
@@ -184,10 +184,12 @@ def _options(job: Plan, kind: str, device: str) -> dict[str, str]:
     return options
 
 
-def _finish(job: Plan, result: Result) -> None:
+def _finish(job: Plan, result: Result, report: FolderReport) -> None:
     """Write what there is one of."""
     if job.folder.has_pictures:
         counts = job.folder.write_metadata()
+        for _, why in counts.failed:
+            report.note(f"left out of {METADATA}: {why}")
         result.complete, result.without_caption = counts.complete, counts.without_caption
         result.failed += counts.failed
         result.written.append(job.folder.place / METADATA)

@@ -42,19 +42,20 @@ class Earlier:
         option: what would name another. Raises ValueError for a file that is gone or has changed.
         """
         places = [Path(path), self.file.parent / Path(path).name]
-        found = next((place for place in places if os.path.isfile(place)), None)
-        if found is None:
+        there = [place for place in places if os.path.isfile(place)]
+        found = next((place for place in there if files.sha256_file(place) == sha256), None)
+        if found is not None:
+            return found
+        if not there:
             raise ValueError(
                 f"{self.file} was made from {path}, which is gone: put it back, or use"
                 f" {option.partition(' ')[0]}"
             )
-        if files.sha256_file(found) != sha256:
-            blank = "" if option.endswith("=") else " "
-            raise ValueError(
-                f"{self.file} was made from {found}, which has changed since; to use it as it is now, add"
-                f" {option}{blank}{found}"
-            )
-        return found
+        blank = "" if option.endswith("=") else " "
+        raise ValueError(
+            f"{self.file} was made from {there[0]}, which has changed since; to use it as it is now, add"
+            f" {option}{blank}{there[0]}"
+        )
 
     def left_out(self, given: Mapping[str, Any], kinds: Collection[str]) -> Iterator[str]:
         """What is not repeated, and why. kinds: those of `PUT_ON` that are asked for anew."""

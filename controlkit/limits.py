@@ -74,10 +74,10 @@ def check_temperature(temperature: float | None, scheduler: str) -> None:
         )
 
 
-def check_strength(strength: float) -> None:
+def check_strength(strength: float, name: str = "strength") -> None:
     """Raise ValueError unless the strength of a start from a picture is above 0 and at most 1."""
     if not 0 < strength <= 1:
-        raise ValueError(f"strength must be a number above 0 and at most 1, not {strength}")
+        raise ValueError(f"{name} must be a number above 0 and at most 1, not {strength}")
 
 
 def check_share(name: str, share: float) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from controlkit import naming
-from controlkit.families import ALIASES, FAMILY_TITLES
+from controlkit.families import ALIASES, BUNDLED, FAMILY_TITLES
 from controlkit.formats.description import map_in_words
+from controlkit.formats.finding import BUNDLED_ADAPTERS
 from controlkit.known_adapters import KNOWN, KnownAdapter, defaults, family_of_base, same_kind
 
 _HEAD = ("", "base", "kind", "adapter", "network", "licence", "revision", "cached")
@@ -17,9 +18,12 @@ def table(*, base: str | None = None, kind: str | None = None) -> list[str]:
 
     Raises ValueError for a base whose family cannot be told, or for a kind that nobody has.
     """
+    if base in BUNDLED:
+        own = ", ".join(BUNDLED_ADAPTERS)
+        return [f"the base {base} is used with its own adapters, {own}; those of the hub do not fit it"]
     family = "" if base is None else family_of_base(base)
     if base is not None and not family:
-        raise naming.unknown("base", base, ALIASES)
+        raise naming.unknown("base", base, [*BUNDLED, *ALIASES])
     chosen = [known for known in KNOWN if not family or known.family == family]
     if kind is not None:
         kinds = {known.map.kind for known in chosen if known.map.kind}

@@ -173,7 +173,7 @@ class Captions:
         """
         for suffix in CAPTION_SUFFIXES:
             beside = picture.with_suffix(suffix)
-            if beside.is_file():
+            if os.path.isfile(beside):  # pathlib raises for a name that is too long
                 return " ".join(read_text(beside).split())
         path = Path(os.path.abspath(picture))
         for folder in path.parents[: self._levels]:

@@ -57,8 +57,8 @@ def plan(
     (path,) = arguments.numbered_outputs(output, 1)
     if not reads_depth(settings):
         images.check_picture(picture)
-    arguments.check_not_input(path, [Path(picture)])
     for written in _outputs(kind, path, beside):
+        arguments.check_not_input(written, [Path(picture)])
         files.check_writable(written)
     joints = path.with_suffix(".json")
     if kind == "openpose" and joints.exists():

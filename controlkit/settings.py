@@ -55,7 +55,7 @@ class Settings:
         limits.check_rescale(self.guidance_rescale)
         limits.check_clip_skip(self.clip_skip)
         limits.check_temperature(self.temperature, self.scheduler)
-        limits.check_strength(self.hires_strength)
+        limits.check_strength(self.hires_strength, "hires_strength")
         if self.hires != 1:
             limits.check_factor(self.hires)
         if self.tile is not None:

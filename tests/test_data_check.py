@@ -28,6 +28,7 @@ from controlkit.training.data.check_facts import look_at_map, look_at_picture
 from controlkit.training.data.examples import ArrayPiece, Example, FilePiece, Piece
 from controlkit.training.data.pairs import load_pairs
 from controlkit.training.data.source_files import BytesPiece
+from controlkit.training.data.source_recipe import recipe_of
 from controlkit.training.data.sources import open_examples
 
 
@@ -770,3 +771,10 @@ def test_mistakes_are_one_line(
     assert (code, out) == (2, "")
     assert problem in err
     assert err.count("\n") == 1
+
+
+def test_keys_are_taken_as_a_training_has_them(tmp_path: Path) -> None:
+    for given in ({"bad": "skip"}, {"data.bad": "skip"}):
+        assert recipe_of(str(tmp_path), "canny", given, where="data check").bad == "skip"
+    with pytest.raises(ValueError, match="unknown key 'bat'"):
+        recipe_of(str(tmp_path), "canny", {"data.bat": "skip"}, where="data check")

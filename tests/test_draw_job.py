@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from controlkit import figures, preprocessors
+from controlkit import draw_job, figures, preprocessors
 from controlkit.cli import app
 from controlkit.images import load_picture
 
@@ -129,3 +129,9 @@ def test_mistakes_are_one_line(draw: Draw, arguments: tuple[str, ...], message: 
     assert message in draw(*arguments)
     assert Path("pose.json").read_bytes() == before
     assert not list(Path().glob("*.png"))
+
+
+def test_a_map_without_anybody_is_noted(draw: Draw) -> None:
+    preprocessors.write_poses("nobody.json", preprocessors.Poses(np.zeros((0, 18, 3)), 64, 64))
+    with pytest.warns(UserWarning, match="the openpose map is black"):
+        draw_job.draw("nobody.json", output="none.png")

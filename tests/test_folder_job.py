@@ -18,9 +18,10 @@ from PIL import Image
 from skimage import data
 from typer.testing import CliRunner
 
-from controlkit import folder_job, images, preprocessors
+from controlkit import folder_job, images, known_adapters, preprocessors
 from controlkit.cli import app
-from controlkit.picture_files import Captions, find_pictures
+from controlkit.picture_files import Captions, find_pictures, read_jsonl
+from controlkit.preprocessors import write_depth_png16
 
 NAMES = ("astronaut", "coffee", "cat", "rocket")
 
@@ -458,3 +459,64 @@ def test_depth_files_become_maps_without_banding(tmp_path: Path, monkeypatch: py
     np.testing.assert_array_equal(images.load_picture("a.png"), images.load_picture("maps/depth/a.png"))
     with Image.open("a-16bit.png") as deep:
         assert len(np.unique(np.asarray(deep))) == 40 * 300
+
+
+def test_a_caption_that_cannot_be_read_is_named(photos: Path, preprocess: Preprocess) -> None:
+    (photos / "astronaut.txt").write_bytes("für alle".encode("latin-1"))
+    outcome = preprocess("canny", "photos", "-o", "ds")
+    assert outcome.code == 1
+    assert "left out of metadata.jsonl: photos/astronaut.txt is not UTF-8 text" in outcome.err
+    assert "1 FAILED" in outcome.out
+
+
+def test_a_name_as_long_as_it_may_be(photos: Path, preprocess: Preprocess) -> None:
+    (photos / "astronaut.png").rename(photos / f"{'x' * 251}.png")
+    assert preprocess("canny", "photos", "-o", "ds").code == 0
+    assert any("x" * 251 in row["file_name"] for row in read_jsonl(Path("ds", "metadata.jsonl")))
+
+
+def test_depth_beside_a_map_never_replaces_what_it_is_made_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preprocess: Preprocess
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    np.save("m16.npy", np.linspace(1, 9, 3072).reshape(48, 64))
+    before = Path("m16.npy").read_bytes()
+    given = ("depth", "m16.npy", "model=file", "metric=true", "--npy", "-o", "m16.png")
+    assert "m16.npy would overwrite what it is made from" in preprocess(*given).err
+    assert Path("m16.npy").read_bytes() == before
+    write_depth_png16(Path("z-16bit.png"), np.linspace(0, 1, 3072, dtype=np.float32).reshape(48, 64))
+    before = Path("z-16bit.png").read_bytes()
+    given = ("depth", "z-16bit.png", "model=file", "--png16", "-o", "z.png")
+    assert "z-16bit.png would overwrite what it is made from" in preprocess(*given).err
+    assert Path("z-16bit.png").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("kind", "command"),
+    [
+        ("canny", 'controlkit generate "a red figure" --map canny=m.png'),
+        ("lineart_standard", "controlkit generate PROMPT --base sd15 --map lineart_standard=m.png"),
+    ],
+)
+def test_the_command_that_follows_a_map_names_a_base_that_can(
+    photos: Path, preprocess: Preprocess, kind: str, command: str
+) -> None:
+    assert command in preprocess(kind, "photos/astronaut.png", "-o", "m.png").out
+    known_adapters.check(kind, "", "sd15" if "sd15" in command else "tiny")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("photos/astronaut.png", "--workers", 0), "--workers and --batch must be at least 1"),
+        (("photos/astronaut.png", "--batch", -3), "--workers and --batch must be at least 1"),
+        (("photos/astronaut.png", "-o", ""), "-o names nothing"),
+        (("",), "name a picture, a folder or a pattern"),
+    ],
+)
+def test_of_one_picture_as_much_is_asked(
+    photos: Path, preprocess: Preprocess, arguments: tuple[object, ...], message: str
+) -> None:
+    outcome = preprocess("canny", *arguments)
+    assert outcome.code == 2
+    assert message in outcome.err

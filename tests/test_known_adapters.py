@@ -197,3 +197,10 @@ def bare(path: str) -> str:
 def test_a_copy_of_the_newest_serves_where_the_commit_is_not_cached(models: Path, empty_cache: Path) -> None:
     cached(empty_cache, PINNED, models / "canny-sd1")
     assert find_adapter_folder(PINNED).name == COMMIT
+
+
+def test_the_bundled_base_has_its_own(run: Run) -> None:
+    told = run("models", "--base", "tiny").done()
+    assert "own adapters, canny, openpose, depth" in told
+    assert "lllyasviel" not in told
+    assert "choose from: sd15, sd21, sdxl, tiny" in run("models", "--base", "foo").refused()

@@ -236,3 +236,25 @@ def test_another_mask_is_what_is_redrawn(run: Run, models: Path) -> None:
     assert not np.array_equal(after[:, 32:], before[:, 32:])
     run("generate", "--like", "out.png", "-o", "again.png").done()
     assert Path("again.png").read_bytes() == Path("out.png").read_bytes()
+
+
+def test_a_file_of_that_name_elsewhere_is_not_blamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = made(**begun())
+    other = tmp_path / "elsewhere"
+    other.mkdir()
+    write_png(other / "photo.png", np.full((64, 64, 3), 9, np.uint8))
+    monkeypatch.chdir(other)
+    job = plan({}, output="out.png", like=f"../{name}")
+    assert job.beginning is not None
+    assert np.array_equal(job.beginning.picture, load_picture("../photo.png"))
+
+
+def test_numbers_that_are_taken_away(run: Run, models: Path) -> None:
+    def again(*arguments: object) -> str:
+        name = made(base=str(models / "sd1"), steps=1, hires=2.0, memory=("vae_tiled",))
+        return run("generate", "--like", name, "-o", "b.png", "-n", 0, *arguments).refused()
+
+    for option in ("--hires", "--memory", "--class"):  # what follows is refused, and this is not
+        assert "0" in again(option, "none")
+    assert "--hires must be a number, or none, not 'x'" in again("--hires", "x")
+    assert "an amount of memory is written as in 4GB" in again("--memory", "x")

@@ -14,7 +14,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from controlkit.training import planning, planning_parts, planning_speed
+from controlkit.training import planning, planning_parts, planning_speed, previews
 from controlkit.training.config import load_recipe
 from controlkit.training.planning import (
     batch_need,
@@ -461,3 +461,8 @@ def test_memory_is_within_15_percent_of_a_training_of_34_million_parameters(tmp_
     UNet2DConditionModel(**{**UNETS["sd1"], "sample_size": 16, **widths}).save_pretrained(base / "unet")
     predicted, measured = predicted_and_measured(tmp_path, f"base={base}", *changes)
     assert predicted == pytest.approx(measured, rel=0.15)
+
+
+def test_what_does_not_train_here_is_not_planned_for() -> None:
+    with pytest.raises(ValueError, match="precision fp16 needs a CUDA device"):
+        previews.plan_recipe("tiny-canny", ["precision=fp16", "device=cpu"])

@@ -354,3 +354,12 @@ def test_a_wrong_number_is_not_repeated_whole() -> None:
         with pytest.raises(ValueError, match="not '99") as refused:
             read("9" * 9000 + "x", "the seed")
         assert len(str(refused.value)) < 120
+
+
+@pytest.mark.parametrize("port", [-1, 0, 65536])
+def test_a_port_that_there_is_not(run: Run, port: int) -> None:
+    assert "the port must be a number from 1 to 65535" in run("ui", "--port", port).refused()
+
+
+def test_runs_that_are_a_file(run: Run, photo: Path) -> None:
+    assert "is a file: --runs takes a folder" in run("ui", "--runs", photo).refused()

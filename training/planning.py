@@ -11,7 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import torch
+
 from controlkit.training.config_adapter import ControlNetRecipe
+from controlkit.training.machine import check_precision
 from controlkit.training.memory import is_out_of_memory as is_out_of_memory
 from controlkit.training.planning_batch import USABLE, available_memory, resident_memory
 from controlkit.training.planning_batch import Batches as Batches
@@ -159,6 +162,7 @@ def plan(
 
     Raises ValueError, one line, for a base that is not there or not known.
     """
+    check_precision(recipe, torch.device(device))
     imported = imported_bytes()  # before anything is built
     networks = build(recipe)
     side = recipe.data.resolution or networks.resolution

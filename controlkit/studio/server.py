@@ -54,6 +54,9 @@ def trainable(host: str, data: Sequence[str]) -> list[Path] | None:
     return [Path(os.path.realpath(os.path.expanduser(name))) for name in data]
 
 
+_LAST_PORT = 65535
+
+
 @contextmanager
 def opened(
     base: str = "tiny", *, device: str = "auto", host: str = HOST, port: int | None = PORT, runs: str = RUNS,
@@ -65,6 +68,10 @@ def opened(
     Raises ValueError for a base, a device, a folder or a port that cannot be had.
     """
     check_installed()
+    if port is not None and not 1 <= port <= _LAST_PORT:
+        raise ValueError(f"the port must be a number from 1 to {_LAST_PORT}, not {port}")
+    if os.path.exists(runs) and not os.path.isdir(runs):
+        raise ValueError(f"{runs} is a file: --runs takes a folder for trainings and pictures")
     folders = trainable(host, data)
     place = _private_folder()
     before = {name: os.environ.get(name) for name in (*_QUIET, "GRADIO_TEMP_DIR")}

@@ -201,7 +201,8 @@ def _refuse_unknown_maps(root: Path, pictures: Sequence[str], kind: str) -> None
 
 
 def _has_caption(root: Path, names: Iterable[str]) -> bool:
-    return any((root / name).with_suffix(suffix).is_file() for name in names for suffix in CAPTION_SUFFIXES)
+    places = ((root / name).with_suffix(suffix) for name in names for suffix in CAPTION_SUFFIXES)
+    return any(map(os.path.isfile, places))  # pathlib raises for a name that is too long
 
 
 def _stem(name: str) -> str:

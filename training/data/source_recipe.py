@@ -13,8 +13,11 @@ from controlkit.training.config_adapter import DataRecipe
 def recipe_of(source: str, kind: str, settings: Mapping[str, str], *, where: str) -> DataRecipe:
     """Return the recipe of a data set. ``where``: what is asked for, for messages.
 
+    ``settings``: keys of [data], with or without that word: ``bad`` or ``data.bad``, as a training has it.
+
     Raises ValueError, one line, for an unknown key or a wrong value.
     """
+    bare = {key.removeprefix("data."): text for key, text in settings.items()}
     table = {
         "task": "controlnet",
         "map": kind or "any",
@@ -22,7 +25,7 @@ def recipe_of(source: str, kind: str, settings: Mapping[str, str], *, where: str
         "steps": 100,
         "batch_size": 1,
         "learning_rate": 1e-4,
-        "data": {"source": source} | {key: _value(key, text) for key, text in settings.items()},
+        "data": {"source": source} | {key: _value(key, text) for key, text in bare.items()},
     }
     recipe = parse_recipe(table, where=where)
     assert isinstance(recipe, ControlNetRecipe)
