@@ -542,7 +542,7 @@ def test_normalised_latents_decode_to_the_same_picture():
         task="vae", out="x", steps=1, batch_size=1, learning_rate=1e-3, block_out_channels=(8, 8, 16, 16)
     )
     vae = _build(recipe).eval()
-    pictures = [load_world("train", 250).picture[i] for i in range(40)]
+    pictures = [load_world("train", 60).picture[i] for i in range(40)]
     x = images.picture_to_tensor(pictures[:4])
     with torch.no_grad():
         before, logvar = vae.encode(x).latent_dist.mean, vae.encode(x).latent_dist.logvar
