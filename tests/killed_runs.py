@@ -7,13 +7,14 @@ import os
 import signal
 import time
 import warnings
-from functools import cache
+from functools import cache, partial
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy as np
+import pytest
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["killed_preload"])
@@ -89,7 +90,17 @@ def recipe(folder: Path, pictures: Path, **changes: object) -> Path:
     return path
 
 
-def train(path: str, cache: str) -> None:
+def sample_in(steps: int, patch: pytest.MonkeyPatch) -> None:
+    """Show pictures, and score them, of so many denoising steps instead of 20 and 12: for runs whose pictures
+    are compared with each other, or with nothing.
+    """
+    from controlkit.training.reporting import showing
+
+    patch.setattr(showing, "generate", partial(showing.generate, steps=steps))
+    patch.setattr(showing, "_SCORED_STEPS", steps)
+
+
+def train(path: str, cache: str, sampled_in: int | None = None) -> None:
     """What the process does; the group is its own, so that a signal to it reaches nobody else."""
     os.setpgrp()
     os.environ |= {"CONTROLKIT_CACHE": cache, "HF_HUB_OFFLINE": "1"}
@@ -98,13 +109,15 @@ def train(path: str, cache: str) -> None:
     from controlkit.training import train_recipe
 
     torch.set_num_threads(1)
+    if sampled_in:
+        sample_in(sampled_in, pytest.MonkeyPatch())
     train_recipe(path)
 
 
-def start(path: Path, cache: Path) -> multiprocessing.process.BaseProcess:
-    """A process that trains by a recipe."""
+def start(path: Path, cache: Path, *, sampled_in: int | None = None) -> multiprocessing.process.BaseProcess:
+    """A process that trains by a recipe. ``sampled_in``: see `sample_in`; None: as users get them."""
     start_server()
-    process = CONTEXT.Process(target=train, args=(str(path), str(cache)))
+    process = CONTEXT.Process(target=train, args=(str(path), str(cache), sampled_in))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         process.start()

@@ -46,17 +46,18 @@ def same(folder: Path, other: Path) -> None:
         assert (folder / name).read_bytes() == (other / name).read_bytes(), name
 
 
-def until_finished(path: Path, cache: Path, *, after: int) -> None:
+def until_finished(path: Path, cache: Path, *, after: int, sampled_in: int | None = None) -> None:
     """Start the same command until it has come to its end, killing it at most `after` times."""
-    process = start(path, cache)
+    process = start(path, cache, sampled_in=sampled_in)
     process.join()
     assert process.exitcode == 0, after
 
 
 def test_a_run_killed_at_chance_moments_equals_the_uninterrupted_one(place):
     shorter = {"steps": 6, "sample_every": 6}  # pictures take most of the time
-    until_finished(recipe(place / "short", place / "pictures", **shorter), place / "cache", after=0)
-    killed, in_a_save = interrupted(place, "killed", kills=2, seed=1, **shorter)
+    short = recipe(place / "short", place / "pictures", **shorter)
+    until_finished(short, place / "cache", after=0, sampled_in=3)
+    killed, in_a_save = interrupted(place, "killed", kills=2, seed=1, sampled_in=3, **shorter)
     assert killed == 2
     same(place / "killed", place / "short")
     assert in_a_save >= 1
@@ -72,13 +73,15 @@ def test_a_run_killed_twenty_times_equals_the_uninterrupted_one(place):
     same(place / "killed-often", place / "long")
 
 
-def interrupted(place: Path, name: str, *, kills: int, seed: int, **changes) -> tuple[int, int]:
+def interrupted(
+    place: Path, name: str, *, kills: int, seed: int, sampled_in: int | None = None, **changes
+) -> tuple[int, int]:
     """A run killed so many times; returns how often it was, and how often in the middle of a save."""
     chance, folder = random.Random(seed), place / name
     path = recipe(folder, place / "pictures", **changes)
     killed = in_a_save = 0
     while killed < kills:
-        process = start(path, place / "cache")
+        process = start(path, place / "cache", sampled_in=sampled_in)
         if killed % 2:  # some in the middle of a save: as soon as a half-written checkpoint is there
             wait_for_half_written(folder / "checkpoints", process)
         else:
@@ -89,7 +92,7 @@ def interrupted(place: Path, name: str, *, kills: int, seed: int, **changes) -> 
         kill(process)
         killed += 1
         in_a_save += bool(list((folder / "checkpoints").glob(".*.tmp")))
-    until_finished(path, place / "cache", after=killed)
+    until_finished(path, place / "cache", after=killed, sampled_in=sampled_in)
     assert not list((folder / "checkpoints").glob(".*")), "what was half written is cleared away"
     return killed, in_a_save
 

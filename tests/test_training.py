@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 import controlkit
-from controlkit.training import train_recipe
+from controlkit.figures import render
+from controlkit.training import runs, train_recipe, world
 from controlkit.training.checkpoints import load_latest, save_checkpoint
 from controlkit.training.config import (
     TextRecipe,
@@ -24,6 +25,7 @@ from controlkit.training.config import (
     recipe_names,
     to_toml,
 )
+from controlkit.training.data import pairs
 from controlkit.training.draws import Draws
 from controlkit.training.going_on import as_begun
 from controlkit.training.optimizers import learning_rate
@@ -41,9 +43,12 @@ TEXT += (
 
 @pytest.fixture(scope="module", autouse=True)
 def world_cache(tmp_path_factory):
-    """Scenes are rendered once for this module, outside the user's cache."""
+    """Scenes are rendered once for this module, outside the user's cache, and not 250 where 60 are used."""
     patch = pytest.MonkeyPatch()
     patch.setenv("CONTROLKIT_CACHE", str(tmp_path_factory.mktemp("cache")))
+    patch.setattr(world, "CHUNK", 64)
+    for module in (runs, pairs):  # one chunk: a second one is rendered by a process of its own, in 250s
+        patch.setattr(module, "VALIDATION_SCENES", 64)
     yield
     patch.undo()
 
@@ -482,7 +487,7 @@ def test_cuda_without_cuda_is_said_before_anything_is_loaded(text_recipe):
 
 
 def test_the_tokenizer_takes_any_text_and_words_of_the_world_whole():
-    captions = load_world("train", 250).captions
+    captions = [render(number, size=16, split="train").caption for number in range(250)]
     tokenizer = build_tokenizer(captions)
     assert len(tokenizer.tokenize(captions[0])) == len(captions[0].split())
     for text in ("héllo 世界 42!", "مرحبا", "🙂 ok", "zürich"):
@@ -537,7 +542,7 @@ def test_normalised_latents_decode_to_the_same_picture():
         task="vae", out="x", steps=1, batch_size=1, learning_rate=1e-3, block_out_channels=(8, 8, 16, 16)
     )
     vae = _build(recipe).eval()
-    pictures = [load_world("train", 250).picture[i] for i in range(40)]
+    pictures = [load_world("train", 60).picture[i] for i in range(40)]
     x = images.picture_to_tensor(pictures[:4])
     with torch.no_grad():
         before, logvar = vae.encode(x).latent_dist.mean, vae.encode(x).latent_dist.logvar

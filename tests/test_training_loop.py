@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
-from killed_runs import prepared, recipe
+from killed_runs import prepared, recipe, sample_in
 from safetensors.torch import load_file
 
 from controlkit.adapters import MAPS, AdapterInfo, save_adapter
@@ -26,6 +26,7 @@ def place(tmp_path_factory):
     prepared(folder)
     patch = pytest.MonkeyPatch()
     patch.setenv("CONTROLKIT_CACHE", str(folder / "cache"))
+    sample_in(3, patch)  # what the pictures show is no matter here
     yield folder
     patch.undo()
 

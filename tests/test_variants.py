@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
-from killed_runs import recipe, write_pictures
+from killed_runs import recipe, sample_in, write_pictures
 from safetensors.torch import load_file, save_file
 
 from controlkit import union
@@ -39,6 +39,7 @@ def place(tmp_path_factory):
         tiny_models.build(folder / family, family)
     patch = pytest.MonkeyPatch()
     patch.setenv("CONTROLKIT_CACHE", str(folder / "cache"))
+    sample_in(3, patch)  # what the pictures show is no matter here
     yield folder
     patch.undo()
 
