@@ -5,6 +5,7 @@ Of a .safetensors file the header is read alone, but for one small tensor of an 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +35,7 @@ _WHERE: Mapping[str, str] = {
     names.SECOND_TEXT: names.SECOND_TEXT_PREFIX,
 }
 _REFINERS = "conditioner.embedders.0.model."
+_BYTES: Mapping[str, int] = {"F64": 8, "F16": 2, "BF16": 2, "F8_E4M3": 2, "F8_E5M2": 2}  # as written
 _IN_PROJECTION = "self_attn.in_proj."  # q, k and v, one above the other
 _UNKNOWN_TO_US: Mapping[str, str] = {  # keys by which ComfyUI, too, tells how such models were trained
     "edm_mean": "with EDM's noise (as Playground 2.5)",
@@ -64,13 +66,16 @@ class Checkpoint:
     known_by: str
 
     @property
-    def words(self) -> int:
-        """How many tokens its text encoders know."""
-        return int(self.configs[names.TEXT]["vocab_size"])
+    def size(self) -> int:
+        """In bytes, of the parts: a file may hold more, as averages of a training."""
+        return sum(math.prod(entry.shape) * _BYTES.get(entry.dtype, 4) for entry in self._own().values())
+
+    def _own(self) -> dict[str, Stored]:
+        return {key: self.weights.entries[key] for part in self.parts.values() for key in part}
 
     def summary(self) -> str:
         """What it is, in one line: its family, size and precision."""
-        own = {key: self.weights.entries[key] for part in self.parts.values() for key in part}
+        own = self._own()
         holes = " that fills holes" if self.configs[names.UNET]["in_channels"] == 9 else ""
         return (
             f"a whole Stable Diffusion ({FAMILY_TITLES[self.family]}){holes} in one file,"

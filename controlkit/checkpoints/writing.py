@@ -48,10 +48,10 @@ def write_folder(checkpoint: Checkpoint, folder: Path, *, dtype: torch.dtype | N
 def check_space(checkpoint: Checkpoint, folder: Path) -> None:
     """Raise ValueError where the disk is too small for a checkpoint's parts."""
     free = shutil.disk_usage(folder).free
-    if free < checkpoint.weights.size:
+    if free < checkpoint.size:
         raise ValueError(
             f"cannot write the parts of {checkpoint.path} to {folder}: they take"
-            f" {checkpoint.weights.size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
+            f" {checkpoint.size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
         )
 
 
