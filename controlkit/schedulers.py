@@ -105,9 +105,12 @@ def make_schedule(name: str, base: Base, *, steps: int, strength: float = 1.0) -
     the scheduler's spacing runs past the trained timesteps.
     """
     scheduler = make_scheduler(name, base)
+    most = scheduler.config.get("original_inference_steps")  # of lcm and tcd: those of the distillation
+    if most is not None and steps > most:
+        raise ValueError(f"scheduler {name!r} takes at most {most} steps, not {steps}")
     try:
         scheduler.set_timesteps(steps, device="cpu")
-    except (ValueError, IndexError) as error:  # lcm and tcd have their own limits
+    except (ValueError, IndexError) as error:  # limits of its own
         raise ValueError(f"scheduler {name!r} does not take {steps} steps: {_first_line(error)}") from error
     trained = scheduler.config.num_train_timesteps
     if float(scheduler.timesteps.max()) > trained - 1:  # "leading" spacing plus an offset of 1

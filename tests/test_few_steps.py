@@ -67,3 +67,10 @@ def test_schedulers_that_do_not_start_at_pure_noise_are_named(sd1: Base) -> None
     assert not any(list(doubts(name, sd1)) for name in SCHEDULERS)
     blind = replace(base, scheduler_config={**config, "prediction_type": "epsilon"})
     assert "its schedule ends in nothing else" in next(doubts("ddim", blind))
+
+
+@pytest.mark.parametrize("name", ["lcm", "tcd"])
+def test_more_steps_than_the_distillation_had_are_refused_in_plain_words(sd1: Base, name: str) -> None:
+    assert len(make_schedule(name, sd1, steps=50).timesteps) == 50
+    with pytest.raises(ValueError, match=f"scheduler '{name}' takes at most 50 steps, not 51"):
+        make_schedule(name, sd1, steps=51)
