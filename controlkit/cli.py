@@ -40,6 +40,10 @@ if TYPE_CHECKING:
     from controlkit.infotext import PictureRecord
     from controlkit.preprocess_job import Beside
 
+_MAY_BE_NONE = {  # numbers that may be taken away, and whether they are whole
+    **dict.fromkeys(("tile", "width", "height", "class_label"), True),
+    **dict.fromkeys(("temperature", "guidance", "hires"), False),
+}
 app = typer.Typer(
     cls=Commands,
     add_completion=False,
@@ -324,7 +328,7 @@ def preprocess(
     ] = False,
 ) -> None:
     """Extract the edges, the pose, the depth ... of pictures; of many, as a data set."""
-    from controlkit import arguments, preprocess_job
+    from controlkit import arguments, limits, preprocess_job
 
     paths, settings = arguments.split_settings(pictures)
     names = [name.strip() for name in kinds.split(",")]
@@ -334,8 +338,7 @@ def preprocess(
         raise ValueError("name a picture, a folder or a pattern")
     if output == "":
         raise ValueError("-o names nothing: give a .png for one map, else a folder")
-    if min(workers or 1, batch or 1) < 1 or 0 in (workers, batch):
-        raise ValueError("--workers and --batch must be at least 1")
+    limits.check_shares(workers, batch)
     if arguments.is_one_map(names, paths, output):
         _preprocess_one(names[0], paths[0], options[names[0]], output or "map.png", beside)
         return
@@ -387,12 +390,6 @@ def _tell_how_to_follow(kind: str, path: Path) -> None:
         prompt, base = "PROMPT", " --base sd15"
     print("follow it with:")
     print(f"  controlkit generate {prompt}{base} --map {shlex.quote(f'{kind}={path}')}")
-
-
-_MAY_BE_NONE = {  # numbers that may be taken away, and whether they are whole
-    **dict.fromkeys(("tile", "width", "height", "class_label"), True),
-    **dict.fromkeys(("temperature", "guidance", "hires"), False),
-}
 
 
 @app.command(epilog="Example:  controlkit draw pose.json -o pose.png --size 768x512 --mirror")

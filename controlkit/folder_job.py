@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from controlkit import preprocessors
+from controlkit import limits, preprocessors
 from controlkit.generate_job import Report
 from controlkit.map_folder import METADATA, SHEET, MapFolder
 from controlkit.map_pipeline import MapPipeline, Outcome
@@ -98,8 +98,7 @@ def plan(
     unknown kind or option, no picture, an output that cannot be written or would overwrite an input, maps
     from other settings in the output folder.
     """
-    if (workers is not None and workers < 1) or (batch is not None and batch < 1):
-        raise ValueError("--workers and --batch must be at least 1")
+    limits.check_shares(workers, batch)
     beside = beside or Beside()
     beside.check(tuple(kinds))
     place = Path(output)

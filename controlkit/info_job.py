@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from controlkit import naming, preprocessors
-from controlkit.checkpoints.kept import checkpoint_file
+from controlkit.checkpoints.kept import checkpoint_file, configs
 from controlkit.checkpoints.reading import SUFFIXES, Checkpoint, is_checkpoint, open_checkpoint
 from controlkit.families import ALIASES, BUNDLED, FAMILY_TITLES
 from controlkit.folders import read_json
@@ -135,9 +135,8 @@ def read_base(name: str) -> BaseStructure:
     """
     file = checkpoint_file(name)
     if file is not None:
-        checkpoint = open_checkpoint(file)
-        whole = {**_UNET_DEFAULTS, **checkpoint.configs["unet"]}
-        return BaseStructure(name, whole, checkpoint.prediction_type)
+        own, trained = configs(file)
+        return BaseStructure(name, {**_UNET_DEFAULTS, **own}, trained["prediction_type"])
     if name in _PUBLISHED:
         unet, prediction_type = _PUBLISHED[name]
         return BaseStructure(name, {**_UNET_DEFAULTS, **unet}, prediction_type)

@@ -13,8 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from controlkit.checkpoints.kept import checkpoint_file
-from controlkit.checkpoints.reading import open_checkpoint
+from controlkit.checkpoints.kept import checkpoint_file, configs
 from controlkit.families import ALIASES, BUNDLED, FAMILY_TITLES, family_of
 from controlkit.folders import read_json
 from controlkit.formats.description import MAPS as STANDARD_MAPS
@@ -247,7 +246,7 @@ def family_of_base(name: str) -> str:
         return _ALIAS_FAMILIES[name]
     file = checkpoint_file(name)
     if file is not None:
-        return open_checkpoint(file).family
+        return family_of(configs(file)[0])
     folder = Path(os.path.expanduser(str(BUNDLED.get(name, name))))
     config: str | Path | None = folder / "unet" / "config.json"
     if not os.path.isfile(str(config)):

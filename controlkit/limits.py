@@ -74,6 +74,12 @@ def check_temperature(temperature: float | None, scheduler: str) -> None:
         )
 
 
+def check_shares(workers: int | None, batch: int | None) -> None:
+    """Raise ValueError unless there is at least one thread and a picture at a time, where they are given."""
+    if any(number is not None and number < 1 for number in (workers, batch)):
+        raise ValueError("--workers and --batch must be at least 1")
+
+
 def check_strength(strength: float, name: str = "strength") -> None:
     """Raise ValueError unless the strength of a start from a picture is above 0 and at most 1."""
     if not 0 < strength <= 1:

@@ -413,7 +413,7 @@ def test_other_files_than_bases(tmp_path: Path, models: Path) -> None:
     lora = write(tmp_path / "lora.safetensors", {"lora_unet_x.lora_up.weight": torch.zeros(2, 2)})
     assert "it is a LoRA: give it as --lora FILE" in refusal(lora)
     unet = models / "sd1" / "unet" / "diffusion_pytorch_model.safetensors"
-    assert "the U-Net of one alone, in diffusers' names" in refusal(unet)
+    assert "the U-Net of a base alone, in diffusers' names" in refusal(unet)
     text = tmp_path / "notes.txt"
     text.write_text("notes")
     assert "this is a file; give the folder that holds the model, or one file of weights" in refusal(text)
@@ -424,6 +424,8 @@ def test_other_files_than_bases(tmp_path: Path, models: Path) -> None:
     ):
         (tmp_path / name).write_bytes(content)
         assert words in refusal(tmp_path / name)
+    torch.save([torch.zeros(2)], tmp_path / "list.ckpt")
+    assert "list.ckpt is no base: it holds a list" in refusal(tmp_path / "list.ckpt")
     with pytest.raises(ValueError, match="there is no such file"):
         load_base(str(tmp_path / "none.safetensors"))
 
@@ -645,7 +647,7 @@ def test_files_that_are_no_autoencoders(wholes: Callable[[str], Whole], tmp_path
     }
     adapter = models / "canny-sd1" / "diffusion_pytorch_model.safetensors"
     for file, words in (
-        (adapter, "is no autoencoder: it is unknown"),
+        (adapter, "is no autoencoder: it is a ControlNet: give it as --adapter"),
         (write(tmp_path / "a.safetensors", {**tensors, "decoder.x": torch.zeros(1)}), "which no autoencoder"),
         (
             write(tmp_path / "b.safetensors", {**tensors, "quant_conv.bias": torch.zeros(3)}),

@@ -5,12 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from controlkit.checkpoints import names, structure
-from controlkit.checkpoints.reading import check_suffix
-from controlkit.formats import near_misses
+from controlkit.checkpoints import names, reading, structure
+from controlkit.checkpoints.reading import check_suffix, what_else
 from controlkit.formats.structure import Shapes
 from controlkit.formats.weight_file import WeightFile, open_weights
-from controlkit.naming import first_of
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +48,7 @@ def load_autoencoder(file: Path, *, scaling_factor: float, dtype: torch.dtype) -
 
 def _opened(file: Path) -> WeightFile:
     check_suffix(file, "autoencoder")
-    return open_weights(file)
+    return open_weights(file, what="autoencoder")
 
 
 def _names(weights: WeightFile) -> dict[str, str]:
@@ -61,14 +59,8 @@ def _names(weights: WeightFile) -> dict[str, str]:
     if any(key.startswith(_DIFFUSERS) for key in own):
         return {key: _newer(key) for key in own}
     if not any(key.startswith(prefix + _ORIGINAL) for key in own):
-        what = near_misses.mistake_in(weights.entries) or f"unknown: it holds {first_of(keys)}"
-        raise ValueError(f"{weights.path} is no autoencoder: it is {what}")
-    name_of = names.namer(names.VAE, prefix, (key.removeprefix(prefix) for key in own))
-    named = {key: name_of(key.removeprefix(prefix)) for key in own}
-    strange = [key for key, name in named.items() if name is None]
-    if strange:
-        raise ValueError(f"{weights.path} holds {first_of(strange)}, which no autoencoder has")
-    return {key: name for key, name in named.items() if name}
+        raise ValueError(f"{weights.path} is no autoencoder: it is {what_else(weights)}")
+    return reading.named(weights, names.VAE, prefix, own)
 
 
 def _newer(key: str) -> str:

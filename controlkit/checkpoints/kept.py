@@ -12,11 +12,14 @@ import os
 import re
 import shutil
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from controlkit import files
 from controlkit.checkpoints.reading import Checkpoint, open_checkpoint
 from controlkit.families import BUNDLED
+from controlkit.folders import read_json
 
 _FOLDER = "bases"
 _VERSION = 1  # raise when a checkpoint's parts are written otherwise
@@ -34,6 +37,20 @@ def check_checkpoint(file: Path) -> None:
     """Raise `open_checkpoint`'s ValueError, unless the file's parts are at hand."""
     if not _place(file).is_dir():
         open_checkpoint(file)
+
+
+def configs(file: Path) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """The configurations of a checkpoint's U-Net and scheduler, without writing anything.
+
+    Raises ValueError as `open_checkpoint` does.
+    """
+    folder = _place(file)
+    if folder.is_dir():
+        return read_json(folder / "unet" / "config.json"), read_json(
+            folder / "scheduler" / "scheduler_config.json"
+        )
+    found = open_checkpoint(file).configs
+    return found["unet"], found["scheduler"]
 
 
 def kept_folder(file: Path) -> Path:

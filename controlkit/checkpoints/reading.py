@@ -6,7 +6,7 @@ Of a .safetensors file the header is read alone, but for one small tensor of an 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -112,10 +112,10 @@ def open_checkpoint(path: Path, weights: WeightFile | None = None) -> Checkpoint
     (and says what), lacks a part or a tensor, or was trained in a way that is not supported.
     """
     check_suffix(path, "base")
-    weights = weights or open_weights(path)
+    weights = weights or open_weights(path, what="base")
     keys = list(weights.entries)
     if not any(key.startswith(names.UNET_PREFIX) for key in keys):
-        raise ValueError(f"{path} is no base: it is {_what_else(weights)}")
+        raise ValueError(f"{path} is no base: it is {what_else(weights)}")
     parts = _parts(weights)
     shapes = {part: Shapes(_entries(weights, own), path) for part, own in parts.items()}
     family = _family(path, keys, shapes)
@@ -138,13 +138,15 @@ def check_suffix(path: Path, what: str) -> None:
         )
 
 
-def _what_else(weights: WeightFile) -> str:
-    """What a file is that is no checkpoint, in words."""
+def what_else(weights: WeightFile) -> str:
+    """What a file is that is not what it was taken for, in words."""
     try:
         adapter = recognise.recognise(weights.entries, weights.path)
     except ValueError:
         if any(key.startswith("up_blocks.") for key in weights.entries):
-            return "the U-Net of one alone, in diffusers' names: give the folder that holds all of its parts"
+            return (
+                "the U-Net of a base alone, in diffusers' names: give the folder that holds all of its parts"
+            )
         known = near_misses.mistake_in(weights.entries)
         return known or f"unknown: it holds {first_of(list(weights.entries))}"
     return f"{recognise.KINDS[adapter.kind]}: give it as --adapter KIND={weights.path}"
@@ -158,22 +160,30 @@ def _parts(weights: WeightFile) -> dict[str, dict[str, str]]:
             grouped.setdefault(place, []).append(key)
     parts: dict[str, dict[str, str]] = {}
     for (part, prefix), keys in grouped.items():
-        name_of = names.namer(part, prefix, (key.removeprefix(prefix) for key in keys))
-        named = {key: name_of(key.removeprefix(prefix)) for key in keys}
-        strange = [key for key, name in named.items() if name is None]
-        if strange:
-            bare = {key.removeprefix(prefix): weights.entries[key] for key in strange}
-            if part == names.UNET and (held := near_misses.transformer_in(bare)) is not None:
-                raise ValueError(f"{weights.path} is no base: it is {held}")
-            raise ValueError(
-                f"{weights.path} holds {first_of(strange)}, which no {_TITLES[part]} of SD1, SD2 or SDXL has"
-            )
         if part in parts:
             raise ValueError(f"{weights.path} holds its {_TITLES[part]} twice, under two names")
-        parts[part] = {key: name for key, name in named.items() if name}
+        parts[part] = named(weights, part, prefix, keys)
     if names.TEXT in parts and _is_open_clip(weights.entries):
         parts[names.TEXT] = _without_the_last_layer(parts[names.TEXT])
     return parts
+
+
+def named(weights: WeightFile, part: str, prefix: str, keys: Sequence[str]) -> dict[str, str]:
+    """A part's keys and their names there, without those that are not needed.
+
+    Raises ValueError for a key that the part does not have.
+    """
+    name_of = names.namer(part, prefix, (key.removeprefix(prefix) for key in keys))
+    found = {key: name_of(key.removeprefix(prefix)) for key in keys}
+    strange = [key for key, name in found.items() if name is None]
+    if strange:
+        bare = {key.removeprefix(prefix): weights.entries[key] for key in strange}
+        if part == names.UNET and (held := near_misses.transformer_in(bare)) is not None:
+            raise ValueError(f"{weights.path} is no base: it is {held}")
+        raise ValueError(
+            f"{weights.path} holds {first_of(strange)}, which no {_TITLES[part]} of SD1, SD2 or SDXL has"
+        )
+    return {key: name for key, name in found.items() if name}
 
 
 def _without_the_last_layer(part: Mapping[str, str]) -> dict[str, str]:

@@ -55,7 +55,7 @@ def _cached() -> Path | None:
 
 
 def _fetched(checkpoint: Path) -> Path:
-    """The folder of the words, fetched from the hub: 1.6 megabytes. Raises ValueError."""
+    """The folder of the words, fetched from the hub. Raises ValueError."""
     hint = f"name that folder {checkpoint.parent / _BESIDE}"
     vocabulary, _ = (find_file(_SMALLEST, name, hint=hint) for name in _FILES)
     return vocabulary.parent

@@ -83,14 +83,14 @@ class WeightFile:
         check_hash(self.path, self.metadata)
 
 
-def open_weights(path: Path, *more: Path) -> WeightFile:
-    """Open a weight file, or several that hold the parts of one model.
+def open_weights(path: Path, *more: Path, what: str = "adapter") -> WeightFile:
+    """Open a weight file, or several that hold the parts of one model; ``what`` it should be, for messages.
 
     Raises ValueError, naming the file, with what it is instead: missing, empty, cut short, a Git LFS pointer,
     a web page, GGUF, a pickle of more than tensors, or without any tensor.
     """
     if more:
-        shards = [open_weights(shard) for shard in (path, *more)]
+        shards = [open_weights(shard, what=what) for shard in (path, *more)]
         entries = {key: entry for shard in shards for key, entry in shard.entries.items()}
         return WeightFile(path, entries, _shards=shards)
     if not path.is_file():
@@ -102,7 +102,7 @@ def open_weights(path: Path, *more: Path) -> WeightFile:
         raise ValueError(f"cannot read {path}: {error.strerror}") from error
     refuse_impostor(path, start)
     if _is_pickle(start):
-        state = _flat(_unwrapped(read_state(path, what="adapter", pickled=True)))
+        state = _flat(_unwrapped(read_state(path, what=what, pickled=True)))
         entries = {key: _stored(path, key, tensor) for key, tensor in state.items()}
         opened = WeightFile(path, entries, _state=state)
     else:
