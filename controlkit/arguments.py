@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from controlkit.files import at_home
 from controlkit.naming import unknown
 from controlkit.picture_files import SUFFIXES
 from controlkit.rules import check_rule
@@ -63,7 +64,7 @@ def parse_control(text: str, *, is_map: bool) -> ControlArgument:
             raise ValueError("scale is given twice")
         if not path:
             raise ValueError("it names no picture: KIND=PICTURE or KIND=PICTURE:SCALE")
-        found = ControlArgument(kind.strip(), path, **{"scale": scale, **settings}, is_map=is_map)
+        found = ControlArgument(kind.strip(), at_home(path), **{"scale": scale, **settings}, is_map=is_map)
         check_rule(found.scale, found.start, found.end, found.gate, found.mode, found.layers)
     except ValueError as error:
         raise ValueError(f"{option} {text!r}: {error}") from None
@@ -108,7 +109,7 @@ def _layers(text: str) -> str | tuple[float, ...]:
 def _file(text: str) -> str:
     if not text:
         raise ValueError
-    return text
+    return at_home(text)
 
 
 def _yes(text: str) -> bool:
@@ -224,7 +225,7 @@ def parse_picture_prompt(text: str) -> tuple[str, tuple[str, ...], float]:
         raise ValueError(
             f"--ip-adapter {text!r} must be FILE=PICTURE or FILE=PICTURE:SCALE, as a.safetensors=b.jpg:0.6"
         )
-    return source, pictures, scale
+    return source, tuple(map(at_home, pictures)), scale
 
 
 def parse_word(text: str) -> tuple[str, str]:

@@ -22,6 +22,14 @@ PathLike = str | os.PathLike[str]
 _FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
 
 
+def at_home(path: str) -> str:
+    """``path`` with its leading ``~`` read as a shell does, which leaves it alone inside a word: kind=~/a.jpg.
+
+    A file that is called so, and the home of an unknown user, stay as they are written.
+    """
+    return path if os.path.exists(path) else os.path.expanduser(path)
+
+
 def write_bytes(path: PathLike, data: bytes, *, durable: bool = True) -> None:
     """Write ``data`` to ``path`` atomically: afterwards the file is the old one or the new one, never a part.
 

@@ -15,9 +15,10 @@ from outcomes import Run
 
 import controlkit
 from controlkit import base_parts, generate_job, infotext
-from controlkit.arguments import parse_control
+from controlkit.arguments import parse_control, parse_picture_prompt
 from controlkit.images import load_picture, read_png_text, write_png
 from controlkit.preprocessors import draw_poses, read_poses
+from controlkit.training.config import load_recipe
 
 
 def test_generate_writes_a_picture_that_says_how_it_was_made(
@@ -224,6 +225,21 @@ def _folder(path: Path) -> Path:
 def test_the_scale_is_what_reads_as_a_number(text: str, path: str, scale: float) -> None:
     argument = parse_control(text, is_map=False)
     assert (argument.kind, argument.path, argument.scale) == ("canny", path, scale)
+
+
+def test_a_home_is_found_inside_a_word_where_no_shell_looks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    home = tmp_path / "home"
+    found = parse_control("canny=~/a.png:0.5:mask=~/m.png", is_map=True)
+    assert (found.path, found.scale, found.mask) == (str(home / "a.png"), 0.5, str(home / "m.png"))
+    assert parse_picture_prompt("a.safetensors=~/a.png,b.png:0.6")[1] == (str(home / "a.png"), "b.png")
+    Path("~").mkdir()
+    Path("~/a.png").touch()
+    assert parse_control("canny=~/a.png", is_map=True).path == "~/a.png", "a file that is called so"
+    assert load_recipe("tiny-canny", ["out=~/runs/a"]).out == str(home / "runs" / "a")
 
 
 def test_a_file_may_end_like_a_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt
+
+from controlkit.files import at_home
 
 Rate = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Factor = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -26,7 +28,7 @@ class Recipe(Table):
     """What every training shares."""
 
     task: str
-    out: Annotated[str, Field(min_length=1)]
+    out: Annotated[str, Field(min_length=1), AfterValidator(at_home)]
     """Run folder: config.toml, metrics.jsonl, checkpoints/, samples/ and the result."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 1
     """Decides initial weights, the order of the data, noise, timesteps and dropout."""
