@@ -23,7 +23,7 @@ _FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
 
 
 def at_home(path: str) -> str:
-    """``path`` with its leading ``~`` read as a shell does, which leaves it alone inside a word: kind=~/a.jpg.
+    """``path`` with its leading ``~`` read as a shell does, which does not within a word: kind=~/a.jpg.
 
     A file that is called so, and the home of an unknown user, stay as they are written.
     """
