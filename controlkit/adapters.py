@@ -8,7 +8,6 @@ for and how it was trained (``formats/description.py``).
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from controlkit import files, known_adapters
+from controlkit import files, known_adapters, notices
 from controlkit.base import BUNDLED as BUNDLED_BASES
 from controlkit.base import Base
 from controlkit.class_labels import check_labels_fit
@@ -89,7 +88,7 @@ def load_adapter(
     """
     info, controlnet = _load(name_or_path, base, dtype=dtype or base.dtype)
     if info.prediction_type not in ("", base.prediction_type):
-        warnings.warn(
+        notices.warn(
             f"adapter {name_or_path} was trained for {info.prediction_type} and the base {base.name} predicts"
             f" {base.prediction_type}: it may follow its map less well",
             stacklevel=2,

@@ -7,7 +7,6 @@ Its parts are loaded by ``base_parts.py``; the pair's forward pass (``controlnet
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from controlkit import latent_scale
+from controlkit import latent_scale, notices
 from controlkit.base_parts import ALIASES as ALIASES
 from controlkit.base_parts import BUNDLED as BUNDLED
 from controlkit.base_parts import FAMILY_TITLES as FAMILY_TITLES
@@ -223,7 +222,7 @@ class Base:
         read = tokenizer(prompt, verbose=False).input_ids
         ids = [one for word in with_all_vectors(read, self.words, tokenizer) for one in word]
         if len(ids) > length:
-            warnings.warn(f"the prompt has more than {length} tokens; the rest is ignored", stacklevel=5)
+            notices.warn(f"the prompt has more than {length} tokens; the rest is ignored", stacklevel=5)
             ids = [*ids[: length - 1], ids[-1]]  # the end stays
         filling = length - len(ids)
         return {

@@ -8,7 +8,6 @@ on as before, with a warning.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from controlkit import notices
 from controlkit.applying import EAGER, Networks, Rows
 from controlkit.predicting import Predictor
 from controlkit.recording import CudaRecorder, Recorder, apart
@@ -133,7 +133,7 @@ class Replayed:
         if reason:
             runner.recorder = None
             recordings.clear()
-            warnings.warn(f"no CUDA graph: {reason}", stacklevel=2)
+            notices.warn(f"no CUDA graph: {reason}", stacklevel=2)
         return model_pred
 
 

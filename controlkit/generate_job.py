@@ -7,7 +7,6 @@ models' names, loads them, extracts the maps, generates and writes. The torch-ba
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from controlkit import generate_notes, images, infotext, known_adapters, naming, preprocessors
+from controlkit import generate_notes, images, infotext, known_adapters, naming, notices, preprocessors
 from controlkit.generate_models import Models
 from controlkit.generate_plan import INPAINT, Beginning, Plan, Source, adapted, versions
 from controlkit.generate_plan import plan as plan
@@ -131,14 +130,14 @@ class Session:
         """Warn of what is not as it was asked for, now that the device and the size are known."""
         options, device = self.job.options, self.base.device
         if options.cuda_graph and options.device == "auto" and device.type != "cuda":
-            warnings.warn(f"--cuda-graph has no effect on the device {device}", stacklevel=2)
+            notices.warn(f"--cuda-graph has no effect on the device {device}", stacklevel=2)
         prompts = (self.first.prompt, self.first.negative_prompt or "")
         for line in (*generate_notes.of_words(self._taught, prompts), *self._cut()):
-            warnings.warn(line, stacklevel=2)
+            notices.warn(line, stacklevel=2)
         beginning = self.job.beginning
         scaled = None if beginning is None else beginning.scaled(self.first.width, self.first.height)
         if scaled is not None:
-            warnings.warn(scaled, stacklevel=2)
+            notices.warn(scaled, stacklevel=2)
 
     def _cut(self) -> Iterator[str]:
         """Of which pictures and maps more than a little lies outside what is generated."""
@@ -205,7 +204,7 @@ class Session:
         for line in doubts(first.scheduler, self.base):
             if line not in self._doubted:
                 self._doubted.add(line)
-                warnings.warn(line, stacklevel=2)
+                notices.warn(line, stacklevel=2)
         second = self._second_stage(first, options)
 
         def hand_over(k: int, picture: np.ndarray) -> None:
@@ -361,7 +360,7 @@ def extractor_options(kind: str, *, bundled: bool, device: str = "cpu") -> dict[
 def warn_if_black(image: np.ndarray, name: str) -> None:
     """Warn of a map that tells a network nothing: no edge, nobody, or one depth everywhere."""
     if not image.any():
-        warnings.warn(f"{name} is black: nothing was found that a picture could follow", stacklevel=2)
+        notices.warn(f"{name} is black: nothing was found that a picture could follow", stacklevel=2)
 
 
 def _decided(job: Plan, base: Base) -> tuple[PictureRecord, list[Source]]:
@@ -414,7 +413,7 @@ def _adapters(
         learned = loaded[record.adapter].info.map.kind
         followed = {known_adapters.same_kind(kind) for kind in learned.split(" + ")}
         if learned and known_adapters.same_kind(record.kind) not in followed:
-            warnings.warn(
+            notices.warn(
                 f"adapter {record.adapter} learned to follow {learned} maps, not {record.kind}", stacklevel=2
             )
     return [loaded[source.record.adapter] for source in sources]

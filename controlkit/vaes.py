@@ -9,12 +9,12 @@ that is.
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from controlkit import notices
 from controlkit.checkpoints.autoencoder import check_file, load_autoencoder
 from controlkit.folders import load_part, read_json, weight_files
 from controlkit.hub import check_exists, find_folder
@@ -132,7 +132,7 @@ def _check_fits(vae: Any, base: Base, folder: Path) -> None:
                 " the autoencoder belongs to another family"
             )
     if _class(vae) == _class(base.vae) and scale != own.scaling_factor:
-        warnings.warn(
+        notices.warn(
             f"the autoencoder {folder} scales latents by {scale}, and that of the base {base.name} by"
             f" {own.scaling_factor}: it may belong to another family",
             stacklevel=3,

@@ -40,7 +40,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),  # its server's event loops are never closed
 ]
 STEPS = 4
-NO_SLOT = (False, 1.0, 0.0, 1.0, "balanced", "")
 
 
 class Page(NamedTuple):
@@ -86,11 +85,30 @@ def draw(
     return client.predict(kind, is_map, low, 200.0, "", "", handle_file(str(photo)), api_name=name)
 
 
-def make(client: Client, *, prompt: str = "a red figure", seed: str = "3", count: int = 1, steps: int = STEPS,
-         slot: tuple[Any, ...] = (True, 0.8, 0.0, 1.0, "balanced", "")) -> Any:  # fmt: skip
+def slot(*, on: bool = True, scale: Any = 1.0, start: Any = 0.0, end: Any = 1.0, mode: str = "balanced",
+         kind: str = "canny", is_map: bool = False, low: Any = 100.0, high: Any = 200.0,
+         pose: Any = None) -> tuple[Any, ...]:  # fmt: skip
+    """The values of a control."""
+    return (on, scale, start, end, mode, "", kind, is_map, low, high, pose)
+
+
+NO_SLOT = (*slot(on=False), None)  # the second and the third have pictures of their own
+
+
+def values(
+    photo: Path | None, *, prompt: str = "a red figure", negative: str = "", seed: str = "3", count: Any = 1,
+    steps: Any = STEPS, guidance: str = "", width: str = "",
+    first: tuple[Any, ...] = slot(scale=0.8), second: tuple[Any, ...] = NO_SLOT,
+) -> list[Any]:  # fmt: skip
+    """The values of the page."""
+    file = None if photo is None else handle_file(str(photo))
+    settings = [prompt, negative, seed, count, steps, guidance, "ddim", width, "", file]
+    return [*settings, *first, *second, *NO_SLOT]
+
+
+def make(client: Client, photo: Path | None, **named: Any) -> Any:
     """What the page shows of a generation."""
-    values = [prompt, "", seed, count, steps, "", "ddim", "", "", *slot, *NO_SLOT, *NO_SLOT]
-    return client.predict(*values, api_name="/generate")
+    return client.predict(*values(photo, **named), api_name="/generate")
 
 
 def picture_of(shown: Any) -> Path:
@@ -114,7 +132,7 @@ def test_the_way_from_a_photo_to_a_picture(page: Page, client: Client) -> None:
     shown = draw(client, page.photo, low=60.0)
     edges = get("canny", low=60.0, high=200.0)(load_picture(page.photo)).image
     np.testing.assert_array_equal(load_picture(shown[0]["value"]), edges)
-    made = picture_of(make(client, slot=(True, 0.8, 0.0, 0.9, "unbalanced", "")))
+    made = picture_of(make(client, page.photo, first=slot(scale=0.8, end=0.9, mode="unbalanced", low=60.0)))
     base = load_base("tiny")
     from controlkit.adapters import load_adapter
 
@@ -127,9 +145,8 @@ def test_the_way_from_a_photo_to_a_picture(page: Page, client: Client) -> None:
 
 
 def test_the_command_and_the_script_make_the_same_picture(page: Page, client: Client, run: Run) -> None:
-    draw(client, page.photo)
     prompt = "a 'red' figure, $HOME \"quoted\"; #1"
-    shown = make(client, prompt=prompt)
+    shown = make(client, page.photo, prompt=prompt)
     made = picture_of(shown)
     command, script = (
         text for text in shown if isinstance(text, str) and text.startswith(("controlkit", "import"))
@@ -166,10 +183,89 @@ def test_joints_are_found_moved_and_drawn(page: Page, client: Client) -> None:
     numbers = after["people"][0]["pose_keypoints_2d"]
     assert numbers[3 * wrist : 3 * wrist + 2] == [20.0, 30.0]
     assert moved["value"]["map"] != value["map"]
-    record = infotext.parse(read_png_text(picture_of(make(client))), source="it")
+    shown = make(client, page.photo, first=slot(kind="openpose"))
+    record = infotext.parse(read_png_text(picture_of(shown)), source="it")
     drawn = load_picture(record.controls[0].path)
     assert record.controls[0].kind == "openpose"
     assert drawn[30, 20].any(), "the wrist is not where it was moved to"
+
+
+def map_of(shown: Any) -> tuple[str, np.ndarray]:
+    """The kind and the map that a generation followed."""
+    record = infotext.parse(read_png_text(picture_of(shown)), source="it")
+    return record.controls[0].kind, load_picture(record.controls[0].path)
+
+
+def test_a_picture_follows_the_map_of_the_photo_kind_and_size_that_are_asked_for(
+    page: Page, client: Client, tmp_path: Path
+) -> None:
+    """Whatever map was drawn last: a person generates before the new one is shown."""
+    draw(client, page.photo)
+    write_png(tmp_path / "other.png", render(5).picture)
+    other = load_picture(tmp_path / "other.png")
+    kind, followed = map_of(make(client, tmp_path / "other.png"))
+    np.testing.assert_array_equal(followed, get("canny")(other).image)
+    kind, followed = map_of(make(client, tmp_path / "other.png", first=slot(kind="depth")))
+    assert kind == "depth"
+    np.testing.assert_array_equal(followed, get("depth", model="tiny")(other).image)
+    _, followed = map_of(make(client, page.photo, width="64"))
+    assert followed.shape[1] == 64
+
+
+def test_joints_that_were_moved_stay_while_their_photo_does(page: Page, client: Client) -> None:
+    value = draw(client, page.photo, "openpose")[1]["value"]
+    wrist = next(j for j in (4, 7, 13) if value["people"][0][j][2] > 0)
+    value["people"][0][wrist][:2] = [20.0, 30.0]
+    client.predict(value, api_name="/pose")
+    shown = client.predict(
+        "openpose", False, 100, 200, str(value["width"]), "", handle_file(str(page.photo)), api_name="/map"
+    )
+    assert "people" not in str(shown[:5]), "the size is as before, and the pose is found anew"
+    draw(client, page.photo, "canny")
+    again = client.predict("openpose", False, 1, 2, "", "", handle_file(str(page.photo)), api_name="/map")
+    assert again[1]["value"]["people"][0][wrist][:2] == [20.0, 30.0]
+    assert again[1]["value"]["found"][0][wrist][:2] != [20.0, 30.0]
+    _, drawn = map_of(make(client, page.photo, first=slot(kind="openpose")))
+    assert drawn[30, 20].any()
+
+
+def test_a_joint_that_was_moved_this_moment_is_followed(page: Page, client: Client) -> None:
+    value = draw(client, page.photo, "openpose")[1]["value"]
+    wrist = next(j for j in (4, 7, 13) if value["people"][0][j][2] > 0)
+    value["people"][0][wrist][:2] = [20.0, 30.0]
+    _, drawn = map_of(make(client, page.photo, first=slot(kind="openpose", pose=value)))
+    assert drawn[30, 20].any()
+    _, of_another = map_of(make(client, page.photo, first=slot(kind="openpose", pose={**value, "of": "it"})))
+    assert not of_another[30, 20].any(), "the joints of another photo are followed"
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"prompt": "a (red:1.4) figure"}, "is read as text"),
+        ({"prompt": "a red figure " * 40}, "more than 77 tokens"),
+        ({"negative": "blurry", "guidance": "1"}, "The negative prompt has no effect"),
+        ({"first": slot(start=0.51, end=0.52)}, "control has no effect"),
+        ({"first": slot(scale=0)}, "No map guided this"),
+        ({"first": slot(on=True, kind="canny", is_map=True)}, None),  # it is told beneath the map
+    ],
+)
+def test_what_is_to_be_known_of_a_picture_is_told(
+    page: Page, client: Client, change: dict[str, Any], told: str | None
+) -> None:
+    for _ in range(2):  # each time, not once in a process
+        status = make(client, page.photo, **change)[0]
+        assert "1 picture made" in status
+        assert (told in status) if told else ("notes" not in status)
+        assert "--" not in status.replace("--prompt-syntax", "")
+        assert str(page.runs) not in status
+
+
+def test_without_a_photo_no_map_guides_and_that_is_said(page: Page, client: Client) -> None:
+    draw(client, page.photo)
+    shown = make(client, None)
+    assert "No map guided this" in shown[0]
+    assert infotext.parse(read_png_text(picture_of(shown)), source="it").controls == ()
 
 
 def test_nobody_in_the_picture_is_said(client: Client, tmp_path: Path) -> None:
@@ -187,19 +283,26 @@ def test_a_wrong_map_is_explained(page: Page, client: Client) -> None:
     [(b"this is text", "not a picture"), (b"", "empty"), (b"\x89PNG\r\n\x1a\n" + b"\0" * 40, "picture")],
     ids=["text", "nothing", "the start of a PNG"],
 )
-def test_a_broken_file_is_a_line(client: Client, tmp_path: Path, data: bytes, message: str) -> None:
+def test_a_broken_file_is_a_line_and_no_map(
+    page: Page, client: Client, tmp_path: Path, data: bytes, message: str
+) -> None:
+    draw(client, page.photo)
     (tmp_path / "broken.png").write_bytes(data)
+    view, *_, told = draw(client, tmp_path / "broken.png")[:4]
+    assert view["value"] is None, "the map of another photo is still shown"
+    assert told["visible"]
     with pytest.raises(AppError) as refused:
-        draw(client, tmp_path / "broken.png")
-    assert message in str(refused.value)
-    assert "/" not in str(refused.value).replace("and/or", ""), "it names a folder of the machine"
-    assert "Traceback" not in str(refused.value)
+        make(client, tmp_path / "broken.png")
+    for line in (told["value"], str(refused.value)):
+        assert line.startswith("broken.png")
+        assert message in line
+        assert "/" not in line.replace("and/or", ""), "it names a folder of the machine"
+        assert "Traceback" not in line
 
 
 def test_a_picture_of_too_many_pixels_is_refused_by_its_header(client: Client, tmp_path: Path) -> None:
     write_png(tmp_path / "huge.png", np.zeros((6400, 6400, 3), np.uint8))
-    with pytest.raises(AppError, match="at most 40,000,000 pixels"):
-        draw(client, tmp_path / "huge.png")
+    assert "at most 40,000,000 pixels" in str(draw(client, tmp_path / "huge.png"))
 
 
 def test_an_upload_of_too_many_bytes_is_refused(client: Client, tmp_path: Path) -> None:
@@ -211,14 +314,26 @@ def test_an_upload_of_too_many_bytes_is_refused(client: Client, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"seed": "seven"}, "the seed must be a whole number"),
+        ({"seed": "seven"}, "Seed must be a whole number"),
         ({"seed": "-1"}, "seed must be a whole number from 0"),
         ({"count": 16, "seed": str(2**63 - 1)}, "seed"),
+        ({"count": None}, "Pictures: a number from 1 to 16, not nothing"),
+        ({"count": 1.5}, "Pictures: a whole number from 1 to 16, not 1.5"),
+        ({"count": 17}, "Pictures: a number from 1 to 16, not 17"),
+        ({"steps": None}, "Steps: a number from 1 to 100, not nothing"),
+        ({"steps": "many"}, "Steps: a number from 1 to 100, not many"),
+        ({"guidance": "full"}, "Guidance must be a number"),
+        ({"width": "77"}, "must be a multiple of 8"),
+        ({"first": slot(scale=None)}, "Strength: a number from 0 to 2, not nothing"),
+        ({"first": slot(start=0.6, end=0.4)}, "From is 0.6 and Until is 0.4: it has to begin before it ends"),
+        ({"first": slot(low=None)}, "Weak edges from: a number from 0 to 600, not nothing"),
+        ({"first": slot(high=9999)}, "Strong edges from: a number from 0 to 600, not 9999"),
+        ({"second": (*slot(scale=3), None)}, "Strength of map 2: a number from 0 to 2, not 3"),
     ],
 )
-def test_a_wrong_number_is_a_line(client: Client, change: dict[str, Any], message: str) -> None:
-    with pytest.raises(AppError, match=f"(?i){message}"):
-        make(client, slot=NO_SLOT, **change)
+def test_a_wrong_number_is_a_line(page: Page, client: Client, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(AppError, match=message):
+        make(client, page.photo, **change)
 
 
 def test_no_file_of_the_machine_is_served(page: Page, client: Client, tmp_path: Path) -> None:
@@ -265,8 +380,8 @@ def test_two_at_once_are_served_in_turn(page: Page) -> None:
     clients = [Client(page.address, verbose=False) for _ in range(2)]
     jobs = []
     for number, one in enumerate(clients):
-        values = ["a cube", "", str(number), 2, 12, "", "ddim", "", "", *NO_SLOT, *NO_SLOT, *NO_SLOT]
-        jobs.append(one.submit(*values, api_name="/generate"))
+        asked = values(None, prompt="a cube", seed=str(number), count=2, steps=12)
+        jobs.append(one.submit(*asked, api_name="/generate"))
     ranks = set()
     while not all(job.done() for job in jobs):
         ranks |= {job.status().rank for job in jobs if job.status().rank is not None}
@@ -280,8 +395,8 @@ def test_two_at_once_are_served_in_turn(page: Page) -> None:
 
 
 def test_cancelling_keeps_what_is_finished(page: Page, client: Client) -> None:
-    values = ["a cube", "", "5", 8, 20, "", "ddim", "", "", *NO_SLOT, *NO_SLOT, *NO_SLOT]
-    job = client.submit(*values, api_name="/generate")
+    asked = values(None, prompt="a cube", seed="5", count=8, steps=20)
+    job = client.submit(*asked, api_name="/generate")
     while not any("picture-seed" in str(output) for output in job.outputs()):
         assert not job.done()
         time.sleep(0.05)
@@ -295,10 +410,11 @@ def test_cancelling_keeps_what_is_finished(page: Page, client: Client) -> None:
 def test_a_training_that_cannot_be_begun_is_a_line(page: Page, client: Client) -> None:
     with pytest.raises(AppError, match="is not a folder"):
         client.predict("A folder", "/no/such/folder", "tiny-canny", 20, "none", api_name="/train")
-    with pytest.raises(AppError, match="letters, digits"):
+    with pytest.raises(AppError, match="1 to 64 letters, digits"):
         client.predict("The bundled world", "", "tiny-canny", 20, "../outside", api_name="/train")
-    with pytest.raises(AppError, match="minimum"):
-        client.predict("The bundled world", "", "tiny-canny", -3, "none", api_name="/train")
+    for steps in (-3, None, 12.7):
+        with pytest.raises(AppError, match=r"Steps: a .*number from 1 to"):
+            client.predict("The bundled world", "", "tiny-canny", steps, "none", api_name="/train")
     assert not list(page.runs.glob("*none*"))
 
 

@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,12 +16,13 @@ import pytest
 pytest.importorskip("gradio", reason="the studio page needs the extra ui")
 
 import gradio
+import numpy as np
 from outcomes import Run
 
 from controlkit import adapters, generate_models, infotext
-from controlkit.studio import asked, gallery, making, run_folders, server
+from controlkit.studio import asked, gallery, making, run_folders, run_view, server, wording
 from controlkit.studio import page as studio_page
-from controlkit.studio.engine import Engine
+from controlkit.studio.engine import Engine, Stopped
 from controlkit.studio.uploads import Shown
 
 # gradio (6.31) and what it is built on use what Starlette is about to drop.
@@ -135,13 +137,23 @@ def finished(runs: Path, name: str) -> Path:
     return runs / name
 
 
-def test_a_page_that_is_loaded_knows_the_adapters_that_were_trained(built: Any, runs: Path) -> None:
-    result = finished(runs, "mine") / "controlnet"
+def test_a_page_that_is_loaded_knows_the_adapters_of_each_kind(built: Any, runs: Path) -> None:
+    result = str(finished(runs, "mine") / "controlnet")
+    several = finished(runs, "several")
+    (several / "config.toml").write_text(
+        'task = "controlnet"\nadapter = "controlnet-union"\nbase = "tiny"\nmap = "several"\n'
+        '[data]\nmap_column = ["canny", "depth"]\n'
+    )
     loads = [one for one in built.fns.values() if (built._id, "load") in one.targets]
-    (listed,) = [one for one in loads if {getattr(out, "label", "") for out in one.outputs} == {"Adapter"}]
-    updates = listed.fn()
-    assert len(updates) == len(listed.outputs) == 3
-    assert all(("mine (canny)", str(result)) in update["choices"] for update in updates)
+    listed = [one for one in loads if {getattr(out, "label", "") for out in one.outputs} == {"Adapter"}]
+    assert len(listed) == 3
+    choices = {kind: listed[0].fn(kind, result) for kind in ("canny", "depth", "openpose")}
+    names = {kind: sorted(name for name, _ in update["choices"][1:]) for kind, update in choices.items()}
+    assert names == {"canny": ["mine", "several"], "depth": ["several"], "openpose": []}
+    assert [update["value"] for update in choices.values()] == [result, "", ""]
+    use = listener(built, "_use")
+    for shown, wanted in (("canny", "canny"), ("depth", "depth"), ("openpose", "canny")):
+        assert use("several", shown)[1]["value"] == wanted
 
 
 def test_an_error_while_making_is_logged_once(
@@ -156,6 +168,7 @@ def test_an_error_while_making_is_logged_once(
     assert "Something went wrong inside (RuntimeError)" in next(steps)[0]
     with pytest.raises(gradio.Error, match="RuntimeError"):
         next(steps)
+    assert not made.turns.wanted("one")
     assert [record.exc_info[1].args for record in caplog.records if record.exc_info] == [
         ("something of ours",)
     ]
@@ -170,7 +183,7 @@ def test_two_maps_of_one_kind_are_both_told() -> None:
         controls=controls, guidance=1.0, width=64, height=64, device="cpu", dtype="float32", versions={},
     )  # fmt: skip
     told = gallery.about(record)
-    assert told.count("<dt>canny</dt>") == 2
+    assert told.count("<dt>Edges</dt>") == 2
     assert "<dd>0.5</dd>" in told
     assert "<dd>0.75</dd>" in told
 
@@ -296,7 +309,7 @@ def test_a_run_that_disappears_is_left_out(tmp_path: Path, monkeypatch: pytest.M
 
 def listener(built: Any, name: str) -> Any:
     """The function of the page that is called so; the first, where several are."""
-    return next(one.fn for one in built.fns.values() if one.fn is not None and one.fn.__name__ == name)
+    return next(one.fn for one in built.fns.values() if getattr(one.fn, "__name__", "") == name)
 
 
 def test_where_the_last_run_was_deleted_nothing_of_it_stays(built: Any) -> None:
@@ -308,10 +321,14 @@ def test_where_the_last_run_was_deleted_nothing_of_it_stays(built: Any) -> None:
 
 def test_only_a_finished_adapter_is_taken_to_the_first_tab(built: Any, runs: Path) -> None:
     folder = finished(runs, "mine")
-    assert listener(built, "_use")("mine")[2]["value"] == str(folder / "controlnet")
+    assert listener(built, "_use")("mine", "depth")[1:] == [
+        gradio.update(value="canny"),
+        gradio.update(choices=[("the base's own", ""), ("mine", str(folder / "controlnet"))],
+                      value=str(folder / "controlnet")),
+    ]  # fmt: skip
     (folder / "controlnet").rmdir()
-    with pytest.raises(gradio.Error, match="The run mine is failed"):
-        listener(built, "_use")("mine")
+    with pytest.raises(gradio.Error, match="The run mine is stopped"):
+        listener(built, "_use")("mine", "depth")
 
 
 def test_a_session_keeps_no_photo_of_millions_of_pixels(
@@ -319,7 +336,7 @@ def test_a_session_keeps_no_photo_of_millions_of_pixels(
 ) -> None:
     monkeypatch.setattr(Engine, "size", lambda *values: (64, 64))
     photo = str(next(place.rglob("scene*.png")))
-    drawn = listener(built, "_draw")("canny", False, 100, 200, "", "", photo)[4]
+    drawn = listener(built, "_draw")(None, "canny", False, 100, 200, "", "", photo)[4]
     assert drawn.map.image.shape == (64, 64, 3)
     assert drawn.photo is None
 
@@ -336,17 +353,120 @@ def test_a_click_that_comes_to_nothing_is_forgotten(built: Any, tmp_path: Path) 
         made._begin(session)
         made._stop(session)
         assert end(session) == told
-        stop = made._take(session)
+        stop = made.turns.begin("one")
         assert not stop.is_set(), "the next pictures are cancelled by what came before"
         made._begin(session)
         end(session)
         made._stop(session)
         assert stop.is_set(), "what is in the making cannot be cancelled"
-        made._dropped(session, stop)
-        assert not made._waiting
-        assert not made._taken
-    targets = {target[1]: one.fn.__name__ for one in built.fns.values() for target in one.targets if one.fn}
+        made.turns.end("one", stop)
+        assert not any(kept for name, kept in vars(made.turns).items() if name != "_lock")
+    listeners = [one for one in built.fns.values() if hasattr(one.fn, "__name__")]
+    targets = {target[1]: one.fn.__name__ for one in listeners for target in one.targets}
     assert (targets["failure"], targets["unload"]) == ("_refused", "_left")
+
+
+def test_a_click_after_one_that_was_cancelled_in_the_queue_makes_pictures(tmp_path: Path) -> None:
+    made, session = making.Making(Engine("tiny"), tmp_path), SimpleNamespace(session_hash="one")
+    made._begin(session)
+    made._stop(session)
+    made._begin(session)
+    ended = list(made._make(session, []))
+    assert len(ended) == 1
+    assert "Cancelled" in ended[0][0]
+    assert ended[0][1:3] == making.BUSY, "the button that cancels the second is gone"
+    assert not made.turns.begin("one").is_set()
+
+
+def test_an_error_takes_back_no_click_of_another_run(tmp_path: Path) -> None:
+    made, session = making.Making(Engine("tiny"), tmp_path), SimpleNamespace(session_hash="one")
+    made._begin(session)
+    made._begin(session)
+    with pytest.raises(gradio.Error):  # of values that are missing
+        list(made._make(session, []))
+    assert made._refused(session) == making.BUSY
+    made._stop(session)
+    assert made.turns.begin("one").is_set(), "the second cannot be cancelled while it waits"
+
+
+def test_a_cancelled_run_leaves_the_picture_that_was_looked_at(tmp_path: Path) -> None:
+    class Half:
+        """An engine that is cancelled after a look at half a picture."""
+
+        name, device = "tiny", "cpu"
+
+        def generate(self, job: Any, report: Any, *, preview: Any, **rest: Any) -> None:
+            """Show something, then stop."""
+            preview(np.zeros((8, 8, 3), np.uint8))
+            time.sleep(0.4)
+            raise Stopped
+
+    made, session = making.Making(Half(), tmp_path), SimpleNamespace(session_hash="one")  # type: ignore[arg-type]
+    asked_for = ["a cube", "", "1", 1, 2, "", "ddim", "", "", None]
+    steps = [update[5:] for update in made._make(session, [], *asked_for)]
+    began, ended = steps[0], steps[-1]
+    view, preview = 0, -1
+    assert (began[view]["visible"], began[preview]["visible"]) == (False, True)
+    assert (ended[view]["visible"], ended[preview]["visible"]) == (True, False)
+    assert "value" not in ended[view], "the picture is another one than its text and buttons speak of"
+
+
+@pytest.mark.parametrize(("moved", "thresholds"), [("Weak edges from", 300), ("Strong edges from", 150)])
+def test_a_threshold_pushes_the_other_one_along(
+    built: Any, place: Path, moved: str, thresholds: float
+) -> None:
+    photo = str(next(place.rglob("scene*.png")))
+    (redraw,) = {
+        one.fn.args[0]: one.fn for one in built.fns.values()
+        if isinstance(one.fn, partial) and one.fn.args[0] == moved and one.fn.func.__self__.number == 1
+    }.values()  # fmt: skip
+    other, *_, drawn = redraw(None, "canny", False, 300, 150, "", "", photo)
+    assert other == thresholds
+    assert (drawn.made_of.wish.low, drawn.made_of.wish.high) == (thresholds, thresholds)
+    other, *_ = redraw(drawn, "canny", False, 20, 150, "", "", photo)
+    assert other == gradio.skip()
+
+
+@pytest.mark.parametrize(
+    ("log", "begun", "told"),
+    [
+        (
+            "error: photos has no pictures\n",
+            False,
+            ("failed", "It could not begin.", "photos has no pictures"),
+        ),
+        ("loading the base\n", False, ("stopped", "Stopped before it began.", "")),
+        ("step 3\n", True, ("stopped", "Stopped before its first checkpoint; going on begins anew.", "")),
+    ],
+)
+def test_how_a_training_ended_is_told(tmp_path: Path, log: str, begun: bool, told: tuple[str, ...]) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / run_folders.LOG).write_text(log)
+    if begun:
+        (tmp_path / "mine" / "config.toml").write_text("steps = 20\n")
+    run = run_folders.look(tmp_path / "mine")
+    head = run_view.details(run, []).head
+    assert (run.state, run.error) == (told[0], told[2])
+    assert told[1] in head
+    assert told[2] in head
+
+
+def test_an_error_after_checkpoints_is_told(tmp_path: Path) -> None:
+    folder = finished(tmp_path, "mine")
+    (folder / "controlnet").rmdir()
+    (folder / "checkpoints").mkdir()
+    (folder / run_folders.LOG).write_text("step 40\nerror: the disk is full\n")
+    run = run_folders.look(folder)
+    assert run.state == "stopped"
+    assert "the disk is full" in run_view.details(run, []).head
+    assert "gone on with" in run_view.details(run, []).head
+
+
+def test_lines_of_the_command_line_are_told_in_the_pages_words() -> None:
+    assert wording.sentence("--negative has no effect") == "The negative prompt has no effect"
+    assert wording.sentence("--negatives have no effect") == "--negatives have no effect"
+    assert wording.sentence("photo.png is empty") == "photo.png is empty"
+    assert wording.line_of(ValueError("a seed\n must be whole")) == "A seed must be whole"
 
 
 def test_a_wrong_number_is_not_repeated_whole() -> None:

@@ -11,12 +11,11 @@ import hashlib
 import os
 import re
 import shutil
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from controlkit import files
+from controlkit import files, notices
 from controlkit.checkpoints.reading import Checkpoint, open_checkpoint
 from controlkit.families import BUNDLED
 from controlkit.folders import read_json
@@ -81,7 +80,7 @@ def _write(checkpoint: Checkpoint, folder: Path) -> None:
     from controlkit.checkpoints.writing import write_folder
 
     write_folder(checkpoint, folder)
-    warnings.warn(
+    notices.warn(
         f"{checkpoint.path.name} predicts {checkpoint.prediction_type} (by {checkpoint.known_by});"
         f" its parts are kept in {folder}",
         stacklevel=2,

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from controlkit.generate_plan import Plan
 
 MOST_PICTURES = 16  # of one request: others wait
+MOST_STEPS = 100  # of a slider
 DIGITS = 4  # of numbers that come from sliders
 TOLD = 40  # characters of a wrong number that its error repeats
 
@@ -104,6 +105,22 @@ def number(value: float) -> str:
     """A number as it is written on a command line: 1, 0.75; it is read as the same number."""
     value = float(value)
     return str(int(value)) if value.is_integer() else repr(value)
+
+
+def between(value: Any, low: float, high: float, what: str) -> float:
+    """What a slider or its field holds. Raises ValueError for nothing, and for what lies outside."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        given = "nothing" if value is None else str(value)[:TOLD]
+        raise ValueError(f"{what}: a number from {low:g} to {high:g}, not {given}")
+    return round(float(value), DIGITS)
+
+
+def count_of(value: Any, most: int, what: str) -> int:
+    """A whole number from 1 on that a slider or its field holds. Raises ValueError for anything else."""
+    number = between(value, 1, most, what)
+    if not number.is_integer():
+        raise ValueError(f"{what}: a whole number from 1 to {most}, not {value:g}")
+    return int(number)
 
 
 def whole(text: str | None, what: str) -> int | None:

@@ -9,12 +9,12 @@ import gradio as gr
 from controlkit import demo, figures
 from controlkit.images import encode_png
 from controlkit.schedulers import SCHEDULERS
-from controlkit.studio.asked import MOST_PICTURES
+from controlkit.studio.asked import MOST_PICTURES, MOST_STEPS
 from controlkit.studio.engine import Engine
 from controlkit.studio.gallery import Gallery
 from controlkit.studio.making import Making
 from controlkit.studio.slot import IS_MAP, Slot
-from controlkit.studio.uploads import as_file, write_shown
+from controlkit.studio.uploads import as_file, as_given, write_shown
 
 MOST_CONTROLS = 3
 SCENES = (1, 3, 7, 12, 20, 21)  # of the bundled world's demonstration split
@@ -34,7 +34,7 @@ class CreateTab:
         with gr.Row(elem_classes="columns"):
             with gr.Column(scale=6, min_width=320):
                 self._inputs()
-            with gr.Column(scale=5, min_width=320):
+            with gr.Column(scale=5, min_width=320, elem_classes="pictures"):
                 self.gallery = Gallery(self.photo)
         making = Making(engine, keep)
         making.listen(self)
@@ -68,7 +68,9 @@ class CreateTab:
         with gr.Row(elem_classes="go"):
             self.go = gr.Button("Generate", variant="primary", elem_id="generate", scale=2)
             self.cancel = gr.Button("Cancel", variant="stop", elem_id="cancel", scale=2, visible=False)
-            self.count = gr.Slider(1, MOST_PICTURES, 4, step=1, label="Pictures", scale=3, min_width=160)
+            self.count = as_given(
+                gr.Slider(1, MOST_PICTURES, 4, step=1, label="Pictures", scale=3, min_width=160)
+            )
         self._more(sides)
         examples.click(
             lambda index: (self.files[index], self._prompt(index)),
@@ -84,7 +86,7 @@ class CreateTab:
             self.negative = gr.Textbox("", label="Negative prompt", placeholder="What it should not show")
             with gr.Row():
                 self.seed = gr.Textbox(label="Seed", placeholder="another one each time")
-                self.steps = gr.Slider(1, 100, 20, step=1, label="Steps")
+                self.steps = as_given(gr.Slider(1, MOST_STEPS, 20, step=1, label="Steps"))
             with gr.Row():
                 self.guidance = gr.Textbox(label="Guidance", placeholder="the base's own")
                 self.scheduler = gr.Dropdown(list(SCHEDULERS), value="ddim", label="Scheduler")

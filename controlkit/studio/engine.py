@@ -98,11 +98,13 @@ class Engine:
         known = BUNDLED_ADAPTERS if self.name in BUNDLED else defaults(self.load().family)
         return [kind for kind in known if kind in preprocessors.names()]
 
-    def size(self, picture: np.ndarray | None, width: int | None, height: int | None) -> tuple[int, int]:
-        """Width and height that would be generated. Raises ValueError for a side that is not allowed."""
+    def size(self, shape: tuple[int, int], width: int | None, height: int | None) -> tuple[int, int]:
+        """Width and height that would be generated beside a photo of this width and height.
+
+        Raises ValueError for a side that is not allowed.
+        """
         from controlkit.sampling import picture_size
 
-        shape = None if picture is None else (picture.shape[1], picture.shape[0])
         return picture_size(self.load(), shape, width, height)
 
     def map(self, picture: np.ndarray, wish: Wish, *, width: int, height: int) -> Map:
@@ -137,9 +139,16 @@ class Engine:
         *,
         preview: Show,
         finished: Callable[[int, PictureRecord], None],
+        noted: Callable[[str], None],
     ) -> None:
-        """Make a plan's pictures. Raises ValueError, and `Stopped`; what was finished stays on disk."""
-        from controlkit import generate_job
+        """Make a plan's pictures. Raises ValueError, and `Stopped`; what was finished stays on disk.
 
-        with self._busy:
+        noted: called with each line of what is to be known of them.
+        """
+        from controlkit import generate_job, grid_job, notices
+        from controlkit.generate_notes import without_effect
+
+        with self._busy, notices.heard(noted):
+            for line in (*job.notes, *without_effect(job, grid_job.variants(job, []))):
+                noted(line)
             generate_job.run(job, report, preview=preview, models=self.models, finished=finished)

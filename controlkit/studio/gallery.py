@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
+import numpy as np
 
 from controlkit.infotext import PictureRecord
 from controlkit.studio.commands import command, script
 from controlkit.studio.toasts import readable
 from controlkit.studio.uploads import as_file
+from controlkit.studio.wording import title
+from controlkit.training.reporting.run_record import RESULTS
 
 COPY = """(text) => {
   const told = document.getElementById("copied");
@@ -23,6 +27,9 @@ COPY = """(text) => {
   };
   if (navigator.clipboard) navigator.clipboard.writeText(text).then(done, by_hand); else by_hand();
 }"""
+
+
+SHOWN = 8  # of `Gallery.shown`
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,10 @@ class Gallery:
             label="Result", show_label=False, interactive=False, format="png", type="filepath",
             elem_classes="picture result", elem_id="result", buttons=["fullscreen"], height=440,
         ))  # fmt: skip
+        self.preview = gr.Image(
+            label="In the making", show_label=False, interactive=False, format="png", visible=False,
+            elem_classes="picture result", elem_id="preview", buttons=[], height=440,
+        )  # fmt: skip
         self.status = gr.HTML("", elem_id="status")
         self.about = gr.HTML("", elem_id="about")
         with gr.Row(visible=False, elem_classes="actions") as self.actions:
@@ -63,8 +74,10 @@ class Gallery:
         with gr.Accordion(
             "As a command, as Python", open=False, visible=False, elem_classes="plain"
         ) as self.fold:
-            self.command = gr.Code(language="shell", label="Command", interactive=False, wrap_lines=True)
-            self.script = gr.Code(language="python", label="Python", interactive=False)
+            self.command = gr.Code(
+                language="shell", label="Command", interactive=False, wrap_lines=True, lines=3, max_lines=8
+            )
+            self.script = gr.Code(language="python", label="Python", interactive=False, max_lines=20)
         self.made = gr.State([])
         self.strip.select(
             self._select, self.made, self.shown, show_progress="hidden", api_visibility="private"
@@ -76,7 +89,8 @@ class Gallery:
     @property
     def shown(self) -> list[Any]:
         """The components that show one picture."""
-        return [self.view, self.about, self.download, self.command, self.script, self.actions, self.fold]
+        texts = [self.about, self.download, self.command, self.script]
+        return [self.view, *texts, self.actions, self.fold, self.preview]
 
     @readable
     def _select(self, made: list[Made], event: gr.SelectData) -> list[Any]:
@@ -89,15 +103,34 @@ class Gallery:
 def chosen(made: Made) -> list[Any]:
     """The updates of `Gallery.shown` for a picture."""
     record = made.record
+    shown = gr.update(visible=True)
     return [
-        made.file,
-        about(record),
+        gr.update(value=made.file, visible=True),
+        gr.update(value=about(record), visible=True),
         made.file,
         command(record),
         script(record),
-        gr.update(visible=True),
-        gr.update(visible=True),
+        shown,
+        shown,
+        gr.update(value=None, visible=False),
     ]
+
+
+def in_the_making(picture: np.ndarray, *, begins: bool) -> list[Any]:
+    """The updates of `Gallery.shown` for a look at an unfinished picture, uint8 (H, W, 3).
+
+    begins: it takes the place of the one that is looked at; whoever looks at another one later stays there.
+    """
+    hidden, same = gr.update(visible=False), gr.skip()
+    if not begins:
+        return [same] * (SHOWN - 1) + [picture]
+    return [hidden, hidden, same, same, same, hidden, hidden, gr.update(value=picture, visible=True)]
+
+
+def as_before(any_made: bool) -> list[Any]:
+    """The updates of `Gallery.shown` that take an unfinished picture away."""
+    back, same, below = gr.update(visible=True), gr.skip(), gr.update(visible=any_made)
+    return [back, back, same, same, same, below, below, gr.update(value=None, visible=False)]
 
 
 def about(record: PictureRecord) -> str:
@@ -111,10 +144,18 @@ def about(record: PictureRecord) -> str:
         ("Guidance", f"{record.guidance:g}"),
         ("Scheduler", record.scheduler),
     ]
+    rows += [("Without", record.negative_prompt)] if record.negative_prompt else []
     for control in record.controls:
         how = [f"{control.scale:g}"] if isinstance(control.scale, float | int) else []
         how += [f"{control.start:g} to {control.end:g}"] if (control.start, control.end) != (0, 1) else []
         how += [control.mode] if control.mode != "balanced" else []
-        rows.append((control.kind, ", ".join(how)))
+        how += [_adapter(control.adapter)] if control.adapter != control.kind else []
+        rows.append((title(control.kind), ", ".join(how)))
     cells = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in rows)
-    return f'<p class="told">{escape(record.prompt)}</p><dl>{cells}</dl>'
+    return f'<p class="told" tabindex="0">{escape(record.prompt)}</p><dl>{cells}</dl>'
+
+
+def _adapter(name: str) -> str:
+    """An adapter as a person calls it: the training that made it, or its name on the hub."""
+    path = Path(name)
+    return f"adapter {path.parent.name if path.is_absolute() and path.name in RESULTS else name}"

@@ -11,25 +11,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
-import numpy as np
 
 from controlkit.infotext import PictureRecord
-from controlkit.studio.asked import Asked, real, whole
+from controlkit.studio.asked import MOST_PICTURES, MOST_STEPS, Asked, count_of, real, whole
 from controlkit.studio.engine import Engine, Stopped, Telling
-from controlkit.studio.gallery import Made, chosen
-from controlkit.studio.slot import SLOT_INPUTS
-from controlkit.studio.slot import asked as asked_control
+from controlkit.studio.gallery import SHOWN, Made, as_before, chosen, in_the_making
 from controlkit.studio.toasts import readable, toast
+from controlkit.studio.turns import Turns
 from controlkit.studio.uploads import write_shown
+from controlkit.studio.wording import sentence
 
 if TYPE_CHECKING:
     from controlkit.generate_plan import Plan
     from controlkit.studio.create_tab import CreateTab
+    from controlkit.studio.slot import Slot
 
 WORKER = "studio-generation"
-OUTPUTS = 9  # of `_make`, between the status and the two buttons
 BUSY = [gr.update(visible=False), gr.update(visible=True)]  # the buttons that generate and cancel
 IDLE = [gr.update(visible=True), gr.update(visible=False)]
+WAITING, CANCELLED = '<p role="status">Waiting for the device.</p>', "<p>Cancelled.</p>"
+UNGUIDED = "No map guided this: there is no photo, or its strength is 0."
 _RANDOM_SEEDS = 2**31
 _LOOK_SECONDS = 0.2  # between two updates of the page
 
@@ -39,36 +40,40 @@ class Making:
 
     def __init__(self, engine: Engine, keep: Path) -> None:
         self.engine, self.keep = engine, keep
-        self._waiting: dict[str, list[threading.Event]] = {}  # by session, in the order of the clicks
-        self._taken: set[threading.Event] = set()  # those whose turn has come
+        self.slots: list[Slot] = []
+        self.turns = Turns()
 
     def listen(self, tab: CreateTab) -> None:
         """Wire the tab's buttons."""
         gallery, buttons = tab.gallery, [tab.go, tab.cancel]
+        self.slots = tab.slots
         settings = [tab.prompt, tab.negative, tab.seed, tab.count, tab.steps, tab.guidance, tab.scheduler]
-        slots = [item for slot in tab.slots for item in slot.inputs]
         began = tab.go.click(
             self._begin,
             None,
-            buttons,
+            [gallery.status, *buttons],
             queue=False,
             show_progress="hidden",
             api_visibility="private",
         )
         made = began.then(
             self._make,
-            [gallery.made, *settings, tab.width, tab.height, *slots],
-            [gallery.status, gallery.made, gallery.strip, *gallery.shown, *buttons],
+            [
+                *(gallery.made, *settings, tab.width, tab.height, tab.photo),
+                *(item for slot in tab.slots for item in slot.inputs),
+            ],
+            [gallery.status, *buttons, gallery.made, gallery.strip, *gallery.shown],
             concurrency_id="device",
             concurrency_limit=1,
-            show_progress="full",
-            show_progress_on=gallery.status,
+            show_progress="hidden",
+            trigger_mode="multiple",  # else a click is lost while one that was cancelled waits for its turn
             api_name="generate",
         )
         # a value that gradio itself refuses never comes to `_make`: the buttons would stay as they are
         made.failure(
-            self._refused, None, buttons, queue=False, show_progress="hidden", api_visibility="private"
-        )
+            self._refused, None, buttons, queue=False, show_progress="hidden", trigger_mode="multiple",
+            api_visibility="private",
+        )  # fmt: skip
         tab.page.unload(self._left)
         tab.cancel.click(
             self._stop,
@@ -82,21 +87,29 @@ class Making:
     @readable
     def _make(self, request: gr.Request, made: list[Made], *values: Any) -> Iterator[list[Any]]:
         """Generate; what is finished is shown at once, and kept when somebody cancels."""
-        stop = self._take(request)
+        session, failed = str(request.session_hash), False
+        stop = self.turns.begin(session)
+        made = [one for one in made if one.there]
         try:
-            job = self._asked(*values).plan(self.keep)
-            yield from self._shown(job, [one for one in made if one.there], stop)
+            if stop.is_set():  # while it waited
+                yield [CANCELLED, *self._ended(session, stop), gr.skip(), gr.skip(), *as_before(bool(made))]
+                return
+            asked = self._asked(*values)
+            yield from self._shown(asked.plan(self.keep), asked, made, stop, session)
         except Exception as error:  # noqa: BLE001 - raised as what the page shows of it
-            told = toast(error)  # once: it is what writes to the terminal
-            line = f'<p class="bad">{told.message}</p>'
-            yield [line, *[gr.skip()] * OUTPUTS, *IDLE]  # what was finished before stays
+            failed, told = True, toast(error)  # once: it is what writes to the terminal
+            line = f'<p class="bad" role="alert">{told.message}</p>'
+            yield [line, *self._ended(session, stop), gr.skip(), gr.skip(), *as_before(bool(made))]
             raise told from None
         finally:
-            self._dropped(request, stop)
+            self.turns.end(session, stop, failed=failed)
 
-    def _shown(self, job: Plan, made: list[Made], stop: threading.Event) -> Iterator[list[Any]]:
+    def _shown(
+        self, job: Plan, asked: Asked, made: list[Made], stop: threading.Event, session: str
+    ) -> Iterator[list[Any]]:
         happened: queue.Queue[tuple[str, Any]] = queue.Queue()
         telling = Telling(lambda text, done, total: happened.put(("told", (text, done, total))), stop)
+        notes = Notes(asked, self.keep)
 
         def work() -> None:
             try:
@@ -105,6 +118,7 @@ class Making:
                     telling,
                     preview=lambda picture: happened.put(("preview", picture)),
                     finished=lambda k, record: happened.put(("made", (k, record))),
+                    noted=notes.add,
                 )
                 happened.put(("end", None))
             except BaseException as error:  # noqa: BLE001 - raised anew where it is shown
@@ -112,8 +126,9 @@ class Making:
 
         worker = threading.Thread(target=work, name=WORKER, daemon=True)
         worker.start()
+        busy = [gr.skip()] * 2
         try:
-            done = 0
+            done, previewed = 0, False
             while True:
                 news = _gathered(happened)
                 fresh = [self._finished(job, *one) for one in news.get("made", [])]
@@ -121,13 +136,20 @@ class Making:
                 done += len(fresh)
                 if "end" in news:
                     error = news["end"][-1]
-                    line = _line(job, done, stopped=isinstance(error, Stopped))
-                    yield [*_update(made, fresh, line, None), *IDLE]
-                    if error is not None and not isinstance(error, Stopped):
+                    stopped = isinstance(error, Stopped)
+                    shown = chosen(fresh[-1]) if fresh else as_before(bool(made))
+                    line = _line(job, done, stopped=stopped) + notes.html()
+                    yield [line, *self._ended(session, stop), *_strip(made, fresh), *shown]
+                    if error is not None and not stopped:
                         raise error
                     return
                 bar = _bar(job, done, *news["told"][-1]) if "told" in news else gr.skip()
-                yield [*_update(made, fresh, bar, news.get("preview", [None])[-1]), gr.skip(), gr.skip()]
+                shown = [gr.skip()] * SHOWN
+                if fresh:
+                    shown, previewed = chosen(fresh[-1]), False
+                elif "preview" in news:
+                    shown, previewed = in_the_making(news["preview"][-1], begins=not previewed), True
+                yield [bar, *busy, *_strip(made, fresh), *shown]
         finally:
             stop.set()
             worker.join()
@@ -135,76 +157,88 @@ class Making:
     def _finished(self, job: Plan, k: int, record: PictureRecord) -> Made:
         return Made(write_shown(job.outputs[k].read_bytes(), f"picture-seed-{record.seed}.png"), record)
 
+    def _ended(self, session: str, stop: threading.Event) -> list[Any]:
+        """The buttons at the end of a run: they stay as they are where the session waits for another."""
+        stop.set()
+        return self._buttons(session)
+
+    def _buttons(self, session: str) -> list[Any]:
+        return BUSY if self.turns.wanted(session) else IDLE
+
     def _begin(self, request: gr.Request) -> list[Any]:
         """Note that this session waits, so that it can cancel before its turn."""
-        self._waiting.setdefault(str(request.session_hash), []).append(threading.Event())
-        return BUSY
+        self.turns.click(str(request.session_hash))
+        return [WAITING, *BUSY]
 
     def _refused(self, request: gr.Request) -> list[Any]:
         """Take back what `_begin` did, where the run has not begun."""
-        self._left(request)
-        return IDLE
+        session = str(request.session_hash)
+        self.turns.refuse(session)
+        return self._buttons(session)
 
     def _left(self, request: gr.Request) -> None:
         """Forget the clicks of a session whose turn will not come."""
-        session = str(request.session_hash)
-        taken = [event for event in self._waiting.pop(session, []) if event in self._taken]
-        if taken:
-            self._waiting[session] = taken
-
-    def _take(self, request: gr.Request) -> threading.Event:
-        """What cancels the run whose turn it is: turns come in the order of the clicks."""
-        waiting = self._waiting.setdefault(str(request.session_hash), [])
-        stop = next((event for event in waiting if event not in self._taken), threading.Event())
-        if stop not in waiting:
-            waiting.append(stop)
-        self._taken.add(stop)
-        return stop
-
-    def _dropped(self, request: gr.Request, stop: threading.Event) -> None:
-        self._taken.discard(stop)
-        session = str(request.session_hash)
-        waiting = [event for event in self._waiting.pop(session, []) if event is not stop]
-        if waiting:
-            self._waiting[session] = waiting
+        self.turns.leave(str(request.session_hash))
 
     def _stop(self, request: gr.Request) -> list[Any]:
         """Cancel all that this session waits for."""
-        for stop in self._waiting.get(str(request.session_hash), []):
-            stop.set()
-        return ["<p>Cancelled.</p>", *IDLE]
+        self.turns.stop(str(request.session_hash))
+        return [CANCELLED, *IDLE]
 
     def _asked(
         self,
         prompt: str,
         negative: str,
         seed: str,
-        count: float,
-        steps: float,
+        count: Any,
+        steps: Any,
         guidance: str,
         scheduler: str,
         width: str,
         height: str,
+        photo: str | None,
         *slots: Any,
     ) -> Asked:
         """What the values of the components ask for."""
-        rows = [slots[k : k + SLOT_INPUTS] for k in range(0, len(slots), SLOT_INPUTS)]
-        controls = [control for row in rows if (control := asked_control(*row)) is not None]
-        number = whole(seed, "the seed")
+        left, controls = list(slots), []
+        number = whole(seed, "Seed")
+        count, steps = count_of(count, MOST_PICTURES, "Pictures"), count_of(steps, MOST_STEPS, "Steps")
+        for slot in self.slots:
+            values, left = left[: len(slot.inputs)], left[len(slot.inputs) :]
+            controls.append(slot.asked(width, height, photo, *values))
         return Asked(
             prompt=prompt or "",
             negative_prompt=negative or None,
             base=self.engine.name,
             device=self.engine.device,
-            controls=controls,
+            controls=[control for control in controls if control is not None],
             seed=random.randrange(_RANDOM_SEEDS) if number is None else number,
-            count=int(count),
-            steps=int(steps),
-            guidance=real(guidance, "the guidance"),
+            count=count,
+            steps=steps,
+            guidance=real(guidance, "Guidance"),
             scheduler=scheduler,
-            width=whole(width, "the width"),
-            height=whole(height, "the height"),
+            width=whole(width, "Width"),
+            height=whole(height, "Height"),
         )
+
+
+class Notes:
+    """What is to be known of the pictures, in the page's words."""
+
+    def __init__(self, asked: Asked, keep: Path) -> None:
+        self.keep = keep
+        self.lines = [] if asked.controls else [UNGUIDED]
+
+    def add(self, line: str) -> None:
+        """Another one; what is wrong with a map is told beneath it already."""
+        if not line.startswith(str(self.keep)):
+            line = sentence(line.replace(f"{self.keep.parent}/", ""))
+            self.lines += [line] * (line not in self.lines)
+
+    def html(self) -> str:
+        """As a list, in the status."""
+        items = "".join(f"<li>{escape(line)}</li>" for line in self.lines)
+        return f'<ul class="notes">{items}</ul>' if items else ""
 
 
 def _gathered(happened: queue.Queue[tuple[str, Any]]) -> dict[str, list[Any]]:
@@ -222,17 +256,11 @@ def _gathered(happened: queue.Queue[tuple[str, Any]]) -> dict[str, list[Any]]:
         news.setdefault(kind, []).append(what)
 
 
-def _update(made: list[Made], fresh: list[Made], status: Any, preview: np.ndarray | None) -> list[Any]:
-    """The outputs of `_make`: the status, and of what is new what shows it."""
-    shown: list[Any] = [gr.skip()] * 7
-    if fresh:
-        shown = chosen(fresh[-1])
-    if preview is not None and not fresh:
-        shown[0] = preview
+def _strip(made: list[Made], fresh: list[Made]) -> list[Any]:
+    """The session's pictures where there are new ones, the newest of them marked."""
     if not fresh:
-        return [status, gr.skip(), gr.skip(), *shown]
-    strip = gr.update(value=[one.file for one in made], visible=True)
-    return [status, made, strip, *shown]
+        return [gr.skip(), gr.skip()]
+    return [made, gr.update(value=[one.file for one in made], visible=True, selected_index=0)]
 
 
 def _bar(job: Plan, made: int, text: str, done: int, total: int) -> str:

@@ -7,6 +7,7 @@ let value = null, current = [0, 0], past = [], photoShown = true, timer = 0;
 let told = "", toldAt = 0; // the joints that were told and are not answered yet, and since when
 let givenUp = []; // those whose answer was not waited for any longer
 let held = false, typed = 0; // whether a joint is under the pointer, and when one was last moved by a key
+const BREADTH = 24; // pixels of the screen around a joint's middle that take hold of it
 const PATIENCE = 5000; // milliseconds, after which no answer is waited for: the page was told what is wrong
 
 function make(name, attributes, parent) {
@@ -60,17 +61,21 @@ function build() {
     const node = make("circle", { r: size / 48, fill: COLOURS[joint], role: "button",
       "data-joint": `${person} ${joint}` }, joints);
     make("title", {}, node).textContent = name(person, joint);
-    node.addEventListener("pointerdown", (event) => grab(event, node, person, joint));
     node.addEventListener("focus", () => { current = [person, joint]; stops(); });
     node.addEventListener("keydown", (event) => key(event, person, joint));
   }
+  svg.addEventListener("pointerdown", (event) => {
+    const node = near(event, svg);
+    if (node) grab(event, node, ...node.dataset.joint.split(" ").map(Number));
+  });
   const bar = document.createElement("div");
   bar.className = "pose-bar";
   const hint = document.createElement("span");
   hint.textContent = all.length ? "Drag a joint, or use the arrow keys." : "";
-  const undo = button("Undo", back);
+  const undo = button("Undo", back), found = button("As found", afresh);
   undo.disabled = !past.length;
-  bar.append(hint, undo, button(photoShown ? "Hide photo" : "Show photo", () => {
+  found.disabled = JSON.stringify(value.people) === JSON.stringify(value.found ?? value.people);
+  bar.append(hint, undo, found, button("Save map", save), button(photoShown ? "Hide photo" : "Show photo", () => {
     photoShown = !photoShown;
     build();
     root.querySelector(".pose-bar button:last-child").focus();
@@ -129,6 +134,39 @@ function tell() {
 function tellSoon(milliseconds) {
   clearTimeout(timer);
   timer = setTimeout(() => { timer = 0; tell(); }, milliseconds);
+}
+
+// What was moved and not told yet is told at once: the next thing may be the button that generates.
+function tellNow() {
+  if (!timer) return;
+  clearTimeout(timer);
+  timer = 0;
+  tell();
+  if (JSON.stringify(value.people) !== told) props.value = { ...value, map: "", photo: "" };
+}
+
+function afresh() {
+  remember();
+  value.people = JSON.parse(JSON.stringify(value.found));
+  root.classList.add("moving");
+  place();
+  tell();
+}
+
+function save() {
+  const link = document.createElement("a");
+  [link.href, link.download] = [value.map, "pose.png"];
+  link.click();
+}
+
+// The joint that a finger means: the nearest one within its breadth.
+function near(event, svg) {
+  const found = [...svg.querySelectorAll("circle")].map((node) => {
+    const box = node.getBoundingClientRect();
+    const far = Math.hypot(event.clientX - box.x - box.width / 2, event.clientY - box.y - box.height / 2);
+    return { node, far };
+  }).sort((one, other) => one.far - other.far)[0];
+  return found && found.far <= BREADTH ? found.node : null;
 }
 
 function back() {
@@ -198,5 +236,6 @@ watch("value", () => {
   build();
   if (focused) root.querySelector(`[data-joint="${focused}"]`)?.focus();
 });
+root.addEventListener("focusout", tellNow);
 value = props.value && props.value.map ? JSON.parse(JSON.stringify(props.value)) : null;
 build();

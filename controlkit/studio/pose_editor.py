@@ -14,7 +14,7 @@ import numpy as np
 
 from controlkit.images import at_resolution, encode_png
 from controlkit.preprocessors import Map, poses_to_map
-from controlkit.preprocessors.skeleton import COLOURS, LIMBS
+from controlkit.preprocessors.skeleton import COLOURS, LIMBS, Poses
 
 JOINTS = (
     *("nose", "neck", "right shoulder", "right elbow", "right wrist", "left shoulder", "left elbow"),
@@ -28,8 +28,9 @@ _TEMPLATE = '<div class="pose-editor"></div>'
 def pose_editor() -> Any:
     """Joints on the map, moved by mouse, touch and arrow keys; triggers `edited` when one was moved.
 
-    Its value: None, or an object with width, height, people (each 18 points x, y, score), map and photo (data
-    URLs). No class of its own: of those gradio writes a stub beside the module.
+    Its value: None, or an object with width, height, people (each 18 points x, y, score), found (the people
+    as they were), of (whose they are), map and photo (data URLs). No class of its own: of those gradio writes
+    a stub beside the module.
     """
     return gr.HTML(
         html_template=_TEMPLATE, js_on_load=_script(), apply_default_css=False, label="Pose", visible=False
@@ -43,8 +44,13 @@ def _script() -> str:
     return "\n".join([*lines, (Path(__file__).parent / "pose_editor.js").read_text(encoding="utf-8")])
 
 
-def shown(made: Map | None, picture: np.ndarray | None = None) -> Any:
-    """The update that shows a map's joints over a picture, or hides the editor."""
+def shown(
+    made: Map | None, picture: np.ndarray | None = None, *, of: str = "", found: Poses | None = None
+) -> Any:
+    """The update that shows a map's joints over a picture, or hides the editor.
+
+    of: a name that comes back with the joints. found: the joints before any was moved.
+    """
     if made is None or made.poses is None:
         return gr.update(value=None, visible=False)
     assert picture is not None
@@ -58,6 +64,8 @@ def shown(made: Map | None, picture: np.ndarray | None = None) -> Any:
         "width": width,
         "height": height,
         "people": made.poses.people.tolist(),
+        "found": (found or made.poses).people.tolist(),
+        "of": of,
         "map": _data_url(made.image, plain=True),
         "photo": _data_url(photo),
     }

@@ -18,9 +18,11 @@ from controlkit.training.lock import holder
 from controlkit.training.reporting.run_record import RunRecord, read_run
 
 LOG = "train.log"  # in the run's folder: what the training says
+ERROR = "error: "  # how the command line begins its last line where it fails
 WARMUP_SHARE = 5  # a short training warms up over a fifth of its steps at most
 ALIVE = ("starting", "running")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+LONGEST = 64  # of names
+_NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9_-]{{0,{LONGEST - 1}}}")
 _children: list[subprocess.Popen[bytes]] = []  # those begun here, so that none is left a zombie
 _beginning = threading.Lock()  # two who begin at once must see each other's training
 _listing = threading.Lock()  # of `_children`
@@ -28,11 +30,17 @@ _listing = threading.Lock()  # of `_children`
 
 @dataclass(frozen=True)
 class Run:
-    """A training as its folder has it. state: starting, running, stopped, failed or finished."""
+    """A training as its folder has it.
+
+    state: starting, running, stopped, failed (it ended by an error before anything was saved) or finished.
+    saved: there is a checkpoint to go on from. error: what it said at its end, if that was an error.
+    """
 
     record: RunRecord
     state: str
     pid: int | None = None
+    saved: bool = False
+    error: str = ""
 
     @property
     def name(self) -> str:
@@ -44,6 +52,16 @@ class Run:
         """How many there shall be; 0 where the folder does not say."""
         steps = self.record.config.get("steps", 0)
         return steps if isinstance(steps, int) else 0
+
+    @property
+    def kinds(self) -> list[str]:
+        """The kinds of maps that its adapter follows."""
+        config = self.record.config
+        data = config.get("data")
+        columns = data.get("map_column") if isinstance(data, dict) else None
+        if config.get("adapter") == "controlnet-union" and isinstance(columns, list):
+            return [str(column) for column in columns]
+        return [str(config.get("map"))]
 
     @property
     def can_go_on(self) -> bool:
@@ -90,7 +108,14 @@ def look(folder: Path) -> Run:
         return Run(record, "starting", child.pid)
     if record.result is not None:
         return Run(record, "finished")
-    return Run(record, "stopped" if (folder / "checkpoints").is_dir() else "failed")
+    error, saved = _error(folder), (folder / "checkpoints").is_dir()
+    return Run(record, "failed" if error and not saved else "stopped", saved=saved, error=error)
+
+
+def _error(folder: Path) -> str:
+    """The error that a run ended by; "" where it was stopped, which leaves none."""
+    last = log_lines(folder, most=1)
+    return last[0].removeprefix(ERROR) if last and last[0].startswith(ERROR) else ""
 
 
 def _written(folder: Path) -> float:
@@ -127,7 +152,7 @@ def begin(
     """
     if not _NAME.fullmatch(name):
         raise ValueError(
-            f"a run's name has letters, digits, - and _ alone, and begins with no sign: not {name!r}"
+            f"Name: 1 to {LONGEST} letters, digits, - and _, the first no sign: not {name[: LONGEST + 1]!r}"
         )
     if name.lower() == KEPT:
         raise ValueError(f"the folder {KEPT} is for the pictures of the page: choose another name")
@@ -176,7 +201,7 @@ def called(folders: Sequence[Path]) -> str:
 def _never_began(folder: Path) -> bool:
     """Whether a folder holds nothing but what a training said that could not begin: its name is free."""
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    return names == [LOG] and look(folder).state == "failed"
+    return names == [LOG] and look(folder).state not in ALIVE
 
 
 def _check_free(runs: Path) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from html import escape
 
 from controlkit.studio.run_folders import Run
+from controlkit.studio.wording import title
 
 NOTHING = '<p class="faint">No training yet. Start one, and it appears here.</p>'
 STATES = {
@@ -15,6 +16,12 @@ STATES = {
     "failed": "It could not begin.",
     "finished": "Finished.",
 }
+UNSAVED = "Stopped before its first checkpoint; going on begins anew."
+UNBEGUN = "Stopped before it began."
+SETTINGS = (
+    "Words like learning_rate are settings of the recipe, which the command line takes:"
+    " controlkit train {config} NAME=VALUE out=ANOTHER"
+)
 
 
 @dataclass(frozen=True)
@@ -43,22 +50,36 @@ def details(run: Run, log: list[str]) -> View:
         if svg
     )
     words = verdict(record) if record.curve("gap") else ""
-    if run.state == "failed" and log:
-        words = f'<p class="verdict bad">{escape(log[-1])}</p>'
+    if "</p><p>" in words:  # advice, which speaks of settings
+        words += f'<p class="faint">{escape(SETTINGS.format(config=record.folder / "config.toml"))}</p>'
+    if run.error:
+        words = f'<p class="verdict bad" role="alert">{escape(run.error)}</p>{words}'
     return View(_head(run, words), figures, f"<pre>{escape(chr(10).join(log))}</pre>")
 
 
 def _head(run: Run, words: str) -> str:
+    from controlkit.training.reporting.report import principal
+
     record, facts = run.record, []
-    facts += [("Map", str(record.config["map"]))] if "map" in record.config else []
+    facts += [("Map", ", ".join(map(title, run.kinds)))] if "map" in record.config else []
     facts += [("Pictures", str(record.config["data"]["source"]))] if _has_source(run) else []
     facts += [("Step", f"{record.step} of {run.steps}")] if run.steps else []
     speed = record.curve("samples_per_s")
     facts += [("Speed", f"{speed[-1][1]:.1f} pictures/s")] if speed else []
-    cells = "".join(f"<div><dt>{name}</dt><dd>{escape(value)}</dd></div>" for name, value in facts)
+    if score := principal(record):
+        measure, ours, ceiling = score
+        facts += [(measure, f"{ours:.3f}" + (f" of {ceiling:.3f}" if ceiling is not None else ""))]
+    cells = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts)
     share = record.step / run.steps if run.steps else 0.0
     bar = f'<progress max="1" value="{share:.3f}" aria-label="Steps done"></progress>' if run.steps else ""
-    return f'<h3>{escape(run.name)}</h3><p class="state">{STATES[run.state]}</p>{bar}<dl>{cells}</dl>{words}'
+    state = f'<p class="state">{_state(run)}</p>'
+    return f"<h3>{escape(run.name)}</h3>{state}{bar}<dl>{cells}</dl>{words}"
+
+
+def _state(run: Run) -> str:
+    if run.state == "stopped" and not run.saved:
+        return UNSAVED if run.can_go_on else UNBEGUN
+    return STATES[run.state]
 
 
 def _has_source(run: Run) -> bool:

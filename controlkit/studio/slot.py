@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, replace
+from functools import partial
+from html import escape
 from typing import Any
 
 import gradio as gr
@@ -11,39 +14,62 @@ import numpy as np
 from controlkit import images, preprocessors
 from controlkit.preprocessors import Map
 from controlkit.preprocessors.canny import HIGH, LOW
+from controlkit.preprocessors.skeleton import Poses
 from controlkit.rules import MODES
-from controlkit.studio.asked import DIGITS, AskedControl, whole
+from controlkit.studio.asked import AskedControl, between, whole
 from controlkit.studio.engine import ON_DEVICE, Engine, Wish
 from controlkit.studio.pose_editor import edited, pose_editor, shown
 from controlkit.studio.toasts import readable
-from controlkit.studio.uploads import as_file, read_upload, write_shown
+from controlkit.studio.uploads import as_file, as_given, read_upload, upload_size, write_shown
+from controlkit.studio.wording import line_of, sentence, title
 
-TITLES = {
-    "canny": "Edges",
-    "openpose": "Pose",
-    "depth": "Depth",
-    "normal": "Normals",
-    "lineart": "Line art",
-    "lineart_anime": "Anime lines",
-    "mlsd": "Straight lines",
-    "scribble": "Scribble",
-    "shuffle": "Colours",
-    "softedge": "Soft edges",
-}
 IS_MAP = "This picture is a map already"
-SLOT_INPUTS = 7  # of `Slot.inputs`
+OWN = "the base's own"  # adapter
 MOST_EDGE = 600  # of a slider for canny's thresholds; gradients above are rare
+MOST_SCALE = 2  # of a slider for the strength
+WEAK, STRONG = "Weak edges from", "Strong edges from"
+
+
+@dataclass(frozen=True)
+class MadeOf:
+    """What a map is made of: a picture's file, what is wanted, and width and height of the pictures."""
+
+    path: str
+    wish: Wish
+    size: tuple[int, int]
+
+    @property
+    def on_device(self) -> bool:
+        """Whether a network makes it."""
+        return self.wish.kind in ON_DEVICE and not self.wish.is_map
+
+    @property
+    def name(self) -> str:
+        """By which the browser's joints say whose they are."""
+        return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, eq=False)
 class Drawn:
-    """A map that is shown; beside a pose the photo at its size, uint8 (H, W, 3).
+    """A map that is shown, and what is to be known of it.
 
-    A session keeps it for long: of other maps no photo, which may have 40 million pixels.
+    photo: beside a pose, at its size, uint8 (H, W, 3). hand: joints were moved. found: the pose as it was
+    found. kept: a pose of the same photo whose joints were moved, while another map is shown. A session keeps
+    it for long: of other maps no photo, which may have 40 million pixels.
     """
 
     map: Map
+    made_of: MadeOf
     photo: np.ndarray | None = None
+    told: str = ""
+    hand: bool = False
+    found: Poses | None = None
+    kept: Drawn | None = None
+
+    @property
+    def by_hand(self) -> Drawn | None:
+        """The pose whose joints were moved."""
+        return self if self.hand else self.kept
 
 
 class Slot:
@@ -61,7 +87,7 @@ class Slot:
     ) -> None:
         """Build the components where the page is being laid out. is_map: the photo's own switch."""
         self.number, self.engine = number, engine
-        choices = [(TITLES.get(kind, kind), kind) for kind in engine.kinds]
+        choices = [(title(kind), kind) for kind in engine.kinds]
         name = "" if number == 1 else f" {number}"
         api = "" if number == 1 else f"_{number}"
         self.on = gr.Checkbox(number == 1, label="Follow this map, too", visible=number > 1)
@@ -76,18 +102,18 @@ class Slot:
         self.joints = gr.DownloadButton("Joints as JSON", visible=False, size="sm")
         self.edges = gr.Column(elem_classes="thresholds")
         with self.edges:
-            self.low = gr.Slider(0, MOST_EDGE, LOW, step=1, label="Weak edges from", min_width=120)
-            self.high = gr.Slider(0, MOST_EDGE, HIGH, step=1, label="Strong edges from", min_width=120)
+            self.low = as_given(gr.Slider(0, MOST_EDGE, LOW, step=1, label=WEAK, min_width=120))
+            self.high = as_given(gr.Slider(0, MOST_EDGE, HIGH, step=1, label=STRONG, min_width=120))
         self.findings = gr.Markdown(elem_classes="findings", visible=False)
-        self.scale = gr.Slider(0, 2, 1, step=0.05, label="Strength")
+        self.scale = as_given(gr.Slider(0, MOST_SCALE, 1, step=0.05, label="Strength"))
         self.is_map = is_map or gr.Checkbox(label=IS_MAP)
         self.own = None
         with gr.Accordion("When and how", open=False, elem_classes="plain"):
             with gr.Row():
-                self.start = gr.Slider(0, 1, 0, step=0.05, label="From", min_width=120)
-                self.end = gr.Slider(0, 1, 1, step=0.05, label="Until", min_width=120)
+                self.start = as_given(gr.Slider(0, 1, 0, step=0.05, label="From", min_width=120))
+                self.end = as_given(gr.Slider(0, 1, 1, step=0.05, label="Until", min_width=120))
             self.mode = gr.Dropdown(list(MODES), value="balanced", label="Mode")
-            self.adapter = gr.Dropdown([("the base's own", "")], value="", label="Adapter")
+            self.adapter = gr.Dropdown([(OWN, "")], value="", label="Adapter")
             if number > 1:
                 self.own = as_file(
                     gr.Image(type="filepath", sources=["upload"], label="Another picture", height=160)
@@ -98,7 +124,7 @@ class Slot:
 
     def _listen(self, photo: gr.Image, sides: list[gr.Textbox], api: str, page: gr.Blocks) -> None:
         own = [] if self.own is None else [self.own]
-        inputs = [self.kind, self.is_map, self.low, self.high, *sides, photo, *own]
+        inputs = [self.drawn, self.kind, self.is_map, self.low, self.high, *sides, photo, *own]
         outputs = [self.view, self.pose, self.joints, self.findings, self.drawn]
         shapes = [
             self.kind.change,
@@ -117,16 +143,16 @@ class Slot:
             concurrency_limit=8,
             api_name=f"map{api}",
         )
-        gr.on(
-            [self.low.input, self.high.input],
-            self._redraw,
-            inputs,
-            outputs,
-            show_progress="hidden",
-            trigger_mode="always_last",
-            concurrency_limit=8,
-            api_visibility="private",
-        )
+        for moved, other in ((self.low, self.high), (self.high, self.low)):
+            moved.input(
+                partial(self._redraw, moved.label),
+                inputs,
+                [other, *outputs],
+                show_progress="hidden",
+                trigger_mode="always_last",
+                concurrency_limit=8,
+                api_visibility="private",
+            )
         self.wanted.change(
             self._draw,
             inputs,
@@ -148,63 +174,149 @@ class Slot:
         )
 
     @readable
-    def _begin(self, kind: str, is_map: bool, *rest: Any) -> list[Any]:
+    def _begin(self, drawn: Drawn | None, kind: str, is_map: bool, *rest: Any) -> list[Any]:
         """Draw what needs no network; for the rest, ask the device."""
         thresholds = gr.update(visible=kind == "canny" and not is_map)
-        if kind in ON_DEVICE and not is_map and _source(rest) is not None:
+        try:
+            made_of = self._made_of(kind, is_map, *rest)
+        except ValueError as error:
+            return [*_nothing(error), thresholds, gr.skip()]
+        if made_of is not None and made_of.on_device and _known(drawn, made_of) is None:
             return [gr.skip()] * 5 + [thresholds, object()]
-        return [*self._draw(kind, is_map, *rest), thresholds, gr.skip()]
+        return [*self._draw(drawn, kind, is_map, *rest), thresholds, gr.skip()]
 
     @readable
-    def _redraw(self, *values: Any) -> list[Any]:
-        return self._draw(*values)
+    def _redraw(
+        self, moved: str, drawn: Drawn | None, kind: str, is_map: bool, low: Any, high: Any, *rest: Any
+    ) -> list[Any]:
+        """Draw anew where a threshold was moved, which pushes the other one along."""
+        other = gr.skip()
+        if low is not None and high is not None and low > high:
+            other = low if moved == WEAK else high
+            low = high = other
+        return [other, *self._draw(drawn, kind, is_map, low, high, *rest)]
 
     @readable
-    def _draw(self, kind: str, is_map: bool, low: float, high: float, *rest: Any) -> list[Any]:
-        """The map of the slot's picture, and what is wrong with it."""
-        path = _source(rest)
+    def _draw(self, drawn: Drawn | None, *values: Any) -> list[Any]:
+        """The map of the slot's picture, and what is wrong with it; nothing where it is shown already."""
+        try:
+            made = self.draw(drawn, *values)
+        except ValueError as error:
+            return _nothing(error)
+        if made is None:
+            return _nothing()
+        if made is drawn:
+            return [gr.skip()] * 5
+        return [*_views(made), _findings(made), made]
+
+    def draw(self, drawn: Drawn | None, *values: Any) -> Drawn | None:
+        """The map that belongs to the values, which may be drawn already; None without a picture.
+
+        values: kind, is_map, low, high, width, height, photo and, where the slot has it, its own picture.
+        Raises ValueError for what cannot be read or is not allowed.
+        """
+        made_of = self._made_of(*values)
+        if made_of is None:
+            return None
+        known = _known(drawn, made_of)
+        if known is not None:
+            return known
+        picture = read_upload(made_of.path, is_map=made_of.wish.is_map)
+        made = self.engine.map(picture, made_of.wish, width=made_of.size[0], height=made_of.size[1])
+        photo = None if made.poses is None else images.cover(picture, *made_of.size)
+        told = _told(picture if made_of.wish.is_map else made.image, made, is_map=made_of.wish.is_map)
+        by_hand = None if drawn is None or drawn.made_of.path != made_of.path else drawn.by_hand
+        return Drawn(made, made_of, photo, told, found=made.poses, kept=by_hand)
+
+    def _made_of(
+        self, kind: str, is_map: bool, low: Any, high: Any, width: str, height: str, *pictures: str | None
+    ) -> MadeOf | None:
+        """What the map is made of, by the pictures' headers; None without a picture."""
+        path = next((path for path in reversed(pictures) if path), None)
         if path is None:
-            return [gr.update(value=None, visible=True), shown(None), gr.update(visible=False), _no(), None]
-        picture = read_upload(path, is_map=is_map)
-        width, height = whole(rest[0], "the width"), whole(rest[1], "the height")
-        size = self.engine.size(picture, width, height)
-        wish = Wish(kind, is_map, low, max(low, high))
-        made = self.engine.map(picture, wish, width=size[0], height=size[1])
-        told = _findings(picture if is_map else made.image, kind, is_map=is_map, made=made)
-        photo = None if made.poses is None else images.cover(picture, *size)
-        return [*_views(made, photo), told, Drawn(made, photo)]
+            return None
+        wish = Wish(kind, is_map)
+        if kind == "canny" and not is_map:
+            low, high = between(low, 0, MOST_EDGE, WEAK), between(high, 0, MOST_EDGE, STRONG)
+            wish = Wish(kind, is_map, low, max(low, high))
+        shape = upload_size(pictures[0] or path)  # all maps of a request have the photo's shape
+        if path != pictures[0]:
+            upload_size(path)
+        size = self.engine.size(shape, whole(width, "Width"), whole(height, "Height"))
+        return MadeOf(path, wish, size)
 
     @readable
     def _move(self, value: Any, drawn: Drawn | None) -> list[Any]:
         """Draw the pose anew after a joint was moved."""
         if drawn is None or drawn.map.poses is None:
             return [gr.skip()] * 3
-        made = edited(value, drawn.map)
-        return [*_views(made, drawn.photo)[1:], Drawn(made, drawn.photo)]
+        made = moved(drawn, value)
+        return [*_views(made)[1:], made]  # also where nothing was moved: the browser waits for an answer
 
     @property
     def inputs(self) -> list[Any]:
-        """What `asked` takes, in its order."""
-        return [self.on, self.scale, self.start, self.end, self.mode, self.adapter, self.drawn]
+        """What `asked` takes, in its order, but for the sides and the photo, which all slots share."""
+        own = [] if self.own is None else [self.own]
+        how = [self.on, self.scale, self.start, self.end, self.mode, self.adapter]
+        return [*how, self.kind, self.is_map, self.low, self.high, self.pose, self.drawn, *own]
+
+    def asked(
+        self, width: str, height: str, photo: str | None,
+        on: bool, scale: Any, start: Any, end: Any, mode: str, adapter: str | None,
+        kind: str, is_map: bool, low: Any, high: Any, pose: Any, drawn: Drawn | None, *own: str | None,
+    ) -> AskedControl | None:  # fmt: skip
+        """The control as the page has it now; None where there is no picture, or one that does not act.
+
+        The map is the one that is shown where that is of this picture, kind and size; else it is made here.
+        Raises ValueError for what the page cannot take.
+        """
+        of = "" if self.number == 1 else f" of map {self.number}"
+        scale = between(scale, 0, MOST_SCALE, f"Strength{of}")
+        if not on or not scale:
+            return None
+        start, end = between(start, 0, 1, f"From{of}"), between(end, 0, 1, f"Until{of}")
+        if start >= end:
+            raise ValueError(f"From{of} is {start:g} and Until is {end:g}: it has to begin before it ends")
+        made = self.draw(drawn, kind, is_map, low, high, width, height, photo, *own)
+        if made is None:
+            return None
+        made = moved(made, pose)  # a joint that was moved this moment
+        return AskedControl(made.map.kind, made.map.image, scale, start, end, mode, adapter or "")
 
 
-def asked(
-    on: bool, scale: float, start: float, end: float, mode: str, adapter: str | None, drawn: Drawn | None
-) -> AskedControl | None:
-    """A slot's control; None where there is no map, or one that does not act."""
-    if not on or drawn is None or not scale:
+def _known(drawn: Drawn | None, made_of: MadeOf) -> Drawn | None:
+    """What was drawn before of the same: joints that were moved by hand stay moved."""
+    if drawn is None:
         return None
-    scale, start, end = (round(float(x), DIGITS) for x in (scale, start, end))
-    return AskedControl(drawn.map.kind, drawn.map.image, scale, start, end, mode, adapter or "")
+    if drawn.made_of == made_of:
+        return drawn
+    by_hand = drawn.by_hand
+    return by_hand if by_hand is not None and by_hand.made_of == made_of else None
 
 
-def _source(rest: tuple[Any, ...]) -> str | None:
-    """The slot's own picture, or else the photo."""
-    return next((path for path in reversed(rest[2:]) if path), None)
+def moved(drawn: Drawn, value: Any) -> Drawn:
+    """What is drawn of the joints as the browser has them; itself where they are the same, or another pose's.
+
+    Raises ValueError for anything but such joints.
+    """
+    if drawn.map.poses is None or not isinstance(value, dict) or value.get("of") != drawn.made_of.name:
+        return drawn
+    made = edited(value, drawn.map)
+    assert made.poses is not None
+    if np.array_equal(made.poses.people, drawn.map.poses.people):
+        return drawn
+    return replace(drawn, map=made, hand=True, kept=None)
 
 
-def _views(made: Map, photo: np.ndarray | None) -> list[Any]:
+def _nothing(error: ValueError | None = None) -> list[Any]:
+    """No map is shown, and none acts; beneath it why."""
+    told = _no() if error is None else gr.update(value=escape(line_of(error)), visible=True)
+    return [gr.update(value=None, visible=True), shown(None), gr.update(visible=False), told, None]
+
+
+def _views(drawn: Drawn) -> list[Any]:
     """The map, the editor of its joints and their download, of which the fitting ones are visible."""
+    made = drawn.map
     if made.poses is None:
         return [gr.update(value=made.image, visible=True), shown(None), gr.update(visible=False)]
     import json
@@ -214,7 +326,7 @@ def _views(made: Map, photo: np.ndarray | None) -> list[Any]:
     joints = write_shown(json.dumps(poses_to_json(made.poses), indent=2).encode(), "pose.json")
     return [
         gr.update(value=made.image, visible=False),
-        shown(made, photo),
+        shown(made, drawn.photo, of=drawn.made_of.name, found=drawn.found),
         gr.update(value=joints, visible=True),
     ]
 
@@ -223,20 +335,21 @@ def _no() -> Any:
     return gr.update(value="", visible=False)
 
 
-def _findings(image: np.ndarray, kind: str, *, is_map: bool, made: Map) -> Any:
-    """What is wrong with a map, in plain words."""
+def _findings(drawn: Drawn) -> Any:
+    return gr.update(value=drawn.told, visible=bool(drawn.told))
+
+
+def _told(image: np.ndarray, made: Map, *, is_map: bool) -> str:
+    """What is wrong with a map, in plain words. image: it, or what was put in as one, at its own size."""
     if made.poses is not None and not len(made.poses.people):
-        return gr.update(
-            value="No person was found in this picture, so there is no pose to follow.", visible=True
-        )
+        return "No person was found in this picture, so there is no pose to follow."
     if not is_map:
-        return (
-            _no()
-            if made.image.any()
-            else gr.update(value="Nothing was found: the map is black.", visible=True)
-        )
-    found = preprocessors.lint(image, kind)
-    lines = [
-        f"{one.message[:1].upper()}{one.message[1:]}. {one.cure[:1].upper()}{one.cure[1:]}." for one in found
-    ]
-    return gr.update(value="\n\n".join(lines), visible=bool(lines))
+        return "" if made.image.any() else "Nothing was found: the map is black."
+    found = preprocessors.lint(image, made.kind)
+    return "\n\n".join(f"{sentence(one.message)}. {_cure(one.cure)}" for one in found)
+
+
+def _cure(cure: str) -> str:
+    """What cures a map, where the page has a shorter way than the command line."""
+    elsewhere = cure.startswith(("make the map anew with", "extract the map first"))
+    return f"Put the photo itself in, and leave “{IS_MAP}” off." if elsewhere else f"{sentence(cure)}."

@@ -11,6 +11,8 @@ from typing import Any
 
 import gradio as gr
 
+from controlkit.studio.wording import line_of
+
 SECONDS = 12.0  # that a toast stays
 FULL = "The device's memory is full: ask for smaller or fewer pictures, or wait while a training runs."
 
@@ -43,8 +45,7 @@ def toast(error: Exception) -> gr.Error:
     if isinstance(error, gr.Error):
         return error
     if isinstance(error, ValueError):
-        text = " ".join(str(error).split())
-        text = text[:1].upper() + text[1:]
+        text = line_of(error)
     elif type(error).__name__ == "OutOfMemoryError":
         text = FULL
     else:

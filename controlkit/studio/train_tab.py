@@ -9,16 +9,19 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 
 from controlkit.studio import run_folders
+from controlkit.studio.asked import count_of
 from controlkit.studio.engine import Engine
 from controlkit.studio.run_view import NOTHING, details
+from controlkit.studio.slot import OWN
 from controlkit.studio.toasts import readable
-from controlkit.studio.uploads import Shown
+from controlkit.studio.uploads import Shown, as_given
 
 if TYPE_CHECKING:
     from controlkit.studio.create_tab import CreateTab
 
 EVERY = 2.0  # seconds between two looks at the runs
 STEPS = 250
+MOST_STEPS = 10_000_000
 WORLD, FOLDER = "The bundled world", "A folder"
 READ = "Pictures with captions beside them (.txt), or a data set that controlkit data check reads"
 ONE = "One training at a time; while it runs, pictures take longer."
@@ -72,7 +75,7 @@ class TrainTab:
             visible=False,
         )  # fmt: skip
         self.recipe = gr.Dropdown(names, value=names[0], label="Recipe", info=self.recipes[names[0]])
-        self.steps = gr.Number(STEPS, label="Steps", precision=0, minimum=1)
+        self.steps = as_given(gr.Number(STEPS, label="Steps"))
         self.name = gr.Textbox("my-adapter", label="Name", info=f"Its folder lies in {self.runs.name}.")
         self.start = gr.Button("Start training", variant="primary", elem_id="start")
         gr.HTML(f'<p class="faint">{ONE}</p>')
@@ -114,26 +117,33 @@ class TrainTab:
             **look, outputs=outputs, **quiet
         )
         create_tab.select(lambda: gr.Timer(active=False), None, self.timer, **quiet)
-        slots = create.slots
-        adapters = [slot.adapter for slot in slots]
-        for shown in (page.load, create_tab.select):  # a page that is loaded anew has its first choices
-            shown(lambda: [self._adapters()] * len(slots), None, adapters, **quiet)
-        self.use.click(self._use, self.chosen, [tabs, slots[0].kind, slots[0].adapter], **quiet)
+        for slot in create.slots:  # a page that is loaded anew has its first choices
+            gr.on(
+                [page.load, create_tab.select, slot.kind.change],
+                self._adapters, [slot.kind, slot.adapter], slot.adapter, trigger_mode="always_last", **quiet,
+            )  # fmt: skip
+        kind, adapter = create.slots[0].kind, create.slots[0].adapter
+        self.use.click(self._use, [self.chosen, kind], [tabs, kind, adapter], **quiet)
 
     def _choices(self) -> list[tuple[str, str]]:
         return [(run.line, run.name) for run in run_folders.found(self.runs)]
 
     @readable
-    def _begin(self, source: str, folder: str, recipe: str, steps: float, name: str) -> Any:
+    def _begin(self, source: str, folder: str, recipe: str, steps: Any, name: str) -> Any:
         """Begin, and choose the new run."""
         if source == FOLDER and not (folder or "").strip():
             raise ValueError("type in the folder of the pictures")
         if recipe not in self.recipes:
             raise ValueError(f"the page knows no recipe {recipe!r} for the base {self.engine.name}")
         begun = run_folders.begin(
-            self.runs, name=(name or "").strip(), recipe=recipe, base=self.engine.name, steps=int(steps or 0),
-            source=folder if source == FOLDER else "", within=self.data,
-        )  # fmt: skip
+            self.runs,
+            name=(name or "").strip(),
+            recipe=recipe,
+            base=self.engine.name,
+            steps=count_of(steps, MOST_STEPS, "Steps"),
+            source=folder if source == FOLDER else "",
+            within=self.data,
+        )
         return gr.update(choices=self._choices(), value=begun.name)
 
     def _ask(self, work: Any) -> Any:
@@ -189,25 +199,24 @@ class TrainTab:
     def _finished(self) -> list[run_folders.Run]:
         return [run for run in run_folders.found(self.runs) if run.state == "finished" and self._fits(run)]
 
-    def _adapters(self, value: Any = None) -> Any:
-        """The choices of adapters: the base's own and those that were trained here."""
-        rows = [("the base's own", "")]
-        rows += [
-            (f"{run.name} ({run.record.config.get('map')})", str(run.record.result))
-            for run in self._finished()
-        ]
-        return gr.update(choices=rows, **({} if value is None else {"value": value}))
+    def _adapters(self, kind: str, value: str | None) -> Any:
+        """The adapters for a kind of map: the base's own and those that were trained here; one stays chosen
+        where it is among them.
+        """
+        rows = [(OWN, "")]
+        rows += [(run.name, str(run.record.result)) for run in self._finished() if kind in run.kinds]
+        return gr.update(choices=rows, value=value if value in [path for _, path in rows] else "")
 
     @readable
-    def _use(self, name: str | None) -> list[Any]:
-        """The first tab, with the run's kind of map and its adapter."""
+    def _use(self, name: str | None, kind: str) -> list[Any]:
+        """The first tab, with the run's kind of map, or one of its kinds, and its adapter."""
         run = run_folders.look(self._folder(name))
         if run.state != "finished" or not self._fits(run):
             raise ValueError(f"the run {run.name} is {run.state}: it has no adapter for this page")
-        kind = str(run.record.config.get("map"))
-        known = self.engine.kinds
+        if kind not in run.kinds:
+            kind = next((one for one in run.kinds if one in self.engine.kinds), kind)
         return [
             gr.Tabs(selected="create"),
-            gr.update(value=kind if kind in known else known[0]),
-            self._adapters(str(run.record.result)),
+            gr.update(value=kind),
+            self._adapters(kind, str(run.record.result)),
         ]

@@ -23,6 +23,20 @@ def read_upload(path: str, *, is_map: bool = False) -> np.ndarray:
         raise ValueError(str(error).replace(path, os.path.basename(path))) from error
 
 
+def upload_size(path: str) -> tuple[int, int]:
+    """Width and height of an uploaded picture, by its header. Raises ValueError as `read_upload`."""
+    try:
+        return images.check_picture(path, max_pixels=MAX_PIXELS)
+    except ValueError as error:
+        raise ValueError(str(error).replace(path, os.path.basename(path))) from error
+
+
+def as_given(component: Any) -> Any:
+    """Make a component hand over what it holds; gradio would say what is wrong in words of its own."""
+    component.preprocess = lambda payload: payload
+    return component
+
+
 def as_file(upload: Any) -> Any:
     """Make a component of pictures hand over the file as it came; gradio would open it, and say what is wrong
     in words of its own.

@@ -93,14 +93,14 @@ def verdict(run: RunRecord) -> str:
 
 def _tiles(run: RunRecord) -> str:
     tiles = [(label, form(curve[-1][1])) for name, label, form in _FIGURES if (curve := run.curve(name))]
-    if principal := _principal(run):
-        measure, ours, ceiling = principal
+    if score := principal(run):
+        measure, ours, ceiling = score
         of = f" <small>of {ceiling:.3f}</small>" if ceiling is not None else ""
         tiles.insert(0, (escape(measure), f"{ours:.3f}{of}"))
     return "".join(f"<div><dt>{label}</dt><dd>{value}</dd></div>" for label, value in tiles)
 
 
-def _principal(run: RunRecord) -> tuple[str, float, float | None] | None:
+def principal(run: RunRecord) -> tuple[str, float, float | None] | None:
     """The score that names the kind: its name, the adapter's, the ceiling's."""
     kind = str(run.config.get("map", ""))
     ours = run.scores.get("control") or run.scores.get(kind) or {}

@@ -1,0 +1,45 @@
+"""How the page calls things, where the command line has options and files."""
+
+from __future__ import annotations
+
+import re
+
+TITLES = {
+    "canny": "Edges",
+    "openpose": "Pose",
+    "depth": "Depth",
+    "normal": "Normals",
+    "lineart": "Line art",
+    "lineart_anime": "Anime lines",
+    "mlsd": "Straight lines",
+    "scribble": "Scribble",
+    "shuffle": "Colours",
+    "softedge": "Soft edges",
+}
+_OPTIONS = {
+    "add --prompt-syntax a1111": "controlkit generate has --prompt-syntax a1111",
+    "--negative": "the negative prompt",
+    "--guidance": "Guidance",
+    "--device": "the device",
+    "--base": "the base",
+    "--data": "the folder",
+}
+_OPTION = re.compile("|".join(re.escape(option) + r"(?![\w-])" for option in _OPTIONS))
+
+
+def title(kind: str) -> str:
+    """A kind of map, as its choice is called."""
+    return TITLES.get(kind, kind)
+
+
+def line_of(error: ValueError) -> str:
+    """What was wrong, as a sentence of the page."""
+    return sentence(" ".join(str(error).split()))
+
+
+def sentence(text: str) -> str:
+    """A line that the command line would tell, in the page's words; a file keeps its name."""
+    text = _OPTION.sub(lambda found: _OPTIONS[found[0]], text)
+    first = text.split(maxsplit=1)[0] if text else ""
+    named = any(sign in first for sign in "./\\_0123456789")
+    return text if named else text[:1].upper() + text[1:]
