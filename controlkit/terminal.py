@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 import warnings
@@ -76,6 +77,8 @@ class Terminal:
 def opened() -> Iterator[Terminal]:
     """A terminal for one command: its bar is closed at the end, and warnings become one-line notes."""
     terminal = Terminal()
+    # diffusers imports bitsandbytes, which on some processors misses a kernel that nothing here asks for
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     before = warnings.showwarning
     warnings.showwarning = lambda message, *_, **__: terminal.note(f"note: {message}")
     try:

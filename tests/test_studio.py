@@ -361,6 +361,19 @@ def test_no_picture_of_the_machine_is_opened(page: Page, place: str, marked: boo
     assert b"does not exist" not in answer
 
 
+def test_no_picture_of_the_machine_is_opened_after_the_page_was_changed(page: Page, client: Client) -> None:
+    """For a session in which it was updated, gradio makes a component anew."""
+    assert "1 picture made" in make(client, page.photo)[0]
+    client.predict("openpose", False, None, 9999, "", "", handle_file(str(page.photo)), api_name="/map")
+    for place in ("/etc/hostname", str(page.photo)):
+        asked = values(None)
+        asked[9] = {"path": place}
+        with pytest.raises(AppError, match="no picture that was put into this page"):
+            client.predict(*asked, api_name="/generate")
+    with pytest.raises(AppError, match="Pictures: a number from 1 to 16, not nothing"):
+        make(client, page.photo, count=None)
+
+
 @pytest.mark.parametrize(
     ("name", "code"),
     [("localhost", 200), ("127.0.0.1", 200), ("[::1]", 200), ("attacker.example", 400), ("", 400)],

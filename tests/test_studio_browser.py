@@ -18,6 +18,7 @@ import pytest
 pytest.importorskip("gradio", reason="the studio page needs the extra ui")
 pytest.importorskip("playwright", reason="playwright drives the browser")
 
+from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from controlkit import infotext
@@ -262,6 +263,48 @@ def test_joints_that_were_moved_outlive_other_maps(visit: Callable[..., Page]) -
     with page.expect_download() as download:
         page.get_by_role("button", name="Save map").click()
     assert load_picture(download.value.path()).any()
+
+
+@pytest.mark.slow
+def test_a_finger_beside_a_joint_moves_it(visit: Callable[..., Page]) -> None:
+    page = visit(viewport={"width": 390, "height": 844}, has_touch=True)
+    page.get_by_role("radio", name="Pose").first.check(force=True)
+    joint = page.locator(
+        ".pose-editor circle[data-joint='0 10'], .pose-editor circle[data-joint='0 13']"
+    ).last
+    joint.scroll_into_view_if_needed()  # a foot, with no other joint near
+    place = joint.get_attribute("cx")
+    box = joint.bounding_box()
+    assert box is not None
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] + 8)
+    page.mouse.down()
+    page.mouse.move(box["x"] - 40, box["y"], steps=3)
+    page.mouse.up()
+    expect(joint).not_to_have_attribute("cx", place or "")
+
+
+@pytest.mark.slow
+def test_the_page_is_calm(visit: Callable[..., Page], tmp_path: Path) -> None:
+    """No part of it is of another size than what is in it, and nothing jumps."""
+    page = visit()
+    head = page.locator(".masthead .base").bounding_box()
+    page.get_by_role("tab", name="Train").click()
+    page.locator("#start").wait_for()
+    assert page.locator(".masthead .base").bounding_box() == head
+    page.get_by_role("tab", name="Create").click()
+    page.locator("#prompt textarea").fill("a red figure, " * 60)
+    generate(page)
+    expect(page.locator("#status .notes")).to_contain_text("more than 77 tokens")
+    about = page.locator("#about .told").bounding_box()
+    assert about is not None
+    assert about["height"] < 120
+    page.get_by_role("button", name="As a command").click()
+    page.locator(".cm-content").first.wait_for()
+    room = page.evaluate("[...document.querySelectorAll('.cm-scroller')].map((node) => node.offsetHeight)")
+    assert max(room) <= 320
+    Image.fromarray(render(3).picture).save(tmp_path / "scan.tif")
+    upload(page, tmp_path / "scan.tif")
+    page.wait_for_function("document.querySelector('#photo img')?.naturalWidth > 0")
 
 
 @pytest.mark.slow

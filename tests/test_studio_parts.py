@@ -18,9 +18,10 @@ pytest.importorskip("gradio", reason="the studio page needs the extra ui")
 import gradio
 import numpy as np
 from outcomes import Run
+from PIL import Image
 
 from controlkit import adapters, generate_models, infotext
-from controlkit.studio import asked, gallery, making, run_folders, run_view, server, wording
+from controlkit.studio import asked, gallery, making, run_folders, run_view, server, uploads, wording
 from controlkit.studio import page as studio_page
 from controlkit.studio.engine import Engine, Stopped
 from controlkit.studio.uploads import Shown
@@ -460,6 +461,46 @@ def test_an_error_after_checkpoints_is_told(tmp_path: Path) -> None:
     assert run.state == "stopped"
     assert "the disk is full" in run_view.details(run, []).head
     assert "gone on with" in run_view.details(run, []).head
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "I;16", "1", "P", "RGBA", "CMYK", "F"])
+def test_a_picture_that_browsers_do_not_show_is_shown_as_the_same_pixels(
+    place: Path, tmp_path: Path, mode: str
+) -> None:
+    numbers = np.arange(64 * 48, dtype=np.uint16).reshape(48, 64) * 20
+    if mode == "I;16":
+        picture = Image.fromarray(numbers)
+    else:
+        picture = Image.fromarray((numbers >> 8).astype(np.uint8)).convert("RGB").convert(mode)
+    picture.save(tmp_path / "my scan.tiff")
+    shown = uploads.displayable(str(tmp_path / "my scan.tiff"))
+    if mode == "F":  # what is not read here is told of beneath the map
+        with pytest.raises(ValueError, match="my scan"):
+            uploads.read_upload(str(tmp_path / "my scan.tiff"))
+        return
+    assert Path(shown).name == "my scan.png"
+    for is_map in (False, True):
+        np.testing.assert_array_equal(
+            uploads.read_upload(shown, is_map=is_map),
+            uploads.read_upload(str(tmp_path / "my scan.tiff"), is_map=is_map),
+        )
+
+
+def test_a_turned_picture_is_shown_as_it_is_read(place: Path, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[uploads.ORIENTATION] = 6
+    Image.fromarray(np.arange(64 * 48 * 3, dtype=np.uint8).reshape(48, 64, 3)).save(
+        tmp_path / "turned.tif", exif=exif
+    )
+    shown = uploads.read_upload(uploads.displayable(str(tmp_path / "turned.tif")))
+    assert shown.shape == (64, 48, 3)
+    np.testing.assert_array_equal(shown, uploads.read_upload(str(tmp_path / "turned.tif")))
+
+
+def test_what_browsers_show_and_what_is_broken_stays_as_it_came(tmp_path: Path) -> None:
+    (tmp_path / "broken.tif").write_text("no picture")
+    for path in (None, "photo.png", str(tmp_path / "broken.tif"), str(tmp_path / "gone.ppm")):
+        assert uploads.displayable(path) == gradio.skip()
 
 
 def test_lines_of_the_command_line_are_told_in_the_pages_words() -> None:

@@ -10,11 +10,14 @@ from controlkit import demo, figures
 from controlkit.images import encode_png
 from controlkit.schedulers import SCHEDULERS
 from controlkit.studio.asked import MOST_PICTURES, MOST_STEPS
+from controlkit.studio.components import Picture, Slider
 from controlkit.studio.engine import Engine
 from controlkit.studio.gallery import Gallery
 from controlkit.studio.making import Making
 from controlkit.studio.slot import IS_MAP, Slot
-from controlkit.studio.uploads import as_file, as_given, write_shown
+from controlkit.studio.toasts import readable
+from controlkit.studio.uploads import displayable, write_shown
+from controlkit.studio.wording import SCHEDULER_INFO
 
 MOST_CONTROLS = 3
 SCENES = (1, 3, 7, 12, 20, 21)  # of the bundled world's demonstration split
@@ -43,11 +46,11 @@ class CreateTab:
         with gr.Row(elem_classes="pair"):
             with gr.Column(min_width=240):
                 gr.HTML("<h2>Photo</h2>")
-                self.photo = as_file(gr.Image(
+                self.photo = Picture(
                     value=self.files[0], type="filepath", image_mode=None,
                     sources=["upload", "webcam", "clipboard"],
                     label="Photo", show_label=False, height=300, elem_classes="picture", elem_id="photo",
-                ))  # fmt: skip
+                )  # fmt: skip
                 examples = gr.Dataset(
                     components=[gr.Image(visible=False)],
                     samples=[[file] for file in self.files],
@@ -68,10 +71,12 @@ class CreateTab:
         with gr.Row(elem_classes="go"):
             self.go = gr.Button("Generate", variant="primary", elem_id="generate", scale=2)
             self.cancel = gr.Button("Cancel", variant="stop", elem_id="cancel", scale=2, visible=False)
-            self.count = as_given(
-                gr.Slider(1, MOST_PICTURES, 4, step=1, label="Pictures", scale=3, min_width=160)
-            )
+            self.count = Slider(1, MOST_PICTURES, 4, step=1, label="Pictures", scale=3, min_width=160)
         self._more(sides)
+        for picture in (self.photo, *(slot.own for slot in self.slots if slot.own is not None)):
+            picture.upload(
+                readable(displayable), picture, picture, show_progress="hidden", api_visibility="private"
+            )
         examples.click(
             lambda index: (self.files[index], self._prompt(index)),
             examples,
@@ -86,10 +91,12 @@ class CreateTab:
             self.negative = gr.Textbox("", label="Negative prompt", placeholder="What it should not show")
             with gr.Row():
                 self.seed = gr.Textbox(label="Seed", placeholder="another one each time")
-                self.steps = as_given(gr.Slider(1, MOST_STEPS, 20, step=1, label="Steps"))
+                self.steps = Slider(1, MOST_STEPS, 20, step=1, label="Steps")
             with gr.Row():
                 self.guidance = gr.Textbox(label="Guidance", placeholder="the base's own")
-                self.scheduler = gr.Dropdown(list(SCHEDULERS), value="ddim", label="Scheduler")
+                self.scheduler = gr.Dropdown(
+                    list(SCHEDULERS), value="ddim", label="Scheduler", info=SCHEDULER_INFO
+                )
             with gr.Row():
                 for side in sides:
                     side.render()

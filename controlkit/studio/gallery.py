@@ -12,8 +12,8 @@ import numpy as np
 
 from controlkit.infotext import PictureRecord
 from controlkit.studio.commands import command, script
+from controlkit.studio.components import Picture
 from controlkit.studio.toasts import readable
-from controlkit.studio.uploads import as_file
 from controlkit.studio.wording import title
 from controlkit.training.reporting.run_record import RESULTS
 
@@ -51,10 +51,10 @@ class Gallery:
     def __init__(self, photo: gr.Image) -> None:
         """Lay it out and wire it. photo: where a result goes back to."""
         gr.HTML("<h2>Pictures</h2>")
-        self.view = as_file(gr.Image(
+        self.view = Picture(
             label="Result", show_label=False, interactive=False, format="png", type="filepath",
             elem_classes="picture result", elem_id="result", buttons=["fullscreen"], height=440,
-        ))  # fmt: skip
+        )  # fmt: skip
         self.preview = gr.Image(
             label="In the making", show_label=False, interactive=False, format="png", visible=False,
             elem_classes="picture result", elem_id="preview", buttons=[], height=440,

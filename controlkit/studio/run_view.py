@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from html import escape
 
-from controlkit.studio.run_folders import Run
+from controlkit.studio.run_folders import ALIVE, Run
 from controlkit.studio.wording import title
 
 NOTHING = '<p class="faint">No training yet. Start one, and it appears here.</p>'
@@ -54,10 +54,10 @@ def details(run: Run, log: list[str]) -> View:
         words += f'<p class="faint">{escape(SETTINGS.format(config=record.folder / "config.toml"))}</p>'
     if run.error:
         words = f'<p class="verdict bad" role="alert">{escape(run.error)}</p>{words}'
-    return View(_head(run, words), figures, f"<pre>{escape(chr(10).join(log))}</pre>")
+    return View(_head(run, words, log), figures, f"<pre>{escape(chr(10).join(log))}</pre>")
 
 
-def _head(run: Run, words: str) -> str:
+def _head(run: Run, words: str, log: list[str]) -> str:
     from controlkit.training.reporting.report import principal
 
     record, facts = run.record, []
@@ -72,8 +72,13 @@ def _head(run: Run, words: str) -> str:
     cells = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts)
     share = record.step / run.steps if run.steps else 0.0
     bar = f'<progress max="1" value="{share:.3f}" aria-label="Steps done"></progress>' if run.steps else ""
-    state = f'<p class="state">{_state(run)}</p>'
+    state = f'<p class="state">{_state(run)}{_doing(run, log)}</p>'
     return f"<h3>{escape(run.name)}</h3>{state}{bar}<dl>{cells}</dl>{words}"
+
+
+def _doing(run: Run, log: list[str]) -> str:
+    """What a training that is alive does, in its own words."""
+    return f" {escape(log[-1].strip())}" if run.state in ALIVE and log else ""
 
 
 def _state(run: Run) -> str:

@@ -17,11 +17,12 @@ from controlkit.preprocessors.canny import HIGH, LOW
 from controlkit.preprocessors.skeleton import Poses
 from controlkit.rules import MODES
 from controlkit.studio.asked import AskedControl, between, whole
+from controlkit.studio.components import Picture, Slider
 from controlkit.studio.engine import ON_DEVICE, Engine, Wish
 from controlkit.studio.pose_editor import edited, pose_editor, shown
 from controlkit.studio.toasts import readable
-from controlkit.studio.uploads import as_file, as_given, read_upload, upload_size, write_shown
-from controlkit.studio.wording import line_of, sentence, title
+from controlkit.studio.uploads import read_upload, upload_size, write_shown
+from controlkit.studio.wording import MODE_NAMES, line_of, sentence, title
 
 IS_MAP = "This picture is a map already"
 OWN = "the base's own"  # adapter
@@ -102,22 +103,22 @@ class Slot:
         self.joints = gr.DownloadButton("Joints as JSON", visible=False, size="sm")
         self.edges = gr.Column(elem_classes="thresholds")
         with self.edges:
-            self.low = as_given(gr.Slider(0, MOST_EDGE, LOW, step=1, label=WEAK, min_width=120))
-            self.high = as_given(gr.Slider(0, MOST_EDGE, HIGH, step=1, label=STRONG, min_width=120))
+            self.low = Slider(0, MOST_EDGE, LOW, step=1, label=WEAK, min_width=120)
+            self.high = Slider(0, MOST_EDGE, HIGH, step=1, label=STRONG, min_width=120)
         self.findings = gr.Markdown(elem_classes="findings", visible=False)
-        self.scale = as_given(gr.Slider(0, MOST_SCALE, 1, step=0.05, label="Strength"))
+        self.scale = Slider(0, MOST_SCALE, 1, step=0.05, label="Strength")
         self.is_map = is_map or gr.Checkbox(label=IS_MAP)
         self.own = None
         with gr.Accordion("When and how", open=False, elem_classes="plain"):
             with gr.Row():
-                self.start = as_given(gr.Slider(0, 1, 0, step=0.05, label="From", min_width=120))
-                self.end = as_given(gr.Slider(0, 1, 1, step=0.05, label="Until", min_width=120))
-            self.mode = gr.Dropdown(list(MODES), value="balanced", label="Mode")
+                self.start = Slider(0, 1, 0, step=0.05, label="From", min_width=120)
+                self.end = Slider(0, 1, 1, step=0.05, label="Until", min_width=120)
+            self.mode = gr.Dropdown(
+                [(MODE_NAMES.get(mode, mode), mode) for mode in MODES], value="balanced", label="Mode"
+            )
             self.adapter = gr.Dropdown([(OWN, "")], value="", label="Adapter")
             if number > 1:
-                self.own = as_file(
-                    gr.Image(type="filepath", sources=["upload"], label="Another picture", height=160)
-                )
+                self.own = Picture(type="filepath", sources=["upload"], label="Another picture", height=160)
         self.drawn = gr.State(None)
         self.wanted = gr.State(None)  # changes when the device has to draw
         self._listen(photo, sides, api, page)

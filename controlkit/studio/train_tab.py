@@ -10,11 +10,12 @@ import gradio as gr
 
 from controlkit.studio import run_folders
 from controlkit.studio.asked import count_of
+from controlkit.studio.components import Number
 from controlkit.studio.engine import Engine
 from controlkit.studio.run_view import NOTHING, details
 from controlkit.studio.slot import OWN
 from controlkit.studio.toasts import readable
-from controlkit.studio.uploads import Shown, as_given
+from controlkit.studio.uploads import Shown
 
 if TYPE_CHECKING:
     from controlkit.studio.create_tab import CreateTab
@@ -75,7 +76,7 @@ class TrainTab:
             visible=False,
         )  # fmt: skip
         self.recipe = gr.Dropdown(names, value=names[0], label="Recipe", info=self.recipes[names[0]])
-        self.steps = as_given(gr.Number(STEPS, label="Steps"))
+        self.steps = Number(STEPS, label="Steps")
         self.name = gr.Textbox("my-adapter", label="Name", info=f"Its folder lies in {self.runs.name}.")
         self.start = gr.Button("Start training", variant="primary", elem_id="start")
         gr.HTML(f'<p class="faint">{ONE}</p>')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import tempfile
 from pathlib import Path
@@ -12,6 +13,9 @@ import numpy as np
 from controlkit import images
 
 MAX_BYTES = 20 * 1024 * 1024  # of one upload
+UNSHOWN = (".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm")  # that browsers do not show
+PNG_MODES = ("1", "L", "LA", "I;16", "P", "RGB", "RGBA")
+ORIENTATION = 0x0112  # the EXIF tag
 MAX_PIXELS = 40_000_000  # of one picture; a camera's 24 megapixels and some more
 
 
@@ -23,36 +27,35 @@ def read_upload(path: str, *, is_map: bool = False) -> np.ndarray:
         raise ValueError(str(error).replace(path, os.path.basename(path))) from error
 
 
+def displayable(path: str | None) -> Any:
+    """What a browser shows of an upload that it would not: the same pixels, whole, as a PNG.
+
+    Skipped for all others, and for what cannot be read, of which the map tells.
+    """
+    import gradio as gr
+
+    from controlkit import decoding
+
+    if path is None or Path(path).suffix.lower() not in UNSHOWN:
+        return gr.skip()
+    try:
+        with decoding.opened(path, max_pixels=MAX_PIXELS) as (image, _):
+            as_it_is, turned = image.mode in PNG_MODES, image.getexif().get(ORIENTATION, 1) != 1
+            if not as_it_is or turned:
+                return write_shown(images.encode_png(read_upload(path)), f"{Path(path).stem}.png")
+            data = io.BytesIO()
+            image.save(data, "PNG", icc_profile=image.info.get("icc_profile"))
+    except (ValueError, *decoding.DECODE_ERRORS):
+        return gr.skip()
+    return write_shown(data.getvalue(), f"{Path(path).stem}.png")
+
+
 def upload_size(path: str) -> tuple[int, int]:
     """Width and height of an uploaded picture, by its header. Raises ValueError as `read_upload`."""
     try:
         return images.check_picture(path, max_pixels=MAX_PIXELS)
     except ValueError as error:
         raise ValueError(str(error).replace(path, os.path.basename(path))) from error
-
-
-def as_given(component: Any) -> Any:
-    """Make a component hand over what it holds; gradio would say what is wrong in words of its own."""
-    component.preprocess = lambda payload: payload
-    return component
-
-
-def as_file(upload: Any) -> Any:
-    """Make a component of pictures hand over the file as it came; gradio would open it, and say what is wrong
-    in words of its own.
-    """
-    upload.preprocess = lambda payload: None if payload is None else _uploaded(payload.path)
-    return upload
-
-
-def _uploaded(path: str) -> str:
-    """A file that came through the page; gradio looks only at requests that say that they hold files."""
-    import gradio as gr
-
-    place = os.environ.get("GRADIO_TEMP_DIR")
-    if not place or not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(place)):
-        raise gr.Error("That is no picture that was put into this page.", print_exception=False)
-    return path
 
 
 def write_shown(data: bytes, name: str) -> str:

@@ -16,6 +16,18 @@ TITLES = {
     "shuffle": "Colours",
     "softedge": "Soft edges",
 }
+MODE_NAMES = {
+    "balanced": "balanced: prompt and map alike",
+    "prompt": "prompt: it is more important (A1111)",
+    "control": "control: the map is more important (A1111)",
+    "guess": "guess: the map without a prompt (the original)",
+    "guess-diffusers": "guess: the map without a prompt (diffusers)",
+    "more-prompt": "more-prompt (InvokeAI)",
+    "more-control": "more-control (InvokeAI)",
+    "unbalanced": "unbalanced (InvokeAI)",
+    "paper": "paper: CFG resolution weighting",
+}
+SCHEDULER_INFO = "How the noise is taken away; lcm and tcd are for bases that are distilled to few steps"
 _OPTIONS = {
     "add --prompt-syntax a1111": "controlkit generate has --prompt-syntax a1111",
     "--negative": "the negative prompt",
