@@ -422,6 +422,25 @@ def test_every_family_trains_and_diffusers_loads_the_result(place, family):
     assert losses(live) == losses(folder)
 
 
+def test_a_finished_run_that_is_started_again_is_not_measured_again(place, monkeypatch):
+    from controlkit.training.adapter import ControlNetTask
+
+    measured, scored = [], ControlNetTask.final_scores
+    monkeypatch.setattr(ControlNetTask, "final_scores", lambda task: measured.append(1) or scored(task))
+    folder, _ = run(place, "again", score_scenes=2)
+    scores = (folder / "scores.json").read_bytes()
+    report = (folder / "report.html").read_bytes()
+    run(place, "again", score_scenes=2)
+    assert len(measured) == 1
+    assert ((folder / "scores.json").read_bytes(), (folder / "report.html").read_bytes()) == (scores, report)
+    (folder / "scores.json").write_text('{"of": ')  # damaged
+    run(place, "again", score_scenes=2)
+    assert len(measured) == 2
+    assert (folder / "scores.json").read_bytes() == scores
+    run(place, "again", score_scenes=1)
+    assert len(measured) == 3, "other pairs are asked for"
+
+
 def test_a_finished_run_tells_its_whole_story(place):
     folder, _ = run(place, "told", sample_every=3, monitor_every=1, score_scenes=2)
     page = (folder / "report.html").read_text()

@@ -27,6 +27,7 @@ from controlkit.training.optimizers import (
     make_optimizer,
     set_rates,
 )
+from controlkit.training.reporting.measured import scores_of
 from controlkit.training.saving import Saver, check_folder, restore, stopped_by, write_recipe
 from controlkit.training.stepping import Taken, can_read_late, is_finite, update
 from controlkit.training.task import Losses, Part, Task
@@ -124,17 +125,17 @@ def _export(run: Run, result: Path) -> None:
             with files.replace_folder(result) as target:
                 run.task.export(target, weights)
     if run.machine.processes.is_first and not run.machine.sharded:
-        _write_facts(run)
+        _write_facts(run, result)
 
 
-def _write_facts(run: Run) -> None:
+def _write_facts(run: Run, result: Path) -> None:
     """What is known of the finished training beside its figures, for the report: under the weights
     exported.
     """
-    with averaged(run):
-        scores = run.task.final_scores()
-    if scores:
-        files.write_json(run.folder / "scores.json", scores)
+    scenes = getattr(run.recipe, "score_scenes", 0)  # adapters alone are scored
+    if scenes:
+        with averaged(run):
+            scores_of(run.folder, result, scenes, run.task.final_scores)
     facts = run.task.facts()
     if facts:
         files.write_json(run.folder / "facts.json", facts)

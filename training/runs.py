@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from controlkit import files
 from controlkit.folders import check_weights, quiet_libraries, read_json
 from controlkit.training.config import (
     BaseRecipe,
@@ -171,22 +171,27 @@ def _scored(
     from controlkit.adapters import load_adapter
     from controlkit.base import load_base
     from controlkit.training.quality import FOLLOWS, examine
+    from controlkit.training.reporting.measured import scores_of
     from controlkit.training.reporting.showing import examined_kinds
 
-    message = f"measuring on {recipe.score_scenes} held-out scenes"
-    progress(Progress(recipe.steps, recipe.steps, math.nan, 0.0, math.nan, message))
-    base = load_base(recipe.base, device=device_name(recipe))
-    adapter = load_adapter(str(result), base=base)
     kinds = examined_kinds(recipe)
-    examination = examine(base, dict.fromkeys(kinds, adapter), scenes=recipe.score_scenes)
-    files.write_json(folder / "scores.json", {"scenes": examination.scenes, **examination.scores})
-    lines = [f"on {examination.scenes} held-out scenes:  no control -> this adapter  (ceiling)"]
+
+    def measure() -> dict[str, Any]:
+        message = f"measuring on {recipe.score_scenes} held-out scenes"
+        progress(Progress(recipe.steps, recipe.steps, math.nan, 0.0, math.nan, message))
+        base = load_base(recipe.base, device=device_name(recipe))
+        adapter = load_adapter(str(result), base=base)
+        examination = examine(base, dict.fromkeys(kinds, adapter), scenes=recipe.score_scenes)
+        return {"scenes": examination.scenes, **examination.scores}
+
+    scores = scores_of(folder, result, recipe.score_scenes, measure)
+    lines = [f"on {scores['scenes']} held-out scenes:  no control -> this adapter  (ceiling)"]
     for kind in kinds:
         for score in (FOLLOWS[kind], "silhouette IoU", "colours"):
-            floor, ours, ceiling = (examination.scores[row][score] for row in ("floor", kind, "ceiling"))
+            floor, ours, ceiling = (scores[row][score] for row in ("floor", kind, "ceiling"))
             of = f"{kind}: " if len(kinds) > 1 else ""
             lines.append(f"  {of}{score:<15} {floor:.3f} -> {ours:.3f}  ({ceiling:.3f})")
-    return Result(folder, result, dict(examination.scores[kinds[0]]), lines)
+    return Result(folder, result, dict(scores[kinds[0]]), lines)
 
 
 def build_task(recipe: Recipe, machine: Machine, progress: Callable[[Progress], None]) -> Task:
