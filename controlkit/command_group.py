@@ -6,6 +6,8 @@ import errno
 import io
 import os
 import sys
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NoReturn
 
 import typer
@@ -43,6 +45,8 @@ class Commands(TyperGroup):
             if "\n" in message:  # the help, for want of a command
                 typer.echo(message, err=True)
                 sys.exit(2)
+            words = kwargs.get("args") or (args[0] if args else None) or sys.argv[1:]
+            message = _with_value(message, getattr(error, "param", None), words)
             _fail(f"{message[:1].lower()}{message[1:].rstrip('.')}{_see_help(error.ctx)}")
         except ValueError as error:
             _fail(str(error))
@@ -62,6 +66,18 @@ def _fail(message: str) -> NoReturn:
     """One line on stderr, exit code 2."""
     typer.echo(f"error: {' '.join(message.split())}", err=True)
     sys.exit(2)
+
+
+def _with_value(message: str, option: Any, words: Sequence[str]) -> str:
+    """A message about an option's value, with the value, which typer leaves out."""
+    begin, middle, end = message.partition(": Input should be a valid ")
+    if not middle:
+        return message
+    names = getattr(option, "opts", ())
+    given = [word.partition("=")[2] for word in words if word.partition("=")[0] in names and "=" in word]
+    given += [value for name, value in pairwise(words) if name in names]
+    kind = end.partition(",")[0].replace("integer", "whole number")
+    return f"{begin}: {given[0]!r} is no {kind}" if given else f"{begin}: it must be a {kind}"
 
 
 def _see_help(context: Any) -> str:

@@ -56,6 +56,8 @@ class OpenPose(Preprocessor):
         """Check the options and load the networks."""
         super().__init__(resolution=resolution)
         of_openpose = is_openpose(model)
+        if of_openpose and detector != DETECTOR:
+            raise _needs_no_detector(model)
         self.threshold = _checked_threshold(threshold, 0.0 if of_openpose else _VITPOSE_THRESHOLD)
         if style not in STYLES:
             raise unknown("draw style", style, STYLES)
@@ -111,6 +113,10 @@ class OpenPose(Preprocessor):
         )
 
 
+def _needs_no_detector(model: str) -> ValueError:
+    return ValueError(f"the pose model {model} finds the people by itself: leave detector out")
+
+
 class _People:
     """A ViTPose, and what finds the people for it where it wants boxes."""
 
@@ -121,6 +127,8 @@ class _People:
                 f"the pose model {model} knows neither hands nor faces; model=openpose does, "
                 "and so do models of COCO-WholeBody's 133 keypoints"
             )
+        if detector != DETECTOR and not self._network.wants_boxes:
+            raise _needs_no_detector(model)
         self._people = PersonDetector(detector, device=device) if self._network.wants_boxes else None
 
     def find(self, pictures: Sequence[np.ndarray]) -> list[Poses]:

@@ -463,6 +463,11 @@ def test_memory_is_within_15_percent_of_a_training_of_34_million_parameters(tmp_
     assert predicted == pytest.approx(measured, rel=0.15)
 
 
+def test_data_that_is_not_there_is_not_planned_for(tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"the data set .*/nothing does not exist"):
+        previews.plan_recipe("tiny-canny", [f"data.source={tmp_path}/nothing"])
+
+
 def test_what_does_not_train_here_is_not_planned_for() -> None:
     with pytest.raises(ValueError, match="precision fp16 needs a CUDA device"):
         previews.plan_recipe("tiny-canny", ["precision=fp16", "device=cpu"])

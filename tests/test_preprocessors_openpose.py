@@ -322,6 +322,8 @@ def test_a_detector_must_know_people(tmp_path: Path) -> None:
         ),
         ({"threshold": 1.5}, r"threshold is 1\.5; it must lie in \[0, 1\]"),
         ({"threshold": float("nan")}, "threshold is nan"),
+        ({"model": "tiny", "detector": "x/y"}, "the pose model tiny finds the people by itself"),
+        ({"model": "openpose", "detector": "x/y"}, "the pose model openpose finds the people by itself"),
         ({"style": "v9"}, "unknown draw style 'v9'"),
         ({"threshold": "high"}, r"threshold is high; it must lie in \[0, 1\], or be auto"),
         ({"model": "tiny", "hands": "yes"}, "tiny knows neither hands nor faces; model=openpose does"),

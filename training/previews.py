@@ -23,10 +23,13 @@ def plan_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> list[str]:
 
     Nothing is loaded on a device. Raises ValueError, one line, for recipes that are none of an adapter's.
     """
+    from controlkit.training.data.sources import recognise
     from controlkit.training.planning import plan
 
     recipe = _adapters(name_or_path, overrides)
     check_models(recipe)
+    if recipe.data.source != "world":
+        recognise(recipe.data)  # that it is there; nothing of it is opened
     set_threads(recipe)
     return plan(recipe, device=device_name(recipe), pictures=_pictures(recipe)).lines()
 
