@@ -74,10 +74,13 @@ def _with_value(message: str, option: Any, words: Sequence[str]) -> str:
     if not middle:
         return message
     names = getattr(option, "opts", ())
-    given = [word.partition("=")[2] for word in words if word.partition("=")[0] in names and "=" in word]
-    given += [value for name, value in pairwise(words) if name in names]
+    given = ""
+    for word, after in pairwise([*words, ""]):
+        name, equals, value = word.partition("=")
+        if name in names:
+            given = value if equals else after  # the last one counts
     kind = end.partition(",")[0].replace("integer", "whole number")
-    return f"{begin}: {given[0]!r} is no {kind}" if given else f"{begin}: it must be a {kind}"
+    return f"{begin}: {given!r} is no {kind}" if given else f"{begin}: it must be a {kind}"
 
 
 def _see_help(context: Any) -> str:

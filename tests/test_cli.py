@@ -155,7 +155,7 @@ BAD_OPTIONS = [
     (("--adapter", "canny=x"), "--adapter gives two adapters for canny"),
     (("-o", "no/folder/out.png"), "the folder no/folder does not exist"),
     (("-o", "out.jpg"), "must end in .png"),
-    (("--steps", "abc"), "invalid value for '--steps': 'abc' is no whole number; see "),
+    (("--steps", "abc"), "invalid value for '--steps': 'abc' is no whole number"),
     (("--steps=2.5",), "invalid value for '--steps': '2.5' is no whole number"),
     (("-n", "two"), "'two' is no whole number"),
     (("--steps",), "option '--steps' requires an argument"),
