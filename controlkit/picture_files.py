@@ -106,13 +106,25 @@ def _fixed_part(pattern: str) -> str:
 
 
 def _files_below(folder: str, barred: frozenset[str], suffixes: frozenset[str]) -> Iterator[Path]:
-    for place, folders, names in os.walk(folder):
+    top, linked = os.path.realpath(folder), set()
+
+    def leads_on(path: str) -> bool:
+        """Whether a folder is one of its own, or a link to one that is looked into nowhere else."""
+        target = os.path.realpath(path)
+        if not os.path.islink(path):
+            return True
+        if _is_within(target, top) or _is_within(top, target) or target in linked or target in barred:
+            return False
+        linked.add(target)
+        return True
+
+    for place, folders, names in os.walk(folder, followlinks=True):
         absolute = os.path.abspath(place)
 
         def is_open(name: str, absolute: str = absolute) -> bool:
             return not name.startswith(".") and os.path.join(absolute, name) not in barred
 
-        folders[:] = sorted(filter(is_open, folders))
+        folders[:] = sorted(name for name in folders if is_open(name) and leads_on(os.path.join(place, name)))
         yield from (
             Path(place, name) for name in sorted(filter(is_open, names)) if _is_picture(name, suffixes)
         )

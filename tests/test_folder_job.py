@@ -219,6 +219,26 @@ def test_files_patterns_and_folders_are_found_once(photos: Path) -> None:
         find_pictures(["bare"])
 
 
+def test_linked_folders_are_looked_into_once(tmp_path: Path) -> None:
+    for place in ("photos/own", "elsewhere/below"):
+        (tmp_path / place).mkdir(parents=True)
+        Image.new("L", (8, 8)).save(tmp_path / place / "a.png")
+    links = {
+        "linked": "elsewhere",
+        "again": "elsewhere",
+        "own-link": "photos/own",
+        "up": "photos",
+        "out": ".",
+    }
+    for name, target in links.items():
+        (tmp_path / "photos" / name).symlink_to(tmp_path / target)
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "photos")
+    found = find_pictures([str(tmp_path / "photos")])
+    assert [picture.name for picture in found] == ["again/below/a", "own/a"]
+    found = find_pictures([str(tmp_path / "photos")], leave_out=[tmp_path / "elsewhere"])
+    assert [picture.name for picture in found] == ["own/a"]
+
+
 def test_the_output_folder_is_no_input(photos: Path, preprocess: Preprocess) -> None:
     for _ in range(2):
         assert "4 pictures complete" in preprocess("canny", "photos", "-o", "photos/set", "--sheet").out
