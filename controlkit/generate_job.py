@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from controlkit.sampling import Start
 
 PRECISIONS = ("float32", "float16", "bfloat16")
+REGION_CURE = "a region is best given in the shape of the map"
 CONTROL_SETTINGS = ("scale", "start", "end", "gate", "mode", "layers", "only_mid")  # recorded as they are
 
 
@@ -140,20 +141,22 @@ class Session:
             notices.warn(scaled, stacklevel=2)
 
     def _cut(self) -> Iterator[str]:
-        """Of which pictures and maps more than a little lies outside what is generated."""
+        """Of which pictures, maps and regions more than a little lies outside what is generated."""
         from controlkit.sampling import MOST_CUT, share_cut
 
         width, height = self.first.width, self.first.height
         seen = {source.record.path: source.picture for source in self.sources}
+        regions = {one.record.mask: one.mask for one in self.sources if one.mask is not None}
         beginning = self.job.beginning
         if beginning is not None:
             seen.setdefault(beginning.record.path, beginning.picture)
-        for path, picture in seen.items():
+        for path, picture in (*seen.items(), *regions.items()):
             size = picture.shape[1], picture.shape[0]
             if (cut := share_cut(size, width, height)) > MOST_CUT:
                 yield (
                     f"{path} is {size[0]}x{size[1]}, and {cut:.0%} of it lies outside the {width}x{height}"
-                    " that are generated: other --width and --height keep its shape"
+                    " that are generated: "
+                    + (REGION_CURE if path in regions else "other --width and --height keep its shape")
                 )
 
     def check_told(self) -> None:

@@ -213,6 +213,11 @@ def test_what_only_the_device_and_the_size_show(run: Run, models: Path) -> None:
     outcome.done()
     assert "is brought to" not in outcome.err
     assert "photo.png is 70x64, and 9% of it lies outside the 64x64 that are generated" in outcome.err
+    write_png("map.png", np.random.default_rng(1).integers(0, 2, (64, 64, 3), np.uint8) * 255)
+    region = run("generate", "x", "--map", "canny=map.png:mask=mask.png", "--steps", 1, "-o", "out.png")
+    region.done()
+    assert "mask.png is 70x64, and 9% of it lies outside" in region.err
+    assert "a region is best given in the shape of the map" in region.err
 
 
 # --- words, sizes, records ---
