@@ -221,6 +221,9 @@ def test_joints_that_were_moved_stay_while_their_photo_does(page: Page, client: 
         "openpose", False, 100, 200, str(value["width"]), "", handle_file(str(page.photo)), api_name="/map"
     )
     assert "people" not in str(shown[:5]), "the size is as before, and the pose is found anew"
+    for width, photo in (("77", handle_file(str(page.photo))), ("", None)):  # a wrong side, no photo
+        hidden = client.predict("openpose", False, 1, 2, width, "", photo, api_name="/map")
+        assert hidden[0]["value"] is None
     draw(client, page.photo, "canny")
     again = client.predict("openpose", False, 1, 2, "", "", handle_file(str(page.photo)), api_name="/map")
     assert again[1]["value"]["people"][0][wrist][:2] == [20.0, 30.0]

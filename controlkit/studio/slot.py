@@ -55,8 +55,8 @@ class Drawn:
     """A map that is shown, and what is to be known of it.
 
     photo: beside a pose, at its size, uint8 (H, W, 3). hand: joints were moved. found: the pose as it was
-    found. kept: a pose of the same photo whose joints were moved, while another map is shown. A session keeps
-    it for long: of other maps no photo, which may have 40 million pixels.
+    found. kept: a pose of the same photo whose joints were moved, while another map is shown. hidden: nor is
+    this one shown. A session keeps it for long: of other maps no photo, which may have 40 million pixels.
     """
 
     map: Map
@@ -66,6 +66,7 @@ class Drawn:
     hand: bool = False
     found: Poses | None = None
     kept: Drawn | None = None
+    hidden: bool = False
 
     @property
     def by_hand(self) -> Drawn | None:
@@ -181,7 +182,7 @@ class Slot:
         try:
             made_of = self._made_of(kind, is_map, *rest)
         except ValueError as error:
-            return [*_nothing(error), thresholds, gr.skip()]
+            return [*_nothing(drawn, error), thresholds, gr.skip()]
         if made_of is not None and made_of.on_device and _known(drawn, made_of) is None:
             return [gr.skip()] * 5 + [thresholds, object()]
         return [*self._draw(drawn, kind, is_map, *rest), thresholds, gr.skip()]
@@ -203,12 +204,12 @@ class Slot:
         try:
             made = self.draw(drawn, *values)
         except ValueError as error:
-            return _nothing(error)
+            return _nothing(drawn, error)
         if made is None:
-            return _nothing()
-        if made is drawn:
+            return _nothing(drawn)
+        if made is drawn and not drawn.hidden:
             return [gr.skip()] * 5
-        return [*_views(made), _findings(made), made]
+        return [*_views(made), _findings(made), replace(made, hidden=False)]
 
     def draw(self, drawn: Drawn | None, *values: Any) -> Drawn | None:
         """The map that belongs to the values, which may be drawn already; None without a picture.
@@ -309,10 +310,11 @@ def moved(drawn: Drawn, value: Any) -> Drawn:
     return replace(drawn, map=made, hand=True, kept=None)
 
 
-def _nothing(error: ValueError | None = None) -> list[Any]:
-    """No map is shown, and none acts; beneath it why."""
+def _nothing(drawn: Drawn | None, error: ValueError | None = None) -> list[Any]:
+    """No map is shown, beneath it why; the one that was is kept for its joints, should it be wanted again."""
     told = _no() if error is None else gr.update(value=escape(line_of(error)), visible=True)
-    return [gr.update(value=None, visible=True), shown(None), gr.update(visible=False), told, None]
+    hidden = None if drawn is None else replace(drawn, hidden=True)
+    return [gr.update(value=None, visible=True), shown(None), gr.update(visible=False), told, hidden]
 
 
 def _views(drawn: Drawn) -> list[Any]:
