@@ -96,6 +96,8 @@ def train(
         result = train_recipe(recipe, settings or [], progress=show)
     for line in result.lines:
         print(line)
+    if result.stopped_at is not None:
+        raise typer.Exit(128 + result.signal)  # as a shell tells of what a signal ended: `&&` must not go on
     if result.result is None:
         return
     print(f"\nwrote {result.result}")

@@ -5,9 +5,13 @@ from __future__ import annotations
 import errno
 import io
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
+from types import FrameType
 from typing import Any, NoReturn
 
 import typer
@@ -33,11 +37,27 @@ GROUPS = {  # of the options of `generate`, in its help
 _UsageError: Any = typer.BadParameter.__bases__[0]  # typer's copy of click has it, and no public name for it
 
 
+_USERS_ERRORS = {  # of the system, wherever nobody has said more of them
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk is full for this user",
+    errno.ENAMETOOLONG: "the name is too long for this system",
+    errno.EACCES: "no permission",
+    errno.EROFS: "it can only be read",
+    errno.ELOOP: "its links lead in a circle",
+    errno.EIO: "the disk reports an error",
+}
+_LONGEST = 200  # letters of a name that an error repeats
+
+
 class Commands(TyperGroup):
     """The group of commands; turns what a user can cause into one line and exit code 2."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         _tolerate_any_name()
+        with _ending_tidily():
+            self._main(*args, **kwargs)
+
+    def _main(self, *args: Any, **kwargs: Any) -> NoReturn:
         try:
             sys.exit(super().main(*args, **{**kwargs, "standalone_mode": False}))
         except _UsageError as error:
@@ -51,15 +71,46 @@ class Commands(TyperGroup):
         except ValueError as error:
             _fail(str(error))
         except OSError as error:
-            if error.errno != errno.ENOSPC:
+            if error.errno not in _USERS_ERRORS:
                 raise
-            _fail("the disk is full")
+            name = "" if error.filename is None else f"{str(error.filename)[:_LONGEST]}: "
+            _fail(f"{name}{_USERS_ERRORS[error.errno]}")
         except RuntimeError as error:
             if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
                 raise
             _fail("the device's memory is full: ask for smaller pictures or batches (generate: --memory 6GB)")
         finally:
             _flush_stdout()
+
+
+@contextmanager
+def _ending_tidily() -> Iterator[None]:
+    """Within the block SIGTERM and SIGHUP end the command as an error does: what is half written goes.
+
+    A signal that somebody else handles or ignores (`nohup`) is left to them, and so are other threads.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has but one
+    numbers = [
+        number for name in names if signal.getsignal(number := getattr(signal, name)) == signal.SIG_DFL
+    ]
+    process = os.getpid()
+
+    def end(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != process:  # one that was forked off
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        raise SystemExit(128 + number)
+
+    for number in numbers:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _fail(message: str) -> NoReturn:

@@ -103,6 +103,8 @@ def _what_it_is(file: io.BytesIO | io.BufferedReader, formats: Sequence[str]) ->
         return "is not a picture but a JSON file (a pose is drawn first: `controlkit draw FILE`)"
     if start[4:8] == b"ftyp" and start[8:12] in _HEIC:
         return "is a HEIC picture, as iPhones save them, which is not read here: convert it to JPEG"
+    if start.startswith((b"ii*\0", b"mm\0*")):
+        return "is a TIFF of a sort that is not read here, or damaged: save it with 8 or 16 bits per channel"
     return f"is not a picture of a format that is read here ({', '.join(formats)})"
 
 

@@ -33,10 +33,12 @@ class Execution:
     compiled: by torch.compile; on a GPU with cuda_graph as well, the graphs are the compiler's own.
     cuda_graph: no effect but on a GPU. It does not go with tiles, residuals or features that are kept over
     steps, or networks that move between batches; these are run as usual.
+    packed: on a processor, deep convolutions keep their weights as they are read, see `packing`.
     """
 
     compiled: bool = False
     cuda_graph: bool = False
+    packed: bool = True
 
 
 class Runner:

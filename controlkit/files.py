@@ -108,11 +108,11 @@ def replace_file(path: PathLike) -> Iterator[Path]:
     """
     target = Path(os.path.realpath(path))
     temporary = _temporary_beside(target)
-    with _plain_errors(path):
-        _refuse_folder(target)
-        _write_new(temporary, b"")
-        mode = stat.S_IMODE(temporary.stat().st_mode)
     try:
+        with _plain_errors(path):
+            _refuse_folder(target)
+            _write_new(temporary, b"")
+            mode = stat.S_IMODE(temporary.stat().st_mode)
         with _plain_errors(path, only=_FULL_DISK):
             yield temporary
         with _plain_errors(path):
@@ -156,8 +156,10 @@ def check_writable(path: PathLike, *, folder: bool = False) -> None:
             if target.exists() and not target.is_file():
                 return
         temporary = _temporary_beside(target)
-        _write_new(temporary, b"")
-        temporary.unlink()
+        try:
+            _write_new(temporary, b"", durable=False)
+        finally:  # also where somebody interrupts
+            temporary.unlink(missing_ok=True)
 
 
 def _refuse_folder(target: Path) -> None:
@@ -190,16 +192,16 @@ def _apply_umask(folder: Path) -> None:
 
 def _swap_in(temporary: Path, target: Path) -> None:
     old = _temporary_beside(target)
-    existed = target.exists()
-    if existed:
-        os.replace(target, old)
     try:
+        if target.exists():
+            os.replace(target, old)
         os.replace(temporary, target)
-    except OSError:
-        if existed:
+    except BaseException:  # an interrupt, too, may come between the two
+        if old.exists() and not target.exists():
             os.replace(old, target)
+        shutil.rmtree(old, ignore_errors=True)
         raise
-    if existed:
+    if old.exists():
         with suppress(OSError):  # the new folder is in place; what is left of the old one is hidden
             shutil.rmtree(old)
 

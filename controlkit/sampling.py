@@ -42,6 +42,7 @@ from controlkit.ip_adapter import pictures_told, with_pictures
 from controlkit.layouts import lay_out
 from controlkit.memory import Memory as Memory
 from controlkit.memory import at_work, kept_small
+from controlkit.packing import LEAST_STEPS, packed
 from controlkit.predicting import Guidance as Guidance
 from controlkit.predicting import Predictor, check_together
 from controlkit.predicting import Savings as Savings
@@ -225,10 +226,11 @@ def generate(
         "runner": Runner(execution, base.device),
         "moves": memory is not None and memory.offload,
     }
+    pays = memory is None and steps * len(seeds) >= LEAST_STEPS
     judges = [] if clip_guidance is None or not clip_guidance.scale else [clip_guidance.clip.model]
     pictures: list[np.ndarray] = []
     with (
-        _prepared(base, controls),
+        _prepared(base, controls, packs=pays and execution.packed and not execution.compiled),
         pictures_told(base.unet, picture_prompts),
         kept_small(memory, base, *pair[1:], *judges),
         tiled_vae(base, tiles is not None or (memory is not None and memory.tiled_vae)),
@@ -288,11 +290,15 @@ def _guide(base: Base, guidance: ClipGuidance | None, prompt: str, syntax: str) 
 
 
 @contextlib.contextmanager
-def _prepared(base: Base, controls: Sequence[Control]) -> Iterator[None]:
-    """Within the block the networks build no graphs; they are laid out as they compute fastest."""
-    networks = [base.unet, *(control.controlnet for control in controls)]
+def _prepared(base: Base, controls: Sequence[Control], *, packs: bool = False) -> Iterator[None]:
+    """Within the block the networks build no graphs; they are laid out as they compute fastest.
+
+    packs: with packed weights, too, where that can be done.
+    """
+    given = [base.unet, *(control.controlnet for control in controls)]
+    networks = [*{id(network): network for network in given}.values()]
     lay_out(*networks, base.vae)
-    with torch.no_grad(), text_kept(*{id(network): network for network in networks}.values()):
+    with torch.no_grad(), text_kept(*networks), packed(networks if packs else []):
         yield
 
 

@@ -3,9 +3,12 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -305,6 +308,76 @@ def test_usage_errors_exit_with_2(run: Run) -> None:
     outcome = run("generate", "x", "--stepz", 3)
     assert outcome.code == 2
     assert "--steps" in outcome.err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("data", "check", "{}"),
+        ("preprocess", "canny", "photos", "-o", "{}"),
+        ("convert", "{}", "z.safetensors", "--to", "original"),
+        ("evaluate", "{}"),
+        ("info", "{}"),
+    ],
+    ids=" ".join,
+)
+def test_a_name_that_no_file_can_have_is_one_plain_line(
+    run: Run, photo: Path, words: tuple[str, ...]
+) -> None:
+    Path("photos").mkdir()
+    shutil.copy(photo, "photos/a.png")
+    message = run(*(word.format("x" * 5000) for word in words)).refused()
+    assert len(message) < 6000
+    assert "Traceback" not in message
+
+
+@pytest.mark.skipif(
+    threading.current_thread() is not threading.main_thread(), reason="signals reach the main thread"
+)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_leaves_nothing_half_written(
+    run: Run, photo: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    replace = os.replace
+
+    def ended(*values: Any) -> None:
+        os.kill(os.getpid(), number)
+        replace(*values)
+
+    before = sorted(os.listdir())
+    handlers = [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGHUP)]
+    monkeypatch.setattr(os, "replace", ended)
+    outcome = run("preprocess", "canny", photo, "-o", "edges.png")
+    assert outcome.code == 128 + number
+    assert sorted(os.listdir()) == before
+    assert [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGHUP)] == handlers
+
+
+def test_a_signal_that_is_ignored_stays_ignored(
+    run: Run, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace = os.replace
+
+    def asked(*values: Any) -> None:
+        os.kill(os.getpid(), signal.SIGHUP)
+        replace(*values)
+
+    monkeypatch.setattr(os, "replace", asked)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        run("preprocess", "canny", photo, "-o", "edges.png").done()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_training_that_was_stopped_is_no_success(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from controlkit import training
+    from controlkit.training.runs import Result
+
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        stopped = Result(Path("runs"), None, stopped_at=3, signal=number)
+        monkeypatch.setattr(training, "train_recipe", lambda *given, stopped=stopped, **named: stopped)
+        assert run("train", "tiny-canny").code == code
 
 
 def test_a_terminal_without_the_names_letters_is_no_traceback(photo: Path, tmp_path: Path) -> None:

@@ -284,6 +284,23 @@ def test_notes(tmp_path: Path) -> None:
     assert [index for index, code in found(large) if code == "tiny"] == list(range(7))
 
 
+def test_pictures_of_formats_that_are_not_read_are_counted(tmp_path: Path) -> None:
+    folder = make_set(tmp_path / "set")
+    (tmp_path / "phone").mkdir()
+    for place, name in (("set", "a.heic"), ("set", "b.HEIC"), ("set", "c.jxl"), ("phone", "d.heic")):
+        (tmp_path / place / name).touch()
+    said: list[str] = []
+    data = DataRecipe(source=str(folder), format="paired")
+    open_examples(data, kind="canny", report=said.append)
+    left = [line for line in said if "left out" in line]
+    assert left == [
+        "left out, for that format is not read: 2 of .heic",
+        "left out, for that format is not read: 1 of .jxl",
+    ]
+    with pytest.raises(ValueError, match=r"holds no data set; left out, .*: 1 of \.heic; wanted"):
+        open_examples(DataRecipe(source=str(tmp_path / "phone")))
+
+
 def test_grey_pngs_show_in_a_thorough_look(tmp_path: Path) -> None:
     grey = np.repeat(photograph()[..., :1], 3, axis=2)
     put(tmp_path / "set/images/a.png", encoded(grey))

@@ -319,6 +319,30 @@ def test_kinds_of_one_measure_are_told_apart(run: Run, pairs):
     assert "<th>scribble: edge F1<br>canny</th>" in page
 
 
+def test_an_evaluation_that_goes_on_sees_the_autoencoder_as_one_in_a_stretch_does():
+    """Of which it may be the first work: a generation before lays the weights out anew."""
+    from controlkit.training.quality import through_vae
+
+    picture = render(1, size=128).picture
+    first, after = load_base("tiny"), load_base("tiny")
+    generate(after, "a cube", steps=1)
+    latents = [base.encode_pictures(images.picture_to_tensor([picture])) for base in (first, after)]
+    assert not np.array_equal(*(latent.numpy() for latent in latents)), "it makes no difference"
+    assert np.array_equal(through_vae(first, picture), through_vae(after, picture))
+    laid = [base.decode_latents(latents[0]).numpy() for base in (first, after)]
+    assert np.array_equal(*laid)
+
+
+def test_pairs_without_captions_are_counted(run: Run, pairs):
+    rows = (pairs / "metadata.jsonl").read_text().splitlines()
+    mute = [json.dumps({**json.loads(row), "text": ""}) for row in rows[:2]]
+    (pairs / "metadata.jsonl").write_text("\n".join([*mute, *rows[2:]]))
+    outcome = run("evaluate", pairs, "--adapter", "canny", "-n", 0, *QUICK)
+    outcome.done()
+    assert "2 of 6 pairs have no caption" in outcome.err
+    assert re.search(r"1 adapter on .*, \d seeds?, on cpu", outcome.err)
+
+
 def test_a_pair_that_changes_is_named(run: Run, pairs):
     asked = ("evaluate", pairs, "--adapter", "canny", "-n", 0, *QUICK)
     run(*asked).done()

@@ -7,6 +7,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -106,6 +107,45 @@ def test_check_writable_leaves_nothing_and_changes_nothing(tmp_path: Path) -> No
     assert (tmp_path / "old.txt").read_text() == "old"
     with pytest.raises(ValueError, match="there is a file of that name"):
         files.check_writable(tmp_path / "old.txt", folder=True)
+
+
+def test_an_interrupt_while_trying_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = files._write_new
+
+    def interrupted(*values: Any, **named: Any) -> None:
+        write(*values, **named)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files, "_write_new", interrupted)
+    for work in (files.check_writable, lambda path: files.replace_file(path).__enter__()):
+        with pytest.raises(KeyboardInterrupt):
+            work(tmp_path / "out.png")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("moved", [1, 2])
+def test_an_interrupt_while_folders_change_places_loses_neither(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moved: int
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a").write_text("old")
+    replace, done = os.replace, []
+
+    def interrupted(*values: Any) -> None:
+        replace(*values)
+        done.append(values)
+        if len(done) == moved:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt), files.replace_folder(tmp_path / "out") as folder:
+        (folder / "a").write_text("new")
+    assert (tmp_path / "out" / "a").read_text() == ("old" if moved == 1 else "new")
+    assert os.listdir(tmp_path) == ["out"]
+    monkeypatch.undo()
+    with files.replace_folder(tmp_path / "out") as folder:
+        (folder / "a").write_text("newer")
+    assert (tmp_path / "out" / "a").read_text() == "newer"
 
 
 def test_json_is_readable_and_refuses_not_a_number(tmp_path: Path) -> None:

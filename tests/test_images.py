@@ -180,6 +180,7 @@ def test_files_that_are_no_pictures_are_refused_in_one_line(tmp_path: Path) -> N
     whole, jpeg = encoded(noise), encoded(noise, "JPEG")
     contents = {
         b"": "is empty$",
+        b"II*\0" + bytes(40): "is a TIFF of a sort that is not read here, or damaged",
         b"just a text": "is not a picture of a format that is read here",
         b"<!DOCTYPE html><html>": "is not a picture but an HTML page",
         b'  <svg xmlns="x">': "is not a picture but an SVG drawing",

@@ -357,6 +357,10 @@ def test_too_few_pictures_are_said_to_be_too_few():
     assert took_hold(history([(0.3, 0.02)] * 9, pictures=3)) == 0
     told = advice(rows, **RECIPE)
     assert "worse by 30.0%, but 3 held-out pictures of one size are too few to be sure of it" in told
+    told = advice(history([(0.3, 0.18)] * 9, every=1000, pictures=2), **RECIPE)  # less than two errors
+    assert "2 held-out pictures of one size are too few" in told
+    assert "do not belong" not in told
+    assert "do not belong" in advice(history([(0.001, 0.18)] * 9, every=1000, pictures=2), **RECIPE)
     twice = history([(0.0, 0.0), (0.3, 0.01), (0.3, 0.01)], every=1000)
     told = advice(twice, **RECIPE, finished=True)
     assert told.startswith(

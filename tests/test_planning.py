@@ -14,6 +14,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from controlkit.free_memory import available_memory
 from controlkit.training import planning, planning_parts, planning_speed, previews
 from controlkit.training.config import load_recipe
 from controlkit.training.planning import (
@@ -23,7 +24,6 @@ from controlkit.training.planning import (
     plan,
     try_batches,
 )
-from controlkit.training.planning_batch import available_memory
 from controlkit.training.planning_memory import (
     Ledger,
     Like,

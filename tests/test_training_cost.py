@@ -5,6 +5,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import flops
 import numpy as np
 import pytest
 import torch
@@ -14,7 +15,6 @@ from tiny_models import SD15_UNET
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.append(str(Path(__file__).parent / "benchmarks"))
 
@@ -187,7 +187,7 @@ def test_flops_of_a_step_of_stable_diffusion(tmp_path):
         unet = lock(UNet2DConditionModel(**SD15_UNET))
         controlnet = from_base(unet)
     recipe = recipe_for("tiny", tmp_path, tmp_path, Setting(1))
-    with FakeTensorMode(), FlopCounterMode(display=False) as counter:
+    with FakeTensorMode(), flops.counter() as counter:
         pair = Pair(faked(controlnet), faked(unet), recipe)
         model_pred = pair(
             torch.randn(1, 4, 64, 64),

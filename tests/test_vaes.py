@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import flops
 import numpy as np
 import pytest
 import tiny_models
@@ -18,7 +19,6 @@ from outcomes import Run
 from sampling_peers import assert_same, cond, controlnet_of, our_latents, pipeline_of
 from test_starting import IMG2IMG, INPAINT, mask, picture, theirs
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from controlkit import sampling
 from controlkit.base import Base, load_base
@@ -167,7 +167,7 @@ def test_what_a_tiny_autoencoder_saves() -> None:
     for made in (AutoencoderTiny, partial(AutoencoderKL, **tiny_models.SD15_VAE)):
         with torch.device("meta"):
             vae = made()
-        with FakeTensorMode(), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with FakeTensorMode(), torch.no_grad(), flops.counter() as counter:
             faked(vae).decode(torch.empty(1, 4, 64, 64))
         spent.append(counter.get_total_flops())
     assert 17 < spent[1] / spent[0] < 18.5

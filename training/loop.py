@@ -56,6 +56,8 @@ class Run:
     grad_norm: float = 0.0
     bad_steps: int = 0
     """How many steps in a row changed nothing, for want of a finite gradient."""
+    stopped_by: int = 0
+    """The signal that asked it to stop."""
     graphs: Graphs | None = None
     pieces: int = 1
     """Into how many each micro-batch is cut, since it did not fit in one."""
@@ -156,6 +158,7 @@ def _train_steps(run: Run, saver: Saver) -> None:
             if run.step % recipe.checkpoint_every == 0 or run.finished or stop:
                 saver.save()  # first: a picture that cannot be made or written costs no steps
             if stop and not run.finished:
+                run.stopped_by = interrupts.number
                 run.watch.say(run.step, f"stopped at step {run.step}, as asked; the same command goes on")
                 return
             if _sample_due(run):

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
+from controlkit.free_memory import available_memory, resident_memory
 from controlkit.training.config_adapter import ControlNetRecipe
 from controlkit.training.machine import check_precision
 from controlkit.training.memory import is_out_of_memory as is_out_of_memory
-from controlkit.training.planning_batch import USABLE, available_memory, resident_memory
+from controlkit.training.planning_batch import USABLE
 from controlkit.training.planning_batch import Batches as Batches
 from controlkit.training.planning_batch import find_batch as find_batch
 from controlkit.training.planning_batch import try_batches as try_batches

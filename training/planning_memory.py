@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
-from torch.utils.flop_counter import flop_registry
+
+from controlkit.training.flops import formula
 
 if TYPE_CHECKING:
     from torch._ops import OpOverload
@@ -156,9 +157,9 @@ class Ledger(TorchDispatchMode):
         if key not in self.operations:
             read = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
             moved = sum(Like.of(tensor).nbytes for tensor in [*read, *made])
-            formula = flop_registry.get(func.overloadpacket)
-            flops = int(formula(*args, **kwargs, out_val=result)) if formula else 0
-            kind = _kind(str(func)) if formula else "pointwise"
+            count = formula(func.overloadpacket)
+            flops = int(count(*args, **kwargs, out_val=result)) if count else 0
+            kind = _kind(str(func)) if count else "pointwise"
             scratch = _scratch(kind, moved, read)
             self.operations[key] = Operation(func, likes_args, likes_kwargs, kind, flops, moved, scratch)
         operation = self.operations[key]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from controlkit.free_memory import available_memory, resident_memory
 from controlkit.training.config_adapter import ControlNetRecipe
 from controlkit.training.data.encoding import KEPT
 from controlkit.training.data.resident import SHARE
-from controlkit.training.planning_batch import available_memory, resident_memory
 from controlkit.training.planning_memory import Simulated, optimizer_bytes, weight_bytes
 from controlkit.training.planning_networks import (
     TOKENS,

@@ -44,10 +44,11 @@ def find_batch_for(
     """
     import torch
 
+    from controlkit.free_memory import available_memory
     from controlkit.training.adapter import ControlNetTask
     from controlkit.training.loop import open_run
     from controlkit.training.planning import batch_need
-    from controlkit.training.planning_batch import available_memory, try_batches
+    from controlkit.training.planning_batch import try_batches
 
     recipe = _adapters(name_or_path, overrides)
     check_models(recipe)

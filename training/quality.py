@@ -20,6 +20,7 @@ from controlkit import images
 from controlkit.base import Base
 from controlkit.control import Control
 from controlkit.figures import COLOURS, Scene, render
+from controlkit.layouts import lay_out
 from controlkit.metrics import depth_rmse, edge_f1, iou, nearest_colour, pck
 from controlkit.naming import unknown
 from controlkit.sampling import generate
@@ -164,5 +165,6 @@ def examine(
 
 def through_vae(base: Base, picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """A picture, encoded and decoded: the best that a base could draw."""
+    lay_out(base.vae)  # as a generation does: what was made before must not change the last bit
     latents = base.encode_pictures(images.picture_to_tensor([picture]))
     return images.tensor_to_pictures(base.decode_latents(latents))[0]

@@ -39,7 +39,8 @@ RESULT = {"controlnet": "controlnet"}  # folder of the result within the run, by
 class Result:
     """What a training left: the run's folder, the result's folder, scores by name, lines to show.
 
-    A training that was asked to stop has no result yet, and says at which step it ``stopped_at``.
+    A training that was asked to stop has no result yet, and says at which step it ``stopped_at``, and by
+    which signal.
     """
 
     folder: Path
@@ -47,6 +48,7 @@ class Result:
     scores: dict[str, float] = field(default_factory=dict)
     lines: list[str] = field(default_factory=list)
     stopped_at: int | None = None
+    signal: int = 0
     base: str = ""
     """Of an adapter, the base that it was trained for."""
 
@@ -101,7 +103,7 @@ def _trained(
         task = build_task(recipe, machine, progress)
     run = train(task, recipe, folder, machine=machine, progress=progress, result=name)
     if not run.finished:
-        return Result(folder, None, stopped_at=run.step)
+        return Result(folder, None, stopped_at=run.step, signal=run.stopped_by)
     if not machine.processes.is_first:
         return Result(folder, None)
     if not isinstance(recipe, ControlNetRecipe):

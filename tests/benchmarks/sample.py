@@ -40,6 +40,7 @@ from controlkit.control import Control
 from controlkit.controlnet import HINT_CHANNELS
 from controlkit.figures import render
 from controlkit.metrics import edge_f1
+from controlkit.packing import LEAST_STEPS
 from controlkit.preprocessors import get
 from controlkit.sampling import Guidance, Savings, _prepared, denoise, encode_text, generate
 from controlkit.schedulers import make_schedule, make_scheduler
@@ -84,7 +85,7 @@ def ours(job: Job, end: float) -> torch.Tensor:
     """ControlKit's latents."""
     base, controls = job.base, [Control(job.controlnet, job.cond, end=end)]
     generators = [torch.Generator().manual_seed(SEED)]
-    with _prepared(base, controls):
+    with _prepared(base, controls, packs=job.steps >= LEAST_STEPS):
         schedule = make_schedule("ddim", base, steps=job.steps)
         return denoise(
             base,

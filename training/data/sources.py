@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from controlkit import preprocessors
-from controlkit.picture_files import SUFFIXES
+from controlkit.picture_files import DEPTH_SUFFIXES, SUFFIXES, unread_below
 from controlkit.preprocessors.linting import KINDS
 from controlkit.training.config_adapter import DataRecipe
 from controlkit.training.data.map_files import sense_of
@@ -61,6 +61,8 @@ def open_examples(
         case "webdataset":
             examples = open_shards(source, data=data, kind=kind, report=report)
         case "paired":
+            for line in _unread(source):
+                report(line)
             examples = open_pairs(Path(source), data=data, kind=kind, report=report)
         case _:
             examples = open_rows(Path(source), data=data, kind=kind, report=report)
@@ -153,7 +155,14 @@ def _recognise_folder(folder: Path, data: DataRecipe) -> tuple[str, str]:
         return "huggingface", str(folder)
     if suffixes & SUFFIXES and not _other_splits(folder, data):
         return "paired", str(folder)
-    raise ValueError(f"{folder} holds no data set{_other_splits(folder, data)}; wanted: {LAYOUTS}")
+    but = "".join(f"; {line}" for line in _unread(str(folder)))
+    raise ValueError(f"{folder} holds no data set{_other_splits(folder, data)}{but}; wanted: {LAYOUTS}")
+
+
+def _unread(folder: str) -> list[str]:
+    """Pictures of formats that are not read, a line for each."""
+    found = unread_below([folder], DEPTH_SUFFIXES)
+    return [f"left out, for that format is not read: {count} of {suffix}" for suffix, count in found.items()]
 
 
 def _listing(folder: Path, split: str, names: tuple[str, ...]) -> Path | None:

@@ -98,7 +98,11 @@ def evaluate(request: Request, report: Report) -> Result:
     processes.wait()
     rows = Rows(request.output, processes.index)
     places = range(processes.index, len(held_out), processes.count)
-    report.status(f"{len(arms) - 3} adapters on {held_out.title}, {request.seeds} seeds, on {base.device}")
+    compared = f"{_many(len(arms) - 3, 'adapter')} on {held_out.title}, {_many(request.seeds, 'seed')}"
+    report.status(f"{compared}, on {base.device}")
+    mute = sum(not held_out.caption(place) for place in range(len(held_out)))
+    if mute and processes.is_first:
+        report.note(f"{mute} of {len(held_out)} pairs have no caption, and are drawn of an empty prompt")
     Pass(request, base, held_out, places, makers, rows, report.progress).run(arms)
     processes.wait()
     if not processes.is_first:
@@ -108,6 +112,10 @@ def evaluate(request: Request, report: Report) -> Result:
     result = _report(request, base, held_out, arms, rows, list(makers), skipped, options, report)
     processes.wait()
     return result
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count} {what}" + "s" * (count != 1)
 
 
 def _load_base(request: Request, processes: Processes) -> Base:

@@ -44,7 +44,8 @@ class Difference:
         """What the interval says: which one is better, or that it cannot be told."""
         low, high = self.interval.low, self.interval.high
         if not math.isfinite(low):
-            return f"{self.pairs} pairs are too few to tell"
+            few = "1 pair is" if self.pairs == 1 else f"{self.pairs} pairs are"
+            return f"{few} too few to tell"
         if not (low > 0 or high < 0):
             return "no difference to be seen"
         first_more = low > 0

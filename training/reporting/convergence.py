@@ -20,6 +20,7 @@ _ONE_IN_200 = (63.66, 9.925, 5.841, 4.604, 4.032, 3.707, 3.499, 3.355, 3.25, 3.1
 _LIKELY = 2.0  # standard errors that a gap needs not to be called lost
 _USUAL_PICTURES = 8  # of looks that do not say how many they compared
 _FEW = 6  # pictures
+_VISIBLE = 0.01  # gap over few pictures that proves nothing, and speaks against maps that are wrong
 
 # Under Adam a zero convolution moves by about its learning rate per step. Control was seen to set in once
 # steps x rate had come to 0.03 to 0.1 (SD1.5, where it is known for its suddenness) and to 0.35 (the bundled
@@ -83,7 +84,8 @@ def advice(
     travel = rate * max(step - warmup / 2, 0)  # the warmup walks half the way
     if (travel < 2 * USUAL_TRAVEL[1] or not walks) and not (finished or step >= steps):
         return None
-    if _exceeds(last, _LIKELY):
+    few = _pictures(last) < _FEW and last["gap"] >= _VISIBLE
+    if few or _exceeds(last, _LIKELY):
         return _unsure(last)
     if not walks:
         return f"By step {step} the map makes no difference yet. Train longer, or try optimizer=adamw."

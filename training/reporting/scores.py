@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from controlkit.control import Control
-from controlkit.sampling import generate
+from controlkit.sampling import Execution, generate
 from controlkit.training.draws import derived_seed
 from controlkit.training.quality import through_vae
 from controlkit.training.reporting.measures import Measure, Values, measure_of, true_poses
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from controlkit.preprocessors import Poses, Preprocessor
 
 STEPS = 20
+AS_PLANNED = Execution(packed=False)  # what a plan says of a training's memory counts no packed weights
 _NO_LAYOUT = ("shuffle",)  # the map is a matter of chance: two of one picture differ
 
 
@@ -157,6 +158,7 @@ class Scorer:
             seeds=[seed],
             height=height,
             width=width,
+            execution=AS_PLANNED,
         )[0]
 
 

@@ -20,7 +20,7 @@ from controlkit.training.data.encoded import Encoded, Outline, Sample, levels_of
 from controlkit.training.data.order import Turn
 from controlkit.training.reporting.convergence import advice_for, took_hold
 from controlkit.training.reporting.monitor import Monitor
-from controlkit.training.reporting.scores import ControlScores, Pair, Scorer, as_used
+from controlkit.training.reporting.scores import AS_PLANNED, ControlScores, Pair, Scorer, as_used
 
 if TYPE_CHECKING:
     from diffusers import ControlNetModel
@@ -105,6 +105,7 @@ class Shown:
                     seeds=_SEEDS,
                     width=sample.view.width,
                     height=sample.view.height,
+                    execution=AS_PLANNED,
                 )
                 columns.append([visible(sample.levels), self._picture(sample), *samples])
         return np.hstack([np.vstack(column) for column in _of_one_height(columns)])
