@@ -20,9 +20,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from controlkit.free_memory import available_memory
 
 MOST_POSITIONS = 1024  # rows x height x width of a layer that is worth it; beyond, computing takes long
-NOT_ONEDNN = (
-    20480  # numbers of a single row, up to which PyTorch (Convolution.cpp, use_mkldnn) asks its own code
-)
+NOT_ONEDNN = 20480  # numbers of a single row, up to which PyTorch uses its own code (Convolution.cpp)
 LEAST_STEPS = 4  # of a generation: what packing takes at first is had back after three
 SHARE = 0.25  # of the free memory that packed weights may take
 _PLATFORMS = ("x86_64", "AMD64")  # where bits were compared
@@ -38,7 +36,7 @@ def packed(networks: Sequence[nn.Module]) -> Iterator[None]:
     """
     layers = [layer for network in networks for layer in network.modules() if isinstance(layer, nn.Conv2d)]
     layers = [layer for layer in layers if _is_served(layer)]
-    if not layers or not _is_there_room(layers):
+    if not layers or not _can_be_kept(layers):
         yield
         return
     for layer in layers:
@@ -66,11 +64,12 @@ def _is_served(layer: nn.Conv2d) -> bool:
     )
 
 
-def _is_there_room(layers: Sequence[nn.Conv2d]) -> bool:
-    wanted = sum(layer.weight.nbytes for layer in layers)
+def _can_be_kept(layers: Sequence[nn.Conv2d]) -> bool:
+    onednn = torch.backends.mkldnn
+    if not (onednn.is_available() and onednn.enabled and platform.machine() in _PLATFORMS):
+        return False
     free = available_memory("cpu")
-    can = torch.backends.mkldnn.is_available() and platform.machine() in _PLATFORMS
-    return can and free is not None and wanted <= SHARE * free
+    return free is not None and sum(layer.weight.nbytes for layer in layers) <= SHARE * free
 
 
 class _Packed:

@@ -136,11 +136,15 @@ def test_what_cannot_use_it_goes_on_as_usual(calls: list[nn.Conv2d]) -> None:
     assert counted.get_total_flops() == plain.get_total_flops() > 0
 
 
-@pytest.mark.parametrize("why", ["little memory", "unknown memory", "another processor", "half precision"])
+@pytest.mark.parametrize(
+    "why", ["little memory", "unknown memory", "another processor", "switched off", "half precision"]
+)
 def test_it_is_left_out(calls: list[nn.Conv2d], monkeypatch: pytest.MonkeyPatch, why: str) -> None:
     layers = net()
     if why == "half precision":
         layers = layers.bfloat16()
+    elif why == "switched off":
+        monkeypatch.setattr(packing.torch.backends.mkldnn, "enabled", False)
     elif why == "another processor":
         monkeypatch.setattr(platform, "machine", lambda: "arm64")
     else:
