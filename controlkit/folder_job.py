@@ -18,8 +18,11 @@ from controlkit.map_folder import METADATA, SHEET, MapFolder
 from controlkit.map_pipeline import MapPipeline, Outcome
 from controlkit.picture_files import DEPTH_SUFFIXES, SUFFIXES, Picture, find_pictures, unread_below
 from controlkit.preprocess_job import Beside, reads_depth, settings_of_kinds
+from controlkit.preprocessors import Preprocessor
 from controlkit.processes import Processes
 
+Todo = Mapping[Picture, list[str]]
+"""The kinds of maps that each picture lacks."""
 DEFAULT_BATCH = 4
 BLACK_NAMED = 10  # so many black maps are named one by one; all are counted
 
@@ -123,12 +126,14 @@ def run(job: Plan, report: FolderReport) -> Result:
     """
     processes = Processes()
     result = Result(is_mine=processes.is_first)
+    todo = _missing(job, processes, result)
+    extractors = _loaded(job, todo, processes, report)  # first: where one cannot be had, no folder is made
     if processes.is_first:
         job.folder.prepare()
         for suffix, count in job.unread.items():
             report.note(f"left out, for that format is not read: {count} of {suffix}")
     processes.wait()
-    _make_maps(job, processes, result, report)
+    _make_maps(job, todo, extractors, result, report)
     shares = processes.gather([result])
     result.made, result.kept = sum(share.made for share in shares), sum(share.kept for share in shares)
     result.black = [path for share in shares for path in share.black]
@@ -139,23 +144,34 @@ def run(job: Plan, report: FolderReport) -> Result:
     return result
 
 
-def _make_maps(job: Plan, processes: Processes, result: Result, report: FolderReport) -> None:
-    """Make the maps of this process's share of the pictures."""
+def _missing(job: Plan, processes: Processes, result: Result) -> Todo:
+    """What this process has to make: of its share of the pictures the kinds that are not there."""
     pictures = job.folder.pictures[processes.index :: processes.count]
     kinds = job.folder.kinds
     missing = {
         picture: list(kinds) if job.overwrite else job.folder.missing_kinds(picture) for picture in pictures
     }
     result.kept = sum(len(kinds) - len(missing_kinds) for missing_kinds in missing.values())
-    todo = {picture: missing_kinds for picture, missing_kinds in missing.items() if missing_kinds}
-    if not todo:
-        return
+    return {picture: missing_kinds for picture, missing_kinds in missing.items() if missing_kinds}
+
+
+def _loaded(job: Plan, todo: Todo, processes: Processes, report: FolderReport) -> dict[str, Preprocessor]:
+    """The preprocessors of the kinds that are missing."""
     extractors = {}
-    for kind in kinds:
+    for kind in job.folder.kinds:
         if any(kind in missing_kinds for missing_kinds in todo.values()):
             report.status(f"loading the {kind} preprocessor")
             extractors[kind] = preprocessors.get(kind, **_options(job, kind, processes.device))
-    report.status(f"{', '.join(extractors)}: {len(todo)} of {len(pictures)} pictures")
+    return extractors
+
+
+def _make_maps(
+    job: Plan, todo: Todo, extractors: dict[str, Preprocessor], result: Result, report: FolderReport
+) -> None:
+    """Make the maps of this process's share of the pictures."""
+    if not todo:
+        return
+    report.status(f"{', '.join(extractors)}: {len(todo)} of {len(job.folder.pictures)} pictures")
     done = 0
 
     def finished(picture: Picture, outcome: Outcome) -> None:

@@ -219,6 +219,12 @@ def test_files_patterns_and_folders_are_found_once(photos: Path) -> None:
         find_pictures(["bare"])
 
 
+def test_a_model_that_cannot_be_had_leaves_no_folder(photos: Path, preprocess: Preprocess) -> None:
+    outcome = preprocess("depth", "photos", "-o", "set", "model=nobody/nothing")
+    assert outcome.code == 2
+    assert not Path("set").exists()
+
+
 def test_linked_folders_are_looked_into_once(tmp_path: Path) -> None:
     for place in ("photos/own", "elsewhere/below"):
         (tmp_path / place).mkdir(parents=True)
