@@ -403,7 +403,7 @@ def test_a_cancelled_run_leaves_the_picture_that_was_looked_at(tmp_path: Path) -
             raise Stopped
 
     made, session = making.Making(Half(), tmp_path), SimpleNamespace(session_hash="one")  # type: ignore[arg-type]
-    asked_for = ["a cube", "", "1", 1, 2, "", "ddim", "", "", None]
+    asked_for = ["a cube", "", "1", 1, 2, "", "ddim", "plain", "", "", None]
     steps = [update[5:] for update in made._make(session, [], *asked_for)]
     began, ended = steps[0], steps[-1]
     view, preview = 0, -1

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 MOST_PICTURES = 16  # of one request: others wait
 MOST_STEPS = 100  # of a slider
 DIGITS = 4  # of numbers that come from sliders
+_TOLD = ("prompt", "negative_prompt", "prompt_syntax")
 TOLD = 40  # characters of a wrong number that its error repeats
 
 
@@ -49,6 +50,7 @@ class Asked:
     steps: int = 20
     guidance: float | None = None
     scheduler: str = "ddim"
+    prompt_syntax: str = "plain"
     width: int | None = None
     height: int | None = None
     device: str = "auto"
@@ -63,7 +65,7 @@ class Asked:
         _make(keep)
         given = {
             name: getattr(self, name)
-            for name in ("prompt", "negative_prompt", "base", "seed", "count", "steps", "scheduler", "device")
+            for name in (*_TOLD, "base", "seed", "count", "steps", "scheduler", "device")
         }
         for name in ("guidance", "width", "height"):
             if getattr(self, name) is not None:

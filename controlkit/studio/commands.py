@@ -19,6 +19,8 @@ def command(record: PictureRecord) -> str:
         words += ["--adapter", f"{control.kind}={control.adapter}"]
     if record.negative_prompt is not None:
         words += ["--negative", record.negative_prompt]
+    if record.prompt_syntax != "plain":
+        words += ["--prompt-syntax", record.prompt_syntax]
     words += ["--seed", str(record.seed), "--steps", str(record.steps)]
     words += ["--guidance", number(record.guidance), "--scheduler", record.scheduler]
     words += ["--width", str(record.width), "--height", str(record.height)]
@@ -56,6 +58,7 @@ def script(record: PictureRecord) -> str:
         "    base,",
         f"    {record.prompt!r},",
         *([f"    negative_prompt={record.negative_prompt!r},"] if record.negative_prompt is not None else []),
+        *([f"    prompt_syntax={record.prompt_syntax!r},"] if record.prompt_syntax != "plain" else []),
         "    controls=controls,",
         f"    steps={record.steps},",
         f"    guidance={record.guidance!r},",

@@ -8,6 +8,7 @@ import gradio as gr
 
 from controlkit import demo, figures
 from controlkit.images import encode_png
+from controlkit.prompt_syntax import SYNTAXES
 from controlkit.schedulers import SCHEDULERS
 from controlkit.studio.asked import MOST_PICTURES, MOST_STEPS
 from controlkit.studio.components import Picture, Slider
@@ -17,7 +18,7 @@ from controlkit.studio.making import Making
 from controlkit.studio.slot import IS_MAP, Slot
 from controlkit.studio.toasts import readable
 from controlkit.studio.uploads import displayable, write_shown
-from controlkit.studio.wording import SCHEDULER_INFO
+from controlkit.studio.wording import SCHEDULER_INFO, SYNTAX_NAMES
 
 MOST_CONTROLS = 3
 SCENES = (1, 3, 7, 12, 20, 21)  # of the bundled world's demonstration split
@@ -97,6 +98,11 @@ class CreateTab:
                 self.scheduler = gr.Dropdown(
                     list(SCHEDULERS), value="ddim", label="Scheduler", info=SCHEDULER_INFO
                 )
+            self.syntax = gr.Dropdown(
+                [(SYNTAX_NAMES.get(name, name), name) for name in SYNTAXES],
+                value="plain",
+                label="Parentheses",
+            )
             with gr.Row():
                 for side in sides:
                     side.render()

@@ -47,7 +47,16 @@ class Making:
         """Wire the tab's buttons."""
         gallery, buttons = tab.gallery, [tab.go, tab.cancel]
         self.slots = tab.slots
-        settings = [tab.prompt, tab.negative, tab.seed, tab.count, tab.steps, tab.guidance, tab.scheduler]
+        settings = [
+            tab.prompt,
+            tab.negative,
+            tab.seed,
+            tab.count,
+            tab.steps,
+            tab.guidance,
+            tab.scheduler,
+            tab.syntax,
+        ]
         began = tab.go.click(
             self._begin,
             None,
@@ -194,6 +203,7 @@ class Making:
         steps: Any,
         guidance: str,
         scheduler: str,
+        syntax: str,
         width: str,
         height: str,
         photo: str | None,
@@ -217,6 +227,7 @@ class Making:
             steps=steps,
             guidance=real(guidance, "Guidance"),
             scheduler=scheduler,
+            prompt_syntax=syntax,
             width=whole(width, "Width"),
             height=whole(height, "Height"),
         )

@@ -27,9 +27,10 @@ MODE_NAMES = {
     "unbalanced": "unbalanced (InvokeAI)",
     "paper": "paper: CFG resolution weighting",
 }
+SYNTAX_NAMES = {"plain": "letters, as in diffusers", "a1111": "weights, as in A1111: (red:1.3)"}
 SCHEDULER_INFO = "How the noise is taken away; lcm and tcd are for bases that are distilled to few steps"
 _OPTIONS = {
-    "add --prompt-syntax a1111": "controlkit generate has --prompt-syntax a1111",
+    "add --prompt-syntax a1111": "choose them under More, Parentheses",
     "--negative": "the negative prompt",
     "--guidance": "Guidance",
     "--device": "the device",
