@@ -237,6 +237,20 @@ def test_no_checkpoint_at_all(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_training_that_is_made_short_warms_up_shortly():
+    from controlkit.training.config import load_recipe
+
+    assert load_recipe("tiny-canny").warmup == 25
+    assert load_recipe("tiny-canny", ["steps=20"]).warmup == 4
+    assert load_recipe("tiny-canny", ["steps=25"]).warmup == 25
+    assert load_recipe("tiny-canny", ["steps=1"]).warmup == 0
+    assert load_recipe("tiny-canny", ["steps=20", "warmup=20"]).warmup == 20
+    with pytest.raises(ValueError, match="warmup=30 is longer than the training, steps=20"):
+        load_recipe("tiny-canny", ["steps=20", "warmup=30"])
+    with pytest.raises(ValueError, match="steps"):
+        load_recipe("tiny-canny", ["steps=-3"])
+
+
 def test_a_stopped_run_equals_an_uninterrupted_one(tmp_path, text_recipe):
     whole = train_recipe(str(text_recipe), [f"out={tmp_path / 'whole'}"])
 

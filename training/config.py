@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from controlkit.training.config_bundled import TextRecipe as TextRecipe
 from controlkit.training.config_bundled import VaeRecipe as VaeRecipe
 
 RECIPES = Path(__file__).parent / "recipes"
+WARMUP_SHARE = 5  # a training that is made short warms up over a fifth of its steps
 
 _TASKS: dict[str, type[Recipe]] = {
     "vae": VaeRecipe,
@@ -64,7 +65,18 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     range.
     """
     where = str(find_recipe(name_or_path))
-    return parse_recipe(given_keys(name_or_path, overrides), where=where, overrides=overrides)
+    table = given_keys(name_or_path, overrides)
+    _fit_warmup(table, {override.partition("=")[0].strip() for override in overrides})
+    return parse_recipe(table, where=where, overrides=overrides)
+
+
+def _fit_warmup(table: dict[str, Any], overridden: Collection[str]) -> None:
+    """Let a training that an override makes shorter than its warmup warm up over a fifth of it."""
+    steps, warmup = table.get("steps"), table.get("warmup", Recipe.model_fields["warmup"].default)
+    if "steps" not in overridden or "warmup" in overridden or not isinstance(steps, int):
+        return
+    if isinstance(warmup, int) and warmup > steps > 0 and table.get("task") == "controlnet":
+        table["warmup"] = steps // WARMUP_SHARE
 
 
 def given_keys(name_or_path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:

@@ -19,7 +19,6 @@ from controlkit.training.reporting.run_record import RunRecord, read_run
 
 LOG = "train.log"  # in the run's folder: what the training says
 ERROR = "error: "  # how the command line begins its last line where it fails
-WARMUP_SHARE = 5  # a short training warms up over a fifth of its steps at most
 ALIVE = ("starting", "running")
 LONGEST = 64  # of names
 _NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9_-]{{0,{LONGEST - 1}}}")
@@ -213,7 +212,7 @@ def _check_free(runs: Path) -> None:
 
 def _checked(recipe: str, settings: Sequence[str], steps: int) -> int:
     """The warmup that fits the steps. Raises ValueError for settings that the recipe does not take."""
-    from controlkit.training.config import given_keys, load_recipe
+    from controlkit.training.config import WARMUP_SHARE, given_keys, load_recipe
 
     usual = int(given_keys(recipe).get("warmup", 0))
     warmup = min(usual, max(steps // WARMUP_SHARE, 0))
