@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
+SHOWN = 40  # letters of a prompt that a message repeats
 _READ = {"sd1": 1, "sd2": 2, "sdxl": 2}  # the layer that a family reads, counted from the last
 _SAMPLE_SIZE = {"sd1": 64, "sd2": 64, "sdxl": 128}  # where a U-Net does not say
 
@@ -222,7 +223,9 @@ class Base:
         read = tokenizer(prompt, verbose=False).input_ids
         ids = [one for word in with_all_vectors(read, self.words, tokenizer) for one in word]
         if len(ids) > length:
-            notices.warn(f"the prompt has more than {length} tokens; the rest is ignored", stacklevel=5)
+            shown = f"{prompt[:SHOWN].rstrip()}..." if len(prompt) > SHOWN else prompt
+            line = f"the prompt {shown!r} has more than {length} tokens; the rest is ignored"
+            notices.warn(line, stacklevel=5)
             ids = [*ids[: length - 1], ids[-1]]  # the end stays
         filling = length - len(ids)
         return {

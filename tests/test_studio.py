@@ -234,6 +234,9 @@ def test_joints_that_were_moved_stay_while_their_photo_does(page: Page, client: 
     assert again[1]["value"]["found"][0][wrist][:2] != [20.0, 30.0]
     _, drawn = map_of(make(client, page.photo, first=slot(kind="openpose")))
     assert drawn[30, 20].any()
+    _, larger = map_of(make(client, page.photo, width=str(2 * value["width"]), first=slot(kind="openpose")))
+    assert larger.shape[1] == 2 * drawn.shape[1]
+    assert larger[60, 40].any(), "at another size the pose is found anew"
 
 
 def test_a_joint_that_was_moved_this_moment_is_followed(page: Page, client: Client) -> None:
@@ -250,9 +253,10 @@ def test_a_joint_that_was_moved_this_moment_is_followed(page: Page, client: Clie
     ("change", "told"),
     [
         ({"prompt": "a (red:1.4) figure"}, "is read as text"),
-        ({"prompt": "a red figure " * 40}, "more than 77 tokens"),
+        ({"prompt": "a red figure " * 40}, "The prompt &#x27;a red figure"),
+        ({"negative": "too dark " * 60}, "The prompt &#x27;too dark"),
         ({"negative": "blurry", "guidance": "1"}, "The negative prompt has no effect"),
-        ({"first": slot(start=0.51, end=0.52)}, "control has no effect"),
+        ({"first": slot(start=0.51, end=0.52)}, "The control by Edges has no effect"),
         ({"first": slot(scale=0)}, "No map guided this"),
         ({"first": slot(on=True, kind="canny", is_map=True)}, None),  # it is told beneath the map
     ],

@@ -156,8 +156,12 @@ def test_a_photo_becomes_a_picture_and_a_command(visit: Callable[..., Page], pho
     first = page.locator(".picture.map img").first.get_attribute("src")
     upload(page, photo)
     edges = changed(page, ".picture.map img", first)
-    number(page, "Weak edges from", "20")
-    number(page, "Strong edges from", "60")
+    for label, digits in (("Strong edges from", "60"), ("Weak edges from", "20")):  # as a person types
+        field = page.get_by_label(f"number input for {label}").first
+        field.select_text()
+        page.keyboard.type(digits, delay=120)
+        page.keyboard.press("Enter")
+    expect(page.get_by_label("number input for Strong edges from").first).to_have_value("60")
     changed(page, ".picture.map img", edges)
     generate(page)
     expect(page.locator("#strip button.thumbnail-item")).to_have_count(1)

@@ -6,7 +6,6 @@ import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,15 +14,18 @@ import pytest
 
 pytest.importorskip("gradio", reason="the studio page needs the extra ui")
 
+import cv2
 import gradio
 import numpy as np
 from outcomes import Run
 from PIL import Image
 
-from controlkit import adapters, generate_models, infotext
+from controlkit import adapters, generate_models, images, infotext
+from controlkit.preprocessors.skeleton import Poses
 from controlkit.studio import asked, gallery, making, run_folders, run_view, server, uploads, wording
 from controlkit.studio import page as studio_page
 from controlkit.studio.engine import Engine, Stopped
+from controlkit.studio.pose_editor import on_another_part
 from controlkit.studio.uploads import Shown
 
 # gradio (6.31) and what it is built on use what Starlette is about to drop.
@@ -148,13 +150,16 @@ def test_a_page_that_is_loaded_knows_the_adapters_of_each_kind(built: Any, runs:
     loads = [one for one in built.fns.values() if (built._id, "load") in one.targets]
     listed = [one for one in loads if {getattr(out, "label", "") for out in one.outputs} == {"Adapter"}]
     assert len(listed) == 3
-    choices = {kind: listed[0].fn(kind, result) for kind in ("canny", "depth", "openpose")}
+    chosen = {"canny": result, "depth": result}
+    choices = {kind: listed[0].fn(kind, chosen) for kind in ("canny", "depth", "openpose")}
     names = {kind: sorted(name for name, _ in update["choices"][1:]) for kind, update in choices.items()}
     assert names == {"canny": ["mine", "several"], "depth": ["several"], "openpose": []}
     assert [update["value"] for update in choices.values()] == [result, "", ""]
     use = listener(built, "_use")
     for shown, wanted in (("canny", "canny"), ("depth", "depth"), ("openpose", "canny")):
-        assert use("several", shown)[1]["value"] == wanted
+        _, kind, adapter, remembered = use("several", shown, {"openpose": "x"})
+        assert (kind["value"], adapter["value"]) == (wanted, str(several / "controlnet"))
+        assert remembered == {"openpose": "x", wanted: str(several / "controlnet")}
 
 
 def test_an_error_while_making_is_logged_once(
@@ -322,14 +327,14 @@ def test_where_the_last_run_was_deleted_nothing_of_it_stays(built: Any) -> None:
 
 def test_only_a_finished_adapter_is_taken_to_the_first_tab(built: Any, runs: Path) -> None:
     folder = finished(runs, "mine")
-    assert listener(built, "_use")("mine", "depth")[1:] == [
-        gradio.update(value="canny"),
-        gradio.update(choices=[("the base's own", ""), ("mine", str(folder / "controlnet"))],
-                      value=str(folder / "controlnet")),
+    path = str(folder / "controlnet")
+    choices = [("the base's own", ""), ("mine", path)]
+    assert listener(built, "_use")("mine", "depth", {})[1:] == [
+        gradio.update(value="canny"), gradio.update(choices=choices, value=path), {"canny": path}
     ]  # fmt: skip
     (folder / "controlnet").rmdir()
     with pytest.raises(gradio.Error, match="The run mine is stopped"):
-        listener(built, "_use")("mine", "depth")
+        listener(built, "_use")("mine", "depth", {})
 
 
 def test_a_session_keeps_no_photo_of_millions_of_pixels(
@@ -412,20 +417,37 @@ def test_a_cancelled_run_leaves_the_picture_that_was_looked_at(tmp_path: Path) -
     assert "value" not in ended[view], "the picture is another one than its text and buttons speak of"
 
 
-@pytest.mark.parametrize(("moved", "thresholds"), [("Weak edges from", 300), ("Strong edges from", 150)])
-def test_a_threshold_pushes_the_other_one_along(
-    built: Any, place: Path, moved: str, thresholds: float
-) -> None:
+def test_thresholds_in_the_wrong_order_are_exchanged_as_opencv_does(built: Any, place: Path) -> None:
     photo = str(next(place.rglob("scene*.png")))
-    (redraw,) = {
-        one.fn.args[0]: one.fn for one in built.fns.values()
-        if isinstance(one.fn, partial) and one.fn.args[0] == moved and one.fn.func.__self__.number == 1
-    }.values()  # fmt: skip
-    other, *_, drawn = redraw(None, "canny", False, 300, 150, "", "", photo)
-    assert other == thresholds
-    assert (drawn.made_of.wish.low, drawn.made_of.wish.high) == (thresholds, thresholds)
-    other, *_ = redraw(drawn, "canny", False, 20, 150, "", "", photo)
-    assert other == gradio.skip()
+    drawn = listener(built, "_draw")(None, "canny", False, 300, 150, "", "", photo)[4]
+    wanted = cv2.Canny(images.cover(images.load_picture(photo), 128, 128), 300, 150)
+    np.testing.assert_array_equal(drawn.map.image[..., 0], wanted)
+    inputs = [
+        one.inputs for one in built.fns.values()
+        if any((getattr(part, "label", ""), event) == ("Weak edges from", "change")
+               for part in built.blocks.values() for block, event in one.targets if block == part._id)
+    ]  # fmt: skip
+    outputs = {getattr(out, "label", "") for one in built.fns.values() for out in one.outputs}
+    assert len(inputs) == 3
+    assert not {"Weak edges from", "Strong edges from"} & outputs, "a field changes while another is typed in"
+
+
+@pytest.mark.parametrize("shape", [(256, 256), (300, 200)])
+@pytest.mark.parametrize("size", [(192, 192), (128, 96), (96, 160)])
+def test_a_pose_keeps_its_place_in_the_photo(shape: tuple[int, int], size: tuple[int, int]) -> None:
+    """Joints that mark a point of the photo mark the same point where another part of it is shown."""
+    photo = np.zeros((shape[1], shape[0], 3), np.uint8)
+    photo[shape[1] // 2 - 6 : shape[1] // 2 + 6, shape[0] // 2 + 20 : shape[0] // 2 + 32] = 255
+    centres = []
+    for one in ((128, 128), size):
+        ys, xs = np.nonzero(images.cover(photo, *one)[..., 0] > 127)
+        centres.append((xs.mean() + 0.5, ys.mean() + 0.5))
+    people = np.zeros((1, 18, 3))
+    people[0, 4] = (*centres[0], 1.0)
+    there = on_another_part(Poses(people, 128, 128), shape, size)
+    assert (there.width, there.height) == size
+    np.testing.assert_allclose(there.people[0, 4, :2], centres[1], atol=0.8)
+    assert not there.people[0, 5].any()
 
 
 @pytest.mark.parametrize(
@@ -436,7 +458,7 @@ def test_a_threshold_pushes_the_other_one_along(
             False,
             ("failed", "It could not begin.", "photos has no pictures"),
         ),
-        ("loading the base\n", False, ("stopped", "Stopped before it began.", "")),
+        ("loading the base\n", False, ("stopped", "Stopped before it began; it can be started anew", "")),
         ("step 3\n", True, ("stopped", "Stopped before its first checkpoint; going on begins anew.", "")),
     ],
 )
@@ -507,6 +529,9 @@ def test_lines_of_the_command_line_are_told_in_the_pages_words() -> None:
     assert wording.sentence("--negative has no effect") == "The negative prompt has no effect"
     assert wording.sentence("--negatives have no effect") == "--negatives have no effect"
     assert wording.sentence("photo.png is empty") == "photo.png is empty"
+    told = "the canny control has no effect: none of 3 steps lies in its window, start=0.41 to end=0.42"
+    assert wording.sentence(told).startswith("The control by Edges has no effect")
+    assert wording.sentence(told).endswith("in its window, from 0.41 until 0.42")
     assert wording.line_of(ValueError("a seed\n must be whole")) == "A seed must be whole"
 
 

@@ -113,7 +113,7 @@ def between(value: Any, low: float, high: float, what: str) -> float:
     """What a slider or its field holds. Raises ValueError for nothing, and for what lies outside."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
         given = "nothing" if value is None else str(value)[:TOLD]
-        raise ValueError(f"{what}: a number from {low:g} to {high:g}, not {given}")
+        raise ValueError(f"{what}: a number from {low:,.10g} to {high:,.10g}, not {given}")
     return round(float(value), DIGITS)
 
 
@@ -121,7 +121,7 @@ def count_of(value: Any, most: int, what: str) -> int:
     """A whole number from 1 on that a slider or its field holds. Raises ValueError for anything else."""
     number = between(value, 1, most, what)
     if not number.is_integer():
-        raise ValueError(f"{what}: a whole number from 1 to {most}, not {value:g}")
+        raise ValueError(f"{what}: a whole number from 1 to {most:,}, not {value:g}")
     return int(number)
 
 

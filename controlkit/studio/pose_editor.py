@@ -76,6 +76,24 @@ def _data_url(image: np.ndarray, *, plain: bool = False) -> str:
     return "data:image/png;base64," + base64.b64encode(encode_png(image, plain=plain)).decode()
 
 
+def on_another_part(poses: Poses, shape: tuple[int, int], size: tuple[int, int]) -> Poses:
+    """A pose on the central part of a photo that pictures of another size show (`images.cover`).
+
+    shape: width and height of the photo. size: those of the pictures.
+    """
+    before, after = (min(shape[0] / w, shape[1] / h) for w, h in ((poses.width, poses.height), size))
+    middle = np.array([poses.width, poses.height]) / 2
+
+    def moved(points: np.ndarray) -> np.ndarray:
+        there = (points[..., :2] - middle) * (before / after) + np.array(size) / 2
+        return np.concatenate(
+            [np.where(points[..., 2:] > 0, there, points[..., :2]), points[..., 2:]], axis=-1
+        )
+
+    parts = {name: moved(getattr(poses, name)) for name in ("people", "hands", "faces")}
+    return replace(poses, **parts, width=size[0], height=size[1])
+
+
 def edited(value: Any, before: Map) -> Map:
     """The map of the joints as the browser has them. Raises ValueError for anything but such joints."""
     assert before.poses is not None

@@ -17,9 +17,9 @@ STATES = {
     "finished": "Finished.",
 }
 UNSAVED = "Stopped before its first checkpoint; going on begins anew."
-UNBEGUN = "Stopped before it began."
+UNBEGUN = "Stopped before it began; it can be started anew by the same name."
 SETTINGS = (
-    "Words like learning_rate are settings of the recipe, which the command line takes:"
+    "Names with a _ are settings of the recipe, which the command line takes:"
     " controlkit train {config} NAME=VALUE out=ANOTHER"
 )
 

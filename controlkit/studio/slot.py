@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, replace
-from functools import partial
 from html import escape
 from typing import Any
 
@@ -19,7 +18,7 @@ from controlkit.rules import MODES
 from controlkit.studio.asked import AskedControl, between, whole
 from controlkit.studio.components import Picture, Slider
 from controlkit.studio.engine import ON_DEVICE, Engine, Wish
-from controlkit.studio.pose_editor import edited, pose_editor, shown
+from controlkit.studio.pose_editor import edited, on_another_part, pose_editor, shown
 from controlkit.studio.toasts import readable
 from controlkit.studio.uploads import read_upload, upload_size, write_shown
 from controlkit.studio.wording import MODE_NAMES, line_of, sentence, title
@@ -29,6 +28,7 @@ OWN = "the base's own"  # adapter
 MOST_EDGE = 600  # of a slider for canny's thresholds; gradients above are rare
 MOST_SCALE = 2  # of a slider for the strength
 WEAK, STRONG = "Weak edges from", "Strong edges from"
+DRAWING = "The map is being made."
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,7 @@ class Slot:
             self.adapter = gr.Dropdown([(OWN, "")], value="", label="Adapter")
             if number > 1:
                 self.own = Picture(type="filepath", sources=["upload"], label="Another picture", height=160)
+        self.adapters = gr.State({})  # what was chosen for each kind of map
         self.drawn = gr.State(None)
         self.wanted = gr.State(None)  # changes when the device has to draw
         self._listen(photo, sides, api, page)
@@ -145,24 +146,23 @@ class Slot:
             concurrency_limit=8,
             api_name=f"map{api}",
         )
-        for moved, other in ((self.low, self.high), (self.high, self.low)):
-            moved.input(
-                partial(self._redraw, moved.label),
-                inputs,
-                [other, *outputs],
-                show_progress="hidden",
-                trigger_mode="always_last",
-                concurrency_limit=8,
-                api_visibility="private",
-            )
+        gr.on(
+            [self.low.change, self.high.change],
+            self._draw,
+            inputs,
+            outputs,
+            show_progress="hidden",
+            trigger_mode="always_last",
+            concurrency_limit=8,
+            api_visibility="private",
+        )
         self.wanted.change(
             self._draw,
             inputs,
             outputs,
             concurrency_id="device",
             concurrency_limit=1,
-            show_progress="minimal",
-            show_progress_on=self.view,
+            show_progress="hidden",
             api_name=f"device_map{api}",
         )
         self.pose.edited(
@@ -184,19 +184,8 @@ class Slot:
         except ValueError as error:
             return [*_nothing(drawn, error), thresholds, gr.skip()]
         if made_of is not None and made_of.on_device and _known(drawn, made_of) is None:
-            return [gr.skip()] * 5 + [thresholds, object()]
+            return [*[gr.skip()] * 3, gr.update(value=DRAWING, visible=True), gr.skip(), thresholds, object()]
         return [*self._draw(drawn, kind, is_map, *rest), thresholds, gr.skip()]
-
-    @readable
-    def _redraw(
-        self, moved: str, drawn: Drawn | None, kind: str, is_map: bool, low: Any, high: Any, *rest: Any
-    ) -> list[Any]:
-        """Draw anew where a threshold was moved, which pushes the other one along."""
-        other = gr.skip()
-        if low is not None and high is not None and low > high:
-            other = low if moved == WEAK else high
-            low = high = other
-        return [other, *self._draw(drawn, kind, is_map, low, high, *rest)]
 
     @readable
     def _draw(self, drawn: Drawn | None, *values: Any) -> list[Any]:
@@ -208,7 +197,7 @@ class Slot:
         if made is None:
             return _nothing(drawn)
         if made is drawn and not drawn.hidden:
-            return [gr.skip()] * 5
+            return [*[gr.skip()] * 3, _findings(drawn), gr.skip()]
         return [*_views(made), _findings(made), replace(made, hidden=False)]
 
     def draw(self, drawn: Drawn | None, *values: Any) -> Drawn | None:
@@ -224,10 +213,12 @@ class Slot:
         if known is not None:
             return known
         picture = read_upload(made_of.path, is_map=made_of.wish.is_map)
+        by_hand = None if drawn is None or drawn.made_of.path != made_of.path else drawn.by_hand
+        if by_hand is not None and by_hand.made_of.wish == made_of.wish:
+            return _at_another_size(by_hand, made_of, picture)
         made = self.engine.map(picture, made_of.wish, width=made_of.size[0], height=made_of.size[1])
         photo = None if made.poses is None else images.cover(picture, *made_of.size)
         told = _told(picture if made_of.wish.is_map else made.image, made, is_map=made_of.wish.is_map)
-        by_hand = None if drawn is None or drawn.made_of.path != made_of.path else drawn.by_hand
         return Drawn(made, made_of, photo, told, found=made.poses, kept=by_hand)
 
     def _made_of(
@@ -240,7 +231,7 @@ class Slot:
         wish = Wish(kind, is_map)
         if kind == "canny" and not is_map:
             low, high = between(low, 0, MOST_EDGE, WEAK), between(high, 0, MOST_EDGE, STRONG)
-            wish = Wish(kind, is_map, low, max(low, high))
+            wish = Wish(kind, is_map, min(low, high), max(low, high))
         shape = upload_size(pictures[0] or path)  # all maps of a request have the photo's shape
         if path != pictures[0]:
             upload_size(path)
@@ -294,6 +285,19 @@ def _known(drawn: Drawn | None, made_of: MadeOf) -> Drawn | None:
         return drawn
     by_hand = drawn.by_hand
     return by_hand if by_hand is not None and by_hand.made_of == made_of else None
+
+
+def _at_another_size(drawn: Drawn, made_of: MadeOf, picture: np.ndarray) -> Drawn:
+    """A pose whose joints were moved, where pictures have another size and show another part of the photo."""
+    assert drawn.map.poses is not None
+    shape = picture.shape[1], picture.shape[0]
+    poses, found = (
+        None if one is None else on_another_part(one, shape, made_of.size)
+        for one in (drawn.map.poses, drawn.found)
+    )
+    assert poses is not None
+    made = replace(preprocessors.poses_to_map(poses), model=drawn.map.model)
+    return Drawn(made, made_of, images.cover(picture, *made_of.size), drawn.told, hand=True, found=found)
 
 
 def moved(drawn: Drawn, value: Any) -> Drawn:

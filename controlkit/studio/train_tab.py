@@ -54,8 +54,8 @@ class TrainTab:
                     self.use = gr.Button("Use its adapter", variant="primary", size="sm", visible=False)
                 self.curves = gr.HTML("", elem_classes="run curves")
                 self.sheet = gr.Image(
-                    label="Samples", interactive=False, visible=False, elem_classes="sheet", format="png",
-                    buttons=["fullscreen"],
+                    label="Samples", show_label=False, interactive=False, visible=False, elem_classes="sheet",
+                    format="png", buttons=["fullscreen"],
                 )  # fmt: skip
                 with gr.Accordion("Log", open=False, elem_classes="plain"):
                     self.log = gr.HTML("", elem_classes="log")
@@ -121,10 +121,15 @@ class TrainTab:
         for slot in create.slots:  # a page that is loaded anew has its first choices
             gr.on(
                 [page.load, create_tab.select, slot.kind.change],
-                self._adapters, [slot.kind, slot.adapter], slot.adapter, trigger_mode="always_last", **quiet,
+                self._adapters, [slot.kind, slot.adapters], slot.adapter, trigger_mode="always_last", **quiet,
             )  # fmt: skip
-        kind, adapter = create.slots[0].kind, create.slots[0].adapter
-        self.use.click(self._use, [self.chosen, kind], [tabs, kind, adapter], **quiet)
+            slot.adapter.input(
+                lambda kind, adapter, chosen: {**chosen, kind: adapter},
+                [slot.kind, slot.adapter, slot.adapters], slot.adapters, **quiet,
+            )  # fmt: skip
+        first = create.slots[0]
+        taken = [tabs, first.kind, first.adapter, first.adapters]
+        self.use.click(self._use, [self.chosen, first.kind, first.adapters], taken, **quiet)
 
     def _choices(self) -> list[tuple[str, str]]:
         return [(run.line, run.name) for run in run_folders.found(self.runs)]
@@ -178,12 +183,12 @@ class TrainTab:
         view = details(run, log)
         step, sheet = run.record.samples[-1] if run.record.samples else (0, None)
         picture = None if sheet is None else self.sheets.copy(sheet, f"{run.name}-{sheet.name}")
-        label = f"Step {step}: maps, their pictures, samples"
+        told = f'<p class="faint">Step {step}: maps, their pictures, samples</p>' if picture else ""
         return [
             gr.update(choices=[(one.line, one.name) for one in runs], value=run.name),
             view.head,
-            view.curves,
-            gr.update(value=picture, visible=picture is not None, label=label),
+            view.curves + told,
+            gr.update(value=picture, visible=picture is not None),
             view.log,
             now,
             gr.update(visible=run.state in run_folders.ALIVE),
@@ -200,24 +205,22 @@ class TrainTab:
     def _finished(self) -> list[run_folders.Run]:
         return [run for run in run_folders.found(self.runs) if run.state == "finished" and self._fits(run)]
 
-    def _adapters(self, kind: str, value: str | None) -> Any:
-        """The adapters for a kind of map: the base's own and those that were trained here; one stays chosen
-        where it is among them.
+    def _adapters(self, kind: str, chosen: dict[str, str]) -> Any:
+        """The adapters for a kind of map, the base's own and those that were trained here; chosen is the one
+        that was before.
         """
+        value = chosen.get(kind, "")
         rows = [(OWN, "")]
         rows += [(run.name, str(run.record.result)) for run in self._finished() if kind in run.kinds]
         return gr.update(choices=rows, value=value if value in [path for _, path in rows] else "")
 
     @readable
-    def _use(self, name: str | None, kind: str) -> list[Any]:
+    def _use(self, name: str | None, kind: str, chosen: dict[str, str]) -> list[Any]:
         """The first tab, with the run's kind of map, or one of its kinds, and its adapter."""
         run = run_folders.look(self._folder(name))
         if run.state != "finished" or not self._fits(run):
             raise ValueError(f"the run {run.name} is {run.state}: it has no adapter for this page")
         if kind not in run.kinds:
             kind = next((one for one in run.kinds if one in self.engine.kinds), kind)
-        return [
-            gr.Tabs(selected="create"),
-            gr.update(value=kind),
-            self._adapters(kind, str(run.record.result)),
-        ]
+        chosen = {**chosen, kind: str(run.record.result)}
+        return [gr.Tabs(selected="create"), gr.update(value=kind), self._adapters(kind, chosen), chosen]

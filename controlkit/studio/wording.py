@@ -38,6 +38,8 @@ _OPTIONS = {
     "--data": "the folder",
 }
 _OPTION = re.compile("|".join(re.escape(option) + r"(?![\w-])" for option in _OPTIONS))
+_WINDOW = re.compile(r"\bstart=(\S+) to end=(\S+)")
+_KIND = re.compile(r"\bthe (\w+) control\b")
 
 
 def title(kind: str) -> str:
@@ -53,6 +55,10 @@ def line_of(error: ValueError) -> str:
 def sentence(text: str) -> str:
     """A line that the command line would tell, in the page's words; a file keeps its name."""
     text = _OPTION.sub(lambda found: _OPTIONS[found[0]], text)
+    text = _WINDOW.sub(r"from \1 until \2", text)
+    text = _KIND.sub(
+        lambda found: f"the control by {title(found[1])}" if found[1] in TITLES else found[0], text
+    )
     first = text.split(maxsplit=1)[0] if text else ""
     named = any(sign in first for sign in "./\\_0123456789")
     return text if named else text[:1].upper() + text[1:]
