@@ -21,7 +21,8 @@ from controlkit.free_memory import available_memory
 
 MOST_POSITIONS = 1024  # rows x height x width of a layer that is worth it; beyond, computing takes long
 NOT_ONEDNN = 20480  # numbers of a single row, up to which PyTorch uses its own code (Convolution.cpp)
-LEAST_STEPS = 4  # of a generation: what packing takes at first is had back after three
+LEAST_STEPS = 12  # of a generation: what packing takes at first is had back after six
+LEAST_BYTES = 8 * 2**20  # of a weight: smaller ones are in order as fast as packed ones are allocated
 SHARE = 0.25  # of the free memory that packed weights may take
 _PLATFORMS = ("x86_64", "AMD64")  # where bits were compared
 
@@ -49,7 +50,7 @@ def packed(networks: Sequence[nn.Module]) -> Iterator[None]:
 
 
 def _is_served(layer: nn.Conv2d) -> bool:
-    """Whether a layer's packed weight gives the bits of its plain one.
+    """Whether a layer's packed weight is worth it, and gives the bits of its plain one.
 
     With 1x1 kernels it does not: PyTorch computes these otherwise.
     """
@@ -61,6 +62,7 @@ def _is_served(layer: nn.Conv2d) -> bool:
         and not isinstance(layer.padding, str)
         and layer.weight.device.type == "cpu"
         and layer.weight.dtype == torch.float32
+        and layer.weight.nbytes >= LEAST_BYTES
     )
 
 

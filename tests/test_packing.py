@@ -23,6 +23,14 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(autouse=True)
+def least(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Small weights are packed, too, which are all that most tests have; returns what is wanted of them."""
+    wanted = packing.LEAST_BYTES
+    monkeypatch.setattr(packing, "LEAST_BYTES", 0)
+    return wanted
+
+
 @pytest.fixture(scope="module")
 def base() -> Base:
     return load_base("tiny")
@@ -106,7 +114,7 @@ def test_a_generation_gives_the_same_picture(base: Base, calls: list[nn.Conv2d])
     edges = get("canny")(render(1).picture).image
     control = Control(load_adapter("canny", base=base), edges, end=0.5)
     made = [
-        generate(base, "a red figure", controls=[control], steps=4, execution=Execution(packed=way))[0]
+        generate(base, "a red figure", controls=[control], steps=12, execution=Execution(packed=way))[0]
         for way in (True, False)
     ]
     np.testing.assert_array_equal(*made)
@@ -154,6 +162,19 @@ def test_it_is_left_out(calls: list[nn.Conv2d], monkeypatch: pytest.MonkeyPatch,
         layers(some().to(layers[0].weight.dtype))
         assert not any("_conv_forward" in vars(layer) for layer in layers)
     assert calls == []
+
+
+@torch.no_grad()
+def test_large_weights_alone_are_packed(
+    base: Base, calls: list[nn.Conv2d], least: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "LEAST_BYTES", least)
+    large = nn.Sequential(nn.Conv2d(640, 640, 3, padding=1), nn.Conv2d(640, 64, 3, padding=1))
+    large = large.to(memory_format=torch.channels_last)
+    with packed([base.unet, large]):
+        assert not any("_conv_forward" in vars(layer) for layer in base.unet.modules())
+        large(some(width=640))
+    assert calls == [large[0]]
 
 
 def test_an_error_within_leaves_nothing() -> None:
