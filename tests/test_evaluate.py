@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from outcomes import Outcome, Run
 from typer.testing import CliRunner
 
@@ -326,11 +327,12 @@ def test_an_evaluation_that_goes_on_sees_the_autoencoder_as_one_in_a_stretch_doe
     picture = render(1, size=128).picture
     first, after = load_base("tiny"), load_base("tiny")
     generate(after, "a cube", steps=1)
-    latents = [base.encode_pictures(images.picture_to_tensor([picture])) for base in (first, after)]
-    assert not np.array_equal(*(latent.numpy() for latent in latents)), "it makes no difference"
     assert np.array_equal(through_vae(first, picture), through_vae(after, picture))
-    laid = [base.decode_latents(latents[0]).numpy() for base in (first, after)]
-    assert np.array_equal(*laid)
+    kernels = [
+        [one.weight.stride() for one in base.vae.modules() if isinstance(one, torch.nn.Conv2d)]
+        for base in (first, after)
+    ]
+    assert kernels[0] == kernels[1], "sums in another order may round differently"
 
 
 def test_pairs_without_captions_are_counted(run: Run, pairs):

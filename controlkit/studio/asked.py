@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 MOST_PICTURES = 16  # of one request: others wait
 MOST_STEPS = 100  # of a slider
 DIGITS = 4  # of numbers that come from sliders
-_TOLD = ("prompt", "negative_prompt", "prompt_syntax")
+GIVEN = (
+    *("prompt", "negative_prompt", "prompt_syntax", "base"),
+    *("seed", "count", "steps", "scheduler", "device"),
+)  # always; the others where a person gives them
 TOLD = 40  # characters of a wrong number that its error repeats
 
 
@@ -63,10 +66,7 @@ class Asked:
         if not 1 <= self.count <= MOST_PICTURES:
             raise ValueError(f"the page makes 1 to {MOST_PICTURES} pictures at once, not {self.count}")
         _make(keep)
-        given = {
-            name: getattr(self, name)
-            for name in (*_TOLD, "base", "seed", "count", "steps", "scheduler", "device")
-        }
+        given = {name: getattr(self, name) for name in GIVEN}
         for name in ("guidance", "width", "height"):
             if getattr(self, name) is not None:
                 given[name] = getattr(self, name)

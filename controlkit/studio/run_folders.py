@@ -149,6 +149,8 @@ def begin(
     to lie; None is anywhere. Raises ValueError for a name or a folder that cannot be taken, for what the
     recipe makes impossible, and while another training runs.
     """
+    from controlkit.training.config import load_recipe
+
     if not _NAME.fullmatch(name):
         raise ValueError(
             f"Name: 1 to {LONGEST} letters, digits, - and _, the first no sign: not {name[: LONGEST + 1]!r}"
@@ -158,13 +160,13 @@ def begin(
     settings = [f"base={base}", f"steps={steps}"]
     if source:
         settings.append(f"data.source={_anywhere(source) if within is None else _within(source, within)}")
-    warmup = _checked(recipe, settings, steps)
+    load_recipe(recipe, settings)
     with _beginning:
         folder = runs / name
         if folder.exists() and not _never_began(folder):
             raise ValueError(f"there is a run {name} already: choose another name, or go on with that one")
         _check_free(runs)
-        _begun(folder, [recipe, *settings, f"warmup={warmup}"])
+        _begun(folder, [recipe, *settings])
     return folder
 
 
@@ -208,16 +210,6 @@ def _check_free(runs: Path) -> None:
     busy = next((run for run in found(runs) if run.state in ALIVE), None)
     if busy is not None:
         raise ValueError(f"the training {busy.name} is {busy.state}: wait until it has ended, or stop it")
-
-
-def _checked(recipe: str, settings: Sequence[str], steps: int) -> int:
-    """The warmup that fits the steps. Raises ValueError for settings that the recipe does not take."""
-    from controlkit.training.config import WARMUP_SHARE, given_keys, load_recipe
-
-    usual = int(given_keys(recipe).get("warmup", 0))
-    warmup = min(usual, max(steps // WARMUP_SHARE, 0))
-    load_recipe(recipe, [*settings, f"warmup={warmup}"])
-    return warmup
 
 
 def go_on(folder: Path) -> None:

@@ -48,6 +48,9 @@ def main(size: str, rounds: int, small: bool) -> None:
     with packed([base.unet]):
         first = seconds(predict)
         print(f"{size}: equal to the bit: {torch.equal(predict(), plain)}")
+        forwards = [vars(layer).get("_conv_forward") for layer in base.unet.modules()]
+        kept = [one.weight.nbytes for one in forwards if one is not None and one.weight is not None]
+        print(f"packed: {len(kept)} weights, {sum(kept) / 1e9:.2f} GB")
     for _ in range(rounds):
         without = seconds(predict)
         with packed([base.unet]):

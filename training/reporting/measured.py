@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from controlkit import __version__, files
+from controlkit.training.reporting.run_record import json_of
 
 FILE = "scores.json"
 
@@ -22,7 +22,7 @@ def scores_of(
     scenes: how many pairs are asked for.
     """
     of = {"weights": _digest(result), "asked": scenes, "controlkit": __version__}
-    kept = _read(folder / FILE)
+    kept = json_of(folder / FILE)
     if kept.get("of") == of:
         return kept
     scores = dict(measure())
@@ -35,12 +35,3 @@ def _digest(result: Path) -> str:
     """SHA-256 over the weights of a result, by the digests of its files."""
     found = sorted(path for path in result.rglob("*.safetensors") if path.is_file())
     return hashlib.sha256("".join(map(files.sha256_file, found)).encode()).hexdigest()
-
-
-def _read(file: Path) -> dict[str, Any]:
-    """What is there; nothing where it cannot be read."""
-    try:
-        kept = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return kept if isinstance(kept, dict) else {}

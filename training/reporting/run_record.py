@@ -99,9 +99,9 @@ def read_run(folder: Path) -> RunRecord:
         events=[(entry["step"], str(entry["event"])) for entry in entries if "event" in entry],
         config=_toml(config_text),
         config_text=config_text,
-        scores=_scores(_json(folder / "scores.json")),
+        scores=_scores(json_of(folder / "scores.json")),
         samples=_samples(folder / "samples"),
-        facts=_json(folder / "facts.json"),
+        facts=json_of(folder / "facts.json"),
     )
 
 
@@ -149,7 +149,8 @@ def _text(path: Path) -> str:
         return ""
 
 
-def _json(path: Path) -> dict[str, Any]:
+def json_of(path: Path) -> dict[str, Any]:
+    """The object in a file; {} where there is none, or it cannot be read."""
     try:
         value = json.loads(_text(path) or "{}")
     except ValueError:
