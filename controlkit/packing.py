@@ -3,7 +3,7 @@
 PyTorch keeps a weight as it was loaded, and has oneDNN bring it into the order that its kernels read at every
 call. Where a picture is small and the weight large, which are a U-Net's deep layers, that takes as long as
 the convolution. Within `packed` it is done once, at a layer's first call, and the result is kept beside the
-weight: at Stable Diffusion 1.5's size 2.0 GB for the U-Net. `tests/benchmarks/packing.py` compares both.
+weight: at Stable Diffusion 1.5's size 1.83 GB for the U-Net. `tests/benchmarks/packing.py` compares both.
 """
 
 from __future__ import annotations
