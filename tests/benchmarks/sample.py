@@ -2,10 +2,10 @@
 
 `uv run python tests/benchmarks/sample.py --size 34M` takes some minutes on two cores, `--size tiny` less;
 `--size xl` has SDXL's structure, and its pipeline as the peer; `--size sd15` is Stable Diffusion 1.5's real
-configuration at 512 pixels: for a GPU, or with `--steps 2` on a CPU with 14 gigabytes to spare. Weights are
-random (the bundled ones at tiny); seed, prompt, map and steps are the same, and the result is latents, so
-that both decode alike. The hint encoder is as large as diffusers makes it whatever the base: a tenth of the
-work at 34M, a hundredth at Stable Diffusion's size.
+configuration at 512 pixels: for a GPU, or on a CPU with 14 gigabytes to spare, with `--steps 2`, or with
+`--steps 12 --half --rounds 3`, an hour. Weights are random (the bundled ones at tiny); seed, prompt, map and
+steps are the same, and the result is latents, so that both decode alike. The hint encoder is as large as
+diffusers makes it whatever the base: a tenth of the work at 34M, a hundredth at Stable Diffusion's size.
 
 Every round makes a picture with the pipeline as documented (twice, the second time as its own peer), with the
 pipeline tuned, and with ours, under control in every step and under control that ends at half of the steps,
@@ -51,6 +51,7 @@ VOID = (0.97, 1.03)
 CLOSE = 5e-6  # relative difference of latents (L2) after few steps
 CLOSE_AFTER_ALL = 2e-5  # after 20: each step adds the rounding of its own
 NAMES = ("documented", "documented again", "tuned", "ours", "documented, half", "tuned, half", "ours, half")
+HALF = ("documented, half", "documented again, half", "ours, half")
 LOSSY = {
     "exact": Savings(),
     "control_every=2": Savings(control_every=2),
@@ -136,8 +137,10 @@ def theirs(pipeline: Any, job: Job, end: float) -> torch.Tensor:
     return found
 
 
-def variants(make: Callable[[], Job], *, device: str) -> dict[str, Callable[[], torch.Tensor]]:
-    """Each of NAMES, with networks laid out as it has them."""
+def variants(
+    make: Callable[[], Job], names: Sequence[str], *, device: str
+) -> dict[str, Callable[[], torch.Tensor]]:
+    """Each of the names, with networks laid out as it has them."""
     plain, tuned = make(), make()
     for network in (tuned.base.unet, tuned.controlnet):
         network.to(memory_format=torch.channels_last)
@@ -147,15 +150,17 @@ def variants(make: Callable[[], Job], *, device: str) -> dict[str, Callable[[], 
         for network in (tuned.base.unet, tuned.controlnet):
             network.compile(mode="reduce-overhead", fullgraph=True)
     documented, faster = pipeline_of(plain), pipeline_of(tuned)
-    return {
+    found = {
         "documented": lambda: theirs(documented, plain, 1.0),
         "documented again": lambda: theirs(documented, plain, 1.0),
         "tuned": lambda: theirs(faster, tuned, 1.0),
         "ours": lambda: ours(mine, 1.0),
         "documented, half": lambda: theirs(documented, plain, 0.5),
+        "documented again, half": lambda: theirs(documented, plain, 0.5),
         "tuned, half": lambda: theirs(faster, tuned, 0.5),
         "ours, half": lambda: ours(mine, 0.5),
     }
+    return {name: found[name] for name in names}
 
 
 def spend(work: Callable[[], object], device: str) -> float:
@@ -194,15 +199,15 @@ def ratio(peer: Sequence[float], other: Sequence[float]) -> tuple[float, float, 
 def compare(works: dict[str, Callable[[], torch.Tensor]], *, close: float) -> Iterator[str]:
     """How far ours and the pipeline's latents are apart. Raises AssertionError where it is too far."""
     for ending, title in (("", "control in every step"), (", half", "control until half of the steps")):
+        if f"ours{ending}" not in works:
+            continue
         mine, peer = works[f"ours{ending}"](), works[f"documented{ending}"]()
         apart = float((mine - peer).norm() / peer.norm())
-        tuned = works[f"tuned{ending}"]()
-        itself = float((tuned - peer).norm() / peer.norm())
         largest = float((mine - peer).abs().max())
-        yield (
-            f"{title}: relative difference {apart:.1e}, at most {largest:.1e};"
-            f" of the pipeline tuned to the pipeline {itself:.1e}"
-        )
+        yield f"{title}: relative difference {apart:.1e}, at most {largest:.1e}"
+        if f"tuned{ending}" in works:
+            tuned = works[f"tuned{ending}"]()
+            yield f"  of the pipeline tuned to the pipeline {float((tuned - peer).norm() / peer.norm()):.1e}"
         assert apart < close, f"{title}: {apart}"
 
 
@@ -225,22 +230,25 @@ def beside_diffusers(given: argparse.Namespace) -> Iterator[str]:
             cond = (torch.rand((1, 3, side, side), generator=generator) < 0.1).float()
             return Job(base, controlnet.to(given.device).eval(), cond, given.steps)
 
-        works = variants(make, device=given.device)
+        names = HALF if given.half else NAMES
+        works = variants(make, names, device=given.device)
         yield f"size {given.size}, {given.steps} steps, {given.device}, batch 1, {dtype}"
         exact = CLOSE if given.steps < 10 else CLOSE_AFTER_ALL
         yield from compare(works, close=exact if dtype == torch.float32 else 1e-2)
-        for work in works.values():
-            work()
+        if given.device == "cuda":  # what a CPU needs once, it has done for the comparison
+            for work in works.values():
+                work()
         spent = measure(works, rounds=given.rounds, device=given.device)
-    yield f"seconds of a picture: {', '.join(f'{n} {statistics.median(spent[n]):.2f}' for n in NAMES)}"
-    itself = ratio(spent["documented"], spent["documented again"])
+    yield f"seconds of a picture: {', '.join(f'{n} {statistics.median(spent[n]):.2f}' for n in names)}"
+    itself = ratio(*(spent[name] for name in names[:2]))
     yield _told("the pipeline to itself", itself)
     if not VOID[0] <= itself[1] <= VOID[1]:
         yield f"VOID: it is not within {VOID[0]} to {VOID[1]}"
     for ending in ("", ", half"):
         for peer in ("documented", "tuned"):
-            found = ratio(spent[f"{peer}{ending}"], spent[f"ours{ending}"])
-            yield _told(f"ours to {peer}{ending}", found)
+            if f"{peer}{ending}" in spent:
+                found = ratio(spent[f"{peer}{ending}"], spent[f"ours{ending}"])
+                yield _told(f"ours to {peer}{ending}", found)
 
 
 def _told(name: str, found: tuple[float, float, float]) -> str:
@@ -299,6 +307,7 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="34M")
     parser.add_argument("--steps", type=int, help="default 20; at 34M and xl on a CPU 4")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--half", action="store_true", help="documented and ours, control ending at half")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")
     parser.add_argument("--lossy", action="store_true", help="measure the lossy settings instead")
