@@ -14,7 +14,7 @@ import tiny_models
 import yaml
 from huggingface_hub import ModelCard, constants
 
-from controlkit import images
+from controlkit import files, images
 from controlkit.adapters import MAPS, AdapterInfo, MapSpec, save_adapter
 from controlkit.base import load_base
 from controlkit.controlnet import from_base
@@ -79,6 +79,18 @@ def test_a_card_says_what_the_run_found(run):
     assert (run / "controlnet" / "images_0.png").is_file()
     assert "![Maps, pictures and samples](images_0.png)" in text
     assert ModelCard(text).data.library_name == "diffusers"
+
+
+def test_a_card_says_whether_its_scores_are_of_pairs_that_were_trained_on(run):
+    def told():
+        return write_card(run / "controlnet", run_folder=run).read_text()
+
+    assert "Means over held-out pairs." in told()
+    files.write_json(run / "facts.json", {"data_held_out": 0})
+    assert "Means over held-out pairs." in told()  # its scores are of the bundled world's scenes
+    scores = json.loads((run / "scores.json").read_text())
+    files.write_json(run / "scores.json", {**scores, "control": scores["canny"]})
+    assert "Means over trained pairs." in told()
 
 
 @pytest.mark.filterwarnings("ignore")  # of the pipeline's own

@@ -653,6 +653,29 @@ def test_the_training_says_it_in_one_line(tmp_path: Path) -> None:
     assert lines[1:] == ["in no pair: 1 map, such as canny/x.png (controlkit data check names them)"]
 
 
+@pytest.mark.parametrize(
+    ("pairs", "wanted", "held", "said"),
+    [
+        (32, 8, 8, ""),
+        (20, 8, 5, "5 of 20 pairs are held out, not 8: a quarter at most"),
+        (8, 8, 2, "2 of 8 pairs are held out, not 8: a quarter at most"),
+        (7, 8, 0, "7 pairs are too few to hold some out: what is shown is trained on"),
+        (4, 1, 1, ""),
+        (3, 1, 0, "3 pairs are too few to hold some out: what is shown is trained on"),
+        (20, 0, 0, ""),
+    ],
+)
+def test_of_few_pairs_a_quarter_is_held_out(tmp_path: Path, pairs, wanted, held, said) -> None:
+    root, lines = make_set(tmp_path / "set", pairs), []
+    table = {"task": "controlnet", "map": "canny", "out": "-", "steps": 100, "batch_size": 1}
+    table |= {"learning_rate": 1e-4, "data": {"source": str(root), "holdout": wanted, "check": False}}
+    found = load_pairs(adapters(table), report=lines.append)
+    assert len(found.held_out) == held
+    assert len(found.trained) == pairs - held
+    assert found.shown == found.held_out if held else len(found.shown) == min(4, pairs)
+    assert lines[1:] == ([said] if said else [])
+
+
 # --- the command ---
 
 

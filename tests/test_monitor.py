@@ -20,7 +20,15 @@ from controlkit.controlnet import (
     trainable_parameters,
 )
 from controlkit.figures import render
-from controlkit.training.reporting.convergence import LOOKS, advice, advice_for, least_errors, took_hold
+from controlkit.training.reporting.convergence import (
+    LOOKS,
+    ON_TRAINED,
+    advice,
+    advice_for,
+    hold_told,
+    least_errors,
+    took_hold,
+)
 from controlkit.training.reporting.monitor import LEVELS, Gap, Monitor, _summary, as_cond
 from controlkit.training.world import exact_map
 
@@ -390,6 +398,15 @@ def looks(step, true, gap=0.0, error=0.001):
 RECIPE = {"steps": 10_000, "learning_rate": 1e-5, "zero_convolution_rate": 10.0, "warmup": 100}
 
 
+def test_of_pairs_that_are_trained_on_it_is_said_that_they_are():
+    assert hold_told(history(SHUFFLED)) == ""
+    held = history(LEARNED)
+    assert hold_told(held) == f"control took hold at step {took_hold(held)}"
+    trained = [{**look, ON_TRAINED: 1} for look in held]
+    assert hold_told(trained).startswith(f"{hold_told(held)} on pairs that are trained on, which may be")
+    assert hold_told([{**look, "step": look["step"] * 1000} for look in held]).endswith("000")
+
+
 def test_advice_comes_when_control_is_overdue():
     assert advice(looks(2000, 0.2), **RECIPE) is None
     config = {"steps": 4000, "learning_rate": 1e-3, "zero_convolution_rate": 6.0}
@@ -409,7 +426,29 @@ def test_advice_comes_when_control_is_overdue():
     assert "maps do not belong to their pictures" in advice(looks(8000, 0.17), **RECIPE)
     assert "learning rates are too high" in advice(looks(500, 0.26), **RECIPE)
     assert advice(looks(50, 0.26), **RECIPE) is None  # within the warmup nothing is settled
+    fast = RECIPE | {"learning_rate": 0.02, "warmup": 50}  # and nothing else is said of such damage
+    assert advice(looks(40, 0.26), **fast) is None
+    assert "learning rates are too high" in advice(looks(40, 0.26), **fast, finished=True)
     assert advice([], **RECIPE, finished=True) is None
+
+
+def test_pairs_that_are_learned_by_heart_are_told_from_rates_that_are_too_high():
+    """Looks and losses of 15 pairs of the bundled world trained on for 400 steps, with 5 held out."""
+    losses = {10: 0.212, 20: 0.143, 40: 0.103, 60: 0.083, 80: 0.049, 100: 0.053, 200: 0.036, 300: 0.037}
+    true = {20: 0.194, 40: 0.253, 60: 0.252, 80: 0.262, 100: 0.257, 200: 0.293, 300: 0.303}
+    rows = [{"step": step, "loss": loss} for step, loss in losses.items()]
+    for row in rows:
+        if row["step"] in true:
+            row |= {"loss_map": true[row["step"]], "loss_no_map": 0.206, "gap": 0.4, "gap_error": 0.1}
+            row |= {"gap_pictures": 5}
+    recipe = {"steps": 800, "learning_rate": 2e-3, "zero_convolution_rate": 6.0, "warmup": 25}
+    assert "learns the training pairs by heart" in advice(rows, **recipe)
+    sure = [{**row, "gap_error": 0.01} if "gap" in row else row for row in rows]  # also where control holds
+    assert took_hold(sure) is not None
+    assert "learns the training pairs by heart" in advice(sure, **recipe)
+    spiked = [{**row, "loss": 1.1 if row["step"] < 50 else 0.25} for row in rows]
+    assert "learning rates are too high" in advice(spiked, **recipe)
+    assert "learning rates are too high" in advice([{**row, "loss": 0.21} for row in rows], **recipe)
 
 
 def test_advice_is_silent_where_control_holds_and_speaks_where_it_is_lost():

@@ -106,6 +106,7 @@ class ControlNetTask:
             replace(self.base, dtype=self._unet_dtype),
             self.encoded,
             self.feed.shown,
+            held_out=self.feed.held_out,
             alphas_cumprod=self.alphas_cumprod,
             added_cond=self._added_cond,
             on_device=self._all_on_device,
@@ -354,6 +355,7 @@ class ControlNetTask:
             "base_sha256": self.base.digest(),
             **({"data_sha256": digest} if digest else {}),
             "data_pairs": self.feed.pairs,
+            "data_held_out": len(self.feed.shown) if self.feed.held_out else 0,
             "caption": first.caption,
         }
 

@@ -26,6 +26,8 @@ class Feed(Protocol):
     """The pairs that are shown, and what encodes."""
     shown: list[int]
     """Their numbers in it."""
+    held_out: bool
+    """Whether these are kept from the training."""
 
     @property
     def pairs(self) -> int | None:
@@ -74,7 +76,7 @@ class StoredFeed:
             resolution=recipe.data.resolution or base.resolution,
             seed=recipe.seed,
         )
-        self.shown, self.trained = pairs.shown, pairs.trained
+        self.shown, self.trained, self.held_out = pairs.shown, pairs.trained, bool(pairs.held_out)
         self.encoded = Encoded(base, pairs.examples, visits, data=recipe.data, report=report)
         self.encoded.fill([*pairs.trained, *pairs.shown], processes)
         trained = set(pairs.trained)

@@ -17,7 +17,9 @@ from controlkit.training.world import VALIDATION_SCENES, load_world
 
 Report = Callable[[str], None]
 WORLD = "world"
-_LEAST_PER_SHOWN = 4  # fewer pairs than this for each that is held out, and none is
+_LEAST_PER_SHOWN = 4  # pairs for each that is held out: no more than a quarter of them
+_LEAST_COMPARED = 2  # held-out pairs: the monitor shows a picture another one's map
+_SHOWN_TRAINED = 4  # pairs that are shown where none is held out
 _NAMED = 5  # pairs in a message
 _WORTH_SAYING = ("duplicate", "tiny", "no caption")
 
@@ -32,6 +34,11 @@ class Pairs:
     trained: list[int]
     shown: list[int]
     """For samples, scores and the monitor: held out where there are enough, else among the trained ones."""
+
+    @property
+    def held_out(self) -> list[int]:
+        """Those of the shown pairs that are not trained on."""
+        return sorted(set(self.shown) - set(self.trained))
 
 
 def load_pairs(recipe: ControlNetRecipe, *, report: Report) -> Pairs:
@@ -63,7 +70,7 @@ def _world(recipe: ControlNetRecipe, report: Report) -> Pairs:
     examples = world_examples(world, kinds, made=made, title="training")
     examples += world_examples(validation, kinds, made=made, title="validation")[: data.holdout]
     height, width = world.picture[0].shape[:2]
-    shown = list(range(scenes, len(examples))) or list(range(min(_LEAST_PER_SHOWN, scenes)))
+    shown = list(range(scenes, len(examples))) or list(range(min(_SHOWN_TRAINED, scenes)))
     return Pairs(examples, [(width, height)] * len(examples), list(range(scenes)), shown)
 
 
@@ -96,10 +103,11 @@ def _divided(
 ) -> tuple[list[int], list[int]]:
     """The pairs to train on, and those to show."""
     order = np.random.default_rng(derived_seed(seed, "holdout")).permutation(len(usable))
-    chosen = sorted(usable[k] for k in order[: data.holdout or _LEAST_PER_SHOWN])
-    if data.holdout and len(usable) >= data.holdout * _LEAST_PER_SHOWN:
-        left = set(usable) - set(chosen)
-        return sorted(left), chosen
-    if data.holdout:
-        report(f"{len(usable)} pairs are too few to hold {data.holdout} out: samples show trained ones")
-    return list(usable), chosen
+    held = min(data.holdout, len(usable) // _LEAST_PER_SHOWN)
+    if held < min(data.holdout, _LEAST_COMPARED):
+        report(f"{len(usable)} pairs are too few to hold some out: what is shown is trained on")
+        held = 0
+    elif held < data.holdout:
+        report(f"{held} of {len(usable)} pairs are held out, not {data.holdout}: a quarter at most")
+    chosen = sorted(usable[k] for k in order[: held or _SHOWN_TRAINED])
+    return sorted(set(usable) - set(chosen)) if held else list(usable), chosen

@@ -39,6 +39,7 @@ class StreamFeed:
         self._window = lru_cache(maxsize=3)(self._read)
         self.encoded = self._window(0)
         self.shown = list(range(recipe.data.holdout or min(4, self._size)))
+        self.held_out = bool(recipe.data.holdout)
 
     @property
     def pairs(self) -> int | None:

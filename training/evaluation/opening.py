@@ -92,7 +92,7 @@ def _of_run(request: Request, config: Path, options: Options, *, resolution: int
     from controlkit.training.data.pairs import load_pairs
 
     pairs = load_pairs(recipe, report=report)
-    kept = sorted(set(pairs.shown) - set(pairs.trained))
+    kept = pairs.held_out
     if not kept:
         raise ValueError(
             f"{request.data} held no pairs out (data.holdout): name another data set to evaluate on"

@@ -18,7 +18,7 @@ from controlkit.adapters import AdapterInfo, MapSpec, read_info
 from controlkit.base import ALIASES, BUNDLED, FAMILY_TITLES
 from controlkit.folders import read_json
 from controlkit.formats.description import kinds_at_once
-from controlkit.training.reporting.convergence import took_hold
+from controlkit.training.reporting.convergence import hold_told
 from controlkit.training.reporting.publishing import is_repo_id
 from controlkit.training.reporting.run_record import RunRecord, read_run, versions
 
@@ -206,14 +206,14 @@ def _scores(run: RunRecord) -> str:
     named = {"floor": "no control", "control": "this adapter", kind: "this adapter", "ceiling": "ceiling"}
     names = [name for name in named if name in run.scores]
     measures = list(dict.fromkeys(m for name in names for m in run.scores[name]))
-    step = took_hold(run.rows)
-    held = f"Control took hold at step {step:,}." if step is not None else ""
+    held = hold_told(run.rows)
+    held = f"{held[:1].upper()}{held[1:]}." if held else ""
     if not measures:
         return f"## Does it work\n\n{held}\n" if held else ""
     rows = [(measure, *(_number(run.scores[name].get(measure)) for name in names)) for measure in measures]
     note = (
-        "Means over held-out pairs. No control: the same captions and seeds without the adapter. Ceiling: the"
-        " true pictures through the autoencoder."
+        f"Means over {run.scored} pairs. No control: the same captions and seeds without the adapter."
+        " Ceiling: the true pictures through the autoencoder."
     )
     table = _table(("", *(named[name] for name in names)), rows)
     return f"## Does it work\n\n{' '.join(filter(None, (held, note)))}\n\n{table}"

@@ -11,6 +11,8 @@ from typing import Any
 
 LOOKS = 3
 """How many looks in a row have to agree."""
+ON_TRAINED = "gap_on_trained"
+"""The entry of looks at pairs that are trained on, 1; others lack it."""
 LEAST_GAP = 0.001
 """Gap below which nobody would see what the map does, however sure it is."""
 # How large a gap is depends on the base and on what maps say of its pictures; how far it is beyond chance
@@ -28,6 +30,9 @@ _VISIBLE = 0.01  # gap over few pictures that proves nothing, and speaks against
 USUAL_TRAVEL = (0.03, 0.35)
 _NO_CHANGE = 0.003  # relative change of the loss below which the adapter does nothing yet
 _HARM = 1.25  # loss with the true map over the base's, from which the adapter is doing damage
+_BY_HEART = (
+    0.6  # training loss over the first one and over that with held-out maps: such damage is no accident
+)
 
 History = Sequence[Mapping[str, Any]]
 
@@ -44,6 +49,19 @@ def took_hold(history: History) -> int | None:
         if len(agreeing) == LOOKS:
             return agreeing[0]
     return None
+
+
+def hold_told(history: History) -> str:
+    """When control took hold, in words, and what they are worth; "" while it has not."""
+    step = took_hold(history)
+    if step is None:
+        return ""
+    if any(look.get(ON_TRAINED) for look in history):
+        return (
+            f"control took hold at step {step:,} on pairs that are trained on, which may be known by heart:"
+            " only pairs that are held out (data.holdout) tell whether new maps are followed"
+        )
+    return f"control took hold at step {step:,}"
 
 
 def least_errors(pictures: int) -> float:
@@ -65,17 +83,25 @@ def advice(
 
     steps: of the whole training. The three other numbers are the recipe's. walks: whether the optimizer moves
     a weight by about its rate per step; otherwise nothing is known of how long control takes. It speaks when
-    control is overdue (`USUAL_TRAVEL`), when the adapter does damage, and at the end. Plain sentences, one
-    line.
+    control is overdue (`USUAL_TRAVEL`), when the adapter does damage or learns its pairs by heart, and at the
+    end. Plain sentences, one line.
     """
     looks = _looks(history)
     if not looks:
         return None
     last, step = looks[-1], int(looks[-1]["step"])
     held = took_hold(history)
+    if _ratio(last) > _HARM and _is_by_heart(history, last):
+        return (
+            f"At step {step} held-out pictures do worse with the adapter and their true map than without,"
+            " while the training loss has gone down: it learns the training pairs by heart. More pairs help"
+            " most; then data.flip and data.crop=random, fewer steps, a lower learning_rate."
+        )
     if held is not None:
         return _lost(looks, held)
-    if _ratio(last) > _HARM and step > warmup:
+    if _ratio(last) > _HARM:
+        if step <= warmup and not finished:  # nothing is settled yet
+            return None
         return (
             f"At step {step} the base does better without the adapter than with it and the true map: the"
             " learning rates are too high. Divide learning_rate by 3, then zero_convolution_rate."
@@ -133,6 +159,15 @@ def _ratio(look: Mapping[str, Any]) -> float:
     """The loss with the true map in units of the base's without any."""
     true, alone = look.get("loss_map"), look.get("loss_no_map")
     return true / alone if true is not None and alone else math.nan
+
+
+def _is_by_heart(history: History, look: Mapping[str, Any]) -> bool:
+    """Whether the training pairs are known far better than they were, and than pairs that are held out."""
+    losses = [row["loss"] for row in history if isinstance(row.get("loss"), int | float)]
+    if len(losses) <= LOOKS:
+        return False
+    recent = sum(losses[-LOOKS:]) / LOOKS
+    return bool(recent < _BY_HEART * min(losses[0], look["loss_map"]))
 
 
 def _lost(looks: History, held: int) -> str | None:

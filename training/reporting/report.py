@@ -13,7 +13,7 @@ from pathlib import Path
 from controlkit import files
 from controlkit.training.reporting.charts import CSS as CHART_CSS
 from controlkit.training.reporting.charts import Mark, Series, line_chart, smoothed
-from controlkit.training.reporting.convergence import advice_for, took_hold
+from controlkit.training.reporting.convergence import advice_for, hold_told, took_hold
 from controlkit.training.reporting.page import STYLE, duration, pairs_table, picture
 from controlkit.training.reporting.run_record import RunRecord, read_run, versions
 
@@ -82,8 +82,10 @@ def verdict(run: RunRecord) -> str:
     """Whether control took hold, as a paragraph of HTML, and what to do where it has not."""
     step = took_hold(run.rows)
     if step is not None:
-        words = f"Control took hold at step {step:,}." if step else "Control was there from the first step."
-        return f'<p class="verdict good">{words}</p>'
+        words = hold_told(run.rows) if step else "control was there from the first step"
+        counsel = advice_for(run.rows, run.config)
+        more = f"<p>{escape(counsel)}</p>" if counsel else ""
+        return f'<p class="verdict good">{escape(words[:1].upper() + words[1:])}.</p>{more}'
     if not run.curve("gap"):
         return '<p class="verdict">Whether control took hold was not watched in this run.</p>'
     counsel = advice_for(run.rows, run.config, finished=run.result is not None)
@@ -138,7 +140,7 @@ def _curves(run: RunRecord) -> str:
     hold = took_hold(run.rows)
     marks = [Mark(step, "resumed") for step in run.resumed]
     marks += [Mark(hold, "took hold")] if hold is not None else []
-    charts = [(name, note, draw(run, marks)) for name, note, draw in _CHARTS]
+    charts = [(name, note.replace("held-out", run.watched), draw(run, marks)) for name, note, draw in _CHARTS]
     shown = [
         f'<figure class="curve"><figcaption><b>{name}</b> {note}</figcaption>{svg}</figure>'
         for name, note, svg in charts
@@ -167,9 +169,7 @@ def _maps_chart(run: RunRecord, marks: list[Mark]) -> str:
         Series("no map", run.curve("loss_no_map"), 4),
         Series("true map", run.curve("loss_map"), 1),
     ]
-    return line_chart(
-        series, label="held-out loss with and without the map, by step", marks=marks, across=run.span
-    )
+    return line_chart(series, label="loss with and without the map, by step", marks=marks, across=run.span)
 
 
 def _score_chart(run: RunRecord, marks: list[Mark]) -> str:
@@ -220,7 +220,7 @@ def _simple(name: str, label: str, colour: int, **options: bool) -> Callable[[Ru
 
 _CHARTS: tuple[tuple[str, str, Callable[[RunRecord, list[Mark]], str]], ...] = (
     ("Gap", "how much worse another picture’s map is than the true one, held-out pictures", gap_chart),
-    ("Held-out loss", "by what the network is told; same noise each time", _maps_chart),
+    ("Loss by map", "of held-out pairs, by what the network is told; same noise each time", _maps_chart),
     ("Score", "of held-out pairs, and what it lies between", _score_chart),
     ("Training loss", "mean of the steps between two rows, and smoothed", loss_chart),
     ("Training loss by noise", "quarters of the schedule, smoothed", _quarter_chart),
@@ -250,7 +250,7 @@ def _scores(run: RunRecord) -> str:
         for measure in measures
     )
     note = (
-        "Held-out pairs. No control: the same captions and seeds without the adapter. "
+        f"{run.scored.capitalize()} pairs. No control: the same captions and seeds without the adapter. "
         "Ceiling: the true pictures through the autoencoder."
     )
     return (

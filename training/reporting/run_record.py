@@ -14,6 +14,7 @@ from platform import python_version
 from typing import Any
 
 from controlkit import files
+from controlkit.training.reporting.convergence import ON_TRAINED
 
 LIBRARIES = ("controlkit", "torch", "diffusers", "transformers", "accelerate", "safetensors", "numpy")
 RESULTS = ("controlnet", "unet", "result")
@@ -57,6 +58,17 @@ class RunRecord:
                 total += last
             last = seconds
         return total + last
+
+    @property
+    def watched(self) -> str:
+        """What the pairs are that were shown along the way: "held-out", or "trained"."""
+        trained = self.facts.get("data_held_out") == 0 or any(row.get(ON_TRAINED) for row in self.rows)
+        return "trained" if trained else "held-out"
+
+    @property
+    def scored(self) -> str:
+        """What the pairs of the scores are; those of the bundled base's adapters are scenes of its world."""
+        return self.watched if "control" in self.scores else "held-out"
 
     @property
     def result(self) -> Path | None:

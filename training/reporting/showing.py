@@ -18,7 +18,7 @@ from controlkit.sampling import generate
 from controlkit.training.config_adapter import WORLD_KINDS, ControlNetRecipe
 from controlkit.training.data.encoded import Encoded, Outline, Sample, levels_of
 from controlkit.training.data.order import Turn
-from controlkit.training.reporting.convergence import advice_for, took_hold
+from controlkit.training.reporting.convergence import ON_TRAINED, advice_for, hold_told, took_hold
 from controlkit.training.reporting.monitor import Monitor
 from controlkit.training.reporting.scores import AS_PLANNED, ControlScores, Pair, Scorer, as_used
 
@@ -56,30 +56,35 @@ class Shown:
         encoded: Encoded,
         indices: Sequence[int],
         *,
+        held_out: bool,
         alphas_cumprod: Tensor,
         added_cond: AddedCond,
         on_device: Callable[[], AbstractContextManager[None]],
     ) -> None:
-        """``on_device``: within its block all of the base's parts are on its device."""
+        """``held_out``: whether the pairs are kept from the training. ``on_device``: within its block all of
+        the base's parts are on its device.
+        """
         self.recipe, self.base, self.encoded, self.indices = recipe, base, encoded, list(indices)
         self.alphas_cumprod, self.added_cond, self.on_device = alphas_cumprod, added_cond, on_device
+        self.held_out = held_out
 
     def look(self, controlnet: ControlNetModel) -> dict[str, float]:
         """Whether the map is used: see `controlkit.training.reporting.monitor`."""
         if self._monitor is None:
             return {}
         unet = None if self.recipe.sd_locked else self.base.unet
-        return self._monitor.look(as_used(controlnet, self.base), unet).row()
+        found = self._monitor.look(as_used(controlnet, self.base), unet).row()
+        return found if self.held_out else {**found, ON_TRAINED: 1}
 
     def remark(self, rows: Sequence[dict[str, Any]]) -> str | None:
         """When control took hold, or what to look at when it does not."""
         looks = [row for row in rows if "gap" in row]
         now, before = took_hold(looks), took_hold(looks[:-1])
         if now is not None and before is None:
-            return f"control took hold at step {now}"
+            return hold_told(looks)
         config = self.recipe.model_dump()
-        said = advice_for(looks, config, finished=rows[-1]["step"] == self.recipe.steps)
-        return said if said is None or advice_for(looks[:-1], config) is None else None
+        said = advice_for(rows, config, finished=rows[-1]["step"] == self.recipe.steps)
+        return said if said is None or advice_for(rows[:-1], config) is None else None
 
     def score(self, controlnet: ControlNetModel) -> ControlScores | None:
         """Scores of control, of the held-out pairs; None where their kind cannot be scored."""
