@@ -20,20 +20,40 @@ from controlkit.base import BUNDLED as BUNDLED_BASES
 from controlkit.base import Base
 from controlkit.class_labels import check_labels_fit
 from controlkit.controlnet import lock
-from controlkit.folders import is_pickle, load_part, read_header, read_json, weight_files, write_weights
+from controlkit.folders import (
+    check_weights,
+    is_pickle,
+    load_part,
+    read_header,
+    read_json,
+    weight_files,
+    write_weights,
+)
 from controlkit.formats import writing
-from controlkit.formats.adapter_file import check_config, hint_channels, open_adapter_file
+from controlkit.formats.adapter_file import (
+    check_config,
+    check_floats,
+    folder_config,
+    hint_channels,
+    open_adapter_file,
+)
 from controlkit.formats.building import build_network, check_finite
 from controlkit.formats.description import MAPS as MAPS
 from controlkit.formats.description import AdapterInfo as AdapterInfo
 from controlkit.formats.description import MapSpec as MapSpec
 from controlkit.formats.description import header_entries, read_description
 from controlkit.formats.finding import BUNDLED_ADAPTERS as BUNDLED_ADAPTERS
-from controlkit.formats.finding import check_adapter_folder, find_adapter_file, find_adapter_folder
+from controlkit.formats.finding import (
+    USUAL,
+    check_adapter_folder,
+    check_only_adapter,
+    find_adapter_file,
+    find_adapter_folder,
+)
 from controlkit.formats.fitting import BaseStructure, check_kind_fits, check_sizes, config_family
 from controlkit.formats.hashing import check_hash
-from controlkit.formats.recognise import UNION_KEY
-from controlkit.formats.structure import CLASS_NAMES
+from controlkit.formats.recognise import recognise
+from controlkit.formats.weight_file import open_weights
 from controlkit.kinds import kind_of
 from controlkit.naming import unknown
 
@@ -42,7 +62,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
-_OTHER_CLASS_NAMES = ("ControlNetModel_Union",)  # as the first such network's own code calls it
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,8 +123,8 @@ def _load(name_or_path: str, base: Base, *, dtype: torch.dtype) -> tuple[Adapter
     file = find_adapter_file(name_or_path)
     if file is None:
         folder = find_adapter_folder(name_or_path)
-        config = _adapter_config(folder)
-        if config["_class_name"] == "ControlNetModel" and not _is_union(folder):
+        config = folder_config(folder)
+        if config["_class_name"] == "ControlNetModel" and _is_as_saved(folder):
             try:
                 _check_sizes(config, base, name=name_or_path)
                 return read_info(folder), _load_network(folder, dtype=dtype)
@@ -113,6 +132,8 @@ def _load(name_or_path: str, base: Base, *, dtype: torch.dtype) -> tuple[Adapter
                 _check_config(name_or_path)
                 raise
     opened = open_adapter_file(name_or_path)
+    if file is None:
+        check_config(opened)
     check_kind_fits(opened.kind, opened.config, opened.family, structure_of(base), name=name_or_path)
     channels = hint_channels(opened.config)
     if opened.info.map.channels != channels:
@@ -164,22 +185,25 @@ def save_adapter(
     info: AdapterInfo,
     dtype: torch.dtype | None = torch.float16,
     date: str = "",
+    replaces_all: bool = False,
 ) -> None:
     """Write an adapter folder, all of it or nothing. The same arguments give the same bytes.
 
     The network itself keeps its precision; ``dtype`` is the file's, and None keeps the network's. ``date``:
-    ISO 8601, for the header; none is written unless given. A folder that already holds an adapter is replaced
-    as a whole.
+    ISO 8601, for the header; none is written unless given. A folder that already holds an adapter is
+    replaced; ``replaces_all``: whatever else it holds, such as a model card.
 
-    Raises ValueError if the folder holds something else or cannot be written, or if a weight is not finite
-    (in ``dtype``).
+    Raises ValueError if the folder holds something else, too, or cannot be written, or if a weight is not
+    finite (in ``dtype``).
     """
     target = Path(folder)
     if target.is_dir() and any(target.iterdir()):
         try:
-            _adapter_config(target)
+            folder_config(target)
         except ValueError as error:
             raise ValueError(f"cannot save the adapter over what is there: {error}") from error
+        if not replaces_all:
+            check_only_adapter(target)
     tensors = writing.stored(controlnet.state_dict(), dtype)
     with files.replace_folder(target) as temporary:
         files.write_json(temporary / "config.json", writing.config_of(controlnet))
@@ -199,10 +223,11 @@ def write_adapter(
     """Write an adapter in any layout, all of it or nothing. The same arguments give the same bytes.
 
     ``layout``: "diffusers" is the folder of `save_adapter`; "single" one .safetensors file with diffusers'
-    names; "original" one with the names of the original project (of ControlNets and T2I-Adapters), which its
-    own code, ComfyUI, sd-webui-controlnet and diffusers' ``from_single_file`` read. ``dtype``: of the file;
-    None keeps the network's. ``info``: what it says of itself; None takes the adapter's own. ``date``: ISO
-    8601, for the header; none is written unless given.
+    names, which ComfyUI and diffusers' ``from_single_file`` read; "original" one with the names of the
+    original project (of ControlNets and T2I-Adapters), which its own code, ComfyUI, sd-webui-controlnet and,
+    of SD1 and SD2 alone, ``from_single_file`` read. ``dtype``: of the file; None keeps the network's.
+    ``info``: what it says of itself; None takes the adapter's own. ``date``: ISO 8601, for the header; none
+    is written unless given.
 
     Raises ValueError for an unknown layout, one that the kind of network does not have, or as `save_adapter`.
     """
@@ -242,28 +267,22 @@ def _check_sizes(
     check_sizes({**config, "_class_name": class_name}, structure_of(base), name=name)
 
 
-def _adapter_config(folder: Path) -> dict[str, Any]:
-    """The network's configuration. Raises ValueError if the folder holds something else."""
-    if not (folder / "config.json").is_file():
-        inner = next(
-            (path for path in sorted(folder.glob("*/config.json")) if "controlnet" in str(path)), None
-        )
-        hint = f" (did you mean {inner.parent}?)" if inner else ""
-        raise ValueError(f"{folder} is not an adapter folder: it has no config.json{hint}")
-    config = read_json(folder / "config.json")
-    if "_class_name" not in config:
-        raise ValueError(
-            f"{folder}/config.json does not say of which class it is (_class_name): give the file with the"
-            f" weights, {weight_files(folder)[0].name}, which tells by itself"
-        )
-    if config.get("_class_name") not in (*CLASS_NAMES.values(), *_OTHER_CLASS_NAMES):
-        raise ValueError(f"{folder} holds a {config.get('_class_name')}, not a ControlNetModel")
-    return config
+def _is_as_saved(folder: Path) -> bool:
+    """Whether the weights are a ControlNet's as diffusers writes it, whatever the configuration calls it.
 
-
-def _is_union(folder: Path) -> bool:
-    """Whether the weights are those of a ControlNet-Union, whatever its configuration calls it."""
-    return any(not is_pickle(file) and UNION_KEY in read_header(file) for file in weight_files(folder))
+    Raises ValueError, naming the file, for damaged ones, and for numbers that are no plain floats.
+    """
+    files = weight_files(folder)
+    try:
+        weights = open_weights(*files)
+    except ValueError:
+        check_weights(folder)  # which says what they are not, by their names
+        raise
+    kind, _, names = recognise(weights.entries, files[0])
+    check_floats({name: weights.entries[key] for key, name in names.items()}, files[0])
+    own = all(names.get(key) == key for key in weights.entries)
+    usual = files[0].name.startswith(USUAL) and weights.is_pickle == is_pickle(files[0])
+    return kind == "controlnet" and own and usual
 
 
 def _published_map(repo_id: str) -> MapSpec | None:

@@ -151,7 +151,7 @@ def encode_controls(
             raise ValueError(f"{len(cond)} maps for {pictures} pictures: give one map, or one per picture")
         cond = cond.to(device=controlnet.device, dtype=controlnet.dtype)
         hint = _hints(controlnet, cond, in_bands, control.number)
-        encoded.append(EncodedControl(control, hint, weights, control.region()))
+        encoded.append(EncodedControl(control, hint, weights, control.region(width, height)))
     return encoded
 
 

@@ -102,6 +102,23 @@ def parse_scale(text: str) -> Scale:
     return numbers if len(numbers) > 1 else numbers[0]
 
 
+def control_text(kind: str, path: str, how: Mapping[str, Any]) -> str:
+    """KIND=PATH:SCALE and what differs from the defaults, as `parse_control` reads it.
+
+    how: the settings by the names of `ControlArgument`; those that are absent are the defaults.
+    """
+    usual = {"start": 0.0, "end": 1.0, "gate": "diffusers", "mode": "balanced", "layers": None, "mask": ""}
+    parts = [f"{kind}={path}", _joined(how["scale"], "..")]
+    parts += [f"{key}={_joined(how[key], ',')}" for key, own in usual.items() if how.get(key, own) != own]
+    return ":".join([*parts, *(["only_mid=true"] if how.get("only_mid") else [])])
+
+
+def _joined(value: Any, between: str) -> str:
+    if isinstance(value, int | float):
+        return str(int(value)) if float(value).is_integer() else repr(float(value))
+    return value if isinstance(value, str) else between.join(_joined(one, between) for one in value)
+
+
 def _layers(text: str) -> str | tuple[float, ...]:
     return tuple(float(part) for part in text.split(",")) if "," in text else text
 

@@ -7,7 +7,9 @@ Its parts are loaded by ``base_parts.py``; the pair's forward pass (``controlnet
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -41,6 +43,9 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
 
 SHOWN = 40  # letters of a prompt that a message repeats
+_too_long: ContextVar[dict[str, int] | None] = ContextVar("too_long", default=None)
+"""Prompts that are longer than the text encoder reads, and how much it reads; see
+`long_prompts_told_together`."""
 _READ = {"sd1": 1, "sd2": 2, "sdxl": 2}  # the layer that a family reads, counted from the last
 _SAMPLE_SIZE = {"sd1": 64, "sd2": 64, "sdxl": 128}  # where a U-Net does not say
 
@@ -131,12 +136,13 @@ class Base:
         """Encode prompts: row k depends on prompt k alone, bit for bit, whatever else is in the list.
 
         Each distinct prompt is encoded once, by itself: a batch would round differently.
-        Warns when a prompt is longer than the 77 tokens that the text encoder reads. Raises ValueError for
-        an empty list.
+        Warns, in one line, when prompts are longer than the 77 tokens that the text encoder reads. Raises
+        ValueError for an empty list.
         """
         if not prompts:
             raise ValueError("no prompts given")
-        encoded = {prompt: self._encode_prompt(prompt) for prompt in dict.fromkeys(prompts)}
+        with long_prompts_told_together():
+            encoded = {prompt: self._encode_prompt(prompt) for prompt in dict.fromkeys(prompts)}
         hidden = torch.cat([encoded[prompt].encoder_hidden_states for prompt in prompts])
         pooled = [row for prompt in prompts if (row := encoded[prompt].pooled) is not None]
         return Conditioning(hidden, torch.cat(pooled) if pooled else None)
@@ -223,15 +229,37 @@ class Base:
         read = tokenizer(prompt, verbose=False).input_ids
         ids = [one for word in with_all_vectors(read, self.words, tokenizer) for one in word]
         if len(ids) > length:
-            shown = f"{prompt[:SHOWN].rstrip()}..." if len(prompt) > SHOWN else prompt
-            line = f"the prompt {shown!r} has more than {length} tokens; the rest is ignored"
-            notices.warn(line, stacklevel=5)
+            noted = _too_long.get()
+            assert noted is not None  # `encode_prompts` has them noted
+            noted[prompt] = length
             ids = [*ids[: length - 1], ids[-1]]  # the end stays
         filling = length - len(ids)
         return {
             "input_ids": torch.tensor([ids + filling * [tokenizer.pad_token_id]]),
             "attention_mask": torch.tensor([len(ids) * [1] + filling * [0]]),
         }
+
+
+@contextmanager
+def long_prompts_told_together() -> Iterator[None]:
+    """Within the block prompts that are too long are noted, and at its end told in one line."""
+    if _too_long.get() is not None:  # the block around this one tells
+        yield
+        return
+    found: dict[str, int] = {}
+    before = _too_long.set(found)
+    try:
+        yield
+    finally:
+        _too_long.reset(before)
+    if found:
+        prompt, length = next(iter(found.items()))
+        shown = f"{prompt[:SHOWN].rstrip()}..." if len(prompt) > SHOWN else prompt
+        line = f"the prompt {shown!r} has more than {length} tokens; the rest is ignored"
+        if len(found) > 1:
+            many = f"{len(found):,} prompts have more than {length} tokens, such as {shown!r}"
+            line = f"{many}; the rest of each is ignored"
+        notices.warn(line, stacklevel=4)
 
 
 def _wanted(tokens: Mapping[str, Tensor], encoder: CLIPTextModel) -> dict[str, Tensor]:

@@ -102,17 +102,15 @@ def train(
         return
     print(f"\nwrote {result.result}")
     if result.result.name == "controlnet":
-        from controlkit.adapters import read_info
-        from controlkit.info_job import how_to_use
+        from controlkit.formats.adapter_file import open_adapter_file
+        from controlkit.info_job import how_to_use_file
 
-        spec = read_info(result.result).map
         if (result.result.parent / "unet").is_dir():
             print(f"and {result.result.parent / 'unet'}: its README says how to use both together")
-        elif spec.channels == 3:
-            print("use it with:")
-            print(f"  {how_to_use(spec.kind, str(result.result), result.base)}")
         else:
-            print(f"its README says how to use it: it takes maps of {spec.channels} channels")
+            print("use it with:")
+            written = open_adapter_file(str(result.result))
+            print(f"  {how_to_use_file(written, str(result.result), result.base)}")
 
 
 def _preview(recipe: str, settings: list[str], *, find_batch: bool) -> None:

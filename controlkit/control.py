@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from controlkit import images
+from controlkit import images, limits
 from controlkit.adapters import Adapter
 from controlkit.kinds import kind_of
 from controlkit.map_sizes import cover_map
@@ -23,8 +23,6 @@ from controlkit.rules import check_rule, gate_open, scale_at
 
 if TYPE_CHECKING:
     from torch import nn
-
-PALETTES = ("openpose",)  # maps whose colours have meanings, and are never blended
 
 MapSource = Any
 """A path, bytes, a PIL image, an array or a tensor: see `images.load_pictures`."""
@@ -49,8 +47,9 @@ class Control:
     gate: how the window is read, one of `GATES`. mode: one of `MODES`.
     layers: weights of the connections, shallowest first and the middle block last (13 numbers for SD1 and
         SD2, 10 for SDXL), or one of `CURVES`; None leaves the mode's.
-    mask: where the control acts, (H, W), uint8 (255 is everywhere) or float in [0, 1]; it is stretched to
-        each residual bilinearly, as A1111's effective region mask is. None is everywhere.
+    mask: where the control acts, (H, W), uint8 (255 is where it acts), bool or float in [0, 1]; it is
+        stretched to each residual bilinearly, as A1111's effective region mask is. One of the shape of a map
+        that is scaled and cropped is so, too, and stays on it. None is everywhere.
     only_mid: leave out all residuals but the middle block's, as the original's `only_mid_control`.
     kind: of the map, for networks that know several (ControlNet-Union); "" is the adapter's own.
 
@@ -156,22 +155,26 @@ class Control:
                     f"not {self.size[0]}x{self.size[1]}"
                 )
             return self.maps
-        palette = self.map_kind in PALETTES
-        cond = images.map_to_cond(
-            [cover_map(picture, width, height, palette=palette) for picture in self.maps]
-        )
+        kind = self.map_kind
+        cond = images.map_to_cond([cover_map(picture, width, height, kind=kind) for picture in self.maps])
         if kind_of(self.controlnet).channels(self.controlnet) != 1:
             return cond
         if not torch.equal(cond, cond[:, :1].expand_as(cond)):
             raise ValueError("this control network takes grey maps, and the map is coloured")
         return cond[:, :1]
 
-    def region(self) -> torch.Tensor | None:
-        """The mask as float32 (1, 1, H, W) in [0, 1], or None."""
+    def region(self, width: int, height: int) -> torch.Tensor | None:
+        """The mask for pictures of width x height as float32 (1, 1, H, W) in [0, 1], or None.
+
+        It has that size where it covers the picture as its map does, else its own.
+        """
         if self.mask is None:
             return None
         mask = torch.as_tensor(self.mask)
         scaled = mask.float() / 255 if mask.dtype == torch.uint8 else mask.float()
+        if not isinstance(self.maps, torch.Tensor) and _same_shape(mask, self.maps[0]):
+            covered = images.cover(scaled.detach().cpu().numpy(), width, height)
+            scaled = torch.from_numpy(covered).clamp(0, 1)  # what grows overshoots a little
         return scaled[None, None]
 
 
@@ -197,6 +200,18 @@ def _check_mask(mask: np.ndarray | torch.Tensor) -> None:
     if tensor.ndim != 2 or 0 in tensor.shape:
         raise ValueError(f"a control's mask must be (H, W), not {tuple(tensor.shape)}")
     if tensor.dtype == torch.uint8:
+        if int(tensor.max()) < limits.LEAST_WHITE:  # of 0 and 1, say, which would switch the control off
+            raise ValueError(
+                "a control's mask is white (255) where the control acts, and the largest value of this one,"
+                f" uint8, is {int(tensor.max())}"
+            )
+        return
+    if tensor.dtype == torch.bool:
         return
     if not tensor.is_floating_point() or not bool(((tensor >= 0) & (tensor <= 1)).all()):
-        raise ValueError("a control's mask must be uint8, or float with values in [0, 1]")
+        raise ValueError("a control's mask must be uint8, or float with values in [0, 1], or bool")
+
+
+def _same_shape(mask: torch.Tensor, picture: np.ndarray) -> bool:
+    """Whether a mask has the shape of a picture, at whatever size."""
+    return mask.shape[0] * picture.shape[1] == mask.shape[1] * picture.shape[0]

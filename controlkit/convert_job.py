@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from controlkit import files, limits, naming
+from controlkit.families import BUNDLED
 from controlkit.formats.adapter_file import AdapterFile, open_adapter_file
+from controlkit.formats.finding import BUNDLED_ADAPTERS, check_only_adapter
 from controlkit.formats.fitting import BaseStructure, check_kind_fits
 from controlkit.formats.weight_file import SUFFIXES
 
@@ -76,7 +78,10 @@ def plan(
     if path.suffix != ".safetensors" and to != "diffusers":
         raise ValueError(f"cannot write {output}: pickles are only read; name it .safetensors")
     check_apart(source, path)
+    if base is not None:
+        check_apart(base, path)
     files.check_writable(path, folder=to == "diffusers")
+    check_replaceable(path)
     return Plan(source, path, to, precision, base, rank)
 
 
@@ -102,12 +107,13 @@ def run(plan: Plan, report: Report) -> list[str]:
         network = build_network(file, unet=unet)
         report.status(f"writing {plan.output}")
         notes = _write(plan, file, network, unet)
-    written = open_adapter_file(plan.output)
+    place = as_path(plan.output)
+    written = open_adapter_file(place)
     return [
         f"wrote {plan.output}: {summary(written)}",
         *notes,
         "use it with:",
-        f"  {how_to_use_file(written, str(plan.output), plan.base)}",
+        f"  {how_to_use_file(written, place, plan.base)}",
     ]
 
 
@@ -136,7 +142,7 @@ def _write_parts(checkpoint: Checkpoint, plan: Plan, report: Report) -> list[str
         f"wrote {plan.output}: the parts of {checkpoint.summary()}",
         f"prediction type: {checkpoint.prediction_type} (by {checkpoint.known_by})",
         "use it with:",
-        f"  {how_to_use_base(str(plan.output))}",
+        f"  {how_to_use_base(as_path(plan.output))}",
     ]
 
 
@@ -147,8 +153,24 @@ def check_precision(dtype: str | None) -> str:
     return DTYPES.get(dtype or "", "")
 
 
+def as_path(path: Path) -> str:
+    """A path as commands take it: never as the name of something bundled, which comes first."""
+    return f"./{path}" if str(path) in (*BUNDLED_ADAPTERS, *BUNDLED) else str(path)
+
+
+def check_replaceable(output: Path) -> None:
+    """Raise ValueError where a folder that would be replaced holds files of others, or is the current one."""
+    if not output.is_dir():
+        return
+    if Path(os.path.realpath(output)) in (here := Path(os.path.realpath(os.curdir)), *here.parents):
+        raise ValueError(f"cannot write {output}: the command runs in it, and the folder would be replaced")
+    check_only_adapter(output)
+
+
 def check_apart(source: str, output: Path) -> None:
-    """Raise ValueError where writing would destroy what it is made from."""
+    """Raise ValueError where writing would destroy what it is made from: an adapter, or a base."""
+    if source in BUNDLED:  # whatever else has that name here
+        return
     read, written = Path(os.path.realpath(os.path.expanduser(source))), Path(os.path.realpath(output))
     is_a_part = read.is_dir() and written.is_file() and (read in written.parents or _is_linked(read, written))
     if read.exists() and (read == written or written in read.parents or is_a_part):

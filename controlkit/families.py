@@ -16,6 +16,11 @@ ALIASES: Mapping[str, str] = {
 FAMILY_TITLES: Mapping[str, str] = {"sd1": "SD1", "sd2": "SD2", "sdxl": "SDXL"}
 
 
+def short_name(base: str) -> str:
+    """The short name of a base that is given by its hub id; any other name as it is."""
+    return next((alias for alias, repository in ALIASES.items() if repository == base), base)
+
+
 def family_of(config: Mapping[str, Any]) -> str:
     """The family of a U-Net's or ControlNet's configuration, by its structure: "sd1", "sd2" or "sdxl".
 

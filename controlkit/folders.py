@@ -14,6 +14,7 @@ import warnings
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,9 @@ _TYPES: Mapping[str, str] = {
     **FLOATS,
     "BOOL": "bool",
     **{f"{kind[0].upper()}{bits}": f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)},
+}
+_BITS: Mapping[str, int] = {  # a bool has 8
+    name: int((re.findall(r"\d+", ours) or ["8"])[0]) for name, ours in _TYPES.items()
 }
 _ALIGNED = 64  # bytes: what torch's own memory begins at a multiple of
 
@@ -118,6 +122,8 @@ def check_weights(folder: Path) -> str | None:
     """
     files = weight_files(folder)
     for file in files:
+        if not file.is_file():  # of several, which an index names
+            raise ValueError(f"{file} is missing")
         if is_pickle(file):
             with file.open("rb") as stream:
                 refuse_impostor(file, stream.read(512))
@@ -154,8 +160,10 @@ def weight_files(folder: Path) -> list[Path]:
 
 def _shards(index: Path) -> list[Path]:
     """The files that an index lists; none where there is no index."""
-    listed = set(read_json(index).get("weight_map", {}).values()) if index.is_file() else ()
-    return [index.parent / shard for shard in sorted(listed)]
+    listed = read_json(index).get("weight_map", {}) if index.is_file() else {}
+    if not isinstance(listed, dict) or not all(isinstance(shard, str) for shard in listed.values()):
+        raise ValueError(f"{index} is damaged: its weight_map has to name a file for every tensor")
+    return [index.parent / shard for shard in sorted(set(listed.values()))]
 
 
 def read_header(file: Path) -> dict[str, Any]:
@@ -176,16 +184,18 @@ def read_header(file: Path) -> dict[str, Any]:
         text = stream.read(length)
     try:
         header: dict[str, Any] = json.loads(text)
-        end = max((_end(entry) for key, entry in header.items() if key != "__metadata__"), default=0)
+        places = sorted((*_place(entry), key) for key, entry in header.items() if key != "__metadata__")
         told = header.get("__metadata__", {})
         if not all(isinstance(value, str) for value in told.values()):
             raise ValueError("metadata must be strings")
-    except (ValueError, TypeError, LookupError, AttributeError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file} is not a safetensors file (its header is not readable)") from error
+    end = max((stop for _, stop, _ in places), default=0)
     if size > 8 + length + end:
         raise ValueError(f"{file} is damaged: {size} bytes, and its header tells of {8 + length + end}")
     if size != 8 + length + end:
         raise ValueError(f"{file} is cut short: {size} bytes of {8 + length + end}; fetch it again")
+    _check_places(file, header, places)
     return header
 
 
@@ -216,13 +226,32 @@ def read_tensors(file: Path, keys: Iterable[str]) -> "dict[str, Tensor]":
     return found
 
 
-def _end(entry: Mapping[str, Any]) -> int:
-    """Where a tensor ends, by its entry in a header. Raises for an entry that is none."""
-    dtype, shape, (_, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-    numbers = all(type(number) is int and number >= 0 for number in (*shape, end))
+def _place(entry: Mapping[str, Any]) -> tuple[int, int]:
+    """Where a tensor begins and ends, by its entry in a header. Raises for an entry that is none."""
+    dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    numbers = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
     if not (isinstance(dtype, str) and numbers):
         raise ValueError("no tensor's entry")
-    return int(end)
+    return begin, end
+
+
+def _check_places(file: Path, header: Mapping[str, Any], places: Sequence[tuple[int, int, str]]) -> None:
+    """Raise ValueError unless tensors lie one behind the other, each as long as its type and shape say."""
+    before = 0
+    for begin, end, key in places:
+        dtype, shape = header[key]["dtype"], header[key]["shape"]
+        if begin != before:
+            raise ValueError(
+                f"{file} is damaged: by its header {key} begins at byte {begin}, and what lies"
+                f" before it ends at {before}"
+            )
+        wanted = _BITS[dtype] * prod(shape) // 8 if dtype in _BITS else end - begin
+        if end - begin != wanted:
+            raise ValueError(
+                f"{file} is damaged: by its header {key} has {end - begin} bytes, and its type and shape"
+                f" ({dtype}, {'x'.join(map(str, shape)) or 'a single number'}) take {wanted}"
+            )
+        before = end
 
 
 def read_state(file: Path, *, what: str, pickled: bool | None = None) -> dict[str, Any]:
@@ -300,7 +329,7 @@ def write_weights(file: Path, tensors: "Mapping[str, Tensor]", metadata: Mapping
     from safetensors.torch import save_file
 
     try:
-        save_file(dict(tensors), file, metadata=dict(metadata))
+        save_file(_apart(tensors), file, metadata=dict(metadata))
     except SafetensorError as error:  # the library's own, whatever the system said
         found = re.search(r"\(os error (\d+)\)", str(error))
         if found is None:
@@ -314,6 +343,17 @@ def write_weights(file: Path, tensors: "Mapping[str, Tensor]", metadata: Mapping
         (length,) = struct.unpack("<Q", stream.read(8))
         assert len(text) <= length, "the header, put in order, is longer than it was"
         stream.write(text.ljust(length))
+
+
+def _apart(tensors: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
+    """Tensors each in memory of its own, as the library wants them: two names can stand for one."""
+    seen: set[int] = set()
+    apart = {}
+    for key, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        apart[key] = tensor.clone() if place and place in seen else tensor
+        seen.add(place)
+    return apart
 
 
 @contextmanager

@@ -441,12 +441,11 @@ def _fitted(mask: np.ndarray | None, width: int, height: int) -> np.ndarray | No
 def _map_of(source: Source, base: Base, width: int, height: int, report: Report) -> np.ndarray:
     """One source's map at a size."""
     from controlkit.base import BUNDLED
-    from controlkit.control import PALETTES
     from controlkit.map_sizes import cover_map
 
     record = source.record
     if record.is_map:
-        image = cover_map(source.picture, width, height, palette=record.kind in PALETTES)
+        image = cover_map(source.picture, width, height, kind=record.kind)
     else:
         image = images.cover(source.picture, width, height)
         report.status(f"extracting the {record.kind} map from {record.path}")

@@ -36,10 +36,16 @@ class Earlier:
             dropped |= {"temperature"}
         return {name: value for name, value in vars(record).items() if name in set(names) - dropped}
 
-    def find(self, path: str, sha256: str, *, option: str) -> Path:
+    def place(self, path: str) -> str:
+        """Where a file that it was made from is now: where it was, or else beside the picture."""
+        beside = self.file.parent / Path(path).name
+        return str(beside) if os.path.isfile(beside) and not os.path.isfile(path) else path
+
+    def find(self, path: str, sha256: str, *, option: str, words: str = "") -> Path:
         """A file that it was made from, where it was or beside the picture.
 
-        option: what would name another. Raises ValueError for a file that is gone or has changed.
+        option: what would name another. words: all that has to be given then, where that is more.
+        Raises ValueError for a file that is gone or has changed.
         """
         places = [Path(path), self.file.parent / Path(path).name]
         there = [place for place in places if os.path.isfile(place)]
@@ -51,10 +57,9 @@ class Earlier:
                 f"{self.file} was made from {path}, which is gone: put it back, or use"
                 f" {option.partition(' ')[0]}"
             )
-        blank = "" if option.endswith("=") else " "
         raise ValueError(
             f"{self.file} was made from {there[0]}, which has changed since; to use it as it is now, add"
-            f" {option}{blank}{there[0]}"
+            f" {words or f'{option} {there[0]}'}"
         )
 
     def left_out(self, given: Mapping[str, Any], kinds: Collection[str]) -> Iterator[str]:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import fields
-from typing import TYPE_CHECKING
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 from controlkit import __version__, preprocessors, rules
 from controlkit.infotext import ControlRecord, PictureRecord
 
 if TYPE_CHECKING:
+    from controlkit.base import Base
     from controlkit.generate_plan import Options, Plan, Source
 
 GUIDED = {  # settings that act on guidance alone, and what they are called
@@ -66,15 +70,78 @@ def without_effect(job: Plan, variants: Sequence[Variant], varied: Collection[st
         yield "--hires-strength has no effect without --hires, as in --hires 2"
     if "control_every" in given and options.control_every > 1 and not job.sources:
         yield "--control-every has no effect: there is no control"
-    if all(one.guidance is not None and one.guidance <= 1 for one in settings):
-        for name, option in GUIDED.items():
-            if name in given and _differs(name, settings) and not (by_clip and name == "guidance_until"):
-                yield f"{option} has no effect: nothing is guided where guidance is 1 or below"
+    yield from _of_guidance(
+        [
+            option
+            for name, option in GUIDED.items()
+            if name in given and _differs(name, settings) and not (by_clip and name == "guidance_until")
+        ],
+        options.base,
+        [one.guidance for one in settings],
+    )
     if "cuda_graph" in given and options.cuda_graph and not _may_be_cuda(options.device):
         yield f"--cuda-graph has no effect on the device {options.device}"
     if "temperature" not in given and any(one.temperature != options.temperature for one in settings):
         yield f"the temperature {options.temperature} is left out for the schedulers that do not take it"
     yield from _of_windows(job, variants)
+
+
+def _of_guidance(asked: Sequence[str], base: str, scales: Sequence[float | None]) -> Iterator[str]:
+    """Of options that act on guidance where no picture is guided: by its scale, or as the base is made."""
+    if asked and not all(scale is not None and scale <= 1 for scale in scales):
+        why = _unguided(base, scales)
+    else:
+        why = "nothing is guided where guidance is 1 or below"
+    for option in asked if why else ():
+        yield f"{option} has no effect: {why}"
+
+
+def _unguided(name: str, scales: Sequence[float | None]) -> str:
+    """Why a base guides nothing under these scales, None its own; "" where it does, or cannot be told yet."""
+    base = _configured(name)
+    if base is None:
+        return ""
+    if base.is_told_guidance:
+        return f"the base {name} is told the guidance, and nothing is guided"
+    from controlkit.sampling import default_guidance
+
+    own = default_guidance(base)
+    if any((own if scale is None else scale) > 1 for scale in scales):
+        return ""
+    return f"nothing is guided where guidance is 1 or below, and {own:g} is that of the base {name}"
+
+
+def _configured(name: str) -> Base | None:
+    """A base without its networks, by its configuration files; None unless they are at hand and whole."""
+    from controlkit.base import Base
+    from controlkit.families import family_of
+
+    try:
+        unet, scheduler = _configs(name)
+        parts: dict[str, Any] = dict.fromkeys(("vae", "alphas_cumprod", "device", "dtype"))
+        told = SimpleNamespace(config=SimpleNamespace(time_cond_proj_dim=unet.get("time_cond_proj_dim")))
+        parts |= {"unet": told, "scheduler_config": scheduler, "text_encoders": [], "tokenizers": []}
+        return Base(name=name, family=family_of(unet), **parts)
+    except (OSError, ValueError):  # who loads it says what is wrong, or downloads it
+        return None
+
+
+def _configs(name: str) -> Sequence[Any]:
+    """A base's U-Net's and scheduler's configurations. Raises ValueError where they are not at hand."""
+    from huggingface_hub import try_to_load_from_cache
+
+    from controlkit.checkpoints.kept import checkpoint_file, configs
+    from controlkit.families import ALIASES, BUNDLED
+    from controlkit.folders import read_json
+
+    if (checkpoint := checkpoint_file(name)) is not None:
+        return configs(checkpoint)
+    files = ("unet/config.json", "scheduler/scheduler_config.json")
+    folder = Path(os.path.expanduser(str(BUNDLED.get(name, name))))
+    if folder.is_dir():
+        return [read_json(folder / file) for file in files]
+    cached = [try_to_load_from_cache(ALIASES.get(name, name), file) for file in files]
+    return [read_json(Path(str(file))) for file in cached]
 
 
 def _differs(name: str, settings: Sequence[Options]) -> bool:

@@ -5,6 +5,8 @@ Numbers, kinds, files, the output: a mistake costs no waiting.
 
 from __future__ import annotations
 
+import os
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,15 +28,18 @@ from controlkit import (
     prompt_syntax,
 )
 from controlkit.additions import Additions
+from controlkit.formats.description import INPAINT as INPAINT
+from controlkit.formats.finding import mark_of
 from controlkit.generate_like import Earlier
 from controlkit.generate_notes import versions as versions
 from controlkit.generate_start import Beginning as Beginning
 from controlkit.generate_start import begun
 from controlkit.infotext import ControlRecord
+from controlkit.known_adapters import kinds_known
+from controlkit.map_sizes import sense_of
 from controlkit.settings import Settings
 
 PREVIEW_CHUNK = "controlkit-preview"  # marks a PNG that a later preview may replace
-INPAINT = "inpaint"  # the kind of control whose map is made of the picture to start from and its mask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,9 +145,8 @@ def plan(
     filled_in = earlier.settings(given, Options.__dataclass_fields__) if earlier else {}
     options = Options(**{**filled_in, **given})
     options.check()
-    sources = _with_adapters(
-        _sources(controls, maps, earlier, options.base), arguments.parse_adapters(adapters)
-    )
+    named = arguments.parse_adapters(adapters)
+    sources = _with_adapters(_sources(controls, maps, earlier, options.base, named), named)
     beginning, notes = begun(start, mask, options.strength, earlier)
     if any(s.record.kind == INPAINT for s in sources) and (beginning is None or beginning.mask is None):
         raise ValueError(
@@ -177,25 +181,33 @@ def plan(
 
 
 def _sources(
-    controls: Sequence[str], maps: Sequence[str], earlier: Earlier | None, base: str
+    controls: Sequence[str],
+    maps: Sequence[str],
+    earlier: Earlier | None,
+    base: str,
+    adapters: Mapping[str, str],
 ) -> list[Source]:
-    """The controls that are asked for, or else those of an earlier picture."""
+    """The controls that are asked for, or else those of an earlier picture. adapters: named anew, by kind."""
     if controls or maps or earlier is None:
         wanted = [arguments.parse_control(text, is_map=False) for text in arguments.without_none(controls)]
         wanted += [arguments.parse_control(text, is_map=True) for text in arguments.without_none(maps)]
         return [_source(argument) for argument in wanted]
-    sources = [_source_again(record, earlier) for record in earlier.record.controls]
+    words = shlex.join(_asked(earlier))
+    sources = [_source_again(record, earlier, words) for record in earlier.record.controls]
     if base != earlier.record.base:
         return [adapted(source, "") for source in sources]  # the new base decides
+    for record in earlier.record.controls:
+        if record.kind not in adapters:
+            _check_unchanged(record, earlier)
     return sources
 
 
 def _source(argument: arguments.ControlArgument) -> Source:
     if not argument.is_map and argument.kind not in (*preprocessors.names(), INPAINT):
         preprocessors.get(argument.kind)  # raises, with the kinds there are
-    picture = (images.load_map if argument.is_map else images.load_picture)(argument.path)
+    picture = _pixels(argument.path, argument.kind, is_map=argument.is_map)
     mask = images.load_mask(argument.mask) if argument.mask else None
-    if mask is not None and not mask.any():
+    if mask is not None and mask.max() < limits.LEAST_WHITE:
         raise ValueError(
             f"the mask {argument.mask} of the {argument.kind} control is black: it acts where the mask is"
             " white and not transparent, and that is nowhere"
@@ -219,14 +231,44 @@ def _source(argument: arguments.ControlArgument) -> Source:
     return Source(record, picture, Path(argument.path), mask, Path(argument.mask) if argument.mask else None)
 
 
-def _source_again(record: ControlRecord, earlier: Earlier) -> Source:
-    """The source of an earlier picture, unchanged."""
-    option = f"{'--map' if record.is_map else '--control'} {record.kind}="
-    found = earlier.find(record.path, record.sha256, option=option)
-    mask = earlier.find(record.mask, record.mask_sha256, option=option) if record.mask else None
+def _asked(earlier: Earlier) -> list[str]:
+    """The options that ask for all controls of an earlier picture, with files where they are now."""
+    words: list[str] = []
+    for record in earlier.record.controls:
+        how = {**vars(record), "mask": record.mask and earlier.place(record.mask)}
+        text = arguments.control_text(record.kind, earlier.place(record.path), how)
+        words += ["--map" if record.is_map else "--control", text]
+    adapters = {record.kind: record.adapter for record in earlier.record.controls}
+    return words + [word for kind, name in adapters.items() for word in ("--adapter", f"{kind}={name}")]
+
+
+def _check_unchanged(record: ControlRecord, earlier: Earlier) -> None:
+    """Raise ValueError where an earlier picture's adapter is another one by now."""
+    if record.adapter_mark and mark_of(record.adapter) not in ("", record.adapter_mark):
+        raise ValueError(
+            f"{earlier.file} was made with the adapter {record.adapter}, which has changed since; to use it"
+            f" as it is now, add --adapter {shlex.quote(f'{record.kind}={record.adapter}')}"
+        )
+
+
+def _source_again(record: ControlRecord, earlier: Earlier, words: str) -> Source:
+    """The source of an earlier picture, unchanged. words: what asks for all of its controls anew."""
+    option = "--map" if record.is_map else "--control"
+    found = earlier.find(record.path, record.sha256, option=option, words=words)
+    mask = earlier.find(record.mask, record.mask_sha256, option=option, words=words) if record.mask else None
     pixels = None if mask is None else images.load_mask(mask)
-    picture = (images.load_map if record.is_map else images.load_picture)(found)
-    return Source(record, picture, found, pixels, mask)
+    return Source(record, _pixels(str(found), record.kind, is_map=record.is_map), found, pixels, mask)
+
+
+def _pixels(path: str, kind: str, *, is_map: bool) -> np.ndarray:
+    """A picture or a map, uint8 (H, W, 3); depth in more than 8 bits from black to white, as in training."""
+    if not is_map:
+        return images.load_picture(path)
+    if sense_of(kind) != "depth" or not os.path.isfile(path):
+        return images.load_map(path)
+    from controlkit.training.data.map_files import read_levels
+
+    return np.ascontiguousarray(read_levels(Path(path).read_bytes(), path, grey=False, depth=True))
 
 
 def _with_adapters(sources: Sequence[Source], adapters: Mapping[str, str]) -> list[Source]:
@@ -236,7 +278,7 @@ def _with_adapters(sources: Sequence[Source], adapters: Mapping[str, str]) -> li
             raise ValueError(f"--adapter {kind}={name} has no --control or --map {kind} to belong to")
     for source in sources:
         kind = source.record.kind
-        if kind in preprocessors.names() or kind in adapters or source.record.adapter:
+        if kind in (*preprocessors.names(), *kinds_known()) or kind in adapters or source.record.adapter:
             continue
         if kind == INPAINT:
             raise ValueError(f"an {INPAINT} control needs its adapter: add --adapter {INPAINT}=NAME")
@@ -246,7 +288,7 @@ def _with_adapters(sources: Sequence[Source], adapters: Mapping[str, str]) -> li
 
 def adapted(source: Source, adapter: str) -> Source:
     """The source with an adapter named."""
-    return replace(source, record=replace(source.record, adapter=adapter))
+    return replace(source, record=replace(source.record, adapter=adapter, adapter_mark=mark_of(adapter)))
 
 
 def _check_outputs(outputs: Sequence[Path], inputs: Sequence[Path]) -> None:

@@ -29,19 +29,28 @@ class Preview:
         self.place, self.base, self.last = place, base, 0.0
 
     def __call__(self, predicted: torch.Tensor) -> None:
-        """Show predicted latents (B, C, h, w), the first of them, at half the size; now and then."""
+        """Show predicted latents (B, C, h, w), the first of them, at half the size; now and then.
+
+        Those that are no picture yet are not shown: at a step of pure noise a prediction of the noise tells
+        none, and the generation goes on.
+        """
         import torch
 
         now = time.monotonic()
         if now - self.last < PREVIEW_SECONDS:
             return
         small = torch.nn.functional.avg_pool2d(predicted[:1], 2)
-        (picture,) = images.tensor_to_pictures(self.base.decode_latents(small))
+        decoded = self.base.decode_latents(small)
+        if bool(torch.isfinite(decoded).all()):
+            self._show(decoded)
+        self.last = time.monotonic()
+
+    def _show(self, decoded: torch.Tensor) -> None:
+        (picture,) = images.tensor_to_pictures(decoded)
         if isinstance(self.place, Path):
             images.write_png(self.place, picture, text={PREVIEW_CHUNK: "this picture is not finished"})
         else:
             self.place(picture)
-        self.last = time.monotonic()
 
     def close(self) -> None:
         """Remove the file."""

@@ -252,13 +252,15 @@ def maps_to_levels(maps: Sequence[np.ndarray]) -> "torch.Tensor":
     """Return maps of one size, (H, W, C) of 8 or 16 bits and any number of channels, as (N, C, H, W).
 
     The numbers stay as they are, a quarter (or half) of the memory of :func:`levels_to_cond`'s, which makes
-    of them what a network takes.
+    of them what a network takes; where 8 and 16 bits are mixed all become 16, and a network takes the same.
 
     Raises:
-        ValueError: maps of different sizes, channels or bits.
+        ValueError: maps of different sizes or channels, or of other types.
     """
     import torch
 
+    if {m.dtype for m in maps} == {np.dtype(np.uint8), np.dtype(np.uint16)}:
+        maps = [m if m.dtype == np.uint16 else m.astype(np.uint16) * np.uint16(257) for m in maps]
     kinds = sorted({f"{m.shape[1]} x {m.shape[0]} x {m.shape[2]} {m.dtype}" for m in maps})
     if len(kinds) != 1:
         raise ValueError(f"the maps of a batch must be alike, found: {', '.join(kinds) or 'no map'}")

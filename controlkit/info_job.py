@@ -14,10 +14,10 @@ from typing import Any
 from controlkit import naming, preprocessors
 from controlkit.checkpoints.kept import checkpoint_file, configs
 from controlkit.checkpoints.reading import SUFFIXES, Checkpoint, is_checkpoint, open_checkpoint
-from controlkit.families import ALIASES, BUNDLED, FAMILY_TITLES
+from controlkit.families import ALIASES, BUNDLED, FAMILY_TITLES, short_name
 from controlkit.folders import read_json
 from controlkit.formats.adapter_file import AdapterFile, check_config, hint_channels, open_adapter_file
-from controlkit.formats.description import AdapterInfo, kinds_at_once, map_in_words
+from controlkit.formats.description import INPAINT, AdapterInfo, kinds_at_once, map_in_words
 from controlkit.formats.expected import is_whole
 from controlkit.formats.finding import find_adapter_file
 from controlkit.formats.fitting import EITHER, BaseStructure, check_kind_fits
@@ -137,8 +137,8 @@ def read_base(name: str) -> BaseStructure:
     if file is not None:
         own, trained = configs(file)
         return BaseStructure(name, {**_UNET_DEFAULTS, **own}, trained["prediction_type"])
-    if name in _PUBLISHED:
-        unet, prediction_type = _PUBLISHED[name]
+    if short_name(name) in _PUBLISHED:
+        unet, prediction_type = _PUBLISHED[short_name(name)]
         return BaseStructure(name, {**_UNET_DEFAULTS, **unet}, prediction_type)
     source = str(BUNDLED.get(name, name))
     if "/" not in source and not os.path.isdir(source):
@@ -155,7 +155,11 @@ def how_to_use(kind: str, adapter: str, base: str, *, at_once: bool = False) -> 
     """
     kinds = kind.split(" + ") if at_once else [kind.split(" + ")[0]]
     known = preprocessors.names()
-    maps = [f"--control {one}=PICTURE" if one in known else f"--map {shlex.quote(one)}=MAP" for one in kinds]
+    maps = [
+        f"--control {one}=PICTURE" if one in (*known, INPAINT) else f"--map {shlex.quote(one)}=MAP"
+        for one in kinds
+    ]
+    maps += ["--from PICTURE --mask MASK"] if INPAINT in kinds else []
     adapters = [f"--adapter {shlex.quote(f'{one}={adapter}')}" for one in kinds]
     where = "" if base in ("", "tiny") else f" --base {shlex.quote(base)}"
     prompt = '"a red figure"' if base == "tiny" else "PROMPT"
@@ -183,7 +187,7 @@ def _own_base(file: AdapterFile) -> str:
 
 def _may_fit(file: AdapterFile, name: str) -> bool:
     """Whether nothing that is known here of a base speaks against it; nothing is downloaded."""
-    name = next((alias for alias, repository in ALIASES.items() if repository == name), name)
+    name = short_name(name)
     if name not in (*BUNDLED, *ALIASES) and not os.path.exists(os.path.expanduser(name)):
         return True
     try:

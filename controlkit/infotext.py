@@ -47,7 +47,8 @@ class ControlRecord:
     """One control of a picture.
 
     kind: canny, openpose, depth. path: of the source picture, as it was given. sha256: of that file's
-    bytes, in hex. is_map: whether the file already was the map. adapter: name, folder or hub id. mask: the
+    bytes, in hex. is_map: whether the file already was the map. adapter: name, folder or hub id;
+    adapter_mark: `finding.mark_of` it. mask: the
     file of the region, "" for none. The rest is as in `control.Control`.
     """
 
@@ -58,6 +59,7 @@ class ControlRecord:
     sha256: str
     is_map: bool
     adapter: str
+    adapter_mark: str = ""
     scale: float | tuple[float, ...] = 1.0
     start: float = 0.0
     end: float = 1.0

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from controlkit.checkpoints.kept import checkpoint_file, configs
-from controlkit.families import ALIASES, BUNDLED, FAMILY_TITLES, family_of
+from controlkit.families import ALIASES, BUNDLED, FAMILY_TITLES, family_of, short_name
 from controlkit.folders import read_json
 from controlkit.formats.description import MAPS as STANDARD_MAPS
 from controlkit.formats.description import MapSpec
@@ -212,6 +212,11 @@ def same_kind(kind: str) -> str:
     return _SAME_AS.get(kind, kind)
 
 
+def kinds_known() -> list[str]:
+    """The kinds of maps for which a family has an adapter that is used when none is named."""
+    return sorted({kind for family in _ALIAS_FAMILIES.values() for kind in defaults(family) if kind})
+
+
 def defaults(family: str) -> dict[str, KnownAdapter]:
     """A family's adapters that are used when none is named, by the kind of map: ControlNets alone.
 
@@ -242,8 +247,8 @@ def family_of_base(name: str) -> str:
     ``name``: of `load_base`. A short name is known here; a folder, a bundled base or a cached one says it in
     its U-Net's configuration, a checkpoint in its shapes (or ValueError says why it is none).
     """
-    if name in _ALIAS_FAMILIES:
-        return _ALIAS_FAMILIES[name]
+    if short_name(name) in _ALIAS_FAMILIES:
+        return _ALIAS_FAMILIES[short_name(name)]
     file = checkpoint_file(name)
     if file is not None:
         return family_of(configs(file)[0])

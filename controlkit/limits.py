@@ -4,7 +4,7 @@ Needs neither torch nor numpy, so that a command can refuse a bad number before 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from numbers import Integral
 
 MAX_STEPS = 1000  # Stable Diffusion's schedules have 1000 training timesteps
@@ -17,6 +17,7 @@ SCALE_RANGE = (-10.0, 10.0)
 SIZE_RANGE = (16, 8192)
 WEIGHT_RANGE = (-100.0, 100.0)
 MAX_RANK = 1024
+LEAST_WHITE = 128  # in a region's mask, of its values from 0 to 255: half of it
 STOCHASTIC = ("ddim", "ddpm", "euler-a", "dpm++-sde", "lcm", "tcd")
 """The schedulers that inject noise, of which `temperature` speaks."""
 
@@ -25,24 +26,44 @@ def _is_whole(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
+def number(value: object) -> float:
+    """What is one number, also one of numpy's or a tensor of one, as a float; NaN where it is none."""
+    try:
+        return math.nan if isinstance(value, str | bytes) else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError):  # the last is of tensors with several
+        return math.nan
+
+
 def check_steps(steps: int) -> None:
     """Raise ValueError unless `steps` is a whole number from 1 to 1000."""
     if not _is_whole(steps) or not 1 <= steps <= MAX_STEPS:
         raise ValueError(f"steps must be a whole number from 1 to {MAX_STEPS}, not {steps}")
 
 
-def check_seeds(seeds: Sequence[int]) -> None:
-    """Raise ValueError unless there is a seed and every seed is a whole number from 0 to 2^63 - 1."""
-    if not seeds:
+def check_seeds(seeds: Iterable[int]) -> list[int]:
+    """The seeds, also those of an array. Raise ValueError unless there is one and each is a whole number from
+    0 to 2^63 - 1."""
+    if isinstance(seeds, str) or not isinstance(seeds, Iterable) or getattr(seeds, "ndim", 1) != 1:
+        kind = type(seeds).__name__
+        raise ValueError(f"seeds is a list of whole numbers, as [0], one per picture, not one {kind}")
+    listed = [*(seeds.tolist() if hasattr(seeds, "tolist") else seeds)]
+    if not listed:
         raise ValueError("no seed given: one picture is made per seed")
-    for seed in seeds:
+    for seed in listed:
         if not _is_whole(seed) or not 0 <= seed <= MAX_SEED:
             raise ValueError(f"a seed must be a whole number from 0 to {MAX_SEED}, not {seed}")
+    return listed
+
+
+def check_batch(batch_size: int | None) -> None:
+    """Raise ValueError unless pictures at once, where they are given, are a whole number from 1."""
+    if batch_size is not None and (not _is_whole(batch_size) or batch_size < 1):
+        raise ValueError(f"batch_size must be a whole number from 1, not {batch_size}")
 
 
 def check_guidance(guidance: float) -> None:
     """Raise ValueError unless the classifier-free guidance scale is a number from 0 to 100 (1 is none)."""
-    if not (math.isfinite(guidance) and 0 <= guidance <= MAX_GUIDANCE):
+    if not 0 <= number(guidance) <= MAX_GUIDANCE:
         raise ValueError(f"guidance must be a number from 0 to {MAX_GUIDANCE:g}, not {guidance}")
 
 
@@ -54,7 +75,7 @@ def check_clip_skip(clip_skip: int) -> None:
 
 def check_rescale(rescale: float) -> None:
     """Raise ValueError unless guidance's rescaling is a number from 0 (none) to 1 (all)."""
-    if not 0 <= rescale <= 1:
+    if not 0 <= number(rescale) <= 1:
         raise ValueError(f"guidance_rescale must be a number from 0 to 1, not {rescale}")
 
 
@@ -68,7 +89,7 @@ def check_temperature(temperature: float | None, scheduler: str) -> None:
             f" take one of {', '.join(STOCHASTIC)}"
         )
     highest = 1 if scheduler in ("ddim", "tcd") else 2
-    if not 0 <= temperature <= highest:
+    if not 0 <= number(temperature) <= highest:
         raise ValueError(
             f"temperature must be a number from 0 to {highest} for {scheduler}, not {temperature}"
         )
@@ -82,19 +103,19 @@ def check_shares(workers: int | None, batch: int | None) -> None:
 
 def check_strength(strength: float, name: str = "strength") -> None:
     """Raise ValueError unless the strength of a start from a picture is above 0 and at most 1."""
-    if not 0 < strength <= 1:
+    if not 0 < number(strength) <= 1:
         raise ValueError(f"{name} must be a number above 0 and at most 1, not {strength}")
 
 
 def check_share(name: str, share: float) -> None:
     """Raise ValueError unless a share is a number from 0 to 1."""
-    if not 0 <= share <= 1:
+    if not 0 <= number(share) <= 1:
         raise ValueError(f"{name} must be a number from 0 to 1, not {share}")
 
 
 def check_merged(share: float) -> None:
     """Raise ValueError unless the share of tokens to merge is a number from 0 (none) to 0.75."""
-    if not 0 <= share <= 0.75:  # one token of every 2x2 stays
+    if not 0 <= number(share) <= 0.75:  # one token of every 2x2 stays
         raise ValueError(f"merge_tokens must be a number from 0 to 0.75, not {share}")
 
 
@@ -155,10 +176,10 @@ def check_picture_scale(scale: float) -> None:
     _check_strong("an IP-Adapter's scale", scale)
 
 
-def _check_strong(what: str, number: float) -> None:
+def _check_strong(what: str, given: float) -> None:
     low, high = SCALE_RANGE
-    if not (math.isfinite(number) and low <= number <= high):
-        raise ValueError(f"{what} must be a number from {low:g} to {high:g}, not {number}")
+    if not low <= number(given) <= high:
+        raise ValueError(f"{what} must be a number from {low:g} to {high:g}, not {given}")
 
 
 def check_noise_level(level: int) -> None:
@@ -175,13 +196,13 @@ def check_class(label: int | None) -> None:
 
 def check_clip_guidance(scale: float) -> None:
     """Raise ValueError unless the scale of CLIP guidance is a number from 0 (off) to 1000."""
-    if not (math.isfinite(scale) and 0 <= scale <= MAX_CLIP_GUIDANCE):
+    if not 0 <= number(scale) <= MAX_CLIP_GUIDANCE:
         raise ValueError(f"clip_guidance must be a number from 0 to {MAX_CLIP_GUIDANCE:g}, not {scale}")
 
 
 def check_window(start: float, end: float) -> None:
     """Raise ValueError unless 0 <= start < end <= 1 (fractions of the denoising steps)."""
-    if not 0 <= start < end <= 1:
+    if not 0 <= number(start) < number(end) <= 1:
         raise ValueError(f"a control needs 0 <= start < end <= 1, not start {start} and end {end}")
 
 

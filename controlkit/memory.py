@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from controlkit import limits
+
 if TYPE_CHECKING:
     from controlkit.base import Base
 
@@ -32,13 +34,19 @@ _BATCH = re.compile(r"batch=([1-9]\d*)")
 
 @dataclass(frozen=True)
 class Memory:
-    """The measures that a generation takes, and how many pictures it denoises at once."""
+    """The measures that a generation takes, and how many pictures it denoises at once.
+
+    Raises ValueError for a number of pictures that is no whole number from 1.
+    """
 
     batch_size: int
     sliced_vae: bool = False
     offload: bool = False
     one_branch: bool = False
     tiled_vae: bool = False
+
+    def __post_init__(self) -> None:
+        limits.check_batch(self.batch_size)
 
     @property
     def measures(self) -> tuple[str, ...]:

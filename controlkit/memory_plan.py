@@ -24,7 +24,7 @@ from controlkit.class_labels import classes_of, takes_picture
 from controlkit.clip_guidance import ClipGuidance, ClipGuide
 from controlkit.kinds import encode_hint, kind_of
 from controlkit.memory import Memory
-from controlkit.predicting import Guidance, Predictor, Savings
+from controlkit.predicting import Guidance, Predictor, Savings, check_together
 from controlkit.reuse import text_kept
 
 if TYPE_CHECKING:
@@ -96,7 +96,10 @@ class Request:
 
 @dataclass(eq=False)
 class Estimate:
-    """The bytes of a generation under given measures. Build it once; it remembers what it has reckoned."""
+    """The bytes of a generation under given measures. Build it once; it remembers what it has reckoned.
+
+    Raises ValueError for controls that cannot act in one generation, which nobody can reckon.
+    """
 
     base: Base
     controls: Sequence[Control]
@@ -107,9 +110,11 @@ class Estimate:
     known: dict[Any, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        networks = [control.controlnet for control in self.controls]
+        check_together(networks, Savings(merge_tokens=self.request.merge_tokens))
         with self.mode:
             self.unet, self.vae = _copy(self.base.unet), _copy(self.base.vae)
-            nets = {id(control.controlnet): control.controlnet for control in self.controls}
+            nets = {id(network): network for network in networks}
             copies = {key: _copy(network) for key, network in nets.items()}
             if self.clip is not None:
                 self.clip = replace(self.clip, model=_copy(self.clip.model))

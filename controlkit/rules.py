@@ -42,7 +42,7 @@ curve; `layers` takes the place of a mode's curve there, and does so here, but i
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from controlkit.limits import check_scale, check_window
@@ -81,11 +81,11 @@ def check_rule(
     layers: str | Sequence[float] | None,
 ) -> None:
     """Raise ValueError for a control's number or name that is not allowed (see `control.Control`)."""
-    numbers = (scale,) if isinstance(scale, int | float) else tuple(scale)
+    numbers = numbers_of(scale)
     if not numbers:
         raise ValueError("a schedule of scales needs two numbers or more")
-    for number in numbers:
-        check_scale(number)
+    for one in numbers:
+        check_scale(one)
     check_window(start, end)
     for name, value, known in (("gate", gate, GATES), ("mode", mode, MODES)):
         if value not in known:
@@ -95,6 +95,12 @@ def check_rule(
             raise unknown("curve of layers", layers, CURVES)
     elif layers is not None and not all(math.isfinite(weight) for weight in layers):
         raise ValueError(f"layers must be finite numbers, not {list(layers)}")
+
+
+def numbers_of(scale: float | Sequence[float]) -> tuple[float, ...]:
+    """The numbers of a scale: of one, also numpy's or a tensor's, that one, and of a schedule all of them."""
+    several = isinstance(scale, Iterable) and not isinstance(scale, str) and getattr(scale, "ndim", 1) != 0
+    return tuple(scale) if several else (scale,)  # type: ignore[arg-type, return-value]
 
 
 def gate_open(gate: str, i: int, n: int, *, start: float, end: float) -> bool:
@@ -108,9 +114,7 @@ def gate_open(gate: str, i: int, n: int, *, start: float, end: float) -> bool:
 
 def scale_at(scale: float | Sequence[float], i: int, n: int) -> float:
     """The scale in step `i` (from 0) of `n`: see `control.Control`."""
-    if isinstance(scale, int | float):
-        return float(scale)
-    points = [float(number) for number in scale]
+    points = [float(one) for one in numbers_of(scale)]
     if len(points) in (1, n):
         return points[min(i, len(points) - 1)]
     place = i / max(n - 1, 1) * (len(points) - 1)

@@ -204,7 +204,13 @@ def generate(
     """
     guided = Guidance(default_guidance(base) if guidance is None else guidance, guidance_rescale)
     execution, savings = execution or Execution(), savings or Savings()
-    _check_request(base, controls, savings, steps=steps, seeds=seeds)
+    seeds = limits.check_seeds(seeds)
+    limits.check_steps(steps)
+    limits.check_batch(batch_size)
+    _check_kinds(prompt, negative_prompt, controls, start)
+    for control in controls:
+        check_fits(control.controlnet, base)
+    check_together([control.controlnet for control in controls], savings)
     check_syntax(prompt_syntax)
     reader = base if clip_skip is None else replace(base, clip_skip=clip_skip)
     limits.check_clip_skip(reader.clip_skip)
@@ -444,14 +450,23 @@ class _Health:
             )
 
 
-def _check_request(
-    base: Base, controls: Sequence[Control], savings: Savings, *, steps: int, seeds: Sequence[int]
-) -> None:
-    limits.check_steps(steps)
-    limits.check_seeds(seeds)
+def _check_kinds(prompt: object, negative_prompt: object, controls: object, start: object) -> None:
+    """Raise ValueError where one text, a list of controls, or a `Start` is given as something else."""
+    for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
+        if not isinstance(text, str) and not (text is None and name == "negative_prompt"):
+            raise ValueError(f"{name} is one text for all pictures, not {_article(text)}")
+    if not isinstance(controls, Sequence):
+        raise ValueError(f"controls is a list, as [Control(...)], not {_article(controls)}")
     for control in controls:
-        check_fits(control.controlnet, base)
-    check_together([control.controlnet for control in controls], savings)
+        if not isinstance(control, Control):
+            raise ValueError(f"controls is a list of Control, and {_article(control)} is in it")
+    if start is not None and not isinstance(start, Start):
+        raise ValueError(f"start is a Start, as Start(picture), not {_article(start)}")
+
+
+def _article(value: object) -> str:
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
 
 
 def _counting(callback: Callback | None, *, batch: int, batches: int) -> Callback | None:

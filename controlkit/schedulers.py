@@ -23,24 +23,29 @@ PURE_NOISE = (
     "the base {base} predicts the noise, and its schedule ends in nothing else (rescale_betas_zero_snr): at"
     " that step no picture can be told, and what starts there may fail"
 )
+_PLAIN: Mapping[str, Any] = {f"use_{spacing}_sigmas": False for spacing in ("karras", "exponential", "beta")}
+"""Noise levels are spaced in another way only where the name says so, whatever a base's file does."""
+_DPM: Mapping[str, Any] = {**_PLAIN, "use_lu_lambdas": False, "solver_order": 2}
 SCHEDULERS: Mapping[str, tuple[str, dict[str, Any]]] = {  # our name -> (diffusers' class, what it is set to)
     "ddim": ("DDIMScheduler", {"clip_sample": False}),
     "ddpm": ("DDPMScheduler", {"clip_sample": False}),
     "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
-    "euler": ("EulerDiscreteScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", {**_PLAIN}),
     "euler-a": ("EulerAncestralDiscreteScheduler", {}),
-    "dpm++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}),
+    "dpm++": ("DPMSolverMultistepScheduler", {**_DPM, "algorithm_type": "dpmsolver++"}),
     "dpm++-karras": (
         "DPMSolverMultistepScheduler",
-        {"algorithm_type": "dpmsolver++", "solver_order": 2, "use_karras_sigmas": True},
+        {**_DPM, "algorithm_type": "dpmsolver++", "use_karras_sigmas": True},
     ),
-    "dpm++-sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_order": 2}),
-    "unipc": ("UniPCMultistepScheduler", {}),
-    "heun": ("HeunDiscreteScheduler", {"clip_sample": False}),
-    "lms": ("LMSDiscreteScheduler", {}),
+    "dpm++-sde": ("DPMSolverMultistepScheduler", {**_DPM, "algorithm_type": "sde-dpmsolver++"}),
+    "unipc": ("UniPCMultistepScheduler", {**_PLAIN}),
+    "heun": ("HeunDiscreteScheduler", {**_PLAIN, "clip_sample": False}),
+    "lms": ("LMSDiscreteScheduler", {**_PLAIN}),
     "lcm": ("LCMScheduler", {"clip_sample": False}),
     "tcd": ("TCDScheduler", {"clip_sample": False}),
 }
+NOT_OF_PICTURES = ("pndm", "euler-a")
+"""Those whose diffusers' class takes no prediction of the picture itself ("sample")."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,10 +77,18 @@ def make_scheduler(name: str, base: Base) -> Any:
     """The named diffusers scheduler, built from the base's own schedule.
 
     name: one of `SCHEDULERS`. Latents are not pixels, so clipping to [-1, 1] is off whatever the base's
-    file says, as in diffusers' pipelines. Raises ValueError for an unknown name, or for lms without scipy.
+    file says, as in diffusers' pipelines. What a name says of the solver and of the spacing of noise levels
+    holds, too, whatever that file says; all else is the base's. Raises ValueError for an unknown name, for
+    one that does not take what the base predicts, or for lms without scipy.
     """
     if name not in SCHEDULERS:
-        raise naming.unknown("scheduler", name, SCHEDULERS)
+        raise naming.unknown("scheduler", str(name), SCHEDULERS)
+    if base.prediction_type == "sample" and name in NOT_OF_PICTURES:
+        able = ", ".join(other for other in SCHEDULERS if other not in NOT_OF_PICTURES)
+        raise ValueError(
+            f"the base {base.name} predicts the picture itself (sample), which scheduler {name!r} does not"
+            f" take: take one of {able}"
+        )
     import diffusers
     from diffusers.utils import is_scipy_available
 

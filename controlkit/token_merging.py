@@ -193,14 +193,19 @@ class _Merged:
 def outermost_transformers(network: Any) -> list[Any]:
     """A U-Net's or control network's transformers at the highest resolution at which it has any.
 
-    That is the first level of SD1 and SD2, the second of SDXL.
+    That is the first level of SD1 and SD2, the second of SDXL. Networks of other kinds may have none: a
+    T2I-Adapter and a light network have no such blocks at all.
     """
-    downs, ups = network.down_blocks, getattr(network, "up_blocks", ())
-    level = next((i for i, block in enumerate(downs) if len(getattr(block, "attentions", ()))), None)
+    downs, ups = getattr(network, "down_blocks", ()), getattr(network, "up_blocks", ())
+    level = next((i for i, block in enumerate(downs) if _transformers(block)), None)
     if level is None:
         return []
     blocks = [downs[level], *([ups[len(ups) - 1 - level]] if ups else [])]
-    return [transformer for block in blocks for transformer in getattr(block, "attentions", ())]
+    return [transformer for block in blocks for transformer in _transformers(block)]
+
+
+def _transformers(block: Any) -> list[Any]:
+    return list(getattr(block, "attentions", None) or ())  # a ControlNet-XS's blocks without any have None
 
 
 def _attends_to_itself(block: Any) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from controlkit import files
-from controlkit.convert_job import Report, check_apart, check_precision, own_dtype
+from controlkit.convert_job import Report, as_path, check_apart, check_precision, check_replaceable, own_dtype
 from controlkit.families import FAMILY_TITLES
 from controlkit.formats.adapter_file import AdapterFile, open_adapter_file
 from controlkit.formats.description import ENCODER, AdapterInfo
@@ -63,8 +63,10 @@ def plan(source: str, output: str, *, old: str, new: str, dtype: str | None = No
     path = Path(output)
     if path.suffix in SUFFIXES and path.suffix != ".safetensors":
         raise ValueError(f"cannot write {output}: pickles are only read; name it .safetensors, or a folder")
-    check_apart(source, path)
+    for read in (source, old, new):
+        check_apart(read, path)
     files.check_writable(path, folder=path.suffix != ".safetensors")
+    check_replaceable(path)
     if path.is_dir() and any(path.iterdir()) and not (path / "config.json").is_file():
         raise ValueError(f"cannot save the adapter over what is there: {output} is not an adapter folder")
     before, after = read_base(old), read_base(new)
@@ -97,13 +99,19 @@ def check_bases(old: BaseStructure, new: BaseStructure) -> None:
             f" {FAMILY_TITLES[new.family]}: an adapter can only be carried over within its family"
         )
     for key in (*_SHAPING, *_TOLD):
-        first, second = plain(old.unet.get(key)), plain(new.unet.get(key))
+        first, second = old.unet.get(key), new.unet.get(key)
         untold = key in _SHAPING and None in (first, second)  # then the weights' own shapes decide, later
-        if first != second and not untold:
+        if _of_blocks(first, old) != _of_blocks(second, new) and not untold:
             raise ValueError(
-                f"the bases {old.name} and {new.name} do not have the same structure: {key} is {first} in"
-                f" the one and {second} in the other"
+                f"the bases {old.name} and {new.name} do not have the same structure: {key} is"
+                f" {plain(first)} in the one and {plain(second)} in the other"
             )
+
+
+def _of_blocks(value: Any, base: BaseStructure) -> Any:
+    """A setting as a list where it is one number, too, which diffusers takes for every block."""
+    blocks = len(base.unet["block_out_channels"])
+    return [value] * blocks if isinstance(value, int) else list(value) if isinstance(value, tuple) else value
 
 
 def run(plan: Plan, report: Report) -> list[str]:
@@ -133,12 +141,13 @@ def run(plan: Plan, report: Report) -> list[str]:
     info = transferred_info(plan.file.info, plan, encoder=encoder_digest(new.state_dict()))
     report.status(f"writing {plan.output}")
     write_adapter(network, plan.output, layout=_layout(plan), dtype=dtype, info=info)
-    written = open_adapter_file(plan.output)
+    place = as_path(plan.output)
+    written = open_adapter_file(place)
     return [
         f"wrote {plan.output}: {summary(written)}",
         *(f"note: {note}" for note in notes),
         "use it with:",
-        f"  {how_to_use_file(written, str(plan.output), plan.new.name)}",
+        f"  {how_to_use_file(written, place, plan.new.name)}",
     ]
 
 
@@ -159,9 +168,9 @@ def transferred_info(info: AdapterInfo, plan: Plan, *, encoder: str) -> AdapterI
 
 
 def _told(name: str) -> str:
-    """A base's name for a file that others read: of a folder its name alone, not where it lies."""
-    folder = os.path.expanduser(name)
-    return os.path.basename(os.path.abspath(folder)) if os.path.isdir(folder) else name
+    """A base's name for a file that others read: of a folder or file its name alone, not where it lies."""
+    place = os.path.expanduser(name)
+    return os.path.basename(os.path.abspath(place)) if os.path.exists(place) else name
 
 
 def _history(training: Mapping[str, Any]) -> list[Any]:

@@ -23,6 +23,7 @@ FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
 SECONDS = 600  # for a cell
 LARGE = 120_000  # bytes of a picture
 _KEPT = {"parameters"}  # of a cell's tags
+_CHATTER = ("Failed to load CPU gemm_4bit_forward from kernels-community",)  # bitsandbytes's, where it is
 
 
 def names() -> list[str]:
@@ -55,6 +56,8 @@ def _tidied(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
         cell["id"] = f"cell-{number:02d}"
         tags = [tag for tag in cell.metadata.get("tags", []) if tag in _KEPT]
         cell["metadata"] = nbformat.NotebookNode({"tags": tags} if tags else {})
+        if "outputs" in cell:
+            cell["outputs"] = [output for output in cell["outputs"] if not _is_chatter(output)]
         for output in cell.get("outputs", []):
             if "image/png" in output.get("data", {}):
                 output["data"]["image/png"] = _smaller(output["data"]["image/png"])
@@ -62,6 +65,14 @@ def _tidied(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     notebook["metadata"] = nbformat.NotebookNode({"kernelspec": kernel, "language_info": language})
     return notebook
+
+
+def _is_chatter(output: nbformat.NotebookNode) -> bool:
+    """Whether an output is nothing but what a library says of itself on stderr; a warning is not."""
+    if output.get("name") != "stderr":
+        return False
+    lines = [line for line in output["text"].splitlines() if line.strip()]
+    return all(line.startswith(_CHATTER) for line in lines)
 
 
 def _smaller(png: str) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import time
 from dataclasses import replace
@@ -15,7 +16,8 @@ from huggingface_hub import constants
 
 from controlkit import base as bases
 from controlkit import controlnet as pair
-from controlkit.base import Base, load_base
+from controlkit import notices
+from controlkit.base import Base, load_base, long_prompts_told_together
 from controlkit.folders import quiet_libraries
 from controlkit.images import picture_to_tensor
 from controlkit.schedulers import make_scheduler
@@ -319,6 +321,20 @@ def test_a_long_prompt_is_told_once_and_by_us(
         loaded["sd1"].encode_prompts(["a red figure " * 40])
     assert len(caught) == 1
     assert capfd.readouterr() == ("", "")
+
+
+def test_long_prompts_are_counted_in_one_line(loaded: dict[str, Base]) -> None:
+    prompts = [f"{n} {'a red figure ' * 40}" for n in range(3)]
+    told = "3 prompts have more than 77 tokens, such as '0 a red figure a red figure a red figure...'"
+    for family in ("sd1", "sdxl"):  # which has two encoders
+        with pytest.warns(UserWarning, match=re.escape(f"{told}; the rest of each is ignored")) as caught:
+            loaded[family].encode_prompts(["short", *prompts])
+        assert len(caught) == 1
+    lines: list[str] = []
+    with notices.heard(lines.append), long_prompts_told_together():
+        for prompt in prompts:
+            loaded["sd1"].encode_prompts([prompt])
+    assert lines == [f"{told}; the rest of each is ignored"]
 
 
 @pytest.mark.parametrize("shards", [False, True])

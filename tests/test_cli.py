@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -84,11 +85,38 @@ def test_like_finds_a_picture_that_moved_along(generate: Run, run: Run, photo: P
     assert (moved / photo.name).read_bytes() == kept
 
 
-def test_like_says_what_is_gone_or_changed(generate: Run, run: Run, photo: Path) -> None:
-    generate("-o", "out.png").done()
-    write_png(photo, np.zeros((64, 64, 3), np.uint8))
+def test_like_says_that_an_adapter_has_changed(run: Run, photo: Path, models: Path, tmp_path: Path) -> None:
+    mine = shutil.copytree(models / "canny-sd1", tmp_path / "mine")
+    run(
+        *("generate", "a cube", "--base", models / "sd1", "--control", f"canny={photo}"),
+        *("--adapter", f"canny={mine}", "--steps", 1, "-o", "out.png"),
+    ).done()
+    run("generate", "--like", "out.png", "-o", "again.png").done()
+    weights = next(mine.glob("*.safetensors"))
+    changed = bytearray(weights.read_bytes())
+    changed[-3] ^= 1
+    weights.write_bytes(changed)
+    told = run("generate", "--like", "out.png", "-o", "again.png").refused()
+    assert told.startswith(f"out.png was made with the adapter {mine}, which has changed since")
+    assert told.endswith(f"add --adapter canny={mine}")
+    shutil.rmtree(mine)
+    shutil.copytree(models / "canny-sd1", mine)  # where it was, though written anew
+    run("generate", "--like", "out.png", "-o", "again.png").done()
+
+
+def test_like_says_what_is_gone_or_changed(run: Run, photo: Path, models: Path) -> None:
+    how = "1..0.3:start=0.1:end=0.8:gate=webui:mode=control:layers=soft"
+    controls = ("--control", f"canny={photo}:{how}", "--map", f"canny={photo}:0.5:only_mid=true")
+    adapter = ("--adapter", f"canny={models / 'canny-sd1'}")
+    asked = ("a cube", "--base", models / "sd1", *controls, *adapter)
+    run("generate", *asked, "--steps", 2, "-o", "out.png").done()
+    write_png(photo, 255 - load_picture(photo))
     changed = run("generate", "--like", "out.png", "-o", "again.png").refused()
     assert f"was made from {photo}, which has changed since" in changed
+    advice = shlex.split(changed.partition("to use it as it is now, add ")[2])
+    assert run("generate", "--like", "out.png", *advice, "-o", "anew.png").done()
+    was, now = (json.loads(read_png_text(name)["controlkit"])["controls"] for name in ("out.png", "anew.png"))
+    assert [{**record, "sha256": ""} for record in was] == [{**record, "sha256": ""} for record in now]
     photo.unlink()
     gone = run("generate", "--like", "out.png", "-o", "again.png").refused()
     assert f"was made from {photo}, which is gone" in gone

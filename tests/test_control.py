@@ -193,6 +193,48 @@ def test_a_region_is_stretched_to_each_residual(sd1: Base) -> None:
     assert all(torch.equal(one, other) for one, other in zip(as_float, found, strict=True))
 
 
+@pytest.mark.parametrize("as_type", [np.uint8, bool, np.float32, torch.bool, torch.float16])
+def test_a_region_is_given_in_any_type(sd1: Base, as_type: Any) -> None:
+    white = np.eye(SIZE) > 0
+    mask: Any = white * np.uint8(255) if as_type is np.uint8 else white
+    mask = torch.from_numpy(mask).to(as_type) if isinstance(as_type, torch.dtype) else mask.astype(as_type)
+    region = Control(controlnet_of(sd1), cond(), mask=mask).region(SIZE, SIZE)
+    assert region is not None
+    assert torch.equal(region[0, 0], torch.from_numpy(white).float())
+
+
+@pytest.mark.parametrize("factor", [1, 4])
+@pytest.mark.parametrize("as_type", [np.uint8, bool])
+def test_a_region_stays_on_its_map(sd1: Base, factor: int, as_type: type) -> None:
+    """Its map is cropped to the picture's shape, and so is a mask of the same shape, at whatever size."""
+    drawn = np.zeros((48, 80, 3), np.uint8)
+    drawn[:, 24:48] = 255
+    mask = drawn[::factor, ::factor, 0].astype(as_type)
+    control = Control(controlnet_of(sd1), drawn, mask=mask)
+    for width, height in ((48, 48), (96, 96), (80, 48), (80, 24)):
+        region = control.region(width, height)
+        assert region is not None
+        assert region.shape == (1, 1, height, width)
+        followed = control.cond_for(width, height)[:, :1]
+        assert (region - followed).abs().mean() < (0.01 if factor == 1 else 0.06)
+    own = np.full((8, 24), 255, np.uint8)  # of another shape than the map: it is the picture's
+    region = Control(controlnet_of(sd1), drawn, mask=own).region(48, 48)
+    assert region is not None
+    assert region.shape == (1, 1, 8, 24)
+
+
+def test_a_region_acts_where_that_of_a_fitted_map_does(sd1: Base) -> None:
+    drawn = np.zeros((SIZE, 2 * SIZE, 3), np.uint8)
+    drawn[:, 40:72] = 255
+    fitted = drawn[:, SIZE // 2 : 3 * SIZE // 2]
+    request: dict[str, Any] = {"steps": 2, "width": SIZE, "height": SIZE}
+    pictures = [
+        sampling.generate(sd1, "x", controls=[Control(controlnet_of(sd1), m, mask=m[..., 0])], **request)[0]
+        for m in (drawn, fitted)
+    ]
+    assert np.array_equal(*pictures)
+
+
 def test_controls_in_different_modes_are_summed(sd1: Base) -> None:
     one = Control(controlnet_of(sd1, seed=1), cond(1), scale=0.5, mode="guess")
     other = Control(controlnet_of(sd1, seed=2), cond(2), scale=[1.0, 0.2], mode="balanced")
@@ -291,6 +333,10 @@ def test_guess_mode_of_the_original_equals_a_plain_implementation(sd1: Base) -> 
         ({"mask": np.zeros((4, 4, 3), np.uint8)}, r"mask must be \(H, W\), not \(4, 4, 3\)"),
         ({"mask": np.full((4, 4), 2.0)}, r"mask must be uint8, or float with values in \[0, 1\]"),
         ({"mask": np.full((4, 4), np.nan)}, r"values in \[0, 1\]"),
+        ({"mask": np.ones((4, 4), np.int64)}, "mask must be uint8, or float"),
+        ({"mask": np.eye(4, dtype=np.uint8)}, r"is white \(255\) where the control acts, and .* uint8, is 1"),
+        ({"mask": np.zeros((4, 4), np.uint8)}, "the largest value of this one, uint8, is 0"),
+        ({"mask": torch.full((4, 4), 127, dtype=torch.uint8)}, "uint8, is 127"),
         ({"mask": "left"}, "mask is an array or a tensor, not str"),
     ],
 )

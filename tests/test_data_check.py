@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from skimage import data as photographs
 from typer.testing import CliRunner
 
@@ -23,6 +23,7 @@ from controlkit.cli import app
 from controlkit.training.config import ControlNetRecipe, parse_recipe
 from controlkit.training.config_adapter import DataRecipe
 from controlkit.training.data import check as check_module
+from controlkit.training.data import check_facts
 from controlkit.training.data.check import Check, check_examples, same_aspect
 from controlkit.training.data.check_facts import look_at_map, look_at_picture
 from controlkit.training.data.examples import ArrayPiece, Example, FilePiece, Piece
@@ -114,6 +115,7 @@ GOOD_PNG = encoded(photograph())
 PROGRESSIVE = encoded(photograph(), "JPEG", quality=95, progressive=True)
 FLIPPED = bytearray(GOOD_PNG)
 FLIPPED[len(GOOD_PNG) // 2] ^= 1
+ROWS = zlib.compress(b"".join(b"\0" + row.tobytes() for row in photograph()))
 BROKEN = {
     "empty": b"",
     "text": b"this is a text",
@@ -130,6 +132,10 @@ BROKEN = {
     "a larger bomb": bomb(20_000, 20_000),
     "nothing by nothing": bomb(0, 0),
     "no pixels": bomb(128, 96, b""),
+    "a few rows": bomb(128, 96),
+    "a damaged stream": bomb(128, 96, ROWS[:40] + bytes([ROWS[40] ^ 255]) + ROWS[41:]),
+    "a stream that is cut off": bomb(128, 96, ROWS[:-30]),
+    "an unknown filter": bomb(128, 96, zlib.compress((b"\x09" + bytes(128 * 3)) * 96)),
 }
 
 
@@ -220,6 +226,33 @@ def test_aspects() -> None:
     assert not same_aspect((480, 512), (512, 512))
     assert not same_aspect((512, 768), (768, 512))
     assert same_aspect((3000, 2), (1500, 1))
+
+
+@pytest.mark.parametrize("size", [(400, 300), (300, 400), (640, 427), (720, 1000), (333, 250), (1600, 900)])
+@pytest.mark.parametrize("resolution", [512, 768, 1024])
+def test_maps_of_controlnet_aux_have_the_shape_of_their_pictures(
+    size: tuple[int, int], resolution: int
+) -> None:
+    """It brings the shorter side to a resolution, and rounds each side to multiples of 64."""
+    width, height = (round(side * resolution / min(size) / 64) * 64 for side in size)
+    assert same_aspect(size, (width, height))
+    assert not same_aspect(size, (min(width, height),) * 2)
+    assert not same_aspect(size, (height, width))
+
+
+def test_maps_rounded_to_multiples_of_64_are_noted_and_not_refused(tmp_path: Path) -> None:
+    assert same_aspect((1080, 1350), (1024, 1344))  # each side rounded down
+    assert not same_aspect((1080, 1350), (1024, 1280 - 64))
+    assert not same_aspect((300, 400), (64, 64))  # of small maps, rounding would explain anything
+    picture = Image.fromarray(photograph()).resize((400, 300))
+    for name, size in (("a", (704, 512)), ("b", (512, 512))):
+        put(tmp_path / f"{name}.png", encoded(np.asarray(picture)))
+        put(tmp_path / f"conditioning/{name}.png", encoded(np.zeros((size[1], size[0], 3), np.uint8)))
+    check = checked(tmp_path)
+    assert [(f.index, f.code) for f in check.findings if f.code in ("size", "aspect")] == [
+        (0, "size"),
+        (1, "aspect"),
+    ]
 
 
 # --- poses ---
@@ -488,6 +521,47 @@ def test_a_png_by_its_check_sums_is_as_large_as_when_it_is_decoded() -> None:
         quick, thorough = (look_at_picture(piece, thorough=thorough) for thorough in (False, True))
         assert (quick.width, quick.height, quick.digest) == (thorough.width, thorough.height, thorough.digest)
         assert look_at_map(piece, canvas=None, kind=None).width == quick.width
+
+
+def test_a_png_is_unpacked_in_parts_and_may_have_several() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (300, 401, 3), dtype=np.uint8)
+    for array in (noise, noise[..., 0], noise[..., :2].copy().view(np.uint16)[..., 0]):
+        assert check_facts._whole_png(encoded(np.ascontiguousarray(array))) == (401, 300)
+    bits, palette = Image.fromarray(noise[..., 0]).convert("1"), Image.fromarray(noise).convert("P")
+    for image in (bits, palette, Image.fromarray(noise).convert("RGBA"), bits.convert("LA")):
+        file = io.BytesIO()
+        image.save(file, "PNG")
+        assert check_facts._whole_png(file.getvalue()) == (401, 300)
+    assert check_facts._whole_png(bomb(128, 96, ROWS)) == (128, 96)
+
+
+XMP = (
+    '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+    '<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/></rdf:RDF></x:xmpmeta>'
+)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("how", ["xmp", "raw profile"])
+def test_a_png_turned_by_its_texts_has_the_size_that_visits_see(
+    tmp_path: Path, how: str, packed: bool
+) -> None:
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    content = turned.tobytes()
+    profile = f"\nexif\n{len(content):8d}\n{content.hex()}\n"
+    texts = PngImagePlugin.PngInfo()
+    if how == "xmp":
+        texts.add_itxt("XML:com.adobe.xmp", XMP, zip=packed)
+    else:
+        texts.add_text("Raw profile type exif", profile, zip=packed)
+    texts.add_text("prompt", "a cat")
+    file = io.BytesIO()
+    Image.fromarray(photograph()).save(file, "PNG", pnginfo=texts)
+    put(tmp_path / "a.png", file.getvalue())
+    check = checked(tmp_path)
+    seen = images.load_picture(file.getvalue())
+    assert check.sizes == [(96, 128)] == [(seen.shape[1], seen.shape[0])]
 
 
 # --- what visits would refuse ---

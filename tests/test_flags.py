@@ -240,6 +240,30 @@ def test_a_new_key_of_the_recipe_is_noticed():
     assert set(DataRecipe.model_fields) - set(written["data"]) <= NEUTRAL_DATA
 
 
+@pytest.mark.parametrize(
+    ("flags", "kept"),
+    [
+        ("--max_train_steps=15000", 30),
+        ("--max_train_steps=15001", 31),
+        ("--max_train_steps=400", 2),
+        ("--max_train_steps=15000 --checkpointing_steps=5000", 3),
+        ("--max_train_steps=15000 --checkpoints_total_limit=3", 3),
+    ],
+)
+def test_without_a_limit_every_checkpoint_stays_as_in_the_script(flags, kept):
+    text = from_diffusers_flags(f"{NEEDED} {flags}")
+    assert recipe(f"{NEEDED} {flags}").checkpoints_kept == kept
+    told = "# without --checkpoints_total_limit the script keeps all: fewer take less of the disk"
+    assert (told in text) == ("total_limit" not in flags)
+
+
+@pytest.mark.parametrize("flags", ["", "--hub_model_id=circles", "--hub_model_id=me/circles"])
+def test_a_name_for_the_hub_that_lacks_its_owner_is_said_to(flags):
+    text = from_diffusers_flags(f"{SHORT} --output_dir=out/circles --push_to_hub {flags}")
+    told = "write it as OWNER/NAME, else nothing starts; the script's owner is who is logged in"
+    assert (told in text) == ("me/" not in flags)
+
+
 def test_the_readme_command_of_the_script():
     text = r"""!accelerate launch --mixed_precision="fp16" --multi_gpu --num_processes 2 train_controlnet.py \
      --pretrained_model_name_or_path=stable-diffusion-v1-5/stable-diffusion-v1-5 \

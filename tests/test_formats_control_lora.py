@@ -1,15 +1,20 @@
 """Control-LoRA files through `convert`, `info` and `load_adapter`, and LLLite files in the loader."""
 
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+import tiny_models
 import torch
 from adapter_files import controlnet_of, refusal, residuals
+from diffusers import ControlNetModel
 from outcomes import Run
 from safetensors.torch import load_file, save_file
 
 from controlkit.adapters import AdapterInfo, load_adapter, save_adapter, write_adapter
-from controlkit.base import load_base
-from controlkit.formats import control_lora
+from controlkit.base import Base, load_base
+from controlkit.controlnet import from_base
+from controlkit.formats import control_lora, keys
 from controlkit.formats.adapter_file import open_adapter_file
 from controlkit.lllite import LLLite
 
@@ -83,3 +88,41 @@ def test_a_control_lora_that_overflows_is_refused(tmp_path: Path, run: Run, mode
     order = ("convert", tmp_path / "big", made, "--to", "control-lora", "--base", models / "sd1")
     assert "cannot save the Control-LoRA as float16" in run(*order, "--dtype", "fp16").refused()
     assert not made.exists()
+
+
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+def test_every_norm_and_bias_is_written(family: str, load: Callable[[str], Base]) -> None:
+    """sd-webui-controlnet binds matrices and convolutions alone to the base: a norm it lacks stays 1, 0."""
+    unet = load(family).unet.state_dict()
+    state = from_base(load(family), seed=1).state_dict()
+    moved = "mid_block.resnets.0.conv1.weight"
+    state[moved] = state[moved] + torch.outer(torch.ones(32), torch.ones(288)).reshape(32, 32, 3, 3)
+    tensors = control_lora.reduce(state, unet, 1)
+    names = {key: keys.to_original(key) for key in state}
+    assert all(names[key] in tensors for key, tensor in state.items() if tensor.ndim < 2)
+    own = [key for key in unet if key.startswith(control_lora.COPIED) and unet[key].ndim > 1]
+    assert not any(names[key] in tensors for key in own), "an unchanged matrix is the base's"
+    assert [name for name in tensors if name.endswith(".up")] == ["middle_block.0.in_layers.2.up"]
+    whole = control_lora.expand(tensors, unet)
+    assert all(torch.equal(whole[key], tensor) for key, tensor in state.items() if key != moved)
+
+
+@pytest.mark.parametrize(
+    "types", [("DownBlock2D",) * 3, ("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D")]
+)
+def test_a_part_of_an_encoder_has_no_control_lora(
+    types: tuple[str, ...], run: Run, models: Path, tmp_path: Path
+) -> None:
+    """What a Control-LoRA leaves out is the base's: SDXL's small networks would come back as large ones."""
+    config = dict(controlnet_of(load_base(str(models / "sdxl"))).config)
+    config = {key: value for key, value in config.items() if not key.startswith("_")}
+    config |= {"down_block_types": types, "transformer_layers_per_block": 1}
+    if len(set(types)) == 1:
+        config["mid_block_type"] = "UNetMidBlock2D"
+    with torch.random.fork_rng(devices=[]):
+        ControlNetModel(**config).save_pretrained(tmp_path / "small")
+    order = ("convert", "small", "lora.safetensors", "--to", "control-lora", "--base", models / "sdxl")
+    told = run(*order).refused()
+    assert "copies a part of this base's encoder alone (it lacks down_blocks.1.attentions.0.norm" in told
+    assert "is the base's: write it as diffusers, single or original" in told
+    assert not (tmp_path / "lora.safetensors").exists()

@@ -1,5 +1,6 @@
 """Masks with transparency, options that change nothing, and what is refused before anything is loaded."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -148,6 +149,54 @@ def notes(given: dict[str, Any], *grid: str, **asked: Any) -> list[str]:
 def test_options_without_effect(given: dict[str, Any], grid: str, note: str | None) -> None:
     found = notes(given, *([grid] if grid else []))
     assert [one.startswith(note or "") for one in found] == [True] * (note is not None)
+
+
+@pytest.fixture(scope="module")
+def unguided(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Configurations of bases: of the Turbo kind, told the guidance, and a plain one. None has weights."""
+    folder = tmp_path_factory.mktemp("unguided")
+    turbo = {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "trailing"}
+    changes: dict[str, tuple[dict[str, object], dict[str, object]]] = {
+        "turbo": ({}, dict(turbo)),
+        "lcm": ({"time_cond_proj_dim": 256}, {}),
+        "plain": ({}, {"_class_name": "PNDMScheduler"}),
+    }
+    for name, (unet, scheduler) in changes.items():
+        for part, file, more in (("unet", "config", unet), ("scheduler", "scheduler_config", scheduler)):
+            (folder / name / part).mkdir(parents=True)
+            whole = {"cross_attention_dim": 768, **more}
+            (folder / name / part / f"{file}.json").write_text(json.dumps(whole))
+    return {name: str(folder / name) for name in changes}
+
+
+@pytest.mark.parametrize(
+    ("base", "given", "grid", "count"),
+    [
+        ("turbo", {"negative_prompt": "y", "guidance_rescale": 0.5, "guidance_until": 0.5}, "", 3),
+        ("turbo", {"negative_prompt": "y", "guidance": 2.0}, "", 0),
+        ("turbo", {"negative_prompt": "y"}, "guidance=0.5,2", 0),
+        ("turbo", {"negative_prompt": "y"}, "guidance=0.5,1", 1),
+        ("turbo", {"negative_prompt": None}, "", 0),
+        ("lcm", {"negative_prompt": "y", "guidance_rescale": 0.5, "guidance_until": 0.5}, "", 3),
+        ("lcm", {"negative_prompt": "y", "guidance": 5.0}, "", 1),
+        ("plain", {"negative_prompt": "y", "guidance_rescale": 0.5}, "", 0),
+        ("plain", {"negative_prompt": "y", "guidance": 1.0}, "", 1),
+        ("nobody/ever", {"negative_prompt": "y"}, "", 0),
+    ],
+)
+def test_a_base_that_guides_nothing_by_itself(
+    unguided: dict[str, str], base: str, given: dict[str, Any], grid: str, count: int
+) -> None:
+    name = unguided.get(base, base)
+    found = notes({**given, "base": name}, *([grid] if grid else []))
+    assert len(found) == count
+    assert all("has no effect: " in line for line in found)
+    if base == "lcm":
+        assert all(
+            line.endswith(f"the base {name} is told the guidance, and nothing is guided") for line in found
+        )
+    if base == "turbo" and count == 3:
+        assert all(line.endswith(f"is 1 or below, and 1 is that of the base {name}") for line in found)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """`controlkit generate` with every way of control, from pictures, in two stages, in tiles and on grids."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -272,6 +274,22 @@ def test_a_preview_lives_as_long_as_the_picture_is_made(
     assert not Path("live.png").exists()
     assert "would replace a file" in generate("--preview", photo).refused()
     assert "must end in .png" in generate("--preview", "live.jpg").refused()
+
+
+def test_a_preview_passes_over_what_is_no_picture_yet(sd1: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A base that predicts the noise tells no picture at a step of nothing but noise."""
+    from controlkit import generate_preview
+
+    monkeypatch.setattr(generate_preview, "PREVIEW_SECONDS", 0.0)
+    zero = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "steps_offset": 0}
+    alphas = sd1.alphas_cumprod.clone()
+    alphas[-1] = 0
+    base = replace(sd1, scheduler_config={**sd1.scheduler_config, **zero}, alphas_cumprod=alphas)
+    request: dict[str, Any] = {"steps": 3, "scheduler": "euler"}
+    seen: list[np.ndarray] = []
+    (shown,) = generate_pictures(base, "x", preview=generate_preview.Preview(seen.append, base), **request)
+    assert len(seen) == 2, "of three steps the first is passed over"
+    assert np.array_equal(shown, generate_pictures(base, "x", **request)[0])
 
 
 @pytest.mark.parametrize(

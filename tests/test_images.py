@@ -371,6 +371,20 @@ def test_batches_need_one_size_and_type() -> None:
         images.tensor_to_pictures(torch.zeros(3, 2, 2))
 
 
+def test_levels_of_8_and_16_bits_become_16_and_a_network_takes_the_same() -> None:
+    shallow = np.arange(256, dtype=np.uint8).reshape(16, 16, 1)
+    deep = np.arange(0, 65536, 256, dtype=np.uint16).reshape(16, 16, 1)
+    levels = images.maps_to_levels([shallow, deep])
+    assert levels.dtype == torch.uint16
+    alone = [images.levels_to_cond(images.maps_to_levels([one])) for one in (shallow, deep)]
+    assert torch.equal(images.levels_to_cond(levels), torch.cat(alone))
+    assert images.maps_to_levels([shallow, shallow]).dtype == torch.uint8
+    with pytest.raises(ValueError, match="must be alike, found: 16 x 16 x 1 uint8, 16 x 16 x 2 uint8"):
+        images.maps_to_levels([shallow, np.zeros((16, 16, 2), np.uint8)])
+    with pytest.raises(ValueError, match="must be alike"):
+        images.maps_to_levels([shallow, np.zeros((16, 16, 1), np.float32)])
+
+
 # --- PNG ---
 
 

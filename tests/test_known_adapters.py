@@ -14,6 +14,7 @@ from test_hub import COMMIT, Hub, serving
 from controlkit import preprocessors
 from controlkit.adapters import default_adapter, load_adapter
 from controlkit.base import Base
+from controlkit.families import ALIASES
 from controlkit.formats.finding import find_adapter_folder
 from controlkit.images import read_png_text
 from controlkit.known_adapters import KNOWN, check, defaults, family_of_base, find, revision_of, same_kind
@@ -107,10 +108,29 @@ def test_the_command_lists_marks_and_filters(run: Run, models: Path, empty_cache
     assert "lllyasviel/" not in of_folder
 
 
+def test_a_base_is_known_by_its_hub_id_too(run: Run, empty_cache: Path) -> None:
+    for short, repository in ALIASES.items():
+        assert family_of_base(repository) == family_of_base(short) != ""
+        assert run("models", "--base", repository).done() == run("models", "--base", short).done()
+
+
 def test_the_command_refuses_what_there_is_not(run: Run) -> None:
     assert run("models", "--base", "sd16").refused().startswith("unknown base 'sd16' (did you mean 'sd")
     told = run("models", "--base", "sd21", "--kind", "mlsd").refused()
     assert told == "unknown kind for SD2 'mlsd'; choose from: canny, depth, openpose"
+
+
+@pytest.mark.parametrize(("base", "kind"), [("sd15", "seg"), ("sd15", "ip2p"), ("sdxl", "tile")])
+def test_what_is_used_when_none_is_named_need_not_be(
+    base: str, kind: str, run: Run, photo: Path, empty_cache: Path
+) -> None:
+    rows = [line.split() for line in run("models", "--base", base).done().splitlines()]
+    assert [row[:3] for row in rows if row and row[0] == "*" and row[2] == kind], "it is starred"
+    outcome = run("generate", "a cube", "--base", base, "--map", f"{kind}={photo}")
+    assert outcome.code == 2
+    assert "unknown map" not in outcome.err
+    assert "is not in the cache" in outcome.err or "hub" in outcome.err, outcome.err  # of the base
+    assert "unknown map 'mine'" in run("generate", "a cube", "--map", f"mine={photo}").refused()
 
 
 def test_wrong_combinations_are_refused_before_any_download(run: Run, photo: Path, models: Path) -> None:

@@ -1,7 +1,9 @@
 """The convergence monitor: what a look sees, that it disturbs nothing, and when control has taken hold."""
 
 import random
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,6 +32,7 @@ from controlkit.training.reporting.convergence import (
     took_hold,
 )
 from controlkit.training.reporting.monitor import LEVELS, Gap, Monitor, _summary, as_cond
+from controlkit.training.reporting.showing import Shown
 from controlkit.training.world import exact_map
 
 HINT = (8, 16, 16, 16)
@@ -301,6 +304,77 @@ def test_what_cannot_be_watched_is_said_in_a_line(small):
         Monitor(base, *held_out(base), seed=1, timesteps=[10, 1000])
 
 
+def shown(base, shapes, said, held_out_pairs=True):
+    """What `Shown` makes of random pictures of these sizes, as (height, width)."""
+    random = np.random.default_rng(2)
+    maps = [random.integers(0, 256, (*shape, 3), dtype=np.uint8) for shape in shapes]
+    means = [torch.from_numpy(random.normal(size=(4, h // 8, w // 8))).half() for h, w in shapes]
+    samples = [
+        SimpleNamespace(levels=levels, mean=mean, example=SimpleNamespace(caption=f"picture {k}"))
+        for k, (levels, mean) in enumerate(zip(maps, means, strict=True))
+    ]
+    encoded = SimpleNamespace(
+        sample=lambda turn: samples[turn.index],
+        moments=lambda alike: SimpleNamespace(mean=torch.stack([sample.mean for sample in alike])),
+        text=base.encode_prompts,
+    )
+    recipe = SimpleNamespace(sd_locked=True, seed=5, only_mid_control=False)
+    return Shown(
+        recipe,
+        base,
+        encoded,
+        range(len(shapes)),
+        held_out=held_out_pairs,
+        alphas_cumprod=base.alphas_cumprod,
+        added_cond=lambda pooled, alike: None,
+        on_device=nullcontext,
+        report=said.append,
+    )
+
+
+def test_pictures_of_several_sizes_are_compared_each_within_its_own(small):
+    base, said = small["sd1"], []
+    controlnet = tiny_models.randomize_zero_convs(network(base))
+    tall, wide, square = (96, 64), (64, 96), (64, 64)
+    mixed = shown(base, [square, tall, wide, tall, wide, tall], said)
+    found = mixed.look(controlnet)
+    assert found == mixed.look(controlnet)
+    assert found["gap_pictures"] == 5
+    assert said == [
+        "1 of 6 held-out pictures are not compared: each has a size of its own; a larger data.holdout, or"
+        " data.buckets=false, lets more be compared"
+    ]
+    first, second = (monitor.errors(controlnet) for monitor in mixed._monitors)
+    assert [len(first[0]), len(second[0])] == [3, 2]
+    assert found["loss_map"] == pytest.approx(float(torch.cat([first[0], second[0]]).mean()), rel=1e-12)
+    relative = [(other - true) for true, _, other in (first, second)]
+    relative = (torch.cat(relative) / torch.cat([first[2], second[2]]).mean(dim=0)).mean(dim=1)
+    assert found["gap"] == pytest.approx(float(relative.mean()), rel=1e-9)
+    assert found["gap_error"] == pytest.approx(float(relative.std()) / 5**0.5, rel=1e-9)
+
+
+def test_pictures_of_one_size_are_looked_at_as_one_monitor_does(small):
+    base, said = small["sd1"], []
+    controlnet = tiny_models.randomize_zero_convs(network(base))
+    whole = shown(base, [(64, 96)] * 3, said)
+    samples = [whole.encoded.sample(SimpleNamespace(index=k)) for k in range(3)]
+    text = base.encode_prompts([sample.example.caption for sample in samples])
+    latents = torch.stack([sample.mean for sample in samples]).float()
+    alone = Monitor(base, latents, [s.levels for s in samples], text.encoder_hidden_states, seed=5)
+    assert whole.look(controlnet) == alone.look(controlnet).row()
+    assert said == []
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_that_nothing_can_be_watched_is_said_once(small, held):
+    said = []
+    alone = shown(small["sd1"], [(64, 64), (64, 96)], said, held_out_pairs=held)
+    assert alone.look(network(small["sd1"])) == alone.look(network(small["sd1"])) == {}
+    pictures = "held-out pictures" if held else "pictures that are shown"
+    (line,) = said
+    assert line.startswith(f"no look at whether the map is used: of {pictures} (2) no two have one size; a")
+
+
 def test_the_gap_is_the_same_in_every_prediction_space():
     """At one timestep epsilon, v and x_0 errors differ by a factor: losses change, the gap does not."""
     generator = torch.Generator().manual_seed(0)
@@ -364,9 +438,11 @@ def test_too_few_pictures_are_said_to_be_too_few():
     assert took_hold(rows) is None
     assert took_hold(history([(0.3, 0.02)] * 9, pictures=3)) == 0
     told = advice(rows, **RECIPE)
-    assert "worse by 30.0%, but 3 held-out pictures of one size are too few to be sure of it" in told
+    assert "worse by 30.0%, but 3 held-out pictures of a shared size are too few to be sure of it" in told
+    trained = advice([{**row, ON_TRAINED: 1} for row in rows], **RECIPE)
+    assert "but 3 pictures of a shared size are too few" in trained
     told = advice(history([(0.3, 0.18)] * 9, every=1000, pictures=2), **RECIPE)  # less than two errors
-    assert "2 held-out pictures of one size are too few" in told
+    assert "2 held-out pictures of a shared size are too few" in told
     assert "do not belong" not in told
     assert "do not belong" in advice(history([(0.001, 0.18)] * 9, every=1000, pictures=2), **RECIPE)
     twice = history([(0.0, 0.0), (0.3, 0.01), (0.3, 0.01)], every=1000)

@@ -39,6 +39,7 @@ def test_conditioning_maps(tmp_path):
     assert results["depth_levels"]["8"] < 40 < 200 < results["depth_levels"]["16"]
     assert results["level_of_median_distance"] == committed["level_of_median_distance"]
     assert all(results["findings"].values())
+    assert results["holes_found"] == committed["holes_found"] == ["holes"]
     assert results["good_maps_with_findings"] == 0
     assert results["mended_f1"] > 0.99
 
@@ -77,6 +78,11 @@ def test_inside_controlnet(tmp_path):
     residuals = {int(step): values for step, values in results["residuals"].items()}
     assert set(residuals[0]) == {0.0}
     assert all(min(values) > 0 for step, values in residuals.items() if step)
+    here, bundled = (results["told_by_map"][name] for name in ("here", "bundled"))
+    assert here[12] == min(here)  # as the text says: the beginner's middle block cares least
+    assert min(here[9:12]) > 1
+    assert bundled[12] == min(bundled)
+    assert max(bundled[9:]) < min(bundled[:9])
     assert results["f1_in_training"]["0"] == results["no_control"] < results["f1_in_training"][str(last)]
 
     scale = list(results["scale"].values())

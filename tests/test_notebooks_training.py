@@ -1,6 +1,7 @@
 """Notebooks 05 and 06, executed: what their readers are told is so."""
 
 import ast
+import json
 
 import nbformat
 import pytest
@@ -28,6 +29,18 @@ def test_an_adapter_is_trained_measured_and_used_in_diffusers(tmp_path):
     assert results["edge_f1"] == pytest.approx(kept("05_train_your_own")["edge_f1"], abs=0.1)
 
 
+def test_the_variants_are_the_benchmarks():
+    told = json.loads((FOLDER.parent / "tests/benchmarks/variants.json").read_text(encoding="utf-8"))
+    results = kept("06_compare_and_choose")
+    for name, values in results["variants"].items():
+        variant, steps, pictures = told["variants"][name], told["steps"], told["pictures"]
+        costs = (steps[name] / steps["controlnet"], pictures[name] / pictures["none"])
+        f1 = variant["scores"]["canny"]["edge F1"]
+        assert values == pytest.approx([variant["trained"] / 1e6, *costs, f1], abs=0.006), name
+        floor, ceiling = (variant["scores"][end]["edge F1"] for end in ("floor", "ceiling"))
+        assert results["variants_floor_and_ceiling"] == pytest.approx([floor, ceiling], abs=0.001)
+
+
 def test_adapters_are_compared(tmp_path):
     _, results = execute(FOLDER / "06_compare_and_choose.ipynb", folder=tmp_path)
     f1 = results["edge_f1"]
@@ -35,11 +48,14 @@ def test_adapters_are_compared(tmp_path):
     assert sorted(order, key=f1.__getitem__) == order
     assert f1["no control"] < f1["rank8"] < f1["canny"]
     assert results["interval_of_difference"] < results["interval_of_one"]
+    needed = results["pairs_needed"]
+    assert needed["a difference, paired"] < needed["a difference, unpaired"] / 4
     assert results["f1_by_tolerance"] == sorted(results["f1_by_tolerance"])
     assert results["strict_ceiling"] < f1["autoencoder"] - 0.2
     joints, depth = results["joints"], results["depth_error"]
     assert joints["no control"] < joints["openpose"] < joints["pictures"]
     assert depth["pictures"] <= depth["depth"] < depth["no control"]
     assert results["skipped"] == ["CLIP score", "FID and KID", "LPIPS between seeds"]
+    assert results["f1_by_tolerance"][2] == pytest.approx(0.86, abs=0.03)  # the arm at full strength
     for name, value in kept("06_compare_and_choose")["edge_f1"].items():
         assert f1[name] == pytest.approx(value, abs=0.02)

@@ -1,5 +1,6 @@
 """The denoising loop against diffusers' own pipelines, on random weights of the real classes."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from controlkit.base import Base
 from controlkit.control import Control
 from controlkit.controlnet import from_base
 from controlkit.infotext import SAMPLER_NAMES
+from controlkit.schedulers import NOT_OF_PICTURES
 
 # diffusers' Euler schedulers hand torch tensors to numpy in a way that numpy 2 will drop (diffusers 0.42.1).
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:diffusers")
@@ -70,6 +72,60 @@ def test_every_scheduler_equals_the_pipeline(sd1: Base, scheduler: str) -> None:
     controls = [Control(controlnet_of(sd1), cond(), start=0.2)]
     request: dict[str, Any] = {"seed": 5, "steps": 5, "scheduler": scheduler}
     assert_same(our_latents(sd1, controls, **request), their_latents(sd1, controls, **request))
+
+
+SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
+
+
+@pytest.mark.parametrize("name", sampling.SCHEDULERS)
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_a_schedulers_name_holds_whatever_the_bases_file_says(sd1: Base, name: str, spacing: str) -> None:
+    """The solver and the spacing of noise levels are the name's; all else that the file says stays."""
+    stays = {"timestep_spacing": "trailing", "steps_offset": 0}
+    says = {"algorithm_type": "dpmsolver", "solver_order": 3} if name.startswith("dpm++") else {}
+    told = replace(sd1, scheduler_config={**sd1.scheduler_config, **stays, **says, spacing: True})
+    made = sampling.make_scheduler(name, told)
+    known = inspect.signature(type(made).__init__).parameters
+    meant: dict[str, Any] = {key: False for key in (*SPACINGS, "clip_sample") if key in known}
+    if name.startswith("dpm++"):
+        solver = "sde-dpmsolver++" if name == "dpm++-sde" else "dpmsolver++"
+        karras = name == "dpm++-karras"
+        meant |= {"algorithm_type": solver, "solver_order": 2, "use_karras_sigmas": karras}
+    if name == "pndm":
+        meant["skip_prk_steps"] = True
+    theirs = type(made).from_config(told.scheduler_config, **meant)
+    assert {key: made.config[key] for key in known if key in made.config} == {
+        key: theirs.config[key] for key in known if key in theirs.config
+    }
+    plain = sampling.make_scheduler(name, replace(sd1, scheduler_config={**sd1.scheduler_config, **stays}))
+    for scheduler in (made, plain):
+        scheduler.set_timesteps(6)
+    assert torch.equal(made.timesteps, plain.timesteps)
+    assert made.config.timestep_spacing == "trailing"
+    if hasattr(made, "sigmas"):
+        assert torch.equal(made.sigmas, plain.sigmas)
+
+
+def test_a_base_with_karras_levels_tells_two_schedulers_apart(sd1: Base) -> None:
+    karras = replace(sd1, scheduler_config={**sd1.scheduler_config, "use_karras_sigmas": True})
+    request: dict[str, Any] = {"seed": 5, "steps": 6}
+    plain = our_latents(sd1, [], scheduler="dpm++", **request)
+    assert torch.equal(our_latents(karras, [], scheduler="dpm++", **request), plain)
+    assert not torch.equal(our_latents(karras, [], scheduler="dpm++-karras", **request), plain)
+
+
+@pytest.mark.parametrize("scheduler", sampling.SCHEDULERS)
+def test_a_base_that_predicts_the_picture(sd1: Base, scheduler: str) -> None:
+    """Every scheduler takes it, or says at once that it does not, and which do."""
+    base = replace(sd1, scheduler_config={**sd1.scheduler_config, "prediction_type": "sample"})
+    if scheduler not in NOT_OF_PICTURES:
+        assert torch.isfinite(our_latents(base, [], seed=1, steps=3, scheduler=scheduler)).all()
+        return
+    steps: list[int] = []
+    message = f"predicts the picture itself .sample., which scheduler '{scheduler}' does not take: take one"
+    with pytest.raises(ValueError, match=message):
+        sampling.generate(base, "x", steps=2, scheduler=scheduler, callback=lambda i, n, x: steps.append(i))
+    assert not steps
 
 
 @pytest.mark.parametrize("scheduler", sampling.SCHEDULERS)
@@ -194,11 +250,48 @@ def test_as_many_steps_as_were_trained_do_not_fit_behind_an_offset(sd1: Base) ->
         ({"temperature": 0.5, "scheduler": "euler"}, "euler injects none: take one of ddim, ddpm"),
         ({"guidance_rescale": -0.1}, "guidance_rescale must be a number from 0 to 1"),
         ({"scheduler": "dim"}, "unknown scheduler 'dim' .did you mean 'ddim'"),
+        ({"scheduler": None}, "unknown scheduler 'None'; choose from: ddim"),
+        ({"batch_size": -1, "seeds": (1, 2)}, "batch_size must be a whole number from 1, not -1"),
+        ({"batch_size": 1.5}, "batch_size must be a whole number from 1, not 1.5"),
+        ({"seeds": 5}, r"seeds is a list of whole numbers, as \[0\], one per picture, not one int"),
+        ({"seeds": np.zeros((2, 2), int)}, "seeds is a list of whole numbers"),
+        ({"seeds": np.zeros(2)}, "a seed must be a whole number from 0 to 9223372036854775807, not 0.0"),
+        ({"guidance": "7"}, "guidance must be a number from 0 to 100, not 7"),
+        ({"prompt": ["a", "b"]}, "prompt is one text for all pictures, not a list"),
+        ({"prompt": None}, "prompt is one text for all pictures, not a NoneType"),
+        ({"negative_prompt": ["a"]}, "negative_prompt is one text for all pictures, not a list"),
+        ({"controls": Control(torch.nn.Identity(), cond())}, r"controls is a list, as .*, not a Control"),
+        ({"controls": [None]}, "controls is a list of Control, and a NoneType is in it"),
+        ({"start": "photo.png"}, r"start is a Start, as Start\(picture\), not a str"),
     ],
 )
 def test_numbers_outside_their_range(sd1: Base, request_: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        sampling.generate(sd1, "x", **request_)
+    with pytest.raises(ValueError, match=message) as raised:
+        sampling.generate(sd1, **{"prompt": "x", **request_})
+    assert "\n" not in str(raised.value)
+
+
+def test_numbers_of_arrays_are_numbers(sd1: Base) -> None:
+    """Of numpy and of torch, one or several, as what they are in Python."""
+    given: dict[str, Any] = {"steps": 1, "width": SIZE, "height": SIZE}
+    two = sampling.generate(sd1, "x", seeds=(1, 2), **given)
+    for seeds in (np.arange(1, 3), torch.tensor([1, 2]), range(1, 3)):
+        assert np.array_equal(sampling.generate(sd1, "x", seeds=seeds, **given), two)
+    controlnet = controlnet_of(sd1)
+    for scale in (np.float32(0.5), np.array(0.5), torch.tensor(0.5), 0.5):
+        control = Control(controlnet, cond(), scale=scale)  # type: ignore[arg-type]
+        assert [control.scale_at(i, 3) for i in range(3)] == [0.5] * 3
+    several = Control(controlnet, cond(), scale=np.linspace(1, 0, 3))  # type: ignore[arg-type]
+    assert [several.scale_at(i, 3) for i in range(3)] == [1.0, 0.5, 0.0]
+    for wrong in (None, "much", torch.tensor(11.0)):
+        with pytest.raises(ValueError, match="a control's scale must be a number from -10 to 10, not"):
+            Control(controlnet, cond(), scale=wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("pictures", [0, -1, 1.5])
+def test_memory_for_no_picture(pictures: Any) -> None:
+    with pytest.raises(ValueError, match=f"batch_size must be a whole number from 1, not {pictures}"):
+        sampling.Memory(pictures)
 
 
 def test_a_map_may_be_given_in_any_way(sd1: Base, tmp_path: Path) -> None:

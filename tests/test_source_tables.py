@@ -226,6 +226,29 @@ def test_streams_of_other_sorts(tmp_path: Path) -> None:
         open_stream(DataRecipe(source=str(folder), streaming=True, map_column="nope"), kind="canny")
 
 
+def test_columns_of_a_stream_that_may_be_maps_are_asked_about(tmp_path: Path) -> None:
+    """As those of the same table are that is read in any order."""
+    edges = [{"bytes": png(n), "path": None} for n in range(COUNT)]
+    plain = table(edges=(edges, datasets.Image()), width=([3] * COUNT, datasets.Value("int64")))
+    plain.remove_columns("conditioning_image").to_parquet(str(tmp_path / "set" / "train.parquet"))
+    said: list[str] = []
+
+    def stream(**settings: Any) -> Any:
+        data = DataRecipe(source=str(tmp_path / "set"), streaming=True, **settings)
+        return open_stream(data, kind="canny", report=said.append)
+
+    for opening in (stream, lambda: opened(tmp_path / "set")):
+        with pytest.raises(ValueError, match=r"pictures in edges, too: .*data.map_column=edges; "):
+            opening()
+    assert is_whole(stream(map_column=("edges",)).window(0, 3), range(3))
+    assert not any(example.maps for example in stream(maps="made").window(0, 3))
+    table().to_parquet(str(tmp_path / "set" / "train.parquet"))
+    stream(maps="made")
+    assert said[-1].endswith("are made of the pictures (data.maps=made): conditioning_image is not used")
+    stream(options={"low": "50..150"})
+    assert said[-1] == "data.options: low is not used, for the maps are read from files, not made"
+
+
 def test_an_empty_stream(tmp_path: Path) -> None:
     os.makedirs(tmp_path / "set")
     table(0).to_parquet(str(tmp_path / "set" / "train.parquet"))

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import tarfile
 import unicodedata
 from pathlib import Path
@@ -14,9 +15,11 @@ from PIL import Image
 from skimage import data as photographs
 
 from controlkit import folder_job, images, preprocessors
+from controlkit.training.config import ControlNetRecipe, load_recipe
 from controlkit.training.config_adapter import DataRecipe
 from controlkit.training.data.examples import Example, Examples, FilePiece, Piece
 from controlkit.training.data.sources import open_examples, recognise
+from controlkit.training.data.visits import Visits
 
 NAMES = ("astronaut", "coffee", "cat", "rocket")
 CAPTIONS = {"astronaut": "an astronaut", "coffee": "a cup – hot", "cat": "a cat", "rocket": ""}
@@ -352,6 +355,196 @@ def test_a_folder_that_may_hold_the_maps_is_not_trained_on(tmp_path: Path) -> No
     assert len(opened(tmp_path / "concepts")) == 8  # both with captions: two concepts
 
 
+def put_pairs(folder: Path, pictures: str, maps: str, *, captions: bool = False) -> Path:
+    """The four photographs and their edges, each under a pattern such as "images/{}.png"."""
+    for name in NAMES:
+        put(folder / pictures.format(name), encoded(photograph(name)))
+        put(folder / maps.format(name), encoded(edges(name)))
+        if captions:
+            put((folder / pictures.format(name)).with_suffix(".txt"), name)
+    return folder
+
+
+def has_pairs(examples: Examples) -> bool:
+    """Whether the examples are the photographs with their edges."""
+    assert sorted(Path(example.name).stem for example in examples) == sorted(NAMES)
+    for example in examples:
+        name = Path(example.name).stem
+        assert np.array_equal(pixels(example.picture), photograph(name))
+        assert [np.array_equal(pixels(piece), edges(name)) for piece in example.maps] == [True], name
+    return True
+
+
+def answer(said: str) -> dict[str, Any]:
+    """The settings that a message proposes first."""
+    proposed = said.partition("say so with ")[2].partition(";")[0].split()
+    settings: dict[str, Any] = dict(part.removeprefix("data.").split("=", 1) for part in proposed)
+    return settings | {"map_column": (settings["map_column"],)}
+
+
+@pytest.mark.parametrize("captions", [False, True])
+@pytest.mark.parametrize(
+    ("pictures", "maps", "said"),
+    [
+        ("photos/{}.png", "edges/{}.png", "edges/ has pictures named like photos/"),
+        ("images/{}.png", "masks/{}.png", "masks/ has pictures named like images/"),
+        ("images/deep/{}.png", "seg/deep/{}.png", "seg/ has pictures named like images/"),
+        ("rgb/{}.png", "seg/{}.png", "seg/ has pictures named like rgb/"),
+        ("one/{}.png", "two/{}.png", "two/ has pictures named like one/"),
+        ("{}.png", "edges/{}.png", "edges/ has pictures named like its pictures"),
+        ("data/rgb/{}.png", "data/seg/{}.png", "data/seg/ has pictures named like data/rgb/"),
+        ("a/images/{}.png", "a/edges/{}.png", "a/edges/ has pictures named like a/images/"),
+        ("images/{}.png", "images/edges/{}.png", "edges/ has pictures named like its pictures"),
+        ("{}.jpg", "{}.png", ".jpg and astronaut.png have one name"),
+        ("images/{}.jpg", "images/{}.png", "/images: astronaut.jpg and astronaut.png have one name"),
+        ("{}.png", "{}_edge.png", "astronaut_edge.png lies beside astronaut.png"),
+    ],
+)
+def test_pictures_that_may_be_maps_are_asked_about(
+    tmp_path: Path, pictures: str, maps: str, said: str, captions: bool
+) -> None:
+    """Neither trained on as pictures nor passed over, and what the question proposes is an answer to it."""
+    if pictures.startswith(("data/", "a/")):
+        put(tmp_path / "README.md", "a repository")
+    put_pairs(tmp_path, pictures, maps, captions=captions)
+    with pytest.raises(ValueError, match=re.escape(said)) as caught:
+        opened(tmp_path)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "maps of canny" in message
+    settings = {"source": str(tmp_path), **answer(message)}
+    assert has_pairs(opened(**settings))
+    if not captions:
+        assert not any(example.maps for example in opened(tmp_path, maps="made"))
+
+
+@pytest.mark.parametrize(
+    ("pictures", "maps"),
+    [
+        ("train/images/{}.png", "train/conditioning/{}.png"),
+        ("train/{}.png", "train/canny/{}.png"),
+        ("set/images/{}.png", "set/conditioning/{}.png"),
+        ("{}.png", "{}_canny.png"),
+        ("images/{}.png", "images/{}-Canny.png"),
+        ("images/{}.jpg", "images/{}_conditioning_image.png"),
+        ("{}.png", "Canny/{}.png"),
+        ("Images/{}.png", "Conditioning/{}.png"),
+        ("{}.png", "conditioning/{}_canny.png"),
+        ("a/{}.png", "conditioning/a/{}_conditioning.png"),
+    ],
+)
+def test_maps_that_are_known_by_their_names(tmp_path: Path, pictures: str, maps: str) -> None:
+    put_pairs(tmp_path, pictures.replace(".jpg", ".png"), maps, captions=True)
+    examples = opened(tmp_path)
+    assert has_pairs(examples)
+    assert sorted(example.caption for example in examples) == sorted(NAMES)
+    said: list[str] = []
+    data = DataRecipe(source=str(tmp_path), maps="made")
+    made = open_examples(data, kind="canny", report=said.append)
+    assert (len(made), [example.maps for example in made]) == (4, [()] * 4)
+    assert "data.maps=made" in said[0]
+    assert said[0].endswith("is not used")
+
+
+def test_plain_folders_of_pictures_are_trained_on_as_they_are(tmp_path: Path) -> None:
+    for number, name in enumerate(NAMES):
+        for place in ("clips/one", "clips/two", "clips/three"):  # frames of the same numbers
+            put(tmp_path / place / f"{number}.png", encoded(photograph(name)))
+        put(
+            tmp_path / "kinds" / ("cats" if number % 2 else "dogs") / f"{name}.png", encoded(photograph(name))
+        )
+        for place in ("concepts/10_cat", "concepts/10_dog"):
+            put(tmp_path / place / f"{number}.png", encoded(photograph(name)))
+        put(tmp_path / "ends" / f"{name}.png", encoded(photograph(name)))
+        put(tmp_path / "ends" / f"{name}_black.png", encoded(photograph(name)))
+        put(tmp_path / "beside" / "images" / f"{number}.png", encoded(photograph(name)))
+        put(tmp_path / "beside" / "other" / f"{name}.png", encoded(photograph(name)))
+    put(tmp_path / "ends" / "my_canny.png", encoded(edges("cat")))  # of no picture
+    counts = {"clips": 12, "kinds": 4, "concepts": 8, "ends": 9, "beside": 4}
+    assert {place: len(opened(tmp_path / place)) for place in counts} == counts
+
+
+def test_maps_of_another_kind_beside_pictures_are_no_pictures(tmp_path: Path) -> None:
+    put_pairs(tmp_path, "{}.png", "{}_canny.png")
+    for name in NAMES:
+        put(tmp_path / f"{name}_depth.png", encoded(photograph(name)))
+    assert has_pairs(opened(tmp_path))
+    assert names(opened(tmp_path, "softedge")) == [f"{name}.png" for name in sorted(NAMES)]
+    assert opened(tmp_path, "softedge")[0].maps == ()
+    said: list[str] = []
+    open_examples(DataRecipe(source=str(tmp_path)), kind="canny", report=said.append)
+    assert said[1].endswith("4 are left out as maps of others by their names, such as astronaut_depth.png")
+    with pytest.raises(ValueError, match=r"data.map_column=_canny; to leave them out, with data.maps=made"):
+        opened(tmp_path, "")
+    pieces = opened(tmp_path, "both", map_column=("_canny", "_depth"))[0].maps
+    assert [Path(piece.name).name for piece in pieces] == ["astronaut_canny.png", "astronaut_depth.png"]
+    (tmp_path / "cat_canny.png").unlink()
+    assert len(opened(tmp_path)) == 4
+    with pytest.raises(ValueError, match=r"has no map for cat.png"):
+        opened(tmp_path)[1].maps[0].read()
+
+
+def test_a_listing_further_down(tmp_path: Path) -> None:
+    """As in a repository of the hub that was cloned."""
+    imagefolder(tmp_path / "data" / "train")
+    put(tmp_path / "README.md", "a repository")
+    put(tmp_path / ".git" / "a" / "metadata.jsonl", "")
+    assert is_whole(opened(tmp_path))
+    imagefolder(tmp_path / "data" / "test")
+    assert is_whole(opened(tmp_path))
+    assert is_whole(opened(tmp_path, split="test"))
+    with pytest.raises(
+        ValueError, match=r"several data sets, of which one .*data.source=\S+/data/test or data"
+    ):
+        opened(tmp_path, split="validation")
+
+
+def test_options_that_have_no_use_are_said(tmp_path: Path) -> None:
+    """The recipes of the families give canny's thresholds; the data has maps of its own."""
+    put_pairs(tmp_path / "set", "images/{}.png", "conditioning/{}.png")
+    options = {"low": "50..150", "high": "150..300"}
+    for maps in ("auto", "files"):
+        said: list[str] = []
+        data = DataRecipe(source=str(tmp_path / "set"), options=options, maps=maps)
+        assert has_pairs(open_examples(data, kind="canny", report=said.append))
+        assert (
+            said[-1] == "data.options: low and high are not used, for the maps are read from files, not made"
+        )
+
+
+@pytest.mark.parametrize("name", ["sd15-canny", "sd21-canny", "sdxl-canny"])
+def test_the_families_recipes_take_the_maps_that_there_are(tmp_path: Path, name: str) -> None:
+    put_pairs(tmp_path / "set", "images/{}.png", "conditioning/{}.png")
+    recipe = load_recipe(name, [f"data.source={tmp_path / 'set'}"])
+    assert isinstance(recipe, ControlNetRecipe)
+    examples = open_examples(recipe.data, kind=recipe.map)
+    visits = Visits(examples, [(128, 96)] * 4, data=recipe.data, kind=recipe.map, resolution=64, seed=0)
+    assert (visits.made, visits.fixed) == (False, True)
+    assert visits.pieces(0)[0].name == str(tmp_path / "set/conditioning/astronaut.png")
+
+
+def test_maps_that_are_there_and_not_used_are_said(tmp_path: Path) -> None:
+    imagefolder(tmp_path / "rows")
+    members = {k: v for name in NAMES for k, v in members_of(name).items()}
+    put_shard(tmp_path / "shards.tar", members)
+    for source, unused in (("rows", "conditioning_image_file_name"), ("shards.tar", "map.png")):
+        said: list[str] = []
+        data = DataRecipe(source=str(tmp_path / source), maps="made")
+        assert open_examples(data, kind="canny", report=said.append)[0].maps == ()
+        assert said[0].endswith(f"are made of the pictures (data.maps=made): {unused} is not used")
+
+
+def test_captions_of_names_that_look_alike(tmp_path: Path) -> None:
+    for number, (picture, caption) in enumerate(
+        [("für.png", "für.txt"), ("über.png", "über.txt"), ("up.PNG", "up.TXT"), ("b.png", "b.Caption")]
+    ):
+        put(tmp_path / unicodedata.normalize("NFC", picture), encoded(photograph(NAMES[number])))
+        put(tmp_path / unicodedata.normalize("NFD", caption), f"{number}")
+    put(tmp_path / "none.png", encoded(photograph("cat")))
+    captions = {unicodedata.normalize("NFC", example.name): example.caption for example in opened(tmp_path)}
+    assert captions == {"für.png": "0", "über.png": "1", "up.PNG": "2", "b.png": "3", "none.png": ""}
+
+
 def test_names_that_look_alike_are_alike(tmp_path: Path) -> None:
     """macOS writes an umlaut as a letter and two dots."""
     put(tmp_path / unicodedata.normalize("NFC", "für.png"), encoded(photograph("cat")))
@@ -610,6 +803,44 @@ def test_shards_with_pictures_that_may_be_maps(tmp_path: Path) -> None:
     assert opened(tmp_path / "x.tar", maps="made")[0].maps == ()
     put_shard(tmp_path / "y.tar", {"1.jpg": b"p", "1.depth.png": b"m"})
     assert opened(tmp_path / "y.tar", kind="canny")[0].maps == ()  # of another kind, as its name says
+
+
+def test_shards_with_two_pictures_of_one_name(tmp_path: Path) -> None:
+    put_shard(tmp_path / "x.tar", {"1.jpg": b"p", "1.png": b"m", "1.txt": b"x", "2.jpg": b"q", "3.png": b"n"})
+    with pytest.raises(ValueError, match=r"x.tar: 1 has jpg and png: if the png are .*data.map_column=png;"):
+        opened(tmp_path / "x.tar")
+    examples = opened(tmp_path / "x.tar", map_column=("png",))
+    assert [piece.read() for piece in (examples[0].picture, *examples[0].maps)] == [b"p", b"m"]
+    with pytest.raises(ValueError, match="is not there"):
+        examples[2].picture.read()
+    assert opened(tmp_path / "x.tar", maps="made")[0].maps == ()
+    put_shard(tmp_path / "y.tar", {"1.jpg": b"p", "2.png": b"q"})
+    assert [example.picture.read() for example in opened(tmp_path / "y.tar")] == [b"p", b"q"]
+
+
+@pytest.mark.parametrize(
+    ("picture", "other", "said"),
+    [
+        ("1.jpg", "1_canny.jpg", "1_canny seems"),
+        ("images/1.jpg", "conditioning/1.jpg", "conditioning/ seems"),
+    ],
+)
+def test_shards_whose_maps_have_names_of_their_own(
+    tmp_path: Path, picture: str, other: str, said: str
+) -> None:
+    put_shard(tmp_path / "x.tar", {picture: b"p", other: b"m"})
+    with pytest.raises(ValueError, match=f"{said} to be a map of another example: .*data.maps=made"):
+        opened(tmp_path / "x.tar")
+    assert len(opened(tmp_path / "x.tar", maps="made")) == 2
+    put_shard(tmp_path / "y.tar", {"a/1.jpg": b"p", "b/1.jpg": b"q", "1_b.jpg": b"r"})
+    assert len(opened(tmp_path / "y.tar")) == 3
+
+
+def test_links_beside_the_pictures_are_not_followed(tmp_path: Path) -> None:
+    put(tmp_path / "set" / "images" / "a.png", encoded(photograph("cat")))
+    put(tmp_path / "elsewhere" / "a.png", encoded(edges("cat")))
+    os.symlink(tmp_path / "elsewhere", tmp_path / "set" / "edges")
+    assert len(opened(tmp_path / "set", format="paired")) == 1
 
 
 def test_shards_with_faults(tmp_path: Path) -> None:

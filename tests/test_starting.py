@@ -1,6 +1,7 @@
 """Generations that start from a picture, whole or with a hole, against diffusers' pipelines."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -205,8 +206,19 @@ def test_the_map_of_an_inpainting_adapter_is_minus_one_in_the_hole(sd1: Base) ->
         ({"mask": np.ones((8, 16), np.uint8) * 255}, r"the mask is \(16, 8\) .* and its picture \(64, 64\)"),
         ({"mask": np.ones((SIZE, SIZE), np.int64)}, "a mask is uint8, or float"),
         ({"picture": np.zeros((8, 8))}, "is uint8"),
+        ({"picture": "gone.png"}, "gone.png does not exist"),
+        ({"picture": None}, "a picture is a path, bytes, a PIL image, an array or a tensor, not NoneType"),
+        ({"mask": Image.new("L", (SIZE, SIZE), 255)}, "a mask is an array, uint8 or float .*, not Image"),
+        ({"strength": None}, "strength must be a number above 0 and at most 1, not None"),
     ],
 )
 def test_starts_that_are_not_allowed(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Start(**{"picture": picture(), **given})
+
+
+def test_a_picture_to_start_from_may_be_given_in_any_way(tmp_path: Path) -> None:
+    before = picture()
+    images.write_png(tmp_path / "photo.png", before)
+    for given in (tmp_path / "photo.png", str(tmp_path / "photo.png"), Image.fromarray(before)):
+        assert np.array_equal(Start(given).picture, before)  # type: ignore[arg-type]

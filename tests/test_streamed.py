@@ -5,7 +5,8 @@ import json
 import random
 import tarfile
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -13,11 +14,14 @@ from killed_runs import recipe, write_base
 from safetensors.torch import load_file
 
 from controlkit import images
+from controlkit.base import Base
 from controlkit.figures import render
 from controlkit.training import train_recipe
-from controlkit.training.config_adapter import DataRecipe
+from controlkit.training.config import load_recipe
+from controlkit.training.config_adapter import ControlNetRecipe, DataRecipe
 from controlkit.training.data import source_streams
 from controlkit.training.data.source_streams import Stream, open_stream
+from controlkit.training.data.streamed import StreamFeed
 
 datasets = pytest.importorskip("datasets")
 ROWS = 23
@@ -142,6 +146,38 @@ def test_what_comes_before_is_not_read_again(tmp_path: Path, monkeypatch: pytest
     older = opened(tmp_path / "set")
     older.restore(state)
     assert numbers(older, 9, 4) == [13, 14, 15, 16]
+
+
+@pytest.mark.parametrize(
+    ("limit", "holdout", "held", "said"),
+    [
+        (0, 3, 3, ""),
+        (0, 9, 5, "5 of 23 pairs are held out, not 9: a quarter at most"),
+        (0, 40, 5, "5 of 23 pairs are held out, not 40: a quarter at most"),
+        (6, 16, 0, "6 pairs are too few to hold some out: what is shown is trained on"),
+        (3, 0, 0, ""),
+    ],
+)
+def test_of_a_short_stream_a_quarter_is_held_out_and_never_trained_on(
+    tmp_path: Path, limit: int, holdout: int, held: int, said: str
+) -> None:
+    parquet(tmp_path / "set")
+    folder, lines = str(tmp_path / "set"), list[str]()
+    given = [f"data.source={folder}", "data.streaming=true", f"data.limit={limit}", "data.buckets=false"]
+    settings = load_recipe(
+        "sd15-canny", [*given, f"data.holdout={holdout}", "data.resolution=64", "data.shuffle_window=25"]
+    )
+    assert isinstance(settings, ControlNetRecipe)
+    stream = open_stream(settings.data, kind="canny")
+    feed = StreamFeed(stream, cast("Base", SimpleNamespace(resolution=64)), settings, report=lines.append)
+    pairs = limit or ROWS
+    trained = {sample.example.caption for k in range(60) for sample in feed.samples(k)}
+    shown = [feed.encoded.examples[index].caption for index in feed.shown]
+    assert trained == {f"caption {n}" for n in range(held, pairs)}
+    assert shown == [f"caption {n}" for n in range(held or min(4, pairs))]
+    assert (feed.held_out, feed.pairs) == (bool(held), pairs - held)
+    assert lines == [said] * bool(said)
+    assert len(feed.first_maps(99)) == pairs - held
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import pytest
 import torch
 from outcomes import Run
 from sampling_peers import cond, controlnet_of, our_latents
+from test_kinds import MAKE
 from torch import Tensor
 
 from controlkit import sampling
@@ -212,6 +213,46 @@ def test_memory_is_reckoned_with_it(sd1: Base) -> None:
         needed[share] = estimate.phases(Memory(1))["denoising"]
     table = 3072 * 1024 * 4
     assert needed[0.0] < needed[0.5] < needed[0.0] + 2 * 2 * table
+
+
+# --- beside networks of other kinds ---
+
+
+def of_kind(load: Callable[[str], Base], kind: str) -> tuple[Base, Control]:
+    """A base, and a control of a kind that fits it."""
+    base = load("sdxl" if kind in ("controlnet-xs", "lllite") else "sd1")
+    return base, Control(MAKE[kind](base), cond(), kind="canny")
+
+
+@pytest.mark.parametrize(
+    ("kind", "merging"), [("lite", 0), ("t2i-adapter", 0), ("controlnet-xs", 2), ("controlnet-union", 2)]
+)
+def test_tokens_are_merged_where_a_network_has_them(
+    load: Callable[[str], Base], kind: str, merging: int
+) -> None:
+    """In the U-Net alone beside a network without such attentions; the control goes on acting."""
+    base, control = of_kind(load, kind)
+    assert len(outermost_transformers(control.controlnet)) == merging
+    request: dict[str, Any] = {"seed": 7, "steps": 2, "scheduler": "ddim"}
+    savings = Savings(merge_tokens=0.5)
+    plain = our_latents(base, [control], **request)
+    merged = our_latents(base, [control], savings=savings, **request)
+    assert 0 < (merged - plain).abs().max() < 0.1 * plain.abs().max()
+    assert (merged - our_latents(base, [], savings=savings, **request)).abs().max() > 0.1
+    apart = our_latents(base, [control], savings=savings, one_branch_at_a_time=True, **request)
+    assert torch.allclose(merged, apart, atol=1e-4)
+    assert torch.equal(our_latents(base, [control], **request), plain), "the networks are as they were"
+
+
+@pytest.mark.parametrize("kind", MAKE)
+def test_memory_beside_every_kind(load: Callable[[str], Base], kind: str) -> None:
+    base, control = of_kind(load, kind)
+    request = Request(512, 512, merge_tokens=0.5)
+    if kind == "lllite":
+        with pytest.raises(ValueError, match="merge_tokens does not go with a ControlNet-LLLite"):
+            Estimate(base, [control], request)
+        return
+    assert Estimate(base, [control], request).phases(Memory(1))["denoising"] > 0
 
 
 # --- the command ---

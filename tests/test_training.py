@@ -297,6 +297,36 @@ def test_a_folder_of_another_recipe_is_refused(text_recipe):
         train_recipe(str(text_recipe), ["steps=3", "learning_rate=2e-3"])
 
 
+@pytest.mark.parametrize("schedule", ["constant", "rsqrt"])
+def test_a_run_that_is_made_longer_equals_one_that_was_long_from_the_start(tmp_path, text_recipe, schedule):
+    whole = train_recipe(str(text_recipe), [f"out={tmp_path / 'whole'}", f"schedule={schedule}"]).folder
+    run = train_recipe(str(text_recipe), ["steps=4", f"schedule={schedule}"]).folder
+    said = []
+    train_recipe(str(run / "config.toml"), ["steps=8"], progress=lambda step: said.append(step.message))
+    assert said[:2] == ["resumed at step 4", "it goes on to step 8, not to 4 as it was begun"]
+    assert tomllib.loads((run / "config.toml").read_text())["steps"] == 8
+    assert losses(run) == losses(whole)
+    for name in ("weights", "optimizer"):
+        last = f"checkpoints/step-000008/{name}.safetensors"
+        assert (run / last).read_bytes() == (whole / last).read_bytes()
+    result = "result/text_encoder/model.safetensors"
+    assert (run / result).read_bytes() == (whole / result).read_bytes()
+    with pytest.raises(
+        ValueError, match=r"another recipe \(steps 8 -> 6\): .*steps can become more, not fewer"
+    ):
+        train_recipe(str(text_recipe), ["steps=6", f"schedule={schedule}"])
+
+
+def test_a_rate_that_falls_until_the_last_step_keeps_their_number(text_recipe):
+    train_recipe(str(text_recipe), ["steps=2"])
+    with pytest.raises(
+        ValueError, match=r"\(steps 2 -> 3\): .*with schedule=cosine every step's rate"
+    ) as caught:
+        train_recipe(str(text_recipe), ["steps=3"])
+    assert "begin another run with this one's result as its init" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.fixture
 def defaults(monkeypatch):
     """Call it with keys of the text encoder's recipe, and what another version might give them."""

@@ -1,5 +1,7 @@
 """What lies between a data set and a batch: order, loader, cache, packing, noise."""
 
+import hashlib
+import os
 import threading
 import time
 from collections import Counter
@@ -49,6 +51,20 @@ def test_buckets_never_mix_and_their_pairs_come_equally_often():
         assert max(counts) - min(counts) <= 1
     first = [tuple({buckets[t.index] for t in order.batch(k)}) for k in range(12)]
     assert first[:6] != first[6:]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 16])
+def test_a_pair_of_a_small_bucket_comes_as_often_as_one_of_a_large_bucket(batch_size):
+    sizes = [90, 20, 5, 2, 1]
+    buckets = np.repeat(np.arange(len(sizes)), sizes)
+    order = Order(buckets, batch_size=batch_size, seed=1)
+    laps = 40
+    batches = -(-laps * np.array(sizes) // batch_size)  # of each bucket, until each pair was there so often
+    many = turns(order, range(batches.sum()))
+    assert len(set(many)) == len(many)  # no turn comes twice
+    visits = Counter(index for index, _ in many)
+    for index, bucket in enumerate(buckets):
+        assert laps <= visits[index] <= laps + -(-batch_size // sizes[bucket])
 
 
 def test_the_order_is_a_function_of_the_number():
@@ -172,6 +188,17 @@ def test_files_are_read_once_until_they_change(tmp_path, monkeypatch):
     array = ArrayPiece(np.zeros((2, 2), np.uint8))
     assert Digests(tmp_path / "memory").of([piece, array])[0] == first
     assert ArrayPiece(np.zeros((4, 1), np.uint8)).digest() != array.digest()
+
+
+def test_a_file_that_was_replaced_at_its_size_and_time_is_read_again(tmp_path):
+    """As an archive with fixed times unpacks, or `rsync --times` copies."""
+    path, piece = tmp_path / "a.bin", FilePiece(tmp_path / "a.bin")
+    digests = []
+    for content in (b"one", b"two"):
+        path.write_bytes(content)
+        os.utime(path, (315532800, 315532800))
+        digests += Digests(tmp_path / "memory").of([piece])
+    assert digests == [hashlib.sha256(content).hexdigest() for content in (b"one", b"two")]
 
 
 # --- noise and loss ----

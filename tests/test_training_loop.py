@@ -10,9 +10,10 @@ import pytest
 import tiny_models
 import torch
 from killed_runs import prepared, recipe, sample_in
+from killed_runs import weights as kept_weights
 from safetensors.torch import load_file
 
-from controlkit.adapters import MAPS, AdapterInfo, save_adapter
+from controlkit.adapters import MAPS, AdapterInfo, read_info, save_adapter
 from controlkit.base import load_base
 from controlkit.controlnet import from_base
 from controlkit.training import loop, train_recipe
@@ -220,8 +221,6 @@ def test_a_disk_that_is_full_says_where_the_run_can_go_on(place, monkeypatch):
 
 
 def test_the_header_says_what_the_maps_were_made_with(place):
-    from controlkit.adapters import read_info
-
     drawn, _ = run(place, "drawn", steps=1)
     assert read_info(drawn / "controlnet").map.thresholds == {}  # they were ranges
 
@@ -399,6 +398,39 @@ def test_a_run_does_not_go_on_with_other_data(place):
     assert len(rows(place / "changing" / "run")) == 3
 
 
+@pytest.mark.parametrize("cache", [True, False])
+def test_a_run_goes_on_where_its_data_lie_now(place, cache):
+    """Whether they are the same tells the cache; without one nobody knows, and they may not move."""
+    pictures, moved = (place / f"moving-{cache}" / name for name in ("pictures", "elsewhere"))
+    shutil.copytree(place / "pictures", pictures)
+    shutil.copytree(place / "base", pictures.parent / "base")
+    settings = {"warmup": 0, "sample_every": 0, "monitor_every": 0, "checkpoint_every": 1, "log_every": 1}
+    settings |= {"schedule": "constant", "data_cache": cache}
+    short = str(recipe(pictures.parent / "run", pictures, steps=1, **settings))
+    train_recipe(short)
+    whole = str(recipe(pictures.parent / "whole", pictures, steps=2, **settings))
+    train_recipe(whole)
+    pictures.rename(moved)
+    longer = str(recipe(pictures.parent / "run", moved, steps=2, **settings))
+    if not cache:
+        with pytest.raises(ValueError, match=r"another recipe \(data\.source .*pictures -> .*elsewhere\)"):
+            train_recipe(longer)
+        return
+    with pytest.raises(ValueError, match=r"another recipe \(data\.source .*pictures -> .*elsewhere\)"):
+        train_recipe(longer, ["data.cache=false"])
+    caption = (moved / "05.txt").read_text()
+    (moved / "05.txt").write_text("another caption")
+    with pytest.raises(ValueError, match="the data set has changed since this run stopped"):
+        train_recipe(longer)
+    (moved / "05.txt").write_text(caption)
+    train_recipe(longer)
+    mine, theirs = (kept_weights(pictures.parent / name, step=2) for name in ("run", "whole"))
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], tensor) for name, tensor in theirs.items())
+    told = read_info(pictures.parent / "run" / "controlnet").training["recipe"]
+    assert (told["data"]["source"], told["steps"]) == ("elsewhere", 2)
+
+
 @pytest.mark.parametrize(
     "change", [{"objective": "v_prediction"}, {"min_snr_gamma": 0.01}, {"layout_steps": 0}]
 )
@@ -450,8 +482,6 @@ def test_a_finished_run_tells_its_whole_story(place):
     assert len(facts["base_sha256"]) == len(facts["data_sha256"]) == 64
     scores = json.loads((folder / "scores.json").read_text())
     assert {"floor", "control", "ceiling"} <= scores.keys()
-    from controlkit.adapters import read_info
-
     info = read_info(folder / "controlnet")
     assert info.training["data_sha256"] == facts["data_sha256"]
     assert info.training["recipe"]["learning_rate"] == 1e-3

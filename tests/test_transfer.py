@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +19,9 @@ from controlkit.base import Base, load_base
 from controlkit.formats import control_lora
 from controlkit.formats.adapter_file import open_adapter_file
 from controlkit.formats.description import ENCODER
+from controlkit.formats.fitting import BaseStructure
 from controlkit.transfer import encoder_digest
+from controlkit.transfer_job import check_bases
 
 Bases = tuple[Base, Base]
 COPIED = ("conv_in.", "time_embedding.", "add_embedding.", "down_blocks.", "mid_block.")
@@ -62,6 +65,68 @@ def trained(base: Base, path: Path, *, dtype: torch.dtype = torch.float32) -> Pa
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "diffusion_pytorch_model.safetensors")
+
+
+def test_nothing_is_written_over_the_bases(
+    run: Run, pair: Callable[[str], Bases], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    old, new = pair("sd1")
+    source = trained(old, tmp_path / "mine")
+    (tmp_path / "one.safetensors").write_bytes(b"a base")
+    over = ["-o", "one.safetensors"]
+    for bases in (["--from", "one.safetensors", "--to", new.name], ["--from", old.name, "--to", over[1]]):
+        assert "would overwrite one.safetensors" in run("transfer", source, *bases, *over).refused()
+    lora = ["convert", source, "one.safetensors", "--to", "control-lora", "--base"]
+    assert "would overwrite one.safetensors" in run(*lora, "one.safetensors").refused()
+    part = next((Path(old.name) / "unet").glob("*.safetensors"))
+    assert f"would overwrite {old.name}" in run("convert", source, part, *lora[3:], old.name).refused()
+    assert (tmp_path / "one.safetensors").read_bytes() == b"a base"
+
+
+def test_a_folder_with_other_files_is_not_replaced(
+    run: Run, pair: Callable[[str], Bases], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    old, new = pair("sd1")
+    source, clone = trained(old, tmp_path / "mine"), trained(old, tmp_path / "clone")
+    (clone / ".git").mkdir()
+    (clone / "README.md").write_text("mine")
+    convert = ["convert", source, "clone", "--to", "diffusers"]
+    transfer = ["transfer", source, "--from", old.name, "--to", new.name, "-o"]
+    for command in (convert, [*transfer, "clone"]):
+        assert (
+            "besides an adapter the folder holds .git, README.md, which would be lost"
+            in run(*command).refused()
+        )
+    assert (clone / "README.md").read_text() == "mine"
+    shutil.rmtree(clone / ".git")
+    (clone / "README.md").unlink()
+    run(*convert).done()  # an adapter alone is replaced
+    monkeypatch.chdir(clone)
+    for command in ([*convert[:2], ".", *convert[3:]], [*transfer, "."]):
+        assert "cannot write .: the command runs in it" in run(*command).refused()
+
+
+def test_a_folder_called_like_a_bundled_adapter_is_meant_where_it_was_written(
+    run: Run, pair: Callable[[str], Bases], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    old, new = pair("sd1")
+    source = trained(old, tmp_path / "mine")
+    out = run("transfer", source, "--from", old.name, "--to", new.name, "-o", "depth").done()
+    assert "wrote depth: a ControlNet for SD1" in out
+    assert "--adapter canny=./depth" in out
+    out = run("convert", source, "canny", "--to", "diffusers", "--base", old.name).done()
+    assert "wrote canny: a ControlNet for SD1" in out
+    assert "--adapter canny=./canny" in out
+
+
+def test_one_number_for_all_blocks_is_that_number_for_each() -> None:
+    unet = {"block_out_channels": (8, 16), "in_channels": 4, "out_channels": 4, "attention_head_dim": 8}
+    check_bases(BaseStructure("a", unet), BaseStructure("b", {**unet, "attention_head_dim": [8, 8]}))
+    with pytest.raises(ValueError, match="attention_head_dim is 8 in the one and 8/4 in the other"):
+        check_bases(BaseStructure("a", unet), BaseStructure("b", {**unet, "attention_head_dim": [8, 4]}))
 
 
 @pytest.mark.parametrize("family", tiny_models.FAMILIES)

@@ -518,7 +518,7 @@ def test_what_cannot_be_made_is_refused_at_once(kind: str, data: dict[str, Any],
 @pytest.mark.parametrize(
     ("data", "said"),
     [
-        ({"options": {"low": 50}}, "data.options has low, but these maps come from files"),
+        ({"options": {"lo": 50}}, "data.options has lo, but these maps come from files"),
         ({"map_column": ("one", "two")}, "pair has 1 maps; 2 are wanted"),
         ({"options": {"style": "v3"}}, "unknown draw style 'v3'"),
     ],
@@ -528,6 +528,15 @@ def test_what_does_not_fit_files_is_refused_at_once(data: dict[str, Any], said: 
     with pytest.raises(ValueError, match=re.escape(said)) as caught:
         visits_of(PICTURE, kind=kind, **data)
     errors_line(caught)
+
+
+@pytest.mark.parametrize("maps", ["auto", "files"])
+def test_options_of_maps_that_are_made_do_not_bar_maps_from_files(maps: str) -> None:
+    """The recipes of the families give canny's thresholds, and take the data's own maps where it has any."""
+    plain = visits_of(PICTURE, kind="canny", maps=maps)
+    given = visits_of(PICTURE, kind="canny", maps=maps, options={"low": "50..150", "high": "150..300"})
+    assert np.array_equal(seen(given), seen(plain))
+    assert (given.fixed, given.map_settings) == (True, plain.map_settings)
 
 
 def test_made_maps_are_preferred_where_the_recipe_says_so() -> None:

@@ -110,6 +110,7 @@ class ControlNetTask:
             alphas_cumprod=self.alphas_cumprod,
             added_cond=self._added_cond,
             on_device=self._all_on_device,
+            report=report,
         )
         count = machine.processes.count
         self.resident = open_resident(recipe, self.feed, machine.device, report)
@@ -417,7 +418,7 @@ class ControlNetTask:
         )
         network, unet = self._exact(weights)
         whole = without_low_rank(network) if is_low_rank(recipe) else network
-        save_adapter(whole, folder, info=info, dtype=DTYPES[recipe.export_dtype])
+        save_adapter(whole, folder, info=info, dtype=DTYPES[recipe.export_dtype], replaces_all=True)
         if not recipe.sd_locked:
             with files.replace_folder(folder.parent / "unet") as target:
                 save_half(unet, target)

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,16 @@ def load_latest(folder: Path) -> tuple[tuple[Tensors, Tensors, dict[str, Any]] |
             ), refused
         refused.append(f"{path.name}: {fault}")
     return None, refused
+
+
+def latest_state(folder: Path) -> dict[str, Any]:
+    """What the newest checkpoint that can be read says of itself, unverified; {} where there is none."""
+    for _, path in reversed(listed(folder)):
+        with suppress(OSError, ValueError):
+            state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+            if isinstance(state, dict):
+                return state
+    return {}
 
 
 def clear(folder: Path) -> None:

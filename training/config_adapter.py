@@ -41,8 +41,8 @@ class DataRecipe(Table):
     picture_column: str = ""
     """Column or key with the picture; "" looks for the usual names."""
     map_column: tuple[str, ...] = ()
-    """Column or key with the map, or the kind that it is named after; several are stacked into one, channel
-    by channel. () looks for the usual names.
+    """Column, key, folder or end of the file's name (`_edges`, `.png`) with the map, or the kind that it is
+    named after; several are stacked into one, channel by channel. () looks for the usual names.
     """
     caption_column: str = ""
     maps: Literal["auto", "files", "made"] = "auto"

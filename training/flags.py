@@ -50,6 +50,7 @@ def from_diffusers_flags(text: str, *, pairs: int | None = None) -> str:
     refuse_unsupported(command)
     try:
         values = {**_mapped(command), **_training(command, pairs), **_data(command), **_result(command)}
+        values["checkpoints_kept"] = _kept(command, values["steps"][0])
         values |= {key: (value, "as the script") for key, value in FIXED.items()}
         if "init" not in values:  # an adapter has its own
             values["hint_channels"] = ([16, 32, 96, 256], "as the script")
@@ -149,14 +150,24 @@ def _result(command: Command) -> _Values:
     if trackers == "all":
         raise ValueError("--report_to=all: name one, such as --report_to=wandb")
     values["trackers"] = ([] if trackers == "none" else [trackers], _origin(command, "report_to"))
-    if kept := command.get("checkpoints_total_limit"):
-        values["checkpoints_kept"] = (max(kept, 2), "--checkpoints_total_limit, 2 at least")
     if command.get("validation_prompt"):
         values["sample_every"] = (command.get("validation_steps"), _origin(command, "validation_steps"))
     if command.get("push_to_hub"):
         name = command.get("hub_model_id") or PurePath(command.get("output_dir")).name
-        values["push_to_hub"] = (name, _origin(command, "push_to_hub", "hub_model_id"))
+        why = _origin(command, "push_to_hub", "hub_model_id")
+        if "/" not in name:
+            why += ": write it as OWNER/NAME, else nothing starts; the script's owner is who is logged in"
+        values["push_to_hub"] = (name, why)
     return values
+
+
+def _kept(command: Command, steps: int) -> tuple[int, str]:
+    """How many checkpoints stay: without a limit the script keeps every one."""
+    if kept := command.get("checkpoints_total_limit"):
+        return max(kept, 2), "--checkpoints_total_limit, 2 at least"
+    every = math.ceil(steps / max(command.get("checkpointing_steps"), 1))
+    why = "without --checkpoints_total_limit the script keeps all: fewer take less of the disk"
+    return max(every, 2), why
 
 
 # --- writing ---

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from controlkit import files
-from controlkit.training.checkpoints import clear, listed, load_latest, save_checkpoint
+from controlkit.training.checkpoints import clear, latest_state, listed, load_latest, save_checkpoint
 from controlkit.training.config import parse_recipe, to_toml
 from controlkit.training.config_base import Recipe
 from controlkit.training.watch import Window
@@ -38,7 +38,9 @@ MAY_CHANGE |= {
     "gradient_checkpointing",
     "compile",
 }
-"""What may differ when a run goes on: where and how it runs, what it shows, what is done with the result."""
+"""What may differ when a run goes on: where and how it runs, what it shows, what is done with the result. Two
+keys more may at times, and belong to what a result is said to be of: see `refuse_changes`."""
+_ENDLESS = {"constant", "rsqrt"}  # schedules that do not ask how many steps there will be
 
 Keys = dict[tuple[str, ...], Any]
 """A recipe's values by key, with the names of the tables it is in."""
@@ -144,11 +146,20 @@ def restore(run: Run) -> None:
     run.task.restore(state.get("task_state", {}))
     run.step, run.bad_steps = step, int(state["bad_steps"])
     run.watch.say(step, f"resumed at step {step}")
+    _say_longer(run, step)
     before = state.get("pairs_per_step", run.watch.batch)
     if before != run.watch.batch:
         run.watch.say(
             step, f"a step had {before} pairs and has {run.watch.batch} now: from here on it is another run"
         )
+
+
+def _say_longer(run: Run, step: int) -> None:
+    """Say that a run goes on for more steps than it was begun with."""
+    if run.machine.processes.is_first and (run.folder / "config.toml").is_file():
+        before = recorded(run.folder)[0].get(("steps",))
+        if before != run.recipe.steps:
+            run.watch.say(step, f"it goes on to step {run.recipe.steps}, not to {before} as it was begun")
 
 
 def write_recipe(recipe: Recipe, folder: Path) -> None:
@@ -201,15 +212,49 @@ def recorded(folder: Path) -> tuple[Keys, Keys]:
 
 
 def refuse_changes(begun: Keys, now: Keys, compared: Iterable[tuple[str, ...]], folder: Path) -> None:
-    """Raise ValueError, naming them, where any of the compared keys differs and may not (`MAY_CHANGE`)."""
+    """Raise ValueError, naming them, where any of the compared keys differs and may not (`MAY_CHANGE`).
+
+    Steps may become more where no step before depends on how many there are. Data may lie elsewhere where
+    the newest checkpoint knows its content: a run that goes on compares that (`StoredFeed.restore`).
+    """
     changed = sorted(key for key in compared if begun.get(key) != now.get(key))
     named = {".".join(key): f"{begun.get(key)} -> {now.get(key)}" for key in changed}
-    listed = ", ".join(f"{name} {change}" for name, change in named.items() if name not in MAY_CHANGE)
-    if listed:
+    refused = {
+        name: change
+        for name, change in named.items()
+        if name not in MAY_CHANGE and not _may_now(name, begun, now, folder)
+    }
+    if refused:
+        listed = ", ".join(f"{name} {change}" for name, change in refused.items())
         raise ValueError(
             f"{folder} holds a run of another recipe ({listed}): choose another folder with out=FOLDER, or go"
             f" on with that one by its own: controlkit train {folder / 'config.toml'}"
+            + (_about_steps(begun) if "steps" in refused else "")
         )
+
+
+def _may_now(name: str, begun: Keys, now: Keys, folder: Path) -> bool:
+    """Whether a key may differ that usually may not."""
+    if name == "steps":
+        return bool(now.get(("steps",), 0) > begun.get(("steps",), 0)) and _is_endless(begun)
+    if name == "data.source" and now.get(("data", "cache")):
+        known = latest_state(folder / "checkpoints").get("task_state") or {}
+        return bool(known.get("data_sha256"))
+    return False
+
+
+def _is_endless(recipe: Keys) -> bool:
+    return recipe.get(("schedule",)) in _ENDLESS or recipe.get(("optimizer",)) == "schedule-free"
+
+
+def _about_steps(begun: Keys) -> str:
+    """Why a run cannot be given other steps, and what can be done."""
+    if _is_endless(begun):
+        return " (steps can become more, not fewer)"
+    return (
+        f" (with schedule={begun.get(('schedule',))} every step's rate depends on steps: to train longer,"
+        " begin another run with this one's result as its init)"
+    )
 
 
 def flat_recipe(recipe: Recipe) -> Keys:

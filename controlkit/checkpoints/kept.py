@@ -22,8 +22,6 @@ from controlkit.folders import read_json
 
 _FOLDER = "bases"
 _VERSION = 1  # raise when a checkpoint's parts are written otherwise
-_SAMPLES, _SAMPLE = 64, 1 << 14  # pieces of a file that tell it from another, and their bytes
-_START = 1 << 20
 
 
 def checkpoint_file(name: str) -> Path | None:
@@ -93,13 +91,7 @@ def _place(file: Path) -> Path:
     Raises ValueError for a file that cannot be read.
     """
     try:
-        told = hashlib.sha256(f"{_VERSION} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
-        with file.open("rb") as stream:
-            told.update(stream.read(_START))
-            size = file.stat().st_size
-            for piece in range(_SAMPLES):
-                stream.seek(max(size - _SAMPLE, 0) * piece // (_SAMPLES - 1))
-                told.update(stream.read(_SAMPLE))
+        told = hashlib.sha256(f"{_VERSION} {file.stat().st_mtime_ns}".encode() + files.sampled(file))
         beside = file.with_suffix(".yaml")
         told.update(beside.read_bytes() if beside.is_file() else b"")
     except OSError as error:

@@ -48,11 +48,15 @@ _CONFIGS: Mapping[str, Callable[[Shapes], Config]] = {
     "controlnet-xs": xs_config,
     "lite": light_config,
 }
+_COMPARED = ("controlnet", "controlnet-difference", "controlnet-union")  # with a config.json beside them
 _TOLD_BY_SHAPES = (
     *("in_channels", "block_out_channels", "layers_per_block", "down_block_types", "cross_attention_dim"),
     *("conditioning_channels", "conditioning_embedding_out_channels"),
     *("projection_class_embeddings_input_dim", "use_linear_projection"),
 )
+
+
+_OTHER_CLASS_NAMES = ("ControlNetModel_Union",)  # as the first such network's own code calls it
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,19 +121,21 @@ class AdapterFile:
 def open_adapter_file(path: str | os.PathLike[str]) -> AdapterFile:
     """Open an adapter's one weight file: named itself, in a folder, bundled, or on the hub.
 
-    Raises ValueError, one line that names the file, for one that is missing or damaged, is no adapter (and
-    what it is instead), or whose tensors are not those of its kind.
+    A config.json beside it is left aside where it contradicts the shapes. Raises ValueError, one line that
+    names the file, for one that is missing or damaged, is no adapter (and what it is instead), or whose
+    tensors are not those of its kind.
     """
     name = os.fspath(path)
     named = find_adapter_file(name)
-    parts = [named] if named else weight_files(find_adapter_folder(name))
+    parts = [named] if named else _parts(find_adapter_folder(name))
     found, weights = parts[0], open_weights(*parts)
     kind, layout, names = recognise(weights.entries, found)
     entries = {name: weights.entries[key] for key, name in names.items()}
-    _check_floats(entries, found)
+    check_floats(entries, found)
     info, structure = read_description(weights.metadata, found)
-    own = structure or _config_beside(found, CLASS_NAMES.get(kind))
-    config = _config(kind, Shapes(entries, found), own)
+    shapes = Shapes(entries, found)
+    own = structure or _own_config(found, kind, shapes)
+    config = _config(kind, shapes, own)
     said = info.family if info and info.family in FAMILY_TITLES else ""
     by_tensors = _family(kind, config, entries)
     # A T2I-Adapter reads no text: of which family it is its sizes can only suggest.
@@ -157,20 +163,75 @@ def check_config(file: AdapterFile) -> None:
 
     A ControlNet that is named by its folder is built by it; one that is named by its file, by its shapes.
     """
-    if file.class_name != "ControlNetModel":
+    if file.class_name != "ControlNetModel" or file.kind not in _COMPARED:
         return
+    shapes = Shapes(file.entries, file.path)
     said = _config_beside(file.path, file.class_name)
-    read = controlnet_config(Shapes(file.entries, file.path))
-    if "use_linear_projection" in read:  # a folder's matrices are what they look like
-        projection = next(entry for key, entry in file.entries.items() if key.endswith(".proj_in.weight"))
-        read["use_linear_projection"] = len(projection.shape) == 2
+    contradiction = _contradiction(said, _as_it_looks(controlnet_config(shapes), shapes))
+    if contradiction:
+        raise ValueError(
+            f"{file.path.with_name('config.json')} says {contradiction}: it is another network's"
+            f" (the file {file.path.name} tells by itself)"
+        )
+
+
+def folder_config(folder: Path) -> dict[str, Any]:
+    """The configuration of the network in a folder. Raises ValueError if the folder holds something else."""
+    if not (folder / "config.json").is_file():
+        inner = next(
+            (path for path in sorted(folder.glob("*/config.json")) if "controlnet" in str(path)), None
+        )
+        hint = f" (did you mean {inner.parent}?)" if inner else ""
+        raise ValueError(f"{folder} is not an adapter folder: it has no config.json{hint}")
+    config = read_json(folder / "config.json")
+    if "_class_name" not in config:
+        raise ValueError(
+            f"{folder}/config.json does not say of which class it is (_class_name): give the file with the"
+            f" weights, {weight_files(folder)[0].name}, which tells by itself"
+        )
+    if config.get("_class_name") not in (*CLASS_NAMES.values(), *_OTHER_CLASS_NAMES):
+        raise ValueError(f"{folder} holds a {config.get('_class_name')}, not a ControlNetModel")
+    return config
+
+
+def check_floats(entries: Mapping[str, Stored], where: Path) -> None:
+    """Raise ValueError for numbers that are no plain floats: somebody's quantization."""
+    for key, entry in entries.items():
+        if entry.dtype not in FLOATS:
+            raise ValueError(f"{where} stores {key} as {entry.dtype}, a quantization that is not supported")
+
+
+def _parts(folder: Path) -> list[Path]:
+    """The weight files of an adapter's folder. Raises ValueError if it holds something else."""
+    parts = weight_files(folder)
+    folder_config(folder)
+    return parts
+
+
+def _own_config(file: Path, kind: str, shapes: Shapes) -> Config:
+    """What a config.json beside a file says; {} where the file's shapes show that it is another network's."""
+    said = _config_beside(file, CLASS_NAMES.get(kind))
+    if not said or kind not in _COMPARED:
+        return said
+    read = _CONFIGS[kind](shapes)
+    is_strange = _contradiction(said, read) and _contradiction(said, _as_it_looks(read, shapes))
+    return {} if is_strange else said
+
+
+def _contradiction(said: Config, read: Config) -> str:
+    """What a configuration says otherwise than the shapes of the weights beside it, in words; or ""."""
     for key in _TOLD_BY_SHAPES:
         if key in said and key in read and plain(said[key]) != plain(read[key]):
-            raise ValueError(
-                f"{file.path.with_name('config.json')} says {key} {plain(said[key])}, and the weights beside"
-                f" it have {plain(read[key])}: it is another network's"
-                f" (the file {file.path.name} tells by itself)"
-            )
+            return f"{key} {plain(said[key])}, and the weights beside it have {plain(read[key])}"
+    return ""
+
+
+def _as_it_looks(read: Config, shapes: Shapes) -> Config:
+    """The configuration by the shapes as they are: a folder's matrices are what they look like."""
+    if "use_linear_projection" not in read:
+        return read
+    projection = next(entry for key, entry in shapes.entries.items() if key.endswith(".proj_in.weight"))
+    return {**read, "use_linear_projection": len(projection.shape) == 2}
 
 
 def _config_beside(file: Path, class_name: str | None) -> Config:
@@ -206,10 +267,3 @@ def _family(kind: str, config: Config, entries: Mapping[str, Stored]) -> str:
     if kind == "lllite":  # SDXL's first level has no attention
         return "" if any("input_blocks_1_1" in key for key in entries) else "sdxl"
     return config_family(config) if config else ""
-
-
-def _check_floats(entries: Mapping[str, Stored], where: Path) -> None:
-    """Raise ValueError for numbers that are no plain floats: somebody's quantization."""
-    for key, entry in entries.items():
-        if entry.dtype not in FLOATS:
-            raise ValueError(f"{where} stores {key} as {entry.dtype}, a quantization that is not supported")

@@ -6,8 +6,9 @@ copied encoder two factors, ``NAME.up`` (out, rank[, 1, 1]) and ``NAME.down`` (r
 
     W = W_base + up.flatten(1) @ down.flatten(1)
 
-and everything else whole: biases and norms (those that are absent are the base's), the hint encoder, the zero
-convolutions. Tensors here are dicts by name, the file's names on one side and diffusers' on the other.
+and everything else whole: biases and norms, the hint encoder, the zero convolutions. What is absent is the
+base's, as in ComfyUI; sd-webui-controlnet takes matrices and convolutions from the base, and neither norms
+nor biases. Tensors here are dicts by name, the file's names on one side and diffusers' on the other.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from controlkit.formats import keys
 from controlkit.formats.expected import COPIED as COPIED
+from controlkit.naming import first_of
 
 MARK = "lora_controlnet"
 _UP, _DOWN = ".up", ".down"
@@ -129,12 +131,13 @@ def reduce(
 
     That is the truncated singular value decomposition of what was changed (Eckart & Young 1936), found
     through the eigenvectors of the smaller side's products, in float64. What is no smaller as factors is kept
-    whole; what was not changed is left out.
+    whole, and so is every norm and bias; a matrix or convolution that was not changed is left out.
 
-    Raises ValueError for a ControlNet that is no copy of this base's encoder.
+    Raises ValueError for a ControlNet that is no copy of this base's encoder, or of a part of it alone.
     """
     counts = keys.counts_of_diffusers(controlnet_state)
     base = encoder_of(unet_state)
+    _check_complete(controlnet_state, base)
     tensors = {MARK: torch.zeros(0)}
     for key, tensor in controlnet_state.items():
         name = keys.to_original(key, counts)
@@ -150,9 +153,19 @@ def reduce(
                 f" and the base's {tuple(own.shape)}"
             )
         delta = tensor.float() - own.reshape(tensor.shape)
-        if delta.any():
+        if delta.any() or delta.dim() < 2:  # not every reader takes norms and biases from the base
             tensors |= _reduced(name, tensor.float(), delta, rank)
     return tensors
+
+
+def _check_complete(controlnet_state: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> None:
+    """Raise ValueError where a ControlNet lacks parts of its base's encoder, which a file cannot say."""
+    absent = [key for key in base if key not in controlnet_state]
+    if absent:
+        raise ValueError(
+            f"the ControlNet copies a part of this base's encoder alone (it lacks {first_of(absent)}), and"
+            " what a Control-LoRA leaves out is the base's: write it as diffusers, single or original"
+        )
 
 
 def _reduced(name: str, tensor: Tensor, delta: Tensor, rank: int) -> dict[str, Tensor]:

@@ -24,6 +24,8 @@ _SPEC_FAMILIES = {
 }
 _SPEC_SOFTWARE = {"diffusers": "diffusers", "original": "https://github.com/lllyasviel/ControlNet"}
 
+INPAINT = "inpaint"
+"""The kind of control whose map is made of the picture to start from and its mask."""
 ENCODER = "encoder_sha256"
 """Where ``training`` says which encoder an adapter was copied from: `controlkit.transfer.encoder_digest`."""
 

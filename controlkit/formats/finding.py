@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from controlkit.files import sampled
 from controlkit.folders import weight_files
 from controlkit.formats.weight_file import SUFFIXES
 from controlkit.hub import check_exists, find_file, find_folder
@@ -59,6 +61,32 @@ def find_adapter_file(name: str) -> Path | None:
     if file and name.endswith(SUFFIXES) and not name.startswith((".", "/", "~")):
         return find_file(f"{owner}/{repository}", file, hint="name that file")
     return None
+
+
+def mark_of(name: str) -> str:
+    """What tells an adapter of this machine from what its place held before (`files.sampled`), in hex; "" for
+    a bundled one, one of the hub, or one that cannot be read.
+    """
+    place = os.path.expanduser(name)
+    if name in BUNDLED_ADAPTERS or not os.path.exists(place):
+        return ""
+    try:
+        file = find_adapter_file(name)
+        found = [file] if file is not None else weight_files(Path(place))
+        return sha256(b"".join(sampled(path) for path in found)).hexdigest()
+    except (OSError, ValueError):  # who loads it will say so
+        return ""
+
+
+def check_only_adapter(folder: Path) -> None:
+    """Raise ValueError where an adapter's folder holds other files, too, which replacing it would delete."""
+    names = sorted(path.name for path in folder.iterdir())
+    others = [name for name in names if name != "config.json" and not name.startswith(USUAL)]
+    if others and (folder / "config.json").is_file():
+        raise ValueError(
+            f"cannot write {folder}: besides an adapter the folder holds {', '.join(others[:3])}"
+            f"{' and more' if len(others) > 3 else ''}, which would be lost; choose another name"
+        )
 
 
 def only_weights(folder: Path) -> Path | None:

@@ -11,6 +11,13 @@ from controlkit.formats.structure import TEXT_FAMILIES
 
 EITHER = "SD1 or SD2"  # what fits one fits the other, where a network does not read the text
 _PLAIN = "DownBlock2D"
+_DEFAULTS: Mapping[str, Any] = {  # of diffusers' ControlNets, for what a config.json leaves out
+    "in_channels": 4,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "cross_attention_dim": 1280,
+    "layers_per_block": 2,
+    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + (_PLAIN,),
+}
 _SIZES = ("in_channels", "block_out_channels", "cross_attention_dim", "layers_per_block", "down_block_types")
 
 
@@ -46,6 +53,8 @@ def check_sizes(config: Mapping[str, Any], base: BaseStructure, *, name: str) ->
 
     ``config``: with its ``_class_name``; a ControlNet's without. ``name``: of the adapter, for messages.
     """
+    if config.get("_class_name", "ControlNetModel") in ("ControlNetModel", "ControlNetUnionModel"):
+        config = {**_DEFAULTS, **config}
     own = _wanted(config, base)
     different = [key for key in own if plain(config.get(key)) != plain(own[key])]
     family = config_family(config)

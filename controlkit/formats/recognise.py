@@ -30,6 +30,11 @@ LORA_KEY = "lora_controlnet"  # marks a Control-LoRA
 UNION_KEY = "task_embedding"  # a row for each kind of map that a ControlNet-Union knows
 
 _MARKERS = (DIFFERENCE_KEY, LORA_KEY)
+_WRAPPED = re.compile(r"((module|_orig_mod|controlnet)\.)+")  # before all names: DataParallel, torch.compile
+_ASIDE = re.compile(  # what training saves beside a network, and no weight of it
+    r"(optimizers?|optimizer_state\w*|(lr_)?schedulers?|(lr_)?scheduler_state\w*|(grad_)?scaler)\."
+    r"|(global_step|step|epoch|iteration|iter|current_iter)$"
+)
 _OF_BASES = re.compile(  # beside the control network, in the original's own checkpoints
     r"(model\.diffusion_model|first_stage_model|cond_stage_model|model_ema)\."
     r"|(betas|logvar|scale_factor|alphas_cumprod\w*|sqrt_\w+|posterior_\w+|log_one_minus_\w+|lvlb_weights)$"
@@ -40,7 +45,7 @@ class Recognised(NamedTuple):
     """A file's kind (of `KINDS`), its layout ("diffusers", "original" or "kohya") and its tensors' names.
 
     ``names``: each key of the file to ours, which is diffusers', or its own where diffusers has no such
-    network. Markers and the base that lies beside a control network have none.
+    network. Markers, the base that lies beside a control network and what its training left have none.
     """
 
     kind: str
@@ -54,6 +59,17 @@ def recognise(entries: Mapping[str, Stored], where: object) -> Recognised:
     Raises ValueError, one line, for a file that holds no adapter (and says what it holds instead), and for
     keys that its kind does not have (the first is named, the others are counted).
     """
+    bare = {key: entry for key, entry in entries.items() if not _ASIDE.match(key)} or entries
+    found = _WRAPPED.match(next(iter(bare)))
+    if found and all(key.startswith(found[0]) for key in bare):
+        inner = {key.removeprefix(found[0]): entry for key, entry in bare.items()}
+        kind, layout, names = _recognise(inner, where)
+        return Recognised(kind, layout, {found[0] + key: name for key, name in names.items()})
+    return _recognise(bare, where)
+
+
+def _recognise(entries: Mapping[str, Stored], where: object) -> Recognised:
+    """The same of a network's own names."""
     kind, layout, prefix = _kind(entries, where)
     if kind == "controlnet" and DIFFERENCE_KEY in entries:
         kind = "controlnet-difference"
@@ -69,9 +85,6 @@ def recognise(entries: Mapping[str, Stored], where: object) -> Recognised:
     if len(set(renamed.values())) != len(renamed):
         raise ValueError(f"{where} holds the same tensors twice, with and without a prefix")
     return Recognised(kind, layout, renamed)
-
-
-_WRAPPED = "module."
 
 
 def _kind(entries: Mapping[str, Stored], where: object) -> tuple[str, str, str]:
@@ -101,11 +114,6 @@ def _kind(entries: Mapping[str, Stored], where: object) -> tuple[str, str, str]:
             return "t2i-adapter", "diffusers", prefix
         if any(f"{prefix}body.0.{inner}block1.weight" in entries for inner in ("", "body.0.")):
             return "t2i-adapter", "original", prefix
-    if all(key.startswith(_WRAPPED) for key in entries):
-        raise ValueError(
-            f"{where} has {_WRAPPED!r} before every name, as a network that was wrapped for several GPUs is"
-            " saved: save it unwrapped (network.module.state_dict())"
-        )
     held = mistake_in(entries)
     if held is not None:
         raise ValueError(f"{where} is {held}")

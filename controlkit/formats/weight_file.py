@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".safetensors", ".pth", ".ckpt", ".bin", ".pt")
 _NAMES = {ours: theirs for theirs, ours in FLOATS.items()}
-_WRAPPERS = ("state_dict", "adapter", "model")  # the entry of a training checkpoint that holds the network
+_WRAPPERS = (  # the entry of a training checkpoint that holds the network
+    *("state_dict", "adapter", "model", "model_state_dict", "controlnet", "net", "params", "module"),
+    "weights",
+)
 
 
 class Stored(NamedTuple):
@@ -134,7 +137,7 @@ def _is_pickle(start: bytes) -> bool:
 def _unwrapped(state: Mapping[str, Any]) -> Mapping[str, Any]:
     for name in _WRAPPERS:
         if isinstance(inner := state.get(name), Mapping):
-            return inner
+            return _unwrapped(inner)
     return state
 
 
@@ -155,4 +158,6 @@ def _stored(path: Path, key: str, tensor: Tensor) -> Stored:
     name = str(tensor.dtype).removeprefix("torch.")
     if tensor.layout.__str__() != "torch.strided":
         raise ValueError(f"{path}: {key} is a sparse tensor, which no adapter has")
+    if tensor.is_meta:
+        raise ValueError(f"{path} has a shape for {key} and no numbers (torch's meta device)")
     return Stored(_NAMES.get(name, name), tuple(tensor.shape))

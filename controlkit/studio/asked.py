@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from controlkit import files, generate_job
+from controlkit.arguments import control_text
 from controlkit.images import encode_png
 
 if TYPE_CHECKING:
@@ -92,15 +93,6 @@ def _written(control: AskedControl, keep: Path) -> str:
     if not path.is_file():
         files.write_bytes(path, data)
     return control_text(control.kind, str(path), vars(control))
-
-
-def control_text(kind: str, path: str, how: Any) -> str:
-    """KIND=PATH:SCALE and what differs from the defaults, as `arguments.parse_control` reads it."""
-    parts = [f"{kind}={path}", number(how["scale"])]
-    parts += [f"start={number(how['start'])}"] if how["start"] != 0 else []
-    parts += [f"end={number(how['end'])}"] if how["end"] != 1 else []
-    parts += [f"mode={how['mode']}"] if how["mode"] != "balanced" else []
-    return ":".join(parts)
 
 
 def number(value: float) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
+from controlkit.arguments import control_text
 from controlkit.infotext import PictureRecord
-from controlkit.studio.asked import control_text, number
+from controlkit.studio.asked import number
 
 OUTPUT = "again.png"  # what both write
 

@@ -109,12 +109,11 @@ class Engine:
 
     def map(self, picture: np.ndarray, wish: Wish, *, width: int, height: int) -> Map:
         """The map of a picture, at the size that is generated: exactly what the network will be shown."""
-        from controlkit.control import PALETTES
         from controlkit.map_sizes import cover_map
         from controlkit.preprocessors import Map
 
         if wish.is_map:
-            fitted = cover_map(picture, width, height, palette=wish.kind in PALETTES)
+            fitted = cover_map(picture, width, height, kind=wish.kind)
             return Map(image=fitted, kind=wish.kind, polarity="colours")
         fitted = images.cover(picture, width, height)
         if wish.kind == "canny":

@@ -22,13 +22,15 @@ from controlkit.training.data.check_result import Finding as Finding
 from controlkit.training.data.examples import Example, Examples, Piece
 from controlkit.training.data.map_use import MapUse, uses_of
 from controlkit.training.data.source_files import LazyExamples, RefusedPiece
+from controlkit.training.data.visits import FARTHEST_ASPECT
 
 SMALLEST = 64
 """Pixels of the shorter side below which a picture is tiny, where the recipe says no resolution."""
 REPORT_SECONDS = 10.0
 _Found = tuple[str, str, str, str]  # severity, code, message, cure
 _Look = Callable[[Piece], Facts]
-_ROUNDED = 0.02  # aspect of a map whose sides were rounded to multiples of 8 or 64
+_ROUNDED = 0.02  # of the aspect: what is taken for rounding, whatever was rounded to what
+_STEPS = (8, 64)  # those who make maps round their sides to multiples of these
 
 
 def check_examples(
@@ -50,7 +52,8 @@ def check_examples(
     `kind` that it knows ("": it guesses). Notes: a map whose kind cannot be guessed or of another size, the
     same picture twice, tiny and grey pictures, no caption.
 
-    Without `lint`, PNG files are judged by their check sums and not unpacked, so that grey ones do not show.
+    Without `lint`, PNG files are judged by their check sums and unpacked without being decoded, so that grey
+    ones do not show.
     remember: keep what was found about each file in the cache folder, and do not look again at files that
     have not changed since. report: now and then a line, how far it is.
     """
@@ -246,13 +249,30 @@ def same_aspect(size: tuple[int, int], other: tuple[int, int]) -> bool:
     """Whether two sizes (width, height) have one shape, but for rounding.
 
     Each side may be off by a pixel. Where both sides of `other` are multiples of 8, as those who make maps
-    like to round, the aspect may be off by 2 %.
+    like to round, the aspect may be off by 2 %; and by what rounding each side to multiples of 8 or 64 makes
+    of it (controlnet-aux: 400 x 300 becomes 704 x 512), as far as visits take it.
     """
     scale = (other[0] / size[0] * other[1] / size[1]) ** 0.5
     if abs(other[0] - size[0] * scale) <= 1 and abs(other[1] - size[1] * scale) <= 1:
         return True
     ratio = (other[0] * size[1]) / (other[1] * size[0])
-    return other[0] % 8 == other[1] % 8 == 0 and 1 - _ROUNDED <= ratio <= 1 + _ROUNDED
+    if other[0] % 8 == other[1] % 8 == 0 and 1 - _ROUNDED <= ratio <= 1 + _ROUNDED:
+        return True
+    return max(ratio, 1 / ratio) <= FARTHEST_ASPECT and any(_is_rounded(size, other, step) for step in _STEPS)
+
+
+def _is_rounded(size: tuple[int, int], other: tuple[int, int], step: int) -> bool:
+    """Whether `other` is what rounding to multiples of a step makes of a size: of itself, each side down or
+    to the nearest, or of the one whose shorter side is that of `other`, to the nearest.
+    """
+    if other[0] % step or other[1] % step:
+        return False
+    short = min(other) / min(size)
+    return (
+        all(0 <= side - rounded < step for side, rounded in zip(size, other, strict=True))
+        or all(abs(side - rounded) < step / 2 for side, rounded in zip(size, other, strict=True))
+        or all(abs(side * short - rounded) <= step / 2 for side, rounded in zip(size, other, strict=True))
+    )
 
 
 def _unpaired(examples: Examples) -> list[Finding]:

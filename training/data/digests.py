@@ -1,4 +1,4 @@
-"""The content of files by their digests, remembered as long as a file's size and time stay."""
+"""The content of files by their digests, remembered as long as a file's size and times stay."""
 
 from __future__ import annotations
 
@@ -58,4 +58,5 @@ def _key(piece: Piece) -> str:
         status = piece.path.stat()
     except OSError:
         return ""
-    return f"{piece.path.absolute()}|{status.st_size}|{status.st_mtime_ns}"
+    # the second time cannot be set: an archive that is unpacked anew may bring the first one with it
+    return f"{piece.path.absolute()}|{status.st_size}|{status.st_mtime_ns}|{status.st_ctime_ns}"

@@ -8,7 +8,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from controlkit.base import Base
+from controlkit.base import Base, long_prompts_told_together
 from controlkit.processes import Processes
 from controlkit.training.config_adapter import ControlNetRecipe
 from controlkit.training.data.encoded import Encoded, Outline, Sample
@@ -78,7 +78,8 @@ class StoredFeed:
         )
         self.shown, self.trained, self.held_out = pairs.shown, pairs.trained, bool(pairs.held_out)
         self.encoded = Encoded(base, pairs.examples, visits, data=recipe.data, report=report)
-        self.encoded.fill([*pairs.trained, *pairs.shown], processes)
+        with long_prompts_told_together():
+            self.encoded.fill([*pairs.trained, *pairs.shown], processes)
         trained = set(pairs.trained)
         self.pairs = len(trained)
         self._all = self.encoded.digest([*pairs.trained, *pairs.shown])

@@ -4,49 +4,27 @@ from __future__ import annotations
 
 import io
 import json
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from controlkit import images
-from controlkit.map_sizes import is_black_and_white
+from controlkit.map_sizes import Sense as Sense
+from controlkit.map_sizes import right_sampling as right_sampling
+from controlkit.map_sizes import sense_of as sense_of
 
 if TYPE_CHECKING:
     from controlkit.preprocessors import Poses
-    from controlkit.training.data.views import Sampling
 
 _NO_PICTURES = (b"\x93NUMPY", b"PK\x03\x04", b"Pf", b"PF", b"v/1\x01")  # npy, npz, pfm, exr
 _PNG, _TIFFS = b"\x89PNG", (b"II*\0", b"MM\0*")
 _BIT_DEPTH = 24  # where a PNG says how many bits its channels have
 _ORIENTATION, _BITS_PER_SAMPLE = 0x0112, 258  # tags of EXIF and TIFF
 _GREY_TOLERANCE = 8  # levels of 255 by which channels may differ: what JPEG does to a grey picture
-_FEW = 199  # colours that a map of labels has at most (sd-webui-controlnet draws the same line)
-_SAMPLE = 4096  # pixels that show whether a map has more
-_DEPTH = {"leres", "midas", "zoe"}
-_SOFT = {"hed", "lineart", "pidinet", "shuffle", "softedge"}
-
-Sense = Literal["depth", "normals", "pose", "soft", ""]
-
-
-def sense_of(kind: str) -> Sense:
-    """What a kind of map, or the name of a column with maps, says of their values; "" where nothing is known.
-
-    "soft" are those whose levels say how much, not which: what lies between two levels means something, as it
-    does in depth and normals.
-    """
-    words = re.findall("[a-z]+", kind.lower())
-    if any(word.startswith("depth") or word in _DEPTH for word in words):
-        return "depth"
-    if any(word.startswith("normal") for word in words):
-        return "normals"
-    if any(word.endswith(("pose", "poses")) for word in words):
-        return "pose"
-    return "soft" if _SOFT.intersection(words) else ""
 
 
 def is_json(content: bytes | NDArray[Any]) -> bool:
@@ -118,19 +96,6 @@ def read_levels(
     return _one_channel(picture, name) if grey else picture
 
 
-def right_sampling(levels: NDArray[Any], sense: Sense) -> Sampling:
-    """How a map is resized: lines stay lines, labels stay labels, and all else is resampled smoothly.
-
-    Lines are 0 and 255 in equal channels; labels have up to 199 colours and are neither depth, nor normals,
-    nor soft.
-    """
-    if levels.dtype == np.uint8 and is_black_and_white(levels):
-        return "lines"
-    if sense in ("depth", "normals", "soft"):
-        return "smooth"
-    return "nearest" if _has_few_colours(levels) else "smooth"
-
-
 # --- depth and 16 bits ---
 
 
@@ -198,17 +163,6 @@ def _one_channel(picture: NDArray[np.uint8], name: str) -> NDArray[np.uint8]:
     if span.max() > _GREY_TOLERANCE:
         raise ValueError(f"{name} is coloured, and data.map_mode is grey; rgb keeps its colours")
     return np.asarray(green)
-
-
-def _has_few_colours(levels: NDArray[Any]) -> bool:
-    codes = levels.astype(np.int32)
-    if levels.ndim == 3:
-        codes = codes[..., 0] << 16 | codes[..., 1] << 8 | codes[..., 2]
-    codes = codes.ravel()
-    if len(np.unique(codes[:: max(1, len(codes) // _SAMPLE)])) > _FEW:
-        return False
-    changes = np.flatnonzero(np.diff(codes, prepend=-1))  # maps of labels are flat: few pixels differ
-    return len(np.unique(codes[changes])) <= _FEW
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
+from controlkit import preprocessors
 from controlkit.preprocessors.depth import Depth
 from controlkit.preprocessors.options import checked_options
 from controlkit.training.data import map_files
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 OF_DEPTH = ("metric", "fill")
 """Options of depth that is read from files, as `preprocessors.read_depth` has them."""
+STYLE = "style"
+"""The option of poses that are read from files."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,39 @@ def uses_of(data: DataRecipe, *, kind: str, count: int) -> list[MapUse]:
         )
         for sense in senses_of(data.map_column, kind=kind, count=count)
     ]
+
+
+def idle_options(data: DataRecipe, *, kind: str, count: int) -> list[str]:
+    """Options that a recipe gives for maps that are made, and that maps from files have no use for.
+
+    kind, count: as for `uses_of`. Raises ValueError, one line, for an option that neither of them has.
+    """
+    allowed = _of_files(data, kind=kind, count=count)
+    made = preprocessors.options_of(kind) if kind in preprocessors.names() else []
+    idle = [name for name in data.options if name not in allowed]
+    for name in idle:
+        if name not in made:
+            raise ValueError(
+                f"data.options has {name}, but these maps come from files, for which it is"
+                f" {' and '.join(allowed) or 'none'}; data.maps=made makes maps of the pictures"
+            )
+    return idle
+
+
+def about_idle(data: DataRecipe, *, kind: str, count: int) -> str:
+    """Say in one line which options have no use as the maps come from files; "" where all have."""
+    allowed = _of_files(data, kind=kind, count=count)
+    idle = [name for name in data.options if name not in allowed]
+    if not idle:
+        return ""
+    verb = "are" if len(idle) > 1 else "is"
+    return f"data.options: {' and '.join(idle)} {verb} not used, for the maps are read from files, not made"
+
+
+def _of_files(data: DataRecipe, *, kind: str, count: int) -> list[str]:
+    """The options that there are for maps from files."""
+    senses = senses_of(data.map_column, kind=kind, count=count)
+    return [STYLE] * ("pose" in senses) + [*OF_DEPTH] * ("depth" in senses)
 
 
 def senses_of(columns: Sequence[str], *, kind: str, count: int) -> list[Sense]:

@@ -130,8 +130,11 @@ def _bytes(feed: StoredFeed) -> int:
 
 def _table(encoded: Encoded, views: Sequence[tuple[int, View]], device: torch.device) -> _Table:
     """Views of one size, copied one by one: the host holds no second copy of them all."""
-    first = _levels(encoded.kept_map(*views[0]))
-    alike = all(_is_grey(encoded.kept_map(*key)) for key in views)
+    alike, deep = True, False
+    for key in views:
+        levels = encoded.kept_map(*key)
+        alike, deep = alike and _is_grey(levels), deep or levels.dtype == np.uint16
+    first = _levels(encoded.kept_map(*views[0]), deep=deep)
     moments = encoded.kept_moments(*views[0])
     channels = 1 if alike else len(first)
     table = _Table(
@@ -140,19 +143,21 @@ def _table(encoded: Encoded, views: Sequence[tuple[int, View]], device: torch.de
         len(first),
     )
     for row, key in enumerate(views):
-        levels = _levels(encoded.kept_map(*key))
-        if levels.dtype != first.dtype or levels.shape != first.shape:
+        rows = _levels(encoded.kept_map(*key), deep=deep)
+        if rows.shape != first.shape:
             name = encoded.examples[key[0]].name
-            raise ValueError(f"the map of {name} has other bits or channels than that of other pairs")
+            raise ValueError(f"the map of {name} has other channels than that of other pairs")
         table.moments[row] = encoded.kept_moments(*key)
-        table.levels[row] = levels[:channels]
+        table.levels[row] = rows[:channels]
     return table
 
 
-def _levels(levels: NDArray[np.uint8 | np.uint16]) -> Tensor:
-    """A map as (C, H, W), 16 bits by the name of int16, which devices can gather."""
+def _levels(levels: NDArray[np.uint8 | np.uint16], *, deep: bool) -> Tensor:
+    """A map as (C, H, W), 16 bits by the name of int16, which devices can gather. deep: all become 16."""
+    if deep and levels.dtype == np.uint8:
+        levels = levels.astype(np.uint16) * np.uint16(257)
     tensor = torch.from_numpy(np.ascontiguousarray(levels.transpose(2, 0, 1)))
-    return tensor.view(torch.int16) if levels.dtype == np.uint16 else tensor
+    return tensor.view(torch.int16) if deep else tensor
 
 
 def _is_grey(levels: NDArray[np.uint8 | np.uint16]) -> bool:

@@ -53,6 +53,8 @@ class Columns:
     maps: tuple[str, ...]
     caption: str
     """"" where there are no captions."""
+    unused: tuple[str, ...] = ()
+    """Columns with maps that are not read, for the recipe has maps made."""
 
 
 def choose_columns(
@@ -79,7 +81,20 @@ def choose_columns(
         picture,
         _map_columns(rest, data=data, kind=kind, where=where, rows=rows, picture=picture),
         _named(columns, data.caption_column, "caption_column", where) or _first(CAPTION_NAMES, rest),
+        _usual_maps(rest, kind, rows) if data.maps == "made" else (),
     )
+
+
+def _usual_maps(columns: Sequence[str], kind: str, rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """The column that holds maps by its name, if there is one."""
+    columns = _with_maps(columns, rows)
+    found = (_first(_of_kind(kind), columns) if kind else "") or _first(MAP_NAMES, columns)
+    return (found,) if found else ()
+
+
+def _with_maps(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Sequence[str]:
+    """The columns that hold what may be a map in some row, as far as rows are known."""
+    return [name for name in columns if any(_may_be_map(row.get(name)) for row in rows)] if rows else columns
 
 
 def _map_columns(
@@ -99,8 +114,7 @@ def _map_columns(
             or _named(columns, name, "map_column", where)
             for name in data.map_column
         )
-    if rows:
-        columns = [name for name in columns if any(_may_be_map(row.get(name)) for row in rows)]
+    columns = _with_maps(columns, rows)
     found = _first(_of_kind(kind), columns) if kind else ""
     if not found and not (kind and _known_kinds(columns)):
         # Beside columns of other kinds, the one with a common name holds a map of the first of them.
@@ -174,8 +188,11 @@ def _first(names: Sequence[str], columns: Sequence[str]) -> str:
     return next((by_folded[name.casefold()] for name in names if name.casefold() in by_folded), "")
 
 
-def about_maps(maps: Sequence[str], kind: str) -> str:
-    """Say in a few words where maps come from."""
-    if not maps:
-        return f"no maps{f' of {kind}' * bool(kind)}: they are made of the pictures"
-    return f"maps from {' + '.join(maps)}"
+def about_maps(maps: Sequence[str], kind: str, unused: Sequence[str] = ()) -> str:
+    """Say in a few words where maps come from. unused: where others lie, which the recipe passes over."""
+    if maps:
+        return f"maps from {' + '.join(maps)}"
+    of_kind = f" of {kind}" * bool(kind)
+    if unused:
+        return f"maps{of_kind} are made of the pictures (data.maps=made): {' + '.join(unused)} is not used"
+    return f"no maps{of_kind}: they are made of the pictures"

@@ -3,6 +3,7 @@
 ROOT/a.jpg, or ROOT/images/a.jpg     the pictures, in folders below that, too
 ROOT/a.txt, ROOT/a.caption           their captions, beside them
 ROOT/conditioning/a.png              their maps: the same name, in a folder named so, or after their kind
+ROOT/a_canny.png                     or beside them, the name followed by the kind
 
 A map may be a picture, depth in numbers (a.npy, a.exr ...), or a pose (a.json, or a_keypoints.json, as
 OpenPose names it).
@@ -11,53 +12,47 @@ OpenPose names it).
 from __future__ import annotations
 
 import os
-import re
-import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from controlkit import preprocessors
 from controlkit.naming import did_you_mean
-from controlkit.picture_files import CAPTION_SUFFIXES, DEPTH_SUFFIXES, SUFFIXES
+from controlkit.picture_files import DEPTH_SUFFIXES, SUFFIXES
 from controlkit.training.config_adapter import DataRecipe
 from controlkit.training.data.examples import Example, Piece
 from controlkit.training.data.source_columns import about_maps
+from controlkit.training.data.source_doubts import (
+    MAP_FOLDERS,
+    PICTURE_FOLDERS,
+    REPEATS,
+    choose_ending,
+    find_folder,
+    is_ending,
+    refuse_folders_of_maps,
+    refuse_unknown_maps,
+    usual_endings,
+    with_ending,
+)
 from controlkit.training.data.source_files import (
     InsideFile,
     LazyExamples,
     Leftover,
     RefusedPiece,
+    caption_file,
+    leads_out,
     read_caption,
+    stem_of,
     walk,
 )
 
-PICTURE_FOLDERS = ("images", "image", "pictures", "photos", "img", "imgs", "target", "targets")
-MAP_FOLDERS = (
-    "conditioning",
-    "conditioning_images",
-    "conditioning_image",
-    "conditioning_data",
-    "conditioning_data_dir",
-    "control",
-    "controls",
-    "control_images",
-    "maps",
-    "map",
-    "hint",
-    "hints",
-    "cond",
-    "source",
-    "sources",
-)
 POSES = ".json"
 _SORTS = (SUFFIXES, DEPTH_SUFFIXES, {POSES})
 _OPENPOSE = "_keypoints"
 """What OpenPose adds to a picture's name."""
 SHEET = "sheet.png"
 """The contact sheet that `controlkit preprocess --sheet` leaves at the top: no picture of the data set."""
-
-_REPEATS = re.compile(r"[1-9]\d{0,2}_[^/]+/")
 
 
 def open_pairs(
@@ -68,36 +63,86 @@ def open_pairs(
     A picture's map has its name (and folder below), with the suffix of a picture, of depth in numbers, or of
     a pose. Captions are read when the example is asked for, and kept.
 
+    A folder of the split's name (`data.split`), or the only one, is opened itself where the folders of
+    pictures and maps lie in it. Maps may lie beside their pictures, too, told apart by the end of their
+    names, which `map_column` may name (a_canny.png: "_canny"; a.jpg and a.png: ".png").
+
     Raises ValueError, one line: a folder that is named is not there, maps of several kinds stand side by
-    side and none was named, a folder is a link that leads out, or maps are wanted and there are none.
+    side and none was named, a folder is a link that leads out, maps are wanted and there are none, or
+    pictures may be the maps of others.
     """
+    root = _folder_of_split(root, data, kind)
     folders = _folders(root)
     place = _picture_folder(folders, data, root)
-    maps = _map_folders([name for name in folders if name != place], data=data, kind=kind, root=root)
-    pictures = _pictures(root, place, folders, maps)
-    report(f"{root}: {len(pictures):,} pictures, {about_maps([f'{name}/' for name in maps], kind)}")
-    repeated = next((name for name in pictures if _REPEATS.match(name)), None)
-    if repeated is not None:
+    rest = [name for name in folders if name != place]
+    maps = _map_folders(rest, data=data, kind=kind, root=root)
+    in_folders = [name for name in maps if name in rest]
+    pictures = _pictures(root, place, folders, in_folders)
+    if not maps and data.maps != "made" and (end := choose_ending(pictures, kind=kind, root=root / place)):
+        maps = (end,)
+    if not maps and data.maps == "files":
+        _refuse_none(folders, kind, root)
+    beside = {end: with_ending(pictures, end) for end in maps if end not in in_folders}
+    unused = _unused_maps(rest, pictures, kind) if data.maps == "made" else []
+    pictures, left_out = _without_maps(pictures, beside.values(), all_kinds=not in_folders)
+    shown = [f"{name}/" if name in in_folders else f"files that end in {name}" for name in maps]
+    report(f"{root}: {len(pictures):,} pictures, {about_maps(shown, kind, unused)}")
+    if left_out and not unused:
         report(
-            f"{root}: {repeated.partition('/')[0]}/ is named as kohya's folders with repeats are; here every"
-            " picture is seen once in an epoch"
+            f"{root}: {len(left_out):,} are left out as maps of others by their names, such as {left_out[0]}"
         )
+    _say_repeats(root, pictures, report)
     if not pictures:
         return LazyExamples(0, _no_example)
-    if not maps and not place:
-        _refuse_unknown_maps(root, pictures, kind)
-    stems = Counter(_stem(Path(name).name) for name in pictures)
-    known = {*stems, *map(_stem, pictures)}
-    partners = [(name, _by_stem(walk(root / name, root), known)) for name in maps]
+    if not maps:
+        if place and data.maps != "made":
+            refuse_folders_of_maps(root, place, rest, pictures, kind)
+        refuse_unknown_maps(root / place, pictures, data=data, kind=kind)
+    partners = [
+        _beside(place, beside[name]) if name in beside else _in_folder(root, name, pictures, kind)
+        for name in maps
+    ]
+    return _pairs(root, place, pictures, partners, data)
+
+
+@dataclass(frozen=True)
+class _Partners:
+    """Maps of pictures."""
+
+    folder: str
+    files: dict[str, list[str]]
+    """By the name without suffix that their pictures have."""
+    stems: Counter[str] | None
+    """How many pictures have a name, whatever their folder; None where a map lies beside its picture."""
+
+    def key(self, name: str) -> str:
+        """Under which name without suffix the map of a picture lies, if there is one."""
+        stem = stem_of(name)
+        bare = stem_of(Path(name).name)
+        is_alone = self.stems is not None and self.stems[bare] == 1
+        return bare if is_alone and stem not in self.files else stem
+
+
+def _beside(place: str, files: Mapping[str, str]) -> _Partners:
+    return _Partners(place, {stem: [name] for stem, name in files.items()}, None)
+
+
+def _in_folder(root: Path, folder: str, pictures: Sequence[str], kind: str) -> _Partners:
+    stems = Counter(stem_of(Path(name).name) for name in pictures)
+    known = {*stems, *map(stem_of, pictures)}
+    ends = tuple(f"{mark}{word}" for mark in "_-" for word in {kind, folder.casefold()} if word)
+    return _Partners(folder, _by_stem(walk(root / folder, root), known, ends), stems)
+
+
+def _pairs(
+    root: Path, place: str, pictures: Sequence[str], partners: Sequence[_Partners], data: DataRecipe
+) -> LazyExamples:
     captions: dict[int, str] = {}
 
     def make(index: int) -> Example:
         name = pictures[index]
         picture: Piece = InsideFile(root / place / name, root)
-        found = tuple(
-            _partner(name, files, root / folder, root, alone=stems[_stem(Path(name).name)] == 1)
-            for folder, files in partners
-        )
+        found = tuple(_partner(name, maps, root) for maps in partners)
         try:
             if index not in captions:
                 captions[index] = _caption_beside(root / place / name, root)
@@ -107,9 +152,28 @@ def open_pairs(
         return Example(shown, picture, captions.get(index, "") or data.caption, found)
 
     def leftovers() -> list[Leftover]:
-        return [left for folder, files in partners for left in _orphans(folder, files, pictures, stems)]
+        return [left for maps in partners for left in _orphans(maps, pictures)]
 
     return LazyExamples(len(pictures), make, leftovers)
+
+
+def _folder_of_split(root: Path, data: DataRecipe, kind: str) -> Path:
+    """The folder that holds those of pictures and maps: the one given, or the one of the split in it."""
+    folders = _folders(root)
+    columns = (name.strip("/") for name in (data.picture_column, *data.map_column))
+    named = [name for name in columns if name and not is_ending(name)]
+    known = named or [*PICTURE_FOLDERS, *MAP_FOLDERS, *([kind] if kind else [])]
+    if find_folder(known, folders) or any(_is_picture(name) for name in os.listdir(root)):
+        return root
+    inside = find_folder([data.split], folders) or (folders[0] if len(folders) == 1 else "")
+    wanted = named or [*MAP_FOLDERS, *([kind] if kind else preprocessors.names())]
+    if not inside or leads_out(root / inside, root) or not find_folder(wanted, _folders(root / inside)):
+        return root
+    return root / inside
+
+
+def _is_picture(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in SUFFIXES and name != SHEET
 
 
 def _folders(root: Path) -> list[str]:
@@ -122,6 +186,15 @@ def _folders(root: Path) -> list[str]:
         raise ValueError(f"the folder {root} cannot be read: {error.strerror}") from error
 
 
+def _say_repeats(root: Path, pictures: Sequence[str], report: Callable[[str], None]) -> None:
+    repeated = next((name for name in pictures if REPEATS.match(name)), None)
+    if repeated is not None:
+        report(
+            f"{root}: {repeated.partition('/')[0]}/ is named as kohya's folders with repeats are; here every"
+            " picture is seen once in an epoch"
+        )
+
+
 def _no_example(index: int) -> Example:
     raise IndexError(index)
 
@@ -130,30 +203,63 @@ def _picture_folder(folders: Sequence[str], data: DataRecipe, root: Path) -> str
     """The folder with the pictures, relative to the root; "" is the root itself."""
     if data.picture_column:
         return _named(folders, data.picture_column, "picture_column", root)
-    return next((name for name in PICTURE_FOLDERS if name in folders), "")
+    return find_folder(PICTURE_FOLDERS, folders)
 
 
 def _map_folders(folders: Sequence[str], *, data: DataRecipe, kind: str, root: Path) -> tuple[str, ...]:
+    """The folders with the maps; of what the recipe names also ends of files' names."""
     if data.maps == "made":
         return ()
     if data.map_column:
-        return tuple(_named(folders, name, "map_column", root) for name in data.map_column)
-    if kind and kind in folders:
-        return (kind,)
-    kinds = [name for name in folders if name in preprocessors.names()]
-    usual = [name for name in folders if name.casefold() in MAP_FOLDERS]
-    found = usual or ([] if kind else kinds)
+        return tuple(
+            name if is_ending(name) and name not in folders else _named(folders, name, "map_column", root)
+            for name in data.map_column
+        )
+    found = _usual_folders(folders, kind)
     if len(found) > 1:
         raise ValueError(
             f"{root} has several folders that may hold the maps: name one with data.map_column: "
             f"{', '.join(found)}"
         )
-    if not found and data.maps == "files":
-        raise ValueError(
-            f"{root} has no folder with maps{f' of {kind}' * bool(kind)}: name it with data.map_column, or "
-            f"have maps made with data.maps=made; folders: {', '.join(folders) or 'none'}"
-        )
     return tuple(found)
+
+
+def _usual_folders(folders: Sequence[str], kind: str) -> list[str]:
+    """The folders that hold maps by their names: one of the kind, or those of usual names."""
+    if kind and (of_kind := find_folder([kind], folders)):
+        return [of_kind]
+    usual = [name for name in folders if name.casefold() in MAP_FOLDERS]
+    return usual or ([] if kind else [name for name in folders if name.casefold() in preprocessors.names()])
+
+
+def _refuse_none(folders: Sequence[str], kind: str, root: Path) -> None:
+    raise ValueError(
+        f"{root} has no folder with maps{f' of {kind}' * bool(kind)}: name it with data.map_column, or "
+        f"have maps made with data.maps=made; folders: {', '.join(folders) or 'none'}"
+    )
+
+
+def _unused_maps(folders: Sequence[str], pictures: Sequence[str], kind: str) -> list[str]:
+    """Maps that are there, for messages, where the recipe has maps made."""
+    of_kind = [end for end in usual_endings(pictures) if not kind or end[1:] not in preprocessors.names()]
+    of_kind += [end for end in usual_endings(pictures) if kind and end[1:] == kind]
+    return [
+        *(f"{name}/" for name in _usual_folders(folders, kind)),
+        *(f"what ends in {end}" for end in of_kind),
+    ]
+
+
+def _without_maps(
+    names: Sequence[str], beside: Iterable[Mapping[str, str]], *, all_kinds: bool
+) -> tuple[list[str], list[str]]:
+    """The pictures that are no maps, and the maps that are not taken: of other kinds, as their names say.
+
+    all_kinds: whether such ends of names are looked for.
+    """
+    taken = {name for files in beside for name in files.values()}
+    others = usual_endings(names) if all_kinds else []
+    left_out = {name for end in others for name in with_ending(names, end).values()} - taken
+    return [name for name in names if name not in taken | left_out], sorted(left_out)
 
 
 def _named(folders: Sequence[str], name: str, option: str, root: Path) -> str:
@@ -168,7 +274,7 @@ def _pictures(root: Path, place: str, folders: Sequence[str], maps: Sequence[str
     """Names of the pictures, relative to their folder, sorted. Folders of maps do not count."""
     closed = {
         *maps,
-        *(name for name in folders if name.casefold() in MAP_FOLDERS or name in preprocessors.names()),
+        *(name for name in folders if name.casefold() in (*MAP_FOLDERS, *preprocessors.names())),
     }
     names = walk(root / place, root)
     return sorted(
@@ -179,47 +285,19 @@ def _pictures(root: Path, place: str, folders: Sequence[str], maps: Sequence[str
     )
 
 
-def _refuse_unknown_maps(root: Path, pictures: Sequence[str], kind: str) -> None:
-    """Refuse a folder beside the pictures that has their names and no captions, where they have captions: it
-    holds their maps, more likely than more pictures.
-    """
-    groups: dict[str, dict[str, str]] = {}
-    for name in pictures:
-        folder, _, rest = name.rpartition("/")
-        groups.setdefault(folder, {})[_stem(rest)] = name
-    if len(groups) == 1:  # nothing lies beside them, and captions need not be looked for
-        return
-    captioned = [folder for folder, names in groups.items() if _has_caption(root, names.values())]
-    for folder, names in groups.items():
-        whose = next((one for one in captioned if names.keys() <= groups[one].keys()), None)
-        if folder and whose is not None and folder not in captioned:
-            shown = f"{whose}/" if whose else "its pictures"
-            raise ValueError(
-                f"{root}: {folder}/ has pictures named like {shown} and no captions: if these are the maps"
-                f"{f' of {kind}' * bool(kind)}, say so with data.map_column={folder}; if not, move it away"
-            )
-
-
-def _has_caption(root: Path, names: Iterable[str]) -> bool:
-    places = ((root / name).with_suffix(suffix) for name in names for suffix in CAPTION_SUFFIXES)
-    return any(map(os.path.isfile, places))  # pathlib raises for a name that is too long
-
-
-def _stem(name: str) -> str:
-    """A name without suffix, to be compared: one system writes ü as a letter, another as u and two dots."""
-    return unicodedata.normalize("NFC", os.path.splitext(name)[0])
-
-
-def _by_stem(names: Iterable[str], pictures: set[str]) -> dict[str, list[str]]:
+def _by_stem(names: Iterable[str], pictures: set[str], ends: tuple[str, ...]) -> dict[str, list[str]]:
     """The files of a folder of maps by the name without suffix that their pictures have; of several sorts,
-    pictures go before depth in numbers, and these before poses.
+    pictures go before depth in numbers, and these before poses. ends: what may follow the picture's name.
     """
     found: dict[str, list[str]] = {}
     for name in sorted(names):
         if _rank(name) < len(_SORTS):
-            stem = _stem(name)
+            stem = stem_of(name)
             if name.lower().endswith(f"{_OPENPOSE}{POSES}") and stem not in pictures:
                 stem = stem[: -len(_OPENPOSE)]
+            end = next((end for end in ends if stem.casefold().endswith(end)), "")
+            if end and stem not in pictures and stem[: -len(end)] in pictures:
+                stem = stem[: -len(end)]
             found.setdefault(stem, []).append(name)
     for stem, files in found.items():
         first = min(map(_rank, files))
@@ -232,10 +310,10 @@ def _rank(name: str) -> int:
     return next((rank for rank, suffixes in enumerate(_SORTS) if suffix in suffixes), len(_SORTS))
 
 
-def _partner(name: str, files: dict[str, list[str]], folder: Path, root: Path, *, alone: bool) -> Piece:
+def _partner(name: str, maps: _Partners, root: Path) -> Piece:
     """The map of a picture: of its name and folder below; where only one picture has the name, of that."""
-    stem = _stem(name)
-    found = files.get(_key(name, files, alone=alone), [])
+    stem, folder = stem_of(name), root / maps.folder
+    found = maps.files.get(maps.key(name), [])
     if len(found) == 1:
         return InsideFile(folder / found[0], root)
     where = f"{folder / stem}"
@@ -249,25 +327,15 @@ def _partner(name: str, files: dict[str, list[str]], folder: Path, root: Path, *
     return RefusedPiece(where, problem, "no map", cure)
 
 
-def _key(name: str, files: dict[str, list[str]], *, alone: bool) -> str:
-    """Under which name without suffix the map of a picture lies, if there is one."""
-    stem = _stem(name)
-    return _stem(Path(name).name) if alone and stem not in files else stem
-
-
-def _orphans(
-    folder: str, files: dict[str, list[str]], pictures: Sequence[str], stems: Counter[str]
-) -> list[Leftover]:
+def _orphans(maps: _Partners, pictures: Sequence[str]) -> list[Leftover]:
     """The maps of a folder that belong to no picture."""
-    taken = {_key(name, files, alone=stems[_stem(Path(name).name)] == 1) for name in pictures}
-    names = [f"{folder}/{name}" for stem, found in files.items() if stem not in taken for name in found]
+    taken = {maps.key(name) for name in pictures}
+    left = [name for stem, found in maps.files.items() if stem not in taken for name in found]
+    names = [f"{maps.folder}/{name}" if maps.folder else name for name in left]
     cure = "bring its picture back, or delete the map"
     return [Leftover(name, True, f"{name} is the map of no picture", cure) for name in names]
 
 
 def _caption_beside(picture: Path, root: Path) -> str:
-    for suffix in CAPTION_SUFFIXES:
-        beside = picture.with_suffix(suffix)
-        if beside.is_file():
-            return read_caption(InsideFile(beside, root))
-    return ""
+    beside = caption_file(picture)
+    return "" if beside is None else read_caption(InsideFile(beside, root))

@@ -16,6 +16,7 @@ from controlkit.picture_files import SUFFIXES, read_text
 from controlkit.training.config_adapter import DataRecipe
 from controlkit.training.data.examples import Example, Piece
 from controlkit.training.data.source_columns import LOOKED_AT, about_maps, choose_columns
+from controlkit.training.data.source_doubts import MAP_FOLDERS
 from controlkit.training.data.source_files import (
     LazyExamples,
     Leftover,
@@ -24,7 +25,7 @@ from controlkit.training.data.source_files import (
     named_file,
     walk,
 )
-from controlkit.training.data.source_pairs import MAP_FOLDERS, POSES, SHEET
+from controlkit.training.data.source_pairs import POSES, SHEET
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 """Hugging Face's imagefolder."""
@@ -52,7 +53,7 @@ def open_rows(
         raise ValueError(f"{file} lists no pictures: it is empty")
     first = [row for _, row in rows[:LOOKED_AT]]
     columns = choose_columns(names, data=data, kind=kind, where=str(file), rows=first)
-    report(f"{file}: {len(rows):,} rows, {about_maps(columns.maps, kind)}")
+    report(f"{file}: {len(rows):,} rows, {about_maps(columns.maps, kind, columns.unused)}")
     wanted = [columns.picture, *columns.maps, *([columns.caption] if columns.caption else [])]
     kept = [(place, [row.get(key, _ABSENT) for key in wanted]) for place, row in rows]
     root, count = file.parent, len(columns.maps)

@@ -20,6 +20,7 @@ from controlkit.naming import did_you_mean
 from controlkit.training.config_adapter import DataRecipe
 from controlkit.training.data.examples import Example, Piece
 from controlkit.training.data.source_columns import CAPTION_NAMES, about_maps
+from controlkit.training.data.source_doubts import likely_map
 from controlkit.training.data.source_files import LazyExamples, RefusedPiece, captions_of, read_caption
 from controlkit.training.data.source_tar import Shard, find_shards, read_index
 
@@ -55,9 +56,15 @@ def open_shards(
         raise ValueError(f"{source}: there is nothing in the shards")
     picture = _picture_members(members, data, source)
     maps = _map_members(members, data, kind, source)
+    picture = [name for name in picture if not any(name in names for names in maps)] or picture
+    if not maps and data.maps != "made":
+        _refuse_twins(shards, picture, kind)
+        _refuse_maps_apart(shards[0])
     caption = _caption_member(members, data)
     shown = ["/".join(names) for names in maps]
-    report(f"{source}: {count:,} examples in {len(shards)} shards, {about_maps(shown, kind)}")
+    unused = ["/".join(_usual_maps(members, kind))] if data.maps == "made" else []
+    about = about_maps(shown, kind, [name for name in unused if name])
+    report(f"{source}: {count:,} examples in {len(shards)} shards, {about}")
     texts: dict[int, tuple[str, ...]] = {}
 
     def make(index: int) -> Example:
@@ -83,6 +90,32 @@ def _member(shard: Shard, row: int, names: Sequence[str]) -> Piece:
     return next((piece for piece in pieces if not isinstance(piece, RefusedPiece)), pieces[0])
 
 
+def _refuse_twins(shards: Sequence[Shard], picture: Sequence[str], kind: str) -> None:
+    """Refuse examples with two pictures that differ in their suffix only: one may be the map."""
+    for shard in shards:
+        columns = [shard.members.index(name) for name in picture if name in shard.members]
+        has = shard.spans[:, columns, 0] >= 0
+        for row in np.flatnonzero(has.sum(axis=1) > 1)[:1]:
+            found = [shard.members[column] for column, there in zip(columns, has[row], strict=True) if there]
+            likely = next((name for name in found if name.rpartition(".")[2] == "png"), found[-1])
+            other = next(name for name in found if name != likely)
+            raise ValueError(
+                f"{shard.path}: {shard.keys[row]} has {' and '.join(found)}: if the {likely} are the maps"
+                f"{f' of {kind}' * bool(kind)}, say so with data.map_column={likely}; to have maps made of"
+                f" the {other}, with data.maps=made"
+            )
+
+
+def _refuse_maps_apart(shard: Shard) -> None:
+    """Refuse maps that have names of their own, and would be examples."""
+    likely = likely_map([f"{key}.jpg" for key in shard.keys]).removesuffix(".jpg")
+    if likely:
+        raise ValueError(
+            f"{shard.path}: {likely} seems to be a map of another example: what belongs together has one name"
+            " up to its first dot (0001.jpg, 0001.map.png); if all are pictures, say so with data.maps=made"
+        )
+
+
 def _picture_members(members: Sequence[str], data: DataRecipe, source: str) -> list[str]:
     if data.picture_column:
         return _named(members, data.picture_column, "picture_column", source)
@@ -102,10 +135,8 @@ def _map_members(members: Sequence[str], data: DataRecipe, kind: str, source: st
         return []
     if data.map_column:
         return [_named(members, name, "map_column", source) for name in data.map_column]
-    for name in (*([kind] if kind else []), *_MAP_NAMES):
-        for suffixes in (PICTURES, ("json",)):
-            if here := [f"{name}.{suffix}" for suffix in suffixes if f"{name}.{suffix}" in members]:
-                return [here]
+    if found := _usual_maps(members, kind):
+        return [found]
     if data.maps == "files":
         raise ValueError(
             f"{source}: no member of the shards is a map that is known by its name: name it with "
@@ -118,6 +149,15 @@ def _map_members(members: Sequence[str], data: DataRecipe, kind: str, source: st
             f"{f' of {kind}' * bool(kind)}, say so with data.map_column={left[0]}; to have maps made of the"
             " pictures, with data.maps=made"
         )
+    return []
+
+
+def _usual_maps(members: Sequence[str], kind: str) -> list[str]:
+    """The members that hold maps by their name: one name with several suffixes."""
+    for name in (*([kind] if kind else []), *_MAP_NAMES):
+        for suffixes in (PICTURES, ("json",)):
+            if here := [f"{name}.{suffix}" for suffix in suffixes if f"{name}.{suffix}" in members]:
+                return here
     return []
 
 

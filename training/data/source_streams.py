@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 from controlkit.training.config_adapter import DataRecipe
 from controlkit.training.data.examples import Example
-from controlkit.training.data.source_columns import Columns, about_maps, choose_columns
+from controlkit.training.data.map_use import about_idle
+from controlkit.training.data.source_columns import LOOKED_AT, Columns, about_maps, choose_columns
 from controlkit.training.data.source_tables import Place, example_of_row, load, plain_errors
 
 _MARKS = 64  # more than the windows that are ever prepared ahead
@@ -150,7 +151,7 @@ def open_stream(
 ) -> Stream:
     """Open a data set of the library datasets for reading from beginning to end: a hub id or local files.
 
-    The first row is read, for the names of its columns where the data does not say them.
+    The first rows are read, for what their columns hold, where the recipe names none of maps.
 
     Raises ValueError, one line: it does not exist, is empty, or a column that is named is not there.
     """
@@ -163,7 +164,13 @@ def open_stream(
             names = list(next(iter(table), {}))
         if not names:
             raise ValueError(f"{data.source}: there are no rows")
-    columns = choose_columns(names, data=data, kind=kind, where=data.source, rows=())
-    report(f"{data.source}: a stream, {about_maps(columns.maps, kind)}")
+    rows: list[Any] = []
+    if data.maps != "made" and not data.map_column:  # nothing else says which columns hold maps
+        with plain_errors(data.source):
+            rows = list(table.take(LOOKED_AT))
+    columns = choose_columns(names, data=data, kind=kind, where=data.source, rows=rows)
+    report(f"{data.source}: a stream, {about_maps(columns.maps, kind, columns.unused)}")
+    if columns.maps and (idle := about_idle(data, kind=kind, count=len(columns.maps))):
+        report(idle)
     wanted = [columns.picture, *columns.maps, *([columns.caption] if columns.caption else [])]
     return Stream(table.select_columns(wanted), columns, Place.of(data.source), data)

@@ -154,7 +154,7 @@ def open_table(
     table = load(source, data)
     first = [table[index] for index in range(min(LOOKED_AT, len(table)))]
     columns = choose_columns(table.column_names, data=data, kind=kind, where=source, rows=first)
-    report(f"{source}: {len(table):,} rows, {about_maps(columns.maps, kind)}")
+    report(f"{source}: {len(table):,} rows, {about_maps(columns.maps, kind, columns.unused)}")
     captions = table.select_columns([columns.caption])[:][columns.caption] if columns.caption else None
     parts = {name: table.select_columns([name]) for name in (columns.picture, *columns.maps)}
     place = Place.of(source)

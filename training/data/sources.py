@@ -3,7 +3,7 @@
 =============  ==============================================================================================
 format         what it is recognised by
 =============  ==============================================================================================
-imagefolder    metadata.jsonl or metadata.csv, here or in a folder named as the split
+imagefolder    metadata.jsonl or metadata.csv, here, in a folder named as the split, or the only one below
 fill50k        prompt.json, or another .json file that is named
 huggingface    state.json or dataset_dict.json (save_to_disk), .parquet or .arrow files, or "owner/name"
 webdataset     .tar files
@@ -14,7 +14,7 @@ paired         pictures, with captions beside them and maps of the same names in
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from controlkit import preprocessors
@@ -22,6 +22,7 @@ from controlkit.picture_files import DEPTH_SUFFIXES, SUFFIXES, unread_below
 from controlkit.preprocessors.linting import KINDS
 from controlkit.training.config_adapter import DataRecipe
 from controlkit.training.data.map_files import sense_of
+from controlkit.training.data.map_use import about_idle
 from controlkit.training.data.source_files import LazyExamples, leads_out, walk
 from controlkit.training.data.source_pairs import POSES, open_pairs
 from controlkit.training.data.source_rows import METADATA, PROMPTS, open_rows
@@ -37,6 +38,7 @@ LAYOUTS = (
     "what the library datasets wrote"
 )
 """What a folder may hold, for messages."""
+_NAMED = 5  # data sets in a message
 
 
 def open_examples(
@@ -69,6 +71,9 @@ def open_examples(
     if not len(examples):
         raise ValueError(f"{data.source}: no picture is there; wanted: {LAYOUTS}")
     _refuse_poses(examples, data, kind)
+    maps = examples[0].maps
+    if maps and (idle := about_idle(data, kind=kind, count=len(maps))):
+        report(idle)
     if 0 < data.limit < len(examples):
         return LazyExamples(data.limit, examples.__getitem__, examples.leftovers)
     return examples
@@ -153,6 +158,8 @@ def _recognise_folder(folder: Path, data: DataRecipe) -> tuple[str, str]:
         return "webdataset", str(folder)
     if suffixes & set(TABLES):
         return "huggingface", str(folder)
+    if wanted == "auto" and (listed := _listing_below(folder, data.split, files)):
+        return ("fill50k" if listed.name == PROMPTS else "imagefolder"), str(listed)
     if suffixes & SUFFIXES and not _other_splits(folder, data):
         return "paired", str(folder)
     but = "".join(f"; {line}" for line in _unread(str(folder)))
@@ -175,6 +182,28 @@ def _listing(folder: Path, split: str, names: tuple[str, ...]) -> Path | None:
                     raise ValueError(problem)
                 return file
     return None
+
+
+def _listing_below(folder: Path, split: str, files: Sequence[str]) -> Path | None:
+    """The file that lists pictures in a folder further down, as repositories of the hub have it.
+
+    Raises ValueError, one line: there are several, and the split does not tell which is meant.
+    """
+    found = {}
+    for name in sorted(files, reverse=True):  # metadata.jsonl goes before metadata.csv
+        place, _, base = name.rpartition("/")
+        if "/" in place and base in (*METADATA, PROMPTS):
+            found[place] = folder / name
+    of_split = [place for place in found if place.rpartition("/")[2] == split]
+    chosen = of_split if len(of_split) == 1 else list(found)
+    if len(chosen) > 1:
+        listed = " or ".join(f"data.source={folder / place}" for place in sorted(found)[:_NAMED])
+        raise ValueError(f"{folder} holds several data sets, of which one is to be named: {listed}")
+    if not chosen:
+        return None
+    if problem := leads_out(found[chosen[0]], folder):
+        raise ValueError(problem)
+    return found[chosen[0]]
 
 
 def _other_splits(folder: Path, data: DataRecipe) -> str:

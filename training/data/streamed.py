@@ -26,25 +26,28 @@ from controlkit.training.data.visits import Visits
 from controlkit.training.draws import derived_seed
 
 Report = Callable[[str], None]
+_LEAST_PER_SHOWN, _LEAST_COMPARED, _SHOWN_TRAINED = 4, 2, 4  # as of stored pairs: see `data.pairs`
 
 
 class StreamFeed:
     """The samples of a stream's batches, by the batch's number; threads may ask."""
 
     def __init__(self, stream: Stream, base: Base, recipe: ControlNetRecipe, *, report: Report) -> None:
-        """The first ``data.holdout`` pairs are not trained on, but shown."""
+        """The first ``data.holdout`` pairs are not trained on, but shown; of few pairs fewer, or none."""
         self.stream, self.base, self.recipe, self.report = stream, base, recipe, report
         self._size = max(recipe.data.shuffle_window, recipe.batch_size, 2 * recipe.data.holdout)
         self._lock = threading.Lock()
         self._window = lru_cache(maxsize=3)(self._read)
         self.encoded = self._window(0)
-        self.shown = list(range(recipe.data.holdout or min(4, self._size)))
-        self.held_out = bool(recipe.data.holdout)
+        # by now the length is known wherever it is less than twice what is to be held out
+        self._held = _held(recipe.data.holdout, stream.length, report)
+        self.shown = list(range(self._held or min(_SHOWN_TRAINED, stream.length or self._size)))
+        self.held_out = bool(self._held)
 
     @property
     def pairs(self) -> int | None:
         """How many there are, once the end was seen."""
-        return None if self.stream.length is None else self.stream.length - self.recipe.data.holdout
+        return None if self.stream.length is None else self.stream.length - self._held
 
     def state(self, number: int) -> dict[str, Any]:
         """Where the stream is to be read for a batch, and how long it is, if that is known."""
@@ -66,8 +69,8 @@ class StreamFeed:
 
     def first_maps(self, count: int) -> list[NDArray[np.uint8]]:
         """The maps of the first pairs that are trained on."""
-        held = self.recipe.data.holdout
-        return maps_of(self.encoded, list(range(held, min(held + count, self._size))))
+        end = min(self._held + count, self._size, self.stream.length or self._size)
+        return maps_of(self.encoded, list(range(self._held, end)))
 
     def _sample(self, position: int) -> Sample:
         window, place = divmod(position, self._size)
@@ -87,13 +90,24 @@ class StreamFeed:
 
     def _spared(self, window: int, index: int) -> int:
         """The place itself, or another where that pair is held out."""
-        held = self.recipe.data.holdout
-        position, length = window * self._size + index, self.stream.length
-        row = position if length is None else position % length
-        return index if row >= held else (index + held) % self._size
+        start, length = window * self._size, self.stream.length
+        while (start + index if length is None else (start + index) % length) < self._held:
+            index = (index + self._held) % self._size  # past the window's end it may be one again
+        return index
 
     def _read(self, number: int) -> Encoded:
         return encoded_live(self.stream.window(number, self._size), self.base, self.recipe, self.report)
+
+
+def _held(asked: int, pairs: int | None, report: Report) -> int:
+    """How many pairs are held out of so many: a quarter at most, and none where no two could be compared."""
+    held = asked if pairs is None else min(asked, pairs // _LEAST_PER_SHOWN)
+    if held < min(asked, _LEAST_COMPARED):
+        report(f"{pairs} pairs are too few to hold some out: what is shown is trained on")
+        return 0
+    if held < asked:
+        report(f"{held} of {pairs} pairs are held out, not {asked}: a quarter at most")
+    return held
 
 
 def encoded_live(

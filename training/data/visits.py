@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from controlkit.naming import unknown
 from controlkit.training.data import map_files
-from controlkit.training.data.map_use import OF_DEPTH, MapUse, uses_of
+from controlkit.training.data.map_use import STYLE, MapUse, idle_options, uses_of
 from controlkit.training.data.mirroring import mirrored_drawing, mirrored_normals
 from controlkit.training.data.views import View, look, make_views, nearest_shape, shapes
 from controlkit.training.draws import derived_seed
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from controlkit.training.data.views import Sampling
 
 _BLUR = (0.4, 2.0)  # pixels, the ends of the spread of map_blur
-_FARTHEST_ASPECT = 1.1  # annotators stretch maps to multiples of 64, which is less than this
+FARTHEST_ASPECT = 1.1
+"""Of a map's aspect to its picture's; annotators stretch maps to multiples of 64, which is less than this."""
 _COLOURED = {"normal", "normalbae", "openpose", "shuffle"}
-_STYLE = "style"
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Visits:
     bits has its own range as black to white, near is white; ``data.options`` may hold ``metric`` (values grow
     with the distance) and ``fill`` (holes are filled from around them). Poses as JSON are scaled, cut and
     mirrored as joints and drawn at the final size, with limbs running out of the picture; ``data.options``
-    may hold ``style``. Mirrored normals change red;
+    may hold ``style``; those of the kind's preprocessor have no use then. Mirrored normals change red;
     mirrored drawings of poses exchange the colours of left and right. Where several maps are stacked, each
     one's column says what it is (a name with "depth", "normal" or "pose" in it); else ``kind`` does.
 
@@ -105,9 +105,9 @@ class Visits:
         self.channels = self._count * (1 if self._grey else 3)
         self.fixed = data.map_blur == 0 and (self._maker is None or self._maker.fixed)
         made_of = (self._grey, kind) if is_made else (self._grey, *self._senses)
-        self.map_settings = (
-            f"{'made' if is_made else 'read on black'} {made_of} {sorted(data.options.items())}"
-        )
+        idle = [] if is_made else idle_options(data, kind=kind, count=self._count)
+        options = sorted((name, value) for name, value in data.options.items() if name not in idle)
+        self.map_settings = f"{'made' if is_made else 'read on black'} {made_of} {options}"
         if self._maker is None:
             self._check_files()
 
@@ -226,7 +226,7 @@ class Visits:
                 poses.people,
                 view.width,
                 view.height,
-                style=self._data.options.get(_STYLE, "v1.1"),
+                style=self._data.options.get(STYLE, "v1.1"),
                 hands=poses.hands,
                 faces=poses.faces,
             )
@@ -246,15 +246,7 @@ class Visits:
 
     def _check_files(self) -> None:
         """Refuse at once what the options and the first example that can be read show."""
-        allowed = [_STYLE] * ("pose" in self._senses) + [*OF_DEPTH] * ("depth" in self._senses)
-        for name in self._data.options:
-            if name not in allowed:
-                which = " and ".join(allowed) or "none"
-                raise ValueError(
-                    f"data.options has {name}, but these maps come from files, for which it is {which};"
-                    " data.maps=made makes maps of the pictures"
-                )
-        style = self._data.options.get(_STYLE, "v1.1")
+        style = self._data.options.get(STYLE, "v1.1")
         from controlkit.preprocessors.drawing import STYLES
 
         if style not in STYLES:
@@ -273,7 +265,7 @@ class Visits:
     def _check_aspect(self, levels: NDArray[Any], name: str, index: int) -> None:
         height, width = levels.shape[:2]
         size = self._size(index)
-        if max(width * size[1], height * size[0]) > _FARTHEST_ASPECT * min(width * size[1], height * size[0]):
+        if max(width * size[1], height * size[0]) > FARTHEST_ASPECT * min(width * size[1], height * size[0]):
             raise ValueError(
                 f"{name} has {width} x {height} pixels, its picture {_times(size)}: another shape"
             )

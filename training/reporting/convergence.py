@@ -183,8 +183,9 @@ def _lost(looks: History, held: int) -> str | None:
 def _unsure(look: Mapping[str, Any]) -> str:
     begin = f"At step {int(look['step'])} another picture's map does worse by {look['gap']:.1%}, but"
     if _pictures(look) < _FEW and not _convincing(look):
+        pictures = "pictures" if look.get(ON_TRAINED) else "held-out pictures"
         return (
-            f"{begin} {_pictures(look)} held-out pictures of one size are too few to be sure of it:"
+            f"{begin} {_pictures(look)} {pictures} of a shared size are too few to be sure of it:"
             " a larger data.holdout would tell."
         )
     return (

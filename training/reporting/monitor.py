@@ -123,12 +123,21 @@ class Monitor:
         unet: where the U-Net is trained, too (``sd_locked=False``); "no map" is then this U-Net alone. The
         networks are left as they were, and no random number is drawn.
         """
+        return _summary(*self.errors(controlnet, unet))
+
+    def errors(
+        self, controlnet: ControlNetModel, unet: UNet2DConditionModel | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What `look` is the summary of: errors with the true map, without one, and with another's, each
+        (pictures, levels).
+        """
         with torch.no_grad(), evaluating(controlnet, unet):
             hints = join_hints([encode_hint(controlnet, rows) for rows in self._cond.split(self.batch_size)])
             true = self._losses(controlnet, hints, unet)
             other = self._losses(controlnet, map_hint(hints, lambda part: part.roll(1, dims=0)), unet)
             alone = self._losses(None, hints, unet) if unet is not None else self._alone(hints)
-        return _summary(*(rows.reshape(len(hints[0]), -1) for rows in (true, alone, other)))
+        count = len(self._text)
+        return true.reshape(count, -1), alone.reshape(count, -1), other.reshape(count, -1)
 
     def _alone(self, hints: Hint) -> Tensor:
         if self._base_alone is None:  # a locked base answers the same at every look
@@ -166,6 +175,14 @@ class Monitor:
             only_mid_control=self.only_mid_control,
         )
         return (model_pred.float() - self._target[rows.to(device)]).square().mean(dim=(1, 2, 3))
+
+
+def look_at_all(
+    monitors: Sequence[Monitor], controlnet: ControlNetModel, unet: UNet2DConditionModel | None = None
+) -> Gap:
+    """One look at the pictures of several monitors, each of pictures of one size: see `Monitor.look`."""
+    errors = [monitor.errors(controlnet, unet) for monitor in monitors]
+    return _summary(*(torch.cat(parts) for parts in zip(*errors, strict=True)))
 
 
 def as_cond(maps: Tensor | Sequence[NDArray[Any]] | NDArray[Any]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 from controlkit.hub import first_sentence
@@ -59,5 +60,5 @@ def push_to_hub(folder: Path, repo_id: str, *, private: bool = False) -> str:
 def _kept(folder: Path, repo_id: str, reason: str) -> ValueError:
     return ValueError(
         f"the adapter is complete in {folder} but not on the hub: {reason.rstrip('.')};"
-        f" to upload it later: hf upload {repo_id} {folder}"
+        f" to upload it later: hf upload {repo_id} {shlex.quote(str(folder))}"
     )

@@ -19,7 +19,7 @@ from controlkit.training.config_adapter import WORLD_KINDS, ControlNetRecipe
 from controlkit.training.data.encoded import Encoded, Outline, Sample, levels_of
 from controlkit.training.data.order import Turn
 from controlkit.training.reporting.convergence import ON_TRAINED, advice_for, hold_told, took_hold
-from controlkit.training.reporting.monitor import Monitor
+from controlkit.training.reporting.monitor import Monitor, look_at_all
 from controlkit.training.reporting.scores import AS_PLANNED, ControlScores, Pair, Scorer, as_used
 
 if TYPE_CHECKING:
@@ -60,20 +60,21 @@ class Shown:
         alphas_cumprod: Tensor,
         added_cond: AddedCond,
         on_device: Callable[[], AbstractContextManager[None]],
+        report: Callable[[str], None],
     ) -> None:
         """``held_out``: whether the pairs are kept from the training. ``on_device``: within its block all of
-        the base's parts are on its device.
+        the base's parts are on its device. ``report``: told, once, what is not watched.
         """
         self.recipe, self.base, self.encoded, self.indices = recipe, base, encoded, list(indices)
         self.alphas_cumprod, self.added_cond, self.on_device = alphas_cumprod, added_cond, on_device
-        self.held_out = held_out
+        self.held_out, self.report = held_out, report
 
     def look(self, controlnet: ControlNetModel) -> dict[str, float]:
         """Whether the map is used: see `controlkit.training.reporting.monitor`."""
-        if self._monitor is None:
+        if not self._monitors:
             return {}
         unet = None if self.recipe.sd_locked else self.base.unet
-        found = self._monitor.look(as_used(controlnet, self.base), unet).row()
+        found = look_at_all(self._monitors, as_used(controlnet, self.base), unet).row()
         return found if self.held_out else {**found, ON_TRAINED: 1}
 
     def remark(self, rows: Sequence[dict[str, Any]]) -> str | None:
@@ -116,11 +117,26 @@ class Shown:
         return np.hstack([np.vstack(column) for column in _of_one_height(columns)])
 
     @cached_property
-    def _monitor(self) -> Monitor | None:
-        samples = [self.encoded.sample(Turn(index, 0)) for index in self.indices]
-        alike = [s for s in samples if s.levels.shape == samples[0].levels.shape]
-        if len(alike) < 2:
-            return None
+    def _monitors(self) -> list[Monitor]:
+        """One for each size that at least two of the pictures have: a picture is shown another's map."""
+        by_shape: dict[tuple[int, ...], list[Sample]] = {}
+        for index in self.indices:
+            sample = self.encoded.sample(Turn(index, 0))
+            by_shape.setdefault(sample.levels.shape, []).append(sample)
+        watched = [alike for alike in by_shape.values() if len(alike) > 1]
+        if (count := sum(map(len, watched))) < len(self.indices):
+            self.report(self._unwatched(count))
+        return [self._monitor(alike, number) for number, alike in enumerate(watched)]
+
+    def _unwatched(self, count: int) -> str:
+        """What to say where so many of the pictures are watched, and not all."""
+        of, pictures = len(self.indices), "held-out pictures" if self.held_out else "pictures that are shown"
+        cure = "a larger data.holdout, or data.buckets=false, lets more be compared"
+        if not count:
+            return f"no look at whether the map is used: of {pictures} ({of}) no two have one size; {cure}"
+        return f"{of - count} of {of} {pictures} are not compared: each has a size of its own; {cure}"
+
+    def _monitor(self, alike: Sequence[Sample], number: int) -> Monitor:
         text = self.encoded.text([sample.example.caption for sample in alike])
         return Monitor(
             self.base,
@@ -128,7 +144,7 @@ class Shown:
             images.levels_to_cond(levels_of(alike)),
             text.encoder_hidden_states.to(self.base.device, self.base.dtype),
             self.added_cond(text.pooled, alike),
-            seed=self.recipe.seed,
+            seed=self.recipe.seed + number,  # each size has noise of its own
             alphas_cumprod=self.alphas_cumprod,
             only_mid_control=self.recipe.only_mid_control,
         )

@@ -1,0 +1,100 @@
+"""Adapters as training programs save them: nested, wrapped, and with what training left beside them."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from adapter_files import controlnet_of, original_controlnet, refusal, residuals, same, saved
+from outcomes import Run
+
+from controlkit.adapters import load_adapter
+from controlkit.base import Base
+from controlkit.formats.adapter_file import open_adapter_file
+
+OPTIMIZER = {
+    "state": {0: {"exp_avg": torch.zeros(3), "step": torch.tensor(7)}},
+    "param_groups": [{"lr": 1.0}],
+}
+
+
+@pytest.fixture(scope="module")
+def network(sd1: Base) -> Any:
+    return controlnet_of(sd1)
+
+
+def check(file: Path, network: Any, base: Base) -> None:
+    """A file is read as this network, and of its size."""
+    opened = open_adapter_file(file)
+    assert opened.parameters == sum(tensor.numel() for tensor in network.state_dict().values())
+    controlnet = load_adapter(str(file), base=base).controlnet
+    assert same(residuals(controlnet, base), residuals(network, base))
+
+
+@pytest.mark.parametrize(
+    "name", ["model_state_dict", "controlnet", "net", "params", "module", "weights", "state_dict", "model"]
+)
+def test_the_entry_that_holds_the_network(name: str, network: Any, sd1: Base, tmp_path: Path) -> None:
+    beside = {
+        "optimizer": OPTIMIZER,
+        "params_ema": {"a": torch.zeros(2)},
+        "epoch": 3,
+        "scheduler": {"last": 1},
+    }
+    for state in (dict(network.state_dict()), original_controlnet(network)):
+        torch.save({name: state, **beside}, tmp_path / "a.pth")
+        check(tmp_path / "a.pth", network, sd1)
+
+
+def test_an_entry_within_an_entry(network: Any, sd1: Base, tmp_path: Path) -> None:
+    torch.save({"model": {"state_dict": network.state_dict()}, "epoch": 1}, tmp_path / "a.pth")
+    check(tmp_path / "a.pth", network, sd1)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+@pytest.mark.parametrize("prefix", ["controlnet.", "_orig_mod.", "module.", "module._orig_mod."])
+def test_a_wrapped_network(prefix: str, suffix: str, network: Any, sd1: Base, tmp_path: Path) -> None:
+    for state in (
+        network.state_dict(),
+        original_controlnet(network),
+        original_controlnet(network, prefix="control_model."),
+    ):
+        wrapped = {f"{prefix}{key}": tensor for key, tensor in state.items()}
+        check(saved(wrapped, tmp_path / f"a{suffix}"), network, sd1)
+
+
+def test_a_prefix_of_some_names_alone_is_no_wrapping(network: Any, sd1: Base, tmp_path: Path) -> None:
+    state = {f"controlnet.{key}": tensor for key, tensor in network.state_dict().items()}
+    file = saved({**state, "unet.a": torch.zeros(2)}, tmp_path / "a.safetensors")
+    refusal(file, sd1, "is no adapter that controlkit knows")
+
+
+@pytest.mark.parametrize("is_original", [True, False])
+def test_what_training_left_beside_the_weights(
+    is_original: bool, network: Any, sd1: Base, models: Path, run: Run, tmp_path: Path
+) -> None:
+    state = original_controlnet(network, prefix="control_model.") if is_original else network.state_dict()
+    counted = {**state, "global_step": torch.tensor(5), "epoch": torch.tensor(1)}
+    torch.save(
+        {**counted, "optimizer": OPTIMIZER, "lr_scheduler": {"last": torch.tensor(1)}}, tmp_path / "a.pth"
+    )
+    for file in (tmp_path / "a.pth", saved(counted, tmp_path / "b.safetensors")):
+        check(file, network, sd1)
+        assert ": yes" in run("info", file, "--base", models / "sd1").done()
+        run("convert", file, "out.safetensors", "--to", "single", "--base", models / "sd1").done()
+        check(tmp_path / "out.safetensors", network, sd1)
+
+
+def test_an_optimizer_alone_is_no_adapter(sd1: Base, tmp_path: Path) -> None:
+    torch.save({"optimizer": OPTIMIZER}, tmp_path / "a.pth")
+    refusal(
+        tmp_path / "a.pth", sd1, "is no adapter that controlkit knows: it holds optimizer.state.0.exp_avg"
+    )
+
+
+def test_tensors_without_numbers(network: Any, sd1: Base, run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "a.pth"
+    torch.save({**network.state_dict(), "conv_in.bias": torch.zeros(16, device="meta")}, file)
+    message = f"{file} has a shape for conv_in.bias and no numbers (torch's meta device)"
+    refusal(file, sd1, message)
+    assert message in run("info", file).refused()

@@ -1,0 +1,68 @@
+"""Maps at another size: as a training resizes them, so that an adapter sees what it was trained on."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from outcomes import Run
+
+from controlkit.control import Control
+from controlkit.generate_plan import _pixels
+from controlkit.images import load_map, write_png
+from controlkit.map_sizes import cover_map
+from controlkit.training.data.map_files import read_levels
+
+
+def labels() -> np.ndarray:
+    """Regions of eight colours with slanted borders, (90, 120, 3)."""
+    y, x = np.mgrid[:90, :120]
+    which = ((x + 2 * y) // 40 + (x - y) // 30) % 8
+    return np.random.default_rng(3).integers(0, 256, (8, 3), dtype=np.uint8)[which]
+
+
+def colours(image: np.ndarray) -> set[bytes]:
+    return {pixel.tobytes() for pixel in image.reshape(-1, 3)}
+
+
+@pytest.mark.parametrize(("kind", "kept"), [("seg", True), ("", True), ("openpose", True), ("normal", False)])
+def test_colours_that_mean_something_are_never_blended(kind: str, kept: bool) -> None:
+    image = labels()
+    for width, height in ((64, 64), (200, 150)):
+        found = cover_map(image, width, height, kind=kind)
+        assert found.shape == (height, width, 3)
+        assert (colours(found) <= colours(image)) is kept
+
+
+def test_depth_of_few_levels_is_still_resampled_smoothly() -> None:
+    ramp = np.repeat(np.linspace(0, 255, 12).astype(np.uint8)[None, :, None], 12, axis=0).repeat(3, axis=2)
+    assert len(np.unique(cover_map(ramp, 48, 48, kind="depth"))) > 12
+    assert len(np.unique(cover_map(ramp, 48, 48, kind="seg"))) == 12
+
+
+def test_a_control_takes_labels_as_they_are(load) -> None:
+    from adapter_files import controlnet_of
+
+    cond = Control(controlnet_of(load("sd1")), labels(), kind="seg").cond_for(64, 64)
+    levels = (cond[0].permute(1, 2, 0) * 255).round().numpy().astype(np.uint8)
+    assert colours(levels) <= colours(labels())
+
+
+def test_deep_depth_becomes_black_to_white_as_in_training(tmp_path: Path, run: Run) -> None:
+    y, x = np.mgrid[:64, :64]
+    deep = (800 + 40 * x + 40 * y).astype(np.uint16)
+    path = tmp_path / "depth.png"
+    cv2.imwrite(str(path), deep)
+    found = _pixels(str(path), "depth", is_map=True)
+    assert (found.min(), found.max(), found.dtype, found.shape) == (0, 255, np.uint8, (64, 64, 3))
+    assert np.array_equal(found, read_levels(path.read_bytes(), "it", grey=False, depth=True))
+    np.save(tmp_path / "depth.npy", deep.astype(np.float32))
+    assert np.array_equal(_pixels(str(tmp_path / "depth.npy"), "depth", is_map=True), found)
+    write_png(tmp_path / "eight.png", found)  # eight bits are taken as they are
+    assert np.array_equal(_pixels(str(tmp_path / "eight.png"), "depth", is_map=True), found)
+    assert np.array_equal(_pixels(str(path), "canny", is_map=True), load_map(path))
+    out = run("generate", "a cube", "--map", f"depth={path}", "--steps", 1, "-o", tmp_path / "out.png")
+    assert "looks like" not in out.err
+    out.done()
+    run("generate", "--like", tmp_path / "out.png", "-o", tmp_path / "again.png").done()
+    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "out.png").read_bytes()
