@@ -19,7 +19,7 @@ Report = Callable[[str], None]
 WORLD = "world"
 _LEAST_PER_SHOWN = 4  # pairs for each that is held out: no more than a quarter of them
 _LEAST_COMPARED = 2  # held-out pairs: the monitor shows a picture another one's map
-_SHOWN_TRAINED = 4  # pairs that are shown where none is held out
+SHOWN_TRAINED = 4  # pairs that are shown where none is held out
 _NAMED = 5  # pairs in a message
 _WORTH_SAYING = ("duplicate", "tiny", "no caption")
 
@@ -70,7 +70,7 @@ def _world(recipe: ControlNetRecipe, report: Report) -> Pairs:
     examples = world_examples(world, kinds, made=made, title="training")
     examples += world_examples(validation, kinds, made=made, title="validation")[: data.holdout]
     height, width = world.picture[0].shape[:2]
-    shown = list(range(scenes, len(examples))) or list(range(min(_SHOWN_TRAINED, scenes)))
+    shown = list(range(scenes, len(examples))) or list(range(min(SHOWN_TRAINED, scenes)))
     return Pairs(examples, [(width, height)] * len(examples), list(range(scenes)), shown)
 
 
@@ -103,11 +103,20 @@ def _divided(
 ) -> tuple[list[int], list[int]]:
     """The pairs to train on, and those to show."""
     order = np.random.default_rng(derived_seed(seed, "holdout")).permutation(len(usable))
-    held = min(data.holdout, len(usable) // _LEAST_PER_SHOWN)
-    if held < min(data.holdout, _LEAST_COMPARED):
-        report(f"{len(usable)} pairs are too few to hold some out: what is shown is trained on")
-        held = 0
-    elif held < data.holdout:
-        report(f"{held} of {len(usable)} pairs are held out, not {data.holdout}: a quarter at most")
-    chosen = sorted(usable[k] for k in order[: held or _SHOWN_TRAINED])
+    held = held_of(data.holdout, len(usable), report)
+    chosen = sorted(usable[k] for k in order[: held or SHOWN_TRAINED])
     return sorted(set(usable) - set(chosen)) if held else list(usable), chosen
+
+
+def held_of(asked: int, pairs: int | None, report: Report) -> int:
+    """How many pairs are held out of so many: a quarter at most, and none where no two could be compared.
+
+    pairs: None where it is not known, and more than enough.
+    """
+    held = asked if pairs is None else min(asked, pairs // _LEAST_PER_SHOWN)
+    if held < min(asked, _LEAST_COMPARED):
+        report(f"{pairs} pairs are too few to hold some out: what is shown is trained on")
+        return 0
+    if held < asked:
+        report(f"{held} of {pairs} pairs are held out, not {asked}: a quarter at most")
+    return held

@@ -21,12 +21,12 @@ from controlkit.training.data.encoded import Encoded, Sample
 from controlkit.training.data.examples import Example, picture_size
 from controlkit.training.data.feeds import maps_of
 from controlkit.training.data.order import Turn
+from controlkit.training.data.pairs import SHOWN_TRAINED, held_of
 from controlkit.training.data.source_streams import Stream
 from controlkit.training.data.visits import Visits
 from controlkit.training.draws import derived_seed
 
 Report = Callable[[str], None]
-_LEAST_PER_SHOWN, _LEAST_COMPARED, _SHOWN_TRAINED = 4, 2, 4  # as of stored pairs: see `data.pairs`
 
 
 class StreamFeed:
@@ -40,8 +40,8 @@ class StreamFeed:
         self._window = lru_cache(maxsize=3)(self._read)
         self.encoded = self._window(0)
         # by now the length is known wherever it is less than twice what is to be held out
-        self._held = _held(recipe.data.holdout, stream.length, report)
-        self.shown = list(range(self._held or min(_SHOWN_TRAINED, stream.length or self._size)))
+        self._held = held_of(recipe.data.holdout, stream.length, report)
+        self.shown = list(range(self._held or min(SHOWN_TRAINED, stream.length or self._size)))
         self.held_out = bool(self._held)
 
     @property
@@ -97,17 +97,6 @@ class StreamFeed:
 
     def _read(self, number: int) -> Encoded:
         return encoded_live(self.stream.window(number, self._size), self.base, self.recipe, self.report)
-
-
-def _held(asked: int, pairs: int | None, report: Report) -> int:
-    """How many pairs are held out of so many: a quarter at most, and none where no two could be compared."""
-    held = asked if pairs is None else min(asked, pairs // _LEAST_PER_SHOWN)
-    if held < min(asked, _LEAST_COMPARED):
-        report(f"{pairs} pairs are too few to hold some out: what is shown is trained on")
-        return 0
-    if held < asked:
-        report(f"{held} of {pairs} pairs are held out, not {asked}: a quarter at most")
-    return held
 
 
 def encoded_live(
