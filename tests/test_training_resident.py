@@ -10,6 +10,8 @@ from killed_runs import recipe, write_pictures
 from safetensors.torch import load_file
 from tiny_models import build
 
+from controlkit.adapters import load_adapter, write_adapter
+from controlkit.base import load_base
 from controlkit.images import levels_to_cond
 from controlkit.training import train_recipe
 from controlkit.training.data.resident import SHARE, room_for
@@ -53,6 +55,21 @@ def test_resident_data_changes_nothing(place, changes):
     assert resident == losses
     assert moved.keys() == weights.keys()
     assert all(torch.equal(moved[name], weights[name]) for name in weights)
+
+
+@pytest.mark.parametrize("ema", [0.5, 0.0])
+def test_a_checkpoint_is_an_adapter_with_the_averages_if_there_are_any(ema, place, tmp_path):
+    run(place, f"checkpoint-{ema}", ema=ema, export_dtype="fp32")
+    folder = place / f"checkpoint-{ema}"
+    (checkpoint,) = (folder / "checkpoints").iterdir()
+    base = load_base(str(place / "base"))
+    found = load_adapter(str(checkpoint), base=base).controlnet.state_dict()
+    result = load_adapter(str(folder / "controlnet"), base=base).controlnet.state_dict()
+    assert found.keys() == result.keys()
+    assert all(torch.equal(found[name], result[name]) for name in result)
+    write_adapter(load_adapter(str(checkpoint), base=base), tmp_path / "one.safetensors", layout="single")
+    again = load_adapter(str(tmp_path / "one.safetensors"), base=base).controlnet.state_dict()
+    assert all(torch.equal(again[name], result[name]) for name in result)
 
 
 @pytest.mark.parametrize("mixed", [False, True])

@@ -20,6 +20,7 @@ BUNDLED_ADAPTERS: Mapping[str, Path] = {
 }
 USUAL = "diffusion_pytorch_model"  # how diffusers calls the weights in a model's folder
 
+_OF_CHECKPOINT = {"weights.safetensors", "optimizer.safetensors"}
 _HUB_FILES = (
     "config.json",
     f"{USUAL}*.safetensors",
@@ -90,8 +91,10 @@ def check_only_adapter(folder: Path) -> None:
 
 
 def only_weights(folder: Path) -> Path | None:
-    """The weight file of a folder that holds exactly one."""
+    """The weight file of a folder that holds exactly one, or is a checkpoint of a training of ours."""
     found = [file for file in folder.iterdir() if file.suffix in SUFFIXES and file.is_file()]
+    if {file.name for file in found} == _OF_CHECKPOINT:
+        return folder / "weights.safetensors"
     return found[0] if len(found) == 1 else None
 
 

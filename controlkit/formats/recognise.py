@@ -35,6 +35,7 @@ _ASIDE = re.compile(  # what training saves beside a network, and no weight of i
     r"(optimizers?|optimizer_state\w*|(lr_)?schedulers?|(lr_)?scheduler_state\w*|(grad_)?scaler)\."
     r"|(global_step|step|epoch|iteration|iter|current_iter)$"
 )
+_OF_TRAINING = ("average.controlnet.", "model.controlnet.")  # in checkpoints of ours: averages come first
 _OF_BASES = re.compile(  # beside the control network, in the original's own checkpoints
     r"(model\.diffusion_model|first_stage_model|cond_stage_model|model_ema)\."
     r"|(betas|logvar|scale_factor|alphas_cumprod\w*|sqrt_\w+|posterior_\w+|log_one_minus_\w+|lvlb_weights)$"
@@ -60,12 +61,20 @@ def recognise(entries: Mapping[str, Stored], where: object) -> Recognised:
     keys that its kind does not have (the first is named, the others are counted).
     """
     bare = {key: entry for key, entry in entries.items() if not _ASIDE.match(key)} or entries
+    for prefix in _OF_TRAINING:
+        if any(key.startswith(prefix) for key in bare):
+            return _recognise_below(prefix, bare, where)
     found = _WRAPPED.match(next(iter(bare)))
     if found and all(key.startswith(found[0]) for key in bare):
-        inner = {key.removeprefix(found[0]): entry for key, entry in bare.items()}
-        kind, layout, names = _recognise(inner, where)
-        return Recognised(kind, layout, {found[0] + key: name for key, name in names.items()})
+        return _recognise_below(found[0], bare, where)
     return _recognise(bare, where)
+
+
+def _recognise_below(prefix: str, entries: Mapping[str, Stored], where: object) -> Recognised:
+    """The same of those names alone that begin so."""
+    inner = {key.removeprefix(prefix): entry for key, entry in entries.items() if key.startswith(prefix)}
+    kind, layout, names = _recognise(inner, where)
+    return Recognised(kind, layout, {prefix + key: name for key, name in names.items()})
 
 
 def _recognise(entries: Mapping[str, Stored], where: object) -> Recognised:
