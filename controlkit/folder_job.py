@@ -133,7 +133,7 @@ def run(job: Plan, report: FolderReport) -> Result:
         for suffix, count in job.unread.items():
             report.note(f"left out, for that format is not read: {count} of {suffix}")
     processes.wait()
-    _make_maps(job, todo, extractors, result, report)
+    _make_maps(job, todo, extractors, result, report, share=len(_share(job, processes)))
     shares = processes.gather([result])
     result.made, result.kept = sum(share.made for share in shares), sum(share.kept for share in shares)
     result.black = [path for share in shares for path in share.black]
@@ -144,12 +144,17 @@ def run(job: Plan, report: FolderReport) -> Result:
     return result
 
 
+def _share(job: Plan, processes: Processes) -> Sequence[Picture]:
+    """The pictures of this process."""
+    return job.folder.pictures[processes.index :: processes.count]
+
+
 def _missing(job: Plan, processes: Processes, result: Result) -> Todo:
     """What this process has to make: of its share of the pictures the kinds that are not there."""
-    pictures = job.folder.pictures[processes.index :: processes.count]
     kinds = job.folder.kinds
     missing = {
-        picture: list(kinds) if job.overwrite else job.folder.missing_kinds(picture) for picture in pictures
+        picture: list(kinds) if job.overwrite else job.folder.missing_kinds(picture)
+        for picture in _share(job, processes)
     }
     result.kept = sum(len(kinds) - len(missing_kinds) for missing_kinds in missing.values())
     return {picture: missing_kinds for picture, missing_kinds in missing.items() if missing_kinds}
@@ -166,12 +171,18 @@ def _loaded(job: Plan, todo: Todo, processes: Processes, report: FolderReport) -
 
 
 def _make_maps(
-    job: Plan, todo: Todo, extractors: dict[str, Preprocessor], result: Result, report: FolderReport
+    job: Plan,
+    todo: Todo,
+    extractors: dict[str, Preprocessor],
+    result: Result,
+    report: FolderReport,
+    *,
+    share: int,
 ) -> None:
-    """Make the maps of this process's share of the pictures."""
+    """Make the maps of this process's share of the pictures, so many."""
     if not todo:
         return
-    report.status(f"{', '.join(extractors)}: {len(todo)} of {len(job.folder.pictures)} pictures")
+    report.status(f"{', '.join(extractors)}: {len(todo)} of {share} pictures")
     done = 0
 
     def finished(picture: Picture, outcome: Outcome) -> None:
