@@ -48,8 +48,8 @@ class ControlRecord:
 
     kind: canny, openpose, depth. path: of the source picture, as it was given. sha256: of that file's
     bytes, in hex. is_map: whether the file already was the map. adapter: name, folder or hub id;
-    adapter_mark: `finding.mark_of` it. mask: the
-    file of the region, "" for none. The rest is as in `control.Control`.
+    adapter_mark: its `finding.mark_of`. mask: the file of the region, "" for none. The rest is as in
+    `control.Control`.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}

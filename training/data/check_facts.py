@@ -61,7 +61,7 @@ def look_at_picture(piece: Piece, *, thorough: bool) -> Facts:
     """Read a picture to its end.
 
     thorough: find out whether it is grey, too. Otherwise a PNG is judged by its check sums and unpacked
-    without being decoded, some three times as fast; damage shows all the same.
+    without being decoded, which is faster; damage shows all the same.
 
     Raises ValueError, one line with the piece's name: not there, no picture, damaged, cut off, too large.
     """

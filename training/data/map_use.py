@@ -95,9 +95,8 @@ def idle_options(data: DataRecipe, *, kind: str, count: int) -> list[str]:
 
     kind, count: as for `uses_of`. Raises ValueError, one line, for an option that neither of them has.
     """
-    allowed = _of_files(data, kind=kind, count=count)
+    allowed, idle = _options(data, kind=kind, count=count)
     made = preprocessors.options_of(kind) if kind in preprocessors.names() else []
-    idle = [name for name in data.options if name not in allowed]
     for name in idle:
         if name not in made:
             raise ValueError(
@@ -109,18 +108,18 @@ def idle_options(data: DataRecipe, *, kind: str, count: int) -> list[str]:
 
 def about_idle(data: DataRecipe, *, kind: str, count: int) -> str:
     """Say in one line which options have no use as the maps come from files; "" where all have."""
-    allowed = _of_files(data, kind=kind, count=count)
-    idle = [name for name in data.options if name not in allowed]
+    _, idle = _options(data, kind=kind, count=count)
     if not idle:
         return ""
     verb = "are" if len(idle) > 1 else "is"
     return f"data.options: {' and '.join(idle)} {verb} not used, for the maps are read from files, not made"
 
 
-def _of_files(data: DataRecipe, *, kind: str, count: int) -> list[str]:
-    """The options that there are for maps from files."""
+def _options(data: DataRecipe, *, kind: str, count: int) -> tuple[list[str], list[str]]:
+    """The options that there are for maps from files, and those of the recipe that are none of them."""
     senses = senses_of(data.map_column, kind=kind, count=count)
-    return [STYLE] * ("pose" in senses) + [*OF_DEPTH] * ("depth" in senses)
+    allowed = [STYLE] * ("pose" in senses) + [*OF_DEPTH] * ("depth" in senses)
+    return allowed, [name for name in data.options if name not in allowed]
 
 
 def senses_of(columns: Sequence[str], *, kind: str, count: int) -> list[Sense]:
