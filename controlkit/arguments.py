@@ -113,9 +113,15 @@ def control_text(kind: str, path: str, how: Mapping[str, Any]) -> str:
     return ":".join([*parts, *(["only_mid=true"] if how.get("only_mid") else [])])
 
 
+def number_text(value: float) -> str:
+    """A number as it is written on a command line: 1, 0.75; it is read as the same number."""
+    value = float(value)
+    return str(int(value)) if value.is_integer() else repr(value)
+
+
 def _joined(value: Any, between: str) -> str:
     if isinstance(value, int | float):
-        return str(int(value)) if float(value).is_integer() else repr(float(value))
+        return number_text(value)
     return value if isinstance(value, str) else between.join(_joined(one, between) for one in value)
 
 

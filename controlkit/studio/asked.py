@@ -95,12 +95,6 @@ def _written(control: AskedControl, keep: Path) -> str:
     return control_text(control.kind, str(path), vars(control))
 
 
-def number(value: float) -> str:
-    """A number as it is written on a command line: 1, 0.75; it is read as the same number."""
-    value = float(value)
-    return str(int(value)) if value.is_integer() else repr(value)
-
-
 def between(value: Any, low: float, high: float, what: str) -> float:
     """What a slider or its field holds. Raises ValueError for nothing, and for what lies outside."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:

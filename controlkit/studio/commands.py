@@ -5,9 +5,8 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
-from controlkit.arguments import control_text
+from controlkit.arguments import control_text, number_text
 from controlkit.infotext import PictureRecord
-from controlkit.studio.asked import number
 
 OUTPUT = "again.png"  # what both write
 
@@ -23,7 +22,7 @@ def command(record: PictureRecord) -> str:
     if record.prompt_syntax != "plain":
         words += ["--prompt-syntax", record.prompt_syntax]
     words += ["--seed", str(record.seed), "--steps", str(record.steps)]
-    words += ["--guidance", number(record.guidance), "--scheduler", record.scheduler]
+    words += ["--guidance", number_text(record.guidance), "--scheduler", record.scheduler]
     words += ["--width", str(record.width), "--height", str(record.height)]
     words += ["--device", record.device, "-o", OUTPUT]
     return shlex.join(_safe(words))
