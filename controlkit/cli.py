@@ -215,14 +215,15 @@ def generate(
     """Make pictures that follow a prompt and the edges, pose or depth of another picture."""
     started = time.monotonic()
     typer.echo("reading what is asked for ...", err=True)  # before anything that takes time
-    from controlkit import arguments, generate_job, grid_job
+    from controlkit import arguments, generate_job, grid_axes, grid_job
     from controlkit.generate_notes import without_effect
     from controlkit.generate_plan import Options, check_preview
 
     words = [word for word in (prompt, *context.args) if word is not None]
-    prompt, axes_texts = grid_job.split_words(words, grid or ())
+    prompt, axes_texts = grid_axes.split_words(words, grid or ())
+    axes = grid_axes.parse_axes(axes_texts) if axes_texts else []
     asked = {name: value for name, value in context.params.items() if value is not None}
-    asked["prompt"] = prompt
+    asked["prompt"] = grid_job.first_prompt(axes, prompt)
     given = {
         name.rstrip("_"): value
         for name, value in asked.items()
@@ -253,7 +254,6 @@ def generate(
             output=output,
             like=like,
         )
-        axes = grid_job.parse_axes(axes_texts) if axes_texts else []
         shown = None if preview is None else check_preview(preview, plan)
         if axes:
             grid_job.check(plan, axes)

@@ -16,7 +16,7 @@ import numpy as np
 
 from controlkit import generate_notes, images, infotext, known_adapters, naming, notices, preprocessors
 from controlkit.generate_models import Models
-from controlkit.generate_plan import INPAINT, Beginning, Plan, Source, adapted, versions
+from controlkit.generate_plan import INPAINT, Beginning, Options, Plan, Source, adapted, versions
 from controlkit.generate_plan import plan as plan
 from controlkit.generate_preview import Preview, Show
 from controlkit.infotext import ControlRecord, PictureRecord
@@ -87,30 +87,16 @@ class Session:
         report: Report,
         *,
         preview: Path | Show | None = None,
-        by_clip: bool = False,
+        also: Sequence[Options] = (),
         models: Models | None = None,
     ) -> None:
         """Load everything. `first` is the record of the plan's first picture, with all that was decided.
 
-        by_clip: a CLIP guides, whether or not it does in the first picture. models: what is loaded already.
+        also: the options of further pictures that are to be made. models: what is loaded already.
         """
         models = models or Models()
-        for source in job.sources:
-            record = source.record
-            known_adapters.check(record.kind, record.adapter, job.options.base)
         report.status(f"loading the libraries and the base {job.options.base}")
-        from controlkit.adapters import check_adapter
-        from controlkit.base import check_base
-        from controlkit.clip_guidance import check_clip
-
-        clip = job.options.clip if job.options.clip_guidance or by_clip else ""
-        if job.options.clip and (clip or "clip" in job.given):
-            check_clip(job.options.clip)
-        check_base(job.options.base)
-        job.additions.check_names()
-        for source in job.sources:
-            if source.record.adapter:
-                check_adapter(source.record.adapter)  # before gigabytes of base are downloaded or loaded
+        check_names(job, also)
         device, dtype = pick_device(job.options.device, job.options.dtype, base=job.options.base)
         self.job, self.report = job, report
         rests = bool(job.options.memory) or job.options.memory_limit is not None
@@ -120,20 +106,26 @@ class Session:
         self.picture_prompts = job.additions.picture_prompts(self.base)
         self.first, self.sources = _decided(job, self.base)
         self.adapters = _adapters(self.sources, self.base, models, report, rests=rests)
-        self.clip = _clip(clip, self.base, report, rests=rests)
+        self.clip = _clip(job.options.clip if _asks_clip(job, also) else "", self.base, report, rests=rests)
         self.preview = None if preview is None else Preview(preview, self.base)
+        self._prompts = {
+            text or "" for one in (job.options, *also) for text in (one.prompt, one.negative_prompt)
+        }
         self._warn()
         self._doubted: set[str] = set()  # of a grid's schedulers, each said once
         self._maps: dict[tuple[object, ...], Any] = {}
         self.first = self._within_memory(self.first)
+
+    def decided(self, job: Plan) -> PictureRecord:
+        """The record of the first picture of another plan, for which the same is loaded."""
+        return replace(_decided(job, self.base)[0], memory=self.first.memory)
 
     def _warn(self) -> None:
         """Warn of what is not as it was asked for, now that the device and the size are known."""
         options, device = self.job.options, self.base.device
         if options.cuda_graph and options.device == "auto" and device.type != "cuda":
             notices.warn(f"--cuda-graph has no effect on the device {device}", stacklevel=2)
-        prompts = (self.first.prompt, self.first.negative_prompt or "")
-        for line in (*generate_notes.of_words(self._taught, prompts), *self._cut()):
+        for line in (*generate_notes.of_words(self._taught, self._prompts), *self._cut()):
             notices.warn(line, stacklevel=2)
         beginning = self.job.beginning
         scaled = None if beginning is None else beginning.scaled(self.first.width, self.first.height)
@@ -182,7 +174,7 @@ class Session:
         size = first.width, first.height
         if first.hires != 1:
             size = cascade.larger_size(*size, first.hires)
-        texts = [first.prompt, first.negative_prompt or ""] if first.prompt_syntax == "a1111" else [""]
+        texts = sorted(self._prompts) if first.prompt_syntax == "a1111" else [""]
         request = memory_plan.Request(
             *size,
             pictures=options.count,
@@ -323,6 +315,31 @@ class Session:
         assert start is not None
         fitted = start.fitted(width, height)
         return inpaint_cond(fitted.picture, fitted.hole())
+
+
+def check_names(job: Plan, also: Sequence[Options] = ()) -> None:
+    """Raise ValueError for names of models that lead nowhere, before gigabytes are downloaded or loaded.
+
+    also: the options of further pictures that are to be made.
+    """
+    for source in job.sources:
+        known_adapters.check(source.record.kind, source.record.adapter, job.options.base)
+    from controlkit.adapters import check_adapter
+    from controlkit.base import check_base
+    from controlkit.clip_guidance import check_clip
+
+    if job.options.clip and (_asks_clip(job, also) or "clip" in job.given):
+        check_clip(job.options.clip)
+    check_base(job.options.base)
+    job.additions.check_names()
+    for source in job.sources:
+        if source.record.adapter:
+            check_adapter(source.record.adapter)
+
+
+def _asks_clip(job: Plan, also: Sequence[Options]) -> bool:
+    """Whether a CLIP guides any of the pictures."""
+    return any(one.clip_guidance for one in (job.options, *also))
 
 
 def _start(beginning: Beginning | None, record: PictureRecord) -> Start | None:

@@ -66,7 +66,7 @@ def without_effect(job: Plan, variants: Sequence[Variant], varied: Collection[st
     by_clip = any(one.clip_guidance for one in settings)
     if "clip" in given and options.clip and not by_clip:
         yield "--clip has no effect without --clip-guidance, as in --clip-guidance 30"
-    if "hires_strength" in given and options.hires == 1:
+    if "hires_strength" in given and all(one.hires == 1 for one in settings):
         yield "--hires-strength has no effect without --hires, as in --hires 2"
     if "control_every" in given and options.control_every > 1 and not job.sources:
         yield "--control-every has no effect: there is no control"

@@ -165,7 +165,7 @@ def plan(
     if options.image_noise and added.shown is None:
         raise ValueError("--image-noise belongs to a picture that the base is told: add --image PICTURE")
     started = [] if beginning is None else [beginning.record.path, beginning.record.mask]
-    _check_text(options, sources, [*added.texts(), *started])
+    check_text(options, sources, [*added.texts(), *started])
     outputs = arguments.numbered_outputs(output, options.count)
     read = [file for source in sources for file in source.files]
     read += [] if beginning is None else beginning.files
@@ -314,7 +314,7 @@ def check_preview(preview: str, job: Plan) -> Path:
     return path
 
 
-def _check_text(options: Options, sources: Sequence[Source], others: Sequence[str]) -> None:
+def check_text(options: Options, sources: Sequence[Source], others: Sequence[str]) -> None:
     """Raise ValueError for a text that no PNG could record, as a file's name that is not Unicode."""
     texts = [options.prompt, options.negative_prompt or "", options.base, options.clip]
     for source in sources:

@@ -3,136 +3,48 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from controlkit import arguments, images, sheets
-from controlkit.generate_job import Session
+from controlkit import images, sheets
+from controlkit.arguments import is_none
+from controlkit.generate_job import Report, Session, check_names
 from controlkit.generate_like import temperature_fits
+from controlkit.generate_models import Models
 from controlkit.generate_notes import Variant
-from controlkit.generate_plan import Plan
-from controlkit.infotext import GRID_CHUNK, ControlRecord, PictureRecord
-from controlkit.limits import check_count
+from controlkit.generate_plan import Plan, Source, adapted, check_text
+from controlkit.grid_axes import Axis
+from controlkit.infotext import GRID_CHUNK, PictureRecord
+from controlkit.limits import check_lora_weight, check_picture_scale
 from controlkit.naming import unknown
 from controlkit.rules import check_rule
 from controlkit.startup import nothing_collected
 
-MOST = 400  # pictures of a grid
-
-_PICTURE_KEYS: Mapping[str, Callable[[str], Any]] = {
-    "seed": int,
-    "steps": int,
-    "guidance": float,
-    "guidance_rescale": float,
-    "clip_skip": int,
-    "scheduler": str,
-    "temperature": float,
-    "strength": float,
-    "hires_strength": float,
-    "control_every": int,
-    "features_every": int,
-    "guidance_until": float,
-    "image_noise": int,
-    "class_label": int,
-    "clip_guidance": float,
-    "merge_tokens": float,
-}
-_CONTROL_KEYS = ("scale", "start", "end", "gate", "mode", "layers", "only_mid")
+_BLANK = np.full((1, 1, 3), 255, np.uint8)
 
 
-@dataclass(frozen=True)
-class Axis:
-    """One setting and its values. A control's setting may name one kind: canny.scale."""
+@dataclass(frozen=True, eq=False)
+class _Cell:
+    """One picture of the sheet: its plan, its label, and what is loaded for it, as settings."""
 
-    key: str
-    values: tuple[Any, ...]
-
-    def label(self, value: Any) -> str:
-        """How a value is named on the sheet."""
-        shown = "..".join(f"{number:g}" for number in value) if isinstance(value, tuple) else value
-        return f"{self.key}={shown:g}" if isinstance(shown, float) else f"{self.key}={shown}"
+    job: Plan
+    label: str
+    loads: tuple[tuple[str, Any], ...]
 
 
-def split_words(words: Sequence[str], grid: Sequence[str]) -> tuple[str | None, list[str]]:
-    """The prompt and the settings of a grid, from the words on the command line: `--grid` may be followed by
-    two settings, of which the shell gives the second as a word of its own.
+def first_prompt(axes: Sequence[Axis], prompt: str | None) -> str | None:
+    """The prompt of the first picture: of an axis, or the one that is given.
 
-    Raises ValueError for more than one word that is no setting.
+    Raises ValueError where there are both.
     """
-    settings = [word for k, word in enumerate(words) if grid and _is_setting(word, first=k == 0)]
-    others = [word for word in words if word not in settings]
-    if len(others) > 1:
-        raise ValueError(f"unexpected extra argument {others[1]!r}: put quotes around the prompt")
-    return (others[0] if others else None), [*grid, *settings]
-
-
-def _is_setting(word: str, *, first: bool) -> bool:
-    """Whether a word is a setting of a grid; the first word, which may be the prompt, only if it looks whole
-    like one."""
-    match = re.match(r"([a-z_.]+)=", word)
-    if match is None or not first:
-        return match is not None
-    known = match[1].rpartition(".")[2] in (*_PICTURE_KEYS, *_CONTROL_KEYS)
-    several = "," in word or ".." in word  # misspelt, then
-    return not re.search(r"\s", word) and (known or several)
-
-
-def parse_axes(texts: Sequence[str]) -> list[Axis]:
-    """Read one or two KEY=VALUE,VALUE,... or, for whole numbers, KEY=FIRST..LAST.
-
-    Raises ValueError for an unknown key, a value that is none, the same key twice, or too many pictures.
-    """
-    axes = [_axis(text) for text in texts]
-    if not 1 <= len(axes) <= 2:
-        raise ValueError(f"--grid varies one setting or two, not {len(axes)}")
-    if len({axis.key for axis in axes}) < len(axes):
-        raise ValueError(f"--grid varies {axes[0].key} twice")
-    count = int(np.prod([len(axis.values) for axis in axes]))
-    if count > MOST:
-        raise ValueError(f"--grid would make {count} pictures; {MOST} is the most")
-    return axes
-
-
-def _axis(text: str) -> Axis:
-    key, equals, rest = text.partition("=")
-    name = key.rpartition(".")[2]
-    known = (*_PICTURE_KEYS, *_CONTROL_KEYS)
-    if not (equals and rest):
-        raise ValueError(f"--grid {text!r} must be KEY=VALUE,VALUE or KEY=FIRST..LAST, as scale=0.5,1")
-    if name not in known or (name != key and name in _PICTURE_KEYS):
-        raise unknown("setting of a grid", key, known)
-    try:
-        return Axis(key, tuple(_values(name, rest)))
-    except ValueError as error:
-        raise ValueError(f"--grid {text!r}: {error}") from None
-
-
-def _values(name: str, rest: str) -> list[Any]:
-    if name not in _PICTURE_KEYS:
-        return [arguments.parse_control_setting(name, part) for part in rest.split(",")]
-    read = _PICTURE_KEYS[name]
-    first, dots, last = rest.partition("..")
-    if dots and read is int:
-        start, end = _value(name, first), _value(name, last)
-        if end < start:
-            raise ValueError(f"{first}..{last} runs backwards")
-        check_count(end - start + 1)
-        return list(range(start, end + 1))
-    return [_value(name, part) for part in rest.split(",")]
-
-
-def _value(name: str, text: str) -> Any:
-    read = _PICTURE_KEYS[name]
-    try:
-        return read(text)
-    except ValueError:
-        allowed = "whole numbers, as 1,2,4 or 1..4" if read is int else "numbers, as 0.5,1"
-        raise ValueError(f"{name} cannot be {text!r}: it takes {allowed}") from None
+    found = next((axis.values[0] for axis in axes if axis.key == "prompt"), prompt)
+    if prompt is not None and found != prompt:
+        raise ValueError(f"--grid varies the prompt: leave out {prompt!r}, or make it one of the grid's")
+    return found
 
 
 def check(job: Plan, axes: Sequence[Axis]) -> None:
@@ -141,25 +53,33 @@ def check(job: Plan, axes: Sequence[Axis]) -> None:
     if job.options.count != 1:
         raise ValueError("a grid makes one picture for each combination: vary seed instead of -n")
     for axis in axes:
-        kind, dot, name = axis.key.rpartition(".")
-        if name in _CONTROL_KEYS and not job.sources:
+        if axis.is_of_controls and not job.sources:
             raise ValueError(f"--grid varies {axis.key}, and there is no control")
-        if dot and kind not in kinds:
-            raise unknown("control", kind, sorted(kinds))
-        _check_belongs(job, name)
-    for options, controls in variants(job, axes):
-        options.check()
-        for control in controls:
+        if axis.kind and axis.kind not in kinds:
+            raise unknown("control", axis.kind, sorted(kinds))
+        _check_belongs(job, axis.name, {axis.key for axis in axes})
+    for cell in _cells(job, axes):
+        cell.job.options.check()
+        check_text(cell.job.options, cell.job.sources, cell.job.additions.texts())
+        for lora, _ in cell.job.additions.loras:
+            check_lora_weight(lora.weight)
+        for told in cell.job.additions.ip_adapters:
+            check_picture_scale(told.record.scale)
+        for control in (source.record for source in cell.job.sources):
             check_rule(control.scale, control.start, control.end, control.gate, control.mode, control.layers)
 
 
-def _check_belongs(job: Plan, name: str) -> None:
+def _check_belongs(job: Plan, name: str, varied: set[str]) -> None:
     """Raise ValueError for a setting of something that is not there."""
+    loras, told = len(job.additions.loras), len(job.additions.ip_adapters)
+    two_stages = job.options.hires != 1 or "hires" in varied
     missing = {
         "strength": (job.beginning is None, "there is no picture to start from: add --from"),
         "image_noise": (job.additions.shown is None, "the base is told no picture: add --image"),
-        "hires_strength": (job.options.hires == 1, "there is no second stage: add --hires 2"),
+        "hires_strength": (not two_stages, "there is no second stage: add --hires 2"),
         "control_every": (not job.sources, "there is no control"),
+        "lora": (loras != 1, f"there are {loras} LoRAs: it is the weight of the one that --lora names"),
+        "ip_adapter": (told != 1, f"there are {told}: it is the scale of the one that --ip-adapter names"),
     }
     absent, why = missing.get(name, (False, ""))
     if absent:
@@ -168,16 +88,91 @@ def _check_belongs(job: Plan, name: str) -> None:
 
 def variants(job: Plan, axes: Sequence[Axis]) -> list[Variant]:
     """The options and the controls of every picture; without axes of the one that is asked for."""
-    controls = tuple(source.record for source in job.sources)
-    return [
-        (replace(job.options, **_of_picture(job, settings)), _with_settings(controls, settings))
-        for settings in _combinations(axes)
-    ]
+    jobs = [cell.job for cell in _cells(job, axes)]
+    return [(one.options, tuple(source.record for source in one.sources)) for one in jobs]
+
+
+def run(
+    job: Plan, axes: Sequence[Axis], report: Report, *, preview: Path | None = None
+) -> list[PictureRecord]:
+    """Make all pictures and write the sheet, with the settings in its text; returns the records, row by row.
+
+    What is loaded serves as many pictures as it can. The sheet is written anew after every picture, so that
+    an interruption keeps what is finished.
+    """
+    cells, models = _cells(job, axes), Models()
+    options = [cell.job.options for cell in cells]
+    pictures: list[np.ndarray | None] = [None] * len(cells)
+    records: dict[int, PictureRecord] = {}
+    report.status("loading the libraries")
+    with nothing_collected():
+        for first in {cell.loads: cell for cell in cells}.values():
+            check_names(first.job, options)
+    session, loads = None, None
+    for number, k in enumerate(_in_order(cells)):
+        cell = cells[k]
+        if session is None or cell.loads != loads:
+            session, loads = None, cell.loads  # given back before the next one takes memory
+            with nothing_collected():
+                session = Session(cell.job, report, preview=preview, models=models, also=options)
+            session.check_told()
+        report.status(f"picture {number + 1} of {len(cells)}: {cell.label}")
+        records[k] = session.decided(cell.job)
+        session.make([records[k]], lambda _, picture, k=k: pictures.__setitem__(k, picture))  # type: ignore[misc]
+        rows = _rows(pictures, [cell.label for cell in cells], columns=len(axes[0].values))
+        _write(job.outputs[0], rows, [records[k] for k in sorted(records)], _title(job, axes))
+    return [records[k] for k in range(len(cells))]
+
+
+def _cells(job: Plan, axes: Sequence[Axis]) -> list[_Cell]:
+    """Every picture, row by row; the first axis is that of the columns."""
+    found = []
+    for told in _combinations(axes):
+        label = ", ".join(axis.label(value) for axis, value in told.items())
+        loads = tuple((axis.key, value) for axis, value in told.items() if axis.is_of_session)
+        found.append(_Cell(_planned(job, told), label, loads))
+    return found
+
+
+def _combinations(axes: Sequence[Axis]) -> Iterator[dict[Axis, Any]]:
+    """The values of the axes, the first one varying fastest."""
+    if not axes:
+        yield {}
+        return
+    *others, last = axes
+    for value in last.values:
+        for before in _combinations(others):
+            yield {**before, last: value}
+
+
+def _planned(job: Plan, told: Mapping[Axis, Any]) -> Plan:
+    """The plan with settings of a grid."""
+    settings = {axis.key: value for axis, value in told.items() if not axis.is_of_controls}
+    options = replace(job.options, **_of_picture(job, settings))
+    beginning, added = job.beginning, replace(job.additions, vae=options.vae)
+    if beginning is not None and "strength" in settings:
+        record = replace(beginning.record, strength=settings["strength"])
+        beginning = replace(beginning, record=record)
+    if "lora" in settings:
+        ((lora, place),) = added.loras
+        added = replace(added, loras=((replace(lora, weight=settings["lora"]), place),))
+    if "ip_adapter" in settings:
+        (one,) = added.ip_adapters
+        scaled = replace(one, record=replace(one.record, scale=settings["ip_adapter"]))
+        added = replace(added, ip_adapters=(scaled,))
+    sources = tuple(_source(source, told) for source in job.sources)
+    return replace(job, options=options, sources=sources, beginning=beginning, additions=added)
 
 
 def _of_picture(job: Plan, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that are no control's; another scheduler drops a temperature that nobody gave."""
-    told = {key: value for key, value in settings.items() if key in _PICTURE_KEYS}
+    """The options that settings stand for; another scheduler drops a temperature that nobody gave."""
+    told = {key: value for key, value in settings.items() if key not in ("lora", "ip_adapter")}
+    if "negative" in told:
+        told["negative_prompt"] = told.pop("negative") or None
+    if "size" in told:
+        told["width"], told["height"] = told.pop("size")
+    if is_none(told.get("vae", "")):
+        told["vae"] = ""
     given = {*told, *job.given}
     if "temperature" not in given and not temperature_fits(
         job.options.temperature, told.get("scheduler", job.options.scheduler)
@@ -186,29 +181,39 @@ def _of_picture(job: Plan, settings: Mapping[str, Any]) -> dict[str, Any]:
     return told
 
 
-def run(job: Plan, axes: Sequence[Axis], report: Any, *, preview: Path | None = None) -> list[PictureRecord]:
-    """Make all pictures and write the sheet, with the settings in its text; returns the records.
+def _source(source: Source, told: Mapping[Axis, Any]) -> Source:
+    """A control with the settings that are its own."""
+    own = {
+        axis.name: value
+        for axis, value in told.items()
+        if axis.is_of_controls and axis.kind in ("", source.record.kind)
+    }
+    if "adapter" in own:
+        source = adapted(source, own.pop("adapter"))
+    return replace(source, record=replace(source.record, **own)) if own else source
 
-    The sheet is written anew after every picture, so that an interruption keeps what is finished.
-    """
-    by_clip = any(options.clip_guidance for options, _ in variants(job, axes))
-    with nothing_collected():
-        session = Session(job, report, preview=preview, by_clip=by_clip)
-    columns, rows = axes[0], axes[1] if len(axes) == 2 else None
-    records: list[PictureRecord] = []
-    cells: list[list[sheets.Cell]] = []
-    total = len(columns.values) * (len(rows.values) if rows else 1)
-    for row in rows.values if rows else (None,):
-        cells.append([])
-        for column in columns.values:
-            settings = {columns.key: column, **({rows.key: row} if rows else {})}
-            label = ", ".join(axis.label(settings[axis.key]) for axis in axes)
-            report.status(f"picture {len(records) + 1} of {total}: {label}")
-            record = _with(job, session.first, settings)
-            session.make([record], lambda _, picture, label=label: cells[-1].append((picture, label)))  # type: ignore[misc]
-            records.append(record)
-            _write(job.outputs[0], cells, records, session.first.prompt)
-    return records
+
+def _in_order(cells: Sequence[_Cell]) -> list[int]:
+    """The order in which the least is loaded: base by base, and all pictures of what is loaded."""
+    bases = [cell.job.options.base for cell in cells]
+    loads = [cell.loads for cell in cells]
+    return sorted(range(len(cells)), key=lambda k: (bases.index(bases[k]), loads.index(loads[k])))
+
+
+def _rows(
+    pictures: Sequence[np.ndarray | None], labels: Sequence[str], *, columns: int
+) -> list[list[sheets.Cell]]:
+    """The sheet's rows as far as there are pictures; blank where one is still to be made."""
+    count = max(k + 1 for k, picture in enumerate(pictures) if picture is not None)
+    cells = [
+        (_BLANK, "") if picture is None else (picture, label)
+        for picture, label in zip(pictures[:count], labels, strict=False)
+    ]
+    return [cells[first : first + columns] for first in range(0, count, columns)]
+
+
+def _title(job: Plan, axes: Sequence[Axis]) -> str:
+    return "" if any(axis.key == "prompt" for axis in axes) else job.options.prompt
 
 
 def _write(
@@ -218,33 +223,3 @@ def _write(
     sheet = sheets.contact_sheet(cells, title=title, cell=min(max(side, 192), 512))
     told = json.dumps([asdict(record) for record in records], ensure_ascii=False)
     images.write_png(output, sheet, text={GRID_CHUNK: told})
-
-
-def _combinations(axes: Sequence[Axis]) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = [{}]
-    for axis in axes:
-        found = [{**settings, axis.key: value} for settings in found for value in axis.values]
-    return found
-
-
-def _with(job: Plan, record: PictureRecord, settings: Mapping[str, Any]) -> PictureRecord:
-    told = _of_picture(job, settings)
-    if "strength" in told:
-        assert record.start is not None
-        told["start"] = replace(record.start, strength=told.pop("strength"))
-    return replace(record, **told, controls=_with_settings(record.controls, settings))
-
-
-def _with_settings(
-    controls: Sequence[ControlRecord], settings: Mapping[str, Any]
-) -> tuple[ControlRecord, ...]:
-    """The controls with the settings that are theirs."""
-    changed = []
-    for control in controls:
-        own = {
-            key.rpartition(".")[2]: value
-            for key, value in settings.items()
-            if key not in _PICTURE_KEYS and key.rpartition(".")[0] in ("", control.kind)
-        }
-        changed.append(replace(control, **own))
-    return tuple(changed)

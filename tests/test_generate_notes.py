@@ -16,7 +16,8 @@ from controlkit import generate_job
 from controlkit.adapters import load_adapter
 from controlkit.generate_notes import without_effect
 from controlkit.generate_plan import Plan, plan
-from controlkit.grid_job import check, parse_axes, split_words, variants
+from controlkit.grid_axes import parse_axes
+from controlkit.grid_job import check, variants
 from controlkit.images import load_mask, load_picture, read_png_text, write_png
 
 SQUARE = (slice(16, 48), slice(16, 48))
@@ -270,18 +271,6 @@ def test_what_only_the_device_and_the_size_show(run: Run, models: Path) -> None:
 
 
 # --- words, sizes, records ---
-
-
-def test_the_prompt_of_a_grid_may_look_like_a_setting() -> None:
-    grid = ["seed=1,2"]
-    assert split_words(["style=anime cat"], grid) == ("style=anime cat", grid)
-    assert split_words(["seed=of a tree, in 1..2 parts"], grid) == ("seed=of a tree, in 1..2 parts", grid)
-    assert split_words(["style=anime"], grid) == ("style=anime", grid)
-    assert split_words(["steps=1..2"], grid) == (None, [*grid, "steps=1..2"])
-    assert split_words(["canny.scale=1"], grid) == (None, [*grid, "canny.scale=1"])
-    assert split_words(["stps=1..2"], grid) == (None, [*grid, "stps=1..2"])
-    assert split_words(["a cat", "stps=1"], grid) == ("a cat", [*grid, "stps=1"])
-    assert split_words(["steps=1..2"], []) == ("steps=1..2", [])
 
 
 def test_an_inpaint_control_asks_for_its_adapter(generate: Run, photo: Path) -> None:

@@ -1,4 +1,4 @@
-"""`controlkit generate` with every way of control, from pictures, in two stages, in tiles and on grids."""
+"""`controlkit generate` with every way of control, from pictures, in two stages, and in tiles."""
 
 import json
 from dataclasses import replace
@@ -16,7 +16,6 @@ from controlkit.arguments import ControlArgument, parse_control
 from controlkit.base import Base, load_base
 from controlkit.control import Control
 from controlkit.controlnet import from_base
-from controlkit.grid_job import Axis, parse_axes
 from controlkit.images import load_picture, read_png_text, write_png
 from controlkit.sampling import generate as generate_pictures
 
@@ -202,57 +201,6 @@ def test_large_pictures_in_tiles_keep_their_size(run: Run, models: Path) -> None
     fixed = ["generate", "x", "--base", models / "sd1", "--steps", 2, "--from", "large.png"]
     run(*fixed, "--tile", 64, "-o", "out.png").done()
     assert load_picture("out.png").shape == (160, 200, 3)
-
-
-@pytest.mark.parametrize("quoted", [["seed=0,1", "steps=1..2"], ["seed=0,1", "--grid", "steps=1..2"]])
-def test_the_second_setting_may_stand_behind_the_first(generate: Run, run: Run, quoted: list[str]) -> None:
-    generate("-o", "one.png").done()
-    for start in (generate, lambda *more: run("generate", "--like", "one.png", *more)):
-        assert "wrote grid.png, 4 pictures" in start("--grid", *quoted, "-o", "grid.png").done()
-    assert "unknown setting of a grid 'stps'" in generate("--grid", "seed=0,1", "stps=1..2").refused()
-    assert "unexpected extra argument 'more'" in generate("--grid", "seed=0,1", "more").refused()
-
-
-def test_a_grid_over_two_settings(generate: Run) -> None:
-    outcome = generate("--grid", "canny.scale=0,1..0.5", "--grid", "seed=1..3", "-o", "grid.png")
-    assert "wrote grid.png, 6 pictures" in outcome.done()
-    told = json.loads(read_png_text("grid.png")["controlkit-grid"])
-    assert [(one["seed"], one["controls"][0]["scale"]) for one in told] == [
-        (seed, scale) for seed in (1, 2, 3) for scale in (0.0, [1.0, 0.5])
-    ]
-    assert load_picture("grid.png").shape[0] > 3 * 192
-    assert not list(Path().glob("*.part*"))
-
-
-def test_axes_are_read() -> None:
-    assert parse_axes(["scale=0.5,0.8,1.1", "seed=1..4"]) == [
-        Axis("scale", (0.5, 0.8, 1.1)),
-        Axis("seed", (1, 2, 3, 4)),
-    ]
-    assert parse_axes(["mode=balanced,prompt"]) == [Axis("mode", ("balanced", "prompt"))]
-    assert Axis("scale", ()).label((1.0, 0.5)) == "scale=1..0.5"
-
-
-@pytest.mark.parametrize(
-    ("axes", "message"),
-    [
-        (["scal=1,2"], "unknown setting of a grid 'scal' (did you mean 'scale'?)"),
-        (["scale"], "must be KEY=VALUE,VALUE or KEY=FIRST..LAST"),
-        (["seed=4..1"], "4..1 runs backwards"),
-        (["seed=1..100", "scale=1,2,3,4,5"], "would make 500 pictures; 400 is the most"),
-        (["scale=1", "scale=2"], "varies scale twice"),
-        (["scale=1", "seed=1", "steps=2"], "varies one setting or two, not 3"),
-        (["scale=1,12"], "scale must be a number from -10 to 10, not 12.0"),
-        (["steps=0,2"], "steps must be a whole number from 1 to 1000, not 0"),
-        (["mode=balanced,promt"], "unknown mode 'promt'"),
-        (["depth.scale=1,2"], "unknown control 'depth'"),
-        (["strength=0.5"], "there is no picture to start from"),
-    ],
-)
-def test_grids_that_cannot_be_made(generate: Run, axes: list[str], message: str) -> None:
-    told = [word for axis in axes for word in ("--grid", axis)]
-    assert message in generate(*told, "-o", "grid.png").refused()
-    assert not Path("grid.png").exists()
 
 
 def test_a_preview_lives_as_long_as_the_picture_is_made(

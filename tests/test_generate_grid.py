@@ -1,0 +1,209 @@
+"""`controlkit generate --grid`: two settings of any kind on a labelled sheet."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+from outcomes import Run
+from safetensors.torch import save_file
+
+from controlkit.adapters import MAPS, AdapterInfo, save_adapter
+from controlkit.base import load_base
+from controlkit.controlnet import from_base
+from controlkit.grid_axes import Axis, parse_axes, split_words
+from controlkit.images import load_picture, read_png_text
+from controlkit.sheets import contact_sheet
+
+
+@pytest.mark.parametrize("quoted", [["seed=0,1", "steps=1..2"], ["seed=0,1", "--grid", "steps=1..2"]])
+def test_the_second_setting_may_stand_behind_the_first(generate: Run, run: Run, quoted: list[str]) -> None:
+    generate("-o", "one.png").done()
+    for start in (generate, lambda *more: run("generate", "--like", "one.png", *more)):
+        assert "wrote grid.png, 4 pictures" in start("--grid", *quoted, "-o", "grid.png").done()
+    assert "unknown setting of a grid 'stps'" in generate("--grid", "seed=0,1", "stps=1..2").refused()
+    assert "unexpected extra argument 'more'" in generate("--grid", "seed=0,1", "more").refused()
+
+
+def test_a_grid_over_two_settings(generate: Run) -> None:
+    outcome = generate("--grid", "canny.scale=0,1..0.5", "--grid", "seed=1..3", "-o", "grid.png")
+    assert "wrote grid.png, 6 pictures" in outcome.done()
+    told = json.loads(read_png_text("grid.png")["controlkit-grid"])
+    assert [(one["seed"], one["controls"][0]["scale"]) for one in told] == [
+        (seed, scale) for seed in (1, 2, 3) for scale in (0.0, [1.0, 0.5])
+    ]
+    assert load_picture("grid.png").shape[0] > 3 * 192
+    assert not list(Path().glob("*.part*"))
+
+
+def test_axes_are_read() -> None:
+    assert parse_axes(["scale=0.5,0.8,1.1", "seed=1..4"]) == [
+        Axis("scale", (0.5, 0.8, 1.1)),
+        Axis("seed", (1, 2, 3, 4)),
+    ]
+    assert parse_axes(["mode=balanced,prompt"]) == [Axis("mode", ("balanced", "prompt"))]
+    assert Axis("scale", ()).label((1.0, 0.5)) == "scale=1..0.5"
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        (["scal=1,2"], "unknown setting of a grid 'scal' (did you mean 'scale'?)"),
+        (["scale"], "must be KEY=VALUE,VALUE or KEY=FIRST..LAST"),
+        (["seed=4..1"], "4..1 runs backwards"),
+        (["seed=1..100", "scale=1,2,3,4,5"], "would make 500 pictures; 400 is the most"),
+        (["scale=1", "scale=2"], "varies scale twice"),
+        (["scale=1", "seed=1", "steps=2"], "varies one setting or two, not 3"),
+        (["scale=1,12"], "scale must be a number from -10 to 10, not 12.0"),
+        (["steps=0,2"], "steps must be a whole number from 1 to 1000, not 0"),
+        (["mode=balanced,promt"], "unknown mode 'promt'"),
+        (["depth.scale=1,2"], "unknown control 'depth'"),
+        (["strength=0.5"], "there is no picture to start from"),
+    ],
+)
+def test_grids_that_cannot_be_made(generate: Run, axes: list[str], message: str) -> None:
+    told = [word for axis in axes for word in ("--grid", axis)]
+    assert message in generate(*told, "-o", "grid.png").refused()
+    assert not Path("grid.png").exists()
+
+
+def test_the_prompt_of_a_grid_may_look_like_a_setting() -> None:
+    grid = ["seed=1,2"]
+    assert split_words(["style=anime cat"], grid) == ("style=anime cat", grid)
+    assert split_words(["seed=of a tree, in 1..2 parts"], grid) == ("seed=of a tree, in 1..2 parts", grid)
+    assert split_words(["style=anime"], grid) == ("style=anime", grid)
+    assert split_words(["steps=1..2"], grid) == (None, [*grid, "steps=1..2"])
+    assert split_words(["canny.scale=1"], grid) == (None, [*grid, "canny.scale=1"])
+    assert split_words(["stps=1..2"], grid) == (None, [*grid, "stps=1..2"])
+    assert split_words(["a cat", "stps=1"], grid) == ("a cat", [*grid, "stps=1"])
+    assert split_words(["steps=1..2"], []) == ("steps=1..2", [])
+    assert split_words(["prompt=a cat|a dog"], grid) == (None, [*grid, "prompt=a cat|a dog"])
+    assert split_words(["prompt=a cat"], grid) == ("prompt=a cat", grid)
+
+
+def told_on(sheet: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(read_png_text(sheet)["controlkit-grid"])
+    return found
+
+
+def lora(path: str) -> str:
+    """A LoRA of one layer of the random SD1 base, which changes its pictures."""
+    layer = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    draw = torch.Generator().manual_seed(0)
+    down, up = torch.randn(2, 16, generator=draw), torch.randn(16, 2, generator=draw)
+    save_file({f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up}, path)
+    return path
+
+
+def other_adapter(models: Path, folder: str) -> str:
+    base = load_base(str(models / "sd1"))
+    network = tiny_models.randomize_zero_convs(from_base(base, seed=2), seed=2)
+    save_adapter(network, folder, info=AdapterInfo(map=MAPS["canny"], family="sd1"))
+    return folder
+
+
+def check_sheet(run: Run, sheet: str, columns: int, pictures: list[tuple[str, list[object]]]) -> None:
+    """Every picture of a sheet is the one that its settings alone make, under its label."""
+    cells = []
+    for k, (label, arguments) in enumerate(pictures):
+        run(*arguments, "-o", f"alone-{k}.png").done()
+        cells.append((load_picture(f"alone-{k}.png"), label))
+        assert told_on(sheet)[k] == json.loads(read_png_text(f"alone-{k}.png")["controlkit"])
+    rows = [cells[first : first + columns] for first in range(0, len(cells), columns)]
+    assert np.array_equal(load_picture(sheet), contact_sheet(rows, title="a cube", cell=192))
+
+
+def test_models_as_axes(generate: Run, run: Run, models: Path, photo: Path) -> None:
+    """What is loaded changes from picture to picture, and each is as it would be alone."""
+    adapters = [str(models / "canny-sd1"), other_adapter(models, "other")]
+    style = lora("style.safetensors")
+    axes = ["--grid", "lora=0,0.5", "--grid", "adapter=" + ",".join(adapters)]
+    assert "4 pictures" in generate("--lora", style, *axes, "-o", "grid.png").done()
+    fixed = ["generate", "a cube", "--base", models / "sd1", "--control", f"canny={photo}", "--steps", 2]
+    alone = [
+        (
+            f"lora={weight:g}, adapter={name}",
+            [*fixed, "--adapter", f"canny={name}", "--lora", f"{style}:{weight}"],
+        )
+        for name in adapters
+        for weight in (0, 0.5)
+    ]
+    check_sheet(run, "grid.png", 2, alone)
+    made = [load_picture(f"alone-{k}.png") for k in range(4)]
+    assert all((made[i] != made[j]).any() for i in range(4) for j in range(i))
+
+
+def test_bases_sizes_and_stages_as_axes(run: Run, models: Path) -> None:
+    bases = [models / "sd1", models / "sdxl"]
+    fixed = ["generate", "a cube", "--steps", 1]
+    axes = ["--grid", "base=" + ",".join(map(str, bases)), "--grid", "size=64x64,64x96"]
+    run(*fixed, *axes, "-o", "grid.png").done()
+    alone = [
+        (f"base={base}, 64x{height}", [*fixed, "--base", base, "--width", 64, "--height", height])
+        for height in (64, 96)
+        for base in bases
+    ]
+    check_sheet(run, "grid.png", 2, alone)
+    run(*fixed, "--base", bases[0], "--grid", "hires=1,1.5", "--hires-strength", 0.6, "-o", "two.png").done()
+    assert [one["hires"] for one in told_on("two.png")] == [1.0, 1.5]
+    sized = ["--base", bases[0], "--grid", "tile=64,128", "--grid", "height=72,80"]
+    run(*fixed, *sized, "--width", 96, "-o", "tiles.png").done()
+    assert [(one["tile"], one["height"]) for one in told_on("tiles.png")] == [
+        (tile, height) for height in (72, 80) for tile in (64, 128)
+    ]
+
+
+def test_texts_as_axes(run: Run, models: Path, photo: Path) -> None:
+    fixed = ["generate", "--base", models / "sd1", "--steps", 1]
+    axes = ["--grid", "prompt=a cube, red|a (blue:1.2) cube", "negative=|grey"]
+    told = run(*fixed, *axes, "-o", "grid.png")
+    assert "picture 1 of 4: a cube, red, negative: " in told.err
+    assert "wrote grid.png, 4 pictures" in told.done()
+    assert [(one["prompt"], one["negative_prompt"]) for one in told_on("grid.png")] == [
+        (prompt, negative) for negative in (None, "grey") for prompt in ("a cube, red", "a (blue:1.2) cube")
+    ]
+    told = run("generate", "a cube", *fixed[1:], *axes, "-o", "grid.png")
+    assert "--grid varies the prompt: leave out 'a cube'" in told.refused()
+
+
+def test_only_what_was_made_is_on_the_sheet_of_a_grid_that_ends_early(
+    generate: Run, models: Path, tmp_path: Path
+) -> None:
+    """The adapter of the second column does not fit, and the first column's pictures are kept."""
+    axes = ["--grid", f"adapter={models / 'canny-sd1'},{models / 'canny-sdxl'}", "--grid", "seed=1,2"]
+    outcome = generate(*axes, "-o", "grid.png")
+    assert outcome.code == 2
+    assert "error: " in outcome.err.splitlines()[-1]
+    assert [one["seed"] for one in told_on("grid.png")] == [1, 2]
+    missing = load_picture("grid.png")[-192:, -192:-16]
+    assert (missing == 255).all()
+
+
+@pytest.mark.parametrize(
+    ("axis", "message"),
+    [
+        (
+            "lora=0,1",
+            "--grid varies lora, and there are 0 LoRAs: it is the weight of the one that --lora names",
+        ),
+        ("ip_adapter=0,1", "--grid varies ip_adapter, and there are 0"),
+        ("prompt=a,b", "texts are parted by |, as prompt=a red cube|a blue cube"),
+        ("prompt=a|", "one prompt is empty"),
+        ("size=64", "size cannot be '64': it takes sizes in pixels, as 512x512,512x768"),
+        ("size=60x64", "width must be a multiple of 8"),
+        ("base=,b", "one base is empty"),
+        ("adapter=canny,nowhere", "no adapter called 'nowhere'"),
+        ("base=tiny,nobase", "no base called 'nobase'"),
+        ("tile=1,64", "tile"),
+        ("hires=0,1", "enlarged by a factor above 1"),
+        ("canny.prompt=a|b", "unknown setting of a grid 'canny.prompt'"),
+    ],
+)
+def test_what_cannot_be_an_axis(generate: Run, axis: str, message: str) -> None:
+    assert message in generate("--grid", axis, "-o", "grid.png").refused()
+    assert not Path("grid.png").exists()
+    if axis.startswith("size"):
+        assert "varies the size twice" in generate("--grid", "size=64x64,72x72", "width=64,72").refused()
