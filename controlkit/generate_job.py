@@ -20,6 +20,7 @@ from controlkit.generate_plan import INPAINT, Beginning, Options, Plan, Source, 
 from controlkit.generate_plan import plan as plan
 from controlkit.generate_preview import Preview, Show
 from controlkit.infotext import ControlRecord, PictureRecord
+from controlkit.picture_sizes import MOST_CUT, share_cut
 from controlkit.settings import shared
 from controlkit.startup import nothing_collected
 
@@ -134,8 +135,6 @@ class Session:
 
     def _cut(self) -> Iterator[str]:
         """Of which pictures, maps and regions more than a little lies outside what is generated."""
-        from controlkit.sampling import MOST_CUT, share_cut
-
         width, height = self.first.width, self.first.height
         seen = {source.record.path: source.picture for source in self.sources}
         regions = {one.record.mask: one.mask for one in self.sources if one.mask is not None}

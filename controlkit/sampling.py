@@ -43,6 +43,8 @@ from controlkit.layouts import lay_out
 from controlkit.memory import Memory as Memory
 from controlkit.memory import at_work, kept_small
 from controlkit.packing import LEAST_STEPS, packed
+from controlkit.picture_sizes import natural_size
+from controlkit.picture_sizes import picture_size as picture_size
 from controlkit.predicting import Guidance as Guidance
 from controlkit.predicting import Predictor, check_together
 from controlkit.predicting import Savings as Savings
@@ -65,8 +67,6 @@ GUIDANCE = {"tiny": 2.0, "sd1": 7.5, "sd2": 7.5, "sdxl": 5.0}  # by bundled name
 TOLD_GUIDANCE = 8.5  # of bases that are told it, as diffusers' LatentConsistencyModelPipeline
 DEVICE_BATCH = 4  # pictures at once on a GPU: each one more needs more memory
 PICTURE_GUIDANCE = 10.0  # of bases that are told a picture, as diffusers' StableUnCLIPImg2ImgPipeline
-MOST_CUT = 0.05  # of a map, to have the sides that networks are best at
-AREA_FACTOR = 2.0  # a map whose area is within this factor of the base's native area keeps its size
 
 Callback = Callable[[int, int, Tensor], None]
 """Called after every step with the steps done, the steps in all, and the latents (B, C, h, w)."""
@@ -90,55 +90,6 @@ def default_guidance(base: Base) -> float:
 def default_batch(base: Base) -> int:
     """How many pictures are denoised at once where nobody says."""
     return 1 if base.device.type == "cpu" else DEVICE_BATCH
-
-
-def picture_size(
-    base: Base,
-    map_size: tuple[int, int] | None,
-    width: int | None = None,
-    height: int | None = None,
-    *,
-    any_area: bool = False,
-) -> tuple[int, int]:
-    """Width and height to generate, in pixels.
-
-    map_size: width and height of the first map, None without one. A given width or height is kept, and one
-    that is given alone brings the other in the map's shape, to a multiple of 8. With neither given the map
-    decides: its own size, to multiples of 8, when its area is within a factor of 2 of the base's native area,
-    else its shape at the native area: to multiples of the U-Net's coarsest cell (64 pixels) where that cuts
-    off no more than `MOST_CUT`, else of a half, a quarter or an eighth of it. Never a side outside
-    `limits.SIZE_RANGE`, however thin the map is. Without a map the picture is the native square.
-    any_area: keep the map's size however large it is, as pictures in tiles do.
-    Raises ValueError for a given side that is no multiple of 8.
-    """
-    limits.check_size(width, height)
-    if map_size and width and not height:
-        return width, _allowed_side(width * map_size[1] / map_size[0], base.vae_factor)
-    if map_size and height and not width:
-        return _allowed_side(height * map_size[0] / map_size[1], base.vae_factor), height
-    native = base.resolution
-    map_width, map_height = map_size or (native, native)
-    ratio = (native * native / (map_width * map_height)) ** 0.5  # factor to the native area, per side
-    cell = base.vae_factor * 2 ** (len(base.unet.config.block_out_channels) - 1)
-    if any_area or 1 / AREA_FACTOR <= ratio * ratio <= AREA_FACTOR:
-        ratio, cell = 1.0, base.vae_factor
-    while True:
-        free = tuple(_allowed_side(side * ratio, cell) for side in (map_width, map_height))
-        if cell <= base.vae_factor or share_cut((map_width, map_height), *free) <= MOST_CUT:
-            return width or free[0], height or free[1]
-        cell //= 2
-
-
-def share_cut(size: tuple[int, int], width: int, height: int) -> float:
-    """The share of a picture of a size that lies outside width x height, which it covers."""
-    ratio = size[0] * height / (size[1] * width)
-    return 1 - min(ratio, 1 / ratio)
-
-
-def _allowed_side(side: float, cell: int) -> int:
-    """The multiple of `cell` nearest to a side, in pixels, within what is allowed."""
-    low, high = limits.SIZE_RANGE
-    return min(max(round(side / cell) * cell, cell, low), high)
 
 
 def generate(
@@ -207,49 +158,48 @@ def generate(
     seeds = limits.check_seeds(seeds)
     limits.check_steps(steps)
     limits.check_batch(batch_size)
-    _check_kinds(prompt, negative_prompt, controls, start)
-    for control in controls:
-        check_fits(control.controlnet, base)
-    check_together([control.controlnet for control in controls], savings)
-    check_syntax(prompt_syntax)
-    reader = base if clip_skip is None else replace(base, clip_skip=clip_skip)
-    limits.check_clip_skip(reader.clip_skip)
     limits.check_temperature(temperature, scheduler)
     limits.check_compiled(execution.compiled, savings.features_every, savings.merge_tokens)
-    natural = _natural_size(controls, start)
-    width, height = picture_size(base, natural, width, height, any_area=tiles is not None)
+    check_syntax(prompt_syntax)
+    _check_kinds(prompt, negative_prompt, controls, start)
+    _check_controls(base, controls, savings)
+    reader = base if clip_skip is None else replace(base, clip_skip=clip_skip)
+    limits.check_clip_skip(reader.clip_skip)
+    size = natural_size(controls, start)
+    width, height = picture_size(base, size, width, height, any_area=tiles is not None)
     start = None if start is None else start.fitted(width, height)
     batch_size = memory.batch_size if memory else batch_size or default_batch(base)
-    pair = [base.unet, *{id(c.controlnet): c.controlnet for c in controls}.values()]
-    how: dict[str, Any] = {
-        "guidance": guided,
-        "picture_prompts": picture_prompts,
-        "temperature": temperature,
-        "savings": savings,
-        "tiles": tiles,
-        "preview": preview,
-        "one_branch_at_a_time": memory is not None and memory.one_branch,
-        "runner": Runner(execution, base.device),
-        "moves": memory is not None and memory.offload,
-    }
-    pays = memory is None and steps * len(seeds) >= LEAST_STEPS
+    networks = [*{id(c.controlnet): c.controlnet for c in controls}.values()]
     judges = [] if clip_guidance is None or not clip_guidance.scale else [clip_guidance.clip.model]
+    pays = memory is None and steps * len(seeds) >= LEAST_STEPS
     pictures: list[np.ndarray] = []
     with (
         _prepared(base, controls, packs=pays and execution.packed and not execution.compiled),
         pictures_told(base.unet, picture_prompts),
-        kept_small(memory, base, *pair[1:], *judges),
+        kept_small(memory, base, *networks, *judges),
         tiled_vae(base, tiles is not None or (memory is not None and memory.tiled_vae)),
     ):
         with at_work(memory, base, *base.encoders):
             text = encode_text(reader, prompt, negative_prompt, guidance=guided.scale, syntax=prompt_syntax)
             labels = Labels(base, told or Told())
         with at_work(memory, base, *judges):
-            how["guide"] = _guide(base, clip_guidance, prompt, prompt_syntax)
-        with at_work(memory, base, *pair[1:]):
+            guide = _guide(base, clip_guidance, prompt, prompt_syntax)
+        with at_work(memory, base, *networks):
             encoded = encode_controls(
                 controls, width=width, height=height, pictures=len(seeds), in_bands=tiles is not None
             )
+        how: dict[str, Any] = {
+            "guidance": guided,
+            "guide": guide,
+            "picture_prompts": picture_prompts,
+            "temperature": temperature,
+            "savings": savings,
+            "tiles": tiles,
+            "preview": preview,
+            "one_branch_at_a_time": memory is not None and memory.one_branch,
+            "runner": Runner(execution, base.device),
+            "moves": memory is not None and memory.offload,
+        }
         batches = -(-len(seeds) // batch_size)
         for batch in range(batches):
             first, last = batch * batch_size, min((batch + 1) * batch_size, len(seeds))
@@ -259,7 +209,7 @@ def generate(
             schedule = make_schedule(scheduler, base, steps=steps, strength=strength)
             with at_work(memory, base, *([] if start is None else [base.vae])):
                 begun = begin(base, schedule, generators, width=width, height=height, start=start)
-            with at_work(memory, base, *pair, *judges, *([base.vae] if judges else [])):
+            with at_work(memory, base, base.unet, *networks, *judges, *([base.vae] if judges else [])):
                 latents = denoise(
                     base,
                     text,
@@ -271,21 +221,19 @@ def generate(
                     callback=_counting(callback, batch=batch, batches=batches),
                     **how,
                 )
-            with at_work(memory, base, base.vae):
-                at_once = 1 if memory is None and base.device.type != "cpu" else len(latents)
-                decoded = torch.cat([base.decode_latents(part) for part in latents.split(at_once)])
-            for picture in images.tensor_to_pictures(decoded):
+            for picture in _decoded(base, latents, memory):
                 pictures.append(picture if start is None else start.pasted(picture))
                 if finished is not None:
                     finished(len(pictures) - 1, pictures[-1])
     return pictures
 
 
-def _natural_size(controls: Sequence[Control], start: Start | None) -> tuple[int, int] | None:
-    """Width and height of what decides the size."""
-    if controls:
-        return controls[0].size
-    return None if start is None else (start.picture.shape[1], start.picture.shape[0])
+def _decoded(base: Base, latents: Tensor, memory: Memory | None) -> list[np.ndarray]:
+    """The pictures of latents; one at a time on a GPU, where nothing else bounds what that takes."""
+    with at_work(memory, base, base.vae):
+        at_once = 1 if memory is None and base.device.type != "cpu" else len(latents)
+        decoded = torch.cat([base.decode_latents(part) for part in latents.split(at_once)])
+    return images.tensor_to_pictures(decoded)
 
 
 def _guide(base: Base, guidance: ClipGuidance | None, prompt: str, syntax: str) -> ClipGuide | None:
@@ -462,6 +410,13 @@ def _check_kinds(prompt: object, negative_prompt: object, controls: object, star
             raise ValueError(f"controls is a list of Control, and {_article(control)} is in it")
     if start is not None and not isinstance(start, Start):
         raise ValueError(f"start is a Start, as Start(picture), not {_article(start)}")
+
+
+def _check_controls(base: Base, controls: Sequence[Control], savings: Savings) -> None:
+    """Raise ValueError for an adapter of another base, or adapters that cannot be run together."""
+    for control in controls:
+        check_fits(control.controlnet, base)
+    check_together([control.controlnet for control in controls], savings)
 
 
 def _article(value: object) -> str:

@@ -103,7 +103,7 @@ class Engine:
 
         Raises ValueError for a side that is not allowed.
         """
-        from controlkit.sampling import picture_size
+        from controlkit.picture_sizes import picture_size
 
         return picture_size(self.load(), shape, width, height)
 
