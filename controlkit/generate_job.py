@@ -312,8 +312,7 @@ class Session:
 
         start = _start(self.job.beginning, self.first)
         assert start is not None
-        fitted = start.fitted(width, height)
-        return inpaint_cond(fitted.picture, fitted.hole())
+        return inpaint_cond(images.cover(source.picture, width, height), start.fitted(width, height).hole())
 
 
 def check_names(job: Plan, also: Sequence[Options] = ()) -> None:

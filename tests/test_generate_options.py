@@ -185,6 +185,12 @@ def test_an_inpainting_adapter_sees_the_picture_and_its_hole(
     outcome = run(*fixed, *control, "--from", photo, "--mask", region, "-o", "out.png")
     outcome.done()
     assert "learned to follow canny maps, not inpaint" in outcome.err
+    write_png("other.png", 255 - load_picture(photo))
+    other = ["--control", "inpaint=other.png", *control[2:], "--from", photo, "--mask", region]
+    run(*fixed, *other, "-o", "other-out.png").done()
+    changed = (load_picture("other-out.png") != load_picture("out.png")).any(axis=2)
+    assert changed[:, :32].any(), "it follows the picture that the control names"
+    assert not changed[:, 32:].any()
 
 
 def test_two_stages(generate: Run, run: Run) -> None:
