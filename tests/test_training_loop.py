@@ -18,6 +18,7 @@ from controlkit.base import load_base
 from controlkit.controlnet import from_base
 from controlkit.training import loop, train_recipe
 from controlkit.training.adapter import ControlNetTask
+from controlkit.training.adapter_inputs import Inputs
 
 
 @pytest.fixture(scope="module")
@@ -359,10 +360,8 @@ def test_of_several_captions_each_visit_is_told_one(place, monkeypatch):
     shutil.copytree(place / "base", place / "captioned" / "base")
     table = [{"file_name": f"{n:02d}.png", "text": [f"red {n}", f"blue {n}"]} for n in range(14)]
     (pictures / "metadata.jsonl").write_text("\n".join(map(json.dumps, table)))
-    told, real = [], ControlNetTask._captions
-    monkeypatch.setattr(
-        ControlNetTask, "_captions", lambda self, part: told.append(real(self, part)) or told[-1]
-    )
+    told, real = [], Inputs._captions
+    monkeypatch.setattr(Inputs, "_captions", lambda self, part: told.append(real(self, part)) or told[-1])
     settings = {"steps": 6, "warmup": 0, "sample_every": 0, "monitor_every": 0, "checkpoint_every": 99}
     settings |= {"log_every": 1, "caption_dropout": 0.0, "ema": 0.0}
     found = []

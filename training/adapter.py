@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,42 +16,38 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from controlkit import files, images, union
-from controlkit.adapters import MAPS, AdapterInfo, MapSpec, save_adapter
-from controlkit.base import BUNDLED, Base, load_base
+from controlkit.adapters import save_adapter
+from controlkit.base import Base, load_base
 from controlkit.base_parts import load_unet
 from controlkit.controlnet import check_copyable
 from controlkit.formats.description import ENCODER
 from controlkit.kinds import kind_of
 from controlkit.layouts import keep_layout
 from controlkit.schedulers import NO_SIGNAL, PURE_NOISE
+from controlkit.training.adapter_info import info_of
+from controlkit.training.adapter_inputs import Inputs
 from controlkit.training.attention import Attention
 from controlkit.training.config_adapter import COPIES, ControlNetRecipe
-from controlkit.training.data.encoded import Given, Outline, Sample, levels_of
+from controlkit.training.data.encoded import Outline, Sample, levels_of
 from controlkit.training.data.feeds import StoredFeed, open_feed
 from controlkit.training.data.loader import Loader
 from controlkit.training.data.resident import open_resident
-from controlkit.training.data.visits import Visits
-from controlkit.training.draws import derived_seed
 from controlkit.training.exporting import save_half
 from controlkit.training.graphs import why_not
 from controlkit.training.hint_start import start_hint_encoder
 from controlkit.training.machine import DTYPES, Machine
-from controlkit.training.memory import free_memory, put, uncounted
+from controlkit.training.memory import free_memory, uncounted
 from controlkit.training.noising import (
     Noisy,
-    draw_batch,
     drawn_of,
     noised,
     schedule,
-    timesteps_of,
-    used,
     weighted_loss,
 )
 from controlkit.training.pair import Pair, PairsPart
 from controlkit.training.reporting.scores import ControlScores
 from controlkit.training.reporting.showing import Shown, is_examined
 from controlkit.training.reward import Reward
-from controlkit.training.saving import MAY_CHANGE
 from controlkit.training.task import Losses
 from controlkit.training.variants import (
     is_low_rank,
@@ -99,6 +95,8 @@ class ControlNetTask:
         _report_bad_maps(recipe, self.feed.first_maps(_LINTED), report)
         self.controlnet = self._network()  # on the CPU, as the U-Net is, and before that is halved
         self._prepare()
+        self.resident = open_resident(recipe, self.feed, machine.device, report)
+        self._inputs = Inputs(recipe, self.base, machine, self.encoded, self.resident, levels=self.levels)
         measures = recipe.attention == "auto" and self._on_gpu and not machine.sharded
         self.attention = Attention(measures=measures, report=report)
         self.shown = Shown(
@@ -108,12 +106,11 @@ class ControlNetTask:
             self.feed.shown,
             held_out=self.feed.held_out,
             alphas_cumprod=self.alphas_cumprod,
-            added_cond=self._added_cond,
+            added_cond=self._inputs.added_cond,
             on_device=self._all_on_device,
             report=report,
         )
         count = machine.processes.count
-        self.resident = open_resident(recipe, self.feed, machine.device, report)
         prepare: Callable[[int], Sequence[Outline]] = self.feed.samples
         workers = recipe.data.workers
         if self.resident is not None:
@@ -207,21 +204,8 @@ class ControlNetTask:
         return len(self.alphas_cumprod)
 
     def inputs(self, part: PairsPart) -> dict[str, Tensor]:
-        """What `errors` computes with, on the device: a micro-batch's data, and what is drawn for it."""
-        recipe, device = self.recipe, self.machine.device
-        given = self._given(part)
-        drawn = draw_batch([sample.visit.seed for sample in part.samples], given.moments.mean.shape[1:])
-        places = self._places(part, drawn.place)
-        found = {
-            **given.moments._asdict(),
-            "levels": given.levels,
-            "encoder_hidden_states": given.text.encoder_hidden_states,
-            **{name: put(tensor, device) for name, tensor in used(drawn, recipe).items()},
-            "timesteps": put(timesteps_of(places, recipe, part.step, self.levels), device),
-        }
-        if recipe.adapter == "controlnet-union":
-            found["present"] = put(self._present(part), device)
-        return found | (self._added_cond(given.text.pooled, part.samples) or {})
+        """What `errors` computes with: see `Inputs.of`."""
+        return self._inputs.of(part)
 
     def errors(self, whole: nn.Module, given: Mapping[str, Tensor]) -> Tensor:
         """The weighted error of each pair, (B,), of `inputs`. Computes on the device alone."""
@@ -253,56 +237,6 @@ class ControlNetTask:
             torch.compiler.cudagraph_mark_step_begin()
         with self.attention.preferred():
             return whole(*seen), noisy, cond
-
-    def _given(self, part: PairsPart) -> Given:
-        captions = self._captions(part)
-        if self.resident is not None and not isinstance(part.samples[0], Sample):
-            return self.resident.given(part.samples, captions)
-        samples = [sample for sample in part.samples if isinstance(sample, Sample)]
-        return self.encoded.given(samples, captions, self.machine.device)
-
-    def _captions(self, part: PairsPart) -> list[str]:
-        """What each pair is told: its caption, of several one, or nothing at a share of visits."""
-        dropped = [
-            float(np.random.default_rng(derived_seed(s.visit.seed, "caption")).random())
-            < self.recipe.caption_dropout
-            for s in part.samples
-        ]
-        return ["" if drop else _one_caption(s) for s, drop in zip(part.samples, dropped, strict=True)]
-
-    def _present(self, part: PairsPart) -> Tensor:
-        """Which of several maps each pair is shown, (B, n) bool: at least one."""
-        count, rows = len(self.recipe.data.map_column), []
-        for sample in part.samples:
-            draw = np.random.default_rng(derived_seed(sample.visit.seed, "maps"))
-            kept = draw.random(count) >= self.recipe.map_dropout
-            kept[draw.integers(count)] |= not kept.any()
-            rows.append(torch.from_numpy(kept))
-        return torch.stack(rows)
-
-    def _places(self, part: PairsPart, drawn: Tensor) -> Tensor:
-        """Uniform numbers for the timesteps: each pair's own, or spread evenly over the step's batch."""
-        if not self.recipe.stratified:
-            return drawn
-        start = np.random.default_rng(derived_seed(self.recipe.seed, "stratum", part.step)).random()
-        rows = torch.tensor(list(part.rows), dtype=torch.float64)
-        return (start + rows / part.batch) % 1.0
-
-    def _added_cond(self, pooled: Tensor | None, samples: Sequence[Outline]) -> dict[str, Tensor] | None:
-        """SDXL's further conditioning: size, cut, and size again (Podell et al. 2023, section 2.2)."""
-        if self.base.family != "sdxl":
-            return None
-        assert pooled is not None
-        rows = [
-            (s.size[1], s.size[0], s.view.top, s.view.seen_left, s.view.height, s.view.width) for s in samples
-        ]
-        if self.recipe.size_conditioning == "seen":
-            rows = [(height, width, 0, 0, height, width) for *_, height, width in rows]
-        device = self.machine.device
-        return {
-            "text_embeds": pooled.to(device, torch.float32),
-            "time_ids": put(torch.tensor(rows, dtype=torch.float32), device),
-        }
 
     def _laid_out(self, tensor: Tensor) -> Tensor:
         return tensor.contiguous(memory_format=torch.channels_last) if self.recipe.channels_last else tensor
@@ -402,20 +336,7 @@ class ControlNetTask:
     def export(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """The adapter's folder; with a trained decoder also the U-Net, in a folder beside it."""
         recipe = self.recipe
-        told = recipe.model_dump(mode="json", exclude=MAY_CHANGE | {"base", "init"})
-        told["data"] = {key: v for key, v in told["data"].items() if f"data.{key}" not in MAY_CHANGE}
-        told["data"]["source"] = PurePath(recipe.data.source).name  # no folders of the machine that trained
-        bundled = recipe.base in BUNDLED
-        data = self.feed.digest()
-        info = AdapterInfo(
-            map=_map_spec(recipe, self.encoded.visits),
-            family=self.base.family,
-            prediction_type=self.base.prediction_type,
-            base=recipe.base if bundled else "",
-            resolution=recipe.data.resolution or self.base.resolution,
-            title=f"{recipe.map} for the bundled base" if bundled else recipe.map,
-            training={"recipe": told, **self._origin, **({"data_sha256": data} if data else {})},
-        )
+        info = info_of(recipe, self.base, self.encoded.visits, data=self.feed.digest(), origin=self._origin)
         network, unet = self._exact(weights)
         whole = without_low_rank(network) if is_low_rank(recipe) else network
         save_adapter(whole, folder, info=info, dtype=DTYPES[recipe.export_dtype], replaces_all=True)
@@ -499,14 +420,6 @@ class ControlNetTask:
             network.to(self.machine.device)
 
 
-def _one_caption(sample: Outline) -> str:
-    """Of several captions one, drawn for the visit, as diffusers' train_controlnet.py draws them."""
-    captions = sample.example.captions
-    if len(captions) == 1:
-        return captions[0]
-    return captions[derived_seed(sample.visit.seed, "which caption") % len(captions)]
-
-
 def _report_bad_maps(
     recipe: ControlNetRecipe, maps: Sequence[NDArray[np.uint8]], report: Callable[[str], None]
 ) -> None:
@@ -522,17 +435,3 @@ def _report_bad_maps(
         found = Counter(blank for m in maps if (m == m[:1, :1]).all())
     for text, count in found.items():
         report(f"{count} of the first {len(maps)} {kind} maps: {text}")
-
-
-def _map_spec(recipe: ControlNetRecipe, visits: Visits) -> MapSpec:
-    """What the maps are, as far as it is known: of those from files neither thresholds nor style."""
-    spec = MAPS.get(recipe.map, MapSpec(recipe.map))
-    thresholds = {name: recipe.data.options.get(name, value) for name, value in spec.thresholds.items()}
-    fixed = visits.made and all(isinstance(value, int | float) for value in thresholds.values())
-    columns = recipe.data.map_column
-    return replace(
-        spec,
-        kind=" + ".join(columns) if len(columns) > 1 else spec.kind,
-        thresholds=thresholds if fixed else {},
-        channels=visits.channels // (len(columns) if recipe.adapter == "controlnet-union" else 1),
-    )
