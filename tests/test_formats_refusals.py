@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL, T2IAdapter
 from outcomes import Run
 from safetensors.torch import save_file
 
-from controlkit.adapters import load_adapter, write_adapter
+from controlkit.adapters import MAPS, AdapterInfo, load_adapter, save_adapter, write_adapter
 from controlkit.base import Base
 from controlkit.folders import refuse_impostor
 from controlkit.formats.adapter_file import find_adapter_file, open_adapter_file
@@ -447,3 +447,29 @@ def test_a_t2i_adapter_that_says_nonsense_of_itself(sd1: Base, tmp_path: Path) -
         }
         rewritten(file, lambda header, own=structure | nonsense: described(header, structure=own))
         refusal(file, sd1, "the configuration that it has of itself is no T2I-Adapter's")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"down_block_types": [["CrossAttnDownBlock2D"]]}, "it is a list of names"),
+        ({"block_out_channels": "x"}, "says block_out_channels 'x': it is a list of whole numbers"),
+        ({"block_out_channels": []}, "it is a list of whole numbers"),
+        ({"conditioning_channels": "3"}, "says conditioning_channels '3': it is a whole number"),
+        ({"cross_attention_dim": True}, "it is a whole number, or a list of them"),
+    ],
+)
+def test_a_configuration_with_values_of_other_types(
+    run: Run, sd1: Base, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    folder = tmp_path / "adapter"
+    save_adapter(controlnet_of(sd1), folder, info=AdapterInfo(map=MAPS["canny"], family="sd1"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    refusal(folder, sd1, message)
+    assert message in run("info", folder).refused()
+    network = T2IAdapter(3, [16, 32, 32, 32], 1, 16, "full_adapter_xl")
+    network.save_pretrained(tmp_path / "t2i")
+    config = json.loads((tmp_path / "t2i" / "config.json").read_text())
+    (tmp_path / "t2i" / "config.json").write_text(json.dumps(config | {"num_res_blocks": [1]}))
+    assert "says num_res_blocks [1]: it is a whole number" in run("info", tmp_path / "t2i").refused()

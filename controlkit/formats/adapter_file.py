@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from controlkit.families import FAMILY_TITLES
 from controlkit.folders import read_json, weight_files
+from controlkit.formats.config_types import check_types
 from controlkit.formats.description import AdapterInfo, MapSpec, read_description
 from controlkit.formats.finding import (
     USUAL,
@@ -184,6 +185,7 @@ def folder_config(folder: Path) -> dict[str, Any]:
         hint = f" (did you mean {inner.parent}?)" if inner else ""
         raise ValueError(f"{folder} is not an adapter folder: it has no config.json{hint}")
     config = read_json(folder / "config.json")
+    check_types(config, folder / "config.json")
     if "_class_name" not in config:
         raise ValueError(
             f"{folder}/config.json does not say of which class it is (_class_name): give the file with the"
@@ -241,7 +243,10 @@ def _config_beside(file: Path, class_name: str | None) -> Config:
     if not (is_its and beside.is_file()):
         return {}
     config = read_json(beside)
-    return config if config.get("_class_name") == class_name else {}
+    if config.get("_class_name") != class_name:
+        return {}
+    check_types(config, beside)
+    return config
 
 
 def _config(kind: str, shapes: Shapes, own: Config) -> Config:
