@@ -21,7 +21,6 @@ from controlkit.base import Base
 from controlkit.class_labels import check_labels_fit
 from controlkit.controlnet import lock
 from controlkit.folders import (
-    check_weights,
     is_pickle,
     load_part,
     read_header,
@@ -32,9 +31,9 @@ from controlkit.folders import (
 from controlkit.formats import writing
 from controlkit.formats.adapter_file import (
     check_config,
-    check_floats,
     folder_config,
     hint_channels,
+    is_as_saved,
     open_adapter_file,
 )
 from controlkit.formats.building import build_network, check_finite
@@ -44,7 +43,6 @@ from controlkit.formats.description import MapSpec as MapSpec
 from controlkit.formats.description import header_entries, read_description
 from controlkit.formats.finding import BUNDLED_ADAPTERS as BUNDLED_ADAPTERS
 from controlkit.formats.finding import (
-    USUAL,
     check_adapter_folder,
     check_only_adapter,
     find_adapter_file,
@@ -52,8 +50,6 @@ from controlkit.formats.finding import (
 )
 from controlkit.formats.fitting import BaseStructure, check_kind_fits, check_sizes, config_family
 from controlkit.formats.hashing import check_hash
-from controlkit.formats.recognise import recognise
-from controlkit.formats.weight_file import open_weights
 from controlkit.kinds import kind_of
 from controlkit.naming import unknown
 
@@ -124,7 +120,7 @@ def _load(name_or_path: str, base: Base, *, dtype: torch.dtype) -> tuple[Adapter
     if file is None:
         folder = find_adapter_folder(name_or_path)
         config = folder_config(folder)
-        if config["_class_name"] == "ControlNetModel" and _is_as_saved(folder):
+        if config["_class_name"] == "ControlNetModel" and is_as_saved(folder):
             try:
                 _check_sizes(config, base, name=name_or_path)
                 return read_info(folder), _load_network(folder, dtype=dtype)
@@ -265,24 +261,6 @@ def _check_sizes(
     config: Mapping[str, Any], base: Base, *, name: str, class_name: str = "ControlNetModel"
 ) -> None:
     check_sizes({**config, "_class_name": class_name}, structure_of(base), name=name)
-
-
-def _is_as_saved(folder: Path) -> bool:
-    """Whether the weights are a ControlNet's as diffusers writes it, whatever the configuration calls it.
-
-    Raises ValueError, naming the file, for damaged ones, and for numbers that are no plain floats.
-    """
-    files = weight_files(folder)
-    try:
-        weights = open_weights(*files)
-    except ValueError:
-        check_weights(folder)  # which says what they are not, by their names
-        raise
-    kind, _, names = recognise(weights.entries, files[0])
-    check_floats({name: weights.entries[key] for key, name in names.items()}, files[0])
-    own = all(names.get(key) == key for key in weights.entries)
-    usual = files[0].name.startswith(USUAL) and weights.is_pickle == is_pickle(files[0])
-    return kind == "controlnet" and own and usual
 
 
 def _published_map(repo_id: str) -> MapSpec | None:

@@ -16,7 +16,13 @@ from controlkit.checkpoints.kept import checkpoint_file, configs
 from controlkit.checkpoints.reading import SUFFIXES, Checkpoint, is_checkpoint, open_checkpoint
 from controlkit.families import ALIASES, BUNDLED, FAMILY_TITLES, short_name
 from controlkit.folders import read_json
-from controlkit.formats.adapter_file import AdapterFile, check_config, hint_channels, open_adapter_file
+from controlkit.formats.adapter_file import (
+    AdapterFile,
+    as_loaded,
+    check_config,
+    hint_channels,
+    open_adapter_file,
+)
 from controlkit.formats.description import INPAINT, AdapterInfo, kinds_at_once, map_in_words
 from controlkit.formats.expected import is_whole
 from controlkit.formats.finding import find_adapter_file
@@ -201,11 +207,12 @@ def _may_fit(file: AdapterFile, name: str) -> bool:
 def _misfit(file: AdapterFile, base: BaseStructure | None, name: str) -> str:
     """Why it does not fit, or cannot be used at all, or a warning, in words; "" if all is well."""
     try:
-        if base is not None:
-            check_kind_fits(file.kind, file.config, file.family, base, name=name)
         if find_adapter_file(name) is None:
             check_config(file)
-        _check_whole(file, base)
+        loaded = as_loaded(file, name)
+        if base is not None:
+            check_kind_fits(loaded.kind, loaded.config, loaded.family, base, name=name)
+        _check_whole(loaded, base)
         if file.weights.size <= _HASHED:
             file.weights.check_hash()
     except ValueError as error:

@@ -415,7 +415,7 @@ def described(header: dict[str, Any], **changes: Any) -> None:
         (lambda header: described(header, structure=[5]), "its controlkit description cannot be read"),
         (
             lambda header: described(header, structure={"norm_num_groups": "x"}),
-            "cannot build ControlNetModel",
+            "says norm_num_groups 'x': it is a whole number",
         ),
         (lambda header: described(header, structure={"act_fn": "magic"}), "cannot build ControlNetModel"),
     ],
@@ -473,3 +473,30 @@ def test_a_configuration_with_values_of_other_types(
     config = json.loads((tmp_path / "t2i" / "config.json").read_text())
     (tmp_path / "t2i" / "config.json").write_text(json.dumps(config | {"num_res_blocks": [1]}))
     assert "says num_res_blocks [1]: it is a whole number" in run("info", tmp_path / "t2i").refused()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"block_out_channels": None},
+        {"cross_attention_dim": None},
+        {"conditioning_embedding_out_channels": [16, 32]},
+        {"transformer_layers_per_block": [1]},
+        {"num_attention_heads": [2]},
+        {"norm_num_groups": None},
+        {"act_fn": "nothing"},
+    ],
+)
+def test_what_loading_a_folder_refuses_does_not_fit(
+    run: Run, sd1: Base, models: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    """A ControlNet's folder is built by its config.json, which may lack what the weights' shapes tell."""
+    folder = tmp_path / "adapter"
+    save_adapter(controlnet_of(sd1), folder, info=AdapterInfo(map=MAPS["canny"], family="sd1"))
+    config = json.loads((folder / "config.json").read_text()) | changes
+    kept = {key: value for key, value in config.items() if value is not None or key not in changes}
+    (folder / "config.json").write_text(json.dumps(kept))
+    with pytest.raises(ValueError, match="adapter"):
+        load_adapter(str(folder), base=sd1)
+    told = run("info", folder, "--base", models / "sd1").done()
+    assert f"fits {models / 'sd1'}: no, " in told

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from controlkit.families import FAMILY_TITLES
-from controlkit.folders import read_json, weight_files
+from controlkit.folders import check_weights, is_pickle, read_json, weight_files
 from controlkit.formats.config_types import check_types
 from controlkit.formats.description import AdapterInfo, MapSpec, read_description
 from controlkit.formats.finding import (
@@ -18,7 +18,7 @@ from controlkit.formats.finding import (
     find_adapter_folder,
     only_weights,
 )
-from controlkit.formats.fitting import config_family, plain
+from controlkit.formats.fitting import DEFAULTS, config_family, plain
 from controlkit.formats.recognise import recognise
 from controlkit.formats.structure import (
     CLASS_NAMES,
@@ -135,6 +135,8 @@ def open_adapter_file(path: str | os.PathLike[str]) -> AdapterFile:
     check_floats(entries, found)
     info, structure = read_description(weights.metadata, found)
     shapes = Shapes(entries, found)
+    if kind != "t2i-adapter":  # which has a check of its own
+        check_types(structure, found)
     own = structure or _own_config(found, kind, shapes)
     config = _config(kind, shapes, own)
     said = info.family if info and info.family in FAMILY_TITLES else ""
@@ -194,6 +196,38 @@ def folder_config(folder: Path) -> dict[str, Any]:
     if config.get("_class_name") not in (*CLASS_NAMES.values(), *_OTHER_CLASS_NAMES):
         raise ValueError(f"{folder} holds a {config.get('_class_name')}, not a ControlNetModel")
     return config
+
+
+def is_as_saved(folder: Path) -> bool:
+    """Whether the weights are a ControlNet's as diffusers writes it, whatever the configuration calls it.
+
+    Raises ValueError, naming the file, for damaged ones, and for numbers that are no plain floats.
+    """
+    files = weight_files(folder)
+    try:
+        weights = open_weights(*files)
+    except ValueError:
+        check_weights(folder)  # which says what they are not, by their names
+        raise
+    kind, _, names = recognise(weights.entries, files[0])
+    check_floats({name: weights.entries[key] for key, name in names.items()}, files[0])
+    own = all(names.get(key) == key for key in weights.entries)
+    usual = files[0].name.startswith(USUAL) and weights.is_pickle == is_pickle(files[0])
+    return kind == "controlnet" and own and usual
+
+
+def as_loaded(file: AdapterFile, name: str) -> AdapterFile:
+    """A file with the configuration that loading takes which is given its name.
+
+    A ControlNet's folder as diffusers writes it is built by its config.json alone.
+    """
+    if find_adapter_file(name) is not None:
+        return file
+    folder = find_adapter_folder(name)
+    config = folder_config(folder)
+    if config["_class_name"] != "ControlNetModel" or not is_as_saved(folder):
+        return file
+    return replace(file, config={**DEFAULTS, **config}, is_told=True)
 
 
 def check_floats(entries: Mapping[str, Stored], where: Path) -> None:

@@ -12,9 +12,19 @@ _WHOLE = (
     "in_channels",
     "norm_num_groups",
     "num_control_type",
+    "num_proj_channel",
     "num_res_blocks",
+    "num_trans_channel",
+    "num_trans_head",
+    "num_trans_layer",
 )
-_WHOLE_OR_LIST = ("attention_head_dim", "cross_attention_dim", "layers_per_block", "num_attention_heads")
+_WHOLE_OR_LIST = (
+    "attention_head_dim",
+    "cross_attention_dim",
+    "layers_per_block",
+    "num_attention_heads",
+    "transformer_layers_per_block",
+)
 _LISTS = ("base_block_out_channels", "block_out_channels", "channels", "conditioning_embedding_out_channels")
 _NAMES = ("down_block_types",)
 

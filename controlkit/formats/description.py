@@ -162,7 +162,8 @@ def _check_types(info: AdapterInfo) -> None:
     for thing, default in ((info, AdapterInfo()), (info.map, MapSpec())):
         for name in _names(type(thing)):
             wanted = type(getattr(default, name))
-            if not isinstance(getattr(thing, name), wanted):
+            value = getattr(thing, name)
+            if not isinstance(value, wanted) or isinstance(value, bool):
                 raise TypeError(f"{name} must be a {wanted.__name__}")
     if not all(isinstance(value, int | float) for value in info.map.range):
         raise TypeError("range must be two numbers")

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 Tensors = dict[str, tuple[int, ...]]
 COPIED = ("conv_in.", "time_embedding.", "add_embedding.", "class_embedding.", "down_blocks.", "mid_block.")
 """Beginnings of diffusers' names of what a ControlNet copies from its base."""
+_LEFT_OUT: Mapping[str, Any] = {"norm_num_groups": 32, "attention_head_dim": 8}  # diffusers' defaults
 _HINT_WIDTHS = (16, 32, 96, 256)  # diffusers' own for a ControlNet
 _USUAL: Mapping[str, tuple[Any, ...]] = {  # what else a configuration may say leads to further tensors
     "class_embed_type": (None,),
@@ -32,6 +33,7 @@ _USUAL: Mapping[str, tuple[Any, ...]] = {  # what else a configuration may say l
     "time_embedding_dim": (None,),
     "time_cond_proj_dim": (None,),
     "conv_in_kernel": (3, None),
+    "act_fn": ("silu", "swish"),
     "mid_block_type": ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None),
 }
 
@@ -44,9 +46,9 @@ def is_whole(file: AdapterFile, unet: Mapping[str, Any] | None) -> bool:
     found = {key: entry.shape for key, entry in file.entries.items()}
     match file.kind:
         case "controlnet" | "controlnet-difference":
-            return _same(found, controlnet_tensors(file.config))
+            return _same(found, controlnet_tensors(_as_told(file)))
         case "controlnet-union":
-            return _same(found, union_tensors(file.config))
+            return _same(found, union_tensors(_as_told(file)))
         case "t2i-adapter":
             return _same(found, t2i_tensors(file.config))
         case "lite":
@@ -56,6 +58,11 @@ def is_whole(file: AdapterFile, unet: Mapping[str, Any] | None) -> bool:
         case "control-lora":
             return unet is not None and _is_whole_lora(found, unet)
     return False
+
+
+def _as_told(file: AdapterFile) -> Mapping[str, Any]:
+    """A file's configuration: of one that is told, what it leaves out is diffusers' default."""
+    return {**_LEFT_OUT, **file.config} if file.is_told else file.config
 
 
 def controlnet_tensors(config: Mapping[str, Any]) -> Tensors | None:
@@ -186,8 +193,12 @@ def _is_common(config: Mapping[str, Any]) -> bool:
     if not set(config["down_block_types"]) <= {"CrossAttnDownBlock2D", "DownBlock2D"}:
         return False
     widths, groups = list(config["block_out_channels"]), config.get("norm_num_groups") or 1
-    heads = config.get("num_attention_heads") or config.get("attention_head_dim") or 1
+    heads = config.get("num_attention_heads")
+    heads = (config.get("attention_head_dim") or 1) if heads is None else heads
     counts = [heads] * len(widths) if isinstance(heads, int) else list(heads)
+    depths = config.get("transformer_layers_per_block") or 1
+    if not isinstance(depths, int) and len(depths) != len(widths):
+        return False
     told = (config.get("layers_per_block", 2), config.get("cross_attention_dim", 1280), groups)
     if len(counts) != len(widths) or not all(isinstance(number, int) for number in told):
         return False

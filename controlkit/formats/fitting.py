@@ -11,7 +11,7 @@ from controlkit.formats.structure import TEXT_FAMILIES
 
 EITHER = "SD1 or SD2"  # what fits one fits the other, where a network does not read the text
 _PLAIN = "DownBlock2D"
-_DEFAULTS: Mapping[str, Any] = {  # of diffusers' ControlNets, for what a config.json leaves out
+DEFAULTS: Mapping[str, Any] = {  # of diffusers' ControlNets, for what a config.json leaves out
     "in_channels": 4,
     "block_out_channels": (320, 640, 1280, 1280),
     "cross_attention_dim": 1280,
@@ -54,7 +54,7 @@ def check_sizes(config: Mapping[str, Any], base: BaseStructure, *, name: str) ->
     ``config``: with its ``_class_name``; a ControlNet's without. ``name``: of the adapter, for messages.
     """
     if config.get("_class_name", "ControlNetModel") in ("ControlNetModel", "ControlNetUnionModel"):
-        config = {**_DEFAULTS, **config}
+        config = {**DEFAULTS, **config}
     own = _wanted(config, base)
     different = [key for key in own if plain(config.get(key)) != plain(own[key])]
     family = config_family(config)
