@@ -13,8 +13,10 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from controlkit import preprocessors
-from controlkit.picture_files import DEPTH_SUFFIXES
+from controlkit.map_sizes import sense_of
+from controlkit.picture_files import DEPTH_SUFFIXES, SUFFIXES
 from controlkit.training.config_adapter import DataRecipe
+from controlkit.training.data.source_columns import MAP_FILES
 from controlkit.training.data.source_files import caption_file, stem_of, walk
 
 PICTURE_FOLDERS = ("images", "image", "pictures", "photos", "img", "imgs", "target", "targets")
@@ -67,9 +69,12 @@ def is_ending(name: str) -> bool:
 
 
 def with_ending(names: Sequence[str], ending: str) -> dict[str, str]:
-    """The files whose names are those of pictures with this end, by the picture's name without suffix."""
+    """The files whose names are those of pictures with this end, by the picture's name without suffix.
+
+    An end that is a suffix takes all files that have it.
+    """
     wanted = ending.casefold()
-    if wanted in DEPTH_SUFFIXES:
+    if wanted in MAP_FILES:
         return {stem_of(name): name for name in names if os.path.splitext(name)[1].lower() == wanted}
     stems = {stem_of(name): name for name in names}
     cut = len(ending)
@@ -145,11 +150,14 @@ def _twins(names: Sequence[str]) -> Iterator[tuple[str, str]]:
 def refuse_folders_of_maps(
     root: Path, place: str, others: Iterable[str], pictures: Sequence[str], kind: str
 ) -> None:
-    """Refuse a folder beside that of the pictures which has their names and is of no known name.
+    """Refuse a folder beside that of the pictures, or beside these, which has their names and is of no known
+    name. Numbers are maps of depth alone: what else lies in such files is somebody's cache.
 
     others: the folders that hold no pictures that are trained on.
     """
     stems = {stem_of(name) for name in pictures}
+    suffixes = DEPTH_SUFFIXES if sense_of(kind) == "depth" or not kind else SUFFIXES
+    whose = f"{place}/" if place else "its pictures"
     for folder in others:
         if folder.casefold() in (*MAP_FOLDERS, *preprocessors.names()):
             continue  # of another kind, as its name says
@@ -157,12 +165,13 @@ def refuse_folders_of_maps(
             files = list(walk(root / folder, root))
         except ValueError:  # a link that leads out, which is not followed
             continue
-        names = [name for name in files if os.path.splitext(name)[1].lower() in DEPTH_SUFFIXES]
+        names = [name for name in files if os.path.splitext(name)[1].lower() in suffixes]
         if _belong([stem_of(name) for name in names], stems) and not _has_caption(root / folder, names):
+            are_pictures = any(os.path.splitext(name)[1].lower() in SUFFIXES for name in names)
             raise ValueError(
-                f"{root}: {folder}/ has pictures named like {place}/ and no captions: if these are the maps"
-                f"{f' of {kind}' * bool(kind)}, say so with data.map_column={folder}; to have maps made of"
-                f" {place}/, with data.maps=made"
+                f"{root}: {folder}/ has {'pictures' if are_pictures else 'numbers'} named like {whose} and no"
+                f" captions: if these are the maps{f' of {kind}' * bool(kind)}, say so with"
+                f" data.map_column={folder}; to have maps made of the pictures, with data.maps=made"
             )
 
 
