@@ -524,8 +524,12 @@ def test_plain_folders_of_pictures_are_trained_on_as_they_are(tmp_path: Path) ->
         put(tmp_path / "ends" / f"{name}_black.png", encoded(photograph(name)))
         put(tmp_path / "beside" / "images" / f"{number}.png", encoded(photograph(name)))
         put(tmp_path / "beside" / "other" / f"{name}.png", encoded(photograph(name)))
+        put(tmp_path / "linked" / "images" / f"{name}.png", encoded(photograph(name)))
+        put(tmp_path / "round" / f"{name}.png", encoded(photograph(name)))
+    (tmp_path / "linked" / "latest").symlink_to("images")
+    (tmp_path / "round" / "again").symlink_to(".")
     put(tmp_path / "ends" / "my_canny.png", encoded(edges("cat")))  # of no picture
-    counts = {"clips": 12, "kinds": 4, "concepts": 8, "ends": 9, "beside": 4}
+    counts = {"clips": 12, "kinds": 4, "concepts": 8, "ends": 9, "beside": 4, "linked": 4, "round": 4}
     assert {place: len(opened(tmp_path / place)) for place in counts} == counts
 
 

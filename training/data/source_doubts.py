@@ -161,6 +161,8 @@ def refuse_folders_of_maps(
     for folder in others:
         if folder.casefold() in (*MAP_FOLDERS, *preprocessors.names()):
             continue  # of another kind, as its name says
+        if os.path.samefile(root / folder, root / place):
+            continue  # a link to the pictures themselves
         try:
             files = list(walk(root / folder, root))
         except ValueError:  # a link that leads out, which is not followed
@@ -179,7 +181,8 @@ def refuse_unknown_maps(root: Path, pictures: Sequence[str], *, data: DataRecipe
     """Refuse a folder among the pictures' that has the names of another one, and so holds its maps, more
     likely than more pictures: no captions where the other has some; or none has, and its name says so.
 
-    root: the folder of the pictures. Where the recipe has maps made, folders without captions hold pictures.
+    root: the folder of the pictures. Where the recipe has maps made, folders none of which has captions hold
+    pictures.
     """
     groups: dict[str, dict[str, str]] = {}
     for name in pictures:
