@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shlex
 import tarfile
 import unicodedata
 from pathlib import Path
@@ -394,7 +395,7 @@ def has_pairs(examples: Examples) -> bool:
 
 def answer(said: str) -> dict[str, Any]:
     """The settings that a message proposes first."""
-    proposed = said.partition("say so with ")[2].partition(";")[0].split()
+    proposed = shlex.split(said.partition("say so with ")[2].partition(";")[0])
     settings: dict[str, Any] = dict(part.removeprefix("data.").split("=", 1) for part in proposed)
     return settings | {"map_column": (settings["map_column"],)}
 
@@ -407,6 +408,8 @@ def answer(said: str) -> dict[str, Any]:
         ("images/{}.png", "masks/{}.png", "masks/ has pictures named like images/"),
         ("images/deep/{}.png", "seg/deep/{}.png", "seg/ has pictures named like images/"),
         ("rgb/{}.png", "seg/{}.png", "seg/ has pictures named like rgb/"),
+        ("my photos/{}.png", "my edges/{}.png", "my edges/ has pictures named like my photos/"),
+        ("images/{}.png", "my edges/{}.png", "my edges/ has pictures named like images/"),
         ("one/{}.png", "two/{}.png", "two/ has pictures named like one/"),
         ("{}.png", "edges/{}.png", "edges/ has pictures named like its pictures"),
         ("data/rgb/{}.png", "data/seg/{}.png", "data/seg/ has pictures named like data/rgb/"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -142,8 +143,8 @@ def _refuse_unknown(columns: Sequence[str], *, kind: str, where: str) -> None:
     if left:
         raise ValueError(
             f"{where} has pictures in {' and '.join(left)}, too: if these are the maps"
-            f"{f' of {kind}' * bool(kind)}, say so with data.map_column={left[0]}; to have maps made of the"
-            " pictures, with data.maps=made"
+            f"{f' of {kind}' * bool(kind)}, say so with {shlex.quote(f'data.map_column={left[0]}')}; to have"
+            " maps made of the pictures, with data.maps=made"
         )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -173,7 +174,8 @@ def refuse_folders_of_maps(
             raise ValueError(
                 f"{root}: {folder}/ has {'pictures' if are_pictures else 'numbers'} named like {whose} and no"
                 f" captions: if these are the maps{f' of {kind}' * bool(kind)}, say so with"
-                f" data.map_column={folder}; to have maps made of the pictures, with data.maps=made"
+                f" {shlex.quote(f'data.map_column={folder}')}; to have maps made of the pictures, with"
+                " data.maps=made"
             )
 
 
@@ -217,7 +219,7 @@ def _cure(root: Path, folder: str, whose: str, data: DataRecipe, kind: str) -> s
     source = Path(os.path.expanduser(data.source))
     settings = [f"data.source={root / above}"] if root / above != source else []
     settings += [f"data.picture_column={whose.rpartition('/')[2]}"] if above and whose != above else []
-    return f"{if_so}, say so with {' '.join([*settings, f'data.map_column={name}'])}"
+    return f"{if_so}, say so with {shlex.join([*settings, f'data.map_column={name}'])}"
 
 
 def _likely_maps(pictures: Sequence[str]) -> Iterator[tuple[str, str]]:

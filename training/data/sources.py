@@ -15,6 +15,7 @@ paired         pictures, with captions beside them and maps of the same names in
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -199,7 +200,8 @@ def _listing_below(folder: Path, split: str, files: Sequence[str]) -> Path | Non
     of_split = [place for place in found if place.rpartition("/")[2] == split]
     chosen = of_split if len(of_split) == 1 else list(found)
     if len(chosen) > 1:
-        listed = " or ".join(f"data.source={folder / place}" for place in sorted(found)[:_NAMED])
+        sources = [f"data.source={folder / place}" for place in sorted(found)[:_NAMED]]
+        listed = " or ".join(map(shlex.quote, sources))
         raise ValueError(f"{folder} holds several data sets, of which one is to be named: {listed}")
     if not chosen:
         return None
@@ -208,8 +210,8 @@ def _listing_below(folder: Path, split: str, files: Sequence[str]) -> Path | Non
     if 2 * len(elsewhere) > len(pictures):
         raise ValueError(
             f"{found[chosen[0]]} lists pictures, and {len(elsewhere):,} of {len(pictures):,} in {folder} lie"
-            f" elsewhere: take those it lists with data.source={folder / chosen[0]}, or all with"
-            " data.format=paired"
+            f" elsewhere: take those it lists with {shlex.quote(f'data.source={folder / chosen[0]}')}, or all"
+            " with data.format=paired"
         )
     if problem := leads_out(found[chosen[0]], folder):
         raise ValueError(problem)
