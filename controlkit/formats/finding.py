@@ -21,9 +21,7 @@ BUNDLED_ADAPTERS: Mapping[str, Path] = {
 }
 USUAL = "diffusion_pytorch_model"  # how diffusers calls the weights in a model's folder
 
-_OF_ADAPTER = re.compile(
-    rf"config\.json|{USUAL}[.\w]*(-\d+-of-\d+)?\.(safetensors|bin)(\.index[.\w]*\.json)?"
-)
+_OF_ADAPTER = re.compile(rf"config\.json|{USUAL}[.\w-]*\.(safetensors|bin)(\.index[.\w]*\.json)?")
 _OF_CHECKPOINT = {"weights.safetensors", "optimizer.safetensors"}
 _HUB_FILES = (
     "config.json",
