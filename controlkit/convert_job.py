@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -77,9 +77,9 @@ def plan(
         raise ValueError(f"--to {to} writes {wanted}, not {output}")
     if path.suffix != ".safetensors" and to != "diffusers":
         raise ValueError(f"cannot write {output}: pickles are only read; name it .safetensors")
-    check_apart(source, path)
+    check_apart(source, path, bundled=BUNDLED_ADAPTERS)
     if base is not None:
-        check_apart(base, path)
+        check_apart(base, path, bundled=BUNDLED)
     files.check_writable(path, folder=to == "diffusers")
     check_replaceable(path)
     return Plan(source, path, to, precision, base, rank)
@@ -167,9 +167,12 @@ def check_replaceable(output: Path) -> None:
     check_only_adapter(output)
 
 
-def check_apart(source: str, output: Path) -> None:
-    """Raise ValueError where writing would destroy what it is made from: an adapter, or a base."""
-    if source in BUNDLED:  # whatever else has that name here
+def check_apart(source: str, output: Path, *, bundled: Collection[str]) -> None:
+    """Raise ValueError where writing would destroy what it is made from: an adapter, or a base.
+
+    bundled: the names that stand for something bundled, whatever else has them here.
+    """
+    if source in bundled:
         return
     read, written = Path(os.path.realpath(os.path.expanduser(source))), Path(os.path.realpath(output))
     is_a_part = read.is_dir() and written.is_file() and (read in written.parents or _is_linked(read, written))

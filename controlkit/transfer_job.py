@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from controlkit import files
 from controlkit.convert_job import Report, as_path, check_apart, check_precision, check_replaceable, own_dtype
-from controlkit.families import FAMILY_TITLES
+from controlkit.families import BUNDLED, FAMILY_TITLES
 from controlkit.formats.adapter_file import AdapterFile, open_adapter_file
 from controlkit.formats.description import ENCODER, AdapterInfo
+from controlkit.formats.finding import BUNDLED_ADAPTERS
 from controlkit.formats.fitting import BaseStructure, check_kind_fits, plain
 from controlkit.formats.recognise import KINDS
 from controlkit.formats.weight_file import SUFFIXES
@@ -63,8 +64,9 @@ def plan(source: str, output: str, *, old: str, new: str, dtype: str | None = No
     path = Path(output)
     if path.suffix in SUFFIXES and path.suffix != ".safetensors":
         raise ValueError(f"cannot write {output}: pickles are only read; name it .safetensors, or a folder")
-    for read in (source, old, new):
-        check_apart(read, path)
+    check_apart(source, path, bundled=BUNDLED_ADAPTERS)
+    for base in (old, new):
+        check_apart(base, path, bundled=BUNDLED)
     files.check_writable(path, folder=path.suffix != ".safetensors")
     check_replaceable(path)
     if path.is_dir() and any(path.iterdir()) and not (path / "config.json").is_file():

@@ -51,6 +51,14 @@ def test_an_entry_within_an_entry(network: Any, sd1: Base, tmp_path: Path) -> No
     check(tmp_path / "a.pth", network, sd1)
 
 
+def test_an_entry_within_itself_is_named(tmp_path: Path) -> None:
+    state: dict[str, Any] = {"a": torch.zeros(1)}
+    state["model"] = state
+    torch.save(state, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=r"a.pth is damaged: its entries lie in each other without an end"):
+        open_adapter_file(tmp_path / "a.pth")
+
+
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 @pytest.mark.parametrize("prefix", ["controlnet.", "_orig_mod.", "module.", "module._orig_mod."])
 def test_a_wrapped_network(prefix: str, suffix: str, network: Any, sd1: Base, tmp_path: Path) -> None:

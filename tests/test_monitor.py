@@ -522,6 +522,8 @@ def test_pairs_that_are_learned_by_heart_are_told_from_rates_that_are_too_high()
     sure = [{**row, "gap_error": 0.01} if "gap" in row else row for row in rows]  # also where control holds
     assert took_hold(sure) is not None
     assert "learns the training pairs by heart" in advice(sure, **recipe)
+    trained = [{**row, ON_TRAINED: 1} if "gap" in row else row for row in rows]  # none was held out
+    assert "learning rates are too high" in advice(trained, **recipe)
     spiked = [{**row, "loss": 1.1 if row["step"] < 50 else 0.25} for row in rows]
     assert "learning rates are too high" in advice(spiked, **recipe)
     assert "learning rates are too high" in advice([{**row, "loss": 0.21} for row in rows], **recipe)

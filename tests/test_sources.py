@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shlex
 import tarfile
 import unicodedata
 from pathlib import Path
@@ -336,6 +337,23 @@ def test_columns_of_maps_hold_maps(tmp_path: Path) -> None:
     assert len(opened(tmp_path)[0].maps) == 1
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        "https://example.org/a.jpg",
+        {"bbox": [[0, 0, 9, 9]], "category": [1]},
+        {"Make": "a camera"},
+        [[0, 0, 9, 9], [1, 2, 3, 4]],
+        [[1.5, 2.5, 1.0]] * 17,
+    ],
+)
+def test_columns_that_hold_no_maps_are_not_asked_about(tmp_path: Path, value: Any) -> None:
+    """Addresses, boxes, points and what a camera said stand in many data sets."""
+    put(tmp_path / "a.png", encoded(photograph("cat")))
+    put(tmp_path / "metadata.jsonl", jsonl([{"file_name": "a.png", "text": "x", "about": value}]))
+    assert opened(tmp_path)[0].maps == ()
+
+
 def test_a_folder_that_may_hold_the_maps_is_not_trained_on(tmp_path: Path) -> None:
     for name in NAMES:
         for folder, picture in (("train", photograph(name)), ("train_cond", edges(name))):
@@ -377,7 +395,7 @@ def has_pairs(examples: Examples) -> bool:
 
 def answer(said: str) -> dict[str, Any]:
     """The settings that a message proposes first."""
-    proposed = said.partition("say so with ")[2].partition(";")[0].split()
+    proposed = shlex.split(said.partition("say so with ")[2].partition(";")[0])
     settings: dict[str, Any] = dict(part.removeprefix("data.").split("=", 1) for part in proposed)
     return settings | {"map_column": (settings["map_column"],)}
 
@@ -390,6 +408,8 @@ def answer(said: str) -> dict[str, Any]:
         ("images/{}.png", "masks/{}.png", "masks/ has pictures named like images/"),
         ("images/deep/{}.png", "seg/deep/{}.png", "seg/ has pictures named like images/"),
         ("rgb/{}.png", "seg/{}.png", "seg/ has pictures named like rgb/"),
+        ("my photos/{}.png", "my edges/{}.png", "my edges/ has pictures named like my photos/"),
+        ("images/{}.png", "my edges/{}.png", "my edges/ has pictures named like images/"),
         ("one/{}.png", "two/{}.png", "two/ has pictures named like one/"),
         ("{}.png", "edges/{}.png", "edges/ has pictures named like its pictures"),
         ("data/rgb/{}.png", "data/seg/{}.png", "data/seg/ has pictures named like data/rgb/"),
@@ -446,6 +466,54 @@ def test_maps_that_are_known_by_their_names(tmp_path: Path, pictures: str, maps:
     assert said[0].endswith("is not used")
 
 
+def test_hidden_files_say_nothing_of_a_folder(tmp_path: Path) -> None:
+    """macOS leaves them in archives."""
+    put_pairs(tmp_path, "train/images/{}.png", "train/conditioning/{}.png")
+    put(tmp_path / "._cat.png", b"")
+    assert has_pairs(opened(tmp_path))
+
+
+def test_a_maps_name_may_end_in_the_kind_and_the_folder(tmp_path: Path) -> None:
+    """Of several ends that fit, the one counts before which a picture's name stands, whatever their order."""
+    for kind in ("edges", "sharp_edges"):
+        put_pairs(tmp_path / kind, "images/{}.png", "my_sharp_edges/{}_my_sharp_edges.png")
+        assert has_pairs(opened(tmp_path / kind, kind, map_column=("my_sharp_edges",)))
+
+
+def test_depth_in_numbers_beside_the_pictures(tmp_path: Path) -> None:
+    """It is found by the end of its name, or asked about; for maps of another kind it is nothing."""
+    for number in range(4):
+        for layout in ("same/{}.npy", "end/{}_depth.npy", "root/numbers/{}.npy", "images/numbers/{}.npy"):
+            folder = tmp_path / layout.partition("/")[0]
+            place = folder / "images" if folder.name == "images" else folder
+            put(place / f"{number}.jpg", encoded(photograph("cat"), "JPEG"))
+            np.save(put(tmp_path / layout.format(number), b""), np.eye(8, dtype=np.float32))
+
+    def maps(layout: str, **settings: Any) -> list[str]:
+        examples = opened(tmp_path / layout, "depth", **settings)
+        return [Path(piece.name).name for example in examples for piece in example.maps]
+
+    assert maps("end") == [f"{number}_depth.npy" for number in range(4)]
+    for layout, column, said in (
+        ("same", ".npy", "0.jpg and 0.npy have one name"),
+        ("root", "numbers", "numbers/ has numbers named like its pictures"),
+        ("images", "numbers", "numbers/ has numbers named like images/"),
+    ):
+        with pytest.raises(ValueError, match=rf"{said}.*maps of depth, .*data.map_column={column}"):
+            maps(layout)
+        assert maps(layout, map_column=(column,)) == [f"{number}.npy" for number in range(4)]
+        assert maps(layout, maps="made") == []
+        assert [example.maps for example in opened(tmp_path / layout)] == [()] * 4  # of canny
+
+
+def test_poses_beside_the_pictures(tmp_path: Path) -> None:
+    for number in range(2):
+        put(tmp_path / f"{number}.jpg", encoded(photograph("cat"), "JPEG"))
+        put(tmp_path / f"{number}_keypoints.json", json.dumps({"people": []}))
+    examples = opened(tmp_path, "openpose", map_column=("_keypoints",))
+    assert [Path(e.maps[0].name).name for e in examples] == ["0_keypoints.json", "1_keypoints.json"]
+
+
 def test_plain_folders_of_pictures_are_trained_on_as_they_are(tmp_path: Path) -> None:
     for number, name in enumerate(NAMES):
         for place in ("clips/one", "clips/two", "clips/three"):  # frames of the same numbers
@@ -459,8 +527,12 @@ def test_plain_folders_of_pictures_are_trained_on_as_they_are(tmp_path: Path) ->
         put(tmp_path / "ends" / f"{name}_black.png", encoded(photograph(name)))
         put(tmp_path / "beside" / "images" / f"{number}.png", encoded(photograph(name)))
         put(tmp_path / "beside" / "other" / f"{name}.png", encoded(photograph(name)))
+        put(tmp_path / "linked" / "images" / f"{name}.png", encoded(photograph(name)))
+        put(tmp_path / "round" / f"{name}.png", encoded(photograph(name)))
+    (tmp_path / "linked" / "latest").symlink_to("images")
+    (tmp_path / "round" / "again").symlink_to(".")
     put(tmp_path / "ends" / "my_canny.png", encoded(edges("cat")))  # of no picture
-    counts = {"clips": 12, "kinds": 4, "concepts": 8, "ends": 9, "beside": 4}
+    counts = {"clips": 12, "kinds": 4, "concepts": 8, "ends": 9, "beside": 4, "linked": 4, "round": 4}
     assert {place: len(opened(tmp_path / place)) for place in counts} == counts
 
 
@@ -497,6 +569,22 @@ def test_a_listing_further_down(tmp_path: Path) -> None:
         ValueError, match=r"several data sets, of which one .*data.source=\S+/data/test or data"
     ):
         opened(tmp_path, split="validation")
+
+
+def test_a_listing_of_a_few_pictures_does_not_stand_for_all(tmp_path: Path) -> None:
+    """Four captioned pictures, and far below them somebody's old listing of one."""
+    for name in NAMES:
+        put(tmp_path / f"{name}.png", encoded(photograph(name)))
+        put(tmp_path / f"{name}.txt", CAPTIONS[name])
+    put(tmp_path / "other" / "old" / "q.png", encoded(photograph("cat")))
+    put(tmp_path / "other" / "old" / "metadata.jsonl", jsonl([{"file_name": "q.png", "text": "x"}]))
+    with pytest.raises(
+        ValueError,
+        match=r"metadata.jsonl lists pictures, and 4 of 5 in \S+ lie elsewhere: .*data.source=\S+old",
+    ):
+        opened(tmp_path)
+    assert len(opened(tmp_path, format="paired")) == 5
+    assert len(opened(tmp_path / "other" / "old")) == 1
 
 
 def test_options_that_have_no_use_are_said(tmp_path: Path) -> None:
@@ -821,15 +909,15 @@ def test_shards_with_two_pictures_of_one_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("picture", "other", "said"),
     [
-        ("1.jpg", "1_canny.jpg", "1_canny seems"),
-        ("images/1.jpg", "conditioning/1.jpg", "conditioning/ seems"),
+        ("1.jpg", "1_canny.jpg", "1_canny seems to be a map of another example"),
+        ("images/1.jpg", "conditioning/1.jpg", "conditioning/ seems to hold maps of other examples"),
     ],
 )
 def test_shards_whose_maps_have_names_of_their_own(
     tmp_path: Path, picture: str, other: str, said: str
 ) -> None:
     put_shard(tmp_path / "x.tar", {picture: b"p", other: b"m"})
-    with pytest.raises(ValueError, match=f"{said} to be a map of another example: .*data.maps=made"):
+    with pytest.raises(ValueError, match=f"{said}: .*data.maps=made"):
         opened(tmp_path / "x.tar")
     assert len(opened(tmp_path / "x.tar", maps="made")) == 2
     put_shard(tmp_path / "y.tar", {"a/1.jpg": b"p", "b/1.jpg": b"q", "1_b.jpg": b"r"})

@@ -102,6 +102,9 @@ def test_a_folder_with_other_files_is_not_replaced(
     assert (clone / "README.md").read_text() == "mine"
     shutil.rmtree(clone / ".git")
     (clone / "README.md").unlink()
+    (clone / "diffusion_pytorch_model_old").mkdir()  # named as weights are, and none
+    assert "holds diffusion_pytorch_model_old, which would be lost" in run(*convert).refused()
+    (clone / "diffusion_pytorch_model_old").rmdir()
     run(*convert).done()  # an adapter alone is replaced
     monkeypatch.chdir(clone)
     for command in ([*convert[:2], ".", *convert[3:]], [*transfer, "."]):
@@ -120,6 +123,9 @@ def test_a_folder_called_like_a_bundled_adapter_is_meant_where_it_was_written(
     out = run("convert", source, "canny", "--to", "diffusers", "--base", old.name).done()
     assert "wrote canny: a ControlNet for SD1" in out
     assert "--adapter canny=./canny" in out
+    run("convert", "canny", "canny", "--to", "diffusers").done()  # of the bundled one, which comes first
+    run("convert", source, "tiny", "--to", "diffusers").done()  # "tiny" is a bundled base, and no adapter
+    assert "tiny would overwrite tiny" in run("convert", "tiny", "tiny", "--to", "diffusers").refused()
 
 
 def test_one_number_for_all_blocks_is_that_number_for_each() -> None:

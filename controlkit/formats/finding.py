@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
@@ -20,6 +21,7 @@ BUNDLED_ADAPTERS: Mapping[str, Path] = {
 }
 USUAL = "diffusion_pytorch_model"  # how diffusers calls the weights in a model's folder
 
+_OF_ADAPTER = re.compile(rf"config\.json|{USUAL}[.\w-]*\.(safetensors|bin)(\.index[.\w]*\.json)?")
 _OF_CHECKPOINT = {"weights.safetensors", "optimizer.safetensors"}
 _HUB_FILES = (
     "config.json",
@@ -81,8 +83,8 @@ def mark_of(name: str) -> str:
 
 def check_only_adapter(folder: Path) -> None:
     """Raise ValueError where an adapter's folder holds other files, too, which replacing it would delete."""
-    names = sorted(path.name for path in folder.iterdir())
-    others = [name for name in names if name != "config.json" and not name.startswith(USUAL)]
+    paths = sorted(folder.iterdir())
+    others = [path.name for path in paths if not (_OF_ADAPTER.fullmatch(path.name) and path.is_file())]
     if others and (folder / "config.json").is_file():
         raise ValueError(
             f"cannot write {folder}: besides an adapter the folder holds {', '.join(others[:3])}"

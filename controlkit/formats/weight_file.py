@@ -105,7 +105,10 @@ def open_weights(path: Path, *more: Path, what: str = "adapter") -> WeightFile:
         raise ValueError(f"cannot read {path}: {error.strerror}") from error
     refuse_impostor(path, start)
     if _is_pickle(start):
-        state = _flat(_unwrapped(read_state(path, what=what, pickled=True)))
+        try:
+            state = _flat(_unwrapped(read_state(path, what=what, pickled=True)))
+        except RecursionError as error:
+            raise ValueError(f"{path} is damaged: its entries lie in each other without an end") from error
         entries = {key: _stored(path, key, tensor) for key, tensor in state.items()}
         opened = WeightFile(path, entries, _state=state)
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,7 +42,11 @@ MAP_NAMES = (
 )
 LOOKED_AT = 8
 """Rows that show what a column holds."""
-_MAP_FILES = DEPTH_SUFFIXES | {".json"}
+MAP_FILES = DEPTH_SUFFIXES | {".json"}
+"""Suffixes of what may be a map: a picture, depth in numbers, a pose."""
+_MAP_KEYS = {"bytes", "path", "people"}  # of a picture, and of a pose
+_UNREAD = ("http://", "https://")  # addresses that are not followed
+_LEAST_ROWS = 8  # of numbers that are a picture, and as many in each
 CAPTION_NAMES = ("text", "caption", "prompt", "captions", "prompts", "texts")
 
 
@@ -138,18 +143,18 @@ def _refuse_unknown(columns: Sequence[str], *, kind: str, where: str) -> None:
     if left:
         raise ValueError(
             f"{where} has pictures in {' and '.join(left)}, too: if these are the maps"
-            f"{f' of {kind}' * bool(kind)}, say so with data.map_column={left[0]}; to have maps made of the"
-            " pictures, with data.maps=made"
+            f"{f' of {kind}' * bool(kind)}, say so with {shlex.quote(f'data.map_column={left[0]}')}; to have"
+            " maps made of the pictures, with data.maps=made"
         )
 
 
 def _may_be_map(value: object) -> bool:
     """Whether what a row holds can be a map: a file's name, a picture, numbers in rows, a pose."""
     if isinstance(value, str):
-        return os.path.splitext(value)[1].lower() in _MAP_FILES
-    if isinstance(value, list):
-        return any(isinstance(part, list) for part in value[:1])
-    return isinstance(value, dict | bytes)
+        return os.path.splitext(value)[1].lower() in MAP_FILES and not value.startswith(_UNREAD)
+    if isinstance(value, list):  # few numbers in a row are boxes and points
+        return len(value) >= _LEAST_ROWS and isinstance(value[0], list) and len(value[0]) >= _LEAST_ROWS
+    return isinstance(value, bytes) or (isinstance(value, dict) and not _MAP_KEYS.isdisjoint(value))
 
 
 def _of_kind(kind: str) -> tuple[str, ...]:

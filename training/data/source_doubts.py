@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from controlkit import preprocessors
-from controlkit.picture_files import DEPTH_SUFFIXES
+from controlkit.map_sizes import sense_of
+from controlkit.picture_files import DEPTH_SUFFIXES, SUFFIXES
 from controlkit.training.config_adapter import DataRecipe
+from controlkit.training.data.source_columns import MAP_FILES
 from controlkit.training.data.source_files import caption_file, stem_of, walk
 
 PICTURE_FOLDERS = ("images", "image", "pictures", "photos", "img", "imgs", "target", "targets")
@@ -67,9 +70,12 @@ def is_ending(name: str) -> bool:
 
 
 def with_ending(names: Sequence[str], ending: str) -> dict[str, str]:
-    """The files whose names are those of pictures with this end, by the picture's name without suffix."""
+    """The files whose names are those of pictures with this end, by the picture's name without suffix.
+
+    An end that is a suffix takes all files that have it.
+    """
     wanted = ending.casefold()
-    if wanted in DEPTH_SUFFIXES:
+    if wanted in MAP_FILES:
         return {stem_of(name): name for name in names if os.path.splitext(name)[1].lower() == wanted}
     stems = {stem_of(name): name for name in names}
     cut = len(ending)
@@ -145,24 +151,31 @@ def _twins(names: Sequence[str]) -> Iterator[tuple[str, str]]:
 def refuse_folders_of_maps(
     root: Path, place: str, others: Iterable[str], pictures: Sequence[str], kind: str
 ) -> None:
-    """Refuse a folder beside that of the pictures which has their names and is of no known name.
+    """Refuse a folder beside that of the pictures, or beside these, which has their names and is of no known
+    name. Numbers are maps of depth alone: what else lies in such files is somebody's cache.
 
     others: the folders that hold no pictures that are trained on.
     """
     stems = {stem_of(name) for name in pictures}
+    suffixes = DEPTH_SUFFIXES if sense_of(kind) == "depth" or not kind else SUFFIXES
+    whose = f"{place}/" if place else "its pictures"
     for folder in others:
         if folder.casefold() in (*MAP_FOLDERS, *preprocessors.names()):
             continue  # of another kind, as its name says
+        if os.path.samefile(root / folder, root / place):
+            continue  # a link to the pictures themselves
         try:
             files = list(walk(root / folder, root))
         except ValueError:  # a link that leads out, which is not followed
             continue
-        names = [name for name in files if os.path.splitext(name)[1].lower() in DEPTH_SUFFIXES]
+        names = [name for name in files if os.path.splitext(name)[1].lower() in suffixes]
         if _belong([stem_of(name) for name in names], stems) and not _has_caption(root / folder, names):
+            are_pictures = any(os.path.splitext(name)[1].lower() in SUFFIXES for name in names)
             raise ValueError(
-                f"{root}: {folder}/ has pictures named like {place}/ and no captions: if these are the maps"
-                f"{f' of {kind}' * bool(kind)}, say so with data.map_column={folder}; to have maps made of"
-                f" {place}/, with data.maps=made"
+                f"{root}: {folder}/ has {'pictures' if are_pictures else 'numbers'} named like {whose} and no"
+                f" captions: if these are the maps{f' of {kind}' * bool(kind)}, say so with"
+                f" {shlex.quote(f'data.map_column={folder}')}; to have maps made of the pictures, with"
+                " data.maps=made"
             )
 
 
@@ -170,7 +183,8 @@ def refuse_unknown_maps(root: Path, pictures: Sequence[str], *, data: DataRecipe
     """Refuse a folder among the pictures' that has the names of another one, and so holds its maps, more
     likely than more pictures: no captions where the other has some; or none has, and its name says so.
 
-    root: the folder of the pictures. Where the recipe has maps made, folders without captions hold pictures.
+    root: the folder of the pictures. Where the recipe has maps made, folders none of which has captions hold
+    pictures.
     """
     groups: dict[str, dict[str, str]] = {}
     for name in pictures:
@@ -205,7 +219,7 @@ def _cure(root: Path, folder: str, whose: str, data: DataRecipe, kind: str) -> s
     source = Path(os.path.expanduser(data.source))
     settings = [f"data.source={root / above}"] if root / above != source else []
     settings += [f"data.picture_column={whose.rpartition('/')[2]}"] if above and whose != above else []
-    return f"{if_so}, say so with {' '.join([*settings, f'data.map_column={name}'])}"
+    return f"{if_so}, say so with {shlex.join([*settings, f'data.map_column={name}'])}"
 
 
 def _likely_maps(pictures: Sequence[str]) -> Iterator[tuple[str, str]]:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from controlkit import preprocessors
+from controlkit.map_sizes import sense_of
 from controlkit.naming import did_you_mean
 from controlkit.picture_files import DEPTH_SUFFIXES, SUFFIXES
 from controlkit.training.config_adapter import DataRecipe
@@ -77,12 +78,16 @@ def open_pairs(
     rest = [name for name in folders if name != place]
     maps = _map_folders(rest, data=data, kind=kind, root=root)
     in_folders = [name for name in maps if name in rest]
-    pictures = _pictures(root, place, folders, in_folders)
-    if not maps and data.maps != "made" and (end := choose_ending(pictures, kind=kind, root=root / place)):
-        maps = (end,)
+    files = _files(root, place, folders, in_folders)
+    pictures = [name for name in files if _rank(name) == 0]
+    if not maps and data.maps != "made":
+        candidates = [name for name in files if _rank(name) == 1] if sense_of(kind) == "depth" else []
+        end = choose_ending([*pictures, *candidates], kind=kind, root=root / place)
+        maps = (end,) if end else ()
     if not maps and data.maps == "files":
         _refuse_none(folders, kind, root)
-    beside = {end: with_ending(pictures, end) for end in maps if end not in in_folders}
+    ends = [name for name in maps if name not in in_folders]
+    beside = {end: with_ending(pictures, end) or with_ending(files, end) for end in ends}
     unused = _unused_maps(rest, pictures, kind) if data.maps == "made" else []
     pictures, left_out = _without_maps(pictures, beside.values(), all_kinds=not in_folders)
     shown = [f"{name}/" if name in in_folders else f"files that end in {name}" for name in maps]
@@ -95,8 +100,9 @@ def open_pairs(
     if not pictures:
         return LazyExamples(0, _no_example)
     if not maps:
-        if place and data.maps != "made":
-            refuse_folders_of_maps(root, place, rest, pictures, kind)
+        if data.maps != "made":
+            used = set() if place else {name.partition("/")[0] for name in pictures}
+            refuse_folders_of_maps(root, place, [name for name in rest if name not in used], pictures, kind)
         refuse_unknown_maps(root / place, pictures, data=data, kind=kind)
     partners = [
         _beside(place, beside[name]) if name in beside else _in_folder(root, name, pictures, kind)
@@ -173,7 +179,7 @@ def _folder_of_split(root: Path, data: DataRecipe, kind: str) -> Path:
 
 
 def _is_picture(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in SUFFIXES and name != SHEET
+    return os.path.splitext(name)[1].lower() in SUFFIXES and name != SHEET and not name.startswith(".")
 
 
 def _folders(root: Path) -> list[str]:
@@ -270,8 +276,10 @@ def _named(folders: Sequence[str], name: str, option: str, root: Path) -> str:
     return name.strip("/")
 
 
-def _pictures(root: Path, place: str, folders: Sequence[str], maps: Sequence[str]) -> list[str]:
-    """Names of the pictures, relative to their folder, sorted. Folders of maps do not count."""
+def _files(root: Path, place: str, folders: Sequence[str], maps: Sequence[str]) -> list[str]:
+    """Names of the pictures, and of what else may be a map beside them, relative to their folder, sorted.
+    Folders of maps do not count.
+    """
     closed = {
         *maps,
         *(name for name in folders if name.casefold() in (*MAP_FOLDERS, *preprocessors.names())),
@@ -280,8 +288,7 @@ def _pictures(root: Path, place: str, folders: Sequence[str], maps: Sequence[str
     return sorted(
         name
         for name in names
-        if os.path.splitext(name)[1].lower() in SUFFIXES
-        and (place or (name.partition("/")[0] not in closed and name != SHEET))
+        if _rank(name) < len(_SORTS) and (place or (name.partition("/")[0] not in closed and name != SHEET))
     )
 
 
@@ -295,9 +302,9 @@ def _by_stem(names: Iterable[str], pictures: set[str], ends: tuple[str, ...]) ->
             stem = stem_of(name)
             if name.lower().endswith(f"{_OPENPOSE}{POSES}") and stem not in pictures:
                 stem = stem[: -len(_OPENPOSE)]
-            end = next((end for end in ends if stem.casefold().endswith(end)), "")
-            if end and stem not in pictures and stem[: -len(end)] in pictures:
-                stem = stem[: -len(end)]
+            bare = (stem[: -len(end)] for end in ends if stem.casefold().endswith(end))
+            if stem not in pictures:
+                stem = next((name for name in bare if name in pictures), stem)
             found.setdefault(stem, []).append(name)
     for stem, files in found.items():
         first = min(map(_rank, files))

@@ -110,9 +110,10 @@ def _refuse_maps_apart(shard: Shard) -> None:
     """Refuse maps that have names of their own, and would be examples."""
     likely = likely_map([f"{key}.jpg" for key in shard.keys]).removesuffix(".jpg")
     if likely:
+        what = "hold maps of other examples" if likely.endswith("/") else "be a map of another example"
         raise ValueError(
-            f"{shard.path}: {likely} seems to be a map of another example: what belongs together has one name"
-            " up to its first dot (0001.jpg, 0001.map.png); if all are pictures, say so with data.maps=made"
+            f"{shard.path}: {likely} seems to {what}: what belongs together has one name up to its first dot"
+            " (0001.jpg, 0001.map.png); if all are pictures, say so with data.maps=made"
         )
 
 

@@ -3,7 +3,8 @@
 =============  ==============================================================================================
 format         what it is recognised by
 =============  ==============================================================================================
-imagefolder    metadata.jsonl or metadata.csv, here, in a folder named as the split, or the only one below
+imagefolder    metadata.jsonl or metadata.csv, here, in a folder named as the split, or the only one two
+               folders down or deeper (data/train/)
 fill50k        prompt.json, or another .json file that is named
 huggingface    state.json or dataset_dict.json (save_to_disk), .parquet or .arrow files, or "owner/name"
 webdataset     .tar files
@@ -14,6 +15,7 @@ paired         pictures, with captions beside them and maps of the same names in
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -187,9 +189,10 @@ def _listing(folder: Path, split: str, names: tuple[str, ...]) -> Path | None:
 def _listing_below(folder: Path, split: str, files: Sequence[str]) -> Path | None:
     """The file that lists pictures in a folder further down, as repositories of the hub have it.
 
-    Raises ValueError, one line: there are several, and the split does not tell which is meant.
+    Raises ValueError, one line: there are several, and the split does not tell which is meant; or most
+    pictures lie elsewhere.
     """
-    found = {}
+    found: dict[str, Path] = {}
     for name in sorted(files, reverse=True):  # metadata.jsonl goes before metadata.csv
         place, _, base = name.rpartition("/")
         if "/" in place and base in (*METADATA, PROMPTS):
@@ -197,10 +200,19 @@ def _listing_below(folder: Path, split: str, files: Sequence[str]) -> Path | Non
     of_split = [place for place in found if place.rpartition("/")[2] == split]
     chosen = of_split if len(of_split) == 1 else list(found)
     if len(chosen) > 1:
-        listed = " or ".join(f"data.source={folder / place}" for place in sorted(found)[:_NAMED])
+        sources = [f"data.source={folder / place}" for place in sorted(found)[:_NAMED]]
+        listed = " or ".join(map(shlex.quote, sources))
         raise ValueError(f"{folder} holds several data sets, of which one is to be named: {listed}")
     if not chosen:
         return None
+    pictures = [name for name in files if os.path.splitext(name)[1].lower() in SUFFIXES]
+    elsewhere = [name for name in pictures if not name.startswith(tuple(f"{place}/" for place in found))]
+    if 2 * len(elsewhere) > len(pictures):
+        raise ValueError(
+            f"{found[chosen[0]]} lists pictures, and {len(elsewhere):,} of {len(pictures):,} in {folder} lie"
+            f" elsewhere: take those it lists with {shlex.quote(f'data.source={folder / chosen[0]}')}, or all"
+            " with data.format=paired"
+        )
     if problem := leads_out(found[chosen[0]], folder):
         raise ValueError(problem)
     return found[chosen[0]]

@@ -30,9 +30,7 @@ _VISIBLE = 0.01  # gap over few pictures that proves nothing, and speaks against
 USUAL_TRAVEL = (0.03, 0.35)
 _NO_CHANGE = 0.003  # relative change of the loss below which the adapter does nothing yet
 _HARM = 1.25  # loss with the true map over the base's, from which the adapter is doing damage
-_BY_HEART = (
-    0.6  # training loss over the first one and over that with held-out maps: such damage is no accident
-)
+_BY_HEART = 0.6  # training loss over the first one, and over that of held-out pairs: damage by no accident
 
 History = Sequence[Mapping[str, Any]]
 
@@ -163,6 +161,8 @@ def _ratio(look: Mapping[str, Any]) -> float:
 
 def _is_by_heart(history: History, look: Mapping[str, Any]) -> bool:
     """Whether the training pairs are known far better than they were, and than pairs that are held out."""
+    if look.get(ON_TRAINED):  # nothing was held out
+        return False
     losses = [row["loss"] for row in history if isinstance(row.get("loss"), int | float)]
     if len(losses) <= LOOKS:
         return False
