@@ -21,6 +21,7 @@ from controlkit.class_labels import (
     load_picture_encoder,
     takes_picture,
 )
+from controlkit.config_types import check_types
 from controlkit.controlnet import check_structure
 from controlkit.families import ALIASES as ALIASES
 from controlkit.families import BUNDLED as BUNDLED
@@ -90,7 +91,7 @@ def noise_schedule(scheduler_config: Mapping[str, Any]) -> Tensor:
     if scheduler_config.get("trained_betas") is not None:
         raise ValueError("trained_betas, a noise schedule of its own, is not supported")
     name = scheduler_config.get("beta_schedule", "linear")
-    if name not in _SCHEDULES:
+    if not isinstance(name, str) or name not in _SCHEDULES:
         raise ValueError(f"beta_schedule {name!r} is not one of {', '.join(_SCHEDULES)}")
     return diffusion.alphas_cumprod(
         _SCHEDULES[name],
@@ -125,6 +126,8 @@ def read_family(folder: Path, unet_config: Mapping[str, Any]) -> str:
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
     vae_config = read_json(part_of(folder, "vae") / "config.json")
+    check_types(unet_config, folder / "unet" / "config.json")
+    check_types(vae_config, folder / "vae" / "config.json")
     latent_channels = vae_config.get("latent_channels", 4)
     _check_numbers(folder, unet_config, vae_config)
     taken = unet_config.get("in_channels", 4)
@@ -167,6 +170,10 @@ def _check_numbers(folder: Path, unet_config: Mapping[str, Any], vae_config: Map
     sides = size if isinstance(size, list) and size else [size]
     if size is not None and not all(isinstance(side, int) and side > 0 for side in sides):
         raise ValueError(f"{folder}/unet/config.json: sample_size must be a number of latents, not {size!r}")
+    blocks = {key: vae_config.get(key) or () for key in ("down_block_types", "up_block_types")}
+    if len(blocks["down_block_types"]) != len(blocks["up_block_types"]):
+        told = " and ".join(f"{len(names)} {key}" for key, names in blocks.items())
+        raise ValueError(f"{folder}/vae/config.json has {told}: they are as many")
     try:
         _number(vae_config, "scaling_factor", 0.18215)
     except ValueError as error:
@@ -214,9 +221,10 @@ def check_parts(folder: Path, family: str) -> None:
     for part in _ALWAYS + (_SECOND_TEXT if family == "sdxl" else ()):
         part_of(folder, part)
         entry = index.get(part) or [None, None]
-        if part in _CLASSES and entry[1] not in _CLASSES[part]:
+        found = entry[1] if isinstance(entry, list) and len(entry) == 2 else entry
+        if part in _CLASSES and found not in _CLASSES[part]:
             raise ValueError(
-                f"{folder}/model_index.json: {part} is {entry[1]}, not {' or '.join(_CLASSES[part])}"
+                f"{folder}/model_index.json: {part} is {found}, not {' or '.join(_CLASSES[part])}"
             )
 
 
@@ -242,9 +250,11 @@ def load_models(
 
     config = read_json(folder / "vae" / "config.json")
     vae = load_part(AutoencoderKL, folder / "vae", dtype=vae_dtype(config, family=family, dtype=dtype))
-    text_encoders = [load_part(CLIPTextModel, folder / "text_encoder", dtype=dtype)]
-    if family == "sdxl":
-        text_encoders.append(load_part(CLIPTextModelWithProjection, folder / "text_encoder_2", dtype=dtype))
+    classes = [CLIPTextModel, *([CLIPTextModelWithProjection] if family == "sdxl" else [])]
+    text_encoders = []
+    for cls, part in zip(classes, ("text_encoder", "text_encoder_2"), strict=False):
+        check_types(read_json(folder / part / "config.json"), folder / part / "config.json")
+        text_encoders.append(load_part(cls, folder / part, dtype=dtype))
     return load_part(UNet2DConditionModel, folder / "unet", dtype=dtype), vae, text_encoders
 
 
@@ -280,6 +290,11 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
     _vocabulary(folder)
     with quiet_libraries():
         try:
-            return cast("CLIPTokenizer", CLIPTokenizer.from_pretrained(str(folder), local_files_only=True))
+            tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
         except Exception as error:  # the library below, written in Rust, raises nothing more precise
             raise ValueError(f"cannot read the tokenizer in {folder}: {first_sentence(error)}") from error
+    if tokenizer.pad_token_id is None:
+        raise ValueError(
+            f"the tokenizer in {folder} has no pad_token, with which short prompts are filled up"
+        )
+    return cast("CLIPTokenizer", tokenizer)

@@ -18,6 +18,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from controlkit.config_types import check_like_defaults
 from controlkit.formats.hashing import HASH_KEY, tensor_hash
 from controlkit.hub import first_sentence
 
@@ -52,7 +53,9 @@ def load_part(cls: type, folder: Path, *, dtype: Any, exact: bool = False) -> An
     weight file, for weights that do not fit the configuration, and, where ``exact``, for weights that the
     model does not have.
     """
-    read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
+    if cls.__module__.startswith("diffusers"):
+        check_like_defaults(cls, config, folder / "config.json")
     variant = check_weights(folder)
     # The libraries differ in a name, and in which of them can report misshapen weights instead of raising.
     options = (
@@ -263,10 +266,14 @@ def read_state(file: Path, *, what: str, pickled: bool | None = None) -> dict[st
     if not file.is_file():
         raise ValueError(f"there is no {what} {file}")
     if not (file.suffix != ".safetensors" if pickled is None else pickled):
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         read_header(file)
-        return load_file(file)
+        try:
+            return load_file(file)
+        except SafetensorError as error:
+            raise ValueError(f"{file} cannot be read: {first_sentence(error)}") from error
     import torch
 
     with file.open("rb") as stream:

@@ -14,6 +14,7 @@ from typing import Any
 from controlkit import naming, preprocessors
 from controlkit.checkpoints.kept import checkpoint_file, configs
 from controlkit.checkpoints.reading import SUFFIXES, Checkpoint, is_checkpoint, open_checkpoint
+from controlkit.config_types import check_types
 from controlkit.families import ALIASES, BUNDLED, FAMILY_TITLES, short_name
 from controlkit.folders import read_json
 from controlkit.formats.adapter_file import (
@@ -149,7 +150,9 @@ def read_base(name: str) -> BaseStructure:
     source = str(BUNDLED.get(name, name))
     if "/" not in source and not os.path.isdir(source):
         raise naming.unknown("base", name, [*BUNDLED, *ALIASES])
-    unet = read_json(find_file(source, "unet/config.json", hint="give --base FOLDER"))
+    config_file = find_file(source, "unet/config.json", hint="give --base FOLDER")
+    unet = read_json(config_file)
+    check_types(unet, config_file)
     scheduler = read_json(find_file(source, "scheduler/scheduler_config.json", hint="give --base FOLDER"))
     return BaseStructure(name, {**_UNET_DEFAULTS, **unet}, scheduler.get("prediction_type", "epsilon"))
 

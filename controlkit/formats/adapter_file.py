@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from controlkit.config_types import check_types
 from controlkit.families import FAMILY_TITLES
 from controlkit.folders import check_weights, is_pickle, read_json, weight_files
-from controlkit.formats.config_types import check_types
 from controlkit.formats.description import AdapterInfo, MapSpec, read_description
 from controlkit.formats.finding import (
     USUAL,
