@@ -27,7 +27,7 @@ def build(engine: Engine, runs: Path, data: Sequence[Path] | None = None) -> Any
                 create = CreateTab(engine, runs / KEPT, page)
             with gr.Tab("Train", id="train") as second:
                 train = TrainTab(engine, runs, data)
-        train.wire(page, tabs, second, first, create)
+        train.wire(tabs, second, first, create)
     page.queue(default_concurrency_limit=8)
     return page
 

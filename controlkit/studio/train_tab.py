@@ -106,9 +106,7 @@ class TrainTab:
             done = button.click(self._ask(work), self.chosen, None, api_name=name, **quiet)
             done.then(**look, api_visibility="private")
 
-    def wire(
-        self, page: gr.Blocks, tabs: gr.Tabs, own: gr.Tab, create_tab: gr.Tab, create: CreateTab
-    ) -> None:
+    def wire(self, tabs: gr.Tabs, own: gr.Tab, create_tab: gr.Tab, create: CreateTab) -> None:
         """Look at the runs while the tab is open, and take adapters to the first tab."""
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         look = {"fn": self._look, "inputs": [self.chosen, self.seen]}
@@ -120,7 +118,7 @@ class TrainTab:
         create_tab.select(lambda: gr.Timer(active=False), None, self.timer, **quiet)
         for slot in create.slots:  # a page that is loaded anew has its first choices
             gr.on(
-                [page.load, create_tab.select, slot.kind.change],
+                [create.remembered.restored.change, create_tab.select, slot.kind.change],
                 self._adapters, [slot.kind, slot.adapters], slot.adapter, trigger_mode="always_last", **quiet,
             )  # fmt: skip
             slot.adapter.input(
