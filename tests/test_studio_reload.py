@@ -23,6 +23,7 @@ from controlkit.studio import drawn, gallery, making, remembered, server, upload
 from controlkit.studio import page as studio_page
 from controlkit.studio.engine import Engine, Stopped, Telling, Wish
 from controlkit.studio.running import WORKER
+from controlkit.studio.slot import Latest
 
 # gradio (6.31) and what it is built on use what Starlette is about to drop.
 pytestmark = [
@@ -139,16 +140,31 @@ def test_what_was_forged_is_a_fresh_field(memory: remembered.Remembered, place: 
 def test_joints_that_were_forged_move_nothing(built: Any, place: Path) -> None:
     draw = next(fn.fn for fn in built.fns.values() if getattr(fn.fn, "__name__", "") == "_draw_on_device")
     values = (None, "openpose", False, 100, 200, "", "", photo(place))
-    found = draw(None, *values)[-1]
+    found = draw(Latest(), None, *values)[-1]
     people = found.map.poses.people.tolist()
     name = found.made_of.name
     people[0][4][:2] = [20.0, 30.0]
     for joints in (people[0][:3], "all", None, {}, [[[10**400] * 3] * 18], [[["a", None, 1]] * 18]):
-        assert not draw({"of": name, "people": joints}, *values)[-1].hand
-    assert not draw({"of": "another", "people": people}, *values)[-1].hand
-    moved = draw({"of": name, "people": people}, *values)
+        assert not draw(Latest(), {"of": name, "people": joints}, *values)[-1].hand
+    assert not draw(Latest(), {"of": "another", "people": people}, *values)[-1].hand
+    moved = draw(Latest(), {"of": name, "people": people}, *values)
     assert moved[-1].map.poses.people[0, 4, :2].tolist() == [20.0, 30.0]
     assert moved[1]["value"]["found"] == found.map.poses.people.tolist()
+
+
+def test_a_map_that_comes_after_another_wish_is_not_shown(built: Any, place: Path) -> None:
+    """The page says what it wants to `_begin`; the device draws later, perhaps in the midst of that."""
+    draw, begin = (
+        next(fn.fn for fn in built.fns.values() if getattr(fn.fn, "__name__", "") == name)
+        for name in ("_draw_on_device", "_begin")
+    )
+    latest, rest = Latest(), (100, 200, "", "", photo(place))
+    wanted = begin(latest, None, "openpose", False, *rest)
+    assert wanted[-1] != gradio.skip()
+    edges = begin(latest, None, "canny", False, *rest)[4]
+    assert draw(latest, None, edges, "openpose", False, *rest) == [gradio.skip()] * 5
+    begin(latest, edges, "openpose", False, *rest)
+    assert draw(latest, None, edges, "openpose", False, *rest)[-1].map.kind == "openpose"
 
 
 def made(place: Path) -> gallery.Made:

@@ -78,7 +78,9 @@ class Remembered:
         self.restored.change(None, None, None, js=_RESTORED, **quiet)
         keep = {
             "fn": None, "inputs": [self.kept, *(field.shown for field in self.fields.values())],
-            "outputs": self.kept, "js": _KEEP.replace("NAMES", json.dumps([*self.fields])), **quiet,
+            "outputs": self.kept, "js": _KEEP.replace("NAMES", json.dumps([*self.fields])),
+            "trigger_mode": "multiple",  # else the last of two changes can be lost
+            **quiet,
         }  # fmt: skip
         events = [field.event for field in self.fields.values()]
         gr.on([event for event in events if hasattr(event, "has_trigger")], **keep)

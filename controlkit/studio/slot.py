@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from html import escape
 from typing import Any
 
@@ -28,6 +29,18 @@ MOST_EDGE = 600  # of a slider for canny's thresholds; gradients above are rare
 MOST_SCALE = 2  # of a slider for the strength
 WEAK, STRONG = "Weak edges from", "Strong edges from"
 DRAWING = "The map is being made."
+
+
+@dataclass
+class Latest:
+    """What one page wants to see now, and what it wanted of the device before that."""
+
+    made_of: MadeOf | None = None
+    asked: deque[MadeOf] = field(default_factory=lambda: deque(maxlen=8))
+
+    def over(self, made_of: MadeOf | None) -> bool:
+        """Whether the page wanted this map, and wants another one now."""
+        return made_of in self.asked and made_of != self.made_of
 
 
 class Slot:
@@ -81,6 +94,7 @@ class Slot:
         self.adapters = gr.State({})  # what was chosen for each kind of map
         self.drawn = gr.State(None)
         self.wanted = gr.State(None)  # changes when the device has to draw
+        self.latest = gr.State(Latest())
         self.before = gr.State(None)  # joints that were moved on this page before it was loaded anew
         self._listen(photo, sides, api, restored)
 
@@ -98,7 +112,7 @@ class Slot:
         gr.on(
             [restored.change, *shapes, *(picture.change for picture in own)],
             self._begin,
-            inputs,
+            [self.latest, *inputs],
             [*outputs, self.edges, self.wanted],
             show_progress="hidden",
             trigger_mode="always_last",  # else a photo that comes right after a removal can be lost
@@ -117,7 +131,7 @@ class Slot:
         )
         self.wanted.change(
             self._draw_on_device,
-            [self.before, *inputs],
+            [self.latest, self.before, *inputs],
             outputs,
             concurrency_id="device",
             concurrency_limit=1,
@@ -135,14 +149,16 @@ class Slot:
         )
 
     @readable
-    def _begin(self, drawn: Drawn | None, kind: str, is_map: bool, *rest: Any) -> list[Any]:
+    def _begin(self, latest: Latest, drawn: Drawn | None, kind: str, is_map: bool, *rest: Any) -> list[Any]:
         """Draw what needs no network; for the rest, ask the device."""
         thresholds = gr.update(visible=kind == "canny" and not is_map)
+        latest.made_of = None
         try:
-            made_of = self._made_of(kind, is_map, *rest)
+            latest.made_of = made_of = self._made_of(kind, is_map, *rest)
         except ValueError as error:
             return [*_nothing(drawn, error), thresholds, gr.skip()]
         if made_of is not None and made_of.on_device and _known(drawn, made_of) is None:
+            latest.asked.append(made_of)
             return [*[gr.skip()] * 3, gr.update(value=DRAWING, visible=True), gr.skip(), thresholds, object()]
         return [*self._draw(drawn, kind, is_map, *rest), thresholds, gr.skip()]
 
@@ -160,9 +176,17 @@ class Slot:
         return [*_views(made), _findings(made), replace(made, hidden=False)]
 
     @readable
-    def _draw_on_device(self, before: Any, drawn: Drawn | None, *values: Any) -> list[Any]:
-        """As `_draw`; joints that were moved before the page was loaded anew are where they were."""
-        updates = self._draw(drawn, *values)
+    def _draw_on_device(self, latest: Latest, before: Any, drawn: Drawn | None, *values: Any) -> list[Any]:
+        """As `_draw`, unless another map is wanted by now; joints that were moved before the page was loaded
+        anew are where they were.
+        """
+        try:
+            made_of = self._made_of(*values)
+        except ValueError as error:
+            return _nothing(drawn, error)
+        updates = [] if latest.over(made_of) else self._draw(drawn, *values)
+        if latest.over(made_of):  # also if it became so meanwhile
+            return [gr.skip()] * 5
         made = updates[-1]
         if not isinstance(made, Drawn) or made.hidden or made.hand:
             return updates
