@@ -500,9 +500,16 @@ def test_a_reload_loses_nothing(visit: Callable[..., Page], photo: Path) -> None
     changed(page, "#photo img", shown)
     assert page.locator(".toast-body").count() == 0
     assert visit().locator("#strip button.thumbnail-item").count() == 0
-    again = visit(page)
+    again = visit(page, expected=LEFT)
     page.close()
     expect(again.locator("#strip button.thumbnail-item")).to_have_count(4)
+    again.locator("#more button").first.click()
+    again.evaluate("window.before = true")
+    again.locator("#afresh").click()
+    again.wait_for_function("!window.before && window.controlkitRestored")
+    again.locator(".picture.map img").first.wait_for()
+    assert again.locator("#strip button.thumbnail-item").count() == 0
+    expect(again.locator("#prompt textarea")).not_to_have_value(re.compile("green dog"))
 
 
 @pytest.mark.slow

@@ -202,6 +202,17 @@ def test_the_oldest_pictures_and_visitors_are_forgotten(place: Path) -> None:
     assert kept.made("other 1") == [others[1]]
 
 
+def test_who_starts_afresh_leaves_nothing(place: Path) -> None:
+    kept, mine = visitors.Visitors(), visitors.token_of(None)
+    one, run = made(place), SimpleNamespace(ended=False, stop=threading.Event())
+    kept.add(mine, one)
+    kept.begin(mine, run)  # type: ignore[arg-type]
+    kept.forget(mine)
+    kept.forget("nobody")
+    assert (kept.made(mine), kept.run(mine), one.there) == ([], None, False)
+    assert run.stop.is_set()
+
+
 class Slow:
     """An engine that makes pictures as they are let go; each is the same file."""
 

@@ -23,6 +23,7 @@ from controlkit.studio.uploads import displayable, write_shown
 from controlkit.studio.wording import SCHEDULER_INFO, SYNTAX_NAMES
 
 MOST_CONTROLS = 3
+REMEMBERED = "This browser finds its pictures and settings here again, until the studio ends."
 SCENES = (1, 3, 7, 12, 20, 21)  # of the bundled world's demonstration split
 
 
@@ -46,6 +47,7 @@ class CreateTab:
         making = Making(engine, keep)
         making.listen(self)
         self._remember()
+        self.remembered.forgets(self.afresh, making.visitors.forget)
 
     def _inputs(self) -> None:
         with gr.Row(elem_classes="pair"):
@@ -122,6 +124,8 @@ class CreateTab:
             for number in range(2, MOST_CONTROLS + 1):
                 with gr.Accordion(f"Map {number}", open=False):
                     self.slots.append(Slot(number, self.maps, self.photo, sides, self.remembered.restored))
+            gr.HTML(f'<p class="faint">{REMEMBERED}</p>')
+            self.afresh = gr.Button("Start afresh", size="sm", elem_id="afresh")
 
     def _prompt(self, index: int) -> str:
         """A scene's caption in other colours: what comes of it differs from the photo."""

@@ -36,6 +36,13 @@ _KEEP = """(kept, ...values) => {
 }"""
 
 
+_AFRESH = f"""() => {{
+  window.controlkitRestored = false;
+  localStorage.removeItem("{NAME}");
+  location.reload();
+}}"""
+
+
 @dataclass(frozen=True)
 class Field:
     """One value. shown: the component that has it. event: tells that it changed. back: the component that
@@ -87,6 +94,11 @@ class Remembered:
         for event in events:
             if not hasattr(event, "has_trigger"):  # of a component that is ours
                 event(**keep)
+
+    def forgets(self, button: gr.Button, forget: Callable[[str], None]) -> None:
+        """Let a button make this a first visit. forget: told the secret name."""
+        quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+        button.click(forget, self.visitor, None, **quiet).then(None, None, None, js=_AFRESH, **quiet)
 
     @readable
     def _back(self, kept: Any) -> list[Any]:

@@ -68,6 +68,14 @@ class Visitors:
             _delete(visitor.made[MOST_KEPT:])
             del visitor.made[MOST_KEPT:]
 
+    def forget(self, name: str) -> None:
+        """A visitor starts afresh: what is in the making stops, and no page shows the pictures any more."""
+        with self._lock:
+            gone = self._all.pop(name, _Visitor())
+            if gone.run is not None:
+                gone.run.stop.set()
+            _delete(gone.made)
+
     def _of(self, name: str) -> _Visitor:
         visitor = self._all.setdefault(name, _Visitor())
         self._all.move_to_end(name)
