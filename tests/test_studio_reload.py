@@ -298,6 +298,24 @@ def test_what_the_page_before_began_can_be_cancelled(place: Path, tmp_path: Path
     assert making_.visitors.run(mine) is None
 
 
+def test_what_waits_is_given_up_with_its_page_and_what_a_program_makes(place: Path, tmp_path: Path) -> None:
+    class Busy(Slow):
+        def generate(self, job: Any, report: Telling, **named: Any) -> None:
+            """Wait for a device that somebody else has."""
+            while not self.next.acquire(timeout=0.05):
+                report.waits()
+
+    for engine, name in ((Busy(), visitors.token_of(None)), (Slow(), "")):
+        making_ = making.Making(engine, tmp_path)  # type: ignore[arg-type]
+        steps = making_._make(page_of("one"), name, *ASKED)
+        next(steps)
+        run = making_.visitors.run(name or f"{making.PROGRAM}one")
+        assert run is not None
+        steps.close()
+        run.join()
+        assert run.stopped
+
+
 def test_an_error_is_told_to_the_page_that_is_there(place: Path, tmp_path: Path) -> None:
     class Broken(Slow):
         def generate(self, *values: Any, **named: Any) -> None:

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 BUSY = [gr.update(visible=False), gr.update(visible=True)]  # the buttons that generate and cancel
 IDLE = [gr.update(visible=True), gr.update(visible=False)]
 WAITING, CANCELLED = '<p role="status">Waiting for the device.</p>', "<p>Cancelled.</p>"
+PROGRAM = "session "  # before the name of a visitor who has no browser that remembers it
 _RANDOM_SEEDS = 2**31
+_MOST_FOLLOW = 32  # pages at once, each of which has a thread of the server while it looks
 
 
 class Making:
@@ -76,8 +78,9 @@ class Making:
             api_name="generate",
         )
         followed = tab.remembered.restored.change(
-            self._follow, tab.remembered.visitor, shown, show_progress="hidden", api_visibility="private"
-        )
+            self._follow, tab.remembered.visitor, shown, concurrency_limit=_MOST_FOLLOW,
+            show_progress="hidden", api_visibility="private",
+        )  # fmt: skip
         # a value that gradio itself refuses never comes to `_make`: the buttons would stay as they are
         for ended in (made, followed):
             ended.failure(
@@ -98,18 +101,15 @@ class Making:
     def _make(self, request: gr.Request, visitor: str, *values: Any) -> Iterator[list[Any]]:
         """Generate; what is finished is shown at once, and kept when somebody cancels."""
         session = str(request.session_hash)
-        visitor = visitor or f"session {session}"  # of a program, which has no browser that remembers
+        visitor = visitor or f"{PROGRAM}{session}"
         stop = self.turns.begin(session)
         yield from self._told(self._made(visitor, values, session, stop), visitor, session, stop)
 
     @readable
     def _follow(self, request: gr.Request, visitor: str) -> Iterator[list[Any]]:
         """Show a visitor's pictures on a page that was loaded anew, and those that are in the making."""
-        session, run, made = (
-            str(request.session_hash),
-            self.visitors.run(visitor),
-            self.visitors.made(visitor),
-        )
+        run, made = self.visitors.run(visitor), self.visitors.made(visitor)
+        session = str(request.session_hash)
         before = [*_strip(made), *(chosen(made[0]) if made else [gr.skip()] * SHOWN)]
         if run is None:
             yield [*[gr.skip()] * 3, *before]
@@ -143,7 +143,12 @@ class Making:
         run = Run(asked.plan(self.keep), stop, Notes(self.keep, guided=bool(asked.controls)))
         self.visitors.begin(visitor, run)
         run.begin(self.engine, lambda made: self.visitors.add(visitor, made))
-        yield from self._watched(run, visitor, session)
+        try:
+            yield from self._watched(run, visitor, session)
+        except GeneratorExit:  # the page has gone: of what is left behind only one can be in the making
+            if run.waits or visitor.startswith(PROGRAM):
+                stop.set()
+            raise
 
     def _watched(self, run: Run, visitor: str, session: str) -> Iterator[list[Any]]:
         """What the page shows of a run until it ends. Raises what ended it, but for a click on Cancel."""

@@ -61,13 +61,18 @@ class Run:
             self._worker.join()
 
     @property
+    def waits(self) -> bool:
+        """Whether it has not begun: another one has the device."""
+        return self.told is None
+
+    @property
     def stopped(self) -> bool:
         """Whether somebody cancelled it."""
         return isinstance(self.error, Stopped)
 
     def bar(self) -> str:
         """How far it is, as HTML."""
-        if self.told is None:
+        if self.told is None:  # it waits
             return '<p role="status">Waiting for the device.</p>'
         text, done, total = self.told
         count = len(self.job.outputs)
