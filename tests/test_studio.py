@@ -31,7 +31,7 @@ from controlkit.images import load_picture, read_png_text, write_png
 from controlkit.preprocessors import get
 from controlkit.sampling import generate
 from controlkit.studio import commands, run_folders, server
-from controlkit.studio.making import WORKER
+from controlkit.studio.running import WORKER
 
 # gradio (6.31) and what it is built on use what Starlette and websockets are about to drop.
 pytestmark = [

@@ -83,18 +83,29 @@ def browser() -> Iterator[Browser]:
         browser.close()
 
 
+LEFT = re.compile("AbortError|Connection errored out|network error|Failed to load resource")
+KEPT = "localStorage.getItem('controlkit-studio')"
+JUNK = "Error reading from localStorage"
+
+
 @pytest.fixture
 def visit(browser: Browser, address: str) -> Iterator[Callable[..., Page]]:
     """Open the page; afterwards nothing was complained of in its console, and no other host was asked."""
     contexts, complaints, hosts = [], [], []
 
-    def visit(**settings: Any) -> Page:
-        context = browser.new_context(**settings)
+    def visit(again: Page | None = None, expected: str | re.Pattern[str] = "", **settings: Any) -> Page:
+        """again: a page of the same browser. expected: what gradio complains of when this is done to it."""
+        context = browser.new_context(**settings) if again is None else again.context
         contexts.append(context)
         context.grant_permissions(["clipboard-read", "clipboard-write"])
         page = context.new_page()
         page.set_default_timeout(PATIENCE)
-        page.on("console", lambda said: complaints.append(said.text) if said.type == "error" else None)
+
+        def heard(said: Any) -> None:
+            if said.type == "error" and not (expected and re.search(expected, said.text)):
+                complaints.append(said.text)
+
+        page.on("console", heard)
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("request", lambda request: hosts.append(request.url))
         page.goto(address)
@@ -434,6 +445,135 @@ def test_a_result_goes_back_and_others_do_not_see_it(visit: Callable[..., Page])
     page.get_by_role("button", name="Use as photo").click()
     changed(page, ".picture.map img", edges)
     assert other.locator("#strip button.thumbnail-item").count() == 0
+
+
+def loaded_anew(page: Page) -> None:
+    """Reload the page, and wait until it has its values again."""
+    page.reload()
+    page.wait_for_function("window.controlkitRestored")
+
+
+@pytest.mark.slow
+def test_a_reload_loses_nothing(visit: Callable[..., Page], photo: Path) -> None:
+    page = visit(expected=LEFT)
+    upload(page, photo)
+    page.locator("#prompt textarea").fill('a green dog, "quoted" <b>')
+    page.get_by_role("radio", name="Depth").first.check(force=True)
+    number(page, "Strength", "0.7")
+    page.get_by_role("button", name="When and how").first.click()
+    number(page, "Until", "0.8")
+    page.locator("#more button").first.click()
+    page.get_by_label("Negative prompt").fill("dark")
+    page.get_by_label("Seed").fill("17")
+    page.get_by_label("Scheduler").click()
+    page.get_by_role("option", name="ddpm", exact=True).click()
+    page.get_by_label("Width").fill("96")
+    page.get_by_role("button", name="Map 2").click()
+    page.get_by_label("Follow this map, too").first.check()
+    generate(page, count="2")
+    page.get_by_role("button", name="Copy as command").click()
+    command = page.evaluate("navigator.clipboard.readText()")
+    assert "--width 96" in command
+    assert command.count("--map") == 2
+    about = page.locator("#about").inner_text()
+    loaded_anew(page)
+    expect(page.locator("#strip button.thumbnail-item")).to_have_count(2)
+    expect(page.locator("#prompt textarea")).to_have_value('a green dog, "quoted" <b>')
+    expect(page.locator("#about .told")).to_be_visible()
+    assert page.locator("#about").inner_text() == about
+    page.evaluate("navigator.clipboard.writeText('')")
+    page.get_by_role("button", name="Copy as command").click()
+    expect(page.locator("#copied")).to_have_text("Copied.")
+    assert page.evaluate("navigator.clipboard.readText()") == command
+    page.locator("#more button").first.click()
+    expect(page.get_by_label("Seed")).to_have_value("17")
+    expect(page.get_by_label("Scheduler")).to_have_value("ddpm")
+    generate(page, count="2")  # the same two as before: all that makes them came back
+    expect(page.locator("#strip button.thumbnail-item")).to_have_count(4)
+    page.get_by_role("button", name="Copy as command").click()
+    assert page.evaluate("navigator.clipboard.readText()") == command
+    loaded_anew(page)
+    page.locator("#strip button.thumbnail-item").nth(3).click()
+    expect(page.locator("#about")).to_contain_text("17")
+    shown = page.locator("#photo img").first.get_attribute("src")
+    page.get_by_role("button", name="Use as photo").click()
+    changed(page, "#photo img", shown)
+    assert page.locator(".toast-body").count() == 0
+    assert visit().locator("#strip button.thumbnail-item").count() == 0
+    again = visit(page, expected=LEFT)
+    page.close()
+    expect(again.locator("#strip button.thumbnail-item")).to_have_count(4)
+    again.locator("#more button").first.click()
+    again.evaluate("window.before = true")
+    again.locator("#afresh").click()
+    again.wait_for_function("!window.before && window.controlkitRestored")
+    again.locator(".picture.map img").first.wait_for()
+    assert again.locator("#strip button.thumbnail-item").count() == 0
+    expect(again.locator("#prompt textarea")).not_to_have_value(re.compile("green dog"))
+
+
+@pytest.mark.slow
+def test_joints_that_were_moved_outlive_a_reload(visit: Callable[..., Page]) -> None:
+    page = visit(expected=LEFT)
+    page.get_by_role("radio", name="Pose").first.check(force=True)
+    joint = page.locator(".pose-editor circle").nth(4)
+    joint.focus()
+    place = float(joint.get_attribute("cx") or 0)
+    drawn = page.locator(".pose-editor image.drawn").get_attribute("href")
+    page.keyboard.press("Shift+ArrowRight")
+    expect(page.locator(".pose-editor image.drawn")).not_to_have_attribute("href", drawn or "")
+    moved = page.locator(".pose-editor image.drawn").get_attribute("href")
+    loaded_anew(page)
+    expect(page.locator(".pose-editor image.drawn")).to_have_attribute("href", moved or "", timeout=PATIENCE)
+    page.get_by_role("radio", name="Edges").first.check(force=True)
+    page.locator(".picture.map img").first.wait_for()
+    loaded_anew(page)
+    page.locator(".picture.map img").first.wait_for()
+    page.get_by_role("radio", name="Pose").first.check(force=True)
+    expect(page.locator(".pose-editor image.drawn")).to_have_attribute("href", moved or "", timeout=PATIENCE)
+    assert float(joint.get_attribute("cx") or 0) == pytest.approx(place + 8, abs=0.02)
+    page.get_by_role("button", name="As found").click()
+    expect(page.locator(".pose-editor image.drawn")).to_have_attribute("href", drawn or "")
+
+
+@pytest.mark.slow
+def test_what_is_in_the_making_outlives_a_reload(visit: Callable[..., Page]) -> None:
+    page = visit(expected=LEFT)
+    page.locator("#more button").first.click()
+    number(page, "Steps", "100")
+    number(page, "Pictures", "3")
+    page.locator("#generate").click()
+    page.locator("#preview img").wait_for()
+    loaded_anew(page)
+    expect(page.locator("#cancel")).to_be_visible()
+    expect(page.locator("#status")).to_contain_text("3 pictures made", timeout=PATIENCE)
+    expect(page.locator("#strip button.thumbnail-item")).to_have_count(3)
+    expect(page.locator("#generate")).to_be_visible()
+    page.locator("#generate").click()
+    page.locator("#preview img").wait_for()
+    again = visit(page, expected=LEFT)
+    page.close()
+    again.locator("#cancel").click()
+    expect(again.locator("#status")).to_contain_text("of 3 finished", timeout=PATIENCE)
+    expect(again.locator("#generate")).to_be_visible()
+    assert again.locator(".toast-body").count() == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("junk", ["", "x", "eHh4:eHh4", "null", "{}"])
+def test_a_browser_that_remembers_nonsense_has_a_fresh_page(visit: Callable[..., Page], junk: str) -> None:
+    page = visit(expected=f"{JUNK}|{LEFT.pattern}")
+    prompt = page.locator("#prompt textarea").input_value()
+    page.evaluate("junk => localStorage.setItem('controlkit-studio', junk)", junk)
+    loaded_anew(page)
+    page.locator(".picture.map img").first.wait_for()
+    expect(page.locator("#prompt textarea")).to_have_value(prompt)
+    assert page.locator(".toast-body").count() == 0
+    before = page.evaluate(KEPT)
+    page.locator("#prompt textarea").fill("a blue cube")
+    page.wait_for_function(f"before => {KEPT} !== before", arg=before)
+    loaded_anew(page)
+    expect(page.locator("#prompt textarea")).to_have_value("a blue cube")
 
 
 @pytest.mark.slow

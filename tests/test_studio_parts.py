@@ -133,6 +133,11 @@ def test_the_page_deletes_what_is_old_and_keeps_its_scenes(built: Any, place: Pa
     assert sorted(place.rglob("*.png")) == scenes
 
 
+def listener_targets(built: Any, name: str) -> set[tuple[int, str]]:
+    """What the function of the page that is called so listens to."""
+    return {one for fn in built.fns.values() if getattr(fn.fn, "__name__", "") == name for one in fn.targets}
+
+
 def finished(runs: Path, name: str) -> Path:
     """The folder of a training that ended, as far as the page looks."""
     (runs / name / "controlnet").mkdir(parents=True)
@@ -147,8 +152,9 @@ def test_a_page_that_is_loaded_knows_the_adapters_of_each_kind(built: Any, runs:
         'task = "controlnet"\nadapter = "controlnet-union"\nbase = "tiny"\nmap = "several"\n'
         '[data]\nmap_column = ["canny", "depth"]\n'
     )
-    loads = [one for one in built.fns.values() if (built._id, "load") in one.targets]
-    listed = [one for one in loads if {getattr(out, "label", "") for out in one.outputs} == {"Adapter"}]
+    restored = listener_targets(built, "_follow")
+    listed = [one for one in built.fns.values() if restored & set(one.targets)]
+    listed = [one for one in listed if {getattr(out, "label", "") for out in one.outputs} == {"Adapter"}]
     assert len(listed) == 3
     chosen = {"canny": result, "depth": result}
     choices = {kind: listed[0].fn(kind, chosen) for kind in ("canny", "depth", "openpose")}
@@ -170,7 +176,7 @@ def test_an_error_while_making_is_logged_once(
 
     made = making.Making(Engine("tiny"), tmp_path)
     monkeypatch.setattr(made, "_asked", broken)
-    steps = made._make(SimpleNamespace(session_hash="one"), [])
+    steps = made._make(SimpleNamespace(session_hash="one"), "")
     assert "Something went wrong inside (RuntimeError)" in next(steps)[0]
     with pytest.raises(gradio.Error, match="RuntimeError"):
         next(steps)
@@ -377,7 +383,7 @@ def test_a_click_after_one_that_was_cancelled_in_the_queue_makes_pictures(tmp_pa
     made._begin(session)
     made._stop(session)
     made._begin(session)
-    ended = list(made._make(session, []))
+    ended = list(made._make(session, ""))
     assert len(ended) == 1
     assert "Cancelled" in ended[0][0]
     assert ended[0][1:3] == making.BUSY, "the button that cancels the second is gone"
@@ -389,7 +395,7 @@ def test_an_error_takes_back_no_click_of_another_run(tmp_path: Path) -> None:
     made._begin(session)
     made._begin(session)
     with pytest.raises(gradio.Error):  # of values that are missing
-        list(made._make(session, []))
+        list(made._make(session, ""))
     assert made._refused(session) == making.BUSY
     made._stop(session)
     assert made.turns.begin("one").is_set(), "the second cannot be cancelled while it waits"
@@ -409,7 +415,7 @@ def test_a_cancelled_run_leaves_the_picture_that_was_looked_at(tmp_path: Path) -
 
     made, session = making.Making(Half(), tmp_path), SimpleNamespace(session_hash="one")  # type: ignore[arg-type]
     asked_for = ["a cube", "", "1", 1, 2, "", "ddim", "plain", "", "", None]
-    steps = [update[5:] for update in made._make(session, [], *asked_for)]
+    steps = [update[5:] for update in made._make(session, "", *asked_for)]
     began, ended = steps[0], steps[-1]
     view, preview = 0, -1
     assert (began[view]["visible"], began[preview]["visible"]) == (False, True)
@@ -422,12 +428,13 @@ def test_thresholds_in_the_wrong_order_are_exchanged_as_opencv_does(built: Any, 
     drawn = listener(built, "_draw")(None, "canny", False, 300, 150, "", "", photo)[4]
     wanted = cv2.Canny(images.cover(images.load_picture(photo), 128, 128), 300, 150)
     np.testing.assert_array_equal(drawn.map.image[..., 0], wanted)
+    asked_for = [one for one in built.fns.values() if (built._id, "load") not in one.targets]
     inputs = [
-        one.inputs for one in built.fns.values()
-        if any((getattr(part, "label", ""), event) == ("Weak edges from", "change")
+        one.inputs for one in asked_for
+        if one.fn is not None and any((getattr(part, "label", ""), event) == ("Weak edges from", "change")
                for part in built.blocks.values() for block, event in one.targets if block == part._id)
     ]  # fmt: skip
-    outputs = {getattr(out, "label", "") for one in built.fns.values() for out in one.outputs}
+    outputs = {getattr(out, "label", "") for one in asked_for for out in one.outputs}
     assert len(inputs) == 3
     assert not {"Weak edges from", "Strong edges from"} & outputs, "a field changes while another is typed in"
 

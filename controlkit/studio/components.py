@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from abc import ABCMeta
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
+
+from controlkit.studio.uploads import is_shown
 
 
 def _own(component: type, preprocess: Callable[[Any, Any], Any]) -> Any:
@@ -28,10 +28,9 @@ def _file(self: Any, payload: Any) -> str | None:
     """A file that came through the page; gradio looks only at requests that say that they hold files."""
     if payload is None:
         return None
-    path, place = payload.path, os.environ.get("GRADIO_TEMP_DIR")
-    if not place or not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(place)):
+    if not is_shown(payload.path):
         raise gr.Error("That is no picture that was put into this page.", print_exception=False)
-    return str(path)
+    return str(payload.path)
 
 
 def _as_given(self: Any, payload: Any) -> Any:

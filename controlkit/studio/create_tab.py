@@ -12,15 +12,18 @@ from controlkit.prompt_syntax import SYNTAXES
 from controlkit.schedulers import SCHEDULERS
 from controlkit.studio.asked import MOST_PICTURES, MOST_STEPS
 from controlkit.studio.components import Picture, Slider
+from controlkit.studio.drawn import IS_MAP, Maps
 from controlkit.studio.engine import Engine
 from controlkit.studio.gallery import Gallery
 from controlkit.studio.making import Making
-from controlkit.studio.slot import IS_MAP, Slot
+from controlkit.studio.remembered import Remembered, fields
+from controlkit.studio.slot import Slot
 from controlkit.studio.toasts import readable
 from controlkit.studio.uploads import displayable, write_shown
 from controlkit.studio.wording import SCHEDULER_INFO, SYNTAX_NAMES
 
 MOST_CONTROLS = 3
+REMEMBERED = "This browser finds its pictures and settings here again, until the studio ends."
 SCENES = (1, 3, 7, 12, 20, 21)  # of the bundled world's demonstration split
 
 
@@ -35,6 +38,7 @@ class CreateTab:
             write_shown(encode_png(scene.picture), f"scene-{seed}.png")
             for seed, scene in zip(SCENES, self.scenes, strict=True)
         ]
+        self.remembered, self.maps = Remembered(), Maps(engine)
         with gr.Row(elem_classes="columns"):
             with gr.Column(scale=6, min_width=320):
                 self._inputs()
@@ -42,6 +46,8 @@ class CreateTab:
                 self.gallery = Gallery(self.photo)
         making = Making(engine, keep)
         making.listen(self)
+        self._remember()
+        self.remembered.forgets(self.afresh, making.visitors.forget)
 
     def _inputs(self) -> None:
         with gr.Row(elem_classes="pair"):
@@ -65,7 +71,7 @@ class CreateTab:
             sides = [self.width, self.height]
             with gr.Column(min_width=240):
                 gr.HTML("<h2>Map</h2>")
-                self.slots = [Slot(1, self.engine, self.photo, sides, page=self.page, is_map=is_map)]
+                self.slots = [Slot(1, self.maps, self.photo, sides, self.remembered.restored, is_map=is_map)]
         self.prompt = gr.Textbox(
             self._prompt(0), label="Prompt", placeholder="What the picture shows", lines=2, elem_id="prompt"
         )
@@ -85,6 +91,15 @@ class CreateTab:
             show_progress="hidden",
             api_visibility="private",
         )
+
+    def _remember(self) -> None:
+        own = {
+            "photo": self.photo, "prompt": self.prompt, "count": self.count, "negative": self.negative,
+            "seed": self.seed, "steps": self.steps, "guidance": self.guidance, "scheduler": self.scheduler,
+            "syntax": self.syntax, "width": self.width, "height": self.height,
+        }  # fmt: skip
+        of_maps = {name: field for slot in self.slots for name, field in slot.fields.items()}
+        self.remembered.wire(self.page, {**fields(own), **of_maps})
 
     def _more(self, sides: list[gr.Textbox]) -> None:
         """What has good defaults, folded away."""
@@ -108,7 +123,9 @@ class CreateTab:
                     side.render()
             for number in range(2, MOST_CONTROLS + 1):
                 with gr.Accordion(f"Map {number}", open=False):
-                    self.slots.append(Slot(number, self.engine, self.photo, sides, page=self.page))
+                    self.slots.append(Slot(number, self.maps, self.photo, sides, self.remembered.restored))
+            gr.HTML(f'<p class="faint">{REMEMBERED}</p>')
+            self.afresh = gr.Button("Start afresh", size="sm", elem_id="afresh")
 
     def _prompt(self, index: int) -> str:
         """A scene's caption in other colours: what comes of it differs from the photo."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -24,6 +25,8 @@ ON_DEVICE = (
     "openpose",
     "depth",
 )  # kinds of maps that a network makes; those of the bundled world are all here
+
+_LOOK_SECONDS = 0.2  # between two looks, while the device is not free, at whether that is still wanted
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,10 @@ class Telling:
         self._check()
         self._tell(text, 0, 0)
 
+    def waits(self) -> None:
+        """The device is not free yet. Raises `Stopped` once that was asked for."""
+        self._check()
+
     def progress(self, done: int, total: int, note: str = "") -> None:
         """How far it is. Raises `Stopped` once that was asked for."""
         self._check()
@@ -76,6 +83,7 @@ class Engine:
         self.models = Models()
         self._extractors: dict[str, Preprocessor] = {}
         self._busy = threading.Lock()
+        self._stops: list[threading.Event] = []  # of what is in the making, or waits for that
 
     def load(self) -> Base:
         """The base, loaded. Raises ValueError as `load_base`."""
@@ -147,7 +155,28 @@ class Engine:
         from controlkit import generate_job, grid_job, notices
         from controlkit.generate_notes import without_effect
 
-        with self._busy, notices.heard(noted):
+        with self._free(report), notices.heard(noted):
             for line in (*job.notes, *without_effect(job, grid_job.variants(job, []))):
                 noted(line)
             generate_job.run(job, report, preview=preview, models=self.models, finished=finished)
+
+    @contextmanager
+    def _free(self, report: Telling) -> Iterator[None]:
+        """The device, once it is free; whoever waits for it can be stopped."""
+        self._stops.append(report.stop)
+        try:
+            while not self._busy.acquire(timeout=_LOOK_SECONDS):
+                report.waits()
+            try:
+                yield
+            finally:
+                self._busy.release()
+        finally:
+            self._stops.remove(report.stop)
+
+    def stop(self) -> None:
+        """Stop all that is in the making, and wait until it has ended."""
+        for stop in [*self._stops]:
+            stop.set()
+        with self._busy:
+            pass

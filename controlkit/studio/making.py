@@ -1,47 +1,45 @@
-"""From the page's values to pictures: generating beside the page, with a look at what is in the making."""
+"""From the page's values to pictures, and to the page again: what is made, and what is in the making."""
 
 from __future__ import annotations
 
-import queue
 import random
 import threading
 from collections.abc import Iterator
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
-from controlkit.infotext import PictureRecord
 from controlkit.studio.asked import MOST_PICTURES, MOST_STEPS, Asked, count_of, real, whole
-from controlkit.studio.engine import Engine, Stopped, Telling
+from controlkit.studio.engine import Engine
 from controlkit.studio.gallery import SHOWN, Made, as_before, chosen, in_the_making
+from controlkit.studio.running import Notes, Run
 from controlkit.studio.toasts import readable, toast
 from controlkit.studio.turns import Turns
-from controlkit.studio.uploads import write_shown
-from controlkit.studio.wording import sentence
+from controlkit.studio.visitors import Visitors
 
 if TYPE_CHECKING:
-    from controlkit.generate_plan import Plan
     from controlkit.studio.create_tab import CreateTab
     from controlkit.studio.slot import Slot
 
-WORKER = "studio-generation"
 BUSY = [gr.update(visible=False), gr.update(visible=True)]  # the buttons that generate and cancel
 IDLE = [gr.update(visible=True), gr.update(visible=False)]
 WAITING, CANCELLED = '<p role="status">Waiting for the device.</p>', "<p>Cancelled.</p>"
-UNGUIDED = "No map guided this: there is no photo, or its strength is 0."
+PROGRAM = "session "  # before the name of a visitor who has no browser that remembers it
 _RANDOM_SEEDS = 2**31
-_LOOK_SECONDS = 0.2  # between two updates of the page
+_MOST_FOLLOW = 32  # pages at once, each of which has a thread of the server while it looks
 
 
 class Making:
-    """The button that generates and the one that cancels; one run per session."""
+    """The button that generates and the one that cancels; one run per session.
+
+    A session is a page as it was loaded once; a visitor's pages come and go, and his pictures stay.
+    """
 
     def __init__(self, engine: Engine, keep: Path) -> None:
         self.engine, self.keep = engine, keep
         self.slots: list[Slot] = []
-        self.turns = Turns()
+        self.turns, self.visitors = Turns(), Visitors()
 
     def listen(self, tab: CreateTab) -> None:
         """Wire the tab's buttons."""
@@ -65,24 +63,30 @@ class Making:
             show_progress="hidden",
             api_visibility="private",
         )
+        shown = [gallery.status, *buttons, gallery.made, gallery.strip, *gallery.shown]
         made = began.then(
             self._make,
             [
-                *(gallery.made, *settings, tab.width, tab.height, tab.photo),
+                *(tab.remembered.visitor, *settings, tab.width, tab.height, tab.photo),
                 *(item for slot in tab.slots for item in slot.inputs),
             ],
-            [gallery.status, *buttons, gallery.made, gallery.strip, *gallery.shown],
+            shown,
             concurrency_id="device",
             concurrency_limit=1,
             show_progress="hidden",
             trigger_mode="multiple",  # else a click is lost while one that was cancelled waits for its turn
             api_name="generate",
         )
-        # a value that gradio itself refuses never comes to `_make`: the buttons would stay as they are
-        made.failure(
-            self._refused, None, buttons, queue=False, show_progress="hidden", trigger_mode="multiple",
-            api_visibility="private",
+        followed = tab.remembered.restored.change(
+            self._follow, tab.remembered.visitor, shown, concurrency_limit=_MOST_FOLLOW,
+            show_progress="hidden", api_visibility="private",
         )  # fmt: skip
+        # a value that gradio itself refuses never comes to `_make`: the buttons would stay as they are
+        for ended in (made, followed):
+            ended.failure(
+                self._refused, None, buttons, queue=False, show_progress="hidden", trigger_mode="multiple",
+                api_visibility="private",
+            )  # fmt: skip
         tab.page.unload(self._left)
         tab.cancel.click(
             self._stop,
@@ -94,77 +98,83 @@ class Making:
         )
 
     @readable
-    def _make(self, request: gr.Request, made: list[Made], *values: Any) -> Iterator[list[Any]]:
+    def _make(self, request: gr.Request, visitor: str, *values: Any) -> Iterator[list[Any]]:
         """Generate; what is finished is shown at once, and kept when somebody cancels."""
-        session, failed = str(request.session_hash), False
+        session = str(request.session_hash)
+        visitor = visitor or f"{PROGRAM}{session}"
         stop = self.turns.begin(session)
-        made = [one for one in made if one.there]
+        yield from self._told(self._made(visitor, values, session, stop), visitor, session, stop)
+
+    @readable
+    def _follow(self, request: gr.Request, visitor: str) -> Iterator[list[Any]]:
+        """Show a visitor's pictures on a page that was loaded anew, and those that are in the making."""
+        run, made = self.visitors.run(visitor), self.visitors.made(visitor)
+        session = str(request.session_hash)
+        before = [*_strip(made), *(chosen(made[0]) if made else [gr.skip()] * SHOWN)]
+        if run is None:
+            yield [*[gr.skip()] * 3, *before]
+            return
+        self.turns.follow(session, run.stop)
+        yield [run.bar(), *BUSY, *before]
+        yield from self._told(self._watched(run, visitor, session), visitor, session, run.stop)
+
+    def _told(
+        self, steps: Iterator[list[Any]], visitor: str, session: str, stop: threading.Event
+    ) -> Iterator[list[Any]]:
+        """The steps of a run, and what is shown where an error ends them."""
+        failed = False
         try:
-            if stop.is_set():  # while it waited
-                yield [CANCELLED, *self._ended(session, stop), gr.skip(), gr.skip(), *as_before(bool(made))]
-                return
-            asked = self._asked(*values)
-            yield from self._shown(asked.plan(self.keep), asked, made, stop, session)
+            yield from steps
         except Exception as error:  # noqa: BLE001 - raised as what the page shows of it
             failed, told = True, toast(error)  # once: it is what writes to the terminal
             line = f'<p class="bad" role="alert">{told.message}</p>'
-            yield [line, *self._ended(session, stop), gr.skip(), gr.skip(), *as_before(bool(made))]
+            yield [line, *self._ended(session, stop), gr.skip(), gr.skip(), *self._as_before(visitor)]
             raise told from None
-        finally:
+        finally:  # also where the page has gone: the run goes on without it
             self.turns.end(session, stop, failed=failed)
 
-    def _shown(
-        self, job: Plan, asked: Asked, made: list[Made], stop: threading.Event, session: str
+    def _made(
+        self, visitor: str, values: tuple[Any, ...], session: str, stop: threading.Event
     ) -> Iterator[list[Any]]:
-        happened: queue.Queue[tuple[str, Any]] = queue.Queue()
-        telling = Telling(lambda text, done, total: happened.put(("told", (text, done, total))), stop)
-        notes = Notes(asked, self.keep)
-
-        def work() -> None:
-            try:
-                self.engine.generate(
-                    job,
-                    telling,
-                    preview=lambda picture: happened.put(("preview", picture)),
-                    finished=lambda k, record: happened.put(("made", (k, record))),
-                    noted=notes.add,
-                )
-                happened.put(("end", None))
-            except BaseException as error:  # noqa: BLE001 - raised anew where it is shown
-                happened.put(("end", error))
-
-        worker = threading.Thread(target=work, name=WORKER, daemon=True)
-        worker.start()
-        busy = [gr.skip()] * 2
+        if stop.is_set():  # while it waited
+            yield [CANCELLED, *self._ended(session, stop), gr.skip(), gr.skip(), *self._as_before(visitor)]
+            return
+        asked = self._asked(*values)
+        run = Run(asked.plan(self.keep), stop, Notes(self.keep, guided=bool(asked.controls)))
+        self.visitors.begin(visitor, run)
+        run.begin(self.engine, lambda made: self.visitors.add(visitor, made))
         try:
-            done, previewed = 0, False
-            while True:
-                news = _gathered(happened)
-                fresh = [self._finished(job, *one) for one in news.get("made", [])]
-                made = [*fresh[::-1], *made]
-                done += len(fresh)
-                if "end" in news:
-                    error = news["end"][-1]
-                    stopped = isinstance(error, Stopped)
-                    shown = chosen(fresh[-1]) if fresh else as_before(bool(made))
-                    line = _line(job, done, stopped=stopped) + notes.html()
-                    yield [line, *self._ended(session, stop), *_strip(made, fresh), *shown]
-                    if error is not None and not stopped:
-                        raise error
-                    return
-                bar = _bar(job, done, *news["told"][-1]) if "told" in news else gr.skip()
-                shown = [gr.skip()] * SHOWN
-                if fresh:
-                    shown, previewed = chosen(fresh[-1]), False
-                elif "preview" in news:
-                    shown, previewed = in_the_making(news["preview"][-1], begins=not previewed), True
-                yield [bar, *busy, *_strip(made, fresh), *shown]
-        finally:
-            stop.set()
-            worker.join()
+            yield from self._watched(run, visitor, session)
+        except GeneratorExit:  # the page has gone: of what is left behind only one can be in the making
+            if run.waits or visitor.startswith(PROGRAM):
+                stop.set()
+            raise
 
-    def _finished(self, job: Plan, k: int, record: PictureRecord) -> Made:
-        return Made(write_shown(job.outputs[k].read_bytes(), f"picture-seed-{record.seed}.png"), record)
+    def _watched(self, run: Run, visitor: str, session: str) -> Iterator[list[Any]]:
+        """What the page shows of a run until it ends. Raises what ended it, but for a click on Cancel."""
+        seen, done, looked = 0, 0, None
+        while not run.ended:
+            seen = run.wait(seen)
+            if run.ended:
+                break
+            made, preview, shown = run.pictures, run.preview, [gr.skip()] * SHOWN
+            strip = [gr.skip()] * 2
+            if len(made) > done:
+                shown, strip, looked = chosen(made[-1]), _strip(self.visitors.made(visitor)), None
+            elif preview is not None and preview is not looked:
+                shown, looked = in_the_making(preview, begins=looked is None), preview
+            done = len(made)
+            yield [run.bar(), *[gr.skip()] * 2, *strip, *shown]
+        run.join()
+        fresh = run.pictures[done:]
+        shown = chosen(fresh[-1]) if fresh else self._as_before(visitor)
+        strip = _strip(self.visitors.made(visitor) if fresh else [])
+        yield [run.line(), *self._ended(session, run.stop), *strip, *shown]
+        if run.error is not None and not run.stopped:
+            raise run.error
+
+    def _as_before(self, visitor: str) -> list[Any]:
+        return as_before(bool(self.visitors.made(visitor)))
 
     def _ended(self, session: str, stop: threading.Event) -> list[Any]:
         """The buttons at the end of a run: they stay as they are where the session waits for another."""
@@ -233,60 +243,8 @@ class Making:
         )
 
 
-class Notes:
-    """What is to be known of the pictures, in the page's words."""
-
-    def __init__(self, asked: Asked, keep: Path) -> None:
-        self.keep = keep
-        self.lines = [] if asked.controls else [UNGUIDED]
-
-    def add(self, line: str) -> None:
-        """Another one; what is wrong with a map is told beneath it already."""
-        if not line.startswith(str(self.keep)):
-            line = sentence(line.replace(f"{self.keep.parent}/", ""))
-            self.lines += [line] * (line not in self.lines)
-
-    def html(self) -> str:
-        """As a list, in the status."""
-        items = "".join(f"<li>{escape(line)}</li>" for line in self.lines)
-        return f'<ul class="notes">{items}</ul>' if items else ""
-
-
-def _gathered(happened: queue.Queue[tuple[str, Any]]) -> dict[str, list[Any]]:
-    """Wait for news, and take all that there is."""
-    news: dict[str, list[Any]] = {}
-    kind, what = happened.get()
-    news.setdefault(kind, []).append(what)
-    if kind != "end":
-        threading.Event().wait(_LOOK_SECONDS)
-    while True:
-        try:
-            kind, what = happened.get_nowait()
-        except queue.Empty:
-            return news
-        news.setdefault(kind, []).append(what)
-
-
-def _strip(made: list[Made], fresh: list[Made]) -> list[Any]:
-    """The session's pictures where there are new ones, the newest of them marked."""
-    if not fresh:
+def _strip(made: list[Made]) -> list[Any]:
+    """The visitor's pictures, the newest of them marked; nothing changes where there are none."""
+    if not made:
         return [gr.skip(), gr.skip()]
     return [made, gr.update(value=[one.file for one in made], visible=True, selected_index=0)]
-
-
-def _bar(job: Plan, made: int, text: str, done: int, total: int) -> str:
-    """How far it is, as HTML."""
-    count = len(job.outputs)
-    share = done / total if total else 0.0
-    told = f"Picture {min(made + 1, count)} of {count}" if total else f"{text[:1].upper()}{text[1:]}"
-    return (
-        f'<p role="status">{escape(told)}</p>'
-        f'<progress max="1" value="{share:.3f}" aria-label="{escape(told)}"></progress>'
-    )
-
-
-def _line(job: Plan, made: int, *, stopped: bool) -> str:
-    count = len(job.outputs)
-    if stopped:
-        return f"<p>Cancelled: {made} of {count} finished.</p>"
-    return f"<p>{count} picture{'s' * (count != 1)} made.</p>"

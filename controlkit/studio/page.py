@@ -12,7 +12,7 @@ import gradio as gr
 from controlkit.studio.create_tab import CreateTab
 from controlkit.studio.engine import Engine
 from controlkit.studio.server import KEPT
-from controlkit.studio.train_tab import TrainTab
+from controlkit.studio.train_tab import NAME, TrainTab
 
 TITLE = "ControlKit studio"
 SHOWN = 24 * 60 * 60  # seconds for which the page's copies of pictures are there; looked at hourly
@@ -25,9 +25,9 @@ def build(engine: Engine, runs: Path, data: Sequence[Path] | None = None) -> Any
         with gr.Tabs() as tabs:
             with gr.Tab("Create", id="create") as first:
                 create = CreateTab(engine, runs / KEPT, page)
-            with gr.Tab("Train", id="train") as second:
+            with gr.Tab(NAME, id="train") as second:
                 train = TrainTab(engine, runs, data)
-        train.wire(page, tabs, second, first, create)
+        train.wire(tabs, second, first, create)
     page.queue(default_concurrency_limit=8)
     return page
 

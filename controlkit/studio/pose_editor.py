@@ -101,7 +101,7 @@ def edited(value: Any, before: Map) -> Map:
     shape = before.poses.people.shape
     try:
         points = np.array(people, dtype=np.float64).reshape(-1, 18, 3)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError("the joints that came from the page cannot be read") from None
     if points.shape != shape or not all(math.isfinite(x) for x in points.ravel()):
         raise ValueError("the joints that came from the page are not those of the people in the picture")

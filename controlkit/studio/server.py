@@ -77,6 +77,7 @@ def opened(
     before = {name: os.environ.get(name) for name in (*_QUIET, "GRADIO_TEMP_DIR")}
     os.environ.update({**_QUIET, "GRADIO_TEMP_DIR": str(place)})
     page: Any = None
+    engine: Any = None
     try:
         report.status(f"loading the libraries and the base {base}")
         from controlkit.studio.engine import Engine
@@ -91,6 +92,8 @@ def opened(
     finally:
         if page is not None:
             page.close(verbose=False)
+        if engine is not None:
+            engine.stop()  # what a page that has gone left in the making
         shutil.rmtree(place, ignore_errors=True)
         for name, value in before.items():
             os.environ.pop(name, None) if value is None else os.environ.update({name: value})
@@ -116,6 +119,7 @@ def _launch(page: Any, host: str, port: int | None, **look: Any) -> Any:
             ssr_mode=False,
             pwa=False,
             mcp_server=False,
+            run_history=False,  # or the browser keeps every request, and offers to tell another host
             footer_links=[],
             app_kwargs={"middleware": _guards(host)},
             **look,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import dataclass, replace
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from html import escape
 from typing import Any
 
@@ -11,19 +12,18 @@ import gradio as gr
 import numpy as np
 
 from controlkit import images, preprocessors
-from controlkit.preprocessors import Map
 from controlkit.preprocessors.canny import HIGH, LOW
-from controlkit.preprocessors.skeleton import Poses
 from controlkit.rules import MODES
 from controlkit.studio.asked import AskedControl, between, whole
 from controlkit.studio.components import Picture, Slider
-from controlkit.studio.engine import ON_DEVICE, Engine, Wish
+from controlkit.studio.drawn import IS_MAP, Drawn, MadeOf, Maps
+from controlkit.studio.engine import Wish
 from controlkit.studio.pose_editor import edited, on_another_part, pose_editor, shown
+from controlkit.studio.remembered import Field, fields, text
 from controlkit.studio.toasts import readable
 from controlkit.studio.uploads import read_upload, upload_size, write_shown
-from controlkit.studio.wording import MODE_NAMES, line_of, sentence, title
+from controlkit.studio.wording import MODE_NAMES, line_of, title
 
-IS_MAP = "This picture is a map already"
 OWN = "the base's own"  # adapter
 MOST_EDGE = 600  # of a slider for canny's thresholds; gradients above are rare
 MOST_SCALE = 2  # of a slider for the strength
@@ -31,47 +31,16 @@ WEAK, STRONG = "Weak edges from", "Strong edges from"
 DRAWING = "The map is being made."
 
 
-@dataclass(frozen=True)
-class MadeOf:
-    """What a map is made of: a picture's file, what is wanted, and width and height of the pictures."""
+@dataclass
+class Latest:
+    """What one page wants to see now, and what it wanted of the device before that."""
 
-    path: str
-    wish: Wish
-    size: tuple[int, int]
+    made_of: MadeOf | None = None
+    asked: deque[MadeOf] = field(default_factory=lambda: deque(maxlen=8))
 
-    @property
-    def on_device(self) -> bool:
-        """Whether a network makes it."""
-        return self.wish.kind in ON_DEVICE and not self.wish.is_map
-
-    @property
-    def name(self) -> str:
-        """By which the browser's joints say whose they are."""
-        return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
-
-
-@dataclass(frozen=True, eq=False)
-class Drawn:
-    """A map that is shown, and what is to be known of it.
-
-    photo: beside a pose, at its size, uint8 (H, W, 3). hand: joints were moved. found: the pose as it was
-    found. kept: a pose of the same photo whose joints were moved, while another map is shown. hidden: nor is
-    this one shown. A session keeps it for long: of other maps no photo, which may have 40 million pixels.
-    """
-
-    map: Map
-    made_of: MadeOf
-    photo: np.ndarray | None = None
-    told: str = ""
-    hand: bool = False
-    found: Poses | None = None
-    kept: Drawn | None = None
-    hidden: bool = False
-
-    @property
-    def by_hand(self) -> Drawn | None:
-        """The pose whose joints were moved."""
-        return self if self.hand else self.kept
+    def over(self, made_of: MadeOf | None) -> bool:
+        """Whether the page wanted this map, and wants another one now."""
+        return made_of in self.asked and made_of != self.made_of
 
 
 class Slot:
@@ -80,16 +49,18 @@ class Slot:
     def __init__(
         self,
         number: int,
-        engine: Engine,
+        maps: Maps,
         photo: gr.Image,
         sides: list[gr.Textbox],
+        restored: gr.State,
         *,
-        page: gr.Blocks,
         is_map: gr.Checkbox | None = None,
     ) -> None:
-        """Build the components where the page is being laid out. is_map: the photo's own switch."""
-        self.number, self.engine = number, engine
-        choices = [(title(kind), kind) for kind in engine.kinds]
+        """Build the components where the page is being laid out. is_map: the photo's own switch. restored:
+        changes when a page that was loaded has its values.
+        """
+        self.number, self.maps, self.engine = number, maps, maps.engine
+        choices = [(title(kind), kind) for kind in self.engine.kinds]
         name = "" if number == 1 else f" {number}"
         api = "" if number == 1 else f"_{number}"
         self.on = gr.Checkbox(number == 1, label="Follow this map, too", visible=number > 1)
@@ -123,9 +94,11 @@ class Slot:
         self.adapters = gr.State({})  # what was chosen for each kind of map
         self.drawn = gr.State(None)
         self.wanted = gr.State(None)  # changes when the device has to draw
-        self._listen(photo, sides, api, page)
+        self.latest = gr.State(Latest())
+        self.before = gr.State(None)  # joints that were moved on this page before it was loaded anew
+        self._listen(photo, sides, api, restored)
 
-    def _listen(self, photo: gr.Image, sides: list[gr.Textbox], api: str, page: gr.Blocks) -> None:
+    def _listen(self, photo: gr.Image, sides: list[gr.Textbox], api: str, restored: gr.State) -> None:
         own = [] if self.own is None else [self.own]
         inputs = [self.drawn, self.kind, self.is_map, self.low, self.high, *sides, photo, *own]
         outputs = [self.view, self.pose, self.joints, self.findings, self.drawn]
@@ -137,9 +110,9 @@ class Slot:
             *(side.blur for side in sides),
         ]
         gr.on(
-            [page.load, *shapes, *(picture.change for picture in own)],
+            [restored.change, *shapes, *(picture.change for picture in own)],
             self._begin,
-            inputs,
+            [self.latest, *inputs],
             [*outputs, self.edges, self.wanted],
             show_progress="hidden",
             trigger_mode="always_last",  # else a photo that comes right after a removal can be lost
@@ -157,8 +130,8 @@ class Slot:
             api_visibility="private",
         )
         self.wanted.change(
-            self._draw,
-            inputs,
+            self._draw_on_device,
+            [self.latest, self.before, *inputs],
             outputs,
             concurrency_id="device",
             concurrency_limit=1,
@@ -176,14 +149,16 @@ class Slot:
         )
 
     @readable
-    def _begin(self, drawn: Drawn | None, kind: str, is_map: bool, *rest: Any) -> list[Any]:
+    def _begin(self, latest: Latest, drawn: Drawn | None, kind: str, is_map: bool, *rest: Any) -> list[Any]:
         """Draw what needs no network; for the rest, ask the device."""
         thresholds = gr.update(visible=kind == "canny" and not is_map)
+        latest.made_of = None
         try:
-            made_of = self._made_of(kind, is_map, *rest)
+            latest.made_of = made_of = self._made_of(kind, is_map, *rest)
         except ValueError as error:
             return [*_nothing(drawn, error), thresholds, gr.skip()]
         if made_of is not None and made_of.on_device and _known(drawn, made_of) is None:
+            latest.asked.append(made_of)
             return [*[gr.skip()] * 3, gr.update(value=DRAWING, visible=True), gr.skip(), thresholds, object()]
         return [*self._draw(drawn, kind, is_map, *rest), thresholds, gr.skip()]
 
@@ -200,6 +175,27 @@ class Slot:
             return [*[gr.skip()] * 3, _findings(drawn), gr.skip()]
         return [*_views(made), _findings(made), replace(made, hidden=False)]
 
+    @readable
+    def _draw_on_device(self, latest: Latest, before: Any, drawn: Drawn | None, *values: Any) -> list[Any]:
+        """As `_draw`, unless another map is wanted by now; joints that were moved before the page was loaded
+        anew are where they were.
+        """
+        try:
+            made_of = self._made_of(*values)
+        except ValueError as error:
+            return _nothing(drawn, error)
+        updates = [] if latest.over(made_of) else self._draw(drawn, *values)
+        if latest.over(made_of):  # also if it became so meanwhile
+            return [gr.skip()] * 5
+        made = updates[-1]
+        if not isinstance(made, Drawn) or made.hidden or made.hand:
+            return updates
+        try:
+            again = moved(made, before)
+        except ValueError:  # not of this page
+            return updates
+        return updates if again is made else [*_views(again), _findings(again), again]
+
     def draw(self, drawn: Drawn | None, *values: Any) -> Drawn | None:
         """The map that belongs to the values, which may be drawn already; None without a picture.
 
@@ -212,14 +208,10 @@ class Slot:
         known = _known(drawn, made_of)
         if known is not None:
             return known
-        picture = read_upload(made_of.path, is_map=made_of.wish.is_map)
         by_hand = None if drawn is None or drawn.made_of.path != made_of.path else drawn.by_hand
         if by_hand is not None and by_hand.made_of.wish == made_of.wish:
-            return _at_another_size(by_hand, made_of, picture)
-        made = self.engine.map(picture, made_of.wish, width=made_of.size[0], height=made_of.size[1])
-        photo = None if made.poses is None else images.cover(picture, *made_of.size)
-        told = _told(picture if made_of.wish.is_map else made.image, made, is_map=made_of.wish.is_map)
-        return Drawn(made, made_of, photo, told, found=made.poses, kept=by_hand)
+            return _at_another_size(by_hand, made_of, read_upload(made_of.path))
+        return replace(self.maps.of(made_of), kept=by_hand)
 
     def _made_of(
         self, kind: str, is_map: bool, low: Any, high: Any, width: str, height: str, *pictures: str | None
@@ -253,6 +245,23 @@ class Slot:
         how = [self.on, self.scale, self.start, self.end, self.mode, self.adapter]
         return [*how, self.kind, self.is_map, self.low, self.high, self.pose, self.drawn, *own]
 
+    @property
+    def fields(self) -> dict[str, Field]:
+        """What a browser remembers of this control, by names of its own."""
+        names = ("kind", "on", "low", "high", "scale", "start", "end", "mode", "own")
+        parts = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        parts |= {"is_map": self.is_map}
+        kind, adapter, pose = (f"{name} {self.number}" for name in ("kind", "adapter", "pose"))
+
+        def adapters(kept: Mapping[str, Any]) -> dict[str, str]:
+            return {text(kept.get(kind)): text(kept[adapter])}
+
+        return {
+            **fields({f"{name} {self.number}": part for name, part in parts.items()}),
+            adapter: Field(self.adapter, self.adapter.change, self.adapters, adapters),
+            pose: Field(self.pose, self.pose.edited, self.before, lambda kept: _joints(kept[pose])),
+        }
+
     def asked(
         self, width: str, height: str, photo: str | None,
         on: bool, scale: Any, start: Any, end: Any, mode: str, adapter: str | None,
@@ -275,6 +284,13 @@ class Slot:
             return None
         made = moved(made, pose)  # a joint that was moved this moment
         return AskedControl(made.map.kind, made.map.image, scale, start, end, mode, adapter or "")
+
+
+def _joints(value: Any) -> dict[str, Any]:
+    """Joints as the page kept them; whether they are some is seen once their pose is there."""
+    if not isinstance(value, dict):
+        raise ValueError("these are no joints")
+    return {"of": text(value.get("of")), "people": value.get("people")}
 
 
 def _known(drawn: Drawn | None, made_of: MadeOf) -> Drawn | None:
@@ -344,19 +360,3 @@ def _no() -> Any:
 
 def _findings(drawn: Drawn) -> Any:
     return gr.update(value=drawn.told, visible=bool(drawn.told))
-
-
-def _told(image: np.ndarray, made: Map, *, is_map: bool) -> str:
-    """What is wrong with a map, in plain words. image: it, or what was put in as one, at its own size."""
-    if made.poses is not None and not len(made.poses.people):
-        return "No person was found in this picture, so there is no pose to follow."
-    if not is_map:
-        return "" if made.image.any() else "Nothing was found: the map is black."
-    found = preprocessors.lint(image, made.kind)
-    return "\n\n".join(f"{sentence(one.message)}. {_cure(one.cure)}" for one in found)
-
-
-def _cure(cure: str) -> str:
-    """What cures a map, where the page has a shorter way than the command line."""
-    elsewhere = cure.startswith(("make the map anew with", "extract the map first"))
-    return f"Put the photo itself in, and leave “{IS_MAP}” off." if elsewhere else f"{sentence(cure)}."

@@ -25,6 +25,12 @@ STEPS = 250
 MOST_STEPS = 10_000_000
 WORLD, FOLDER = "The bundled world", "A folder"
 READ = "Pictures with captions beside them (.txt), or a data set that controlkit data check reads"
+NAME = "Train"  # of the tab
+# Of the tab that is open: while a page loads, gradio tells of a choice of the first one that nobody made.
+OPEN_TAB = """async () => {
+  await new Promise((done) => setTimeout(done, 50));
+  return document.querySelector('button[role="tab"][aria-selected="true"]')?.innerText.trim() ?? "";
+}"""
 ONE = "One training at a time; while it runs, pictures take longer."
 
 
@@ -106,21 +112,19 @@ class TrainTab:
             done = button.click(self._ask(work), self.chosen, None, api_name=name, **quiet)
             done.then(**look, api_visibility="private")
 
-    def wire(
-        self, page: gr.Blocks, tabs: gr.Tabs, own: gr.Tab, create_tab: gr.Tab, create: CreateTab
-    ) -> None:
+    def wire(self, tabs: gr.Tabs, own: gr.Tab, create_tab: gr.Tab, create: CreateTab) -> None:
         """Look at the runs while the tab is open, and take adapters to the first tab."""
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         look = {"fn": self._look, "inputs": [self.chosen, self.seen]}
         outputs = [self.chosen, self.about, self.curves, self.sheet, self.log, self.seen]
         outputs += [self.stop, self.on, self.use]
-        own.select(lambda: gr.Timer(active=True), None, self.timer, **quiet).then(
-            **look, outputs=outputs, **quiet
-        )
-        create_tab.select(lambda: gr.Timer(active=False), None, self.timer, **quiet)
+        for tab in (own, create_tab):  # the name of the tab comes in the place of another text
+            turned = tab.select(self._open, self.name, self.timer, js=OPEN_TAB, **quiet)
+            if tab is own:
+                turned.then(**look, outputs=outputs, **quiet)
         for slot in create.slots:  # a page that is loaded anew has its first choices
             gr.on(
-                [page.load, create_tab.select, slot.kind.change],
+                [create.remembered.restored.change, create_tab.select, slot.kind.change],
                 self._adapters, [slot.kind, slot.adapters], slot.adapter, trigger_mode="always_last", **quiet,
             )  # fmt: skip
             slot.adapter.input(
@@ -130,6 +134,10 @@ class TrainTab:
         first = create.slots[0]
         taken = [tabs, first.kind, first.adapter, first.adapters]
         self.use.click(self._use, [self.chosen, first.kind, first.adapters], taken, **quiet)
+
+    def _open(self, name: str) -> gr.Timer:
+        """Look at the runs while this tab is the one that is open."""
+        return gr.Timer(active=name == NAME)
 
     def _choices(self) -> list[tuple[str, str]]:
         return [(run.line, run.name) for run in run_folders.found(self.runs)]

@@ -32,6 +32,11 @@ class Turns:
             self._tidy()
             return stop
 
+    def follow(self, session: str, stop: threading.Event) -> None:
+        """A page that was loaded anew looks at a run of the one before, and can stop it, too."""
+        with self._lock:
+            self._running.setdefault(session, []).append(stop)
+
     def end(self, session: str, stop: threading.Event, *, failed: bool = False) -> None:
         """A run has ended. failed: the page is told of an error, and will `refuse` what has ended already."""
         with self._lock:

@@ -65,6 +65,15 @@ def write_shown(data: bytes, name: str) -> str:
     return str(folder / name)
 
 
+def is_shown(path: str) -> bool:
+    """Whether a path lies, links followed, where the page has what was put into it and what it shows."""
+    place = os.environ.get("GRADIO_TEMP_DIR")
+    try:
+        return bool(place) and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(str(place)))
+    except (OSError, ValueError):  # no path at all
+        return False
+
+
 class Shown:
     """Files of the trainings where the page may serve them: one copy of each as long as it stays as it is."""
 
