@@ -36,6 +36,7 @@ from controlkit.class_labels import PictureEncoder
 from controlkit.controlnet import digest_of_weights, lock
 from controlkit.devices import check_device
 from controlkit.folders import read_json
+from controlkit.usual_guidance import is_told_guidance, is_turbo
 from controlkit.words import Words, saved_by_diffusers, with_all_vectors
 
 if TYPE_CHECKING:
@@ -104,21 +105,12 @@ class Base:
     @property
     def is_told_guidance(self) -> bool:
         """Whether the U-Net takes the guidance scale as an input, as latent consistency models do."""
-        return self.unet.config.time_cond_proj_dim is not None
+        return is_told_guidance(self.unet.config)
 
     @property
     def is_turbo(self) -> bool:
-        """Whether it was distilled to few steps without guidance, going by how its scheduler spaces them.
-
-        SD-Turbo and SDXL-Turbo (Sauer et al. 2023, arXiv:2311.17042) predict the noise and come with an Euler
-        scheduler that starts at the last timestep. So do bases trained to zero signal-to-noise, which are
-        guided.
-        """
-        config = self.scheduler_config
-        euler = str(config.get("_class_name", "")).startswith("Euler")
-        trailing = config.get("timestep_spacing") == "trailing"
-        known = self.prediction_type == "epsilon" and not config.get("rescale_betas_zero_snr", False)
-        return euler and trailing and known
+        """Whether it was distilled to few steps without guidance: see `usual_guidance.is_turbo`."""
+        return is_turbo(self.scheduler_config)
 
     @property
     def vae_factor(self) -> int:

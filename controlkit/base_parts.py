@@ -19,7 +19,6 @@ from controlkit.class_labels import (
     PictureEncoder,
     check_picture_parts,
     load_picture_encoder,
-    takes_picture,
 )
 from controlkit.config_types import check_types
 from controlkit.controlnet import check_structure
@@ -27,6 +26,7 @@ from controlkit.families import ALIASES as ALIASES
 from controlkit.families import BUNDLED as BUNDLED
 from controlkit.families import FAMILY_TITLES as FAMILY_TITLES
 from controlkit.families import family_of as family_of
+from controlkit.families import takes_picture
 from controlkit.folders import load_part, quiet_libraries, read_json, weight_files
 from controlkit.hub import check_exists, find_folder, first_sentence
 from controlkit.naming import unknown

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from controlkit import diffusion, limits
 from controlkit.controlnet import lock
+from controlkit.families import takes_picture
 from controlkit.folders import load_part, quiet_libraries, read_json
 from controlkit.hub import first_sentence
 
@@ -33,11 +34,6 @@ PICTURE_PARTS = ("feature_extractor", "image_encoder", "image_normalizer", "imag
 """What a base that is told a picture has besides the usual parts, by diffusers' names."""
 
 EXAMPLE = "stabilityai/stable-diffusion-2-1-unclip"  # for messages: a base that is told a picture
-
-
-def takes_picture(unet_config: Mapping[str, Any]) -> bool:
-    """Whether a U-Net of this configuration is told a vector, which is a picture's."""
-    return unet_config.get("class_embed_type") == "projection"
 
 
 def classes_of(unet_config: Mapping[str, Any]) -> int:

@@ -32,6 +32,11 @@ def family_of(config: Mapping[str, Any]) -> str:
     return "sd2" if config.get("use_linear_projection") else "sd1"
 
 
+def takes_picture(unet_config: Mapping[str, Any]) -> bool:
+    """Whether a U-Net of this configuration is told a vector, which is a picture's."""
+    return unet_config.get("class_embed_type") == "projection"
+
+
 class T2IShape(NamedTuple):
     """What the configuration of a full T2I-Adapter has for a U-Net."""
 

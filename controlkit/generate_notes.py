@@ -6,14 +6,13 @@ import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from controlkit import __version__, preprocessors, rules
 from controlkit.infotext import ControlRecord, PictureRecord
+from controlkit.usual_guidance import is_told_guidance, usual_guidance
 
 if TYPE_CHECKING:
-    from controlkit.base import Base
     from controlkit.generate_plan import Options, Plan, Source
 
 GUIDED = {  # settings that act on guidance alone, and what they are called
@@ -98,32 +97,16 @@ def _of_guidance(asked: Sequence[str], base: str, scales: Sequence[float | None]
 
 def _unguided(name: str, scales: Sequence[float | None]) -> str:
     """Why a base guides nothing under these scales, None its own; "" where it does, or cannot be told yet."""
-    base = _configured(name)
-    if base is None:
+    try:
+        unet, scheduler = _configs(name)
+        own = usual_guidance(name, unet, scheduler)
+    except (OSError, ValueError):  # who loads it says what is wrong, or downloads it
         return ""
-    if base.is_told_guidance:
+    if is_told_guidance(unet):
         return f"the base {name} is told the guidance, and nothing is guided"
-    from controlkit.sampling import default_guidance
-
-    own = default_guidance(base)
     if any((own if scale is None else scale) > 1 for scale in scales):
         return ""
     return f"nothing is guided where guidance is 1 or below, and {own:g} is that of the base {name}"
-
-
-def _configured(name: str) -> Base | None:
-    """A base without its networks, by its configuration files; None unless they are at hand and whole."""
-    from controlkit.base import Base
-    from controlkit.families import family_of
-
-    try:
-        unet, scheduler = _configs(name)
-        parts: dict[str, Any] = dict.fromkeys(("vae", "alphas_cumprod", "device", "dtype"))
-        told = SimpleNamespace(config=SimpleNamespace(time_cond_proj_dim=unet.get("time_cond_proj_dim")))
-        parts |= {"unet": told, "scheduler_config": scheduler, "text_encoders": [], "tokenizers": []}
-        return Base(name=name, family=family_of(unet), **parts)
-    except (OSError, ValueError):  # who loads it says what is wrong, or downloads it
-        return None
 
 
 def _configs(name: str) -> Sequence[Any]:

@@ -20,8 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from controlkit.applying import EncodedControl, Rows
-from controlkit.class_labels import classes_of, takes_picture
+from controlkit.class_labels import classes_of
 from controlkit.clip_guidance import ClipGuidance, ClipGuide
+from controlkit.families import takes_picture
 from controlkit.kinds import encode_hint, kind_of
 from controlkit.memory import Memory
 from controlkit.predicting import Guidance, Predictor, Savings, check_together

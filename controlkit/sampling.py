@@ -59,32 +59,20 @@ from controlkit.starting import Start as Start
 from controlkit.starting import draw_noise as draw_noise
 from controlkit.tiling import TiledPredictor, tiled_vae
 from controlkit.tiling import Tiles as Tiles
+from controlkit.usual_guidance import usual_guidance
 
 if TYPE_CHECKING:
     from controlkit.base import Base
 
-GUIDANCE = {"tiny": 2.0, "sd1": 7.5, "sd2": 7.5, "sdxl": 5.0}  # by bundled name or family
-TOLD_GUIDANCE = 8.5  # of bases that are told it, as diffusers' LatentConsistencyModelPipeline
 DEVICE_BATCH = 4  # pictures at once on a GPU: each one more needs more memory
-PICTURE_GUIDANCE = 10.0  # of bases that are told a picture, as diffusers' StableUnCLIPImg2ImgPipeline
 
 Callback = Callable[[int, int, Tensor], None]
 """Called after every step with the steps done, the steps in all, and the latents (B, C, h, w)."""
 
 
 def default_guidance(base: Base) -> float:
-    """The guidance scale that is used when none is given: the usual one of the base's family.
-
-    Bases distilled to few steps have their own: a latent consistency model is told 8.5, and those of the
-    Turbo kind (`Base.is_turbo`) take none, which is 1. One that is told a picture takes 10.
-    """
-    if base.is_told_guidance:
-        return TOLD_GUIDANCE
-    if base.is_turbo:
-        return 1.0
-    if base.picture_encoder is not None:
-        return PICTURE_GUIDANCE
-    return GUIDANCE.get(base.name, GUIDANCE[base.family])
+    """The guidance scale that is used when none is given: see `usual_guidance`."""
+    return usual_guidance(base.name, base.unet.config, base.scheduler_config)
 
 
 def default_batch(base: Base) -> int:
