@@ -3,50 +3,77 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-_WHOLE = (
-    "conditioning_channels",
-    "downscale_factor",
-    "eos_token_id",
-    "in_channels",
-    "latent_channels",
-    "norm_num_groups",
-    "num_control_type",
-    "num_proj_channel",
-    "num_res_blocks",
-    "num_trans_channel",
-    "num_trans_head",
-    "num_trans_layer",
+_KEYS: Mapping[str, tuple[str, ...]] = {  # what a value is, and of which
+    "a whole number": (
+        "addition_embed_type_num_heads",
+        *("conditioning_channels", "downsample_padding", "downscale_factor", "eos_token_id", "in_channels"),
+        *("latent_channels", "norm_num_groups", "num_control_type", "num_proj_channel", "num_res_blocks"),
+        *("num_trans_channel", "num_trans_head", "num_trans_layer"),
+    ),
+    "a whole number, or a list of them": (
+        *("attention_head_dim", "cross_attention_dim", "layers_per_block", "num_attention_heads"),
+        "transformer_layers_per_block",
+    ),
+    "a list of whole numbers": (
+        *("base_block_out_channels", "block_out_channels", "channels", "conditioning_embedding_out_channels"),
+    ),
+    "a list of names": ("down_block_types", "up_block_types"),
+    "a number": ("freq_shift", "mid_block_scale_factor", "norm_eps", "time_embedding_mix"),
+    "true or false": (
+        *("flip_sin_to_cos", "global_pool_conditions", "learn_time_embedding", "upcast_attention"),
+        "use_linear_projection",
+    ),
+    "a name": (
+        *("act_fn", "conditioning_channel_order", "controlnet_conditioning_channel_order"),
+        "resnet_time_scale_shift",
+    ),
+}
+_NEVER_NULL = (
+    *("block_out_channels", "channels", "conditioning_embedding_out_channels", "down_block_types"),
+    *("cross_attention_dim", "in_channels", "layers_per_block", "transformer_layers_per_block"),
+    *("downscale_factor", "num_res_blocks"),
 )
-_WHOLE_OR_LIST = (
-    "attention_head_dim",
-    "cross_attention_dim",
-    "layers_per_block",
-    "num_attention_heads",
+_LAYERS = (
+    *("layers_per_block", "num_control_type", "num_res_blocks", "num_trans_layer"),
     "transformer_layers_per_block",
 )
-_LISTS = ("base_block_out_channels", "block_out_channels", "channels", "conditioning_embedding_out_channels")
+_MOST, _MOST_LAYERS = 1_000_000, 1000  # far above what there is; a list of all layers' names is made
 _OF_SIDES = ("sample_size",)  # one number or two, whatever the class says
-_NAMES = ("down_block_types", "up_block_types")
 
 
 def check_types(config: Mapping[str, Any], where: Path) -> None:
-    """Raise ValueError, one line, for a size that is no whole number, a list of them that is none, or names
-    of blocks that are none. What is null or left out is diffusers' default."""
-    for key, value in config.items():
-        if value is None:
-            continue
-        if key in _WHOLE and not _is_whole(value):
-            raise ValueError(f"{where} says {key} {value!r}: it is a whole number")
-        if key in _WHOLE_OR_LIST and not (_is_whole(value) or _are(_flat(value), int)):
-            raise ValueError(f"{where} says {key} {value!r}: it is a whole number, or a list of them")
-        if key in _LISTS and not _are(value, int):
-            raise ValueError(f"{where} says {key} {value!r}: it is a list of whole numbers")
-        if key in _NAMES and not _are(value, str):
-            raise ValueError(f"{where} says {key} {value!r}: it is a list of names")
+    """Raise ValueError, one line, for a value of another type than diffusers' networks have, as a size that
+    is no whole number. What is left out is diffusers' default."""
+    for words, keys in _KEYS.items():
+        for key in keys:
+            value = config.get(key)
+            left_out = value is None and (key not in config or key not in _NEVER_NULL)
+            if not left_out and not _is(words, value):
+                raise ValueError(f"{where} says {key} {value!r}: it is {words}")
+            most = _MOST_LAYERS if key in _LAYERS else _MOST
+            if any(not 0 <= number <= most for number in _whole_numbers(value)):
+                raise ValueError(f"{where} says {key} {value!r}: networks have 0 to {most}")
+
+
+def _is(words: str, value: Any) -> bool:
+    match words:
+        case "a whole number":
+            return _is_whole(value)
+        case "a whole number, or a list of them":
+            return _is_whole(value) or _are(_flat(value), int)
+        case "a list of whole numbers":
+            return _are(value, int)
+        case "a list of names":
+            return _are(value, str)
+        case "a number":
+            return isinstance(value, int | float) and not isinstance(value, bool)
+        case "true or false":
+            return isinstance(value, bool)
+    return isinstance(value, str)
 
 
 def check_like_defaults(cls: type, config: Mapping[str, Any], where: Path) -> None:
@@ -84,6 +111,15 @@ def _in_words(default: object, *, many: bool) -> str:
 
 def _is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _whole_numbers(value: object) -> Iterator[int]:
+    """All that are in a value."""
+    if isinstance(value, list):
+        for one in value:
+            yield from _whole_numbers(one)
+    elif isinstance(value, int) and not isinstance(value, bool):
+        yield value
 
 
 def _flat(value: object) -> object:

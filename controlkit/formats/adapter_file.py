@@ -135,10 +135,9 @@ def open_adapter_file(path: str | os.PathLike[str]) -> AdapterFile:
     check_floats(entries, found)
     info, structure = read_description(weights.metadata, found)
     shapes = Shapes(entries, found)
-    if kind != "t2i-adapter":  # which has a check of its own
-        check_types(structure, found)
     own = structure or _own_config(found, kind, shapes)
     config = _config(kind, shapes, own)
+    check_types(structure, found)
     said = info.family if info and info.family in FAMILY_TITLES else ""
     by_tensors = _family(kind, config, entries)
     # A T2I-Adapter reads no text: of which family it is its sizes can only suggest.
@@ -257,7 +256,8 @@ def _own_config(file: Path, kind: str, shapes: Shapes) -> Config:
 def _contradiction(said: Config, read: Config) -> str:
     """What a configuration says otherwise than the shapes of the weights beside it, in words; or ""."""
     for key in _TOLD_BY_SHAPES:
-        if key in said and key in read and plain(said[key]) != plain(read[key]):
+        is_told = said.get(key) is not None and key in read
+        if is_told and plain(said[key]) != plain(read[key]):
             return f"{key} {plain(said[key])}, and the weights beside it have {plain(read[key])}"
     return ""
 

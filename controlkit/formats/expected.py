@@ -26,7 +26,7 @@ _USUAL: Mapping[str, tuple[Any, ...]] = {  # what else a configuration may say l
     "encoder_hid_dim": (None,),
     "encoder_hid_dim_type": (None,),
     "addition_embed_type": (None, "text_time"),
-    "only_cross_attention": (False, None),
+    "only_cross_attention": (False,),
     "dual_cross_attention": (False, None),
     "resnet_time_scale_shift": ("default", None),
     "time_embedding_type": ("positional", None),
@@ -84,7 +84,8 @@ def union_tensors(config: Mapping[str, Any]) -> Tensors | None:
     """A ControlNet-Union's tensors; None for a structure that is not common."""
     tensors = controlnet_tensors(config)
     kinds, width = config["num_control_type"], config["num_trans_channel"]
-    if tensors is None or width % config.get("num_trans_head", 8):
+    heads = config.get("num_trans_head", 8)
+    if tensors is None or not heads or width % heads:
         return None
     told = 4 * config["block_out_channels"][0]
     tensors |= {"task_embedding": (kinds, width)}
@@ -192,10 +193,14 @@ def _is_common(config: Mapping[str, Any]) -> bool:
         return False
     if not set(config["down_block_types"]) <= {"CrossAttnDownBlock2D", "DownBlock2D"}:
         return False
-    widths, groups = list(config["block_out_channels"]), config.get("norm_num_groups") or 1
+    widths, groups = list(config["block_out_channels"]), config.get("norm_num_groups")
+    groups = 1 if groups is None else groups
     heads = config.get("num_attention_heads")
-    heads = (config.get("attention_head_dim") or 1) if heads is None else heads
+    heads = config.get("attention_head_dim") if heads is None else heads
+    heads = 1 if heads is None else heads
     counts = [heads] * len(widths) if isinstance(heads, int) else list(heads)
+    if 0 in (groups, *counts):
+        return False
     depths = config.get("transformer_layers_per_block") or 1
     if not isinstance(depths, int) and len(depths) != len(widths):
         return False

@@ -70,9 +70,11 @@ def check_t2i(config: Mapping[str, Any], shapes: Shapes) -> None:
     """
     channels = config.get("channels")
     widths = list(channels) if isinstance(channels, list | tuple) else [channels]
-    numbers = [config.get("in_channels"), config.get("downscale_factor"), *widths]
+    numbers = [config.get("in_channels"), config.get("downscale_factor"), config.get("num_res_blocks", 2)]
     kinds = ("full_adapter", "full_adapter_xl", "light_adapter")
-    if config.get("adapter_type") not in kinds or not all(type(number) is int for number in numbers):
+    if config.get("adapter_type") not in kinds or not all(
+        type(number) is int for number in (*numbers, *widths)
+    ):
         raise ValueError(f"{shapes.where}: the configuration that it has of itself is no T2I-Adapter's")
 
 
