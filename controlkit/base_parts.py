@@ -291,6 +291,7 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
     with quiet_libraries():
         try:
             tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+            tokenizer("a", verbose=False)  # some damage shows only in use
         except Exception as error:  # the library below, written in Rust, raises nothing more precise
             raise ValueError(f"cannot read the tokenizer in {folder}: {first_sentence(error)}") from error
     if tokenizer.pad_token_id is None:

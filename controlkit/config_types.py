@@ -11,7 +11,8 @@ _KEYS: Mapping[str, tuple[str, ...]] = {  # what a value is, and of which
     "a whole number": (
         "addition_embed_type_num_heads",
         *("conditioning_channels", "downsample_padding", "downscale_factor", "eos_token_id", "in_channels"),
-        *("latent_channels", "norm_num_groups", "num_control_type", "num_proj_channel", "num_res_blocks"),
+        *("latent_channels", "norm_num_groups", "num_control_type", "num_hidden_layers", "num_proj_channel"),
+        "num_res_blocks",
         *("num_trans_channel", "num_trans_head", "num_trans_layer"),
     ),
     "a whole number, or a list of them": (
@@ -35,10 +36,10 @@ _KEYS: Mapping[str, tuple[str, ...]] = {  # what a value is, and of which
 _NEVER_NULL = (
     *("block_out_channels", "channels", "conditioning_embedding_out_channels", "down_block_types"),
     *("cross_attention_dim", "in_channels", "layers_per_block", "transformer_layers_per_block"),
-    *("downscale_factor", "num_res_blocks"),
+    *("downscale_factor", "eos_token_id", "num_res_blocks"),
 )
 _LAYERS = (
-    *("layers_per_block", "num_control_type", "num_res_blocks", "num_trans_layer"),
+    *("layers_per_block", "num_control_type", "num_hidden_layers", "num_res_blocks", "num_trans_layer"),
     "transformer_layers_per_block",
 )
 _MOST, _MOST_LAYERS = 1_000_000, 1000  # far above what there is; a list of all layers' names is made

@@ -310,6 +310,10 @@ def test_bases_of_another_kind(broken: Path) -> None:
         ("scheduler/scheduler_config.json", {"beta_schedule": ["linear"]}, "is not one of"),
         ("model_index.json", {"tokenizer": True}, "model_index.json: tokenizer is True, not CLIPTokenizer"),
         ("model_index.json", {"unet": [[1]]}, "model_index.json: unet is [[1]], not UNet2DConditionModel"),
+        ("text_encoder/config.json", {"eos_token_id": None}, "says eos_token_id None: it is a whole number"),
+        ("text_encoder/config.json", {"num_hidden_layers": 10**9}, "networks have 0 to 1000"),
+        ("unet/config.json", {"layers_per_block": 10**9}, "networks have 0 to 1000"),
+        ("tokenizer/tokenizer_config.json", {"model_max_length": [77]}, "cannot read the tokenizer"),
         ("tokenizer/tokenizer_config.json", {"pad_token": None}, "has no pad_token"),
     ],
 )
