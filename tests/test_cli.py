@@ -373,12 +373,16 @@ def test_a_signal_leaves_nothing_half_written(
         replace(*values)
 
     before = sorted(os.listdir())
-    handlers = [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGHUP)]
+    usual = {one: signal.signal(one, signal.SIG_DFL) for one in (signal.SIGTERM, signal.SIGHUP)}
     monkeypatch.setattr(os, "replace", ended)
-    outcome = run("preprocess", "canny", photo, "-o", "edges.png")
-    assert outcome.code == 128 + number
-    assert sorted(os.listdir()) == before
-    assert [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGHUP)] == handlers
+    try:
+        outcome = run("preprocess", "canny", photo, "-o", "edges.png")
+        assert outcome.code == 128 + number
+        assert sorted(os.listdir()) == before
+        assert [signal.getsignal(one) for one in usual] == [signal.SIG_DFL] * 2
+    finally:  # under nohup, SIGHUP was ignored
+        for one, handler in usual.items():
+            signal.signal(one, handler)
 
 
 def test_a_signal_that_is_ignored_stays_ignored(
