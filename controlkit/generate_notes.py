@@ -75,8 +75,7 @@ def without_effect(job: Plan, variants: Sequence[Variant], varied: Collection[st
             for name, option in GUIDED.items()
             if name in given and _differs(name, settings) and not (by_clip and name == "guidance_until")
         ],
-        options.base,
-        [one.guidance for one in settings],
+        settings,
     )
     if "cuda_graph" in given and options.cuda_graph and not _may_be_cuda(options.device):
         yield f"--cuda-graph has no effect on the device {options.device}"
@@ -85,12 +84,13 @@ def without_effect(job: Plan, variants: Sequence[Variant], varied: Collection[st
     yield from _of_windows(job, variants)
 
 
-def _of_guidance(asked: Sequence[str], base: str, scales: Sequence[float | None]) -> Iterator[str]:
-    """Of options that act on guidance where no picture is guided: by its scale, or as the base is made."""
-    if asked and not all(scale is not None and scale <= 1 for scale in scales):
-        why = _unguided(base, scales)
-    else:
-        why = "nothing is guided where guidance is 1 or below"
+def _of_guidance(asked: Sequence[str], settings: Sequence[Options]) -> Iterator[str]:
+    """Of options that act on guidance where no picture is guided: by its scale, or as its base is made."""
+    why = "nothing is guided where guidance is 1 or below"
+    if asked and not all(one.guidance is not None and one.guidance <= 1 for one in settings):
+        bases = dict.fromkeys(one.base for one in settings)
+        whys = [_unguided(base, [one.guidance for one in settings if one.base == base]) for base in bases]
+        why = whys[0] if all(whys) else ""
     for option in asked if why else ():
         yield f"{option} has no effect: {why}"
 

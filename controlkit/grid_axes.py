@@ -30,7 +30,7 @@ _TAKES = {  # by how a value is read
 }
 _PICTURE_KEYS: Mapping[str, Callable[[str], Any]] = {
     "prompt": str,
-    "negative": str,
+    "negative_prompt": str,
     "prompt_syntax": str,
     "clip_skip": int,
     "seed": int,
@@ -61,7 +61,8 @@ _SESSION_KEYS: Mapping[str, Callable[[str], Any]] = {  # of what is loaded, and 
     "tile": int,
 }
 _CONTROL_KEYS = ("scale", "start", "end", "gate", "mode", "layers", "only_mid", "adapter")
-_TEXTS = ("prompt", "negative")
+_TEXTS = ("prompt", "negative_prompt")
+_ALSO = {"negative": "negative_prompt"}  # as the option is called, too
 _KNOWN = (*_PICTURE_KEYS, *_SESSION_KEYS, *_CONTROL_KEYS)
 
 
@@ -124,7 +125,7 @@ def _is_setting(word: str, *, first: bool) -> bool:
     match = re.match(r"([a-z_.]+)=", word)
     if match is None or not first:
         return match is not None
-    if match[1] in _TEXTS:
+    if _ALSO.get(match[1], match[1]) in _TEXTS:
         return "|" in word
     known = match[1].rpartition(".")[2] in _KNOWN
     several = "," in word or ".." in word  # misspelt, then
@@ -152,6 +153,7 @@ def parse_axes(texts: Sequence[str]) -> list[Axis]:
 
 def _axis(text: str) -> Axis:
     key, equals, rest = text.partition("=")
+    key = _ALSO.get(key, key)
     name = key.rpartition(".")[2]
     if not (equals and rest):
         raise ValueError(f"--grid {text!r} must be KEY=VALUE,VALUE or KEY=FIRST..LAST, as scale=0.5,1")
@@ -185,7 +187,7 @@ def _reader(name: str) -> Callable[[str], Any]:
 
 def _value(name: str, text: str) -> Any:
     read = _reader(name)
-    if read not in _TAKES and not text and name != "negative":
+    if read not in _TAKES and not text and name != "negative_prompt":
         raise ValueError(f"one {name} is empty")
     try:
         return read(text)

@@ -167,8 +167,8 @@ def _planned(job: Plan, told: Mapping[Axis, Any]) -> Plan:
 def _of_picture(job: Plan, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The options that settings stand for; another scheduler drops a temperature that nobody gave."""
     told = {key: value for key, value in settings.items() if key not in ("lora", "ip_adapter")}
-    if "negative" in told:
-        told["negative_prompt"] = told.pop("negative") or None
+    if told.get("negative_prompt") == "":
+        told["negative_prompt"] = None
     if "size" in told:
         told["width"], told["height"] = told.pop("size")
     if is_none(told.get("vae", "")):

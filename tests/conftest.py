@@ -1,11 +1,12 @@
 """What all tests share: no network, no model cache of the developer's, quiet libraries."""
 
+import gc
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from outcomes import Outcome, Run
@@ -124,3 +125,22 @@ def generate(run: "Run", models: Path, photo: Path) -> "Run":
         adapter,
     ]
     return lambda *more: run(*fixed, "--steps", 2, *more)
+
+
+@pytest.fixture(scope="module")
+def page_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where the studio's page has its files."""
+    place = tmp_path_factory.mktemp("place")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", str(place))
+        yield place
+
+
+@pytest.fixture(scope="module")
+def blocks(page_dir: Path) -> Iterator[Any]:
+    """The studio's page, not served; its runs are in `runs`."""
+    from controlkit.studio import page
+    from controlkit.studio.engine import Engine
+
+    yield page.build(Engine("tiny"), page_dir.with_name("runs"))
+    gc.collect()  # here, where the event loops that it leaves open are no error

@@ -180,6 +180,9 @@ def unguided(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         ("turbo", {"negative_prompt": None}, "", 0),
         ("lcm", {"negative_prompt": "y", "guidance_rescale": 0.5, "guidance_until": 0.5}, "", 3),
         ("lcm", {"negative_prompt": "y", "guidance": 5.0}, "", 1),
+        ("lcm", {}, "negative=|y", 1),
+        ("turbo", {"negative_prompt": "y"}, "base={turbo},{plain}", 0),
+        ("turbo", {"negative_prompt": "y"}, "base={turbo},{lcm}", 1),
         ("plain", {"negative_prompt": "y", "guidance_rescale": 0.5}, "", 0),
         ("plain", {"negative_prompt": "y", "guidance": 1.0}, "", 1),
         ("nobody/ever", {"negative_prompt": "y"}, "", 0),
@@ -189,7 +192,7 @@ def test_a_base_that_guides_nothing_by_itself(
     unguided: dict[str, str], base: str, given: dict[str, Any], grid: str, count: int
 ) -> None:
     name = unguided.get(base, base)
-    found = notes({**given, "base": name}, *([grid] if grid else []))
+    found = notes({**given, "base": name}, *([grid.format(**unguided)] if grid else []))
     assert len(found) == count
     assert all("has no effect: " in line for line in found)
     if base == "lcm":

@@ -1,6 +1,5 @@
 """The parts of the studio that need no page: what is kept, what may be trained on, what is told."""
 
-import gc
 import os
 import shutil
 import time
@@ -23,7 +22,6 @@ from PIL import Image
 from controlkit import adapters, generate_models, images, infotext
 from controlkit.preprocessors.skeleton import Poses
 from controlkit.studio import asked, gallery, making, run_folders, run_view, server, uploads, wording
-from controlkit.studio import page as studio_page
 from controlkit.studio.engine import Engine, Stopped
 from controlkit.studio.pose_editor import on_another_part
 from controlkit.studio.uploads import Shown
@@ -76,33 +74,17 @@ def test_the_adapters_that_were_used_last_are_kept(loaded: list[str]) -> None:
     assert loaded == [*names, names[1]]
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where the page's files lie."""
-    place = tmp_path_factory.mktemp("place")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GRADIO_TEMP_DIR", str(place))
-        yield place
-
-
-@pytest.fixture(scope="module")
-def built(place: Path) -> Iterator[Any]:
-    """The page, not served; its runs are in `runs`."""
-    yield studio_page.build(Engine("tiny"), place.with_name("runs"))
-    gc.collect()  # here, where the event loops that it leaves open are no error
-
-
 @pytest.fixture
-def runs(place: Path) -> Iterator[Path]:
+def runs(page_dir: Path) -> Iterator[Path]:
     """The page's runs, of which there are none yet."""
-    yield place.with_name("runs")
-    shutil.rmtree(place.with_name("runs"), ignore_errors=True)
+    yield page_dir.with_name("runs")
+    shutil.rmtree(page_dir.with_name("runs"), ignore_errors=True)
 
 
-def test_a_sheet_is_written_once_for_all_looks(tmp_path: Path, place: Path) -> None:
+def test_a_sheet_is_written_once_for_all_looks(tmp_path: Path, page_dir: Path) -> None:
     sheet, shown = tmp_path / "step-10.png", Shown()
     sheet.write_bytes(b"first")
-    before = len(list(place.rglob("*.png")))
+    before = len(list(page_dir.rglob("*.png")))
     first = shown.copy(sheet, "mine-step-10.png")
     assert first is not None
     assert Path(first).name == "mine-step-10.png"
@@ -117,25 +99,25 @@ def test_a_sheet_is_written_once_for_all_looks(tmp_path: Path, place: Path) -> N
     assert Path(str(shown.copy(sheet, "mine-step-10.png"))).read_bytes() == b"another"
     sheet.unlink()
     assert shown.copy(sheet, "mine-step-10.png") is None
-    assert len(list(place.rglob("*.png"))) == before + 2
+    assert len(list(page_dir.rglob("*.png"))) == before + 2
 
 
-def test_the_page_deletes_what_is_old_and_keeps_its_scenes(built: Any, place: Path) -> None:
+def test_the_page_deletes_what_is_old_and_keeps_its_scenes(blocks: Any, page_dir: Path) -> None:
     from gradio.route_utils import delete_files_created_by_app
 
-    assert built.delete_cache is not None
-    assert all(seconds > 0 for seconds in built.delete_cache)
-    scenes = sorted(place.rglob("*.png"))
+    assert blocks.delete_cache is not None
+    assert all(seconds > 0 for seconds in blocks.delete_cache)
+    scenes = sorted(page_dir.rglob("*.png"))
     assert len(scenes) > 1
-    (place / "old.png").write_bytes(scenes[0].read_bytes())
-    built.temp_file_sets[-1].add(str(place / "old.png"))
-    delete_files_created_by_app(built, age=-1)
-    assert sorted(place.rglob("*.png")) == scenes
+    (page_dir / "old.png").write_bytes(scenes[0].read_bytes())
+    blocks.temp_file_sets[-1].add(str(page_dir / "old.png"))
+    delete_files_created_by_app(blocks, age=-1)
+    assert sorted(page_dir.rglob("*.png")) == scenes
 
 
-def listener_targets(built: Any, name: str) -> set[tuple[int, str]]:
+def listener_targets(blocks: Any, name: str) -> set[tuple[int, str]]:
     """What the function of the page that is called so listens to."""
-    return {one for fn in built.fns.values() if getattr(fn.fn, "__name__", "") == name for one in fn.targets}
+    return {one for fn in blocks.fns.values() if getattr(fn.fn, "__name__", "") == name for one in fn.targets}
 
 
 def finished(runs: Path, name: str) -> Path:
@@ -145,15 +127,15 @@ def finished(runs: Path, name: str) -> Path:
     return runs / name
 
 
-def test_a_page_that_is_loaded_knows_the_adapters_of_each_kind(built: Any, runs: Path) -> None:
+def test_a_page_that_is_loaded_knows_the_adapters_of_each_kind(blocks: Any, runs: Path) -> None:
     result = str(finished(runs, "mine") / "controlnet")
     several = finished(runs, "several")
     (several / "config.toml").write_text(
         'task = "controlnet"\nadapter = "controlnet-union"\nbase = "tiny"\nmap = "several"\n'
         '[data]\nmap_column = ["canny", "depth"]\n'
     )
-    restored = listener_targets(built, "_follow")
-    listed = [one for one in built.fns.values() if restored & set(one.targets)]
+    restored = listener_targets(blocks, "_follow")
+    listed = [one for one in blocks.fns.values() if restored & set(one.targets)]
     listed = [one for one in listed if {getattr(out, "label", "") for out in one.outputs} == {"Adapter"}]
     assert len(listed) == 3
     chosen = {"canny": result, "depth": result}
@@ -161,7 +143,7 @@ def test_a_page_that_is_loaded_knows_the_adapters_of_each_kind(built: Any, runs:
     names = {kind: sorted(name for name, _ in update["choices"][1:]) for kind, update in choices.items()}
     assert names == {"canny": ["mine", "several"], "depth": ["several"], "openpose": []}
     assert [update["value"] for update in choices.values()] == [result, "", ""]
-    use = listener(built, "_use")
+    use = listener(blocks, "_use")
     for shown, wanted in (("canny", "canny"), ("depth", "depth"), ("openpose", "canny")):
         _, kind, adapter, remembered = use("several", shown, {"openpose": "x"})
         assert (kind["value"], adapter["value"]) == (wanted, str(several / "controlnet"))
@@ -319,47 +301,47 @@ def test_a_run_that_disappears_is_left_out(tmp_path: Path, monkeypatch: pytest.M
     assert run_folders.found(tmp_path / "nothing") == []
 
 
-def listener(built: Any, name: str) -> Any:
+def listener(blocks: Any, name: str) -> Any:
     """The function of the page that is called so; the first, where several are."""
-    return next(one.fn for one in built.fns.values() if getattr(one.fn, "__name__", "") == name)
+    return next(one.fn for one in blocks.fns.values() if getattr(one.fn, "__name__", "") == name)
 
 
-def test_where_the_last_run_was_deleted_nothing_of_it_stays(built: Any) -> None:
-    chosen, about, curves, sheet, log, _, *buttons = listener(built, "_look")("mine", "before")
+def test_where_the_last_run_was_deleted_nothing_of_it_stays(blocks: Any) -> None:
+    chosen, about, curves, sheet, log, _, *buttons = listener(blocks, "_look")("mine", "before")
     assert (chosen["choices"], chosen["value"], curves, log) == ([], None, "", "")
     assert "No training yet" in about
     assert not any(update["visible"] for update in (sheet, *buttons))
 
 
-def test_only_a_finished_adapter_is_taken_to_the_first_tab(built: Any, runs: Path) -> None:
+def test_only_a_finished_adapter_is_taken_to_the_first_tab(blocks: Any, runs: Path) -> None:
     folder = finished(runs, "mine")
     path = str(folder / "controlnet")
     choices = [("the base's own", ""), ("mine", path)]
-    assert listener(built, "_use")("mine", "depth", {})[1:] == [
+    assert listener(blocks, "_use")("mine", "depth", {})[1:] == [
         gradio.update(value="canny"), gradio.update(choices=choices, value=path), {"canny": path}
     ]  # fmt: skip
     (folder / "controlnet").rmdir()
     with pytest.raises(gradio.Error, match="The run mine is stopped"):
-        listener(built, "_use")("mine", "depth", {})
+        listener(blocks, "_use")("mine", "depth", {})
 
 
 def test_a_session_keeps_no_photo_of_millions_of_pixels(
-    built: Any, place: Path, monkeypatch: pytest.MonkeyPatch
+    blocks: Any, page_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Engine, "size", lambda *values: (64, 64))
-    photo = str(next(place.rglob("scene*.png")))
-    drawn = listener(built, "_draw")(None, "canny", False, 100, 200, "", "", photo)[4]
+    photo = str(next(page_dir.rglob("scene*.png")))
+    drawn = listener(blocks, "_draw")(None, "canny", False, 100, 200, "", "", photo)[4]
     assert drawn.map.image.shape == (64, 64, 3)
     assert drawn.photo is None
 
 
-def test_a_picture_that_was_deleted_is_a_line(built: Any, tmp_path: Path) -> None:
+def test_a_picture_that_was_deleted_is_a_line(blocks: Any, tmp_path: Path) -> None:
     gone = gallery.Made(str(tmp_path / "gone.png"), None)  # type: ignore[arg-type]
     with pytest.raises(gradio.Error, match="shows that picture no longer"):
-        listener(built, "_select")([gone], SimpleNamespace(index=0))
+        listener(blocks, "_select")([gone], SimpleNamespace(index=0))
 
 
-def test_a_click_that_comes_to_nothing_is_forgotten(built: Any, tmp_path: Path) -> None:
+def test_a_click_that_comes_to_nothing_is_forgotten(blocks: Any, tmp_path: Path) -> None:
     made, session = making.Making(Engine("tiny"), tmp_path), SimpleNamespace(session_hash="one")
     for end, told in ((made._refused, making.IDLE), (made._left, None)):
         made._begin(session)
@@ -373,7 +355,7 @@ def test_a_click_that_comes_to_nothing_is_forgotten(built: Any, tmp_path: Path) 
         assert stop.is_set(), "what is in the making cannot be cancelled"
         made.turns.end("one", stop)
         assert not any(kept for name, kept in vars(made.turns).items() if name != "_lock")
-    listeners = [one for one in built.fns.values() if hasattr(one.fn, "__name__")]
+    listeners = [one for one in blocks.fns.values() if hasattr(one.fn, "__name__")]
     targets = {target[1]: one.fn.__name__ for one in listeners for target in one.targets}
     assert (targets["failure"], targets["unload"]) == ("_refused", "_left")
 
@@ -423,16 +405,16 @@ def test_a_cancelled_run_leaves_the_picture_that_was_looked_at(tmp_path: Path) -
     assert "value" not in ended[view], "the picture is another one than its text and buttons speak of"
 
 
-def test_thresholds_in_the_wrong_order_are_exchanged_as_opencv_does(built: Any, place: Path) -> None:
-    photo = str(next(place.rglob("scene*.png")))
-    drawn = listener(built, "_draw")(None, "canny", False, 300, 150, "", "", photo)[4]
+def test_thresholds_in_the_wrong_order_are_exchanged_as_opencv_does(blocks: Any, page_dir: Path) -> None:
+    photo = str(next(page_dir.rglob("scene*.png")))
+    drawn = listener(blocks, "_draw")(None, "canny", False, 300, 150, "", "", photo)[4]
     wanted = cv2.Canny(images.cover(images.load_picture(photo), 128, 128), 300, 150)
     np.testing.assert_array_equal(drawn.map.image[..., 0], wanted)
-    asked_for = [one for one in built.fns.values() if (built._id, "load") not in one.targets]
+    asked_for = [one for one in blocks.fns.values() if (blocks._id, "load") not in one.targets]
     inputs = [
         one.inputs for one in asked_for
         if one.fn is not None and any((getattr(part, "label", ""), event) == ("Weak edges from", "change")
-               for part in built.blocks.values() for block, event in one.targets if block == part._id)
+               for part in blocks.blocks.values() for block, event in one.targets if block == part._id)
     ]  # fmt: skip
     outputs = {getattr(out, "label", "") for one in asked_for for out in one.outputs}
     assert len(inputs) == 3
@@ -494,7 +476,7 @@ def test_an_error_after_checkpoints_is_told(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "I;16", "1", "P", "RGBA", "CMYK", "F"])
 def test_a_picture_that_browsers_do_not_show_is_shown_as_the_same_pixels(
-    place: Path, tmp_path: Path, mode: str
+    page_dir: Path, tmp_path: Path, mode: str
 ) -> None:
     numbers = np.arange(64 * 48, dtype=np.uint16).reshape(48, 64) * 20
     if mode == "I;16":
@@ -515,7 +497,7 @@ def test_a_picture_that_browsers_do_not_show_is_shown_as_the_same_pixels(
         )
 
 
-def test_a_turned_picture_is_shown_as_it_is_read(place: Path, tmp_path: Path) -> None:
+def test_a_turned_picture_is_shown_as_it_is_read(page_dir: Path, tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[uploads.ORIENTATION] = 6
     Image.fromarray(np.arange(64 * 48 * 3, dtype=np.uint8).reshape(48, 64, 3)).save(

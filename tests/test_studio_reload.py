@@ -4,7 +4,6 @@ import gc
 import json
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +19,6 @@ import numpy as np
 from controlkit.figures import render
 from controlkit.images import encode_png, write_png
 from controlkit.studio import drawn, gallery, making, remembered, server, uploads, visitors
-from controlkit.studio import page as studio_page
 from controlkit.studio.engine import Engine, Stopped, Telling, Wish
 from controlkit.studio.running import WORKER
 from controlkit.studio.slot import Latest
@@ -33,26 +31,10 @@ pytestmark = [
 WAIT = 60  # seconds; on a busy machine
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where the page's files lie."""
-    place = tmp_path_factory.mktemp("place")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GRADIO_TEMP_DIR", str(place))
-        yield place
-
-
-@pytest.fixture(scope="module")
-def built(place: Path) -> Iterator[Any]:
-    """The page, not served."""
-    yield studio_page.build(Engine("tiny"), place.with_name("runs"))
-    gc.collect()  # here, where the event loops that it leaves open are no error
-
-
 @pytest.fixture
-def memory(built: Any) -> remembered.Remembered:
+def memory(blocks: Any) -> remembered.Remembered:
     """What the page's browser remembers."""
-    back = next(fn.fn for fn in built.fns.values() if getattr(fn.fn, "__name__", "") == "_back")
+    back = next(fn.fn for fn in blocks.fns.values() if getattr(fn.fn, "__name__", "") == "_back")
     found: remembered.Remembered = back.__self__
     return found
 
@@ -69,13 +51,13 @@ def back(memory: remembered.Remembered, kept: Any) -> tuple[dict[str, Any], str,
     return now, visitor, changed
 
 
-def photo(place: Path) -> str:
+def photo(page_dir: Path) -> str:
     """A file that somebody put into the page."""
     return uploads.write_shown(encode_png(render(3).picture), "photo.png")
 
 
-def test_every_field_comes_back(memory: remembered.Remembered, place: Path) -> None:
-    file = photo(place)
+def test_every_field_comes_back(memory: remembered.Remembered, page_dir: Path) -> None:
+    file = photo(page_dir)
     kept = {
         "photo": {"path": file}, "prompt": "a dög\n\"on\" <b>grass</b>", "negative": "dark", "count": 3,
         "seed": "17", "steps": 12, "guidance": "2.5", "scheduler": "euler", "syntax": "a1111", "width": "96",
@@ -112,17 +94,17 @@ def test_a_first_visit_changes_nothing_and_names_are_secret(memory: remembered.R
 @pytest.mark.parametrize(
     "forged",
     [None, True, -1, 1e9, 10**400, float("nan"), "no such thing", "x" * 30_000, "\ud800", [], [[]], {},
-     {"path": 5}, {"path": "/etc/passwd"}, {"path": "{place}/../secret.png"}, {"path": "{place}"},
-     {"path": "a\0b"}, {"path": "x" * 9000}, {"path": "{place}/link.png"}, {"of": 5}],
+     {"path": 5}, {"path": "/etc/passwd"}, {"path": "{page_dir}/../secret.png"}, {"path": "{page_dir}"},
+     {"path": "a\0b"}, {"path": "x" * 9000}, {"path": "{page_dir}/link.png"}, {"of": 5}],
     ids=lambda value: str(value)[:20].encode("ascii", "replace").decode(),
 )  # fmt: skip
-def test_what_was_forged_is_a_fresh_field(memory: remembered.Remembered, place: Path, forged: Any) -> None:
-    secret = place.with_name("secret.png")
+def test_what_was_forged_is_a_fresh_field(memory: remembered.Remembered, page_dir: Path, forged: Any) -> None:
+    secret = page_dir.with_name("secret.png")
     write_png(secret, render(3).picture)
-    if not (place / "link.png").exists():
-        (place / "link.png").symlink_to(secret)
+    if not (page_dir / "link.png").exists():
+        (page_dir / "link.png").symlink_to(secret)
     if isinstance(forged, dict) and isinstance(forged.get("path"), str):
-        forged = {"path": forged["path"].replace("{place}", str(place))}
+        forged = {"path": forged["path"].replace("{page_dir}", str(page_dir))}
     now, visitor, changed = back(memory, dict.fromkeys([*memory.fields, "visitor", "other"], forged))
     texts = {"prompt", "negative", "seed", "guidance", "width", "height"}
     fits = {
@@ -137,9 +119,9 @@ def test_what_was_forged_is_a_fresh_field(memory: remembered.Remembered, place: 
     assert visitor != forged
 
 
-def test_joints_that_were_forged_move_nothing(built: Any, place: Path) -> None:
-    draw = next(fn.fn for fn in built.fns.values() if getattr(fn.fn, "__name__", "") == "_draw_on_device")
-    values = (None, "openpose", False, 100, 200, "", "", photo(place))
+def test_joints_that_were_forged_move_nothing(blocks: Any, page_dir: Path) -> None:
+    draw = next(fn.fn for fn in blocks.fns.values() if getattr(fn.fn, "__name__", "") == "_draw_on_device")
+    values = (None, "openpose", False, 100, 200, "", "", photo(page_dir))
     found = draw(Latest(), None, *values)[-1]
     people = found.map.poses.people.tolist()
     name = found.made_of.name
@@ -152,13 +134,13 @@ def test_joints_that_were_forged_move_nothing(built: Any, place: Path) -> None:
     assert moved[1]["value"]["found"] == found.map.poses.people.tolist()
 
 
-def test_a_map_that_comes_after_another_wish_is_not_shown(built: Any, place: Path) -> None:
+def test_a_map_that_comes_after_another_wish_is_not_shown(blocks: Any, page_dir: Path) -> None:
     """The page says what it wants to `_begin`; the device draws later, perhaps in the midst of that."""
     draw, begin = (
-        next(fn.fn for fn in built.fns.values() if getattr(fn.fn, "__name__", "") == name)
+        next(fn.fn for fn in blocks.fns.values() if getattr(fn.fn, "__name__", "") == name)
         for name in ("_draw_on_device", "_begin")
     )
-    latest, rest = Latest(), (100, 200, "", "", photo(place))
+    latest, rest = Latest(), (100, 200, "", "", photo(page_dir))
     wanted = begin(latest, None, "openpose", False, *rest)
     assert wanted[-1] != gradio.skip()
     edges = begin(latest, None, "canny", False, *rest)[4]
@@ -167,14 +149,14 @@ def test_a_map_that_comes_after_another_wish_is_not_shown(built: Any, place: Pat
     assert draw(latest, None, edges, "openpose", False, *rest)[-1].map.kind == "openpose"
 
 
-def made(place: Path) -> gallery.Made:
+def made(page_dir: Path) -> gallery.Made:
     """A picture of nothing in particular."""
     return gallery.Made(uploads.write_shown(b"a picture", "picture.png"), None)  # type: ignore[arg-type]
 
 
-def test_pictures_are_their_visitors_alone(place: Path) -> None:
+def test_pictures_are_their_visitors_alone(page_dir: Path) -> None:
     kept, mine, other = visitors.Visitors(), visitors.token_of(None), visitors.token_of(None)
-    first, second = made(place), made(place)
+    first, second = made(page_dir), made(page_dir)
     kept.add(mine, first)
     kept.add(mine, second)
     assert kept.made(mine) == [second, first]
@@ -185,26 +167,26 @@ def test_pictures_are_their_visitors_alone(place: Path) -> None:
     assert kept.made(mine) == [first]
 
 
-def test_the_oldest_pictures_and_visitors_are_forgotten(place: Path) -> None:
+def test_the_oldest_pictures_and_visitors_are_forgotten(page_dir: Path) -> None:
     kept = visitors.Visitors()
-    many = [made(place) for _ in range(visitors.MOST_KEPT + 3)]
+    many = [made(page_dir) for _ in range(visitors.MOST_KEPT + 3)]
     for one in many:
         kept.add("first", one)
     assert kept.made("first") == many[:2:-1]
     assert [one.there for one in many[:4]] == [False, False, False, True]
-    others = [made(place) for _ in range(visitors.MOST_VISITORS)]
+    others = [made(page_dir) for _ in range(visitors.MOST_VISITORS)]
     for number, one in enumerate(others):
         kept.made("first")  # who comes back stays
-        kept.made(f"nobody {number}")  # who has made nothing takes no place
+        kept.made(f"nobody {number}")  # who has made nothing takes no room
         kept.add(f"other {number}", one)
     assert len(kept.made("first")) == visitors.MOST_KEPT
     assert (kept.made("other 0"), others[0].there) == ([], False)
     assert kept.made("other 1") == [others[1]]
 
 
-def test_who_starts_afresh_leaves_nothing(place: Path) -> None:
+def test_who_starts_afresh_leaves_nothing(page_dir: Path) -> None:
     kept, mine = visitors.Visitors(), visitors.token_of(None)
-    one, run = made(place), SimpleNamespace(ended=False, stop=threading.Event())
+    one, run = made(page_dir), SimpleNamespace(ended=False, stop=threading.Event())
     kept.add(mine, one)
     kept.begin(mine, run)  # type: ignore[arg-type]
     kept.forget(mine)
@@ -253,7 +235,7 @@ def page_of(session: str) -> Any:
 STATUS, GO, MADE, VIEW = 0, 1, 3, 5
 
 
-def test_what_is_in_the_making_is_followed_by_the_next_page(place: Path, tmp_path: Path) -> None:
+def test_what_is_in_the_making_is_followed_by_the_next_page(page_dir: Path, tmp_path: Path) -> None:
     engine = Slow()
     making_ = making.Making(engine, tmp_path)  # type: ignore[arg-type]
     mine, other = visitors.token_of(None), visitors.token_of(None)
@@ -281,7 +263,7 @@ def test_what_is_in_the_making_is_followed_by_the_next_page(place: Path, tmp_pat
     assert not any(kept for name, kept in vars(making_.turns).items() if name != "_lock")
 
 
-def test_what_the_page_before_began_can_be_cancelled(place: Path, tmp_path: Path) -> None:
+def test_what_the_page_before_began_can_be_cancelled(page_dir: Path, tmp_path: Path) -> None:
     making_ = making.Making(Slow(), tmp_path)  # type: ignore[arg-type]
     mine = visitors.token_of(None)
     first = making_._make(page_of("one"), mine, *ASKED)
@@ -298,7 +280,9 @@ def test_what_the_page_before_began_can_be_cancelled(place: Path, tmp_path: Path
     assert making_.visitors.run(mine) is None
 
 
-def test_what_waits_is_given_up_with_its_page_and_what_a_program_makes(place: Path, tmp_path: Path) -> None:
+def test_what_waits_is_given_up_with_its_page_and_what_a_program_makes(
+    page_dir: Path, tmp_path: Path
+) -> None:
     class Busy(Slow):
         def generate(self, job: Any, report: Telling, **named: Any) -> None:
             """Wait for a device that somebody else has."""
@@ -316,7 +300,7 @@ def test_what_waits_is_given_up_with_its_page_and_what_a_program_makes(place: Pa
         assert run.stopped
 
 
-def test_an_error_is_told_to_the_page_that_is_there(place: Path, tmp_path: Path) -> None:
+def test_an_error_is_told_to_the_page_that_is_there(page_dir: Path, tmp_path: Path) -> None:
     class Broken(Slow):
         def generate(self, *values: Any, **named: Any) -> None:
             """Fail once it is let go."""
@@ -338,7 +322,7 @@ def test_an_error_is_told_to_the_page_that_is_there(place: Path, tmp_path: Path)
     assert after == [gradio.skip()] * len(after)
 
 
-def test_a_program_has_the_pictures_of_its_own_session(place: Path, tmp_path: Path) -> None:
+def test_a_program_has_the_pictures_of_its_own_session(page_dir: Path, tmp_path: Path) -> None:
     engine = Slow()
     making_ = making.Making(engine, tmp_path)  # type: ignore[arg-type]
     for session, count in (("one", 2), ("two", 2), ("one", 4)):
@@ -395,7 +379,7 @@ def test_at_the_end_nothing_is_in_the_making_and_no_file_is_left(tmp_path: Path)
     gc.collect()
 
 
-def test_a_map_is_made_once_however_many_ask(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_map_is_made_once_however_many_ask(page_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, asked = Engine("tiny"), []
     make = Engine.map
 
@@ -405,7 +389,7 @@ def test_a_map_is_made_once_however_many_ask(place: Path, monkeypatch: pytest.Mo
         return make(self, *values, **named)
 
     monkeypatch.setattr(Engine, "map", slowly)
-    maps, file = drawn.Maps(engine), photo(place)
+    maps, file = drawn.Maps(engine), photo(page_dir)
     made_of = drawn.MadeOf(file, Wish("canny"), (64, 64))
     with ThreadPoolExecutor(4) as pool:
         all_made = [job.result() for job in [pool.submit(maps.of, made_of) for _ in range(4)]]
@@ -415,7 +399,7 @@ def test_a_map_is_made_once_however_many_ask(place: Path, monkeypatch: pytest.Mo
         maps.of(drawn.MadeOf(file, Wish("canny"), (side, side)))
     assert len(maps._made) == drawn.MOST_MAPS
     assert maps.of(made_of) is not all_made[0]
-    broken = drawn.MadeOf(str(place / "gone.png"), Wish("canny"), (64, 64))
+    broken = drawn.MadeOf(str(page_dir / "gone.png"), Wish("canny"), (64, 64))
     for _ in range(2):
         with pytest.raises(ValueError, match=r"gone\.png"):
             maps.of(broken)
