@@ -37,7 +37,7 @@ class DataRecipe(Table):
     """
     format: Literal[FORMATS] = "auto"  # type: ignore[valid-type]
     split: str = "train"
-    """Of a Hugging Face data set."""
+    """Of a Hugging Face data set, or a folder with folders of several splits."""
     picture_column: str = ""
     """Column or key with the picture; "" looks for the usual names."""
     map_column: tuple[str, ...] = ()

@@ -47,6 +47,7 @@ from controlkit.training.data.source_files import (
     stem_of,
     walk,
 )
+from controlkit.training.data.source_splits import folders_of, split_named, take_split
 
 POSES = ".json"
 _SORTS = (SUFFIXES, DEPTH_SUFFIXES, {POSES})
@@ -65,14 +66,15 @@ def open_pairs(
     a pose. Captions are read when the example is asked for, and kept.
 
     A folder of the split's name (`data.split`), or the only one, is opened itself where the folders of
-    pictures and maps lie in it. Maps may lie beside their pictures, too, told apart by the end of their
+    pictures and maps lie in it; of pictures in folders of several splits those of `data.split` are taken
+    (`take_split`). Maps may lie beside their pictures, too, told apart by the end of their
     names, which `map_column` may name (a_canny.png: "_canny"; a.jpg and a.png: ".png").
 
     Raises ValueError, one line: a folder that is named is not there, maps of several kinds stand side by
     side and none was named, a folder is a link that leads out, maps are wanted and there are none, or
     pictures may be the maps of others.
     """
-    root = _folder_of_split(root, data, kind)
+    root, is_split = _folder_of_split(root, data, kind)
     folders = _folders(root)
     place = _picture_folder(folders, data, root)
     rest = [name for name in folders if name != place]
@@ -97,6 +99,8 @@ def open_pairs(
             f"{root}: {len(left_out):,} are left out as maps of others by their names, such as {left_out[0]}"
         )
     _say_repeats(root, pictures, report)
+    _say_unused(root, place, report)
+    chosen = pictures if is_split else take_split(pictures, data, root / place, report)
     if not pictures:
         return LazyExamples(0, _no_example)
     if not maps:
@@ -108,7 +112,7 @@ def open_pairs(
         _beside(place, beside[name]) if name in beside else _in_folder(root, name, pictures, kind)
         for name in maps
     ]
-    return _pairs(root, place, pictures, partners, data)
+    return _pairs(root, place, chosen, partners, data, named=pictures)
 
 
 @dataclass(frozen=True)
@@ -141,8 +145,15 @@ def _in_folder(root: Path, folder: str, pictures: Sequence[str], kind: str) -> _
 
 
 def _pairs(
-    root: Path, place: str, pictures: Sequence[str], partners: Sequence[_Partners], data: DataRecipe
+    root: Path,
+    place: str,
+    pictures: Sequence[str],
+    partners: Sequence[_Partners],
+    data: DataRecipe,
+    *,
+    named: Sequence[str],
 ) -> LazyExamples:
+    """Pictures with their captions and maps. named: all pictures that maps may belong to."""
     captions: dict[int, str] = {}
 
     def make(index: int) -> Example:
@@ -158,24 +169,28 @@ def _pairs(
         return Example(shown, picture, captions.get(index, "") or data.caption, found)
 
     def leftovers() -> list[Leftover]:
-        return [left for maps in partners for left in _orphans(maps, pictures)]
+        return [left for maps in partners for left in _orphans(maps, named)]
 
     return LazyExamples(len(pictures), make, leftovers)
 
 
-def _folder_of_split(root: Path, data: DataRecipe, kind: str) -> Path:
-    """The folder that holds those of pictures and maps: the one given, or the one of the split in it."""
+def _folder_of_split(root: Path, data: DataRecipe, kind: str) -> tuple[Path, bool]:
+    """The folder that holds those of pictures and maps: the one given, or the one of the split in it; and
+    whether it is that of the split.
+    """
     folders = _folders(root)
     columns = (name.strip("/") for name in (data.picture_column, *data.map_column))
     named = [name for name in columns if name and not is_ending(name)]
     known = named or [*PICTURE_FOLDERS, *MAP_FOLDERS, *([kind] if kind else [])]
     if find_folder(known, folders) or any(_is_picture(name) for name in os.listdir(root)):
-        return root
-    inside = find_folder([data.split], folders) or (folders[0] if len(folders) == 1 else "")
+        return root, False
+    of_split = folders_of(data.split, folders)
+    alone = [name for name in folders if len(folders) == 1 and not split_named(name)]
+    inside = next(iter(of_split or alone), "")
     wanted = named or [*MAP_FOLDERS, *([kind] if kind else preprocessors.names())]
     if not inside or leads_out(root / inside, root) or not find_folder(wanted, _folders(root / inside)):
-        return root
-    return root / inside
+        return root, False
+    return root / inside, bool(of_split)
 
 
 def _is_picture(name: str) -> bool:
@@ -198,6 +213,14 @@ def _say_repeats(root: Path, pictures: Sequence[str], report: Callable[[str], No
         report(
             f"{root}: {repeated.partition('/')[0]}/ is named as kohya's folders with repeats are; here every"
             " picture is seen once in an epoch"
+        )
+
+
+def _say_unused(root: Path, place: str, report: Callable[[str], None]) -> None:
+    beside = sorted(filter(_is_picture, os.listdir(root))) if place else []
+    if beside:
+        report(
+            f"{root}: {len(beside):,} pictures beside the folder {place}/ are not used, such as {beside[0]}"
         )
 
 

@@ -1,0 +1,84 @@
+"""Splits that are folders of pictures: what is tested on is not trained on."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from controlkit.images import write_png
+from controlkit.training.config_adapter import DataRecipe
+from controlkit.training.data.sources import open_examples
+
+
+def put(path: Path, *, seed: int = 0) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_png(path, np.random.default_rng(seed).integers(0, 256, (80, 96, 3), dtype=np.uint8))
+
+
+def opened(root: Path, **settings: Any) -> tuple[list[str], list[str], int]:
+    """Names of the pictures, what was said, and how many maps belong to no picture."""
+    said: list[str] = []
+    examples = open_examples(DataRecipe(source=str(root), **settings), kind="canny", report=said.append)
+    return [example.name for example in examples], said, len(list(examples.leftovers()))
+
+
+@pytest.mark.parametrize("other", ["test", "val", "Validation", "valid", "val2017"])
+def test_pictures_of_other_splits_are_left_out(tmp_path: Path, other: str) -> None:
+    for name in ("train/a", "train/deep/b", f"{other}/c"):
+        put(tmp_path / f"{name}.png")
+    names, said, _ = opened(tmp_path, maps="made")
+    assert names == ["train/a.png", "train/deep/b.png"]
+    assert said[-1] == f"{tmp_path}: of the split train; 1 pictures in {other}/ are left out"
+    wanted = "test" if other == "test" else "validation"
+    assert opened(tmp_path, maps="made", split=wanted)[0] == [f"{other}/c.png"]
+    assert opened(tmp_path, maps="made", split=other)[0] == [f"{other}/c.png"]
+
+
+def test_splits_below_the_folders_of_pictures_and_maps(tmp_path: Path) -> None:
+    for name in ("train/a", "val/b"):
+        put(tmp_path / "images" / f"{name}.png")
+        put(tmp_path / "maps" / f"{name}.png")
+    names, _, left = opened(tmp_path)
+    assert (names, left) == (["images/train/a.png"], 0)
+    assert opened(tmp_path, split="val")[0] == ["images/val/b.png"]
+    put(tmp_path / "maps" / "val" / "c.png")
+    assert opened(tmp_path)[2] == 1
+
+
+def test_a_split_with_folders_of_its_own(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        put(tmp_path / split / "images" / f"{split}.png")
+        put(tmp_path / split / "maps" / f"{split}.png")
+    assert opened(tmp_path)[0] == ["images/train.png"]
+    assert opened(tmp_path, split="validation")[0] == ["images/val.png"]
+    with pytest.raises(ValueError, match=r"data.split: \S+ has no folder 'test' .*; folders: train, val$"):
+        opened(tmp_path, split="test")
+
+
+def test_folders_that_are_no_splits_are_trained_on(tmp_path: Path) -> None:
+    for name in ("train/a", "bus/b", "c"):
+        put(tmp_path / f"{name}.png")
+    assert opened(tmp_path, maps="made")[0] == ["bus/b.png", "c.png", "train/a.png"]
+    put(tmp_path / "test" / "d.png")
+    assert opened(tmp_path, maps="made")[0] == ["bus/b.png", "c.png", "train/a.png"]
+    assert opened(tmp_path, maps="made", split="bus")[0] == ["bus/b.png"]
+    (tmp_path / "test" / "d.png").rename(tmp_path / "e.png")
+    with pytest.raises(ValueError, match=r"data.split: \S+ has no folder 'tets' with pictures; folders: bus"):
+        opened(tmp_path, maps="made", split="tets")
+
+
+def test_a_split_that_is_named_is_not_taken_of_another(tmp_path: Path) -> None:
+    put(tmp_path / "train" / "images" / "a.png")
+    put(tmp_path / "train" / "maps" / "a.png")
+    assert opened(tmp_path)[0] == ["images/a.png"]
+    with pytest.raises(ValueError, match=r"data.split: \S+ has no folder 'test'"):
+        opened(tmp_path, split="test")
+
+
+def test_pictures_beside_their_folder_are_named(tmp_path: Path) -> None:
+    for name in ("photos/a", "x", "y"):
+        put(tmp_path / f"{name}.png")
+    names, said, _ = opened(tmp_path, maps="made")
+    assert names == ["photos/a.png"]
+    assert said[-1] == f"{tmp_path}: 2 pictures beside the folder photos/ are not used, such as x.png"
