@@ -20,6 +20,7 @@ import typer
 from controlkit import cli_files, cli_training, terminal
 from controlkit.cli_options import (
     CONTROL_HELP,
+    DTYPE_HELP,
     LIKE_HELP,
     MASK_HELP,
     SCHEDULER_HELP,
@@ -189,6 +190,7 @@ def generate(
     width: Annotated[Text, option("PIXELS", SIZE_HELP)] = None,
     height: Annotated[Text, option("PIXELS", SIZE_HELP)] = None,
     device: Annotated[Text, option("NAME", "auto, cpu, cuda, cuda:1 or mps.  [default: auto]")] = None,
+    dtype: Annotated[Text, option("TYPE", DTYPE_HELP)] = None,
     compile_: Annotated[
         Switch,
         typer.Option(
@@ -268,6 +270,8 @@ def generate(
             return
         records = generate_job.run(plan, told, preview=shown)
     _tell_pictures(plan.outputs, records, time.monotonic() - started)
+    if generate_job.could_be_lower(plan, records[0]):
+        print("this processor computes in bfloat16 by itself: --dtype bf16 takes a part of the time")
 
 
 def _tell_pictures(outputs: Sequence[Path], records: Sequence[PictureRecord], seconds: float) -> None:

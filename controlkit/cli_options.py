@@ -26,6 +26,10 @@ MASK_HELP = (
     "Redraw only what is white in this picture, and not transparent; of strokes of one colour on a"
     " transparent layer, what is drawn."
 )
+DTYPE_HELP = (
+    "What the networks compute in: fp32, fp16 or bf16.  [default: fp32 on a CPU and with the bundled base,"
+    " else fp16]"
+)
 LIKE_HELP = "Repeat this picture; other options change it, and none takes away what it had: --lora none."
 CONTROL_HELP = (
     "Follow this picture's map. How: :0.8 (strength), :1..0.2 (a schedule), :start=0.2, :end=0.5,"

@@ -28,7 +28,7 @@ GROUPS = {  # of the options of `generate`, in its help
         *("width", "height", "hires", "hires_strength"),
     ),
     "Speed and memory": (
-        *("device", "compile_", "cuda_graph", "memory", "tile"),
+        *("device", "dtype", "compile_", "cuda_graph", "memory", "tile"),
         *("control_every", "features_every", "guidance_until", "merge_tokens"),
     ),
     "Pictures and files": ("output", "count", "like", "grid", "preview"),

@@ -14,6 +14,7 @@ from controlkit.formats.adapter_file import AdapterFile, open_adapter_file
 from controlkit.formats.finding import BUNDLED_ADAPTERS, check_only_adapter
 from controlkit.formats.fitting import BaseStructure, check_kind_fits
 from controlkit.formats.weight_file import SUFFIXES
+from controlkit.precisions import torch_name
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from controlkit.formats.description import AdapterInfo
 
 LAYOUTS = ("diffusers", "single", "original", "control-lora")
-DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 DEFAULT_RANK = 128
 
 
@@ -147,10 +147,8 @@ def _write_parts(checkpoint: Checkpoint, plan: Plan, report: Report) -> list[str
 
 
 def check_precision(dtype: str | None) -> str:
-    """torch's name of a precision of `DTYPES`; "" for None. Raises ValueError for an unknown one."""
-    if dtype is not None and dtype not in DTYPES:
-        raise naming.unknown("precision", dtype, DTYPES)
-    return DTYPES.get(dtype or "", "")
+    """torch's name of a precision; "" for None. Raises ValueError for an unknown one."""
+    return "" if dtype is None else torch_name(dtype)
 
 
 def as_path(path: Path) -> str:

@@ -8,6 +8,14 @@ if TYPE_CHECKING:
     import torch
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether this processor has instructions that multiply matrices in bfloat16 (AMX)."""
+    import torch
+
+    ask = getattr(torch.cpu, "get_capabilities", None)  # not in every version
+    return ask is not None and bool(ask().get("amx_bf16", False))
+
+
 def check_device(device: str | torch.device) -> torch.device:
     """The device, if torch can use it here; "auto" is the best here. Raises ValueError in one line if not."""
     import torch

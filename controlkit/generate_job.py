@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from controlkit import generate_notes, images, infotext, known_adapters, naming, notices, preprocessors
+from controlkit import generate_notes, images, infotext, known_adapters, notices, preprocessors
+from controlkit.devices import multiplies_bfloat16
 from controlkit.generate_models import Models
 from controlkit.generate_plan import INPAINT, Beginning, Options, Plan, Source, adapted, versions
 from controlkit.generate_plan import plan as plan
 from controlkit.generate_preview import Preview, Show
 from controlkit.infotext import ControlRecord, PictureRecord
 from controlkit.picture_sizes import MOST_CUT, share_cut
+from controlkit.precisions import torch_name
 from controlkit.settings import shared
 from controlkit.startup import nothing_collected
 
@@ -34,7 +36,6 @@ if TYPE_CHECKING:
     from controlkit.control import Control
     from controlkit.sampling import Start
 
-PRECISIONS = ("float32", "float16", "bfloat16")
 REGION_CURE = "a region is best given in the shape of the map"
 CONTROL_SETTINGS = ("scale", "start", "end", "gate", "mode", "layers", "only_mid")  # recorded as they are
 
@@ -126,6 +127,8 @@ class Session:
         options, device = self.job.options, self.base.device
         if options.cuda_graph and options.device == "auto" and device.type != "cuda":
             notices.warn(f"--cuda-graph has no effect on the device {device}", stacklevel=2)
+        if device.type == "cpu" and str(self.base.dtype) == "torch.float16":
+            notices.warn("float16 is slow on a CPU: take fp32, or bf16 where it computes in it", stacklevel=2)
         for line in (*generate_notes.of_words(self._taught, self._prompts), *self._cut()):
             notices.warn(line, stacklevel=2)
         beginning = self.job.beginning
@@ -352,8 +355,9 @@ def _start(beginning: Beginning | None, record: PictureRecord) -> Start | None:
 def pick_device(name: str, dtype: str | None, *, base: str) -> tuple[str, torch.dtype]:
     """The device and precision to use.
 
-    name: "auto" (a CUDA GPU if there is one, else the CPU) or a torch device. dtype: one of `PRECISIONS`;
-    None is float32 on the CPU and for bundled models, else float16. Raises ValueError for another precision.
+    name: "auto" (a CUDA GPU if there is one, else the CPU) or a torch device. dtype: one of
+    `precisions.DTYPES`, or torch's name; None is float32 on the CPU and for bundled models, else float16.
+    Raises ValueError for another precision.
     """
     import torch
 
@@ -363,9 +367,18 @@ def pick_device(name: str, dtype: str | None, *, base: str) -> tuple[str, torch.
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype is None:
         dtype = "float32" if name == "cpu" or base in BUNDLED else "float16"
-    if dtype not in PRECISIONS:
-        raise naming.unknown("precision", dtype, PRECISIONS)
-    return name, getattr(torch, dtype)
+    return name, getattr(torch, torch_name(dtype))
+
+
+def could_be_lower(job: Plan, record: PictureRecord) -> bool:
+    """Whether a lower precision, which nobody chose, would be much faster: of a large base, on a processor
+    that multiplies in bfloat16 itself.
+    """
+    from controlkit.base import BUNDLED
+
+    chosen = job.options.dtype is not None
+    is_large = record.base not in BUNDLED
+    return is_large and not chosen and record.device == "cpu" and multiplies_bfloat16()
 
 
 def extractor_options(kind: str, *, bundled: bool, device: str = "cpu") -> dict[str, str]:

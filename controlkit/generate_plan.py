@@ -37,6 +37,7 @@ from controlkit.generate_start import begun
 from controlkit.infotext import ControlRecord
 from controlkit.known_adapters import kinds_known
 from controlkit.map_sizes import sense_of
+from controlkit.precisions import torch_name
 from controlkit.settings import Settings
 
 PREVIEW_CHUNK = "controlkit-preview"  # marks a PNG that a later preview may replace
@@ -143,6 +144,8 @@ def plan(
         raise ValueError('give a prompt, as in: controlkit generate "a red figure" --control canny=photo.jpg')
     given = {**given, **{name: "" for name in ("vae", "clip") if arguments.is_none(given.get(name, ""))}}
     filled_in = earlier.settings(given, Options.__dataclass_fields__) if earlier else {}
+    if given.get("dtype") is not None:
+        given["dtype"] = None if arguments.is_none(given["dtype"]) else torch_name(given["dtype"])
     options = Options(**{**filled_in, **given})
     options.check()
     named = arguments.parse_adapters(adapters)

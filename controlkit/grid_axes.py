@@ -13,6 +13,7 @@ from controlkit import arguments
 from controlkit.files import at_home
 from controlkit.limits import check_count
 from controlkit.naming import unknown
+from controlkit.precisions import DTYPES, torch_name
 
 MOST = 400  # pictures of a grid
 Size = tuple[int, int]
@@ -27,6 +28,7 @@ _TAKES = {  # by how a value is read
     int: "whole numbers, as 1,2,4 or 1..4",
     float: "numbers, as 0.5,1",
     _size: "sizes in pixels, as 512x512,512x768",
+    torch_name: f"precisions, as {','.join(DTYPES)}",
 }
 _PICTURE_KEYS: Mapping[str, Callable[[str], Any]] = {
     "prompt": str,
@@ -52,6 +54,7 @@ _PICTURE_KEYS: Mapping[str, Callable[[str], Any]] = {
 _SESSION_KEYS: Mapping[str, Callable[[str], Any]] = {  # of what is loaded, and of the size, which maps have
     "base": at_home,
     "vae": at_home,
+    "dtype": torch_name,
     "lora": float,
     "ip_adapter": float,
     "width": int,

@@ -31,7 +31,8 @@ _PLATFORMS = ("x86_64", "AMD64")  # where bits were compared
 def packed(networks: Sequence[nn.Module]) -> Iterator[None]:
     """Within the block the networks' deep convolutions keep their weights packed, where that can be done.
 
-    It is left out off x86, in half precision, and where memory is short. A call that builds a graph, is
+    It is left out off x86, in float16, in bfloat16 where oneDNN does not compute in it, and where memory is
+    short. A call that builds a graph, is
     watched operator by operator (as to count them), or runs under autocast is made as usual. The weights must
     stay as they are within the block; threads may share networks.
     """
@@ -61,9 +62,16 @@ def _is_served(layer: nn.Conv2d) -> bool:
         and layer.padding_mode == "zeros"
         and not isinstance(layer.padding, str)
         and layer.weight.device.type == "cpu"
-        and layer.weight.dtype == torch.float32
+        and _is_onednns(layer.weight.dtype)
         and layer.weight.nbytes >= LEAST_BYTES
     )
+
+
+def _is_onednns(dtype: torch.dtype) -> bool:
+    """Whether PyTorch gives convolutions of a type to oneDNN on this processor (Convolution.cpp)."""
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype == torch.float32
 
 
 def _can_be_kept(layers: Sequence[nn.Conv2d]) -> bool:
@@ -83,7 +91,7 @@ class _Packed:
         self.geometry: tuple[Any, ...] = (layer.padding, layer.stride, layer.dilation, layer.groups)
 
     def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if not _is_plain(input):
+        if not _is_plain(input, weight):
             return nn.Conv2d._conv_forward(self.layer, input, weight, bias)
         if self.weight is None:
             self.weight = torch.ops.mkldnn._reorder_convolution_weight(weight, *self.geometry, input.shape)
@@ -91,13 +99,13 @@ class _Packed:
         return convolve(input, self.weight, bias, *self.geometry, "none", [], "")
 
 
-def _is_plain(input: Tensor) -> bool:
+def _is_plain(input: Tensor, weight: Tensor) -> bool:
     """Whether a call is one that the packed weight makes faster, and that oneDNN makes for PyTorch, too."""
     rows, _, height, width = input.shape
     return (
         rows * height * width <= MOST_POSITIONS
         and (rows > 1 or input.numel() > NOT_ONEDNN)
-        and input.dtype == torch.float32
+        and input.dtype == weight.dtype
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
         and type(input) is Tensor

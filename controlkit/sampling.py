@@ -383,6 +383,7 @@ class _Health:
             raise ValueError(
                 f"the latents stopped being finite at step {finite.index(False) + 1} of {self.steps}: "
                 "a control scale or guidance that is too large, damaged weights, or float16 overflow"
+                " (bfloat16 and float32 hold larger numbers)"
             )
 
 

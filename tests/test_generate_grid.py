@@ -156,6 +156,13 @@ def test_bases_sizes_and_stages_as_axes(run: Run, models: Path) -> None:
     ]
 
 
+def test_precisions_as_an_axis(generate: Run, run: Run, models: Path, photo: Path) -> None:
+    generate("--grid", "dtype=fp32,bf16", "-o", "grid.png").done()
+    fixed = ["generate", "a cube", "--base", models / "sd1", "--control", f"canny={photo}", "--steps", 2]
+    fixed += ["--adapter", f"canny={models / 'canny-sd1'}", "--dtype"]
+    check_sheet(run, "grid.png", 2, [(f"dtype={name}", [*fixed, name]) for name in ("float32", "bfloat16")])
+
+
 def test_texts_as_axes(run: Run, models: Path, photo: Path) -> None:
     fixed = ["generate", "--base", models / "sd1", "--steps", 1]
     axes = ["--grid", "prompt=a cube, red|a (blue:1.2) cube", "negative=|grey"]

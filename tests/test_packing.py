@@ -44,7 +44,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[nn.Conv2d]:
 
     def watched(one: Any, *values: Any) -> torch.Tensor:
         made = call(one, *values)
-        layers.extend([one.layer] * (one.weight is not None and packing._is_plain(values[0])))
+        layers.extend([one.layer] * (one.weight is not None and packing._is_plain(*values[:2])))
         return made
 
     monkeypatch.setattr(packing._Packed, "__call__", watched)
@@ -65,28 +65,40 @@ def net(width: int = 64) -> nn.Sequential:
     return layers.to(memory_format=torch.channels_last)
 
 
-def some(rows: int = 2, width: int = 64, side: int = 16) -> torch.Tensor:
+def some(rows: int = 2, width: int = 64, side: int = 16, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """What a layer is shown."""
     x = torch.randn(rows, width, side, side, generator=torch.Generator().manual_seed(1))
-    return x.contiguous(memory_format=torch.channels_last)
+    return x.to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+TYPES = [
+    torch.float32,
+    pytest.param(
+        torch.bfloat16,
+        marks=pytest.mark.skipif(
+            not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN does not compute in it here"
+        ),
+    ),
+]
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("width", [64, 320])
 @pytest.mark.parametrize("rows", [1, 2, 3])
-def test_layers_give_the_same_bits(calls: list[nn.Conv2d], rows: int, width: int) -> None:
-    layers = net(width)
-    plain = layers(some(rows, width))
+def test_layers_give_the_same_bits(calls: list[nn.Conv2d], rows: int, width: int, dtype: torch.dtype) -> None:
+    layers = net(width).to(dtype)
+    plain = layers(some(rows, width, dtype=dtype))
     with packed([layers]):
         for _ in range(2):
-            made = layers(some(rows, width))
+            made = layers(some(rows, width, dtype=dtype))
             torch.testing.assert_close(made, plain, rtol=0, atol=0)
             assert made.stride() == plain.stride()
-        other = layers(some(1, width, 8))  # another shape than the weights were packed for
+        other = layers(some(1, width, 8, dtype=dtype))  # another shape than the weights were packed for
     served = [layers[0], layers[1], layers[3]]
-    few = rows == 1 and width == 64  # a single small picture, which PyTorch does not give to oneDNN
+    few = rows == 1 and width == 64  # a single small picture, which PyTorch does not give oneDNN in float32
     assert {*calls} == ({*served[1:2]} if few else {*served})
-    torch.testing.assert_close(layers(some(1, width, 8)), other, rtol=0, atol=0)
+    torch.testing.assert_close(layers(some(1, width, 8, dtype=dtype)), other, rtol=0, atol=0)
 
 
 @torch.no_grad()
@@ -145,12 +157,12 @@ def test_what_cannot_use_it_goes_on_as_usual(calls: list[nn.Conv2d]) -> None:
 
 
 @pytest.mark.parametrize(
-    "why", ["little memory", "unknown memory", "another processor", "switched off", "half precision"]
+    "why", ["little memory", "unknown memory", "another processor", "switched off", "float16"]
 )
 def test_it_is_left_out(calls: list[nn.Conv2d], monkeypatch: pytest.MonkeyPatch, why: str) -> None:
     layers = net()
-    if why == "half precision":
-        layers = layers.bfloat16()
+    if why == "float16":
+        layers = layers.half()
     elif why == "switched off":
         monkeypatch.setattr(packing.torch.backends.mkldnn, "enabled", False)
     elif why == "another processor":

@@ -11,7 +11,7 @@ Every round makes a picture with the pipeline as documented (twice, the second t
 pipeline tuned, and with ours, under control in every step and under control that ends at half of the steps,
 in random order; a ratio is the median over the rounds of the paired ratios, with quartiles. If the pipeline
 beside itself is not within 0.97 to 1.03, the run says that it is void. On a CPU the time is CPU time, on one
-thread.
+thread; with `--dtype bf16` both are in bfloat16 there, and ours in float32 is measured beside them.
 
 `--lossy` makes pictures of the bundled world's held-out scenes with each of the lossy settings instead: how
 much faster (median and quartiles over the scenes), how much of the control is lost (F1 of the edges with the
@@ -41,6 +41,7 @@ from controlkit.controlnet import HINT_CHANNELS
 from controlkit.figures import render
 from controlkit.metrics import edge_f1
 from controlkit.packing import LEAST_STEPS
+from controlkit.precisions import DTYPES
 from controlkit.preprocessors import get
 from controlkit.sampling import Guidance, Savings, _prepared, denoise, encode_text, generate
 from controlkit.schedulers import make_schedule, make_scheduler
@@ -50,6 +51,8 @@ PROMPT, GUIDANCE, SEED = "a red figure next to a blue cube", 7.5, 1
 VOID = (0.97, 1.03)
 CLOSE = 5e-6  # relative difference of latents (L2) after few steps
 CLOSE_AFTER_ALL = 2e-5  # after 20: each step adds the rounding of its own
+COARSE = {torch.float16: 1e-2, torch.bfloat16: 3e-2}  # the pipeline rounds latents, too, in every step
+WHOLE = "ours, float32"
 NAMES = ("documented", "documented again", "tuned", "ours", "documented, half", "tuned, half", "ours, half")
 HALF = ("documented, half", "documented again, half", "ours, half")
 LOSSY = {
@@ -163,6 +166,13 @@ def variants(
     return {name: found[name] for name in names}
 
 
+def in_float32(job: Job) -> Callable[[], torch.Tensor]:
+    """Ours in whole precision, beside a comparison in a lower one."""
+    for network in (job.base.unet, job.controlnet):
+        network.to(memory_format=torch.channels_last)
+    return lambda: ours(job, 1.0)
+
+
 def spend(work: Callable[[], object], device: str) -> float:
     """Seconds of a picture: of the CPU, or of the clock on a GPU."""
     if device == "cuda":
@@ -205,6 +215,10 @@ def compare(works: dict[str, Callable[[], torch.Tensor]], *, close: float) -> It
         apart = float((mine - peer).norm() / peer.norm())
         largest = float((mine - peer).abs().max())
         yield f"{title}: relative difference {apart:.1e}, at most {largest:.1e}"
+        if WHOLE in works and not ending:
+            whole = works[WHOLE]()
+            far = [float((one - whole).norm() / whole.norm()) for one in (peer, mine)]
+            yield f"  to float32: the pipeline {far[0]:.1e}, ours {far[1]:.1e}"
         if f"tuned{ending}" in works:
             tuned = works[f"tuned{ending}"]()
             yield f"  of the pipeline tuned to the pipeline {float((tuned - peer).norm() / peer.norm()):.1e}"
@@ -216,9 +230,9 @@ def beside_diffusers(given: argparse.Namespace) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as name:
         folder, size = Path(name), SIZES[given.size]
         write(given.size, folder, hint_channels=None if given.size == "tiny" else HINT_CHANNELS)
-        dtype = torch.float16 if given.device == "cuda" else torch.float32
+        dtype = getattr(torch, DTYPES[given.dtype])
 
-        def make() -> Job:
+        def make(dtype: torch.dtype = dtype) -> Job:
             from diffusers import ControlNetModel
 
             base = load_base(base_of(given.size, folder), device=given.device, dtype=dtype)
@@ -232,14 +246,16 @@ def beside_diffusers(given: argparse.Namespace) -> Iterator[str]:
 
         names = HALF if given.half else NAMES
         works = variants(make, names, device=given.device)
+        if given.device == "cpu" and dtype != torch.float32:
+            works[WHOLE] = in_float32(make(torch.float32))
         yield f"size {given.size}, {given.steps} steps, {given.device}, batch 1, {dtype}"
         exact = CLOSE if given.steps < 10 else CLOSE_AFTER_ALL
-        yield from compare(works, close=exact if dtype == torch.float32 else 1e-2)
+        yield from compare(works, close=exact if dtype == torch.float32 else COARSE[dtype])
         if given.device == "cuda":  # what a CPU needs once, it has done for the comparison
             for work in works.values():
                 work()
         spent = measure(works, rounds=given.rounds, device=given.device)
-    yield f"seconds of a picture: {', '.join(f'{n} {statistics.median(spent[n]):.2f}' for n in names)}"
+    yield f"seconds of a picture: {', '.join(f'{n} {statistics.median(spent[n]):.2f}' for n in works)}"
     itself = ratio(*(spent[name] for name in names[:2]))
     yield _told("the pipeline to itself", itself)
     if not VOID[0] <= itself[1] <= VOID[1]:
@@ -249,6 +265,8 @@ def beside_diffusers(given: argparse.Namespace) -> Iterator[str]:
             if f"{peer}{ending}" in spent:
                 found = ratio(spent[f"{peer}{ending}"], spent[f"ours{ending}"])
                 yield _told(f"ours to {peer}{ending}", found)
+    if WHOLE in spent:
+        yield _told(f"ours to {WHOLE}", ratio(spent[WHOLE], spent["ours"]))
 
 
 def _told(name: str, found: tuple[float, float, float]) -> str:
@@ -309,12 +327,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--half", action="store_true", help="documented and ours, control ending at half")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the networks; default fp32, on a GPU fp16")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")
     parser.add_argument("--lossy", action="store_true", help="measure the lossy settings instead")
     parser.add_argument("--scenes", type=int, default=32, help="of the bundled world, with --lossy")
     given = parser.parse_args()
     short = given.size in ("34M", "xl") and given.device == "cpu" and not given.lossy
     given.steps = given.steps or (4 if short else 20)
+    given.dtype = given.dtype or ("fp16" if given.device == "cuda" else "fp32")
     torch.set_num_threads(given.threads)
     for line in lossy(given) if given.lossy else beside_diffusers(given):
         print(line)
