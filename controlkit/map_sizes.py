@@ -41,14 +41,14 @@ def cover_map(image: NDArray[np.uint8], width: int, height: int, *, kind: str) -
     """`images.cover` for a map, uint8 (H, W, 3), as training resizes its maps.
 
     What is black and white is drawn anew, with lines as thin as they were; colours that mean something, of
-    poses and of labels (`right_sampling`), are never blended; all else is resampled smoothly.
+    poses and of labels (`right_sampling`), are never blended; all else is resampled smoothly, also a drawn
+    pose whose colours a JPEG has blurred.
     """
-    sense = sense_of(kind)
-    sampling = right_sampling(image, sense)
+    sampling = right_sampling(image, sense_of(kind))
     if sampling == "lines":
         part = images.central_part(image, width, height)
         return resize_black_and_white(np.ascontiguousarray(part), width, height)
-    return images.cover(image, width, height, nearest=sense == "pose" or sampling == "nearest")
+    return images.cover(image, width, height, nearest=sampling == "nearest")
 
 
 def sense_of(kind: str) -> Sense:

@@ -10,8 +10,11 @@ from outcomes import Run
 from controlkit.control import Control
 from controlkit.generate_plan import _pixels
 from controlkit.images import load_map, write_png
-from controlkit.map_sizes import cover_map
+from controlkit.map_sizes import cover_map, sense_of
+from controlkit.training.config_adapter import DataRecipe
 from controlkit.training.data.map_files import read_levels
+from controlkit.training.data.views import look, make_views
+from controlkit.training.data.visits import _sampling
 
 
 def labels() -> np.ndarray:
@@ -32,6 +35,19 @@ def test_colours_that_mean_something_are_never_blended(kind: str, kept: bool) ->
         found = cover_map(image, width, height, kind=kind)
         assert found.shape == (height, width, 3)
         assert (colours(found) <= colours(image)) is kept
+
+
+@pytest.mark.parametrize("kind", ["openpose", "seg", "depth", "canny", ""])
+@pytest.mark.parametrize("quality", [None, 80])
+def test_maps_are_resized_as_in_training(kind: str, quality: int | None) -> None:
+    """Also what a JPEG has blurred, which has thousands of colours."""
+    image = labels()
+    if quality is not None:
+        _, encoded = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, quality])
+        image = cv2.imdecode(encoded, cv2.IMREAD_COLOR)
+    (view,) = make_views((120, 90), (64, 48), data=DataRecipe(source="x"), key=0)
+    trained = look(image, view, sampling=_sampling(image, sense_of(kind), view))
+    assert np.array_equal(cover_map(image, 64, 48, kind=kind), trained)
 
 
 def test_depth_of_few_levels_is_still_resampled_smoothly() -> None:
