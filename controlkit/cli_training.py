@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from controlkit import terminal
-from controlkit.cli_options import SCHEDULER_HELP, Number, Settings, Text, Texts, Whole, option
+from controlkit.cli_options import DTYPE_HELP, SCHEDULER_HELP, Number, Settings, Text, Texts, Whole, option
 
 if TYPE_CHECKING:
     from controlkit.training.watch import Progress as Step
@@ -165,6 +165,7 @@ def evaluate(
         option("NAME", "Of the CLIP score: clip-b, clip-l, folder, hub id or none.  [default: clip-b]"),
     ] = None,
     device: Annotated[Text, option("NAME", "auto, cpu, cuda, cuda:1 or mps.  [default: auto]")] = None,
+    dtype: Annotated[Text, option("TYPE", DTYPE_HELP)] = None,
 ) -> None:
     """Measure how well adapters are obeyed on held-out pairs, against no control and the best possible."""
     with terminal.opened() as told:
@@ -191,6 +192,7 @@ def evaluate(
             features=features,
             clip=clip,
             device=device,
+            dtype=dtype,
         )
         from controlkit.training.evaluation.job import evaluate as run_evaluation
 

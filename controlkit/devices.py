@@ -1,11 +1,30 @@
-"""Devices that networks run on, by torch's names."""
+"""Devices that networks run on, by torch's names, and the precision that is usual there."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from controlkit.families import BUNDLED
+from controlkit.precisions import torch_name
+
 if TYPE_CHECKING:
     import torch
+
+
+def pick_device(name: str, dtype: str | None, *, base: str) -> tuple[str, torch.dtype]:
+    """The device and precision to use with a base.
+
+    name: "auto" (a CUDA GPU if there is one, else the CPU) or a torch device. dtype: one of
+    `precisions.DTYPES`, or torch's name; None is float32 on the CPU and for bundled models, else float16.
+    Raises ValueError for another precision.
+    """
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype is None:
+        dtype = "float32" if name == "cpu" or base in BUNDLED else "float16"
+    return name, getattr(torch, torch_name(dtype))
 
 
 def multiplies_bfloat16() -> bool:

@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from controlkit import generate_notes, images, infotext, known_adapters, notices, preprocessors
-from controlkit.devices import multiplies_bfloat16
+from controlkit.devices import multiplies_bfloat16, pick_device
 from controlkit.generate_models import Models
 from controlkit.generate_plan import INPAINT, Beginning, Options, Plan, Source, adapted, versions
 from controlkit.generate_plan import plan as plan
 from controlkit.generate_preview import Preview, Show
 from controlkit.infotext import ControlRecord, PictureRecord
 from controlkit.picture_sizes import MOST_CUT, share_cut
-from controlkit.precisions import torch_name
 from controlkit.settings import shared
 from controlkit.startup import nothing_collected
 
@@ -350,24 +349,6 @@ def _start(beginning: Beginning | None, record: PictureRecord) -> Start | None:
 
     assert record.start is not None
     return Start(beginning.picture, record.start.strength, beginning.mask)
-
-
-def pick_device(name: str, dtype: str | None, *, base: str) -> tuple[str, torch.dtype]:
-    """The device and precision to use.
-
-    name: "auto" (a CUDA GPU if there is one, else the CPU) or a torch device. dtype: one of
-    `precisions.DTYPES`, or torch's name; None is float32 on the CPU and for bundled models, else float16.
-    Raises ValueError for another precision.
-    """
-    import torch
-
-    from controlkit.base import BUNDLED
-
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if dtype is None:
-        dtype = "float32" if name == "cpu" or base in BUNDLED else "float16"
-    return name, getattr(torch, torch_name(dtype))
 
 
 def could_be_lower(job: Plan, record: PictureRecord) -> bool:

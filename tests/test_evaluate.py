@@ -168,8 +168,24 @@ def test_an_evaluation_on_another_device_is_another_one(evaluated, tmp_path):
     asked = ("--adapter", "canny", "-n", 3, "--seeds", 2, "-o", folder, *QUICK)
     message = command("evaluate", *asked).refused()
     assert "made on cuda, float16, not cpu, float32" in message
+    (folder / "settings.json").write_text(json.dumps(settings))
+    message = command("evaluate", *asked, "--dtype", "bf16").refused()
+    assert "made on cpu, float32, not cpu, bfloat16" in message
     (folder / "settings.json").write_text(json.dumps(settings | {"pairs": "everything"}))
     assert "settings.json cannot be read" in command("evaluate", *asked).refused()
+
+
+def test_in_another_precision(run: Run):
+    asked = ("--adapter", "canny", "-n", 1, *QUICK)
+    run("evaluate", *asked, "--dtype", "bf16", "-o", "low").done()
+    base = load_base("tiny", dtype=torch.bfloat16)
+    pair = WorldScenes(1, {"canny": {}}, size=128)[0]
+    control = Control(load_adapter("canny", base=base), pair.maps["canny"])
+    (expected,) = generate(base, pair.caption, controls=[control], steps=3, seeds=[noise_of(pair, 0)])
+    report = told(Path("low"))
+    assert report["dtype"] == "bfloat16"
+    made = Path("low", report["adapters"][0]["pictures"], "000000-0.png")
+    assert np.array_equal(images.load_picture(made), expected)
 
 
 def test_maps_are_asked_for_as_they_are_found(run: Run):
@@ -237,6 +253,7 @@ def test_other_settings_are_refused(evaluated):
         (["--adapter", "canny", "canyn.low=3"], "did you mean 'canny'?"),
         (["--adapter", "canny", "canny.lwo=3"], "did you mean 'low'?"),
         (["--adapter", "canny", "--device", "cuda:9"], "cuda"),
+        (["--adapter", "canny", "--dtype", "f16"], "unknown precision 'f16' (did you mean 'fp16'?)"),
         (["--adapter", "canny", "-o", "no/such/report"], "does not exist"),
         (["--adapter", "canny", "--base", "sd51"], "sd51"),
         (["--adapter", "canny", "--features", "incepton"], "did you mean 'inception'?"),

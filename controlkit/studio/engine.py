@@ -88,7 +88,7 @@ class Engine:
     def load(self) -> Base:
         """The base, loaded. Raises ValueError as `load_base`."""
         from controlkit.base import check_base
-        from controlkit.generate_job import pick_device
+        from controlkit.devices import pick_device
         from controlkit.startup import nothing_collected
 
         device, dtype = pick_device(self.device, None, base=self.name)

@@ -24,7 +24,7 @@ def evaluate(
 
     data: "world", a data set, or a run's folder. adapters: [KIND=]NAME[:HOW] each. settings: KEY to VALUE as
     on the command line. options: count, seeds, steps, guidance, scheduler, negative_prompt, features, clip,
-    device; see `request.Request`.
+    device, dtype; see `request.Request`.
 
     Raises ValueError, one line, for whatever cannot be measured.
     """

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from controlkit import files
 from controlkit.adapters import load_adapter
-from controlkit.base import BUNDLED, Base, load_base
+from controlkit.base import Base, load_base
+from controlkit.devices import pick_device
 from controlkit.processes import Processes
 from controlkit.training.evaluation import request as requests
 from controlkit.training.evaluation.arms import Arm, arms_of
@@ -119,13 +120,9 @@ def _many(count: int, what: str) -> str:
 
 
 def _load_base(request: Request, processes: Processes) -> Base:
-    import torch
-
-    device = processes.device if request.device == "auto" else request.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    half = device != "cpu" and request.base not in BUNDLED
-    return load_base(request.base, device=device, dtype=torch.float16 if half else torch.float32)
+    wanted = processes.device if request.device == "auto" else request.device
+    device, dtype = pick_device(wanted, request.dtype, base=request.base)
+    return load_base(request.base, device=device, dtype=dtype)
 
 
 def _with_kinds(request: Request, base: Base) -> tuple[Request, list[MapSpec]]:

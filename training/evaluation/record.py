@@ -34,6 +34,7 @@ def record(
         "pairs": {"title": held_out.title, "count": len(held_out), "sha256": held_out.digest()},
         "base": {"name": request.base, "family": base.family, "sha256": base.digest()},
         "device": str(base.device),
+        "dtype": str(base.dtype).removeprefix("torch."),
         "adapters": [
             {
                 "label": arm.label,

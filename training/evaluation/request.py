@@ -17,6 +17,7 @@ from controlkit.arguments import parse_compared
 from controlkit.base_parts import BUNDLED
 from controlkit.folders import weight_files
 from controlkit.formats.finding import BUNDLED_ADAPTERS, find_adapter_file, find_adapter_folder
+from controlkit.precisions import torch_name
 from controlkit.training.data.made_maps import range_ends
 
 WORLD = "world"
@@ -53,8 +54,8 @@ class Request:
 
     data: "world", a data set as `data.source` of a recipe, or the folder of a run, which is measured on what
     it held out. settings: keys of the recipe's [data]. options: of the preprocessors, by kind. count: pairs,
-    0 for all. seeds: pictures of each pair. guidance: None for the base's own. features: what FID and KID
-    see. clip: whose view of the captions counts, "" for nobody's.
+    0 for all. seeds: pictures of each pair. guidance: None for the base's own. dtype: None for the usual
+    one. features: what FID and KID see. clip: whose view of the captions counts, "" for nobody's.
     """
 
     data: str
@@ -70,6 +71,7 @@ class Request:
     scheduler: str = "ddim"
     negative_prompt: str | None = None
     device: str = "auto"
+    dtype: str | None = None
     features: str = "inception"
     clip: str = "clip-b"
 
@@ -98,6 +100,8 @@ def make_request(
     family than the base, or an output that cannot be written.
     """
     known = {name: value for name, value in given.items() if value is not None}
+    if "dtype" in known:
+        known["dtype"] = torch_name(known["dtype"])
     data, base, texts, found = _of_run(data, base, list(adapters))
     compared = tuple(_compared(text, base) for text in texts)
     if not compared:
@@ -165,10 +169,10 @@ def joined(request: Request, before: Mapping[str, Any], now: Mapping[str, Any]) 
     Raises ValueError where both cannot stand in one folder.
     """
     held, choose = f"{request.output} holds an evaluation", "choose another -o"
+    if before.get("device") != now["device"]:  # its precision, too, which the base's digest tells of
+        raise ValueError(f"{held} made on {before.get('device')}, not {now['device']}: {choose}")
     if before.get("base") != now["base"]:
         raise ValueError(f"{held}, and the base's weights have changed since: {choose}")
-    if before.get("device") != now["device"]:
-        raise ValueError(f"{held} made on {before.get('device')}, not {now['device']}: {choose}")
     marks = {"pair": (before.get("pairs"), now["pairs"])}
     marks |= {f"{kind} map of pair": (before.get("maps", {}).get(kind), m) for kind, m in now["maps"].items()}
     for what, (old, new) in marks.items():
