@@ -1,7 +1,8 @@
 """What `controlkit info` says of an adapter file: read from its header, at once and without torch.
 
 Of a kind or a structure that is not common (`formats/expected.py`), and of a file with a fault, which is then
-named as loading would, the libraries are loaded, and its weights still not read.
+named as loading would, the libraries are loaded. The numbers are looked at where that is quick: of a small
+file, whether they have the hash that its header tells, and are finite.
 """
 
 from __future__ import annotations
@@ -60,14 +61,14 @@ _PUBLISHED: Mapping[str, tuple[Mapping[str, Any], str]] = {  # the bases of `fam
 _USUAL_BASES = {"sd1": "sd15", "sd2": "sd21", "sdxl": "sdxl"}
 _NOT_RUN = ("controlnext",)
 _NO_BASE = "BASE"  # stands in a command where it is not known which
-_HASHED = 100_000_000  # bytes of a file whose hash is checked at once
+_QUICK = 100_000_000  # bytes of a file whose numbers are looked at
 
 
 def describe(name: str, *, base: str | None = None) -> list[str]:
     """Lines that say what an adapter is and says of itself, whether it fits a base, and how to use it.
 
     ``name``: a file, a folder, a bundled name or a hub id. Of a base the configuration alone is read, and of
-    the file its header and, where that is quick, its hash. Raises ValueError, one line, for what is no
+    the file its header and, where that is quick, its numbers. Raises ValueError, one line, for what is no
     adapter, and for a base that leads nowhere.
     """
     structure = None if base is None else read_base(base)
@@ -216,8 +217,8 @@ def _misfit(file: AdapterFile, base: BaseStructure | None, name: str) -> str:
         if base is not None:
             check_kind_fits(loaded.kind, loaded.config, loaded.family, base, name=name)
         _check_whole(loaded, base)
-        if file.weights.size <= _HASHED:
-            file.weights.check_hash()
+        if file.weights.size <= _QUICK:
+            file.check_numbers()
     except ValueError as error:
         return f"no, {error}"
     if base is None:

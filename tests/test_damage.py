@@ -147,6 +147,6 @@ def test_a_damaged_file_is_refused_in_one_line_or_loads(
             assert "\n" not in why, (seed, kind)
             assert len(why) < 500, (seed, kind, why)
         if fits(said.out, models / "sd1"):
-            assert loads or "all finite" in why, (seed, kind, why)  # it looks at no number
+            assert loads, (seed, kind, why)
         elif loads:
             assert "badly" in said.out, (seed, kind, said.out, said.err)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from outcomes import Run
 from torch import Tensor
 
 from controlkit import light, union
-from controlkit.adapters import AdapterInfo, MapSpec, write_adapter
+from controlkit.adapters import AdapterInfo, MapSpec, load_adapter, write_adapter
 from controlkit.base import Base
 from controlkit.families import ALIASES
 from controlkit.formats import control_lora, expected
@@ -336,3 +337,26 @@ def test_a_folder_with_another_networks_config_says_so(
     )
     refusal(folder, load("sd1"), said.removeprefix("no, "))
     assert fits(run, folder / "diffusion_pytorch_model.safetensors", models / "sd1") == "yes"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_numbers_that_are_not_finite_are_named_as_loading_names_them(
+    run: Run, models: Path, load: Load, tmp_path: Path, dtype: torch.dtype, value: float
+) -> None:
+    state = {key: tensor.to(dtype) for key, tensor in controlnet_of(load("sd1")).state_dict().items()}
+    largest = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
+    state["conv_in.bias"][0], state["conv_in.bias"][1] = -largest, largest
+    for suffix in ("safetensors", "pth"):
+        path = tmp_path / f"whole.{suffix}"
+        saved(state, path) if suffix == "safetensors" else torch.save(state, path)
+        assert fits(run, path, models / "sd1") == "yes"
+        load_adapter(str(path), base=load("sd1"))
+    state["conv_in.bias"][1] = value
+    for suffix in ("safetensors", "pth"):
+        path = tmp_path / f"damaged.{suffix}"
+        saved(state, path) if suffix == "safetensors" else torch.save(state, path)
+        why = f"{path}: the weights in conv_in.bias are not all finite numbers"
+        assert fits(run, path, models / "sd1") == f"no, {why}"
+        with pytest.raises(ValueError, match=re.escape(why)):
+            load_adapter(str(path), base=load("sd1"))

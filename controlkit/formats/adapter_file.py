@@ -109,6 +109,12 @@ class AdapterFile:
         """diffusers' class for it; None where it has none."""
         return CLASS_NAMES.get(self.kind)
 
+    def check_numbers(self) -> None:
+        """Raise the ValueError that loading raises for numbers that are damaged or not finite."""
+        self.weights.check_hash()
+        for key in self.weights.not_finite(self.names):
+            raise ValueError(f"{self.path}: the weights in {self.names[key]} are not all finite numbers")
+
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by the network's names, on the CPU, in the file's precision.
 

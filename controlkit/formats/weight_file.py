@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from controlkit.folders import FLOATS as FLOATS
 from controlkit.folders import read_header, read_state, read_tensors, refuse_impostor
+from controlkit.formats.finite import not_finite
 from controlkit.formats.hashing import check_hash
 
 if TYPE_CHECKING:
@@ -66,6 +67,18 @@ class WeightFile:
             parts = [shard.read([k for k in wanted if k in shard.entries]) for shard in self._shards]
             return {key: next(part[key] for part in parts if key in part) for key in wanted}
         return read_tensors(self.path, keys)
+
+    def not_finite(self, keys: Iterable[str]) -> list[str]:
+        """Those of the tensors that hold a NaN or an infinity."""
+        wanted = list(keys)
+        if self._state is not None:
+            import torch
+
+            return [key for key in wanted if not torch.isfinite(self._state[key].float()).all()]
+        if self._shards:
+            parts = [shard.not_finite([k for k in wanted if k in shard.entries]) for shard in self._shards]
+            return [key for part in parts for key in part]
+        return not_finite(self.path, wanted)
 
     def hollow(self) -> WeightFile:
         """The same entries with tensors that have shapes and no numbers (torch's "meta"): nothing is read."""
