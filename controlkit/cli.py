@@ -455,6 +455,7 @@ def lint(
 def ui(
     base: Annotated[str, option("NAME", "tiny, sd15, sd21, sdxl, folder or hub id.")] = "tiny",
     device: Annotated[str, option("NAME", "auto, cpu, cuda, cuda:1 or mps.")] = "auto",
+    dtype: Annotated[Text, option("TYPE", DTYPE_HELP)] = None,
     host: Annotated[
         str, option("ADDRESS", "Who may reach the page: by default this machine alone.")
     ] = "127.0.0.1",
@@ -475,7 +476,14 @@ def ui(
     with (
         terminal.opened() as told,
         server.opened(
-            base, device=device, host=host, port=port, runs=runs, data=data or (), report=told
+            base,
+            device=device,
+            dtype=dtype,
+            host=host,
+            port=port,
+            runs=runs,
+            data=data or (),
+            report=told,
         ) as address,
     ):
         for line in server.told(address, host, runs):

@@ -22,9 +22,12 @@ def pick_device(name: str, dtype: str | None, *, base: str) -> tuple[str, torch.
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if dtype is None:
-        dtype = "float32" if name == "cpu" or base in BUNDLED else "float16"
-    return name, getattr(torch, torch_name(dtype))
+    return name, getattr(torch, torch_name(dtype or usual_dtype(name, base=base)))
+
+
+def usual_dtype(device: str, *, base: str) -> str:
+    """torch's name of the precision of a base's networks on a device where nobody chose one."""
+    return "float32" if device == "cpu" or base in BUNDLED else "float16"
 
 
 def multiplies_bfloat16() -> bool:

@@ -1,6 +1,7 @@
 """The parts of the studio that need no page: what is kept, what may be trained on, what is told."""
 
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Iterator
@@ -16,12 +17,24 @@ pytest.importorskip("gradio", reason="the studio page needs the extra ui")
 import cv2
 import gradio
 import numpy as np
+import torch
 from outcomes import Run
 from PIL import Image
 
-from controlkit import adapters, generate_models, images, infotext
+from controlkit import adapters, generate_job, generate_models, images, infotext
 from controlkit.preprocessors.skeleton import Poses
-from controlkit.studio import asked, gallery, making, run_folders, run_view, server, uploads, wording
+from controlkit.silence import Silent
+from controlkit.studio import (
+    asked,
+    commands,
+    gallery,
+    making,
+    run_folders,
+    run_view,
+    server,
+    uploads,
+    wording,
+)
 from controlkit.studio.engine import Engine, Stopped
 from controlkit.studio.pose_editor import on_another_part
 from controlkit.studio.uploads import Shown
@@ -387,7 +400,7 @@ def test_a_cancelled_run_leaves_the_picture_that_was_looked_at(tmp_path: Path) -
     class Half:
         """An engine that is cancelled after a look at half a picture."""
 
-        name, device = "tiny", "cpu"
+        name, device, dtype = "tiny", "cpu", None
 
         def generate(self, job: Any, report: Any, *, preview: Any, **rest: Any) -> None:
             """Show something, then stop."""
@@ -538,3 +551,17 @@ def test_a_port_that_there_is_not(run: Run, port: int) -> None:
 
 def test_runs_that_are_a_file(run: Run, photo: Path) -> None:
     assert "is a file: --runs takes a folder" in run("ui", "--runs", photo).refused()
+
+
+def test_a_page_of_another_precision(run: Run, tmp_path: Path) -> None:
+    """Its commands make the same pictures."""
+    engine = Engine("tiny", dtype="bf16")
+    assert engine.load().dtype == torch.bfloat16
+    wanted = asked.Asked("a cube", "tiny", steps=1, device=engine.device, dtype=engine.dtype)
+    plan = wanted.plan(tmp_path / "kept")
+    (record,) = generate_job.run(plan, Silent(), models=engine.models)
+    words = shlex.split(commands.command(record))
+    assert words[-4:-2] == ["--dtype", "bfloat16"]
+    run(*words[1:]).done()
+    assert Path(commands.OUTPUT).read_bytes() == plan.outputs[0].read_bytes()
+    assert run("ui", "--dtype", "half").refused().startswith("unknown precision 'half'")

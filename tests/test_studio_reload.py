@@ -198,7 +198,7 @@ def test_who_starts_afresh_leaves_nothing(page_dir: Path) -> None:
 class Slow:
     """An engine that makes pictures as they are let go; each is the same file."""
 
-    name, device = "tiny", "cpu"
+    name, device, dtype = "tiny", "cpu", None
 
     def __init__(self) -> None:
         self.next = threading.Semaphore(0)

@@ -43,7 +43,7 @@ class AskedControl:
 
 @dataclass(frozen=True, eq=False)
 class Asked:
-    """The pictures that are wanted. guidance, width, height: None is the base's own."""
+    """The pictures that are wanted. guidance, width, height: None is the base's own. dtype: None is usual."""
 
     prompt: str
     base: str
@@ -58,6 +58,7 @@ class Asked:
     width: int | None = None
     height: int | None = None
     device: str = "auto"
+    dtype: str | None = None
 
     def plan(self, keep: Path) -> Plan:
         """The checked plan, its maps written into the folder `keep`, where the pictures will be, too.
@@ -68,7 +69,7 @@ class Asked:
             raise ValueError(f"the page makes 1 to {MOST_PICTURES} pictures at once, not {self.count}")
         _make(keep)
         given = {name: getattr(self, name) for name in GIVEN}
-        for name in ("guidance", "width", "height"):
+        for name in ("guidance", "width", "height", "dtype"):
             if getattr(self, name) is not None:
                 given[name] = getattr(self, name)
         return generate_job.plan(

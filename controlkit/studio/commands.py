@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Sequence
 
 from controlkit.arguments import control_text, number_text
+from controlkit.devices import usual_dtype
 from controlkit.infotext import PictureRecord
 
 OUTPUT = "again.png"  # what both write
@@ -24,7 +25,10 @@ def command(record: PictureRecord) -> str:
     words += ["--seed", str(record.seed), "--steps", str(record.steps)]
     words += ["--guidance", number_text(record.guidance), "--scheduler", record.scheduler]
     words += ["--width", str(record.width), "--height", str(record.height)]
-    words += ["--device", record.device, "-o", OUTPUT]
+    words += ["--device", record.device]
+    if record.dtype != usual_dtype(record.device, base=record.base):
+        words += ["--dtype", record.dtype]
+    words += ["-o", OUTPUT]
     return shlex.join(_safe(words))
 
 

@@ -75,11 +75,11 @@ class Telling:
 class Engine:
     """The base, its adapters and the preprocessors, loaded once; whoever comes second waits.
 
-    base: as `load_base` takes it. device: "auto" or torch's name.
+    base: as `load_base` takes it. device: "auto" or torch's name. dtype: None is the usual one there.
     """
 
-    def __init__(self, base: str, *, device: str = "auto") -> None:
-        self.name, self.device = base, device
+    def __init__(self, base: str, *, device: str = "auto", dtype: str | None = None) -> None:
+        self.name, self.device, self.dtype = base, device, dtype
         self.models = Models()
         self._extractors: dict[str, Preprocessor] = {}
         self._busy = threading.Lock()
@@ -91,7 +91,7 @@ class Engine:
         from controlkit.devices import pick_device
         from controlkit.startup import nothing_collected
 
-        device, dtype = pick_device(self.device, None, base=self.name)
+        device, dtype = pick_device(self.device, self.dtype, base=self.name)
         check_base(self.name)
         with nothing_collected():
             return self.models.base(self.name, device=device, dtype=dtype)

@@ -231,6 +231,7 @@ class Making:
             negative_prompt=negative or None,
             base=self.engine.name,
             device=self.engine.device,
+            dtype=self.engine.dtype,
             controls=[control for control in controls if control is not None],
             seed=random.randrange(_RANDOM_SEEDS) if number is None else number,
             count=count,

@@ -59,13 +59,13 @@ _LAST_PORT = 65535
 
 @contextmanager
 def opened(
-    base: str = "tiny", *, device: str = "auto", host: str = HOST, port: int | None = PORT, runs: str = RUNS,
-    data: Sequence[str] = (), report: Report,
+    base: str = "tiny", *, device: str = "auto", dtype: str | None = None, host: str = HOST,
+    port: int | None = PORT, runs: str = RUNS, data: Sequence[str] = (), report: Report,
 ) -> Iterator[str]:  # fmt: skip
     """The page, served within the block; yields its address. port: None is any free one. data: as in
     `trainable`.
 
-    Raises ValueError for a base, a device, a folder or a port that cannot be had.
+    Raises ValueError for a base, a device, a precision, a folder or a port that cannot be had.
     """
     check_installed()
     if port is not None and not 1 <= port <= _LAST_PORT:
@@ -84,7 +84,7 @@ def opened(
         from controlkit.studio.look import css, js, theme
         from controlkit.studio.page import build
 
-        engine = Engine(base, device=device)
+        engine = Engine(base, device=device, dtype=dtype)
         engine.load()
         page = build(engine, Path(os.path.abspath(runs)), folders)
         _, address, _ = _launch(page, host, port, theme=theme(), css=css(), js=js())
