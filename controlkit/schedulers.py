@@ -82,7 +82,7 @@ def make_scheduler(name: str, base: Base) -> Any:
     one that does not take what the base predicts, or for lms without scipy.
     """
     if name not in SCHEDULERS:
-        raise naming.unknown("scheduler", str(name), SCHEDULERS)
+        raise naming.unknown("scheduler", name, SCHEDULERS)
     if base.prediction_type == "sample" and name in NOT_OF_PICTURES:
         able = ", ".join(other for other in SCHEDULERS if other not in NOT_OF_PICTURES)
         raise ValueError(

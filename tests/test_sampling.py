@@ -244,6 +244,10 @@ def test_as_many_steps_as_were_trained_do_not_fit_behind_an_offset(sd1: Base) ->
         ({"guidance": float("nan")}, "guidance must be a number from 0 to 100, not nan"),
         ({"width": 60}, r"width must be a multiple of 8 .* not 60 \(nearest: 64\)"),
         ({"height": 0}, "height must be a multiple of 8"),
+        ({"width": "64"}, r"width must be a multiple of 8 from 16 to 8192, not '64'$"),
+        ({"width": float("nan")}, "width must be a multiple of 8 from 16 to 8192, not nan$"),
+        ({"clip_skip": True}, "clip_skip must be a whole number from 1"),
+        ({"prompt_syntax": None}, "unknown prompt syntax 'None'; choose from: a1111, plain"),
         ({"seeds": (-1,)}, "a seed must be a whole number from 0"),
         ({"seeds": ()}, "no seed given"),
         ({"temperature": 1.5}, "temperature must be a number from 0 to 1 for ddim, not 1.5"),
@@ -283,6 +287,8 @@ def test_numbers_of_arrays_are_numbers(sd1: Base) -> None:
         assert [control.scale_at(i, 3) for i in range(3)] == [0.5] * 3
     several = Control(controlnet, cond(), scale=np.linspace(1, 0, 3))  # type: ignore[arg-type]
     assert [several.scale_at(i, 3) for i in range(3)] == [1.0, 0.5, 0.0]
+    skipped = sampling.generate(sd1, "x", clip_skip=np.int64(2), **given)
+    assert np.array_equal(skipped, sampling.generate(sd1, "x", clip_skip=2, **given))
     for wrong in (None, "much", torch.tensor(11.0)):
         with pytest.raises(ValueError, match="a control's scale must be a number from -10 to 10, not"):
             Control(controlnet, cond(), scale=wrong)  # type: ignore[arg-type]

@@ -250,7 +250,7 @@ class Visits:
         from controlkit.preprocessors.drawing import STYLES
 
         if style not in STYLES:
-            raise unknown("draw style", str(style), STYLES)
+            raise unknown("draw style", style, STYLES)
         if self._first is not None:
             self._check_maps(self._examples[self._first])
             if self._data.flip:
