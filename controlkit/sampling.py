@@ -18,13 +18,15 @@ noise on every device, alone or in a batch.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from controlkit import diffusion, images, limits
 from controlkit.adapters import check_fits
@@ -65,6 +67,8 @@ if TYPE_CHECKING:
     from controlkit.base import Base
 
 DEVICE_BATCH = 4  # pictures at once on a GPU: each one more needs more memory
+_turns: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()  # each network's own
+_giving_turns = threading.Lock()
 
 Callback = Callable[[int, int, Tensor], None]
 """Called after every step with the steps done, the steps in all, and the latents (B, C, h, w)."""
@@ -137,6 +141,8 @@ def generate(
     memory: measures for small devices, from `memory_plan.fit` or by name, and with them the batch's size;
     networks that rest on the CPU are taken from there.
     execution: compiled, or as CUDA graphs; see `Execution`.
+
+    Threads that share a base or an adapter take turns: a generation changes the networks while it runs.
 
     Raises ValueError for a number outside its range, a control of another family, or latents that stop
     being finite.
@@ -233,14 +239,27 @@ def _guide(base: Base, guidance: ClipGuidance | None, prompt: str, syntax: str) 
 
 @contextlib.contextmanager
 def _prepared(base: Base, controls: Sequence[Control], *, packs: bool = False) -> Iterator[None]:
-    """Within the block the networks build no graphs; they are laid out as they compute fastest.
+    """Within the block the networks are this thread's, and build no graphs; they are laid out as they compute
+    fastest.
 
     packs: with packed weights, too, where that can be done.
     """
     given = [base.unet, *(control.controlnet for control in controls)]
     networks = [*{id(network): network for network in given}.values()]
-    lay_out(*networks, base.vae)
-    with torch.no_grad(), text_kept(*networks), packed(networks if packs else []):
+    with _in_turn([*networks, base.vae]):
+        lay_out(*networks, base.vae)
+        with torch.no_grad(), text_kept(*networks), packed(networks if packs else []):
+            yield
+
+
+@contextlib.contextmanager
+def _in_turn(networks: Sequence[nn.Module]) -> Iterator[None]:
+    """Within the block no other thread is in such a block of any of these networks."""
+    with _giving_turns:
+        turns = [_turns.setdefault(network, threading.RLock()) for network in networks]
+    with contextlib.ExitStack() as stack:
+        for turn in sorted(turns, key=id):  # in one order: no two threads wait for each other
+            stack.enter_context(turn)
         yield
 
 
