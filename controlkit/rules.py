@@ -50,6 +50,7 @@ from controlkit.naming import unknown
 
 CURVES = ("flat", "soft", "soft-webui", "logspace", "resolution")
 GATES = ("diffusers", "webui", "invoke")
+USUAL_GATE, USUAL_MODE = "diffusers", "balanced"
 
 
 class Mode(NamedTuple):

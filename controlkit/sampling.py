@@ -56,6 +56,7 @@ from controlkit.reuse import text_kept
 from controlkit.schedulers import SCHEDULERS as SCHEDULERS
 from controlkit.schedulers import Schedule, make_schedule, scaled_noise, step_options
 from controlkit.schedulers import make_scheduler as make_scheduler
+from controlkit.settings import USUAL_SCHEDULER, USUAL_STEPS
 from controlkit.starting import Begun, begin
 from controlkit.starting import Start as Start
 from controlkit.starting import draw_noise as draw_noise
@@ -95,11 +96,11 @@ def generate(
     start: Start | None = None,
     picture_prompts: Sequence[PicturePrompt] = (),
     told: Told | None = None,
-    steps: int = 20,
+    steps: int = USUAL_STEPS,
     guidance: float | None = None,
     guidance_rescale: float = 0.0,
     clip_guidance: ClipGuidance | None = None,
-    scheduler: str = "ddim",
+    scheduler: str = USUAL_SCHEDULER,
     temperature: float | None = None,
     seeds: Sequence[int] = (0,),
     height: int | None = None,

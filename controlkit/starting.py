@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from controlkit import images, limits
+from controlkit.settings import USUAL_STRENGTH
 
 if TYPE_CHECKING:
     from controlkit.base import Base
@@ -43,7 +44,7 @@ class Start:
     """
 
     picture: np.ndarray
-    strength: float = 0.75
+    strength: float = USUAL_STRENGTH
     mask: np.ndarray | None = None
     paste: bool = True
 

@@ -17,6 +17,7 @@ from controlkit.arguments import parse_compared
 from controlkit.base_parts import BUNDLED
 from controlkit.folders import weight_files
 from controlkit.formats.finding import BUNDLED_ADAPTERS, find_adapter_file, find_adapter_folder
+from controlkit.settings import USUAL_SCHEDULER
 from controlkit.training.data.made_maps import range_ends
 
 WORLD = "world"
@@ -67,7 +68,7 @@ class Request:
     seeds: int = SEEDS
     steps: int = STEPS
     guidance: float | None = None
-    scheduler: str = "ddim"
+    scheduler: str = USUAL_SCHEDULER
     negative_prompt: str | None = None
     device: str = "auto"
     features: str = "inception"
