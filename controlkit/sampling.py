@@ -21,7 +21,8 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -183,18 +184,21 @@ def generate(
             encoded = encode_controls(
                 controls, width=width, height=height, pictures=len(seeds), in_bands=tiles is not None
             )
-        how: dict[str, Any] = {
-            "guidance": guided,
-            "guide": guide,
-            "picture_prompts": picture_prompts,
-            "temperature": temperature,
-            "savings": savings,
-            "tiles": tiles,
-            "preview": preview,
-            "one_branch_at_a_time": memory is not None and memory.one_branch,
-            "runner": Runner(execution, base.device),
-            "moves": memory is not None and memory.offload,
-        }
+        denoise_batch = partial(
+            denoise,
+            base,
+            text,
+            guidance=guided,
+            guide=guide,
+            picture_prompts=picture_prompts,
+            temperature=temperature,
+            savings=savings,
+            tiles=tiles,
+            preview=preview,
+            one_branch_at_a_time=memory is not None and memory.one_branch,
+            runner=Runner(execution, base.device),
+            moves=memory is not None and memory.offload,
+        )
         batches = -(-len(seeds) // batch_size)
         for batch in range(batches):
             first, last = batch * batch_size, min((batch + 1) * batch_size, len(seeds))
@@ -205,16 +209,13 @@ def generate(
             with at_work(memory, base, *([] if start is None else [base.vae])):
                 begun = begin(base, schedule, generators, width=width, height=height, start=start)
             with at_work(memory, base, base.unet, *networks, *judges, *([base.vae] if judges else [])):
-                latents = denoise(
-                    base,
-                    text,
+                latents = denoise_batch(
                     begun,
                     controls=[control.rows(first, last) for control in encoded],
                     schedule=schedule,
                     generators=generators,
                     class_labels=class_labels,
                     callback=_counting(callback, batch=batch, batches=batches),
-                    **how,
                 )
             for picture in _decoded(base, latents, memory):
                 pictures.append(picture if start is None else start.pasted(picture))
