@@ -157,7 +157,7 @@ class Weights:
         tensors: Mapping[str, Tensor],
         groups: Sequence[Mapping[str, Any]],
     ) -> None:
-        """Put back what `state_of` gave. Raises KeyError or ValueError where it does not fit."""
+        """Put back what `state_of` gave. Raises ValueError where it does not fit."""
         restore_state(optimizer, self.names, tensors, groups)
 
     def _share(self, name: str, whole: Tensor) -> Tensor:
