@@ -128,7 +128,7 @@ class Control:
         stacked = isinstance(self.maps, torch.Tensor) and self.maps.shape[1] == channels
         if stacked and channels != kind.channels(self.controlnet):
             return 0
-        return kind_of(self.controlnet).number(self.controlnet, self.map_kind, self._known)
+        return kind.number(self.controlnet, self.map_kind, self._known)
 
     def weights(self) -> tuple[float, ...]:
         """The weight of every connection, the middle block's last. Raises ValueError for a wrong count."""

@@ -79,8 +79,8 @@ class Start:
         """The same at another size."""
         mask = None
         if self.mask is not None:
-            grey = np.repeat(np.where(self.hole(), 255, 0).astype(np.uint8)[..., None], 3, axis=2)
-            mask = images.cover(grey, width, height, nearest=True)[..., 0]
+            mask = np.where(self.hole(), np.uint8(255), np.uint8(0))
+            mask = images.cover(mask, width, height, nearest=True)
             if not mask.any():
                 raise ValueError(
                     f"at {width}x{height} the picture is cropped, and all that is white in the mask with it"
