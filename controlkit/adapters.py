@@ -20,6 +20,7 @@ from controlkit.base import BUNDLED as BUNDLED_BASES
 from controlkit.base import Base
 from controlkit.class_labels import check_labels_fit
 from controlkit.controlnet import lock
+from controlkit.devices import check_device
 from controlkit.folders import (
     is_pickle,
     load_part,
@@ -98,9 +99,10 @@ def load_adapter(
     another prediction type than the base's.
 
     Raises ValueError, one line within about 5 seconds, for a name that leads nowhere, a folder or file that
-    holds something else, damaged or non-finite weights, or a network whose sizes are not the base's (both are
-    named).
+    holds something else, damaged or non-finite weights, a network whose sizes are not the base's (both are
+    named), or a device that is not there.
     """
+    place = base.device if device is None else check_device(device)
     info, controlnet = _load(name_or_path, base, dtype=dtype or base.dtype)
     if info.prediction_type not in ("", base.prediction_type):
         notices.warn(
@@ -110,7 +112,7 @@ def load_adapter(
         )
     if not info.map.kind:
         info = replace(info, map=_published_map(name_or_path) or info.map)
-    return Adapter(lock(controlnet).to(device or base.device), info, name_or_path)
+    return Adapter(lock(controlnet).to(place), info, name_or_path)
 
 
 def _load(name_or_path: str, base: Base, *, dtype: torch.dtype) -> tuple[AdapterInfo, Any]:

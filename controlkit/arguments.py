@@ -13,7 +13,7 @@ from typing import Any
 from controlkit.files import at_home
 from controlkit.naming import unknown
 from controlkit.picture_files import SUFFIXES
-from controlkit.rules import check_rule
+from controlkit.rules import USUAL_GATE, USUAL_MODE, check_rule
 
 _SETTING = re.compile(r"[a-z][a-z_0-9]*(\.[a-z][a-z_0-9]*)?=")
 
@@ -38,8 +38,8 @@ class ControlArgument:
     is_map: bool
     start: float = 0.0
     end: float = 1.0
-    gate: str = "diffusers"
-    mode: str = "balanced"
+    gate: str = USUAL_GATE
+    mode: str = USUAL_MODE
     layers: str | tuple[float, ...] | None = None
     mask: str = ""
     only_mid: bool = False
@@ -107,9 +107,11 @@ def control_text(kind: str, path: str, how: Mapping[str, Any]) -> str:
 
     how: the settings by the names of `ControlArgument`; those that are absent are the defaults.
     """
-    usual = {"start": 0.0, "end": 1.0, "gate": "diffusers", "mode": "balanced", "layers": None, "mask": ""}
+    usual = ControlArgument(kind, path, 1.0, is_map=True)
     parts = [f"{kind}={path}", _joined(how["scale"], "..")]
-    parts += [f"{key}={_joined(how[key], ',')}" for key, own in usual.items() if how.get(key, own) != own]
+    for key in ("start", "end", "gate", "mode", "layers", "mask"):
+        if how.get(key, own := getattr(usual, key)) != own:
+            parts.append(f"{key}={_joined(how[key], ',')}")
     return ":".join([*parts, *(["only_mid=true"] if how.get("only_mid") else [])])
 
 

@@ -234,7 +234,7 @@ def read_scheduler(file: Path) -> tuple[dict[str, Any], Tensor]:
     prediction_type = config.get("prediction_type", "epsilon")
     try:
         if prediction_type not in diffusion.PREDICTION_TYPES:
-            raise unknown("prediction type", str(prediction_type), diffusion.PREDICTION_TYPES)
+            raise unknown("prediction type", prediction_type, diffusion.PREDICTION_TYPES)
         _number(config, "steps_offset", 0)
         return config, noise_schedule(config)
     except ValueError as error:

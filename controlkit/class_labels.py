@@ -60,7 +60,11 @@ class Told:
         limits.check_noise_level(self.noise_level)
         limits.check_class(self.class_label)
         picture = self.picture
-        if picture is not None and (picture.ndim != 3 or picture.dtype != np.uint8):
+        if picture is None:
+            return
+        if not isinstance(picture, np.ndarray):
+            raise ValueError(f"a picture that a base is told is an array, not {type(picture).__name__}")
+        if picture.ndim != 3 or picture.dtype != np.uint8:
             raise ValueError(
                 f"a picture that a base is told is uint8 (H, W, 3), not {picture.dtype} {picture.shape}"
             )

@@ -36,8 +36,6 @@ from controlkit.cli_options import (
 from controlkit.command_group import Commands, Grouped
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from controlkit.infotext import PictureRecord
     from controlkit.preprocess_job import Beside
 

@@ -19,7 +19,7 @@ from controlkit.map_sizes import cover_map
 from controlkit.rules import CURVES as CURVES
 from controlkit.rules import GATES as GATES
 from controlkit.rules import MODES as MODES
-from controlkit.rules import check_rule, gate_open, scale_at
+from controlkit.rules import USUAL_GATE, USUAL_MODE, check_rule, gate_open, scale_at
 
 if TYPE_CHECKING:
     from torch import nn
@@ -64,8 +64,8 @@ class Control:
     scale: float | Sequence[float] = 1.0
     start: float = 0.0
     end: float = 1.0
-    gate: str = "diffusers"
-    mode: str = "balanced"
+    gate: str = USUAL_GATE
+    mode: str = USUAL_MODE
     layers: str | Sequence[float] | None = None
     mask: np.ndarray | torch.Tensor | None = None
     only_mid: bool = False
@@ -128,7 +128,7 @@ class Control:
         stacked = isinstance(self.maps, torch.Tensor) and self.maps.shape[1] == channels
         if stacked and channels != kind.channels(self.controlnet):
             return 0
-        return kind_of(self.controlnet).number(self.controlnet, self.map_kind, self._known)
+        return kind.number(self.controlnet, self.map_kind, self._known)
 
     def weights(self) -> tuple[float, ...]:
         """The weight of every connection, the middle block's last. Raises ValueError for a wrong count."""

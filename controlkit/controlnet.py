@@ -150,15 +150,19 @@ def encode_hint(controlnet: ControlNetModel, controlnet_cond: Tensor) -> Tensor:
     It depends on nothing but the map, so one call serves every step of a generation. Raises ValueError when
     the number of channels is not the control network's.
     """
-    expected = controlnet.config.conditioning_channels
+    check_channels(controlnet.config.conditioning_channels, controlnet_cond)
+    if controlnet.config.controlnet_conditioning_channel_order == "bgr":
+        controlnet_cond = controlnet_cond.flip(1)
+    return controlnet.controlnet_cond_embedding(controlnet_cond.to(controlnet.device, controlnet.dtype))
+
+
+def check_channels(expected: int, controlnet_cond: Tensor) -> None:
+    """Raise ValueError for a map of another number of channels than a network takes."""
     if controlnet_cond.dim() != 4 or controlnet_cond.shape[1] != expected:
         raise ValueError(
             f"the map has shape {tuple(controlnet_cond.shape)};"
             f" this control network takes (batch, {expected}, height, width)"
         )
-    if controlnet.config.controlnet_conditioning_channel_order == "bgr":
-        controlnet_cond = controlnet_cond.flip(1)
-    return controlnet.controlnet_cond_embedding(controlnet_cond.to(controlnet.device, controlnet.dtype))
 
 
 def control_residuals(

@@ -8,6 +8,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -23,6 +24,7 @@ _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 _QUICK_FORMATS = ("PNG", "JPEG", "GIF", "BMP", "PPM")
 ORIENTATION = 0x0112
 """EXIF's tag."""
+_PNG_START, _CRC = b"\x89PNG\r\n\x1a\n", 4  # before a PNG's chunks, and bytes behind each
 _LOOKALIKES = {
     b"<svg": "an SVG drawing",
     b"<?xml": "an XML file (an SVG drawing?)",
@@ -125,6 +127,38 @@ def image_to_rgb(image: Image.Image, name: str, *, behind: int = 255) -> np.ndar
 def upright(image: Image.Image) -> Image.Image:
     """Turned as its EXIF orientation says."""
     return ImageOps.exif_transpose(image) if image.getexif().get(ORIENTATION, 1) != 1 else image
+
+
+def orientation(image: Image.Image, name: str) -> int:
+    """The EXIF orientation, 1 to 8, by which an opened picture is turned; 1 is upright.
+
+    Its header tells. A PNG is decoded for it only where something is said behind the pixels. Raises
+    ValueError, beginning with ``name``, for damage.
+    """
+    try:
+        if image.format != "PNG":
+            return int(image.getexif().get(ORIENTATION, 1))
+        if _tells_late(image):
+            image.load()
+        return int(Image.Image.getexif(image).get(ORIENTATION, 1))  # PNG's own always decodes
+    except DECODE_ERRORS as error:
+        raise ValueError(f"{name} is damaged or truncated: {one_line(error)}") from error
+
+
+def _tells_late(image: Any) -> bool:
+    """Whether an opened PNG says something behind its pixels: EXIF, or text."""
+    file, is_behind = image.fp, False
+    place = file.tell()
+    file.seek(len(_PNG_START))
+    try:
+        while len(head := file.read(8)) == 8 and head[4:].isalpha():
+            is_behind = is_behind or head[4:] == b"IDAT"
+            if is_behind and head[4:] in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
+                return True
+            file.seek(int.from_bytes(head[:4], "big") + _CRC, os.SEEK_CUR)
+        return False
+    finally:
+        file.seek(place)
 
 
 class _PictureRefused(ValueError):

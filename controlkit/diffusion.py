@@ -39,11 +39,11 @@ def alphas_cumprod(
     beta_end: float = 0.012,
     zero_terminal_snr: bool = False,
 ) -> Tensor:
-    """ᾱ for every timestep: shape (T,), float64, strictly decreasing within (0, 1).
+    """ᾱ for every timestep: shape (T,), float64, strictly decreasing, from below 1 to above 0.
 
     ``linear`` is DDPM's schedule (section 4; its paper uses 1e-4 to 0.02), ``scaled_linear`` is Stable
     Diffusion's (√β is linear; the defaults are its values), ``cosine`` is Nichol & Dhariwal's and ignores
-    the two betas. ``zero_terminal_snr`` rescales the result so that the last step is pure noise.
+    the two betas. ``zero_terminal_snr`` rescales the result so that the last step is pure noise, ᾱ = 0.
 
     Raises ValueError for an unknown schedule, less than two timesteps, or betas not in 0 < start <= end < 1.
     """

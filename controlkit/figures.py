@@ -210,7 +210,7 @@ def _random_layout(dice: _Dice) -> _Layout:
         body=body,
         props=props,
         colours=colours,
-        caption=_caption(action, kinds, colours, dice.choose(_PHRASES[action])),
+        caption=_caption(kinds, colours, dice.choose(_PHRASES[action])),
         up=camera.direction((0.0, 1.0, 0.0)),
         light=unit(camera.direction(light)),
         focal=camera.focal,
@@ -275,7 +275,7 @@ def _prop(kind: str, at: Vector, uniform: Uniform, camera: _Camera) -> _Prop:
     return _Prop(kind, shape, shadow)
 
 
-def _caption(action: str, kinds: list[str], colours: dict[str, str], phrase: str) -> str:
+def _caption(kinds: list[str], colours: dict[str, str], phrase: str) -> str:
     def a(colour: str, noun: str) -> str:
         return f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {noun}"
 

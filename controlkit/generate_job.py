@@ -285,7 +285,7 @@ class Session:
             maps = {one.kind: self._map_at(given, width, height) for one, given in rows}
             kind, cond = (control.kind, maps[control.kind]) if whole else ("", stack(adapter, maps))
             how = {name: getattr(control, name) for name in CONTROL_SETTINGS}
-            mask = _fitted(source.mask, width, height)
+            mask = None if source.mask is None else images.cover(source.mask, width, height)
             controls.append(Control(adapter, cond, mask=mask, kind=kind, **how))
         return controls
 
@@ -439,12 +439,6 @@ def _clip(name: str, base: Base, report: Report, *, rests: bool) -> Clip | None:
 
     report.status(f"loading the CLIP {name}")
     return load_clip(name, device=base.unet.device if rests else base.device, dtype=base.dtype)
-
-
-def _fitted(mask: np.ndarray | None, width: int, height: int) -> np.ndarray | None:
-    if mask is None:
-        return None
-    return images.cover(np.repeat(mask[..., None], 3, axis=2), width, height)[..., 0]
 
 
 def _map_of(source: Source, base: Base, width: int, height: int, report: Report) -> np.ndarray:

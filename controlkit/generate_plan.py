@@ -38,7 +38,7 @@ from controlkit.infotext import ControlRecord
 from controlkit.known_adapters import kinds_known
 from controlkit.map_sizes import sense_of
 from controlkit.precisions import torch_name
-from controlkit.settings import Settings
+from controlkit.settings import USUAL_SCHEDULER, USUAL_STEPS, Settings
 
 PREVIEW_CHUNK = "controlkit-preview"  # marks a PNG that a later preview may replace
 
@@ -54,8 +54,8 @@ class Options(Settings):
     prompt: str = ""
     negative_prompt: str | None = None
     base: str = "tiny"
-    steps: int = 20
-    scheduler: str = "ddim"
+    steps: int = USUAL_STEPS
+    scheduler: str = USUAL_SCHEDULER
     seed: int = 0
     guidance: float | None = None
     count: int = 1

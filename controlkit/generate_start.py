@@ -10,8 +10,8 @@ import numpy as np
 from controlkit import arguments, files, images
 from controlkit.generate_like import Earlier
 from controlkit.infotext import StartRecord
+from controlkit.settings import USUAL_STRENGTH
 
-DEFAULT_STRENGTH = 0.75  # of a start from a whole picture
 MASKED_STRENGTH = 1.0  # a hole is filled from nothing
 
 
@@ -95,7 +95,7 @@ def _strength(before: StartRecord | None, *, masked: bool) -> float:
     """The earlier picture's strength; one that came with a mask would leave nothing of a whole picture."""
     lost = before is not None and before.mask and not masked and before.strength == MASKED_STRENGTH
     if before is None or lost:
-        return MASKED_STRENGTH if masked else DEFAULT_STRENGTH
+        return MASKED_STRENGTH if masked else USUAL_STRENGTH
     return before.strength
 
 
@@ -109,7 +109,7 @@ def _check_nothing(mask: str | None, strength: float | None) -> None:
 
 def _given(path: str) -> _File:
     path = files.at_home(path)
-    images.check_picture(path)  # which says what is wrong with the file
+    images.picture_size(path)  # which says what is wrong with the file
     return _File(path, files.sha256_file(path), Path(path))
 
 

@@ -26,7 +26,7 @@ from PIL import Image
 from controlkit import png
 from controlkit.decoding import DECODE_ERRORS as DECODE_ERRORS
 from controlkit.decoding import DEFAULT_MAX_PIXELS as DEFAULT_MAX_PIXELS
-from controlkit.decoding import ORIENTATION, image_to_rgb, one_line, opened, upright
+from controlkit.decoding import image_to_rgb, one_line, opened, orientation, upright
 from controlkit.files import PathLike, write_bytes
 from controlkit.pixel_arrays import array_to_rgb
 from controlkit.thin_lines import has_thin_lines, redraw_lines
@@ -95,28 +95,19 @@ def load_mask(path: PathLike) -> np.ndarray:
     return ((colour.max(axis=2).astype(np.uint32) * alpha + 127) // 255).astype(np.uint8)
 
 
-def check_picture(path: PathLike, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> tuple[int, int]:
-    """Return a picture file's width and height from its header, before EXIF turns it; decodes nothing.
+def picture_size(
+    source: "PathLike | bytes | np.ndarray", *, max_pixels: int = DEFAULT_MAX_PIXELS
+) -> tuple[int, int]:
+    """Return the width and height that :func:`load_picture` would give, from a file's header alone.
 
     Raises:
         ValueError: as :func:`load_picture`, but for damage that only decoding shows.
     """
-    with opened(path, max_pixels=max_pixels) as (image, _):
-        return image.size
-
-
-def picture_size(source: "PathLike | bytes | np.ndarray") -> tuple[int, int]:
-    """Return the width and height that :func:`load_picture` would give, from a file's header alone.
-
-    Raises:
-        ValueError: as :func:`check_picture`.
-    """
     if isinstance(source, np.ndarray):
         return source.shape[1], source.shape[0]
-    with opened(source, max_pixels=DEFAULT_MAX_PIXELS) as (image, _):
+    with opened(source, max_pixels=max_pixels) as (image, name):
         width, height = image.size
-        turned = image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
-        return (height, width) if turned else (width, height)
+        return (height, width) if orientation(image, name) in (5, 6, 7, 8) else (width, height)
 
 
 def load_pictures(

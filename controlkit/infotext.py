@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from controlkit.rules import USUAL_GATE, USUAL_MODE
 from controlkit.settings import Settings
 
 JSON_CHUNK = "controlkit"
@@ -63,8 +64,8 @@ class ControlRecord:
     scale: float | tuple[float, ...] = 1.0
     start: float = 0.0
     end: float = 1.0
-    gate: str = "diffusers"
-    mode: str = "balanced"
+    gate: str = USUAL_GATE
+    mode: str = USUAL_MODE
     layers: str | tuple[float, ...] | None = None
     mask: str = ""
     mask_sha256: str = ""

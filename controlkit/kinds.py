@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from controlkit import controlnet as pair
 from controlkit import union
-from controlkit.controlnet import Residuals
+from controlkit.controlnet import Residuals, check_channels
 from controlkit.rules import connection_levels, layer_weights
 
 Hint = tuple[Tensor, ...]
@@ -87,12 +87,12 @@ class Kind:
         noisy_latents: Tensor,
         timesteps: Tensor,
         encoder_hidden_states: Tensor,
-        hint: Hint,
         *,
+        hint: Hint,
         added_cond: Mapping[str, Tensor] | None = None,
         class_labels: Tensor | None = None,
     ) -> Residuals:
-        """What the network adds in one step."""
+        """What the network adds in one step. hint: what `encode` made."""
         return pair.control_residuals(
             network,
             noisy_latents,
@@ -139,7 +139,7 @@ class _T2I(Kind):
             )
         return tuple(network(controlnet_cond.to(network.device, network.dtype)))
 
-    def residuals(self, network: Any, *_: Any, hint: Hint = (), **__: Any) -> Residuals:
+    def residuals(self, network: Any, *_: Any, hint: Hint, **__: Any) -> Residuals:
         return Residuals(inner=hint)
 
 
@@ -184,7 +184,7 @@ class _Light(_Single):
         return (network.encode(controlnet_cond.to(network.device, network.dtype)),)
 
     def residuals(
-        self, network: Any, noisy_latents: Tensor, timesteps: Tensor, *_: Any, hint: Hint = (), **__: Any
+        self, network: Any, noisy_latents: Tensor, timesteps: Tensor, *_: Any, hint: Hint, **__: Any
     ) -> Residuals:
         return network.residuals(noisy_latents, timesteps, hint[0])
 
@@ -232,15 +232,6 @@ def kind_of(network: nn.Module) -> Kind:
         if cls.__name__ in _KINDS:
             return _KINDS[cls.__name__]
     raise ValueError(f"a {type(network).__name__} is no control network: {', '.join(_KINDS)} are known")
-
-
-def check_channels(expected: int, controlnet_cond: Tensor) -> None:
-    """Raise ValueError for a map of another number of channels than a network takes."""
-    if controlnet_cond.dim() != 4 or controlnet_cond.shape[1] != expected:
-        raise ValueError(
-            f"the map has shape {tuple(controlnet_cond.shape)};"
-            f" this control network takes (batch, {expected}, height, width)"
-        )
 
 
 def encode_hint(network: nn.Module, controlnet_cond: Tensor, number: int = 0) -> Hint:

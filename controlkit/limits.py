@@ -69,7 +69,7 @@ def check_guidance(guidance: float) -> None:
 
 def check_clip_skip(clip_skip: int) -> None:
     """Raise ValueError unless it is a whole number from 1 (the text encoder's last layer) to 12."""
-    if not isinstance(clip_skip, int) or not 1 <= clip_skip <= 12:
+    if not _is_whole(clip_skip) or not 1 <= clip_skip <= 12:
         raise ValueError(f"clip_skip must be a whole number from 1 (none is skipped) to 12, not {clip_skip}")
 
 
@@ -127,7 +127,7 @@ def check_tile(size: int) -> None:
 
 def check_factor(factor: float) -> None:
     """Raise ValueError unless a picture is enlarged by a factor above 1 and up to 8."""
-    if not 1 < factor <= 8:
+    if not 1 < number(factor) <= 8:
         raise ValueError(f"a picture can be enlarged by a factor above 1 and up to 8, not {factor}")
 
 
@@ -213,15 +213,15 @@ def check_size(width: int | None, height: int | None) -> None:
         if side is None:
             continue
         if not _is_whole(side) or side % 8 or not low <= side <= high:
-            nearest = min(max(round(side / 8) * 8, low), high)
-            raise ValueError(
-                f"{name} must be a multiple of 8 from {low} to {high}, not {side} (nearest: {nearest})"
-            )
+            told = repr(side)
+            if math.isfinite(given := number(side)):
+                told = f"{side} (nearest: {min(max(round(given / 8) * 8, low), high)})"
+            raise ValueError(f"{name} must be a multiple of 8 from {low} to {high}, not {told}")
 
 
 def check_count(count: int) -> None:
-    """Raise ValueError unless the number of pictures is from 1 to 1000."""
-    if not 1 <= count <= MAX_COUNT:
+    """Raise ValueError unless the number of pictures is a whole number from 1 to 1000."""
+    if not _is_whole(count) or not 1 <= count <= MAX_COUNT:
         raise ValueError(f"the number of pictures must be from 1 to {MAX_COUNT}, not {count}")
 
 

@@ -19,12 +19,14 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
     return f" (did you mean {by_folded[close[0]]!r}?)" if close else ""
 
 
-def unknown(what: str, name: str, choices: Iterable[str]) -> ValueError:
+def unknown(what: str, name: object, choices: Iterable[str]) -> ValueError:
     """Build (not raise) the error for a ``name`` that is none of ``choices``; ``what`` says what was named.
+
+    A ``name`` that is no text, as None, is told as it reads.
 
     >>> str(unknown("control", "cany", ["canny", "depth"]))
     "unknown control 'cany' (did you mean 'canny'?); choose from: canny, depth"
     """
-    listed = sorted(choices)
-    suggestion = did_you_mean(name, listed)
-    return ValueError(f"unknown {what} {name!r}{suggestion}; choose from: {', '.join(listed)}")
+    given, listed = str(name), sorted(choices)
+    suggestion = did_you_mean(given, listed)
+    return ValueError(f"unknown {what} {given!r}{suggestion}; choose from: {', '.join(listed)}")

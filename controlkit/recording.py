@@ -52,19 +52,6 @@ class CudaRecorder:
         return graph.replay, result
 
 
-class Repeater:
-    """For devices without graphs: the work is kept and done again."""
-
-    def record(self, work: Work) -> tuple[Callable[[], None], Tensor]:
-        """Do the work once, to know its result's shape."""
-        result = work()
-
-        def again() -> None:
-            result.copy_(work())
-
-        return again, result
-
-
 def apart(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
     """How far the first of each pair is from the second, as a share of it (root mean square over all)."""
     off = sum((one.float() - other.float()).square().sum() for one, other in pairs)

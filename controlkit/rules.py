@@ -45,11 +45,12 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from controlkit.limits import check_scale, check_window
+from controlkit.limits import check_scale, check_window, number
 from controlkit.naming import unknown
 
 CURVES = ("flat", "soft", "soft-webui", "logspace", "resolution")
 GATES = ("diffusers", "webui", "invoke")
+USUAL_GATE, USUAL_MODE = "diffusers", "balanced"
 
 
 class Mode(NamedTuple):
@@ -83,18 +84,20 @@ def check_rule(
     """Raise ValueError for a control's number or name that is not allowed (see `control.Control`)."""
     numbers = numbers_of(scale)
     if not numbers:
-        raise ValueError("a schedule of scales needs two numbers or more")
+        raise ValueError("a schedule of scales needs a number for each point, and it has none")
     for one in numbers:
         check_scale(one)
     check_window(start, end)
-    for name, value, known in (("gate", gate, GATES), ("mode", mode, MODES)):
+    for name, value, known in (("gate", gate, GATES), ("mode", mode, tuple(MODES))):
         if value not in known:
             raise unknown(name, value, known)
     if isinstance(layers, str):
         if layers not in CURVES:
             raise unknown("curve of layers", layers, CURVES)
-    elif layers is not None and not all(math.isfinite(weight) for weight in layers):
-        raise ValueError(f"layers must be finite numbers, not {list(layers)}")
+    elif layers is not None:
+        weights = [*layers] if isinstance(layers, Iterable) else layers
+        if not isinstance(weights, list) or not all(math.isfinite(number(weight)) for weight in weights):
+            raise ValueError(f"layers must be finite numbers, one for each connection, not {weights}")
 
 
 def numbers_of(scale: float | Sequence[float]) -> tuple[float, ...]:

@@ -18,13 +18,16 @@ noise on every device, alone or in a batch.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from controlkit import diffusion, images, limits
 from controlkit.adapters import check_fits
@@ -54,6 +57,7 @@ from controlkit.reuse import text_kept
 from controlkit.schedulers import SCHEDULERS as SCHEDULERS
 from controlkit.schedulers import Schedule, make_schedule, scaled_noise, step_options
 from controlkit.schedulers import make_scheduler as make_scheduler
+from controlkit.settings import USUAL_SCHEDULER, USUAL_STEPS
 from controlkit.starting import Begun, begin
 from controlkit.starting import Start as Start
 from controlkit.starting import draw_noise as draw_noise
@@ -65,6 +69,8 @@ if TYPE_CHECKING:
     from controlkit.base import Base
 
 DEVICE_BATCH = 4  # pictures at once on a GPU: each one more needs more memory
+_turns: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()  # each network's own
+_giving_turns = threading.Lock()
 
 Callback = Callable[[int, int, Tensor], None]
 """Called after every step with the steps done, the steps in all, and the latents (B, C, h, w)."""
@@ -91,11 +97,11 @@ def generate(
     start: Start | None = None,
     picture_prompts: Sequence[PicturePrompt] = (),
     told: Told | None = None,
-    steps: int = 20,
+    steps: int = USUAL_STEPS,
     guidance: float | None = None,
     guidance_rescale: float = 0.0,
     clip_guidance: ClipGuidance | None = None,
-    scheduler: str = "ddim",
+    scheduler: str = USUAL_SCHEDULER,
     temperature: float | None = None,
     seeds: Sequence[int] = (0,),
     height: int | None = None,
@@ -138,6 +144,8 @@ def generate(
     networks that rest on the CPU are taken from there.
     execution: compiled, or as CUDA graphs; see `Execution`.
 
+    Threads that share a base or an adapter take turns: a generation changes the networks while it runs.
+
     Raises ValueError for a number outside its range, a control of another family, or latents that stop
     being finite.
     """
@@ -176,18 +184,21 @@ def generate(
             encoded = encode_controls(
                 controls, width=width, height=height, pictures=len(seeds), in_bands=tiles is not None
             )
-        how: dict[str, Any] = {
-            "guidance": guided,
-            "guide": guide,
-            "picture_prompts": picture_prompts,
-            "temperature": temperature,
-            "savings": savings,
-            "tiles": tiles,
-            "preview": preview,
-            "one_branch_at_a_time": memory is not None and memory.one_branch,
-            "runner": Runner(execution, base.device),
-            "moves": memory is not None and memory.offload,
-        }
+        denoise_batch = partial(
+            denoise,
+            base,
+            text,
+            guidance=guided,
+            guide=guide,
+            picture_prompts=picture_prompts,
+            temperature=temperature,
+            savings=savings,
+            tiles=tiles,
+            preview=preview,
+            one_branch_at_a_time=memory is not None and memory.one_branch,
+            runner=Runner(execution, base.device),
+            moves=memory is not None and memory.offload,
+        )
         batches = -(-len(seeds) // batch_size)
         for batch in range(batches):
             first, last = batch * batch_size, min((batch + 1) * batch_size, len(seeds))
@@ -198,16 +209,13 @@ def generate(
             with at_work(memory, base, *([] if start is None else [base.vae])):
                 begun = begin(base, schedule, generators, width=width, height=height, start=start)
             with at_work(memory, base, base.unet, *networks, *judges, *([base.vae] if judges else [])):
-                latents = denoise(
-                    base,
-                    text,
+                latents = denoise_batch(
                     begun,
                     controls=[control.rows(first, last) for control in encoded],
                     schedule=schedule,
                     generators=generators,
                     class_labels=class_labels,
                     callback=_counting(callback, batch=batch, batches=batches),
-                    **how,
                 )
             for picture in _decoded(base, latents, memory):
                 pictures.append(picture if start is None else start.pasted(picture))
@@ -233,14 +241,27 @@ def _guide(base: Base, guidance: ClipGuidance | None, prompt: str, syntax: str) 
 
 @contextlib.contextmanager
 def _prepared(base: Base, controls: Sequence[Control], *, packs: bool = False) -> Iterator[None]:
-    """Within the block the networks build no graphs; they are laid out as they compute fastest.
+    """Within the block the networks are this thread's, and build no graphs; they are laid out as they compute
+    fastest.
 
     packs: with packed weights, too, where that can be done.
     """
     given = [base.unet, *(control.controlnet for control in controls)]
     networks = [*{id(network): network for network in given}.values()]
-    lay_out(*networks, base.vae)
-    with torch.no_grad(), text_kept(*networks), packed(networks if packs else []):
+    with _in_turn([*networks, base.vae]):
+        lay_out(*networks, base.vae)
+        with torch.no_grad(), text_kept(*networks), packed(networks if packs else []):
+            yield
+
+
+@contextlib.contextmanager
+def _in_turn(networks: Sequence[nn.Module]) -> Iterator[None]:
+    """Within the block no other thread is in such a block of any of these networks."""
+    with _giving_turns:
+        turns = [_turns.setdefault(network, threading.RLock()) for network in networks]
+    with contextlib.ExitStack() as stack:
+        for turn in sorted(turns, key=id):  # in one order: no two threads wait for each other
+            stack.enter_context(turn)
         yield
 
 

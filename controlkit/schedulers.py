@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -46,6 +47,7 @@ SCHEDULERS: Mapping[str, tuple[str, dict[str, Any]]] = {  # our name -> (diffuse
 }
 NOT_OF_PICTURES = ("pndm", "euler-a")
 """Those whose diffusers' class takes no prediction of the picture itself ("sample")."""
+_drawing = threading.Lock()  # guards the module-wide function through which diffusers' schedulers draw
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +84,7 @@ def make_scheduler(name: str, base: Base) -> Any:
     one that does not take what the base predicts, or for lms without scipy.
     """
     if name not in SCHEDULERS:
-        raise naming.unknown("scheduler", str(name), SCHEDULERS)
+        raise naming.unknown("scheduler", name, SCHEDULERS)
     if base.prediction_type == "sample" and name in NOT_OF_PICTURES:
         able = ", ".join(other for other in SCHEDULERS if other not in NOT_OF_PICTURES)
         raise ValueError(
@@ -157,23 +159,24 @@ def scaled_noise(scheduler: Any, temperature: float | None) -> Iterator[None]:
     """Within the block what the scheduler draws is multiplied by `temperature`; None leaves it.
 
     DDIM and TCD are told their eta instead (`step_options`). The draws themselves stay the same, so that a
-    seed is the same picture's at every temperature.
+    seed is the same picture's at every temperature. One thread is in such a block at a time.
     """
     module = sys.modules[type(scheduler).__module__]
-    drawn = getattr(module, "randn_tensor", None)
-    if temperature in (None, 1) or drawn is None or _has_eta(scheduler):
-        yield
-        return
+    with _drawing:
+        drawn = getattr(module, "randn_tensor", None)
+        if temperature in (None, 1) or drawn is None or _has_eta(scheduler):
+            yield
+            return
 
-    def scaled(*args: Any, **kwargs: Any) -> Tensor:
-        noise: Tensor = drawn(*args, **kwargs)
-        return noise * temperature
+        def scaled(*args: Any, **kwargs: Any) -> Tensor:
+            noise: Tensor = drawn(*args, **kwargs)
+            return noise * temperature
 
-    module.randn_tensor = scaled  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        module.randn_tensor = drawn  # type: ignore[attr-defined]
+        module.randn_tensor = scaled  # type: ignore[attr-defined]
+        try:
+            yield
+        finally:
+            module.randn_tensor = drawn  # type: ignore[attr-defined]
 
 
 def _first_line(error: Exception) -> str:

@@ -11,6 +11,9 @@ from typing import Any
 
 from controlkit import limits, prompt_syntax
 
+USUAL_STEPS, USUAL_SCHEDULER = 20, "ddim"
+USUAL_STRENGTH = 0.75  # of a start from a whole picture
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from controlkit import images, limits
+from controlkit.settings import USUAL_STRENGTH
 
 if TYPE_CHECKING:
     from controlkit.base import Base
@@ -43,7 +44,7 @@ class Start:
     """
 
     picture: np.ndarray
-    strength: float = 0.75
+    strength: float = USUAL_STRENGTH
     mask: np.ndarray | None = None
     paste: bool = True
 
@@ -78,8 +79,8 @@ class Start:
         """The same at another size."""
         mask = None
         if self.mask is not None:
-            grey = np.repeat(np.where(self.hole(), 255, 0).astype(np.uint8)[..., None], 3, axis=2)
-            mask = images.cover(grey, width, height, nearest=True)[..., 0]
+            mask = np.where(self.hole(), np.uint8(255), np.uint8(0))
+            mask = images.cover(mask, width, height, nearest=True)
             if not mask.any():
                 raise ValueError(
                     f"at {width}x{height} the picture is cropped, and all that is white in the mask with it"

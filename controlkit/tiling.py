@@ -38,7 +38,7 @@ class Tiles:
 
     def __post_init__(self) -> None:
         limits.check_tile(self.size)
-        if not 0.1 <= self.overlap <= 0.75:
+        if not 0.1 <= limits.number(self.overlap) <= 0.75:
             raise ValueError(f"tiles overlap by a share from 0.1 to 0.75, not {self.overlap}")
 
 

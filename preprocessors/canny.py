@@ -11,7 +11,8 @@ from controlkit.preprocessors.maps import Map, Preprocessor
 from controlkit.preprocessors.options import Range
 
 LOW, HIGH = 100.0, 200.0
-"""The thresholds that lllyasviel's ControlNets were trained with, version 1.1 excepted (random ones)."""
+"""The defaults of the original project's demo (lllyasviel/ControlNet, gradio_canny2image.py). Its networks
+were trained with thresholds drawn at random (Zhang et al. 2023, arXiv:2302.05543)."""
 
 _HIGHEST = 2041.0  # |dx| + |dy| of a 3 x 3 Sobel gradient ends at 2040
 _STRIP_PIXELS = 65536  # the gradients of one strip stay in the processor's cache
@@ -25,7 +26,7 @@ class Canny(Preprocessor):
     ``low`` and ``high`` are the hysteresis thresholds on the gradient |dx| + |dy| of 8-bit levels, which
     reaches 2040 at aperture 3: a pixel above ``high`` is an edge, and so is one above ``low`` that touches an
     edge. Each may be a range, ``(50, 150)`` or ``"50..150"``, from which a number is drawn, uniformly, for
-    each picture: adapters that are to follow any map (ControlNet 1.1) are trained so. The draw depends on
+    each picture: adapters that are to follow any map (ControlNet's own) are trained so. The draw depends on
     ``seed`` and the picture's pixels alone, so it repeats in any order and on any machine.
 
     ``auto`` chooses both from the picture: ``high`` is what a tenth of its gradients exceed (40 at least, so

@@ -11,7 +11,8 @@ from controlkit.preprocessors.maps import Map
 from controlkit.preprocessors.poseedit import scale_poses
 from controlkit.preprocessors.skeleton import COLOURS, HAND_COLOURS, HAND_EDGES, LIMBS, Poses
 
-STYLES = ("v1.1", "v1.0", "xinsir")
+USUAL_STYLE = "v1.1"
+STYLES = (USUAL_STYLE, "v1.0", "xinsir")
 """v1.1: ControlNet 1.1, controlnet_aux and the A1111 extension; v1.0: the first ControlNet, limbs blended
 over the joints; xinsir: xinsir's SDXL models, v1.1 with limbs that are thicker in large pictures."""
 
@@ -30,7 +31,7 @@ def draw_poses(
     width: int,
     height: int,
     *,
-    style: str = "v1.1",
+    style: str = USUAL_STYLE,
     hands: Iterable[np.ndarray] = (),
     faces: Iterable[np.ndarray] = (),
 ) -> np.ndarray:
@@ -70,7 +71,7 @@ def draw_poses(
 
 
 def poses_to_map(
-    poses: Poses, *, width: int | None = None, height: int | None = None, style: str = "v1.1"
+    poses: Poses, *, width: int | None = None, height: int | None = None, style: str = USUAL_STYLE
 ) -> Map:
     """Return the drawing of poses as a :class:`Map`, at their canvas's size or another.
 

@@ -7,6 +7,7 @@ import cv2
 import numpy as np
 
 from controlkit.preprocessors.depth import Depth
+from controlkit.preprocessors.depthnet import USUAL
 from controlkit.preprocessors.maps import Map, Preprocessor
 
 FLAT = math.tau
@@ -38,7 +39,7 @@ class Normal(Preprocessor):
     def __init__(
         self,
         *,
-        model: str = "depth-anything-v2-small",
+        model: str = USUAL,
         device: str = "auto",
         precision: str = "auto",
         a: float = FLAT,

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from controlkit.naming import unknown
-from controlkit.preprocessors.drawing import STYLES, draw_poses
+from controlkit.preprocessors.drawing import STYLES, USUAL_STYLE, draw_poses
 from controlkit.preprocessors.maps import Map, Preprocessor
 from controlkit.preprocessors.openposenet import OpenPoseNet, is_openpose
 from controlkit.preprocessors.people import DETECTOR, PersonDetector
@@ -46,7 +46,7 @@ class OpenPose(Preprocessor):
         *,
         model: str = "vitpose",
         threshold: float | str = "auto",
-        style: str = "v1.1",
+        style: str = USUAL_STYLE,
         hands: bool = False,
         face: bool = False,
         detector: str = DETECTOR,

@@ -44,10 +44,11 @@ def poses_from_json(
 
     Read are bodies of 18 joints and of 25 (BODY_25, what OpenPose itself writes; its middle hip and feet are
     dropped), hands of 21 points and faces of 70 or 68; null, an empty list or no key means that a part is
-    absent. Coordinates are in pixels of the canvas; where all of a file lie in [0, 1], and not all are whole,
-    they are fractions of it; where all lie in [-1, 1] and many of a person's are negative, they are what
-    OpenPose writes with ``--keypoint_scale 4``. ``width`` and ``height`` say how large the canvas is where
-    the JSON does not (OpenPose's does not). ``picture`` says which of a list, counted from 1, is meant.
+    absent. Coordinates are in pixels of the canvas; where all of a file lie in [-2, 2], and not all are
+    whole, they are fractions of it (a joint may lie outside); where all lie in [-1, 1] and many of a person's
+    are negative, they are what OpenPose writes with ``--keypoint_scale 4``. ``width`` and ``height`` say how
+    large the canvas is where the JSON does not (OpenPose's does not). ``picture`` says which of a list,
+    counted from 1, is meant.
 
     Raises:
         ValueError: one line with ``name``: a key is missing, a part has another number of points, a number is

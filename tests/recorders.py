@@ -1,10 +1,24 @@
-"""Recorders for devices without graphs: one that counts, and two that are wrong."""
+"""Recorders for devices without graphs: one that does the work again, one that counts, and two that are
+wrong."""
 
 from collections.abc import Callable
 
 from torch import Tensor
 
-from controlkit.recording import Repeater, Work
+from controlkit.recording import Work
+
+
+class Repeater:
+    """Keeps the work and does it again."""
+
+    def record(self, work: Work) -> tuple[Callable[[], None], Tensor]:
+        """Do the work once, to know its result's shape."""
+        result = work()
+
+        def again() -> None:
+            result.copy_(work())
+
+        return again, result
 
 
 class Counting(Repeater):

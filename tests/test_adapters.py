@@ -213,6 +213,11 @@ def test_folders_that_hold_something_else(folder: Path, bases: dict[str, Base], 
     refusal(folder / "config.json", bases["sd1"], "config.json is a text, not weights")
 
 
+def test_a_device_that_is_not_there(bases: dict[str, Base]) -> None:
+    with pytest.raises(ValueError, match="unknown device 'gpu': use cpu, cuda, cuda:0 or mps"):
+        load_adapter("canny", base=bases["sd1"], device="gpu")
+
+
 def test_names_that_lead_nowhere(bases: dict[str, Base]) -> None:
     refusal(
         "cany", bases["sd1"], "no adapter called 'cany' (did you mean 'canny'?); give one of canny, openpose"

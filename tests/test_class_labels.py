@@ -267,6 +267,8 @@ def test_numbers_outside_their_range() -> None:
         Told(class_label=-1)
     with pytest.raises(ValueError, match=r"is uint8 \(H, W, 3\), not float64"):
         Told(PICTURE / 255)
+    with pytest.raises(ValueError, match="a picture that a base is told is an array, not str"):
+        Told("photo.png")  # type: ignore[arg-type]
 
 
 def test_no_control_network_is_copied_from_such_a_base_or_fits_another(

@@ -1,6 +1,8 @@
 """The denoising loop against diffusers' own pipelines, on random weights of the real classes."""
 
 import inspect
+import sys
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +21,7 @@ from controlkit.base import Base
 from controlkit.control import Control
 from controlkit.controlnet import from_base
 from controlkit.infotext import SAMPLER_NAMES
-from controlkit.schedulers import NOT_OF_PICTURES
+from controlkit.schedulers import NOT_OF_PICTURES, scaled_noise
 
 # diffusers' Euler schedulers hand torch tensors to numpy in a way that numpy 2 will drop (diffusers 0.42.1).
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:diffusers")
@@ -244,6 +246,10 @@ def test_as_many_steps_as_were_trained_do_not_fit_behind_an_offset(sd1: Base) ->
         ({"guidance": float("nan")}, "guidance must be a number from 0 to 100, not nan"),
         ({"width": 60}, r"width must be a multiple of 8 .* not 60 \(nearest: 64\)"),
         ({"height": 0}, "height must be a multiple of 8"),
+        ({"width": "64"}, r"width must be a multiple of 8 from 16 to 8192, not '64'$"),
+        ({"width": float("nan")}, "width must be a multiple of 8 from 16 to 8192, not nan$"),
+        ({"clip_skip": True}, "clip_skip must be a whole number from 1"),
+        ({"prompt_syntax": None}, "unknown prompt syntax 'None'; choose from: a1111, plain"),
         ({"seeds": (-1,)}, "a seed must be a whole number from 0"),
         ({"seeds": ()}, "no seed given"),
         ({"temperature": 1.5}, "temperature must be a number from 0 to 1 for ddim, not 1.5"),
@@ -283,6 +289,8 @@ def test_numbers_of_arrays_are_numbers(sd1: Base) -> None:
         assert [control.scale_at(i, 3) for i in range(3)] == [0.5] * 3
     several = Control(controlnet, cond(), scale=np.linspace(1, 0, 3))  # type: ignore[arg-type]
     assert [several.scale_at(i, 3) for i in range(3)] == [1.0, 0.5, 0.0]
+    skipped = sampling.generate(sd1, "x", clip_skip=np.int64(2), **given)
+    assert np.array_equal(skipped, sampling.generate(sd1, "x", clip_skip=2, **given))
     for wrong in (None, "much", torch.tensor(11.0)):
         with pytest.raises(ValueError, match="a control's scale must be a number from -10 to 10, not"):
             Control(controlnet, cond(), scale=wrong)  # type: ignore[arg-type]
@@ -393,3 +401,52 @@ def test_pictures_are_handed_over_as_they_are_made(sd1: Base) -> None:
     )
     assert made == [(0, 2), (1, 4)]
     assert len(pictures) == 2
+
+
+# --- threads ---
+
+
+def test_threads_that_share_networks_take_turns(sd1: Base) -> None:
+    """Each gets the picture that it would get alone, and the networks are left as they were."""
+    controls = [Control(controlnet_of(sd1), cond())]
+    request: dict[str, Any] = {"controls": controls, "steps": 3, "width": SIZE, "height": SIZE}
+    alone = sampling.generate(sd1, "x", **request)
+    processors = [type(processor) for processor in sd1.unet.attn_processors.values()]
+    made: list[np.ndarray] = []
+    steps: list[str] = []
+    second = threading.Thread(
+        target=lambda: made.extend(
+            sampling.generate(sd1, "x", **request, callback=lambda *_: steps.append("second"))
+        )
+    )
+
+    def begin_another(done: int, *_: Any) -> None:
+        steps.append("first")
+        if done == 1:
+            second.start()
+            second.join(0.5)
+
+    made += sampling.generate(sd1, "x", **request, callback=begin_another)
+    second.join()
+    assert steps == ["first"] * 3 + ["second"] * 3
+    assert all(np.array_equal(picture, alone[0]) for picture in made)
+    assert [type(processor) for processor in sd1.unet.attn_processors.values()] == processors
+
+
+def test_threads_do_not_scale_each_others_noise(sd1: Base) -> None:
+    """diffusers' schedulers draw by a function of their module, which all threads share."""
+    scheduler = sampling.make_scheduler("ddpm", sd1)
+    module = sys.modules[type(scheduler).__module__]
+    drawn = module.randn_tensor  # type: ignore[attr-defined]
+
+    def draw() -> None:
+        with scaled_noise(scheduler, 0.5):
+            pass
+
+    other = threading.Thread(target=draw)
+    with scaled_noise(scheduler, 0.25):
+        other.start()
+        other.join(0.2)
+        assert other.is_alive(), "it waits"
+    other.join()
+    assert module.randn_tensor is drawn  # type: ignore[attr-defined]

@@ -14,7 +14,7 @@ from controlkit.figures import render
 from controlkit.metrics import ssim
 from controlkit.preprocessors import Poses, get
 from controlkit.training.reporting.measures import joints_right, measure_of
-from controlkit.training.reporting.scores import Pair, Scorer, score_control
+from controlkit.training.reporting.scores import Pair, Scorer
 from controlkit.training.world import exact_map
 
 
@@ -58,7 +58,7 @@ def test_a_copy_in_full_precision_is_scored_as_it_is_used(base, scenes):
     """With a half-precision base, in the base's precision, and itself untouched."""
     half = load_base("tiny", dtype=torch.bfloat16)
     controlnet = load_adapter("canny", base=base).controlnet
-    scores = score_control(half, controlnet, pairs_of("canny", scenes[:1]), kind="canny", steps=2)
+    scores = Scorer(half, pairs_of("canny", scenes[:1]), kind="canny", steps=2).score(controlnet)
     assert 0 <= scores.control["edge F1"] <= 1
     assert controlnet.dtype == torch.float32
 

@@ -521,6 +521,13 @@ def test_a_turned_picture_is_shown_as_it_is_read(page_dir: Path, tmp_path: Path)
     np.testing.assert_array_equal(shown, uploads.read_upload(str(tmp_path / "turned.tif")))
 
 
+def test_a_turned_photo_has_the_upright_pictures_size(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[uploads.ORIENTATION] = 6  # as a telephone that is held upright saves it
+    Image.new("RGB", (64, 48)).save(tmp_path / "turned.jpg", exif=exif)
+    assert uploads.upload_size(str(tmp_path / "turned.jpg")) == (48, 64)
+
+
 def test_what_browsers_show_and_what_is_broken_stays_as_it_came(tmp_path: Path) -> None:
     (tmp_path / "broken.tif").write_text("no picture")
     for path in (None, "photo.png", str(tmp_path / "broken.tif"), str(tmp_path / "gone.ppm")):

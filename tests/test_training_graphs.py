@@ -6,11 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from killed_runs import recipe, write_pictures
-from recorders import Counting, Deaf, Failing
+from recorders import Counting, Deaf, Failing, Repeater
 from safetensors.torch import load_file
 from tiny_models import build
 
-from controlkit.recording import Repeater
 from controlkit.training import graphs, train_recipe
 from controlkit.training.adapter import ControlNetTask
 from controlkit.training.pair import Pair

@@ -133,7 +133,7 @@ def parse_recipe(table: dict[str, Any], *, where: str, overrides: Sequence[str] 
         raise ValueError(f"{where}: no task: a recipe says what to train, one of {', '.join(sorted(_TASKS))}")
     kind = _TASKS.get(str(table["task"]))
     if kind is None:
-        raise unknown(f"task in {where}:", str(table["task"]), _TASKS)
+        raise unknown(f"task in {where}:", table["task"], _TASKS)
     try:
         return kind.model_validate(table)
     except ValidationError as error:

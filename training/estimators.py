@@ -6,9 +6,11 @@ as from photographs with the published models.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -80,28 +82,49 @@ def _save(model: Any, folder: Path, processor: str, **options: Any) -> None:
     files.write_json(folder / "preprocessor_config.json", described)
 
 
-class PoseTask(DrawnTask):
-    """Heatmaps of COCO's 17 keypoints: a Gaussian where a joint is seen, nothing where it is not."""
+class _EstimatorTask(DrawnTask):
+    """A network that estimates something of the bundled world's pictures."""
+
+    name: ClassVar[str]
+    """Of the network, among the trained modules."""
 
     def __init__(
         self,
-        recipe: PoseRecipe,
+        recipe: EstimatorRecipe,
         world: World,
         validation: World,
         device: torch.device,
         report: Callable[[str], None],
     ) -> None:
+        """Prepare the pictures, and make the network of the recipe's seed."""
         self.recipe, self.world, self.validation, self.device = recipe, world, validation, device
         self.pictures = _Pictures(recipe, world, device, report)
         torch.manual_seed(recipe.seed)
-        self.model = _build_pose(recipe).to(device)
-        self.joints = torch.from_numpy(world.joints[:, COCO_FROM_OPENPOSE])
+        self.model = self._build().to(device)
+
+    @abstractmethod
+    def _build(self) -> Any:
+        """The untrained network, of transformers' class."""
 
     def modules(self) -> dict[str, nn.Module]:
-        return {"pose": self.model}
+        return {self.name: self.model}
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         return [{"params": list(self.model.parameters()), "rate": 1.0}]
+
+
+class PoseTask(_EstimatorTask):
+    """Heatmaps of COCO's 17 keypoints: a Gaussian where a joint is seen, nothing where it is not."""
+
+    name = "pose"
+
+    def _build(self) -> Any:
+        return _build_pose(self.recipe)
+
+    @cached_property
+    def joints(self) -> Tensor:
+        """COCO's keypoints in every scene, (N, 17, 3)."""
+        return torch.from_numpy(self.world.joints[:, COCO_FROM_OPENPOSE])
 
     def loss(self, draws: Draws) -> Tensor:
         indices = draws.indices(len(self.world), self.recipe.batch_size)
@@ -168,27 +191,13 @@ def _build_pose(recipe: PoseRecipe) -> VitPoseForPoseEstimation:
     )
 
 
-class DepthTask(DrawnTask):
+class DepthTask(_EstimatorTask):
     """Relative inverse depth: 0 at a picture's farthest point, 1 at its nearest."""
 
-    def __init__(
-        self,
-        recipe: DepthRecipe,
-        world: World,
-        validation: World,
-        device: torch.device,
-        report: Callable[[str], None],
-    ) -> None:
-        self.recipe, self.world, self.validation, self.device = recipe, world, validation, device
-        self.pictures = _Pictures(recipe, world, device, report)
-        torch.manual_seed(recipe.seed)
-        self.model = _build_depth(recipe).to(device)
+    name = "depth"
 
-    def modules(self) -> dict[str, nn.Module]:
-        return {"depth": self.model}
-
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        return [{"params": list(self.model.parameters()), "rate": 1.0}]
+    def _build(self) -> Any:
+        return _build_depth(self.recipe)
 
     def loss(self, draws: Draws) -> Tensor:
         indices = draws.indices(len(self.world), self.recipe.batch_size)

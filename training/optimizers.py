@@ -158,7 +158,10 @@ def restore_state(
     tensors: Mapping[str, Tensor],
     groups: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Put back what `state_of` gave. Raises KeyError where a parameter's state is missing."""
+    """Put back what `state_of` gave; a parameter that it has no state of begins without.
+
+    Raises ValueError where there are more or fewer groups.
+    """
     by_name: dict[str, dict[str, Tensor]] = {}
     for full, tensor in tensors.items():
         name, _, key = full.rpartition("/")

@@ -81,7 +81,7 @@ def imported_bytes() -> int:
 
 def count_memory(networks: Networks, recipe: ControlNetRecipe, step: Simulated, place: Place) -> Memory:
     """The parts of the phase that needs most, and the totals of all."""
-    base = _base(networks, recipe, place)
+    base = _base(networks, place)
     trained = _trained(networks, recipe)
     encoders = _encoders(networks)
     stays = place.on_cpu or not recipe.data.cache
@@ -104,7 +104,7 @@ def count_memory(networks: Networks, recipe: ControlNetRecipe, step: Simulated, 
     return Memory(worst, phases[worst], totals)
 
 
-def _base(networks: Networks, recipe: ControlNetRecipe, place: Place) -> dict[str, int]:
+def _base(networks: Networks, place: Place) -> dict[str, int]:
     process = place.imported + _FIRST_USE if place.on_cpu else _CUDA_CONTEXT
     return {"process and libraries": process, "locked U-Net": weight_bytes([networks.unet], trained=False)}
 

@@ -38,6 +38,7 @@ from controlkit.training.config_adapter import COPIES, ControlNetRecipe
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
 
+    from controlkit.adapters import Adapter
     from controlkit.base import Base
 
 _TRUNK = ("conv_in", "time_embedding", "add_embedding", "down_blocks", "mid_block")
@@ -85,14 +86,22 @@ def started_from(
     Raises ValueError for one that does not fit the base, the recipe's variant, or the maps.
     """
     from controlkit.adapters import load_adapter
-    from controlkit.base_parts import load_unet
-    from controlkit.formats.adapter_file import open_adapter_file
-    from controlkit.formats.finding import find_adapter_file
-    from controlkit.formats.recognise import OF_BASE
-    from controlkit.transfer import transfer_state
 
     assert recipe.init is not None
     adapter = load_adapter(recipe.init, base=base, dtype=torch.float32)
+    network = adapter.controlnet
+    _check_init(recipe, adapter, channels)
+    if recipe.adapter in COPIES and not _is_made_whole(recipe.init):
+        _carry_over(recipe, adapter, base, report)
+    if recipe.only_mid_control:  # what is not trained shall not act, wherever the result is used
+        with torch.no_grad():
+            for parameter in network.controlnet_down_blocks.parameters():
+                parameter.zero_()
+    return with_low_rank(network, recipe.rank, seed=recipe.seed) if is_low_rank(recipe) else network
+
+
+def _check_init(recipe: ControlNetRecipe, adapter: Adapter, channels: int) -> None:
+    """Raise ValueError for an adapter of another variant than the recipe's, or for other maps."""
     network = adapter.controlnet
     kind = kind_of(network)
     wanted = "controlnet" if recipe.adapter in COPIES else recipe.adapter
@@ -115,23 +124,36 @@ def started_from(
             f"init {recipe.init!r} knows the maps {known or 'of others'}, in this order, and data.map_column"
             f" has {columns}"
         )
-    file = find_adapter_file(recipe.init)
-    of_base = file is not None and open_adapter_file(file).kind in OF_BASE  # made whole on this base already
-    if recipe.adapter in COPIES and not of_base:
-        new = base.unet.state_dict()
-        old = new if recipe.init_base is None else load_unet(recipe.init_base).state_dict()
-        state = network.state_dict()
-        moved = state if old is new else transfer_state(state, old, new)
-        origin = adapter.info.training.get(ENCODER)
-        doubt = "" if report is None else _doubt(state, origin, old, new)
-        if report is not None and doubt:
+
+
+def _is_made_whole(init: str) -> bool:
+    """Whether a file holds changes to a base, so that loading it made it of the present one already."""
+    from controlkit.formats.adapter_file import open_adapter_file
+    from controlkit.formats.finding import find_adapter_file
+    from controlkit.formats.recognise import OF_BASE
+
+    file = find_adapter_file(init)
+    return file is not None and open_adapter_file(file).kind in OF_BASE
+
+
+def _carry_over(
+    recipe: ControlNetRecipe, adapter: Adapter, base: Base, report: Callable[[str], None] | None
+) -> None:
+    """Move an adapter of the recipe's `init_base` to the base, and say what speaks against its coming from
+    there.
+    """
+    from controlkit.base_parts import load_unet
+    from controlkit.transfer import transfer_state
+
+    new = base.unet.state_dict()
+    old = new if recipe.init_base is None else load_unet(recipe.init_base).state_dict()
+    state = adapter.controlnet.state_dict()
+    moved = state if old is new else transfer_state(state, old, new)
+    if report is not None:
+        doubt = _doubt(state, adapter.info.training.get(ENCODER), old, new)
+        if doubt:
             report(doubt.format(init=recipe.init, old=recipe.init_base, new=recipe.base))
-        network.load_state_dict(moved)
-    if recipe.only_mid_control:  # what is not trained shall not act, wherever the result is used
-        with torch.no_grad():
-            for parameter in network.controlnet_down_blocks.parameters():
-                parameter.zero_()
-    return with_low_rank(network, recipe.rank, seed=recipe.seed) if is_low_rank(recipe) else network
+    adapter.controlnet.load_state_dict(moved)
 
 
 def _doubt(

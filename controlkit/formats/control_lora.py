@@ -14,28 +14,18 @@ nor biases. Tensors here are dicts by name, the file's names on one side and dif
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from controlkit.formats import keys
 from controlkit.formats.expected import COPIED as COPIED
+from controlkit.formats.recognise import LORA_KEY
 from controlkit.naming import first_of
 
-MARK = "lora_controlnet"
 _UP, _DOWN = ".up", ".down"
 _END = "middle_block_out.0.weight"  # the last of what is a ControlNet's own, not its base's
-
-
-def is_control_lora(names: Iterable[str]) -> bool:
-    """Whether a file with these names is a Control-LoRA."""
-    return MARK in set(names)
-
-
-def rank_of(tensors: Mapping[str, Tensor]) -> int:
-    """The largest rank in a file; 0 where nothing is of low rank."""
-    return max((tensor.shape[0] for name, tensor in tensors.items() if name.endswith(_DOWN)), default=0)
 
 
 def expand(tensors: Mapping[str, Tensor], unet_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -44,7 +34,7 @@ def expand(tensors: Mapping[str, Tensor], unet_state: Mapping[str, Tensor]) -> d
     Raises ValueError for a factor without its partner, factors of another shape than the base's weight, a
     name that the base's encoder has not, and where a ControlNet's own parts are missing.
     """
-    left = {name: tensor for name, tensor in tensors.items() if name != MARK}
+    left = {name: tensor for name, tensor in tensors.items() if name != LORA_KEY}
     # How many layers a level has is the base's to say: of the file's names some may be absent.
     layers = keys.counts_of_diffusers(unet_state).layers
     counts = keys.Counts(layers, keys.counts_of_original(left).hint_convs)
@@ -138,7 +128,7 @@ def reduce(
     counts = keys.counts_of_diffusers(controlnet_state)
     base = encoder_of(unet_state)
     _check_complete(controlnet_state, base)
-    tensors = {MARK: torch.zeros(0)}
+    tensors = {LORA_KEY: torch.zeros(0)}
     for key, tensor in controlnet_state.items():
         name = keys.to_original(key, counts)
         if name is None:

@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from controlkit.formats import keys, lllite_keys
+from controlkit.formats.recognise import LORA_KEY
 
 if TYPE_CHECKING:
     from controlkit.formats.adapter_file import AdapterFile
@@ -312,7 +313,7 @@ def _is_whole_lora(found: Tensors, unet: Mapping[str, Any]) -> bool:
     if wanted is None:
         return False
     counts = keys.Counts(unet.get("layers_per_block", 2), len(hint))
-    left = {name: shape for name, shape in found.items() if name != "lora_controlnet"}
+    left = {name: shape for name, shape in found.items() if name != LORA_KEY}
     for key, shape in wanted.items():
         name = keys.to_original(key, counts)
         if name is None or not _is_given(name, shape, left, needed=not key.startswith(COPIED)):

@@ -13,9 +13,7 @@ from controlkit.metrics.pose import oks
 THRESHOLDS = tuple(float(t) for t in np.linspace(0.5, 0.95, 10))
 _MOST_FOUND = 20  # detections of a picture that count, as in COCO's evaluation of keypoints
 _RECALLS = np.linspace(0, 1, 101)
-_AREA_OF_BOX = (
-    0.53  # a person's area in units of the box around the joints, as xtcocotools and MMPose take it
-)
+_AREA_OF_BOX = 0.53  # a person's area by that of the box around the joints, as in xtcocotools and MMPose
 
 
 @dataclass(frozen=True, eq=False)

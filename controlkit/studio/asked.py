@@ -14,6 +14,8 @@ import numpy as np
 from controlkit import files, generate_job
 from controlkit.arguments import control_text
 from controlkit.images import encode_png
+from controlkit.rules import USUAL_MODE
+from controlkit.settings import USUAL_SCHEDULER, USUAL_STEPS
 
 if TYPE_CHECKING:
     from controlkit.generate_plan import Plan
@@ -37,7 +39,7 @@ class AskedControl:
     scale: float = 1.0
     start: float = 0.0
     end: float = 1.0
-    mode: str = "balanced"
+    mode: str = USUAL_MODE
     adapter: str = ""
 
 
@@ -51,9 +53,9 @@ class Asked:
     negative_prompt: str | None = None
     seed: int = 0
     count: int = 1
-    steps: int = 20
+    steps: int = USUAL_STEPS
     guidance: float | None = None
-    scheduler: str = "ddim"
+    scheduler: str = USUAL_SCHEDULER
     prompt_syntax: str = "plain"
     width: int | None = None
     height: int | None = None

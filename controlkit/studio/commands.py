@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from controlkit.arguments import control_text, number_text
 from controlkit.devices import usual_dtype
 from controlkit.infotext import PictureRecord
+from controlkit.rules import USUAL_MODE
 
 OUTPUT = "again.png"  # what both write
 
@@ -54,7 +55,7 @@ def script(record: PictureRecord) -> str:
         how = [f"kind={control.kind!r}", f"scale={control.scale!r}"]
         how += [f"start={control.start!r}"] if control.start != 0 else []
         how += [f"end={control.end!r}"] if control.end != 1 else []
-        how += [f"mode={control.mode!r}"] if control.mode != "balanced" else []
+        how += [f"mode={control.mode!r}"] if control.mode != USUAL_MODE else []
         lines.append(f"    Control({adapter}, {control.path!r}, {', '.join(how)}),")
     lines += [
         "]",

@@ -10,6 +10,7 @@ from controlkit import demo, figures
 from controlkit.images import encode_png
 from controlkit.prompt_syntax import SYNTAXES
 from controlkit.schedulers import SCHEDULERS
+from controlkit.settings import USUAL_SCHEDULER, USUAL_STEPS
 from controlkit.studio.asked import MOST_PICTURES, MOST_STEPS
 from controlkit.studio.components import Picture, Slider
 from controlkit.studio.drawn import IS_MAP, Maps
@@ -107,11 +108,11 @@ class CreateTab:
             self.negative = gr.Textbox("", label="Negative prompt", placeholder="What it should not show")
             with gr.Row():
                 self.seed = gr.Textbox(label="Seed", placeholder="another one each time")
-                self.steps = Slider(1, MOST_STEPS, 20, step=1, label="Steps")
+                self.steps = Slider(1, MOST_STEPS, USUAL_STEPS, step=1, label="Steps")
             with gr.Row():
                 self.guidance = gr.Textbox(label="Guidance", placeholder="the base's own")
                 self.scheduler = gr.Dropdown(
-                    list(SCHEDULERS), value="ddim", label="Scheduler", info=SCHEDULER_INFO
+                    list(SCHEDULERS), value=USUAL_SCHEDULER, label="Scheduler", info=SCHEDULER_INFO
                 )
             self.syntax = gr.Dropdown(
                 [(SYNTAX_NAMES.get(name, name), name) for name in SYNTAXES],

@@ -13,6 +13,7 @@ import numpy as np
 
 from controlkit import images, preprocessors
 from controlkit.generate_models import Models
+from controlkit.preprocessors.canny import HIGH, LOW
 
 if TYPE_CHECKING:
     from controlkit.base import Base
@@ -38,8 +39,8 @@ class Wish:
 
     kind: str
     is_map: bool = False
-    low: float = 100.0
-    high: float = 200.0
+    low: float = LOW
+    high: float = HIGH
 
 
 class Stopped(Exception):

@@ -11,6 +11,7 @@ import gradio as gr
 import numpy as np
 
 from controlkit.infotext import PictureRecord
+from controlkit.rules import USUAL_MODE
 from controlkit.studio.commands import command, script
 from controlkit.studio.components import Picture
 from controlkit.studio.toasts import readable
@@ -148,7 +149,7 @@ def about(record: PictureRecord) -> str:
     for control in record.controls:
         how = [f"{control.scale:g}"] if isinstance(control.scale, float | int) else []
         how += [f"{control.start:g} to {control.end:g}"] if (control.start, control.end) != (0, 1) else []
-        how += [control.mode] if control.mode != "balanced" else []
+        how += [control.mode] if control.mode != USUAL_MODE else []
         how += [_adapter(control.adapter)] if control.adapter != control.kind else []
         rows.append((title(control.kind), ", ".join(how)))
     cells = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in rows)

@@ -13,7 +13,7 @@ import numpy as np
 
 from controlkit import images, preprocessors
 from controlkit.preprocessors.canny import HIGH, LOW
-from controlkit.rules import MODES
+from controlkit.rules import MODES, USUAL_MODE
 from controlkit.studio.asked import AskedControl, between, whole
 from controlkit.studio.components import Picture, Slider
 from controlkit.studio.drawn import IS_MAP, Drawn, MadeOf, Maps
@@ -86,7 +86,7 @@ class Slot:
                 self.start = Slider(0, 1, 0, step=0.05, label="From", min_width=120)
                 self.end = Slider(0, 1, 1, step=0.05, label="Until", min_width=120)
             self.mode = gr.Dropdown(
-                [(MODE_NAMES.get(mode, mode), mode) for mode in MODES], value="balanced", label="Mode"
+                [(MODE_NAMES.get(mode, mode), mode) for mode in MODES], value=USUAL_MODE, label="Mode"
             )
             self.adapter = gr.Dropdown([(OWN, "")], value="", label="Adapter")
             if number > 1:

@@ -51,9 +51,9 @@ def displayable(path: str | None) -> Any:
 
 
 def upload_size(path: str) -> tuple[int, int]:
-    """Width and height of an uploaded picture, by its header. Raises ValueError as `read_upload`."""
+    """Width and height of an uploaded picture, upright, by its header. Raises ValueError as `read_upload`."""
     try:
-        return images.check_picture(path, max_pixels=MAX_PIXELS)
+        return images.picture_size(path, max_pixels=MAX_PIXELS)
     except ValueError as error:
         raise ValueError(str(error).replace(path, os.path.basename(path))) from error
 

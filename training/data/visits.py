@@ -109,6 +109,7 @@ class Visits:
         options = sorted((name, value) for name, value in data.options.items() if name not in idle)
         self.map_settings = f"{'made' if is_made else 'read on black'} {made_of} {options}"
         if self._maker is None:
+            self._style = _draw_style(data)
             self._check_files()
 
     def views(self, index: int) -> list[View]:
@@ -226,7 +227,7 @@ class Visits:
                 poses.people,
                 view.width,
                 view.height,
-                style=self._data.options.get(STYLE, "v1.1"),
+                style=self._style,
                 hands=poses.hands,
                 faces=poses.faces,
             )
@@ -246,11 +247,6 @@ class Visits:
 
     def _check_files(self) -> None:
         """Refuse at once what the options and the first example that can be read show."""
-        style = self._data.options.get(STYLE, "v1.1")
-        from controlkit.preprocessors.drawing import STYLES
-
-        if style not in STYLES:
-            raise unknown("draw style", str(style), STYLES)
         if self._first is not None:
             self._check_maps(self._examples[self._first])
             if self._data.flip:
@@ -281,6 +277,16 @@ class Visits:
         import cv2
 
         return cv2.GaussianBlur(levels, (0, 0), sigma).reshape(levels.shape)
+
+
+def _draw_style(data: DataRecipe) -> str:
+    """The style of `draw_poses` for poses from files. Raises ValueError for an unknown one."""
+    from controlkit.preprocessors.drawing import STYLES, USUAL_STYLE
+
+    style = data.options.get(STYLE, USUAL_STYLE)
+    if style not in STYLES:
+        raise unknown("draw style", style, STYLES)
+    return str(style)
 
 
 def _maker(kind: str, data: DataRecipe) -> Any:

@@ -18,6 +18,7 @@ from controlkit.base_parts import BUNDLED
 from controlkit.folders import weight_files
 from controlkit.formats.finding import BUNDLED_ADAPTERS, find_adapter_file, find_adapter_folder
 from controlkit.precisions import torch_name
+from controlkit.settings import USUAL_SCHEDULER
 from controlkit.training.data.made_maps import range_ends
 
 WORLD = "world"
@@ -68,7 +69,7 @@ class Request:
     seeds: int = SEEDS
     steps: int = STEPS
     guidance: float | None = None
-    scheduler: str = "ddim"
+    scheduler: str = USUAL_SCHEDULER
     negative_prompt: str | None = None
     device: str = "auto"
     dtype: str | None = None

@@ -162,13 +162,6 @@ class Scorer:
         )[0]
 
 
-def score_control(
-    base: Base, controlnet: ControlNetModel, pairs: Sequence[Pair], *, kind: str, **options: Any
-) -> ControlScores | None:
-    """Scores of one control network, once; `options` are `Scorer`'s. None where it cannot be scored."""
-    return Scorer(base, pairs, kind=kind, **options).score(controlnet)
-
-
 def as_used(controlnet: ControlNetModel, base: Base) -> ControlNetModel:
     """The network in the base's precision, in which it will be used; itself where that is its own."""
     if controlnet.dtype == base.dtype:
