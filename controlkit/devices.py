@@ -21,8 +21,15 @@ def pick_device(name: str, dtype: str | None, *, base: str) -> tuple[str, torch.
     import torch
 
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = gpu_or_cpu()
     return name, getattr(torch, torch_name(dtype or usual_dtype(name, base=base)))
+
+
+def gpu_or_cpu() -> str:
+    """The device where nobody chose one: a CUDA GPU if there is one, else the CPU, whose results repeat."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def usual_dtype(device: str, *, base: str) -> str:

@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from controlkit.decoding import orientation
 from controlkit.files import PathLike, write_bytes
 from controlkit.images import DECODE_ERRORS, DEFAULT_MAX_PIXELS, load_picture
 from controlkit.preprocessors.exr import UnreadKind, read_exr
@@ -233,8 +234,9 @@ def _read_raster(data: bytes, name: str) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(data), formats=["PNG", "TIFF"]) as image:
             _check_size(*image.size, name)
+            turn = orientation(image, name) if image.format == "PNG" else 1  # TIFF is turned as it is decoded
             if image.mode == "F" or image.mode.startswith("I"):
-                return np.asarray(image)
+                return _upright(np.asarray(image), turn)
             is_deep = _is_deep(image, data)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise _Refused(f"{name} is too large: at most {DEFAULT_MAX_PIXELS:,} pixels are read") from error
@@ -245,8 +247,17 @@ def _read_raster(data: bytes, name: str) -> np.ndarray:
     picture = load_picture(data)  # refuses what is cut short, which OpenCV reads without a word
     if is_deep:  # 16 bits in several channels, which Pillow reduces to 8
         deep: np.ndarray | None = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
-        return picture if deep is None else deep
+        return picture if deep is None else _upright(deep, turn)
     return picture
+
+
+def _upright(values: np.ndarray, orientation: int) -> np.ndarray:
+    """Rows and columns as EXIF's orientation, 1 to 8, says that they are to be seen."""
+    if orientation >= 5:  # rows are columns
+        values = values.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        values = values[::-1]
+    return values[:, ::-1] if orientation in (2, 3, 6, 7) else values
 
 
 def _read_grey(data: bytes, name: str) -> np.ndarray:

@@ -11,11 +11,13 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 from skimage import data
 
 from controlkit import preprocessors
+from controlkit.images import load_picture
 from controlkit.preprocessors import depth_to_map, read_depth, write_depth_npy, write_depth_png16
 from controlkit.training.data.map_files import read_levels
 
@@ -528,3 +530,38 @@ def test_a_grey_map_of_16_bits_keeps_its_numbers() -> None:
         b"P2 64 48 65535\n" + b" ".join(b"%d" % value for value in millimetres.ravel()),
     ):
         assert np.array_equal(read_depth(content), millimetres)
+
+
+PHOTOMETRIC = {1: "minisblack", 3: "rgb"}
+
+
+def _exif_chunk(exif: Image.Exif) -> bytes:
+    """A PNG's, behind its header."""
+    body = b"eXIf" + exif.tobytes().removeprefix(b"Exif\0\0")
+    return struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("turn", range(1, 9))
+@pytest.mark.parametrize("suffix", ["png", "tiff"])
+def test_depth_that_lies_on_its_side_is_turned_as_a_picture_is(suffix: str, turn: int, channels: int) -> None:
+    levels = np.random.default_rng(0).integers(0, 256, (20, 30), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    picture, deep = io.BytesIO(), io.BytesIO()
+    Image.fromarray(levels).save(picture, "png", exif=exif)
+    expected = load_picture(picture.getvalue())[..., 0]
+    values = np.dstack([levels.astype(np.uint16) * 257] * channels)
+    if suffix == "tiff":
+        tifffile.imwrite(
+            deep, values.squeeze(), photometric=PHOTOMETRIC[channels], extratags=[(274, 3, 1, turn)]
+        )
+    elif channels == 1:
+        Image.fromarray(values[..., 0]).save(deep, "png", exif=exif)
+    else:
+        plain = _png(values)
+        end_of_header = 8 + 25
+        deep.write(plain[:end_of_header] + _exif_chunk(exif) + plain[end_of_header:])
+    content, wanted = deep.getvalue(), expected.astype(np.uint16) * 257
+    assert np.array_equal(read_depth(content), wanted)
+    assert np.array_equal(read_levels(content, "it", grey=True, depth=False), wanted)

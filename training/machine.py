@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from controlkit.devices import check_device
+from controlkit.devices import check_device, gpu_or_cpu
 from controlkit.processes import Processes
 from controlkit.training import sharding, zero_config
 from controlkit.training.config_base import Recipe
@@ -112,7 +112,7 @@ class Machine:
 def device_name(recipe: Recipe) -> str:
     """The recipe's device, "auto" resolved. Raises ValueError where it is unknown or absent."""
     if recipe.device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return gpu_or_cpu()
     try:
         return str(check_device(recipe.device))
     except ValueError as error:

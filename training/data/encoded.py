@@ -137,7 +137,8 @@ class Encoded:
             return ""
         total = hashlib.sha256()
         for index in indices:
-            total.update(" ".join([*self._content[index], *self.examples[index].captions]).encode())
+            captions = "\0".join(self.examples[index].captions)  # several are not one of their words
+            total.update(" ".join([*self._content[index], captions]).encode())
         return total.hexdigest()
 
     def outline(self, turn: Turn) -> Outline:

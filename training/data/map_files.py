@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _NO_PICTURES = (b"\x93NUMPY", b"PK\x03\x04", b"Pf", b"PF", b"v/1\x01")  # npy, npz, pfm, exr
 _PNG, _TIFFS = b"\x89PNG", (b"II*\0", b"MM\0*")
 _BIT_DEPTH = 24  # where a PNG says how many bits its channels have
-_ORIENTATION, _BITS_PER_SAMPLE = 0x0112, 258  # tags of EXIF and TIFF
+_BITS_PER_SAMPLE = 258  # tag of TIFF
 _GREY_TOLERANCE = 8  # levels of 255 by which channels may differ: what JPEG does to a grey picture
 
 
@@ -113,13 +113,9 @@ def _is_deep_tiff(content: bytes) -> bool:
         with Image.open(io.BytesIO(content), formats=["TIFF"]) as image:
             tags: Any = getattr(image, "tag_v2", {})
             bits = tags.get(_BITS_PER_SAMPLE, (8,))
-            is_deep = max(bits if isinstance(bits, tuple) else (bits,)) > 8
-            is_turned = tags.get(_ORIENTATION, 1) != 1
+            return bool(max(bits if isinstance(bits, tuple) else (bits,)) > 8)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return False  # whoever decodes it says what is wrong
-    if is_deep and is_turned:
-        raise ValueError("the data given has more than 8 bits and an EXIF orientation: save it upright")
-    return is_deep
 
 
 def _is_float(content: bytes | NDArray[Any]) -> bool:
@@ -129,7 +125,7 @@ def _is_float(content: bytes | NDArray[Any]) -> bool:
     if content.startswith(_PNG):
         return False
     with Image.open(io.BytesIO(content)) as image:
-        return not image.mode.startswith("I;16")
+        return image.mode in ("F", "I")  # in RGB Pillow shows 16 bits as 8
 
 
 def _depth_levels(
