@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -143,6 +144,9 @@ def parse_axes(texts: Sequence[str]) -> list[Axis]:
     keys = {axis.key for axis in axes}
     if len(keys) < len(axes):
         raise ValueError(f"--grid varies {axes[0].key} twice")
+    for one, other in permutations(axes, 2):
+        if one.name == one.key == other.name:
+            raise ValueError(f"--grid varies {other.key} twice: {one.key} is that of every control")
     if "size" in keys and keys & {"width", "height"}:
         raise ValueError("--grid varies the size twice: give size alone, or width and height")
     count = int(np.prod([len(axis.values) for axis in axes]))
@@ -168,7 +172,7 @@ def _axis(text: str) -> Axis:
 def _values(name: str, rest: str) -> list[Any]:
     if name in _TEXTS and "|" not in rest:
         raise ValueError("texts are parted by |, as prompt=a red cube|a blue cube")
-    parts = [part.strip() for part in rest.split("|")] if "|" in rest else rest.split(",")
+    parts = [part.strip() for part in rest.split("|" if "|" in rest else ",")]
     if name in _CONTROL_KEYS and name != "adapter":
         return [arguments.parse_control_setting(name, part) for part in parts]
     first, dots, last = rest.partition("..")

@@ -45,6 +45,8 @@ def test_axes_are_read() -> None:
         Axis("seed", (1, 2, 3, 4)),
     ]
     assert parse_axes(["mode=balanced,prompt"]) == [Axis("mode", ("balanced", "prompt"))]
+    assert parse_axes(["scheduler=ddim, euler"]) == [Axis("scheduler", ("ddim", "euler"))]
+    assert parse_axes(["adapter=one, other"]) == [Axis("adapter", ("one", "other"))]
     assert Axis("scale", ()).label((1.0, 0.5)) == "scale=1..0.5"
 
 
@@ -56,6 +58,8 @@ def test_axes_are_read() -> None:
         (["seed=4..1"], "4..1 runs backwards"),
         (["seed=1..100", "scale=1,2,3,4,5"], "would make 500 pictures; 400 is the most"),
         (["scale=1", "scale=2"], "varies scale twice"),
+        (["scale=1", "canny.scale=0,1"], "varies canny.scale twice: scale is that of every control"),
+        (["canny.scale=0,1", "scale=1"], "varies canny.scale twice: scale is that of every control"),
         (["scale=1", "seed=1", "steps=2"], "varies one setting or two, not 3"),
         (["scale=1,12"], "scale must be a number from -10 to 10, not 12.0"),
         (["steps=0,2"], "steps must be a whole number from 1 to 1000, not 0"),
@@ -165,6 +169,7 @@ def test_texts_as_axes(run: Run, models: Path, photo: Path) -> None:
     assert [(one["prompt"], one["negative_prompt"]) for one in told_on("grid.png")] == [
         (prompt, negative) for negative in (None, "grey") for prompt in ("a cube, red", "a (blue:1.2) cube")
     ]
+    assert "note: '(blue:1.2)' is read as text" in told.err  # of the second prompt
     told = run("generate", "a cube", *fixed[1:], *axes, "-o", "grid.png")
     assert "--grid varies the prompt: leave out 'a cube'" in told.refused()
 
