@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import permutations
+from functools import cached_property
+from itertools import permutations, takewhile
 from typing import Any
 
 import numpy as np
@@ -63,6 +64,7 @@ _SESSION_KEYS: Mapping[str, Callable[[str], Any]] = {  # of what is loaded, and 
 }
 _CONTROL_KEYS = ("scale", "start", "end", "gate", "mode", "layers", "only_mid", "adapter")
 _TEXTS = ("prompt", "negative_prompt")
+_MOST_SHARED = 12  # letters with which all texts of an axis begin, and that their labels repeat
 _ALSO = {"negative": "negative_prompt"}  # as the option is called, too
 _KNOWN = (*_PICTURE_KEYS, *_SESSION_KEYS, *_CONTROL_KEYS)
 
@@ -97,10 +99,22 @@ class Axis:
         """Whether it decides what is loaded, or the pictures' size, which the maps have."""
         return self.name in _SESSION_KEYS or self.name == "adapter"
 
+    @property
+    def is_text(self) -> bool:
+        """Whether its values are texts, which may be long."""
+        return self.key in _TEXTS
+
+    @cached_property
+    def _shared(self) -> str:
+        """The words with which all texts begin: a label has room for what tells them apart."""
+        rows = zip(*(value.split(" ")[:-1] for value in self.values), strict=False)
+        return "".join(f"{row[0]} " for row in takewhile(lambda row: len({*row}) == 1, rows))
+
     def label(self, value: Any) -> str:
         """How a value is named on the sheet."""
-        if self.key in _TEXTS:
-            return value if self.key == "prompt" else f"negative: {value}"
+        if self.is_text:
+            told = f"...{value[len(self._shared) :]}" if len(self._shared) > _MOST_SHARED else value
+            return told if self.key == "prompt" else f"negative: {told}"
         if self.key == "size":
             return f"{value[0]}x{value[1]}"
         shown = "..".join(f"{number:g}" for number in value) if isinstance(value, tuple) else value

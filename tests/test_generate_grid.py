@@ -109,6 +109,18 @@ def other_adapter(models: Path, folder: str) -> str:
     return folder
 
 
+def test_labels_have_room_for_what_tells_pictures_apart() -> None:
+    texts = ("a portrait of a woman", "a portrait of a woman, red hair", "a portrait of a man")
+    assert [Axis("prompt", texts).label(text) for text in texts] == [
+        "...woman",
+        "...woman, red hair",
+        "...man",
+    ]
+    assert Axis("negative_prompt", ("", "grey")).label("grey") == "negative: grey"
+    short = Axis("prompt", ("a cat", "a dog"))
+    assert short.label("a dog") == "a dog"
+
+
 def check_sheet(run: Run, sheet: str, columns: int, pictures: list[tuple[str, list[object]]]) -> None:
     """Every picture of a sheet is the one that its settings alone make, under its label."""
     cells = []
@@ -170,6 +182,8 @@ def test_texts_as_axes(run: Run, models: Path, photo: Path) -> None:
         (prompt, negative) for negative in (None, "grey") for prompt in ("a cube, red", "a (blue:1.2) cube")
     ]
     assert "note: '(blue:1.2)' is read as text" in told.err  # of the second prompt
+    told = run(*fixed, *axes[:2], "seed=1,2", "-o", "grid.png")
+    assert "picture 4 of 4: seed=2, a (blue:1.2) cube" in told.err  # the long text last: it may be cut off
     told = run("generate", "a cube", *fixed[1:], *axes, "-o", "grid.png")
     assert "--grid varies the prompt: leave out 'a cube'" in told.refused()
 
