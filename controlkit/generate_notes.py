@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from controlkit import __version__, preprocessors, rules
+from controlkit import __version__, preprocessors, prompt_syntax, rules
 from controlkit.infotext import ControlRecord, PictureRecord
 from controlkit.usual_guidance import is_told_guidance, usual_guidance
 
@@ -59,9 +59,11 @@ def of_words(words: Iterable[str], prompts: Iterable[str]) -> Iterator[str]:
 
 
 def without_effect(job: Plan, variants: Sequence[Variant], varied: Collection[str] = ()) -> Iterator[str]:
-    """What is asked for and changes nothing. variants: all pictures; varied: the settings of a grid."""
+    """What is asked for and changes nothing, or is read as text. variants: all pictures; varied: the settings
+    of a grid."""
     options, given = job.options, {*job.given, *varied}
     settings = [one for one, _ in variants]
+    yield from _of_texts(settings)
     by_clip = any(one.clip_guidance for one in settings)
     if "clip" in given and options.clip and not by_clip:
         yield "--clip has no effect without --clip-guidance, as in --clip-guidance 30"
@@ -82,6 +84,17 @@ def without_effect(job: Plan, variants: Sequence[Variant], varied: Collection[st
     if "temperature" not in given and any(one.temperature != options.temperature for one in settings):
         yield f"the temperature {options.temperature} is left out for the schedulers that do not take it"
     yield from _of_windows(job, variants)
+
+
+def _of_texts(settings: Sequence[Options]) -> Iterator[str]:
+    """Of prompts with marks that are read as text; each is told once."""
+    lines = (
+        line
+        for one in settings
+        for text in (one.prompt, one.negative_prompt or "")
+        for line in prompt_syntax.notes(text, one.prompt_syntax)
+    )
+    yield from dict.fromkeys(lines)
 
 
 def _of_guidance(asked: Sequence[str], settings: Sequence[Options]) -> Iterator[str]:

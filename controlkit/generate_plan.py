@@ -25,7 +25,6 @@ from controlkit import (
     limits,
     naming,
     preprocessors,
-    prompt_syntax,
 )
 from controlkit.additions import Additions
 from controlkit.formats.description import INPAINT as INPAINT
@@ -177,8 +176,6 @@ def plan(
         kinds = {"loras": loras, "embeddings": embeddings, "ip_adapters": ip_adapters}
         left_out = earlier.left_out(given, [kind for kind, texts in kinds.items() if texts])
         notes = [*generate_notes.of_versions(earlier.record), *left_out, *notes]
-    for text in (options.prompt, options.negative_prompt or ""):
-        notes += prompt_syntax.notes(text, options.prompt_syntax)
     notes += generate_notes.of_maps(sources)
     return Plan(options, tuple(sources), tuple(outputs), beginning, tuple(notes), added, frozenset(given))
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import permutations, takewhile
 from typing import Any
 
 import numpy as np
@@ -65,6 +67,7 @@ _SESSION_KEYS: Mapping[str, Callable[[str], Any]] = {  # of what is loaded, and 
 }
 _CONTROL_KEYS = ("scale", "start", "end", "gate", "mode", "layers", "only_mid", "adapter")
 _TEXTS = ("prompt", "negative_prompt")
+_MOST_SHARED = 12  # letters with which all texts of an axis begin, and that their labels repeat
 _ALSO = {"negative": "negative_prompt"}  # as the option is called, too
 _KNOWN = (*_PICTURE_KEYS, *_SESSION_KEYS, *_CONTROL_KEYS)
 
@@ -99,10 +102,22 @@ class Axis:
         """Whether it decides what is loaded, or the pictures' size, which the maps have."""
         return self.name in _SESSION_KEYS or self.name == "adapter"
 
+    @property
+    def is_text(self) -> bool:
+        """Whether its values are texts, which may be long."""
+        return self.key in _TEXTS
+
+    @cached_property
+    def _shared(self) -> str:
+        """The words with which all texts begin: a label has room for what tells them apart."""
+        rows = zip(*(value.split(" ")[:-1] for value in self.values), strict=False)
+        return "".join(f"{row[0]} " for row in takewhile(lambda row: len({*row}) == 1, rows))
+
     def label(self, value: Any) -> str:
         """How a value is named on the sheet."""
-        if self.key in _TEXTS:
-            return value if self.key == "prompt" else f"negative: {value}"
+        if self.is_text:
+            told = f"...{value[len(self._shared) :]}" if len(self._shared) > _MOST_SHARED else value
+            return told if self.key == "prompt" else f"negative: {told}"
         if self.key == "size":
             return f"{value[0]}x{value[1]}"
         shown = "..".join(f"{number:g}" for number in value) if isinstance(value, tuple) else value
@@ -146,6 +161,9 @@ def parse_axes(texts: Sequence[str]) -> list[Axis]:
     keys = {axis.key for axis in axes}
     if len(keys) < len(axes):
         raise ValueError(f"--grid varies {axes[0].key} twice")
+    for one, other in permutations(axes, 2):
+        if one.name == one.key == other.name:
+            raise ValueError(f"--grid varies {other.key} twice: {one.key} is that of every control")
     if "size" in keys and keys & {"width", "height"}:
         raise ValueError("--grid varies the size twice: give size alone, or width and height")
     count = int(np.prod([len(axis.values) for axis in axes]))
@@ -171,7 +189,7 @@ def _axis(text: str) -> Axis:
 def _values(name: str, rest: str) -> list[Any]:
     if name in _TEXTS and "|" not in rest:
         raise ValueError("texts are parted by |, as prompt=a red cube|a blue cube")
-    parts = [part.strip() for part in rest.split("|")] if "|" in rest else rest.split(",")
+    parts = [part.strip() for part in rest.split("|" if "|" in rest else ",")]
     if name in _CONTROL_KEYS and name != "adapter":
         return [arguments.parse_control_setting(name, part) for part in parts]
     first, dots, last = rest.partition("..")

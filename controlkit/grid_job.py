@@ -128,7 +128,8 @@ def _cells(job: Plan, axes: Sequence[Axis]) -> list[_Cell]:
     """Every picture, row by row; the first axis is that of the columns."""
     found = []
     for told in _combinations(axes):
-        label = ", ".join(axis.label(value) for axis, value in told.items())
+        texts_last = sorted(told, key=lambda axis: axis.is_text)  # which may be cut off
+        label = ", ".join(axis.label(told[axis]) for axis in texts_last)
         loads = tuple((axis.key, value) for axis, value in told.items() if axis.is_of_session)
         found.append(_Cell(_planned(job, told), label, loads))
     return found

@@ -88,8 +88,8 @@ def _transformer(transformer: Any, x: Tensor, encoder_hidden_states: Tensor) -> 
         x = transformer.proj_in(x.permute(0, 2, 3, 1).reshape(count, height * width, -1))
     else:
         x = transformer.proj_in(x).permute(0, 2, 3, 1).reshape(count, height * width, -1)
-    first, *others = transformer.transformer_blocks
-    x = _transformer_block(first, x, encoder_hidden_states)
+    first, others = transformer.transformer_blocks[:1], transformer.transformer_blocks[1:]
+    x = _transformer_block(first[0], x, encoder_hidden_states) if first else repeat_rows(x, rows)
     for block in others:
         x = block(x, encoder_hidden_states=encoder_hidden_states)
     x = transformer.proj_out(x) if transformer.use_linear_projection else x

@@ -1,5 +1,6 @@
 """Contact sheets: labelled grids of pictures, for eyes."""
 
+from bisect import bisect_left
 from collections.abc import Sequence
 
 import numpy as np
@@ -77,8 +78,12 @@ def _fit(picture: np.ndarray, cell: int) -> np.ndarray:
 def _shorten(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
     """Cut ``text``, with an ellipsis, to at most ``width`` pixels; line ends become blanks."""
     text = " ".join(text.split())
-    if font.getlength(text) <= width:
+    if len(text) <= width and font.getlength(text) <= width:
         return text
-    while text and font.getlength(text + "...") > width:
-        text = text[:-1]
-    return text.rstrip() + "..."
+
+    def is_too_long(count: int) -> bool:
+        return font.getlength(f"{text[: count + 1]}...") > width
+
+    # By halving, of no more letters than pixels: a prompt may be long, and a grid's sheet is drawn often.
+    count = bisect_left(range(min(len(text), width)), True, key=is_too_long)
+    return text[:count].rstrip() + "..."

@@ -45,6 +45,8 @@ def test_axes_are_read() -> None:
         Axis("seed", (1, 2, 3, 4)),
     ]
     assert parse_axes(["mode=balanced,prompt"]) == [Axis("mode", ("balanced", "prompt"))]
+    assert parse_axes(["scheduler=ddim, euler"]) == [Axis("scheduler", ("ddim", "euler"))]
+    assert parse_axes(["adapter=one, other"]) == [Axis("adapter", ("one", "other"))]
     assert Axis("scale", ()).label((1.0, 0.5)) == "scale=1..0.5"
 
 
@@ -56,6 +58,8 @@ def test_axes_are_read() -> None:
         (["seed=4..1"], "4..1 runs backwards"),
         (["seed=1..100", "scale=1,2,3,4,5"], "would make 500 pictures; 400 is the most"),
         (["scale=1", "scale=2"], "varies scale twice"),
+        (["scale=1", "canny.scale=0,1"], "varies canny.scale twice: scale is that of every control"),
+        (["canny.scale=0,1", "scale=1"], "varies canny.scale twice: scale is that of every control"),
         (["scale=1", "seed=1", "steps=2"], "varies one setting or two, not 3"),
         (["scale=1,12"], "scale must be a number from -10 to 10, not 12.0"),
         (["steps=0,2"], "steps must be a whole number from 1 to 1000, not 0"),
@@ -103,6 +107,18 @@ def other_adapter(models: Path, folder: str) -> str:
     network = tiny_models.randomize_zero_convs(from_base(base, seed=2), seed=2)
     save_adapter(network, folder, info=AdapterInfo(map=MAPS["canny"], family="sd1"))
     return folder
+
+
+def test_labels_have_room_for_what_tells_pictures_apart() -> None:
+    texts = ("a portrait of a woman", "a portrait of a woman, red hair", "a portrait of a man")
+    assert [Axis("prompt", texts).label(text) for text in texts] == [
+        "...woman",
+        "...woman, red hair",
+        "...man",
+    ]
+    assert Axis("negative_prompt", ("", "grey")).label("grey") == "negative: grey"
+    short = Axis("prompt", ("a cat", "a dog"))
+    assert short.label("a dog") == "a dog"
 
 
 def check_sheet(run: Run, sheet: str, columns: int, pictures: list[tuple[str, list[object]]]) -> None:
@@ -172,6 +188,9 @@ def test_texts_as_axes(run: Run, models: Path, photo: Path) -> None:
     assert [(one["prompt"], one["negative_prompt"]) for one in told_on("grid.png")] == [
         (prompt, negative) for negative in (None, "grey") for prompt in ("a cube, red", "a (blue:1.2) cube")
     ]
+    assert "note: '(blue:1.2)' is read as text" in told.err  # of the second prompt
+    told = run(*fixed, *axes[:2], "seed=1,2", "-o", "grid.png")
+    assert "picture 4 of 4: seed=2, a (blue:1.2) cube" in told.err  # the long text last: it may be cut off
     told = run("generate", "a cube", *fixed[1:], *axes, "-o", "grid.png")
     assert "--grid varies the prompt: leave out 'a cube'" in told.refused()
 

@@ -16,6 +16,7 @@ from diffusers import (
     T2IAdapter,
     UNetControlNetXSModel,
 )
+from safetensors.torch import save_file
 from sampling_peers import SIZE, assert_same, cond, controlnet_of, our_latents, parts_of
 
 from controlkit import cross, kinds, light, lllite, union
@@ -546,15 +547,22 @@ def test_every_kind_is_written_and_read(sd1: Base, tmp_path: Any, kind: str) -> 
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
+@pytest.mark.parametrize("rest", ["nothing", "in the middle", "everywhere"])
 def test_a_small_controlnet_without_attention_is_run_as_diffusers_runs_it(
-    load: Callable[[str], Base], family: str, tmp_path: Any
+    load: Callable[[str], Base], family: str, rest: str, tmp_path: Any
 ) -> None:
-    """As diffusers' own small ones for SDXL: no attention in the blocks, nor in the middle."""
+    """As diffusers' own small ones for SDXL: attention has no layers. rest: where its norm and projections
+    are (there, in the middle).
+    """
     base = load(family)
     config = dict(controlnet_of(base).config)
-    widths = config["block_out_channels"]
-    config |= {"down_block_types": ("DownBlock2D",) * len(widths), "mid_block_type": "UNetMidBlock2D"}
-    config |= {"transformer_layers_per_block": 1}
+    levels = len(config["block_out_channels"])
+    if rest != "everywhere":
+        config |= {"down_block_types": ("DownBlock2D",) * levels}
+    if rest == "nothing":
+        config |= {"mid_block_type": "UNetMidBlock2D", "transformer_layers_per_block": 1}
+    else:
+        config |= {"transformer_layers_per_block": (0,) * levels}
     torch.manual_seed(6)
     network = lock(tiny_models.randomize_zero_convs(ControlNetModel.from_config(config)))
     check_fits(network, base)
@@ -567,6 +575,12 @@ def test_a_small_controlnet_without_attention_is_run_as_diffusers_runs_it(
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(ours.tensors, expected, strict=True))
     info = AdapterInfo(map=MAPS["canny"], family=family)
     save_adapter(network, tmp_path / "small", info=info, dtype=torch.float32)
-    adapter = load_adapter(str(tmp_path / "small"), base=base)
+    save_file(network.state_dict(), tmp_path / "small.safetensors")  # which tells by its shapes alone
+    own = network.state_dict()
+    for name in ("small", "small.safetensors"):
+        adapter = load_adapter(str(tmp_path / name), base=base)
+        read = adapter.controlnet.state_dict()
+        assert own.keys() == read.keys()
+        assert all(torch.equal(own[key], read[key]) for key in own)
     (picture,) = generate(base, "x", controls=[Control(adapter, cond())], steps=2, height=SIZE, width=SIZE)
     assert picture.shape == (SIZE, SIZE, 3)

@@ -1,5 +1,7 @@
 """Contact sheets: nothing overlaps, small pictures stay crisp, labels are there."""
 
+import time
+
 import numpy as np
 import pytest
 
@@ -52,6 +54,14 @@ def test_long_labels_stay_in_their_cell() -> None:
     sheet = contact_sheet([[(solid(64, 64), label), (solid(64, 64), "")]], cell=64)
     gap = sheet[-30:, 16 + 64 + 1 : 16 + 64 + 15]
     assert (gap == PAPER).all()
+
+
+def test_a_long_label_takes_no_time() -> None:
+    """A prompt may be long, and the sheet of a grid is drawn after every picture."""
+    began = time.process_time()
+    sheet = contact_sheet([[(solid(64, 64), "words " * 500)] * 4], cell=64)
+    assert time.process_time() - began < 1
+    assert np.array_equal(sheet, contact_sheet([[(solid(64, 64), "words " * 20)] * 4], cell=64))
 
 
 def test_rows_may_differ_in_length() -> None:

@@ -82,3 +82,40 @@ def test_pictures_beside_their_folder_are_named(tmp_path: Path) -> None:
     names, said, _ = opened(tmp_path, maps="made")
     assert names == ["photos/a.png"]
     assert said[-1] == f"{tmp_path}: 2 pictures beside the folder photos/ are not used, such as x.png"
+
+
+def test_a_split_that_is_left_out_is_not_taken_for_the_maps_of_another(tmp_path: Path) -> None:
+    for name in ("train/1", "train/2", "test/1"):
+        put(tmp_path / f"{name}.png")
+    assert opened(tmp_path)[0] == ["train/1.png", "train/2.png"]
+    (tmp_path / "train" / "1.txt").write_text("a house")
+    assert opened(tmp_path)[0] == opened(tmp_path, maps="made")[0] == ["train/1.png", "train/2.png"]
+    put(tmp_path / "train_canny" / "1.png")
+    with pytest.raises(ValueError, match=r"train_canny/ has pictures named like train/ and no captions"):
+        opened(tmp_path)
+
+
+def test_splits_in_the_one_folder_that_holds_all(tmp_path: Path) -> None:
+    for name in ("train/a", "train/deep/b", "test/c"):
+        put(tmp_path / "all" / "data" / f"{name}.png")
+    names, said, _ = opened(tmp_path, maps="made")
+    assert names == ["all/data/train/a.png", "all/data/train/deep/b.png"]
+    assert said[-1] == f"{tmp_path}/all/data: of the split train; 1 pictures in test/ are left out"
+    assert opened(tmp_path, maps="made", split="test")[0] == ["all/data/test/c.png"]
+    with pytest.raises(
+        ValueError, match=r"all/data has no folder 'val' with pictures; folders: test, train$"
+    ):
+        opened(tmp_path, maps="made", split="val")
+
+
+def test_the_one_split_there_is_has_folders_of_its_own(tmp_path: Path) -> None:
+    put(tmp_path / "val" / "images" / "a.png")
+    put(tmp_path / "val" / "maps" / "a.png")
+    assert opened(tmp_path)[0] == ["images/a.png"]
+
+
+def test_the_folder_of_a_split_may_be_that_of_the_pictures(tmp_path: Path) -> None:
+    for name in ("train/a", "train_maps/a", "test/b", "test_maps/b"):
+        put(tmp_path / f"{name}.png")
+    named = {"picture_column": "test", "map_column": ["test_maps"], "split": "test"}
+    assert opened(tmp_path, **named)[0] == ["test/b.png"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,6 +110,14 @@ def _wanted(config: Mapping[str, Any], base: BaseStructure) -> dict[str, Any]:
     pairs = zip(blocks, own["down_block_types"], strict=False)
     if len(blocks) == len(own["down_block_types"]) and all(one in (other, _PLAIN) for one, other in pairs):
         own["down_block_types"] = blocks  # small ones leave attention out, as diffusers' for SDXL
-    if set(blocks) == {_PLAIN} and config.get("mid_block_type") == "UNetMidBlock2D":
-        del own["cross_attention_dim"]  # and read no text at all
+    if not _reads_text(blocks, config):
+        del own["cross_attention_dim"]
     return own
+
+
+def _reads_text(blocks: Sequence[str], config: Mapping[str, Any]) -> bool:
+    """Whether a ControlNet has a layer that reads the text: diffusers' small ones have none."""
+    depths = config.get("transformer_layers_per_block", 1)
+    depths = [depths] * len(blocks) if isinstance(depths, int) else depths
+    in_blocks = any(depth for block, depth in zip(blocks, depths, strict=False) if block != _PLAIN)
+    return in_blocks or (config.get("mid_block_type") != "UNetMidBlock2D" and any(depths[-1:]))

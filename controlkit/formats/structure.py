@@ -139,29 +139,33 @@ def hint_config(shapes: Shapes) -> Config:
 
 
 def _attention_config(shapes: Shapes, attended: list[bool]) -> Config:
+    # diffusers' small ones for SDXL have in the middle an attention's norm and projections, without layers.
+    has_mid = "mid_block.attentions.0.proj_in.weight" in shapes
     in_mid = shapes.count(r"mid_block\.attentions\.0\.transformer_blocks\.(\d+)\.")
     depths = [
         shapes.count(rf"down_blocks\.{level}\.attentions\.0\.transformer_blocks\.(\d+)\.") if text else 1
         for level, text in enumerate(attended)
     ]
     if not attended[-1]:  # diffusers gives the mid block the last level's depth
-        depths[-1] = in_mid or 1
+        depths[-1] = in_mid if has_mid else 1
     config: Config = {"transformer_layers_per_block": tuple(depths) if set(depths) != {1} else 1}
-    if not in_mid:
+    if not has_mid:
         config["mid_block_type"] = "UNetMidBlock2D"
     width = shapes.text_width()
     if width is not None:
         config["cross_attention_dim"] = width
+    if has_mid or any(attended):
         config["use_linear_projection"] = uses_linear(shapes, width)
     return config
 
 
-def uses_linear(shapes: Shapes, width: int) -> bool:
+def uses_linear(shapes: Shapes, width: int | None) -> bool:
     """Whether the attention's input is projected by linear layers, as in SD2 and SDXL.
 
-    A published width of text says so: some files store SD1's 1x1 convolutions as matrices.
+    width: of the text, None where no layer reads it. A published one says so: some files store SD1's 1x1
+    convolutions as matrices.
     """
-    if width in TEXT_FAMILIES:
+    if width is not None and width in TEXT_FAMILIES:
         return TEXT_FAMILIES[width] != "sd1"
     key = next(key for key in shapes.entries if key.endswith(".proj_in.weight"))
     return len(shapes[key]) == 2

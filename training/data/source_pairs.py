@@ -47,7 +47,7 @@ from controlkit.training.data.source_files import (
     stem_of,
     walk,
 )
-from controlkit.training.data.source_splits import folders_of, split_named, take_split
+from controlkit.training.data.source_splits import folders_of, is_named, split_named, take_split
 
 POSES = ".json"
 _SORTS = (SUFFIXES, DEPTH_SUFFIXES, {POSES})
@@ -100,6 +100,7 @@ def open_pairs(
         )
     _say_repeats(root, pictures, report)
     _say_unused(root, place, report)
+    is_split = is_split or bool(folders_of(data.split, [place]))
     chosen = pictures if is_split else take_split(pictures, data, root / place, report)
     if not pictures:
         return LazyExamples(0, _no_example)
@@ -107,7 +108,7 @@ def open_pairs(
         if data.maps != "made":
             used = set() if place else {name.partition("/")[0] for name in pictures}
             refuse_folders_of_maps(root, place, [name for name in rest if name not in used], pictures, kind)
-        refuse_unknown_maps(root / place, pictures, data=data, kind=kind)
+        refuse_unknown_maps(root / place, chosen, data=data, kind=kind)
     partners = [
         _beside(place, beside[name]) if name in beside else _in_folder(root, name, pictures, kind)
         for name in maps
@@ -185,7 +186,7 @@ def _folder_of_split(root: Path, data: DataRecipe, kind: str) -> tuple[Path, boo
     if find_folder(known, folders) or any(_is_picture(name) for name in os.listdir(root)):
         return root, False
     of_split = folders_of(data.split, folders)
-    alone = [name for name in folders if len(folders) == 1 and not split_named(name)]
+    alone = [name for name in folders if len(folders) == 1 and not (is_named(data) and split_named(name))]
     inside = next(iter(of_split or alone), "")
     wanted = named or [*MAP_FOLDERS, *([kind] if kind else preprocessors.names())]
     if not inside or leads_out(root / inside, root) or not find_folder(wanted, _folders(root / inside)):

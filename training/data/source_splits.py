@@ -39,17 +39,19 @@ def take_split(
     names: Sequence[str], data: DataRecipe, where: Path, report: Callable[[str], None]
 ) -> Sequence[str]:
     """The pictures of the split that is wanted, of names below a folder: those in its folder, where folders
-    of other splits stand beside it. A split that is named (`data.split`) has a folder.
+    of other splits stand beside it, here or in the one folder that holds all (data/train/). A split that is
+    named (`data.split`) has a folder.
 
     Raises ValueError, one line: it has none.
     """
-    tops = [name.partition("/")[0] if "/" in name else "" for name in names]
+    above = _above(names, data.split)
+    tops = [_top(name.removeprefix(above)) for name in names]
     folders = sorted({top for top in tops if top})
     wanted = folders_of(data.split, folders)
     if is_named(data) and not wanted:
         hint = did_you_mean(data.split, folders)
         raise ValueError(
-            f"data.split: {where} has no folder {data.split!r} with pictures{hint}; folders: "
+            f"data.split: {where / above} has no folder {data.split!r} with pictures{hint}; folders: "
             f"{', '.join(folders[:8]) or 'none'}"
         )
     if is_named(data):
@@ -60,5 +62,21 @@ def take_split(
     if left:
         listed = ", ".join(f"{top}/" if top else "no folder" for top in sorted(left)[:8])
         count = len(names) - len(kept)
-        report(f"{where}: of the split {data.split}; {count:,} pictures in {listed} are left out")
+        report(f"{where / above}: of the split {data.split}; {count:,} pictures in {listed} are left out")
     return kept
+
+
+def _above(names: Sequence[str], split: str) -> str:
+    """The folder that holds all pictures and is no split, as "data/"; "" where there is none."""
+    above = ""
+    while True:
+        tops = {_top(name.removeprefix(above)) for name in names}
+        top = tops.pop() if len(tops) == 1 else ""
+        if not top or split_named(top) or folders_of(split, [top]):
+            return above
+        above += f"{top}/"
+
+
+def _top(name: str) -> str:
+    """The first folder of a name, "" where it has none."""
+    return name.partition("/")[0] if "/" in name else ""
