@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -221,3 +221,32 @@ def _is_newer(path: Path, time_ns: int) -> bool:
 def _settings_that_count(settings: Mapping[str, str]) -> dict[str, str]:
     """The options that change a map: not where it is computed."""
     return {key: value for key, value in sorted(settings.items()) if key != "device"}
+
+
+def folders_of_maps(sources: Iterable[str]) -> dict[Path, list[Path]]:
+    """The folders among sources, and below them, that hold maps made here, and what is no picture in each."""
+    found = {}
+    for source in sources:
+        for place, folders, names in os.walk(source):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            if RECORD in names:
+                kinds: dict[str, Any] = {}
+                with suppress(OSError, ValueError, KeyError, TypeError):
+                    kinds = {**json.loads(Path(place, RECORD).read_text(encoding="utf-8"))["maps"]}
+                found[Path(place)] = [Path(place, name) for name in (*kinds, SHEET)]
+    return found
+
+
+def without_second_names(pictures: Sequence[Picture], folders: Iterable[Path]) -> list[Picture]:
+    """The pictures without those that folders of maps keep as second names of files that are there, too."""
+    kept = [os.path.join(os.path.abspath(folder), "images", "") for folder in folders]
+    if not kept:
+        return list(pictures)
+    second = {picture for picture in pictures if os.path.abspath(picture.path).startswith(tuple(kept))}
+    first = {_identity(picture) for picture in pictures if picture not in second}
+    return [picture for picture in pictures if picture not in second or _identity(picture) not in first]
+
+
+def _identity(picture: Picture) -> tuple[int, int]:
+    status = os.stat(picture.path)
+    return status.st_dev, status.st_ino
