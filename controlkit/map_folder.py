@@ -116,7 +116,9 @@ class MapFolder:
             kept = self.picture_path(picture)
             if self.missing_kinds(picture):
                 continue
+            name = self._relative(kept)
             try:
+                _check_is_text(name, picture)
                 if self.has_pictures and not kept.exists():  # a kill came between its maps and the picture
                     self.keep_picture(picture)
                 caption = captions.of(picture.path)
@@ -127,7 +129,6 @@ class MapFolder:
                 continue
             counts.complete += 1
             counts.without_caption += not caption
-            name = self._relative(kept)
             rows[name] = self._row(picture, caption, rows.get(name, {}))
         lines = [json.dumps(row, ensure_ascii=False) for row in rows.values()]
         files.write_text(self.place / METADATA, "".join(f"{line}\n" for line in lines))
@@ -245,6 +246,14 @@ def without_second_names(pictures: Sequence[Picture], folders: Iterable[Path]) -
     second = {picture for picture in pictures if os.path.abspath(picture.path).startswith(tuple(kept))}
     first = {_identity(picture) for picture in pictures if picture not in second}
     return [picture for picture in pictures if picture not in second or _identity(picture) not in first]
+
+
+def _check_is_text(name: str, picture: Picture) -> None:
+    """Raise ValueError for a file's name that no metadata can say, as archives from elsewhere have them."""
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{picture.path}: its name is not UTF-8, which {METADATA} is: rename it") from error
 
 
 def _identity(picture: Picture) -> tuple[int, int]:
