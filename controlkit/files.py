@@ -92,8 +92,11 @@ def replace_folder(path: PathLike) -> Iterator[Path]:
         with _plain_errors(path):
             _apply_umask(temporary)
             _swap_in(temporary, target)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, ValueError) and str(temporary) in str(error):
+            # said of a file in the folder, whose temporary name tells nobody anything
+            raise ValueError(str(error).replace(str(temporary), os.fspath(path))) from error
         raise
 
 
@@ -127,11 +130,17 @@ def replace_file(path: PathLike) -> Iterator[Path]:
 
 
 def cache_folder() -> Path:
-    """What is computed once is kept here: $CONTROLKIT_CACHE, or controlkit/ in the user's cache folder."""
+    """What is computed once is kept here: $CONTROLKIT_CACHE, or controlkit/ in the user's cache folder.
+
+    Raises ValueError where nobody says where the user is at home, as in some containers.
+    """
     root = os.environ.get("CONTROLKIT_CACHE")
     if root:
         return Path(root)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "controlkit"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "controlkit"
+    except RuntimeError as error:
+        raise ValueError("this user has no home folder for a cache: name one in CONTROLKIT_CACHE") from error
 
 
 def sha256_file(path: PathLike) -> str:

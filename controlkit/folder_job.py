@@ -14,7 +14,7 @@ from typing import Protocol
 
 from controlkit import limits, preprocessors
 from controlkit.generate_job import Report
-from controlkit.map_folder import METADATA, SHEET, MapFolder
+from controlkit.map_folder import METADATA, SHEET, MapFolder, folders_of_maps, without_second_names
 from controlkit.map_pipeline import MapPipeline, Outcome
 from controlkit.picture_files import DEPTH_SUFFIXES, SUFFIXES, Picture, find_pictures, unread_below
 from controlkit.preprocess_job import Beside, reads_depth, settings_of_kinds
@@ -108,11 +108,14 @@ def plan(
     of_kinds = settings_of_kinds(kinds, settings, device=device)
     of_files = all(reads_depth(options) for options in of_kinds.values())
     suffixes = DEPTH_SUFFIXES if of_files else SUFFIXES
+    of_maps = folders_of_maps(sources)
+    made = [path for paths in of_maps.values() for path in paths]
     pictures = find_pictures(
         sources,
-        leave_out=[place, place / SHEET, *(place / kind for kind in preprocessors.names())],
+        leave_out=[place, place / SHEET, *(place / kind for kind in preprocessors.names()), *made],
         suffixes=suffixes,
     )
+    pictures = without_second_names(pictures, of_maps)
     folder = MapFolder(place, of_kinds, pictures)
     folder.check(overwrite=overwrite)
     unread = unread_below(sources, suffixes)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,7 +116,9 @@ class MapFolder:
             kept = self.picture_path(picture)
             if self.missing_kinds(picture):
                 continue
+            name = self._relative(kept)
             try:
+                _check_is_text(name, picture)
                 if self.has_pictures and not kept.exists():  # a kill came between its maps and the picture
                     self.keep_picture(picture)
                 caption = captions.of(picture.path)
@@ -127,7 +129,6 @@ class MapFolder:
                 continue
             counts.complete += 1
             counts.without_caption += not caption
-            name = self._relative(kept)
             rows[name] = self._row(picture, caption, rows.get(name, {}))
         lines = [json.dumps(row, ensure_ascii=False) for row in rows.values()]
         files.write_text(self.place / METADATA, "".join(f"{line}\n" for line in lines))
@@ -221,3 +222,40 @@ def _is_newer(path: Path, time_ns: int) -> bool:
 def _settings_that_count(settings: Mapping[str, str]) -> dict[str, str]:
     """The options that change a map: not where it is computed."""
     return {key: value for key, value in sorted(settings.items()) if key != "device"}
+
+
+def folders_of_maps(sources: Iterable[str]) -> dict[Path, list[Path]]:
+    """The folders among sources, and below them, that hold maps made here, and what is no picture in each."""
+    found = {}
+    for source in sources:
+        for place, folders, names in os.walk(source):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            if RECORD in names:
+                kinds: dict[str, Any] = {}
+                with suppress(OSError, ValueError, KeyError, TypeError):
+                    kinds = {**json.loads(Path(place, RECORD).read_text(encoding="utf-8"))["maps"]}
+                found[Path(place)] = [Path(place, name) for name in (*kinds, SHEET)]
+    return found
+
+
+def without_second_names(pictures: Sequence[Picture], folders: Iterable[Path]) -> list[Picture]:
+    """The pictures without those that folders of maps keep as second names of files that are there, too."""
+    kept = [os.path.join(os.path.abspath(folder), "images", "") for folder in folders]
+    if not kept:
+        return list(pictures)
+    second = {picture for picture in pictures if os.path.abspath(picture.path).startswith(tuple(kept))}
+    first = {_identity(picture) for picture in pictures if picture not in second}
+    return [picture for picture in pictures if picture not in second or _identity(picture) not in first]
+
+
+def _check_is_text(name: str, picture: Picture) -> None:
+    """Raise ValueError for a file's name that no metadata can say, as archives from elsewhere have them."""
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{picture.path}: its name is not UTF-8, which {METADATA} is: rename it") from error
+
+
+def _identity(picture: Picture) -> tuple[int, int]:
+    status = os.stat(picture.path)
+    return status.st_dev, status.st_ino

@@ -18,6 +18,7 @@ noise on every device, alone or in a batch.
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -149,6 +150,7 @@ def generate(
     Raises ValueError for a number outside its range, a control of another family, or latents that stop
     being finite.
     """
+    _check_kinds(base, prompt, negative_prompt, controls, start)
     guided = Guidance(default_guidance(base) if guidance is None else guidance, guidance_rescale)
     execution, savings = execution or Execution(), savings or Savings()
     seeds = limits.check_seeds(seeds)
@@ -157,7 +159,6 @@ def generate(
     limits.check_temperature(temperature, scheduler)
     limits.check_compiled(execution.compiled, savings.features_every, savings.merge_tokens)
     check_syntax(prompt_syntax)
-    _check_kinds(prompt, negative_prompt, controls, start)
     _check_controls(base, controls, savings)
     reader = base if clip_skip is None else replace(base, clip_skip=clip_skip)
     limits.check_clip_skip(reader.clip_skip)
@@ -408,11 +409,17 @@ class _Health:
             )
 
 
-def _check_kinds(prompt: object, negative_prompt: object, controls: object, start: object) -> None:
-    """Raise ValueError where one text, a list of controls, or a `Start` is given as something else."""
+def _check_kinds(
+    base: object, prompt: object, negative_prompt: object, controls: object, start: object
+) -> None:
+    """Raise ValueError where a base, one text, a list of controls, or a `Start` is something else."""
+    if isinstance(base, (str, os.PathLike)):
+        raise ValueError(f'base is a Base, as load_base("tiny"), not {_article(base)}')
     for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
         if not isinstance(text, str) and not (text is None and name == "negative_prompt"):
             raise ValueError(f"{name} is one text for all pictures, not {_article(text)}")
+        if isinstance(text, str) and any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise ValueError(f"{name} is not valid Unicode, which tokenizers want: {text!r}")
     if not isinstance(controls, Sequence):
         raise ValueError(f"controls is a list, as [Control(...)], not {_article(controls)}")
     for control in controls:

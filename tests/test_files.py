@@ -1,5 +1,6 @@
 """Files: written whole or not at all, with the mode the umask gives, and plain errors."""
 
+import errno
 import json
 import os
 import resource
@@ -195,6 +196,19 @@ def test_a_full_disk_inside_a_folder_names_the_folder(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
+def test_a_file_in_a_folder_is_named_as_it_will_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files, "_write_new", full)
+    with (
+        pytest.raises(ValueError, match=r"cannot write .*/model/config\.json: the disk is full"),
+        files.replace_folder(tmp_path / "model") as folder,
+    ):
+        files.write_json(folder / "config.json", {})
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_folder_does_not_replace_a_file(tmp_path: Path) -> None:
     (tmp_path / "model").write_text("precious")
     with (
@@ -208,6 +222,19 @@ def test_a_folder_does_not_replace_a_file(tmp_path: Path) -> None:
     ):
         raise AssertionError("not reached")
     assert (tmp_path / "model").read_text() == "precious"
+
+
+def test_a_user_without_a_home_is_told_where_a_cache_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("CONTROLKIT_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", unknown)
+    with pytest.raises(ValueError, match="name one in CONTROLKIT_CACHE"):
+        files.cache_folder()
+    monkeypatch.setenv("CONTROLKIT_CACHE", "here")
+    assert files.cache_folder() == Path("here")
 
 
 def test_sha256(tmp_path: Path) -> None:

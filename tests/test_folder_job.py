@@ -245,6 +245,24 @@ def test_linked_folders_are_looked_into_once(tmp_path: Path) -> None:
     assert [picture.name for picture in found] == ["own/a"]
 
 
+def test_a_name_that_is_no_text_is_left_out_and_told(photos: Path, preprocess: Preprocess) -> None:
+    shutil.copy("photos/cat.png", b"photos/caf\xe9.png")
+    outcome = preprocess("canny", "photos", "-o", "set")
+    assert outcome.code == 1
+    assert "its name is not UTF-8" in outcome.err
+    assert "4 pictures complete" in outcome.out
+    assert len(Path("set/metadata.jsonl").read_text().splitlines()) == 4
+
+
+def test_maps_that_were_made_are_no_pictures(photos: Path, preprocess: Preprocess) -> None:
+    preprocess("canny", "photos", "-o", "photos/set", "--sheet")
+    assert "4 pictures complete" in preprocess("softedge", "photos", "-o", "photos/other").out
+    assert "4 pictures complete" in preprocess("softedge", "photos/set", "-o", "of-the-set").out
+    preprocess("canny", "photos", "-o", "photos")
+    assert "4 pictures complete" in preprocess("softedge", "photos", "-o", "elsewhere").out
+    assert "4 pictures complete" in preprocess("shuffle", "photos/set/canny", "-o", "of-maps").out
+
+
 def test_the_output_folder_is_no_input(photos: Path, preprocess: Preprocess) -> None:
     for _ in range(2):
         assert "4 pictures complete" in preprocess("canny", "photos", "-o", "photos/set", "--sheet").out

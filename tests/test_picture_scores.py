@@ -15,7 +15,7 @@ from controlkit.clip_guidance import load_clip
 from controlkit.figures import render
 from controlkit.training.evaluation import inception
 from controlkit.training.evaluation.picture_scores import ALEXNET, Shot, picture_scores
-from controlkit.training.evaluation.weights_at_hand import NotAtHand, cached_file
+from controlkit.training.evaluation.weights_at_hand import NotAtHand, cached_file, without_home
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +163,15 @@ def test_weights_that_cannot_be_had_are_named(tmp_path, monkeypatch, shots):
     with pytest.raises(NotAtHand, match="could not be fetched"):
         cached_file("http://127.0.0.1:9/alexnet-owt-7be5be79.pth", what="LPIPS")
     assert not list((tmp_path / "empty").rglob("*.pth"))
+
+
+@pytest.mark.parametrize(
+    ("home", "shown"),
+    [("/home/me", "in ~/.cache/hub, not /home/men/x"), ("/", "in /home/me/.cache/hub, not /home/men/x")],
+)
+def test_paths_are_told_without_the_home(monkeypatch, home, shown):
+    monkeypatch.setenv("HOME", home)
+    assert without_home("in /home/me/.cache/hub, not /home/men/x") == shown
 
 
 def test_a_file_that_holds_something_else(tmp_path):

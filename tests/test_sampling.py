@@ -265,6 +265,8 @@ def test_as_many_steps_as_were_trained_do_not_fit_behind_an_offset(sd1: Base) ->
         ({"guidance": "7"}, "guidance must be a number from 0 to 100, not 7"),
         ({"prompt": ["a", "b"]}, "prompt is one text for all pictures, not a list"),
         ({"prompt": None}, "prompt is one text for all pictures, not a NoneType"),
+        ({"prompt": "a \udcff"}, "prompt is not valid Unicode"),
+        ({"base": "tiny"}, r"base is a Base, as load_base\(.tiny.\), not a str"),
         ({"negative_prompt": ["a"]}, "negative_prompt is one text for all pictures, not a list"),
         ({"controls": Control(torch.nn.Identity(), cond())}, r"controls is a list, as .*, not a Control"),
         ({"controls": [None]}, "controls is a list of Control, and a NoneType is in it"),
@@ -273,7 +275,7 @@ def test_as_many_steps_as_were_trained_do_not_fit_behind_an_offset(sd1: Base) ->
 )
 def test_numbers_outside_their_range(sd1: Base, request_: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message) as raised:
-        sampling.generate(sd1, **{"prompt": "x", **request_})
+        sampling.generate(**{"base": sd1, "prompt": "x", **request_})
     assert "\n" not in str(raised.value)
 
 

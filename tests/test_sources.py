@@ -891,6 +891,12 @@ def test_shards_with_pictures_that_may_be_maps(tmp_path: Path) -> None:
     assert opened(tmp_path / "x.tar", maps="made")[0].maps == ()
     put_shard(tmp_path / "y.tar", {"1.jpg": b"p", "1.depth.png": b"m"})
     assert opened(tmp_path / "y.tar", kind="canny")[0].maps == ()  # of another kind, as its name says
+    assert opened(tmp_path / "y.tar", kind="")[0].maps[0].read() == b"m"  # the one, where none is asked for
+    put_shard(tmp_path / "z.tar", {"1.jpg": b"p", "1.depth.png": b"m", "1.canny.png": b"n"})
+    with pytest.raises(
+        ValueError, match=r"z\.tar has maps of several kinds: .*data.map_column: depth, canny"
+    ):
+        opened(tmp_path / "z.tar", kind="")
 
 
 def test_shards_with_two_pictures_of_one_name(tmp_path: Path) -> None:

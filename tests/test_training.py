@@ -453,6 +453,8 @@ def test_losses_that_were_not_yet_logged_survive_a_stop(tmp_path, text_recipe):
         (lambda folder: (folder / "run").write_text(""), "run", "there is a file of that name"),
         (lambda folder: (folder / "run").write_text(""), "run/deeper", "(?i)not a directory"),
         (lambda folder: (folder / "mine" / "result").mkdir(parents=True), "mine", "not the folder of a run"),
+        (lambda folder: (folder / "report.html").write_text("evaluation"), ".", "has report.html in it"),
+        (lambda folder: (folder / "metrics.jsonl").write_text('{"mine": 1}'), ".", "not the folder of a run"),
         (lambda folder: (folder / "config.toml").write_text("= 3"), ".", r"config\.toml.* is damaged"),
     ],
 )
@@ -479,6 +481,18 @@ def test_a_full_disk_stops_with_a_plain_line(text_recipe, monkeypatch):
     monkeypatch.setattr(saving, "save_checkpoint", full)
     with pytest.raises(ValueError, match=r"the disk is full: make room, and the same command begins anew"):
         train_recipe(str(text_recipe))
+
+
+def test_a_full_disk_is_said_of_the_lock_which_does_not_stay(tmp_path, monkeypatch):
+    from controlkit.training import lock
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(lock.os, "ftruncate", full)
+    with pytest.raises(ValueError, match=r"cannot write .*\.lock: the disk is full"), lock.locked(tmp_path):
+        pytest.fail("locked")
+    assert not list(tmp_path.iterdir())
 
 
 def test_missing_parts_are_named_before_training(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,8 @@ NAME = ".lock"
 def locked(folder: Path) -> Iterator[None]:
     """Hold the folder's lock for the block; the system gives it back when the process dies.
 
-    Raises ValueError where another process, which is named, holds it. On a disk without locks there is none.
+    Raises ValueError where another process, which is named, holds it, and where the disk is full. On a disk
+    without locks there is none.
     """
     path = folder / NAME
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -26,10 +28,8 @@ def locked(folder: Path) -> Iterator[None]:
                 f"another training{f' (process {holder})' if holder else ''} is running in {folder}:"
                 " wait for it, or choose another folder with out=FOLDER"
             )
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
         try:
+            _sign(path, file.fileno())
             yield
         finally:
             path.unlink(missing_ok=True)
@@ -46,6 +46,16 @@ def holder(folder: Path) -> int | None:
     except OSError:
         return None
     return int(written) if written.isdecimal() else None
+
+
+def _sign(path: Path, descriptor: int) -> None:
+    """Write into the lock whose it is. Raises ValueError where that cannot be."""
+    try:
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"{os.getpid()}\n".encode())
+    except OSError as error:
+        reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
+        raise ValueError(f"cannot write {path}: {reason}") from error
 
 
 def _is_at(path: Path, descriptor: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tomllib
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -40,6 +41,8 @@ MAY_CHANGE |= {
 }
 """What may differ when a run goes on: where and how it runs, what it shows, what is done with the result. Two
 keys more may at times, and belong to what a result is said to be of: see `refuse_changes`."""
+_LEFT = ("checkpoints", "samples", "metrics.jsonl", "facts.json", "scores.json", "report.html")
+"""What a run writes beside its result, once its config.toml is there."""
 _ENDLESS = {"constant", "rsqrt"}  # schedules that do not ask how many steps there will be
 
 Keys = dict[tuple[str, ...], Any]
@@ -171,7 +174,8 @@ def check_folder(recipe: Recipe, folder: Path, *, result: str = "result") -> Non
     """Refuse a run folder before any work: one that cannot be written, or that holds something else.
 
     Raises ValueError for a file, no permission, a run of another recipe, and a folder that is no run's but
-    has a folder of the result's name, which the result would replace. Leaves nothing behind.
+    has something of a name that the run writes to, such as the report of an evaluation. Leaves nothing
+    behind.
     """
     try:
         if not folder.is_dir():
@@ -184,9 +188,9 @@ def check_folder(recipe: Recipe, folder: Path, *, result: str = "result") -> Non
         if (folder / "config.toml").is_file():
             (begun, _), now = recorded(folder), flat_recipe(recipe)
             refuse_changes(begun, now, begun.keys() | now.keys(), folder)
-        elif (folder / result).exists():
+        elif taken := [name for name in (result, *_LEFT) if os.path.lexists(folder / name)]:
             raise ValueError(
-                f"{folder} has {result} in it but no config.toml, so it is not the folder of a run:"
+                f"{folder} has {taken[0]} in it but no config.toml, so it is not the folder of a run:"
                 " choose another with out=FOLDER"
             )
     except OSError as error:

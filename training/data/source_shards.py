@@ -137,6 +137,7 @@ def _map_members(members: Sequence[str], data: DataRecipe, kind: str, source: st
     if data.map_column:
         return [_named(members, name, "map_column", source) for name in data.map_column]
     if found := _usual_maps(members, kind):
+        _refuse_several(found, members, kind, source)
         return [found]
     if data.maps == "files":
         raise ValueError(
@@ -154,12 +155,24 @@ def _map_members(members: Sequence[str], data: DataRecipe, kind: str, source: st
 
 
 def _usual_maps(members: Sequence[str], kind: str) -> list[str]:
-    """The members that hold maps by their name: one name with several suffixes."""
-    for name in (*([kind] if kind else []), *_MAP_NAMES):
+    """The members that hold maps by their name: one name with several suffixes; without a kind it may be any
+    kind's.
+    """
+    for name in (*([kind] if kind else []), *_MAP_NAMES, *(() if kind else preprocessors.names())):
         for suffixes in (PICTURES, ("json",)):
             if here := [f"{name}.{suffix}" for suffix in suffixes if f"{name}.{suffix}" in members]:
                 return here
     return []
+
+
+def _refuse_several(found: Sequence[str], members: Sequence[str], kind: str, source: str) -> None:
+    """Refuse maps of several kinds, where no kind was asked for."""
+    named = dict.fromkeys(member.rpartition(".")[0] for member in members)
+    kinds = [name for name in named if name in preprocessors.names()]
+    if not kind and found[0].rpartition(".")[0] in kinds and len(kinds) > 1:
+        raise ValueError(
+            f"{source} has maps of several kinds: name one with data.map_column: {', '.join(kinds)}"
+        )
 
 
 def _is_other_picture(member: str) -> bool:

@@ -80,7 +80,7 @@ class Store:
             self.folder.mkdir(parents=True, exist_ok=True)
             files.write_bytes(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}))
         except (OSError, ValueError, SafetensorError) as error:
-            reason = getattr(error, "strerror", None) or error
+            reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error
             raise ValueError(
                 f"cannot keep what was computed: {reason} (CONTROLKIT_CACHE names another folder)"
             ) from error

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from controlkit import files, images
-from controlkit.training.evaluation.weights_at_hand import NotAtHand, cached_file
+from controlkit.training.evaluation.weights_at_hand import NotAtHand, cached_file, without_home
 
 if TYPE_CHECKING:
     import torch
@@ -92,7 +92,7 @@ def _clip_scores(
     try:
         judge = load_clip(clip, device=device)
     except ValueError as error:
-        raise NotAtHand(str(error).replace(str(Path.home()), "~")) from error  # the report is for others, too
+        raise NotAtHand(without_home(str(error))) from error  # the report is for others, too
     shots = {arm: [shot for shot in kept if shot.caption.strip()] for arm, kept in shots.items()}
     if not any(shots.values()):
         raise NotAtHand("no pair has a caption")

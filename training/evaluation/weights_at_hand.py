@@ -26,7 +26,7 @@ def cached_file(url: str, *, what: str) -> Path:
         return path
     if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE"):
         raise NotAtHand(
-            f"{what} wants {name} in {_shown(path.parent)}, and HF_HUB_OFFLINE forbids fetching it"
+            f"{what} wants {name} in {without_home(str(path.parent))}, and HF_HUB_OFFLINE forbids fetching it"
         )
     try:
         _reach(url)
@@ -36,7 +36,7 @@ def cached_file(url: str, *, what: str) -> Path:
     except (OSError, RuntimeError) as error:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise NotAtHand(
-            f"{what} wants {name} in {_shown(path.parent)}: it could not be fetched ({reason})"
+            f"{what} wants {name} in {without_home(str(path.parent))}: it could not be fetched ({reason})"
         ) from error
     return path
 
@@ -49,9 +49,9 @@ def _reach(url: str) -> None:
         pass
 
 
-def _shown(folder: Path) -> str:
-    """A folder with the home written as ~."""
-    try:
-        return str(Path("~") / folder.relative_to(Path.home()))
-    except ValueError:
-        return str(folder)
+def without_home(text: str) -> str:
+    """A text whose paths below the home begin with ~, for others read it, too."""
+    home = os.path.expanduser("~")
+    if home in ("/", "~"):  # in a container
+        return text
+    return text.replace(home + os.sep, f"~{os.sep}")
