@@ -20,7 +20,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -72,6 +72,13 @@ if TYPE_CHECKING:
 DEVICE_BATCH = 4  # pictures at once on a GPU: each one more needs more memory
 _turns: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()  # each network's own
 _giving_turns = threading.Lock()
+_WAYS: Mapping[str, tuple[type, str]] = {  # what a generation takes as an object, and one that is written
+    "start": (Start, "Start(picture)"),
+    "savings": (Savings, "Savings(control_every=2)"),
+    "tiles": (Tiles, "Tiles(512)"),
+    "memory": (Memory, "Memory(batch_size=1)"),
+    "execution": (Execution, "Execution(compiled=True)"),
+}
 
 Callback = Callable[[int, int, Tensor], None]
 """Called after every step with the steps done, the steps in all, and the latents (B, C, h, w)."""
@@ -150,7 +157,8 @@ def generate(
     Raises ValueError for a number outside its range, a control of another family, or latents that stop
     being finite.
     """
-    _check_kinds(base, prompt, negative_prompt, controls, start)
+    ways = {"savings": savings, "tiles": tiles, "memory": memory, "execution": execution}
+    _check_kinds(base, prompt, negative_prompt, controls, start=start, **ways)
     guided = Guidance(default_guidance(base) if guidance is None else guidance, guidance_rescale)
     execution, savings = execution or Execution(), savings or Savings()
     seeds = limits.check_seeds(seeds)
@@ -410,9 +418,9 @@ class _Health:
 
 
 def _check_kinds(
-    base: object, prompt: object, negative_prompt: object, controls: object, start: object
+    base: object, prompt: object, negative_prompt: object, controls: object, **given: object
 ) -> None:
-    """Raise ValueError where a base, one text, a list of controls, or a `Start` is something else."""
+    """Raise ValueError where a base, one text, a list of controls, or one of `_WAYS` is something else."""
     if isinstance(base, (str, os.PathLike)):
         raise ValueError(f'base is a Base, as load_base("tiny"), not {_article(base)}')
     for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
@@ -425,8 +433,10 @@ def _check_kinds(
     for control in controls:
         if not isinstance(control, Control):
             raise ValueError(f"controls is a list of Control, and {_article(control)} is in it")
-    if start is not None and not isinstance(start, Start):
-        raise ValueError(f"start is a Start, as Start(picture), not {_article(start)}")
+    for name, value in given.items():
+        kind, example = _WAYS[name]
+        if value is not None and not isinstance(value, kind):
+            raise ValueError(f"{name} is {_a(kind.__name__)}, as {example}, not {_article(value)}")
 
 
 def _check_controls(base: Base, controls: Sequence[Control], savings: Savings) -> None:
@@ -437,7 +447,10 @@ def _check_controls(base: Base, controls: Sequence[Control], savings: Savings) -
 
 
 def _article(value: object) -> str:
-    name = type(value).__name__
+    return _a(type(value).__name__)
+
+
+def _a(name: str) -> str:
     return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
 
 

@@ -271,6 +271,10 @@ def test_as_many_steps_as_were_trained_do_not_fit_behind_an_offset(sd1: Base) ->
         ({"controls": Control(torch.nn.Identity(), cond())}, r"controls is a list, as .*, not a Control"),
         ({"controls": [None]}, "controls is a list of Control, and a NoneType is in it"),
         ({"start": "photo.png"}, r"start is a Start, as Start\(picture\), not a str"),
+        ({"tiles": 64}, r"tiles is a Tiles, as Tiles\(512\), not an int"),
+        ({"savings": 3}, r"savings is a Savings, as Savings\(control_every=2\), not an int"),
+        ({"memory": "4GB"}, r"memory is a Memory, as Memory\(batch_size=1\), not a str"),
+        ({"execution": True}, r"execution is an Execution, as Execution\(compiled=True\), not a bool"),
     ],
 )
 def test_numbers_outside_their_range(sd1: Base, request_: dict[str, Any], message: str) -> None:
