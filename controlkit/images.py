@@ -26,7 +26,8 @@ from PIL import Image
 from controlkit import png
 from controlkit.decoding import DECODE_ERRORS as DECODE_ERRORS
 from controlkit.decoding import DEFAULT_MAX_PIXELS as DEFAULT_MAX_PIXELS
-from controlkit.decoding import image_to_rgb, one_line, opened, orientation, upright
+from controlkit.decoding import image_to_rgb, one_line, opened, upright
+from controlkit.decoding import orientation as orientation
 from controlkit.files import PathLike, write_bytes
 from controlkit.pixel_arrays import array_to_rgb
 from controlkit.thin_lines import has_thin_lines, redraw_lines

@@ -15,9 +15,8 @@ import cv2
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from controlkit.decoding import orientation
 from controlkit.files import PathLike, write_bytes
-from controlkit.images import DECODE_ERRORS, DEFAULT_MAX_PIXELS, load_picture
+from controlkit.images import DECODE_ERRORS, DEFAULT_MAX_PIXELS, load_picture, orientation
 from controlkit.preprocessors.exr import UnreadKind, read_exr
 
 if TYPE_CHECKING:
