@@ -339,10 +339,13 @@ def test_a_folder_with_another_networks_config_says_so(
     assert fits(run, folder / "diffusion_pytorch_model.safetensors", models / "sd1") == "yes"
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "value"),
+    [(torch.float64, "inf"), (torch.float32, "nan"), (torch.float16, "-inf"), (torch.bfloat16, "nan")],
+    ids=str,
+)
 def test_numbers_that_are_not_finite_are_named_as_loading_names_them(
-    run: Run, models: Path, load: Load, tmp_path: Path, dtype: torch.dtype, value: float
+    run: Run, models: Path, load: Load, tmp_path: Path, dtype: torch.dtype, value: str
 ) -> None:
     state = {key: tensor.to(dtype) for key, tensor in controlnet_of(load("sd1")).state_dict().items()}
     largest = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
@@ -352,7 +355,7 @@ def test_numbers_that_are_not_finite_are_named_as_loading_names_them(
         saved(state, path) if suffix == "safetensors" else torch.save(state, path)
         assert fits(run, path, models / "sd1") == "yes"
         load_adapter(str(path), base=load("sd1"))
-    state["conv_in.bias"][1] = value
+    state["conv_in.bias"][1] = float(value)
     for suffix in ("safetensors", "pth"):
         path = tmp_path / f"damaged.{suffix}"
         saved(state, path) if suffix == "safetensors" else torch.save(state, path)

@@ -328,7 +328,14 @@ def allocating(limit, tried):
     return try_batch
 
 
-@pytest.mark.parametrize(("limit", "start"), [(1, 4), (3, 4), (7, 1), (13, 4), (64, 64)])
+@pytest.mark.parametrize(
+    ("limit", "start"),
+    [
+        (1, 4),
+        (7, 1),
+        *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((3, 4), (13, 4), (64, 64))),
+    ],
+)
 def test_the_largest_batch_is_found(limit, start):
     tried = []
     assert find_batch(allocating(limit, tried), start=start, limit=64) == limit

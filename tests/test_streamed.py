@@ -89,8 +89,14 @@ def numbers(stream: Stream, window: int, size: int) -> list[int]:
     return [int(images.load_picture(example.picture.read())[0, 0, 0]) for example in examples]
 
 
-@pytest.mark.parametrize("knows_length", [False, True])  # with a length that is known it begins within a lap
-@pytest.mark.parametrize("limit", [0, 13])
+@pytest.mark.parametrize(
+    ("limit", "knows_length"),  # with a length that is known it begins within a lap
+    [
+        (0, False),
+        (13, True),
+        *(pytest.param(*way, marks=pytest.mark.slow) for way in ((0, True), (13, False))),
+    ],
+)
 @pytest.mark.parametrize("sort", SORTS)
 def test_a_stream_goes_on_from_its_state_as_if_it_had_not_stopped(
     tmp_path: Path, sort: str, limit: int, knows_length: bool

@@ -72,7 +72,7 @@ def _one_step(generate):
     "changes",
     [
         {},
-        {"sd_locked": False},
+        pytest.param({"sd_locked": False}, marks=pytest.mark.slow),
         {"adapter": "controlnet-xs"},
         *(
             pytest.param({"adapter": kind}, marks=pytest.mark.slow)

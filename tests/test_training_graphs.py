@@ -75,7 +75,7 @@ def recorder(monkeypatch):
 @pytest.mark.parametrize(
     "changes",
     [
-        {},
+        pytest.param({}, marks=pytest.mark.slow),
         {"precision": "bf16", "sd_locked": False},
         {"base": "sdxl", "input_perturbation": 0.1, "only_mid_control": True},
     ],
@@ -95,7 +95,7 @@ def test_graphs_change_nothing(place, recorder, changes):
     assert made.repeated == 4 * 2  # micro-batches
 
 
-@pytest.mark.parametrize("kind", ["deaf", "forgetful", "failing"])
+@pytest.mark.parametrize("kind", ["deaf", "failing", pytest.param("forgetful", marks=pytest.mark.slow)])
 def test_a_graph_that_is_wrong_is_dropped_and_the_run_is_as_without(place, recorder, monkeypatch, kind):
     losses, weights, _ = run(place, f"right-{kind}")
     seen = []

@@ -326,7 +326,7 @@ def test_only_the_middle_residual_is_trained_where_that_is_asked(place):
     assert any(t.any() for name, t in result.items() if name.startswith("controlnet_mid_block"))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp32", marks=pytest.mark.slow)])
 def test_an_unlocked_decoder_is_trained_and_written(place, precision):
     from diffusers import UNet2DConditionModel
 
@@ -397,7 +397,7 @@ def test_a_run_does_not_go_on_with_other_data(place):
     assert len(rows(place / "changing" / "run")) == 3
 
 
-@pytest.mark.parametrize("cache", [True, False])
+@pytest.mark.parametrize("cache", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_run_goes_on_where_its_data_lie_now(place, cache):
     """Whether they are the same tells the cache; without one nobody knows, and they may not move."""
     pictures, moved = (place / f"moving-{cache}" / name for name in ("pictures", "elsewhere"))

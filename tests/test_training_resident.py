@@ -43,7 +43,11 @@ def run(place: Path, name: str, **changes):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"base": "sdxl", "data_map_mode": "grey"}, {"precision": "bf16", "channels_last": False}],
+    [
+        {},
+        {"base": "sdxl", "data_map_mode": "grey"},
+        pytest.param({"precision": "bf16", "channels_last": False}, marks=pytest.mark.slow),
+    ],
     ids=["buckets, flips, dropout", "SDXL, grey", "bf16, first channels"],
 )
 def test_resident_data_changes_nothing(place, changes):

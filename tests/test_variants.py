@@ -220,7 +220,14 @@ def test_one_network_learns_several_kinds(place: Path) -> None:
 _SETTINGS = {"steps": 2, "warmup": 0, "checkpoint_every": 9, "log_every": 1}
 
 
-@pytest.mark.parametrize("adapter", [*VARIANTS, "controlnet-union"])
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        "control-lora",
+        "controlnet-union",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS if name != "control-lora"),
+    ],
+)
 def test_every_variant_is_planned(place: Path, adapter: str) -> None:
     table = {"task": "controlnet", "map": "canny", "out": "x", "steps": 1, "batch_size": 1, "warmup": 0}
     table |= {"learning_rate": 1e-3, "adapter": adapter, "base": str(place / "sd1"), **SMALL}
