@@ -129,7 +129,7 @@ class Careless:
 @pytest.mark.parametrize(
     ("scale", "recorded_in"),
     [
-        (1.0, 1),
+        pytest.param(1.0, 1, marks=pytest.mark.slow),
         ((1.0, 0.6, 0.3, 0.1), 2),
     ],  # a kind of step of which each batch has one is recorded in the second
 )

@@ -63,7 +63,8 @@ def test_a_familys_recipe_trains_and_its_result_draws(
     assert picture.shape == (64, 64, 3)
 
 
-@pytest.mark.parametrize("family", [pytest.param("sd1", marks=pytest.mark.slow), "sdxl"])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
 def test_a_result_is_loaded_by_a_diffusers_pipeline(
     tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -90,8 +90,8 @@ def test_sdxl_is_planned(tmp_path):
 
 
 WAYS = [
-    ("sd1", {"sd_locked": False}),
-    ("sd2", {"only_mid_control": True}),
+    pytest.param("sd1", {"sd_locked": False}, marks=pytest.mark.slow),
+    pytest.param("sd2", {"only_mid_control": True}, marks=pytest.mark.slow),
     ("sdxl", {"precision": "bf16"}),
 ]
 

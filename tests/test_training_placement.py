@@ -64,7 +64,7 @@ VARIANTS = {
 }
 
 
-OFTEN = ("usual", "unlocked")  # the others are slow tests
+OFTEN = ("unlocked",)  # the others are slow tests
 
 
 @pytest.mark.parametrize(
