@@ -16,6 +16,7 @@ import numpy as np
 
 from controlkit import generate_notes, images, infotext, known_adapters, notices, preprocessors
 from controlkit.devices import multiplies_bfloat16, pick_device
+from controlkit.families import BUNDLED
 from controlkit.generate_models import Models
 from controlkit.generate_plan import INPAINT, Beginning, Options, Plan, Source, adapted, versions
 from controlkit.generate_plan import plan as plan
@@ -126,8 +127,9 @@ class Session:
         options, device = self.job.options, self.base.device
         if options.cuda_graph and options.device == "auto" and device.type != "cuda":
             notices.warn(f"--cuda-graph has no effect on the device {device}", stacklevel=2)
-        if device.type == "cpu" and str(self.base.dtype) == "torch.float16":
-            notices.warn("float16 is slow on a CPU: take fp32, or bf16 where it computes in it", stacklevel=2)
+        if device.type == "cpu" and self.first.dtype == "float16":
+            line = "float16 is slow on a CPU: fp32 is faster, or bf16 where the processor computes in it"
+            notices.warn(line, stacklevel=2)
         for line in (*generate_notes.of_words(self._taught, self._prompts), *self._cut()):
             notices.warn(line, stacklevel=2)
         beginning = self.job.beginning
@@ -352,14 +354,11 @@ def _start(beginning: Beginning | None, record: PictureRecord) -> Start | None:
 
 
 def could_be_lower(job: Plan, record: PictureRecord) -> bool:
-    """Whether a lower precision, which nobody chose, would be much faster: of a large base, on a processor
+    """Whether a lower precision would be much faster where nobody chose one: of a large base, on a processor
     that multiplies in bfloat16 itself.
     """
-    from controlkit.base import BUNDLED
-
-    chosen = job.options.dtype is not None
-    is_large = record.base not in BUNDLED
-    return is_large and not chosen and record.device == "cpu" and multiplies_bfloat16()
+    is_open = job.options.dtype is None and record.device == "cpu" and record.base not in BUNDLED
+    return is_open and multiplies_bfloat16()
 
 
 def extractor_options(kind: str, *, bundled: bool, device: str = "cpu") -> dict[str, str]:
@@ -443,7 +442,6 @@ def _clip(name: str, base: Base, report: Report, *, rests: bool) -> Clip | None:
 
 def _map_of(source: Source, base: Base, width: int, height: int, report: Report) -> np.ndarray:
     """One source's map at a size."""
-    from controlkit.base import BUNDLED
     from controlkit.map_sizes import cover_map
 
     record = source.record

@@ -60,7 +60,8 @@ def of_words(words: Iterable[str], prompts: Iterable[str]) -> Iterator[str]:
 
 def without_effect(job: Plan, variants: Sequence[Variant], varied: Collection[str] = ()) -> Iterator[str]:
     """What is asked for and changes nothing, or is read as text. variants: all pictures; varied: the settings
-    of a grid."""
+    of a grid.
+    """
     options, given = job.options, {*job.given, *varied}
     settings = [one for one, _ in variants]
     yield from _of_texts(settings)

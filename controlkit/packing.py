@@ -32,9 +32,8 @@ def packed(networks: Sequence[nn.Module]) -> Iterator[None]:
     """Within the block the networks' deep convolutions keep their weights packed, where that can be done.
 
     It is left out off x86, in float16, in bfloat16 where oneDNN does not compute in it, and where memory is
-    short. A call that builds a graph, is
-    watched operator by operator (as to count them), or runs under autocast is made as usual. The weights must
-    stay as they are within the block; threads may share networks.
+    short. A call that builds a graph, is watched operator by operator (as to count them), or runs under
+    autocast is made as usual. The weights must stay as they are within the block; threads may share networks.
     """
     layers = [layer for network in networks for layer in network.modules() if isinstance(layer, nn.Conv2d)]
     layers = [layer for layer in layers if _is_served(layer)]

@@ -12,7 +12,8 @@ from controlkit.preprocessors.options import Range
 
 LOW, HIGH = 100.0, 200.0
 """The defaults of the original project's demo (lllyasviel/ControlNet, gradio_canny2image.py). Its networks
-were trained with thresholds drawn at random (Zhang et al. 2023, arXiv:2302.05543)."""
+were trained with thresholds drawn at random (Zhang et al. 2023, arXiv:2302.05543).
+"""
 
 _HIGHEST = 2041.0  # |dx| + |dy| of a 3 x 3 Sobel gradient ends at 2040
 _STRIP_PIXELS = 65536  # the gradients of one strip stay in the processor's cache

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from controlkit import precisions
 from controlkit.devices import check_device, gpu_or_cpu
 from controlkit.processes import Processes
 from controlkit.training import sharding, zero_config
 from controlkit.training.config_base import Recipe
 
 _PATIENCE = timedelta(hours=6)  # for the others, where one process reads or encodes longer
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES: dict[str, torch.dtype] = {short: getattr(torch, name) for short, name in precisions.DTYPES.items()}
 
 
 class Machine:

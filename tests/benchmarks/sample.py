@@ -249,7 +249,8 @@ def beside_diffusers(given: argparse.Namespace) -> Iterator[str]:
 
         names = HALF if given.half else NAMES
         works = variants(make, names, device=given.device)
-        if given.device == "cpu" and dtype != torch.float32 and not given.half:
+        is_lower = given.dtype == "bf16" or (given.device == "cpu" and given.dtype == "fp16")
+        if is_lower and not given.half:
             works[WHOLE] = in_float32(make(torch.float32))
         yield f"size {given.size}, {given.steps} steps, {given.device}, batch 1, {dtype}"
         exact = CLOSE if given.steps < 10 else CLOSE_AFTER_ALL

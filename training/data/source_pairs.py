@@ -67,8 +67,8 @@ def open_pairs(
 
     A folder of the split's name (`data.split`), or the only one, is opened itself where the folders of
     pictures and maps lie in it; of pictures in folders of several splits those of `data.split` are taken
-    (`take_split`). Maps may lie beside their pictures, too, told apart by the end of their
-    names, which `map_column` may name (a_canny.png: "_canny"; a.jpg and a.png: ".png").
+    (`take_split`). Maps may lie beside their pictures, too, told apart by the end of their names, which
+    `map_column` may name (a_canny.png: "_canny"; a.jpg and a.png: ".png").
 
     Raises ValueError, one line: a folder that is named is not there, maps of several kinds stand side by
     side and none was named, a folder is a link that leads out, maps are wanted and there are none, or
