@@ -1,19 +1,17 @@
 """Training on a GPU without one: the real step on a device whose tensors have places but no numbers."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from fake_device import fake_device, move
-from killed_runs import recipe, write_pictures
+from killed_runs import recipe, sample_in, write_pictures
+from pretended_gpu import pretended_gpu, with_driver
 from tiny_models import build
 
-from controlkit.applying import encode_controls
 from controlkit.base import load_base
-from controlkit.control import Control
-from controlkit.sampling import Guidance, denoise, encode_text
-from controlkit.schedulers import make_schedule
-from controlkit.starting import begin
-from controlkit.training import adapter
+from controlkit.training import adapter, train_recipe
 from controlkit.training.adapter import ControlNetTask
 from controlkit.training.config import load_recipe
 from controlkit.training.data import encoding
@@ -28,8 +26,8 @@ from controlkit.training.reporting.monitor import Monitor
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("placement")
     write_pictures(folder / "pictures", count=8)
-    for name, family in (("base", "sd1"), ("sdxl", "sdxl")):
-        build(folder / name, family, layers=1)
+    for name, family, layers in (("base", "sd1", 1), ("sdxl", "sdxl", 1), ("two-layers", "sd1", 2)):
+        build(folder / name, family, layers=layers)
     patch = pytest.MonkeyPatch()
     patch.setenv("CONTROLKIT_CACHE", str(folder / "cache"))
     yield folder
@@ -140,26 +138,51 @@ def test_a_look_and_the_start_mix_no_devices(place):
         assert reads.count["cuda"] == 0
 
 
-def test_sampling_mixes_no_devices(place):
-    run = opened(place, "sampling")
-    generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
-    control = Control(run.task.controlnet, torch.rand(1, 3, 64, 64))
-    with torch.no_grad(), fake_device("cuda"):
-        move(run, "cuda")
-        base = run.task.base
-        schedule = make_schedule("ddim", base, steps=2)
-        latents = denoise(
-            base,
-            encode_text(base, "a word", "", guidance=2.0),
-            begin(base, schedule, generators, width=64, height=64),
-            controls=encode_controls([control], width=64, height=64, pictures=2),
-            schedule=schedule,
-            guidance=Guidance(2.0),
-            temperature=0.5,
-            generators=generators,
-        )
-        pixels = base.decode_latents(latents)
-    assert latents.device.type == pixels.device.type == "cuda"
+RUNS = {
+    "usual": ({}, 1e-4),
+    "interrupted": ({"ema": 0.9, "checkpoint_every": 1}, 1e-4),
+    "resident": ({"data_map_blur": 0.0, "low": 50, "high": 160, "attention": "auto"}, 1e-4),
+    "pictures": ({"sample_every": 2, "score_scenes": 2, "score_every": 2, "monitor_every": 1}, 1e-4),
+    "reward": ({"reward": 0.5, "reward_below": 0.9}, 1e-4),
+    "adafactor": ({"optimizer": "adafactor", "gradient_checkpointing": True}, 1e-4),
+    "sdxl": ({"base": "sdxl", "precision": "bf16"}, 1e-2),
+    "fp16": ({"precision": "fp16"}, 1e-2),
+    **{kind: ({"adapter": kind}, 1e-4) for kind in ("control-lora", "t2i-adapter", "lite")},
+    "controlnet-xs": ({"adapter": "controlnet-xs", "base": "two-layers"}, 1e-4),
+}
+
+
+def interrupt(progress):
+    if progress.step == 2:
+        raise KeyboardInterrupt
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_a_training_on_a_gpu_is_that_on_the_processor(place, monkeypatch, name):
+    changes, tolerance = RUNS[name]
+    if "base" in changes:
+        changes = {**changes, "base": str(place / changes["base"])}
+    settings = {"steps": 3, "log_every": 1, "checkpoint_every": 2, "attention": "torch", "monitor_every": 0}
+    settings |= {"sample_every": 0, "hint_channels": [4, 8, 8, 8]} | changes
+    sample_in(2, monkeypatch)
+
+    def losses(folder, progress=lambda _: None, **more):
+        path = recipe(place / folder, place / "pictures", **{**settings, **more})
+        train_recipe(str(path), progress=progress)
+        rows = [json.loads(line) for line in (place / folder / "metrics.jsonl").read_text().splitlines()]
+        return [row[key] for row in rows for key in ("loss", "grad_norm") if key in row]
+
+    here = {"precision": "fp32"} if name == "fp16" else {}
+    expected = losses(f"{name}-cpu", **here)
+    with_driver(monkeypatch)
+    with pretended_gpu():
+        if name == "interrupted":
+            with pytest.raises(KeyboardInterrupt):
+                losses(f"{name}-gpu", progress=interrupt, device="cuda")
+        found = losses(f"{name}-gpu", device="cuda")
+    assert len(found) >= 6
+    assert found == pytest.approx(expected, rel=tolerance)
 
 
 def test_the_unet_comes_to_the_device_when_the_data_is_encoded(place, monkeypatch):
