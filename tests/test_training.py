@@ -21,6 +21,7 @@ from controlkit.training.config import (
     find_recipe,
     given_keys,
     load_recipe,
+    overridden_keys,
     parse_recipe,
     recipe_names,
     to_toml,
@@ -251,6 +252,18 @@ def test_a_training_that_is_made_short_warms_up_shortly():
         load_recipe("tiny-canny", ["steps=-3"])
 
 
+def test_a_short_recipe_without_a_warmup_warms_up_shortly(tmp_path):
+    path = tmp_path / "short.toml"
+    given = {"task": '"controlnet"', "map": '"canny"', "out": '"x"', "steps": 10, "batch_size": 1}
+    lines = [f"{key} = {value}\n" for key, value in (given | {"learning_rate": 1e-4}).items()]
+    path.write_text("".join(lines))
+    assert load_recipe(str(path)).warmup == 2
+    assert load_recipe(str(path), ["steps=60"]).warmup == 50
+    path.write_text(path.read_text() + "warmup = 30\n")
+    with pytest.raises(ValueError, match="warmup=30 is longer than the training, steps=10"):
+        load_recipe(str(path))
+
+
 def test_a_stopped_run_equals_an_uninterrupted_one(tmp_path, text_recipe):
     whole = train_recipe(str(text_recipe), [f"out={tmp_path / 'whole'}"])
 
@@ -430,6 +443,22 @@ def test_an_adapters_run_goes_on_by_its_own_tables(tmp_path):
     given = [f"out={moved}"]
     with pytest.raises(ValueError, match=r"map canny -> depth"):
         as_begun(load_recipe("tiny-depth", given), given_keys("tiny-depth", given))
+
+
+def test_a_short_run_becomes_longer_with_the_warmup_that_it_had(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    short = [f"out={folder}", "steps=20"]
+    (folder / "config.toml").write_text(to_toml(load_recipe("tiny-canny", short)))
+    for steps, further in ((24, []), (250, []), (250, ["warmup=4"])):
+        given = [f"out={folder}", f"steps={steps}", *further]
+        begun = (load_recipe("tiny-canny", given), given_keys("tiny-canny", given))
+        recipe, _ = as_begun(*begun, overridden=overridden_keys(given))
+        assert (recipe.steps, recipe.warmup) == (steps, 4)
+    given = [f"out={folder}", "steps=250", "warmup=25"]
+    begun = (load_recipe("tiny-canny", given), given_keys("tiny-canny", given))
+    with pytest.raises(ValueError, match=r"another recipe \(warmup 4 -> 25\)"):
+        as_begun(*begun, overridden=overridden_keys(given))
 
 
 def test_losses_that_were_not_yet_logged_survive_a_stop(tmp_path, text_recipe):

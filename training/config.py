@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from controlkit.training.config_bundled import VaeRecipe as VaeRecipe
 
 RECIPES = Path(__file__).parent / "recipes"
 WARMUP_SHARE = 5  # a training that is made short warms up over a fifth of its steps
+_WARMUP = Recipe.model_fields["warmup"].default
 
 _TASKS: dict[str, type[Recipe]] = {
     "vae": VaeRecipe,
@@ -66,17 +67,34 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     """
     where = str(find_recipe(name_or_path))
     table = given_keys(name_or_path, overrides)
-    _fit_warmup(table, {override.partition("=")[0].strip() for override in overrides})
+    _fit_warmup(table, overridden_keys(overrides))
     return parse_recipe(table, where=where, overrides=overrides)
 
 
 def _fit_warmup(table: dict[str, Any], overridden: Collection[str]) -> None:
-    """Let a training that an override makes shorter than its warmup warm up over a fifth of it."""
-    steps, warmup = table.get("steps"), table.get("warmup", Recipe.model_fields["warmup"].default)
-    if "steps" not in overridden or "warmup" in overridden or not isinstance(steps, int):
+    """Let a training warm up over a fifth of it that is shorter than a warmup which nobody chose for it."""
+    chosen = "warmup" in table and "steps" not in overridden
+    if "warmup" in overridden or chosen or table.get("task") != "controlnet":
         return
-    if isinstance(warmup, int) and warmup > steps > 0 and table.get("task") == "controlnet":
+    steps, warmup = table.get("steps"), table.get("warmup", _WARMUP)
+    if isinstance(steps, int) and isinstance(warmup, int) and warmup > steps > 0:
         table["warmup"] = steps // WARMUP_SHARE
+
+
+def was_fitted(warmup: object, steps: object, given: Mapping[str, Any]) -> bool:
+    """Whether a run of such steps has a warmup that was made shorter for it than the one that is given."""
+    whole = given.get("warmup", _WARMUP)
+    return (
+        isinstance(steps, int)
+        and isinstance(whole, int)
+        and whole > steps
+        and warmup == steps // WARMUP_SHARE
+    )
+
+
+def overridden_keys(overrides: Sequence[str]) -> set[str]:
+    """The names of what `key=value` overrides give."""
+    return {override.partition("=")[0].strip() for override in overrides}
 
 
 def given_keys(name_or_path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from controlkit.training.config import parse_recipe
+from controlkit.training.config import parse_recipe, was_fitted
 from controlkit.training.config_base import Recipe
 from controlkit.training.saving import Keys, flat, flat_recipe, recorded, refuse_changes
 
@@ -18,12 +18,13 @@ class Begun(NamedTuple):
     note: str = ""
 
 
-def as_begun(recipe: Recipe, given: Mapping[str, Any]) -> Begun:
+def as_begun(recipe: Recipe, given: Mapping[str, Any], *, overridden: Collection[str] = ()) -> Begun:
     """The recipe to train by in its `out` folder: where a run was begun there, the run's, with what is given.
 
     recipe: what is given, completed by the defaults. given: what a file or a command names of it
     (`config.given_keys`). Everything else is as the run's config.toml has it, which is complete; keys that
-    are newer than the run have their defaults.
+    are newer than the run have their defaults. overridden: what of it a command names; a warmup that is not
+    among it stays the run's where it was made shorter for the run's steps (`config.load_recipe`).
 
     Raises ValueError, one line, where something given differs from the run's and may not, and where
     config.toml cannot be read.
@@ -36,6 +37,8 @@ def as_begun(recipe: Recipe, given: Mapping[str, Any]) -> Begun:
     except OSError as error:
         raise ValueError(f"cannot use {folder} as the run's folder: {error.strerror or error}") from error
     now, named = flat_recipe(recipe), {*flat(given), ("out",)}
+    if "warmup" not in overridden and was_fitted(begun.get(("warmup",)), begun.get(("steps",)), given):
+        named.discard(("warmup",))
     refuse_changes(begun, now, named, folder)
     whole = begun | {key: value for key, value in now.items() if key in named}
     taken = {key: begun.get(key) for key in begun.keys() | now.keys() if whole.get(key) != now.get(key)}

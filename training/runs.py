@@ -21,6 +21,7 @@ from controlkit.training.config import (
     VaeRecipe,
     given_keys,
     load_recipe,
+    overridden_keys,
 )
 from controlkit.training.going_on import as_begun
 from controlkit.training.lock import locked
@@ -62,7 +63,9 @@ def train_recipe(
     Raises ValueError, one line, for whatever the recipe or the folder makes impossible.
     """
     given = given_keys(name_or_path, overrides)
-    recipe, note = as_begun(load_recipe(name_or_path, overrides), given)
+    recipe, note = as_begun(
+        load_recipe(name_or_path, overrides), given, overridden=overridden_keys(overrides)
+    )
     set_threads(recipe)
     folder, name = Path(recipe.out), RESULT.get(recipe.task, "result")
     check_folder(recipe, folder, result=name)
