@@ -65,6 +65,7 @@ def without_effect(job: Plan, variants: Sequence[Variant], varied: Collection[st
     options, given = job.options, {*job.given, *varied}
     settings = [one for one, _ in variants]
     yield from _of_texts(settings)
+    yield from _of_grid(job, settings, varied)
     by_clip = any(one.clip_guidance for one in settings)
     if "clip" in given and options.clip and not by_clip:
         yield "--clip has no effect without --clip-guidance, as in --clip-guidance 30"
@@ -96,6 +97,15 @@ def _of_texts(settings: Sequence[Options]) -> Iterator[str]:
         for line in prompt_syntax.notes(text, one.prompt_syntax)
     )
     yield from dict.fromkeys(lines)
+
+
+def _of_grid(job: Plan, settings: Sequence[Options], varied: Collection[str]) -> Iterator[str]:
+    """Of options whose value no picture of a grid has. The base is named where it is loaded."""
+    own = {*varied, *(("width", "height") if "size" in varied else ())} - {"prompt", "base"}
+    flags = {"negative_prompt": "negative", "class_label": "class"}
+    for name in sorted(own & job.given):
+        if all(getattr(one, name) != getattr(job.options, name) for one in settings):
+            yield f"--{flags.get(name, name).replace('_', '-')} has no effect: the grid has values of its own"
 
 
 def _of_guidance(asked: Sequence[str], settings: Sequence[Options]) -> Iterator[str]:

@@ -21,6 +21,7 @@ from controlkit.adapters import MAPS, AdapterInfo, MapSpec, load_adapter, read_i
 from controlkit.base import Base, load_base
 from controlkit.controlnet import from_base
 from controlkit.folders import quiet_libraries, read_header
+from controlkit.formats.adapter_file import open_adapter_file
 
 WEIGHTS = adapters.WEIGHTS_NAME
 INFO = AdapterInfo(
@@ -208,6 +209,8 @@ def test_folders_that_hold_something_else(folder: Path, bases: dict[str, Base], 
     refusal(run, bases["sd1"], f"{run} is not an adapter folder: it has no config.json")
     shutil.copytree(folder, run / "controlnet")
     refusal(run, bases["sd1"], f"did you mean {run / 'controlnet'}?")
+    with pytest.raises(ValueError, match=r"run has no weights .*\(did you mean .*controlnet\?\)"):
+        open_adapter_file(run)
     (folder / "config.json").write_text(json.dumps({"_class_name": "UNet2DConditionModel"}))
     refusal(folder, bases["sd1"], "holds a UNet2DConditionModel, not a ControlNetModel")
     refusal(folder / "config.json", bases["sd1"], "config.json is a text, not weights")

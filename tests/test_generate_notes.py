@@ -145,6 +145,11 @@ def notes(given: dict[str, Any], *grid: str, **asked: Any) -> list[str]:
         ({"cuda_graph": True, "device": "cuda:1"}, "", None),
         ({"cuda_graph": True}, "", None),
         ({"cuda_graph": False, "device": "cpu"}, "", None),
+        ({"steps": 9}, "steps=2,3", "--steps has no effect: the grid has values of its own"),
+        ({"negative_prompt": "y"}, "negative=u|v", "--negative has no effect: the grid has"),
+        ({"width": 96}, "size=64x64,64x128", "--width has no effect: the grid has"),
+        ({"steps": 9}, "seed=1,2", None),
+        ({"steps": 3}, "steps=2,3", None),
     ],
 )
 def test_options_without_effect(given: dict[str, Any], grid: str, note: str | None) -> None:

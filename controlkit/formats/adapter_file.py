@@ -186,11 +186,7 @@ def check_config(file: AdapterFile) -> None:
 def folder_config(folder: Path) -> dict[str, Any]:
     """The configuration of the network in a folder. Raises ValueError if the folder holds something else."""
     if not (folder / "config.json").is_file():
-        inner = next(
-            (path for path in sorted(folder.glob("*/config.json")) if "controlnet" in str(path)), None
-        )
-        hint = f" (did you mean {inner.parent}?)" if inner else ""
-        raise ValueError(f"{folder} is not an adapter folder: it has no config.json{hint}")
+        raise ValueError(f"{folder} is not an adapter folder: it has no config.json{_inner(folder)}")
     config = read_json(folder / "config.json")
     check_types(config, folder / "config.json")
     if "_class_name" not in config:
@@ -201,6 +197,13 @@ def folder_config(folder: Path) -> dict[str, Any]:
     if config.get("_class_name") not in (*CLASS_NAMES.values(), *_OTHER_CLASS_NAMES):
         raise ValueError(f"{folder} holds a {config.get('_class_name')}, not a ControlNetModel")
     return config
+
+
+def _inner(folder: Path) -> str:
+    """A hint at the adapter's folder within a run's or a pipeline's; "" where there is none."""
+    found = (path.parent for path in sorted(folder.glob("*/config.json")) if "controlnet" in path.parent.name)
+    inner = next(found, None)
+    return f" (did you mean {inner}?)" if inner else ""
 
 
 def is_as_saved(folder: Path) -> bool:
@@ -244,7 +247,10 @@ def check_floats(entries: Mapping[str, Stored], where: Path) -> None:
 
 def _parts(folder: Path) -> list[Path]:
     """The weight files of an adapter's folder. Raises ValueError if it holds something else."""
-    parts = weight_files(folder)
+    try:
+        parts = weight_files(folder)
+    except ValueError as error:
+        raise ValueError(f"{error}{_inner(folder)}") from None
     folder_config(folder)
     return parts
 
