@@ -101,6 +101,9 @@ def _computed(func: Any, args: Any, kwargs: dict[str, Any], count: Counter[str])
         stays = kwargs["device"] in (_GPU, _WITHIN)
         kwargs = {**kwargs, "device": torch.device("cpu")}
     count["read"] += on_gpu and (name == "aten._local_scalar_dense" or not stays)
+    written = args[0] if name == "aten.copy_" else None
+    sends = isinstance(written, Afar) if written is not None else name == "aten._to_copy" and stays
+    count["sent"] += sends and any(not isinstance(value, Afar) for value in given)
     near_args, near_kwargs = tree_map_only(Afar, lambda value: value.near, (args, kwargs))
     result = func(*near_args, **near_kwargs)
     if "out" in kwargs:
@@ -111,7 +114,7 @@ def _computed(func: Any, args: Any, kwargs: dict[str, Any], count: Counter[str])
 
 
 class _Places(TorchDispatchMode):
-    """Puts what is made on the device there, and counts what the host reads from it."""
+    """Puts what is made on the device there; counts what the host reads from it ("read") and sends there."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -145,7 +148,8 @@ def _placed(value: Any) -> Any:
 
 @contextmanager
 def pretended_gpu() -> Iterator[Counter[str]]:
-    """Within the block there is a device "cuda" for tensors and networks; counts what the host reads of it.
+    """Within the block there is a device "cuda" for tensors and networks; counts what the host reads of it
+    and sends there, as "read" and "sent".
 
     torch.cuda's own functions say that there is none, but for `with_driver`.
     """

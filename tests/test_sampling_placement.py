@@ -3,7 +3,7 @@ picture.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import pytest
 import tiny_models
 import torch
 from pretended_gpu import pretended_gpu
+from recorders import Capturing
 from safetensors.torch import save_file
 from sampling_peers import SIZE, cond, controlnet_of
 from test_ip_adapter import KINDS as IP_ADAPTERS
@@ -20,10 +21,12 @@ from test_ip_adapter import adapter, flat, photo, write_encoder
 from test_kinds import MAKE
 from test_starting import mask, picture
 
+from controlkit import execution
 from controlkit.base import Base, load_base
 from controlkit.class_labels import Told
 from controlkit.clip_guidance import ClipGuidance, load_clip
 from controlkit.control import Control
+from controlkit.execution import Execution
 from controlkit.ip_adapter import picture_prompt
 from controlkit.sampling import Memory, Savings, Start, Tiles, generate
 from controlkit.schedulers import SCHEDULERS
@@ -86,7 +89,6 @@ TRIALS: dict[str, Trial] = {
     "clip": made(clip_guidance=50.0),
     **{f"ip-adapter {kind}": made(picture_prompts=[kind]) for kind in IP_ADAPTERS},
 }
-OFTEN = ("from a picture, dpm++", "lllite in a region")  # the others are slow tests
 
 
 @pytest.fixture(scope="module")
@@ -150,29 +152,40 @@ def prepared(options: Given, base: Base, folder: Path, *, gpu: bool) -> Given:
     return options
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in OFTEN else pytest.mark.slow) for name in TRIALS]
-)
-def test_a_generation_keeps_to_its_device(
-    name: str, bases: Callable[[str], Base], load: Callable[[str], Base], tmp_path: Path
-) -> None:
-    trial = TRIALS[name]
-    base = bases(trial.base)
-    plain = load(base.family)
-    fixed: Given = {"steps": STEPS, "seeds": (1,), "width": SIZE, "height": SIZE}
-    if trial.options and "memory" in trial.options:
-        fixed["seeds"] = (1, 2)
-    else:
-        fixed["batch_size"] = 1
+@dataclass(frozen=True)
+class Place:
+    """What trials are made of: bases by name, plain ones by family, and a folder."""
 
-    def result(base: Base, **more: Any) -> list[np.ndarray]:
-        gpu = base.device.type == "cuda"
-        options = fixed | prepared(trial.options or {}, base, tmp_path, gpu=gpu) | more
-        return generate(
-            base, "a (red:1.2) cube", controls=controls_of(trial, base, plain, gpu=gpu), **options
-        )
+    bases: Callable[[str], Base]
+    load: Callable[[str], Base]
+    folder: Path
 
-    expected = result(base)
+    def pictures(self, trial: Trial, *, gpu: bool, **more: Any) -> list[np.ndarray]:
+        """The trial's pictures, made here or there."""
+        base = self.bases(trial.base)
+        plain, base = self.load(base.family), on_gpu(base) if gpu else base
+        options = {"steps": STEPS, "seeds": (1,), "width": SIZE, "height": SIZE}
+        if "memory" not in (trial.options or {}):
+            options["batch_size"] = 1
+        options |= prepared(trial.options or {}, base, self.folder, gpu=gpu) | more
+        controls = controls_of(trial, base, plain, gpu=gpu)
+        return generate(base, "a (red:1.2) cube", controls=controls, **options)
+
+
+@pytest.fixture
+def place(bases: Callable[[str], Base], load: Callable[[str], Base], tmp_path: Path) -> Place:
+    return Place(bases, load, tmp_path)
+
+
+def trials(*often: str, without: Sequence[str] = ()) -> list[Any]:
+    """Their names; all but a few are slow tests."""
+    names = [name for name in TRIALS if name not in without]
+    return [pytest.param(name, marks=() if name in often else pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("name", trials("from a picture, dpm++", "lllite in a region"))
+def test_a_generation_keeps_to_its_device(name: str, place: Place) -> None:
+    expected = place.pictures(TRIALS[name], gpu=False)
     reads: list[int] = []
     with pretended_gpu() as count:
 
@@ -180,9 +193,24 @@ def test_a_generation_keeps_to_its_device(
             assert latents.device.type == "cuda"
             reads.append(count["read"])
 
-        found = result(on_gpu(base), callback=look)
-    steps = len(reads) // len(fixed["seeds"])
-    assert reads[steps - 2] == reads[0], "the host waits in a step that is not the last"
-    assert reads[steps - 1] == reads[0] + 1  # to see that all steps were finite
-    for ours, theirs in zip(found, expected, strict=True):
-        assert np.abs(ours.astype(int) - theirs).max() <= 1
+        found = place.pictures(TRIALS[name], gpu=True, callback=look)
+    assert reads[-2] == reads[0], "the host waits in a step that is not the last"
+    assert reads[-1] == reads[0] + 1  # to see that all steps were finite
+    assert np.abs(found[0].astype(int) - expected[0]).max() <= 1
+
+
+# Recorded are steps of which there are several alike; see `Execution`.
+UNRECORDED = ("scales", "control kept", "features kept", "tiles")
+
+
+@pytest.mark.parametrize("name", trials("lllite in a region", without=UNRECORDED))
+def test_what_a_graph_records_neither_reads_nor_sends(
+    name: str, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pretended_gpu() as count:
+        expected = place.pictures(TRIALS[name], gpu=True)
+        recorder = Capturing(count)
+        monkeypatch.setattr(execution, "_recorder_for", lambda device: recorder)
+        found = place.pictures(TRIALS[name], gpu=True, execution=Execution(cuda_graph=True))
+    assert recorder.recorded
+    assert np.array_equal(found, expected)

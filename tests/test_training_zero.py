@@ -19,6 +19,7 @@ from controlkit.training import zero_config
 from controlkit.training.config_adapter import ControlNetRecipe
 from controlkit.training.config_bundled import VaeRecipe
 from controlkit.training.machine import Machine
+from controlkit.training.zero import Share, ZeroWeights
 
 ROOT = Path(__file__).parents[1]
 YAML = ROOT / "training" / "recipes" / "deepspeed.yaml"
@@ -300,3 +301,17 @@ def test_the_example_trains_in_half_precision(place):
     assert losses(two) == pytest.approx(losses(one), rel=0.02)
     assert distance(weights(two), weights(one)) < 1e-3
     assert all(tensor.dtype == torch.float32 for tensor in weights(two).values())
+
+
+def test_what_is_saved_of_a_share_is_the_whole_tensor(monkeypatch):
+    others = torch.tensor([0.0, 0.0, 3.0, 4.0])  # what the other process has
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda whole: whole.add_(others))
+    flat = torch.tensor([1.0, 2.0])
+    shared = object.__new__(ZeroWeights)
+    shared.shares = {"net.w": Share(flat, 0, 0, 2, torch.Size([2, 2]), torch.device("cpu"))}
+    shared.masters, shared.average = {"net.w": flat}, {"net.w": flat.clone()}
+    whole = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    assert torch.equal(shared.whole()["net.w"], whole)
+    saved = shared.tensors()
+    assert saved.keys() == {"model.net.w", "average.net.w"}
+    assert all(torch.equal(tensor, whole) for tensor in saved.values())

@@ -132,11 +132,11 @@ class Weights:
     def tensors(self) -> Tensors:
         """Everything there is to save: `model.NAME`, and `average.NAME` where there is an average."""
         saved = {f"model.{name}": tensor for name, tensor in self.whole().items()}
-        return saved | {f"average.{name}": whole_tensor(tensor) for name, tensor in self.average.items()}
+        return saved | {f"average.{name}": self._whole(name, tensor) for name, tensor in self.average.items()}
 
     def whole(self) -> Tensors:
         """The trained weights as they are now, by name, fp32."""
-        return {name: whole_tensor(master.detach()) for name, master in self.masters.items()}
+        return {name: self._whole(name, master.detach()) for name, master in self.masters.items()}
 
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
@@ -159,6 +159,10 @@ class Weights:
     ) -> None:
         """Put back what `state_of` gave. Raises ValueError where it does not fit."""
         restore_state(optimizer, self.names, tensors, groups)
+
+    def _whole(self, _name: str, part: Tensor) -> Tensor:
+        """A master, or its average, with the parts that other processes have; ZeRO asks by the name."""
+        return whole_tensor(part)
 
     def _share(self, name: str, whole: Tensor) -> Tensor:
         """This process's part of a master or its average."""
