@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import flops
@@ -26,6 +27,7 @@ from controlkit.controlnet import from_base, lock
 from controlkit.figures import render
 from controlkit.preprocessors import get
 from controlkit.training.adapter import Pair
+from controlkit.training.data.encoded import Outline
 from controlkit.training.loop import forward_backward
 
 BATCH = 2
@@ -128,6 +130,17 @@ def test_the_loss_is_the_scripts_and_the_map_matters_to_it(bench):
     script.optimizer.zero_grad()
     assert mine == pytest.approx(theirs, rel=1e-5)
     assert abs(mirrored / theirs - 1) > 1e-3  # another map would be noticed
+
+
+def test_both_are_given_the_same_where_data_lies_on_the_device(bench, monkeypatch):
+    """There a step is told of its pairs in outline, as on a GPU."""
+    _, ours, pairs = bench
+    expected, part = ours.next_choices(pairs), ours.next_part()
+    outlines = [Outline(s.example, s.visit, s.view, s.size) for s in part.samples]
+    monkeypatch.setattr(ours, "next_part", lambda: replace(part, samples=outlines))
+    found = ours.next_choices(pairs)
+    for name in ("posterior", "noise", "timesteps"):
+        assert torch.equal(getattr(found, name), getattr(expected, name))
 
 
 def test_no_more_operators_than_the_script_has(bench):

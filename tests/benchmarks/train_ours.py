@@ -3,6 +3,7 @@
 import tomllib
 from pathlib import Path
 
+import torch
 from train_models import base_of
 from train_script import Given, Pairs, Script, Setting, collate
 
@@ -65,10 +66,10 @@ class Ours:
     def next_choices(self, pairs: Pairs) -> Given:
         """What the next step draws, and the same pairs as the script prepares them."""
         part, device = self.next_part(), self.task.machine.device
-        drawn = draw_batch(
-            [sample.visit.seed for sample in part.samples],
-            self.task.encoded.moments(part.samples).mean.shape[1:],
-        )
+        view, base = part.samples[0].view, self.task.base  # data on the device has no moments here
+        sides = (side // base.vae_factor for side in (view.height, view.width))
+        latents = torch.Size((base.vae.config.latent_channels, *sides))
+        drawn = draw_batch([sample.visit.seed for sample in part.samples], latents)
         timesteps = diffusion.place_timesteps(drawn.place, "uniform")
         rows = [Path(sample.example.name).stem for sample in part.samples]
         return Given(
