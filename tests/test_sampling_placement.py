@@ -203,7 +203,7 @@ def test_a_generation_keeps_to_its_device(name: str, place: Place) -> None:
 UNRECORDED = ("scales", "control kept", "features kept", "tiles")
 
 
-@pytest.mark.parametrize("name", trials("lllite in a region", without=UNRECORDED))
+@pytest.mark.parametrize("name", trials(without=UNRECORDED))
 def test_what_a_graph_records_neither_reads_nor_sends(
     name: str, place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -121,6 +121,7 @@ def _gradients(run, loss):
         parameter.grad = torch.empty_like(parameter)
 
 
+@pytest.mark.slow
 def test_a_look_and_the_start_mix_no_devices(place):
     run = opened(place, "look", precision="bf16")
     maps = torch.rand(3, 3, 64, 64)
