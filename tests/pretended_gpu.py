@@ -190,7 +190,8 @@ def with_driver(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
     patch.setattr(torch.cuda, "Event", _Event)
     patch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
-    patch.setattr(torch.optim.Optimizer, "_accelerator_graph_capture_health_check", lambda _: None)
+    health = "_accelerator_graph_capture_health_check"  # not in every version
+    patch.setattr(torch.optim.Optimizer, health, lambda _: None, raising=False)
     run = threading.Thread.run
 
     def within(thread: threading.Thread) -> None:
