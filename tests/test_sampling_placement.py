@@ -1,5 +1,5 @@
-"""Every sort of generation on a GPU that is made of the processor: no devices mixed, few waits, the same
-picture.
+"""Every sort of generation on a GPU that is made of the processor: no devices mixed, nothing read back before
+the last step, the same picture.
 """
 
 import copy
@@ -194,7 +194,7 @@ def test_a_generation_keeps_to_its_device(name: str, place: Place) -> None:
             reads.append(count["read"])
 
         found = place.pictures(TRIALS[name], gpu=True, callback=look)
-    assert reads[-2] == reads[0], "the host waits in a step that is not the last"
+    assert reads[-2] == reads[0], "the host reads in a step that is not the last"
     assert reads[-1] == reads[0] + 1  # to see that all steps were finite
     assert np.abs(found[0].astype(int) - expected[0]).max() <= 1
 

@@ -1,4 +1,6 @@
-"""Training on a GPU without one: the real step on a device whose tensors have places but no numbers."""
+"""Training on a GPU without one: the real step on a device whose tensors have places but no numbers, and
+whole trainings on one that is made of the processor.
+"""
 
 import json
 
