@@ -353,6 +353,7 @@ def test_a_picture_on_the_command_line(run: Run, folders: dict[str, Path], photo
     )
 
 
+@pytest.mark.slow
 def test_a_class_on_the_command_line(run: Run, folders: dict[str, Path]) -> None:
     fixed = ["generate", "a cube", "--base", folders["classes"], "--steps", 2]
     run(*fixed, "--class", 2, "-o", "out.png").done()

@@ -218,6 +218,7 @@ def test_where_little_memory_is_the_clip_and_the_decoder_are_at_work_in_the_loop
     assert ran == ["clip", *["unet", "vae", "clip"] * 2, "vae"]
 
 
+@pytest.mark.slow
 def test_memory_is_reckoned_with_the_gradient(sd1: Base, clip: Clip) -> None:
     plain, guided = (Estimate(sd1, [], Request(96, 64), judge) for judge in (None, clip))
     weights = sum(parameter.nbytes for parameter in clip.model.parameters())

@@ -311,6 +311,7 @@ def test_a_data_set_with_maps(run: Run, pairs):
     assert picture.shape == (128, 128, 3)
 
 
+@pytest.mark.slow
 def test_poses_and_depth_of_a_data_set_are_made_of_its_pictures(run: Run, pairs):
     kinds = ["--adapter", "openpose", "--adapter", "depth"]
     run("evaluate", pairs, "maps=made", *kinds, "-n", 3, *QUICK).done()
@@ -352,6 +353,7 @@ def test_an_evaluation_that_goes_on_sees_the_autoencoder_as_one_in_a_stretch_doe
     assert kernels[0] == kernels[1], "sums in another order may round differently"
 
 
+@pytest.mark.slow
 def test_pairs_without_captions_are_counted(run: Run, pairs):
     rows = (pairs / "metadata.jsonl").read_text().splitlines()
     mute = [json.dumps({**json.loads(row), "text": ""}) for row in rows[:2]]
@@ -421,6 +423,7 @@ def test_what_a_run_held_out(run: Run, pairs, tmp_path, monkeypatch):
     assert report["settings"]["base"] == "tiny"
 
 
+@pytest.mark.slow
 def test_a_network_for_several_kinds(run: Run, pairs, tmp_path, monkeypatch):
     """Each kind is measured with the maps of its own column."""
     monkeypatch.setenv("CONTROLKIT_CACHE", str(tmp_path / "cache"))

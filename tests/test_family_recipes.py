@@ -43,10 +43,8 @@ def train(tmp_path: Path, family: str, *more: str) -> Path:
     return out
 
 
-@pytest.mark.parametrize(
-    "family",
-    ["sd1", pytest.param("sd2", marks=pytest.mark.slow), pytest.param("sdxl", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
 def test_a_familys_recipe_trains_and_its_result_draws(
     tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -317,8 +317,17 @@ def public(network: Any) -> dict[str, Any]:
     return {key: value for key, value in config_of(network).items() if not key.startswith("_")}
 
 
-@pytest.mark.parametrize("family", tiny_models.FAMILIES)
-@pytest.mark.parametrize("learns_time", [False, True])
+@pytest.mark.parametrize(
+    ("family", "learns_time"),
+    [
+        ("sd1", False),
+        ("sd2", True),
+        *(
+            pytest.param(*way, marks=pytest.mark.slow)
+            for way in (("sd1", True), ("sd2", False), ("sdxl", False), ("sdxl", True))
+        ),
+    ],
+)
 def test_xs_files(family: str, learns_time: bool, load: Load, tmp_path: Path, run: Run) -> None:
     base = load(family)
     torch.manual_seed(6)

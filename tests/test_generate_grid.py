@@ -19,7 +19,13 @@ from controlkit.images import load_picture, read_png_text
 from controlkit.sheets import contact_sheet
 
 
-@pytest.mark.parametrize("quoted", [["seed=0,1", "steps=1..2"], ["seed=0,1", "--grid", "steps=1..2"]])
+@pytest.mark.parametrize(
+    "quoted",
+    [
+        ["seed=0,1", "steps=1..2"],
+        pytest.param(["seed=0,1", "--grid", "steps=1..2"], marks=pytest.mark.slow),
+    ],
+)
 def test_the_second_setting_may_stand_behind_the_first(generate: Run, run: Run, quoted: list[str]) -> None:
     generate("-o", "one.png").done()
     for start in (generate, lambda *more: run("generate", "--like", "one.png", *more)):
@@ -132,6 +138,7 @@ def check_sheet(run: Run, sheet: str, columns: int, pictures: list[tuple[str, li
     assert np.array_equal(load_picture(sheet), contact_sheet(rows, title="a cube", cell=192))
 
 
+@pytest.mark.slow
 def test_models_as_axes(generate: Run, run: Run, models: Path, photo: Path) -> None:
     """What is loaded changes from picture to picture, and each is as it would be alone."""
     adapters = [str(models / "canny-sd1"), other_adapter(models, "other")]

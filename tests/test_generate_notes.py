@@ -317,7 +317,16 @@ def test_the_infotext_keeps_both_strengths(generate: Run, photo: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "more", [[], ["--control-every", 2], ["--features-every", 2], ["--tile", 64], ["--memory", "4GB"]]
+    "more",
+    [
+        [],
+        ["--control-every", 2],
+        ["--tile", 64],
+        *(
+            pytest.param(more, marks=pytest.mark.slow)
+            for more in (["--features-every", 2], ["--memory", "4GB"])
+        ),
+    ],
 )
 def test_controls_of_one_file_share_its_adapter_and_map(
     generate: Run, photo: Path, monkeypatch: pytest.MonkeyPatch, more: list[object]

@@ -98,7 +98,7 @@ def test_settings_are_recorded_and_repeated(run: Run, models: Path, photo: Path,
 
 
 @pytest.mark.filterwarnings("default")  # the command says that the adapter was not trained with masks
-@pytest.mark.parametrize("each", [1, 3])
+@pytest.mark.parametrize("each", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_maps_that_are_one_input_are_given_as_several(run: Run, models: Path, sd1: Base, each: int) -> None:
     """As a tensor of all of them from Python gives it."""
     network = from_base(sd1, conditioning_channels=2 * each, hint_channels=(4, 8, 8, 8), seed=1)

@@ -156,7 +156,8 @@ def place(network: Any) -> str:
     return str(next(network.parameters()).device.type)
 
 
-@pytest.mark.parametrize("family", ["sd1", pytest.param("sdxl", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
 def test_only_what_works_is_on_the_device(
     load: Callable[[str], Base], family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -90,12 +90,13 @@ def test_sdxl_is_planned(tmp_path):
 
 
 WAYS = [
-    pytest.param("sd1", {"sd_locked": False}, marks=pytest.mark.slow),
-    pytest.param("sd2", {"only_mid_control": True}, marks=pytest.mark.slow),
+    ("sd1", {"sd_locked": False}),
+    ("sd2", {"only_mid_control": True}),
     ("sdxl", {"precision": "bf16"}),
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "changes"), WAYS)
 def test_every_family_and_way_of_training_is_planned(family, changes, tmp_path):
     r = recipe(base=str(build(tmp_path / family, family)), batch_size=2, **changes)
@@ -225,6 +226,7 @@ def test_a_plans_parts_add_up_and_are_told(tiny_plan):
     assert told["samples_per_s"] == pytest.approx(4 / tiny_plan.step_s)
 
 
+@pytest.mark.slow
 def test_what_encodes_stays_whole_in_half_precision(tmp_path):
     r = recipe(base=str(build(tmp_path / "base", "sd1", layers=1)), precision="bf16")
     networks = build_networks(r)
@@ -332,8 +334,7 @@ def allocating(limit, tried):
     ("limit", "start"),
     [
         (1, 4),
-        (7, 1),
-        *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((3, 4), (13, 4), (64, 64))),
+        *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((7, 1), (3, 4), (13, 4), (64, 64))),
     ],
 )
 def test_the_largest_batch_is_found(limit, start):
@@ -363,6 +364,7 @@ def test_other_errors_are_not_taken_for_a_full_memory():
         find_batch(broken, start=1, limit=4)
 
 
+@pytest.mark.slow
 def test_speeds_are_told_and_the_fastest_can_be_had():
     import time
 

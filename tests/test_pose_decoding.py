@@ -116,6 +116,7 @@ def test_doubtful_peaks_are_smoothed_as_scipy_does() -> None:
 # --- networks ---
 
 
+@pytest.mark.slow
 def test_photographs_give_the_same_people_and_map(aux: Any, weights: Path) -> None:
     detector = aux.OpenposeDetector(aux.body.Body(weights / "body_pose_model.pth"))
     extract = preprocessors.get("openpose", model=str(weights), device="cpu")
@@ -245,6 +246,7 @@ def test_a_hand_that_is_not_there_has_no_points() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_batch_gives_what_each_picture_gives_alone(weights: Path) -> None:
     network = OpenPoseNet(str(weights), hands=False, face=False, device="cpu")
     network._face = Stages(small_network(71))
@@ -261,7 +263,10 @@ def test_a_batch_gives_what_each_picture_gives_alone(weights: Path) -> None:
         np.testing.assert_allclose(one.people[..., :2], other.people[..., :2], atol=1)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 3), (2, 3000, 3), (3000, 2, 3), (5, 20, 3), (64, 64, 3)])
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 1, 3), (2, 3000, 3), (5, 20, 3), (64, 64, 3), pytest.param((3000, 2, 3), marks=pytest.mark.slow)],
+)
 def test_any_size_is_looked_at(weights: Path, shape: tuple[int, ...]) -> None:
     extract = preprocessors.get("openpose", model=str(weights), device="cpu")
     with pytest.warns(UserWarning, match="no person was found: the openpose map is black"):

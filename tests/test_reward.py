@@ -193,6 +193,7 @@ def test_a_picture_that_follows_the_rewards_gradient_gets_the_maps_edges(base, s
     assert after > 0.65
 
 
+@pytest.mark.slow
 def test_a_picture_that_follows_the_rewards_gradient_gets_the_maps_depth(base, scenes):
     (wanted,), other = maps("depth", scenes[:1]), scenes[2].picture
     start = base.encode_pictures(images.picture_to_tensor([other]))
@@ -354,6 +355,7 @@ def test_the_reward_is_added_once_it_begins_and_is_told(place, plain):
     assert last["loss"] == pytest.approx(without["loss"] + 0.5 * last["map_missed"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_equals_one_that_was_not_stopped(place):
     told = {"reward": 0.3, "reward_below": 0.8, "steps": 5, "checkpoint_every": 3, "log_every": 5, "ema": 0.9}
     whole = run(place, "whole", **told)
@@ -379,6 +381,7 @@ def test_bf16_is_rewarded_like_fp32(place, plain):
         np.testing.assert_allclose([r[key] for r in rows(half)], [r[key] for r in rows(full)], rtol=0.02)
 
 
+@pytest.mark.slow
 def test_depth_maps_are_rewarded_too(place):
     options = {"map": "depth", "reward": 0.5, "reward_below": 1.0, "steps": 1, "data_flip": 0.0}
     path = written(place, "depth", **options)

@@ -99,6 +99,7 @@ def test_flops_with_control_ending_at_half(around: float) -> None:
     assert around + first + 9 * second + 10 * alone <= 38.8e12
 
 
+@pytest.mark.slow
 def test_flops_of_a_mode_that_controls_one_branch(around: float) -> None:
     assert flops_of(2, mode="guess")[1] < 0.9 * flops_of(2)[1]
 
@@ -180,6 +181,7 @@ def test_operators_of_a_step(sd1: Base) -> None:
     assert not operators.counted["aten._local_scalar_dense.default"], "nothing reads a number back"
 
 
+@pytest.mark.slow
 def test_a_step_never_waits_for_a_gpu() -> None:
     """With tensors that are said to be on a GPU and have no content, reading one back is an error, and so is
     mixing devices."""

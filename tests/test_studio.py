@@ -144,7 +144,7 @@ def test_the_way_from_a_photo_to_a_picture(page: Page, client: Client) -> None:
     assert read_png_text(made)["parameters"].startswith("a red figure\nSteps: 4")
 
 
-@pytest.mark.parametrize("syntax", ["plain", "a1111"])
+@pytest.mark.parametrize("syntax", [pytest.param("plain", marks=pytest.mark.slow), "a1111"])
 def test_the_command_and_the_script_make_the_same_picture(
     page: Page, client: Client, run: Run, syntax: str
 ) -> None:
@@ -253,12 +253,17 @@ def test_a_joint_that_was_moved_this_moment_is_followed(page: Page, client: Clie
     ("change", "told"),
     [
         ({"prompt": "a (red:1.4) figure"}, "is read as text"),
-        ({"prompt": "a red figure " * 40}, "The prompt &#x27;a red figure"),
         ({"negative": "too dark " * 60}, "The prompt &#x27;too dark"),
         ({"negative": "blurry", "guidance": "1"}, "The negative prompt has no effect"),
-        ({"first": slot(start=0.51, end=0.52)}, "The control by Edges has no effect"),
-        ({"first": slot(scale=0)}, "No map guided this"),
         ({"first": slot(on=True, kind="canny", is_map=True)}, None),  # it is told beneath the map
+        *(
+            pytest.param(change, told, marks=pytest.mark.slow)
+            for change, told in (
+                ({"prompt": "a red figure " * 40}, "The prompt &#x27;a red figure"),
+                ({"first": slot(start=0.51, end=0.52)}, "The control by Edges has no effect"),
+                ({"first": slot(scale=0)}, "No map guided this"),
+            )
+        ),
     ],
 )
 def test_what_is_to_be_known_of_a_picture_is_told(

@@ -204,6 +204,7 @@ def test_odd_latents_and_tiles(load: Callable[[str], Base], family: str) -> None
     assert large.shape == (72, 120, 3)
 
 
+@pytest.mark.slow
 def test_memory_is_reckoned_with_it(sd1: Base) -> None:
     """The table of likenesses comes on top, and fewer tokens attend."""
     needed = {}
@@ -244,6 +245,7 @@ def test_tokens_are_merged_where_a_network_has_them(
     assert torch.equal(our_latents(base, [control], **request), plain), "the networks are as they were"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MAKE)
 def test_memory_beside_every_kind(load: Callable[[str], Base], kind: str) -> None:
     base, control = of_kind(load, kind)
@@ -258,6 +260,7 @@ def test_memory_beside_every_kind(load: Callable[[str], Base], kind: str) -> Non
 # --- the command ---
 
 
+@pytest.mark.slow
 def test_the_command_records_and_repeats_it(generate: Run, run: Run) -> None:
     generate("-o", "plain.png").done()
     generate("--merge-tokens", 0.5, "-o", "out.png").done()

@@ -16,7 +16,7 @@ from controlkit.training.draws import Draws
 from controlkit.training.reporting import scores, showing
 from controlkit.training.task import DrawnPart, DrawnTask
 
-KINDS = ("control-lora", "t2i-adapter", "lite")
+KINDS = ("controlnet-xs", "control-lora", "t2i-adapter", "lite")
 
 
 class Accelerator:
@@ -73,12 +73,7 @@ def _one_step(generate):
     [
         {},
         pytest.param({"sd_locked": False}, marks=pytest.mark.slow),
-        {"adapter": "controlnet-xs"},
-        *(
-            pytest.param({"adapter": kind}, marks=pytest.mark.slow)
-            for kind in KINDS
-            if kind != "controlnet-xs"
-        ),
+        *(pytest.param({"adapter": kind}, marks=pytest.mark.slow) for kind in KINDS),
     ],
     ids=lambda changes: str(*changes.values()),
 )
@@ -95,6 +90,7 @@ def test_what_is_trained_in_fp16_is_looked_at_scored_and_drawn(fp16, changes):
     assert {master.dtype for master in run.weights.masters.values()} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_trying_batches_in_fp16_leaves_the_weights_as_they_are(place, fp16, monkeypatch):
     real, opened = loop.open_run, []
 

@@ -76,7 +76,7 @@ def recorder(monkeypatch):
     "changes",
     [
         pytest.param({}, marks=pytest.mark.slow),
-        {"precision": "bf16", "sd_locked": False},
+        pytest.param({"precision": "bf16", "sd_locked": False}, marks=pytest.mark.slow),
         {"base": "sdxl", "input_perturbation": 0.1, "only_mid_control": True},
     ],
     ids=["fp32", "bf16, unlocked", "SDXL"],
@@ -95,7 +95,9 @@ def test_graphs_change_nothing(place, recorder, changes):
     assert made.repeated == 4 * 2  # micro-batches
 
 
-@pytest.mark.parametrize("kind", ["deaf", "failing", pytest.param("forgetful", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind", ["deaf", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("failing", "forgetful"))]
+)
 def test_a_graph_that_is_wrong_is_dropped_and_the_run_is_as_without(place, recorder, monkeypatch, kind):
     losses, weights, _ = run(place, f"right-{kind}")
     seen = []
@@ -144,6 +146,7 @@ def test_where_graphs_cannot_be_it_is_said(place, changes, why, monkeypatch):
     assert said[0].startswith(f"no CUDA graph: {why}")
 
 
+@pytest.mark.slow
 def test_a_step_that_does_not_fit_goes_on_in_pieces_without_graphs(place, recorder, monkeypatch):
     recorder(Repeater())
     real = ControlNetTask.errors
@@ -158,6 +161,7 @@ def test_a_step_that_does_not_fit_goes_on_in_pieces_without_graphs(place, record
     assert len(losses) == 4
 
 
+@pytest.mark.slow
 def test_gradients_are_kept_for_the_graphs_of_a_compiler(place, recorder, monkeypatch):
     modes = []
     monkeypatch.setattr(Pair, "compile", lambda self, **given: modes.append(given))

@@ -82,7 +82,7 @@ def test_the_cache_changes_nothing(place, plain):
     assert losses(slower)[0] == losses(plain)[0]
 
 
-@pytest.mark.parametrize("workers", [0, 5])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 5])
 def test_threads_change_nothing(place, plain, workers):
     other, _ = run(place, f"workers-{workers}", data_workers=workers)
     assert distance(weights(other), weights(plain)) == 0
@@ -153,6 +153,7 @@ def test_a_run_in_which_no_step_was_taken_has_no_result(place):
     assert not (place / "standstill" / "controlnet").exists()
 
 
+@pytest.mark.slow
 def test_a_device_that_passes_steps_over_by_itself_gives_the_same_run(place, monkeypatch):
     """What is done on a GPU, where the host reads norms later, on a processor."""
     real = ControlNetTask.losses
@@ -180,7 +181,7 @@ def test_a_device_that_passes_steps_over_by_itself_gives_the_same_run(place, mon
     assert len(changed[0]) == 2
 
 
-@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("late", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_too_many_bad_steps_end_the_run_and_leave_the_last_good_checkpoint(place, monkeypatch, late):
     monkeypatch.setattr(loop, "can_read_late", lambda run: late)
     name = f"bad-{late}"
@@ -214,10 +215,10 @@ def test_a_disk_that_is_full_says_where_the_run_can_go_on(place, monkeypatch):
     with pytest.raises(
         ValueError, match="the disk is full: make room, and the same command goes on from step 2"
     ):
-        run(place, "full-disk", steps=9, checkpoint_every=1)
+        run(place, "full-disk", steps=4, checkpoint_every=1)
     monkeypatch.undo()
     monkeypatch.setenv("CONTROLKIT_CACHE", str(place / "cache"))
-    _, said = run(place, "full-disk", steps=9, checkpoint_every=1)
+    _, said = run(place, "full-disk", steps=4, checkpoint_every=1)
     assert "resumed at step 2" in said
 
 
@@ -258,6 +259,7 @@ def test_a_picture_moves_no_weight_to_where_another_was(place, way):
     assert distance(weights(shown), weights(hidden)) == 0
 
 
+@pytest.mark.slow
 def test_scores_in_between_are_of_the_averaged_weights(place, monkeypatch):
     seen = []
     real = ControlNetTask.scores
@@ -312,6 +314,7 @@ def test_gradient_checkpointing_gives_the_same_gradient(place, plain):
     assert distance(weights(other), weights(plain)) < 0.01
 
 
+@pytest.mark.slow
 def test_the_layout_in_memory_changes_rounding_only(place, plain):
     other, _ = run(place, "first-channels", channels_last=False)
     np.testing.assert_allclose(losses(other), losses(plain), rtol=1e-4)
@@ -431,7 +434,14 @@ def test_a_run_goes_on_where_its_data_lie_now(place, cache):
 
 
 @pytest.mark.parametrize(
-    "change", [{"objective": "v_prediction"}, {"min_snr_gamma": 0.01}, {"layout_steps": 0}]
+    "change",
+    [
+        {"objective": "v_prediction"},
+        *(
+            pytest.param(change, marks=pytest.mark.slow)
+            for change in ({"min_snr_gamma": 0.01}, {"layout_steps": 0})
+        ),
+    ],
 )
 def test_objectives_and_weights_change_the_loss(place, plain, change):
     other, _ = run(place, "-".join(change), steps=1, **change)
@@ -453,6 +463,7 @@ def test_every_family_trains_and_diffusers_loads_the_result(place, family):
     assert losses(live) == losses(folder)
 
 
+@pytest.mark.slow
 def test_a_finished_run_that_is_started_again_is_not_measured_again(place, monkeypatch):
     from controlkit.training.adapter import ControlNetTask
 

@@ -64,12 +64,8 @@ VARIANTS = {
 }
 
 
-OFTEN = ("unlocked",)  # the others are slow tests
-
-
-@pytest.mark.parametrize(
-    "variant", [pytest.param(name, marks=() if name in OFTEN else pytest.mark.slow) for name in VARIANTS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_a_step_mixes_no_devices(place, variant):
     device, changes = VARIANTS[variant]
     run = opened(place, variant, **changes)
@@ -209,6 +205,7 @@ def test_the_unet_comes_to_the_device_when_the_data_is_encoded(place, monkeypatc
     assert task.base.unet.dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_pictures_that_do_not_fit_at_once_are_encoded_in_smaller_batches(place, monkeypatch):
     run = opened(place, "fewer", data_cache=False)
     run.task.close()

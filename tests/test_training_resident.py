@@ -45,7 +45,7 @@ def run(place: Path, name: str, **changes):
     "changes",
     [
         {},
-        {"base": "sdxl", "data_map_mode": "grey"},
+        pytest.param({"base": "sdxl", "data_map_mode": "grey"}, marks=pytest.mark.slow),
         pytest.param({"precision": "bf16", "channels_last": False}, marks=pytest.mark.slow),
     ],
     ids=["buckets, flips, dropout", "SDXL, grey", "bf16, first channels"],

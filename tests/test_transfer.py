@@ -67,6 +67,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "diffusion_pytorch_model.safetensors")
 
 
+@pytest.mark.slow
 def test_nothing_is_written_over_the_bases(
     run: Run, pair: Callable[[str], Bases], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -135,7 +136,7 @@ def test_one_number_for_all_blocks_is_that_number_for_each() -> None:
         check_bases(BaseStructure("a", unet), BaseStructure("b", {**unet, "attention_head_dim": [8, 4]}))
 
 
-@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+@pytest.mark.parametrize("family", ["sd1", pytest.param("sd2", marks=pytest.mark.slow), "sdxl"])
 def test_the_command_adds_what_the_bases_differ_by(
     family: str, run: Run, pair: Callable[[str], Bases], tmp_path: Path
 ) -> None:

@@ -198,6 +198,7 @@ def test_a_tiny_autoencoder_in_tiles_is_near(sd1: Base, folders: dict[str, Path]
     assert tiles.shape == whole.shape
 
 
+@pytest.mark.slow
 def test_what_decoding_needs_is_reckoned(sd1: Base, folders: dict[str, Path]) -> None:
     tiny = with_vae(sd1, str(folders["tiny"]))
     for request in (Request(1024, 1024), Request(1024, 1024, starts=True)):

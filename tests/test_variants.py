@@ -62,7 +62,9 @@ def losses(folder: Path) -> list[float]:
     return [row["loss"] for row in lines if "event" not in row]
 
 
-@pytest.mark.parametrize("adapter", VARIANTS)
+@pytest.mark.parametrize(
+    "adapter", [pytest.param(v, marks=pytest.mark.slow if v == "control-lora" else ()) for v in VARIANTS]
+)
 def test_a_variant_is_trained_written_read_and_used(place: Path, adapter: str) -> None:
     folder = run(place, adapter, adapter=adapter, monitor_every=1, sample_every=2, **SMALL)
     assert all(np.isfinite(losses(folder)))
@@ -156,6 +158,7 @@ def test_widths_of_another_hint_encoder_than_the_one_that_is_trained_on_are_refu
         started_from(parse_recipe(table | {"hint_channels": [8, 16, 24, 32]}, where="test"), base, 3)
 
 
+@pytest.mark.slow
 def test_updates_of_low_rank_survive_half_precision(place: Path) -> None:
     """They are merged into the base's own weights in fp32: bf16 would round most of them away."""
     told = {"adapter": "control-lora", "precision": "bf16", "export_dtype": "fp32", "ema": 0.0}
@@ -223,9 +226,8 @@ _SETTINGS = {"steps": 2, "warmup": 0, "checkpoint_every": 9, "log_every": 1}
 @pytest.mark.parametrize(
     "adapter",
     [
-        "control-lora",
         "controlnet-union",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS if name != "control-lora"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS),
     ],
 )
 def test_every_variant_is_planned(place: Path, adapter: str) -> None:
