@@ -35,13 +35,14 @@ from controlkit.formats.adapter_file import (
     folder_config,
     hint_channels,
     is_as_saved,
+    of_kind,
     open_adapter_file,
 )
 from controlkit.formats.building import build_network, check_finite
 from controlkit.formats.description import MAPS as MAPS
 from controlkit.formats.description import AdapterInfo as AdapterInfo
 from controlkit.formats.description import MapSpec as MapSpec
-from controlkit.formats.description import header_entries, read_description
+from controlkit.formats.description import described_by_others, header_entries, read_description
 from controlkit.formats.finding import BUNDLED_ADAPTERS as BUNDLED_ADAPTERS
 from controlkit.formats.finding import (
     check_adapter_folder,
@@ -88,6 +89,7 @@ def load_adapter(
     name_or_path: str,
     *,
     base: Base,
+    kind: str = "",
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> Adapter:
@@ -95,15 +97,16 @@ def load_adapter(
 
     A file may be of any kind and layout that `formats.adapter_file.open_adapter_file` reads, lie on the hub
     (``owner/name/path/to/file.safetensors``), or alone in a folder. Its network is of one of the kinds in
-    `kinds.py`. ``device`` and ``dtype`` are the base's unless given. Warns when the adapter was trained for
-    another prediction type than the base's.
+    `kinds.py`. ``kind``: of map that it is for, where the caller knows; a ControlNet in the original's layout
+    does not say whether it pools its residuals, and one for "shuffle" does. ``device`` and ``dtype`` are the
+    base's unless given. Warns when the adapter was trained for another prediction type than the base's.
 
     Raises ValueError, one line within about 5 seconds, for a name that leads nowhere, a folder or file that
     holds something else, damaged or non-finite weights, a network whose sizes are not the base's (both are
     named), or a device that is not there.
     """
     place = base.device if device is None else check_device(device)
-    info, controlnet = _load(name_or_path, base, dtype=dtype or base.dtype)
+    info, controlnet = _load(name_or_path, base, kind=kind, dtype=dtype or base.dtype)
     if info.prediction_type not in ("", base.prediction_type):
         notices.warn(
             f"adapter {name_or_path} was trained for {info.prediction_type} and the base {base.name} predicts"
@@ -115,7 +118,7 @@ def load_adapter(
     return Adapter(lock(controlnet).to(place), info, name_or_path)
 
 
-def _load(name_or_path: str, base: Base, *, dtype: torch.dtype) -> tuple[AdapterInfo, Any]:
+def _load(name_or_path: str, base: Base, *, kind: str, dtype: torch.dtype) -> tuple[AdapterInfo, Any]:
     """What an adapter says of itself, and its network on the CPU; that it fits is checked before minutes of
     loading."""
     file = find_adapter_file(name_or_path)
@@ -139,7 +142,7 @@ def _load(name_or_path: str, base: Base, *, dtype: torch.dtype) -> tuple[Adapter
             f"{name_or_path} says that its maps have {opened.info.map.channels} channels,"
             f" and its network takes {channels}"
         )
-    return opened.info, build_network(opened, unet=base.unet, dtype=dtype)
+    return opened.info, build_network(of_kind(opened, kind), unet=base.unet, dtype=dtype)
 
 
 def _check_config(folder: str) -> None:
@@ -168,12 +171,12 @@ def read_info(folder: Path) -> AdapterInfo:
     file = weight_files(folder)[0]
     metadata = {} if is_pickle(file) else read_header(file).get("__metadata__", {})
     info, _ = read_description(metadata, file)
-    return info or _structural_info(config)
+    return info or _info_of(config, metadata)
 
 
-def _structural_info(config: Mapping[str, Any]) -> AdapterInfo:
-    """What a network's configuration alone tells."""
-    return AdapterInfo(map=MapSpec(channels=hint_channels(config)), family=config_family(config))
+def _info_of(config: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> AdapterInfo:
+    """What a network's configuration tells, and a header by others."""
+    return described_by_others(metadata or {}, channels=hint_channels(config), family=config_family(config))
 
 
 def save_adapter(
@@ -235,7 +238,7 @@ def write_adapter(
     if isinstance(network, Adapter):
         network, info = network.controlnet, info or network.info
     writing.kind_of(network)  # refuses what is none
-    info = info or _structural_info({**network.config, "_class_name": type(network).__name__})
+    info = info or _info_of({**network.config, "_class_name": type(network).__name__})
     if layout == "diffusers":
         save_adapter(network, path, info=info, dtype=dtype, date=date)
     else:

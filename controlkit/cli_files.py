@@ -16,7 +16,11 @@ app = typer.Typer(rich_markup_mode=None)
 def convert(
     source: Annotated[str, typer.Argument(metavar="IN", help="A file, a folder or a hub id.")],
     output: Annotated[
-        str, typer.Argument(metavar="OUT", help="A .safetensors file; for diffusers a folder.")
+        str,
+        typer.Argument(
+            metavar="OUT",
+            help="A .safetensors file; for diffusers a folder. An adapter that is there is replaced.",
+        ),
     ],
     to: Annotated[str, option("LAYOUT", "diffusers, single, original or control-lora.", "--to")],
     dtype: Annotated[Text, option("TYPE", "fp16, bf16 or fp32.  [default: the file's]")] = None,

@@ -17,6 +17,8 @@ from typing import Any, NoReturn
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from controlkit.files import FULL_DISK
+
 GROUPS = {  # of the options of `generate`, in its help
     "What the picture follows": (
         *("control", "map_", "adapter", "ip_adapter", "image", "image_noise", "class_label"),
@@ -38,8 +40,7 @@ _UsageError: Any = typer.BadParameter.__bases__[0]  # typer's copy of click has 
 
 
 _USERS_ERRORS = {  # of the system, wherever nobody has said more of them
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the disk is full for this user",
+    **FULL_DISK,
     errno.ENAMETOOLONG: "the name is too long for this system",
     errno.EACCES: "no permission",
     errno.EROFS: "it can only be read",

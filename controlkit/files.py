@@ -12,7 +12,7 @@ import os
 import shutil
 import stat
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,11 @@ from typing import Any
 PathLike = str | os.PathLike[str]
 
 _START, _SAMPLES, _SAMPLE = 1 << 20, 64, 1 << 14  # bytes, pieces, and bytes of each: see `sampled`
-_FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
+FULL_DISK: Mapping[int, str] = {  # what the system says where no more can be written
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk is full for this user",
+    errno.EFBIG: "it would be larger than this disk's format or this user's limit allows",
+}
 
 
 def at_home(path: str) -> str:
@@ -87,7 +91,7 @@ def replace_folder(path: PathLike) -> Iterator[Path]:
             raise NotADirectoryError(errno.ENOTDIR, "there is a file of that name", str(target))
         temporary.mkdir()
     try:
-        with _plain_errors(path, only=_FULL_DISK):
+        with _plain_errors(path, only=FULL_DISK):
             yield temporary
         with _plain_errors(path):
             _apply_umask(temporary)
@@ -117,7 +121,7 @@ def replace_file(path: PathLike) -> Iterator[Path]:
             _refuse_folder(target)
             _write_new(temporary, b"")
             mode = stat.S_IMODE(temporary.stat().st_mode)
-        with _plain_errors(path, only=_FULL_DISK):
+        with _plain_errors(path, only=FULL_DISK):
             yield temporary
         with _plain_errors(path):
             temporary.chmod(mode)
@@ -231,7 +235,7 @@ def _swap_in(temporary: Path, target: Path) -> None:
 
 
 @contextmanager
-def _plain_errors(path: PathLike, *, only: set[int] | None = None) -> Iterator[None]:
+def _plain_errors(path: PathLike, *, only: Collection[int] | None = None) -> Iterator[None]:
     """Turn an OSError (of the given error numbers, or any) into the one-line ValueError naming ``path``."""
     try:
         yield
@@ -242,8 +246,8 @@ def _plain_errors(path: PathLike, *, only: set[int] | None = None) -> Iterator[N
 
 
 def _reason(error: OSError, path: Path) -> str:
-    if error.errno in _FULL_DISK:
-        return "the disk is full"
+    if (full := FULL_DISK.get(error.errno or 0)) is not None:
+        return full
     if error.errno == errno.ENOENT:
         return f"the folder {path.parent} does not exist"
     if error.errno == errno.EACCES:

@@ -296,7 +296,7 @@ def read_state(file: Path, *, what: str, pickled: bool | None = None) -> dict[st
 
 def _pickle_problem(file: Path, start: bytes, error: Exception) -> str:
     """Why torch refused a pickle, in a few words."""
-    foreign = re.search(r"GLOBAL (\S+) was not an allowed", str(error))
+    foreign = re.search(r"GLOBAL (\S+) (?:was not an allowed|whose module \S+ is blocked)", str(error))
     if foreign:
         what = f"holds more than tensors ({foreign[1]}), which is refused"
         return f"{what}: it could run code; save the tensors alone"

@@ -420,7 +420,7 @@ def _adapters(
     for record in (source.record for source in sources):
         if record.adapter not in loaded:
             report.status(f"loading the {record.kind} adapter {record.adapter}")
-            loaded[record.adapter] = models.adapter(record.adapter, base, rests=rests)
+            loaded[record.adapter] = models.adapter(record.adapter, base, kind=record.kind, rests=rests)
         learned = loaded[record.adapter].info.map.kind
         followed = {known_adapters.same_kind(kind) for kind in learned.split(" + ")}
         if learned and known_adapters.same_kind(record.kind) not in followed:

@@ -26,7 +26,7 @@ class Models:
 
     def __init__(self) -> None:
         self._base: tuple[Key, Base] | None = None
-        self._adapters: dict[str, tuple[Stamp, Adapter]] = {}  # by name; the last one was used last
+        self._adapters: dict[tuple[str, bool], tuple[Stamp, Adapter]] = {}  # the last one was used last
 
     def base(self, name: str, *, device: str, dtype: torch.dtype, rests: bool = False) -> Base:
         """The base on its device, or, if it rests, on the processor. Raises ValueError as `load_base`."""
@@ -36,7 +36,7 @@ class Models:
             self._base = key, _load_base(name, device=device, dtype=dtype, rests=rests)
         return self._base[1]
 
-    def adapter(self, name: str, base: Base, *, rests: bool = False) -> Adapter:
+    def adapter(self, name: str, base: Base, *, kind: str = "", rests: bool = False) -> Adapter:
         """An adapter beside a base that was made of the present one; one whose files changed is read anew.
 
         Raises ValueError as `load_adapter`.
@@ -44,15 +44,15 @@ class Models:
         from controlkit.adapters import load_adapter
 
         assert self._base is not None, "the base is loaded first"
-        stamp = _stamp(name)
-        before, kept = self._adapters.pop(name, (stamp, None))
+        stamp, key = _stamp(name), (name, kind == "shuffle")  # of the others the kind changes nothing
+        before, kept = self._adapters.pop(key, (stamp, None))
         if kept is None or before != stamp:
             kept = None  # given back before the next one takes memory
             while len(self._adapters) >= MOST_ADAPTERS:
                 del self._adapters[next(iter(self._adapters))]
             device = base.unet.device if rests else base.device
-            kept = load_adapter(name, base=base, device=device, dtype=base.dtype)
-        self._adapters[name] = stamp, kept
+            kept = load_adapter(name, base=base, kind=kind, device=device, dtype=base.dtype)
+        self._adapters[key] = stamp, kept
         return kept
 
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from controlkit import naming, preprocessors
+from controlkit import known_adapters, naming, preprocessors
 from controlkit.checkpoints.kept import checkpoint_file, configs
 from controlkit.checkpoints.reading import SUFFIXES, Checkpoint, is_checkpoint, open_checkpoint
 from controlkit.config_types import check_types
@@ -75,7 +76,7 @@ def describe(name: str, *, base: str | None = None) -> list[str]:
     whole = opened_if_whole(name)
     if whole is not None:
         return _describe_checkpoint(whole, name)
-    file = open_adapter_file(name)
+    file = _with_published_map(open_adapter_file(name), name)
     lines = [f"{name}: {summary(file)}", *_provenance(file.info)]
     if file.kind in _NOT_RUN:
         return [*lines, "controlkit does not run this kind"]
@@ -87,6 +88,15 @@ def describe(name: str, *, base: str | None = None) -> list[str]:
     elif why_not:
         lines.append(f"can be used: {why_not}")
     return lines if why_not else [*lines, "use it with:", f"  {how_to_use_file(file, name, base)}"]
+
+
+def _with_published_map(file: AdapterFile, name: str) -> AdapterFile:
+    """A file of a named adapter, which does not describe its map, with the map that is known of it."""
+    known = known_adapters.find(name)
+    if known is None or file.info.map.kind:
+        return file
+    spec = replace(known.map, channels=file.info.map.channels)
+    return replace(file, info=replace(file.info, map=spec))
 
 
 def opened_if_whole(name: str) -> Checkpoint | None:
@@ -120,7 +130,7 @@ def summary(file: AdapterFile) -> str:
     """What a file is, in one line: its kind, family, layout, size and precision."""
     family = FAMILY_TITLES.get(file.family, EITHER)
     channels = hint_channels(file.config)
-    hint = "" if channels == 3 else f", maps of {channels} channels"
+    hint = "" if channels == 3 else f", maps of {channels} channel{'s' if channels > 1 else ''}"
     return (
         f"{KINDS[file.kind]}{_extent(file)} for {family}, {file.layout} keys{hint},"
         f" {file.parameters:,} parameters, {file.dtype}, {file.weights.size / 1e6:.1f} MB"
@@ -246,6 +256,7 @@ def _provenance(info: AdapterInfo) -> list[str]:
         "base": info.base,
         "prediction type": info.prediction_type,
         "resolution": f"{info.resolution}x{info.resolution}" if info.resolution else "",
+        **info.about,
         **{f"training, {key}": _in_words(value) for key, value in info.training.items()},
     }
     lines = [f"{key}: {value}" for key, value in told.items() if value != ""]

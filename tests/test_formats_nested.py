@@ -60,7 +60,9 @@ def test_an_entry_within_itself_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
-@pytest.mark.parametrize("prefix", ["controlnet.", "_orig_mod.", "module.", "module._orig_mod."])
+@pytest.mark.parametrize(
+    "prefix", ["controlnet.", "_orig_mod.", "module.", "module._orig_mod.", "model.", "model.controlnet."]
+)
 def test_a_wrapped_network(prefix: str, suffix: str, network: Any, sd1: Base, tmp_path: Path) -> None:
     for state in (
         network.state_dict(),
@@ -73,7 +75,7 @@ def test_a_wrapped_network(prefix: str, suffix: str, network: Any, sd1: Base, tm
 
 def test_a_prefix_of_some_names_alone_is_no_wrapping(network: Any, sd1: Base, tmp_path: Path) -> None:
     state = {f"controlnet.{key}": tensor for key, tensor in network.state_dict().items()}
-    file = saved({**state, "unet.a": torch.zeros(2)}, tmp_path / "a.safetensors")
+    file = saved({**state, "another.a": torch.zeros(2)}, tmp_path / "a.safetensors")
     refusal(file, sd1, "is no adapter that controlkit knows")
 
 
@@ -106,3 +108,21 @@ def test_tensors_without_numbers(network: Any, sd1: Base, run: Run, tmp_path: Pa
     message = f"{file} has a shape for conv_in.bias and no numbers (torch's meta device)"
     refusal(file, sd1, message)
     assert message in run("info", file).refused()
+
+
+@pytest.mark.parametrize("wrapping", ["", "model."])
+def test_a_control_network_beside_the_networks_it_was_trained_with(
+    wrapping: str, network: Any, sd1: Base, tmp_path: Path
+) -> None:
+    """As a checkpoint of Lightning's holds them."""
+    beside = {f"{wrapping}{key}": torch.zeros(2) for key in ("unet.conv_in.bias", "vae.a", "text_encoder.b")}
+    state = {f"{wrapping}controlnet.{key}": tensor for key, tensor in network.state_dict().items()}
+    check(saved({**beside, **state}, tmp_path / "a.safetensors"), network, sd1)
+
+
+def test_a_whole_sdxl_that_holds_a_control_network(network: Any, sd1: Base, tmp_path: Path) -> None:
+    bases = ("model.diffusion_model.a", "first_stage_model.b", "conditioner.embedders.0.c", "denoiser.sigmas")
+    state = original_controlnet(network, prefix="control_model.")
+    check(
+        saved({**{key: torch.zeros(2) for key in bases}, **state}, tmp_path / "a.safetensors"), network, sd1
+    )

@@ -105,7 +105,17 @@ def test_a_pickle_that_would_run_code_does_not(suffix: str, sd1: Base, tmp_path:
             "is a LoRA: give it as --lora FILE",
         ),
         (keys_alone("unet.mid_block.attentions.0.to_q.lora.up.weight"), "is a LoRA"),
-        (keys_alone("lora_te1_text_model_encoder_layers_0_mlp_fc1.hada_w1_a"), "is a LoRA"),
+        (
+            keys_alone("lora_te1_text_model_encoder_layers_0_mlp_fc1.hada_w1_a"),
+            "is a LoHa, LoKr, DoRA or another relative of LoRA: only LoRA is supported",
+        ),
+        (keys_alone("lora_unet_mid_block_attentions_0_proj_in.diff"), "is the difference to a base's whole"),
+        (
+            keys_alone("image_proj.norm.weight", "ip_adapter.1.to_k_ip.weight"),
+            "is an IP-Adapter FaceID, which reads faces by another network: not supported",
+        ),
+        (keys_alone("mlp.0.weight"), "is no adapter that controlkit knows: it holds mlp.0.weight"),
+        (keys_alone("scaled_fp8", "input_hint_block.0.weight"), "holds scaled_fp8: numbers of 8 bits with"),
         (
             keys_alone("image_proj.proj.weight", "ip_adapter.1.to_k_ip.weight"),
             "is an IP-Adapter: give it as --ip",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from controlkit.files import FULL_DISK
 
 NAME = ".lock"
 
@@ -54,7 +55,7 @@ def _sign(path: Path, descriptor: int) -> None:
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f"{os.getpid()}\n".encode())
     except OSError as error:
-        reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
+        reason = FULL_DISK.get(error.errno or 0, error.strerror)
         raise ValueError(f"cannot write {path}: {reason}") from error
 
 

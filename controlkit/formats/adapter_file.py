@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from controlkit.config_types import check_types
 from controlkit.families import FAMILY_TITLES
 from controlkit.folders import check_weights, is_pickle, read_json, weight_files
-from controlkit.formats.description import AdapterInfo, MapSpec, read_description
+from controlkit.formats.description import AdapterInfo, described_by_others, read_description
 from controlkit.formats.finding import (
     USUAL,
     find_adapter_file,
@@ -57,6 +59,8 @@ _TOLD_BY_SHAPES = (
 )
 
 
+_UNTOLD = ("controlnet", "controlnet-difference")  # kinds whose files need not say how they take their map
+_POOLING = re.compile(r"^\s*global_average_pooling:\s*(true|false)\b", re.IGNORECASE | re.MULTILINE)
 _OTHER_CLASS_NAMES = ("ControlNetModel_Union",)  # as the first such network's own code calls it
 
 
@@ -143,6 +147,8 @@ def open_adapter_file(path: str | os.PathLike[str]) -> AdapterFile:
     shapes = Shapes(entries, found)
     own = structure or _own_config(found, kind, shapes)
     config = _config(kind, shapes, own)
+    if not own and kind in _UNTOLD and is_pooled(found, info.map.kind if info else ""):
+        config["global_pool_conditions"] = True
     check_types(structure, found)
     said = info.family if info and info.family in FAMILY_TITLES else ""
     by_tensors = _family(kind, config, entries)
@@ -155,9 +161,28 @@ def open_adapter_file(path: str | os.PathLike[str]) -> AdapterFile:
         family=family,
         config=config,
         is_told=bool(own),
-        info=info or AdapterInfo(map=MapSpec(channels=hint_channels(config)), family=family),
+        info=info or described_by_others(weights.metadata, channels=hint_channels(config), family=family),
         names=names,
     )
+
+
+def is_pooled(file: Path, kind: str) -> bool:
+    """Whether a ControlNet that has no configuration of its own pools its residuals, which no shape tells.
+
+    The original's description beside the file says so; else the kind of map: "shuffle" is the one published
+    kind that does. ``kind`` "" is read from the file's name, as sd-webui-controlnet and ComfyUI do.
+    """
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        found = _POOLING.search(file.with_suffix(".yaml").read_text(encoding="utf-8"))
+        if found:
+            return found[1].lower() == "true"
+    return "shuffle" in (kind or file.stem).lower()
+
+
+def of_kind(file: AdapterFile, kind: str) -> AdapterFile:
+    """A file of which somebody knows for which kind of map it is; "" changes nothing."""
+    pools = kind and not file.is_told and file.kind in _UNTOLD and is_pooled(file.path, kind)
+    return replace(file, config={**file.config, "global_pool_conditions": True}) if pools else file
 
 
 def hint_channels(config: Mapping[str, Any]) -> int:

@@ -7,8 +7,9 @@ The header of the weight file carries two descriptions: ours, one JSON object un
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from controlkit.formats.hashing import HASH_KEY, NO_HASH
@@ -19,10 +20,21 @@ STRUCTURE_KEY = "structure"  # within our object: the network's configuration, f
 
 _SPEC_FAMILIES = {
     "sd1": "stable-diffusion-v1",
-    "sd2": "stable-diffusion-v2",
+    "sd2": "stable-diffusion-v2-512",
     "sdxl": "stable-diffusion-xl-v1-base",
 }
+_SPEC_V = "stable-diffusion-v2-768-v"  # of an SD2 that predicts v
+_SPEC_PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction"}
+_SPEC = "modelspec."
+_SPEC_OF_FILE = ("sai_model_spec", "architecture", "implementation", "hash_sha256")  # new with each file
+_SPEC_OF_INFO = ("title", "preprocessor", "prediction_type", "resolution")  # kept in fields of their own
+_SPEC_OURS = ("usage_hint", "date")  # what we write ourselves, and keep of others
 _SPEC_SOFTWARE = {"diffusers": "diffusers", "original": "https://github.com/lllyasviel/ControlNet"}
+
+_KINDS = (  # words of others that mean the kind of map; what else they write is kept as it is
+    *("canny", "openpose", "depth", "softedge", "scribble", "lineart", "lineart_anime", "mlsd", "normal"),
+    *("normalbae", "seg", "inpaint", "tile", "shuffle", "ip2p"),
+)
 
 INPAINT = "inpaint"
 """The kind of control whose map is made of the picture to start from and its mask."""
@@ -63,7 +75,8 @@ class AdapterInfo:
 
     ``family`` and ``prediction_type`` are those of the base it was trained on, named by ``base``;
     ``resolution`` is in pixels (0 when unknown). ``training`` says how: recipe, seed, steps, data, scores,
-    as JSON values. ``title`` is for people.
+    as JSON values. ``title`` is for people. ``about``: what else its header says by ModelSpec's names, such
+    as "author" and "license".
     """
 
     map: MapSpec = field(default_factory=MapSpec)
@@ -73,6 +86,7 @@ class AdapterInfo:
     resolution: int = 0
     title: str = ""
     training: Mapping[str, Any] = field(default_factory=dict)
+    about: Mapping[str, str] = field(default_factory=dict)
 
 
 MAPS: Mapping[str, MapSpec] = {
@@ -97,13 +111,16 @@ def header_entries(
     ISO 8601, written only if given, so that the same network gives the same bytes.
     """
     described: dict[str, Any] = {"version": FORMAT_VERSION, **asdict(info)}
+    del described["about"]  # it has entries of its own
+    of_v = info.family == "sd2" and info.prediction_type == "v_prediction"
+    architecture = _SPEC_V if of_v else _SPEC_FAMILIES.get(info.family, "unknown")
     if structure:
         described[STRUCTURE_KEY] = dict(structure)
     entries = {
         "format": "pt",
         METADATA_KEY: json.dumps(described, sort_keys=True, ensure_ascii=False, allow_nan=False),
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": f"{_SPEC_FAMILIES.get(info.family, 'unknown')}/{kind}",
+        "modelspec.architecture": f"{architecture}/{kind}",
         "modelspec.implementation": _SPEC_SOFTWARE[layout],
         "modelspec.title": info.title or f"ControlNet {info.map.kind}".strip(),
         "modelspec.preprocessor": info.map.kind,
@@ -111,6 +128,7 @@ def header_entries(
         "modelspec.resolution": f"{info.resolution}x{info.resolution}" if info.resolution else "",
         "modelspec.usage_hint": map_in_words(info.map),
         "modelspec.date": date,
+        **{f"{_SPEC}{name}": text for name, text in info.about.items()},
         HASH_KEY: NO_HASH,  # folders.write_weights puts the true one in its place
     }
     return {key: value for key, value in entries.items() if value}
@@ -126,11 +144,31 @@ def read_description(metadata: Mapping[str, str], where: object) -> tuple[Adapte
         return None, {}
     try:
         described = json.loads(text)
-        info = _info_from_json(described)
+        info = replace(_info_from_json(described), about=_about(metadata, but=_SPEC_OURS))
         _check_types(info)
         return info, dict(described.get(STRUCTURE_KEY) or {})
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{where}: its {METADATA_KEY} description cannot be read: {error}") from error
+
+
+def described_by_others(metadata: Mapping[str, str], *, channels: int, family: str) -> AdapterInfo:
+    """What a header without our description says in ModelSpec's entries, which may be nothing.
+
+    ``channels`` of its map and its ``family`` are told by the network.
+    """
+    said = {name: metadata.get(f"{_SPEC}{name}", "").strip() for name in _SPEC_OF_INFO}
+    kind, about = said["preprocessor"].lower(), _about(metadata)
+    if kind not in _KINDS:
+        kind, about = "", {**about, **({"preprocessor": kind} if kind else {})}
+    sides = re.fullmatch(r"(\d{2,5})(?:x\1)?", said["resolution"])
+    return AdapterInfo(
+        map=MapSpec(kind, channels=channels),
+        family=family,
+        prediction_type=_SPEC_PREDICTIONS.get(said["prediction_type"].lower(), ""),
+        resolution=int(sides[1]) if sides else 0,
+        title=said["title"],
+        about=about,
+    )
 
 
 def map_in_words(spec: MapSpec) -> str:
@@ -148,9 +186,16 @@ def map_in_words(spec: MapSpec) -> str:
     return f"{spec.kind}: {', '.join(filter(None, told))}".removesuffix(": ")
 
 
+def _about(metadata: Mapping[str, str], *, but: Collection[str] = ()) -> dict[str, str]:
+    """What ModelSpec's entries say that has no field of its own."""
+    known = {*_SPEC_OF_FILE, *_SPEC_OF_INFO, *but}
+    said = {key.removeprefix(_SPEC): text for key, text in metadata.items() if key.startswith(_SPEC)}
+    return {name: text for name, text in sorted(said.items()) if name not in known and text.strip()}
+
+
 def _info_from_json(described: Mapping[str, Any]) -> AdapterInfo:
     """An AdapterInfo from its JSON; keys that a later version added are left out."""
-    known = {key: described[key] for key in _names(AdapterInfo) if key in described}
+    known = {key: described[key] for key in _names(AdapterInfo) if key in described and key != "about"}
     spec = known.pop("map", {})
     low, high = spec.get("range", MapSpec.range)
     map_spec = MapSpec(**{key: spec[key] for key in _names(MapSpec) if key in spec} | {"range": (low, high)})

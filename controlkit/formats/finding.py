@@ -29,6 +29,7 @@ _HUB_FILES = (
     f"{USUAL}*.bin",
     f"{USUAL}*.index.*json",
 )
+_ADDRESS = re.compile(r"https?://[\w.-]+/([^/]+/[^/?]+)(?:/(?:resolve|blob|tree)/[^/]+/([^?]+))?/?(?:\?.*)?$")
 _PLACES: Mapping[str, Any] = {"what": "adapter", "top_file": "config.json", "bundled": BUNDLED_ADAPTERS}
 
 
@@ -54,6 +55,11 @@ def find_adapter_file(name: str) -> Path | None:
     """
     if name in BUNDLED_ADAPTERS:
         return None
+    if (address := _ADDRESS.match(name)) is not None:
+        raise ValueError(
+            f"{name} is an address: give the name that the hub has for it, {address[1]}"
+            f"{f'/{address[2]}' if address[2] else ''}"
+        )
     path = os.path.expanduser(name)  # os.path answers for names that are too long, where pathlib raises
     if os.path.isdir(path):
         return None if _is_diffusers(Path(path)) else only_weights(Path(path))

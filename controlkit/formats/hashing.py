@@ -14,6 +14,7 @@ def check_hash(path: Path, metadata: Mapping[str, str]) -> None:
     if known and known != tensor_hash(path):
         raise ValueError(
             f"{path} is damaged: its weights are not those it was written with (SHA-256); fetch it again"
+            f" (or, if a tool changed it and kept the header, remove the header's {HASH_KEY})"
         )
 
 

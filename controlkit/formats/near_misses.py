@@ -32,7 +32,7 @@ _MISTAKES: tuple[Mistake, ...] = (
     ),
     Mistake(
         r"down_blocks\.0\.motion_modules\.",
-        "a SparseCtrl, which controls films of AnimateDiff: not supported",
+        "a SparseCtrl or a motion module, which are of AnimateDiff's films: not supported",
     ),
     Mistake(
         r"base_conv_in\.",
@@ -52,10 +52,22 @@ _MISTAKES: tuple[Mistake, ...] = (
         alike=True,
     ),
     Mistake(r"(style_embedding$|spatial_feat_mapping\.)", "a T2I style or fusing adapter: not supported"),
+    Mistake(
+        r"image_proj\.(perceiver_resampler\.|norm\.weight$)|ip_adapter\..*_lora\.",
+        "an IP-Adapter FaceID, which reads faces by another network: not supported",
+    ),
     Mistake(r"(image_proj\.|ip_adapter\.)", "an IP-Adapter: give it as --ip-adapter FILE=PICTURE"),
     Mistake(
+        r".*([._](hada_w|lokr_w|oft_|glora|a1\.weight$|b1\.weight$|on_input$)|dora_scale|lora_magnitude_vector)",
+        "a LoHa, LoKr, DoRA or another relative of LoRA: only LoRA is supported",
+    ),
+    Mistake(
+        r"lora_(unet|te\d?)_\w+\.(diff|diff_b|weight)$",
+        "the difference to a base's whole layers, by the names of a LoRA: only LoRA is supported",
+    ),
+    Mistake(
         r"(.*\.)?(lora_(up|down|A|B)\b|lora\.(up|down)\.|hada_w|lokr_w)|lora_(unet|te\d?)_|.*_lora\.(up|down)\.",
-        "a LoRA: give it as --lora FILE",
+        "a LoRA: give it as --lora FILE, in safetensors format",
     ),
     Mistake(
         r"(string_to_param\.|emb_params$|<.+>$|clip_[lg]$)",
@@ -94,8 +106,8 @@ def mistake_in(entries: Mapping[str, Stored], *, alike: bool = False) -> str | N
         pattern = re.compile(mistake.sign)
         if any(pattern.match(key) for key in entries):
             return mistake.what
-    if (
-        not alike and len(entries) == 1 and len(next(iter(entries.values())).shape) in (1, 2)
-    ):  # one vector per token
+    (key, entry), *more = entries.items()
+    # A vector for each of its few tokens, by one name that is no layer's.
+    if not (alike or more) and len(entry.shape) in (1, 2) and entry.shape[0] < 100 and "." not in key:
         return "a textual inversion, by its single small tensor: give it as --embedding FILE"
     return None

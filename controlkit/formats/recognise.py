@@ -30,14 +30,20 @@ LORA_KEY = "lora_controlnet"  # marks a Control-LoRA
 UNION_KEY = "task_embedding"  # a row for each kind of map that a ControlNet-Union knows
 
 _MARKERS = (DIFFERENCE_KEY, LORA_KEY)
-_WRAPPED = re.compile(r"((module|_orig_mod|controlnet)\.)+")  # before all names: DataParallel, torch.compile
+_SCALED = "scaled_fp8"  # marks a file whose 8-bit numbers are to be multiplied by scales beside them
+_WRAPPED = re.compile(  # before all names: DataParallel, torch.compile, a module that holds the network
+    r"((module|_orig_mod|controlnet|ad|model(?!\.diffusion_model\.))\.)+"
+)
+_BESIDE = re.compile(
+    r"(model\.)?(unet|vae|text_encoder\w*|tokenizer\w*|noise_scheduler)\."
+)  # in a checkpoint of all
 _ASIDE = re.compile(  # what training saves beside a network, and no weight of it
     r"(optimizers?|optimizer_state\w*|(lr_)?schedulers?|(lr_)?scheduler_state\w*|(grad_)?scaler)\."
     r"|(global_step|step|epoch|iteration|iter|current_iter)$"
 )
 _OF_TRAINING = ("average.controlnet.", "model.controlnet.")  # in checkpoints of ours: averages come first
 _OF_BASES = re.compile(  # beside the control network, in the original's own checkpoints
-    r"(model\.diffusion_model|first_stage_model|cond_stage_model|model_ema)\."
+    r"(model\.diffusion_model|first_stage_model|cond_stage_model|conditioner|denoiser|model_ema)\."
     r"|(betas|logvar|scale_factor|alphas_cumprod\w*|sqrt_\w+|posterior_\w+|log_one_minus_\w+|lvlb_weights)$"
 )
 
@@ -61,18 +67,27 @@ def recognise(entries: Mapping[str, Stored], where: object) -> Recognised:
     keys that its kind does not have (the first is named, the others are counted).
     """
     bare = {key: entry for key, entry in entries.items() if not _ASIDE.match(key)} or entries
+    if _SCALED in bare:
+        raise ValueError(
+            f"{where} holds {_SCALED}: numbers of 8 bits with scales of their own, which are not read;"
+            " give it in fp16"
+        )
     for prefix in _OF_TRAINING:
         if any(key.startswith(prefix) for key in bare):
             return _recognise_below(prefix, bare, where)
-    found = _WRAPPED.match(next(iter(bare)))
-    if found and all(key.startswith(found[0]) for key in bare):
+    own = [key for key in bare if key not in _MARKERS and not _BESIDE.match(key)]
+    found = _WRAPPED.match(next(iter(own), ""))
+    if found and all(key.startswith(found[0]) for key in own):
         return _recognise_below(found[0], bare, where)
+    if LORA_KEY in bare and all(key.startswith(keys.PREFIX) for key in own):
+        return _recognise_below(keys.PREFIX, bare, where)
     return _recognise(bare, where)
 
 
 def _recognise_below(prefix: str, entries: Mapping[str, Stored], where: object) -> Recognised:
-    """The same of those names alone that begin so."""
+    """The same of those names alone that begin so, and of markers, which have no prefix."""
     inner = {key.removeprefix(prefix): entry for key, entry in entries.items() if key.startswith(prefix)}
+    inner |= {key: entry for key, entry in entries.items() if key in _MARKERS}
     kind, layout, names = _recognise(inner, where)
     return Recognised(kind, layout, {prefix + key: name for key, name in names.items()})
 

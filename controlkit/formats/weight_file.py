@@ -25,7 +25,7 @@ SUFFIXES = (".safetensors", ".pth", ".ckpt", ".bin", ".pt")
 _NAMES = {ours: theirs for theirs, ours in FLOATS.items()}
 _WRAPPERS = (  # the entry of a training checkpoint that holds the network
     *("state_dict", "adapter", "model", "model_state_dict", "controlnet", "net", "params", "module"),
-    "weights",
+    *("weights", "ema_state_dict"),
 )
 
 

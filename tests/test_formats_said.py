@@ -1,0 +1,141 @@
+"""What files of others say of themselves beside their tensors: whether they pool, and ModelSpec's entries."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from adapter_files import controlnet_of, original_controlnet, residuals, same, saved
+from outcomes import Run
+from safetensors import safe_open
+
+from controlkit.adapters import load_adapter
+from controlkit.base import Base
+from controlkit.images import load_picture
+from controlkit.kinds import kind_of
+
+YAML = "model:\n  params:\n    global_average_pooling: {}\n    control_key: hint\n"
+
+
+@pytest.fixture(scope="module")
+def network(sd1: Base) -> Any:
+    return controlnet_of(sd1)
+
+
+def pools(file: Path, base: Base, kind: str = "") -> bool:
+    loaded = load_adapter(str(file), base=base, kind=kind).controlnet
+    return kind_of(loaded).pools(loaded)
+
+
+def test_who_pools_is_told_by_the_kind_the_description_beside_it_or_the_name(
+    network: Any, sd1: Base, tmp_path: Path
+) -> None:
+    state = original_controlnet(network, prefix="control_model.")
+    plain = saved(state, tmp_path / "plain.pth")
+    assert not pools(plain, sd1)
+    assert not pools(plain, sd1, "canny")
+    assert pools(plain, sd1, "shuffle")
+    assert pools(saved(state, tmp_path / "control_v11e_sd15_shuffle.pth"), sd1)
+    (tmp_path / "plain.yaml").write_text(YAML.format("True"))
+    assert pools(plain, sd1)
+    (tmp_path / "control_v11e_sd15_shuffle.yaml").write_text(YAML.format("False"))
+    assert not pools(tmp_path / "control_v11e_sd15_shuffle.pth", sd1, "shuffle")
+
+
+def test_what_a_folder_says_of_pooling_is_certain(network: Any, sd1: Base, tmp_path: Path) -> None:
+    network.save_pretrained(tmp_path / "shuffle")
+    assert not pools(tmp_path / "shuffle", sd1, "shuffle")
+
+
+def test_a_picture_by_the_originals_shuffle_is_that_of_the_pooled_folder(
+    network: Any, models: Path, photo: Path, run: Run, tmp_path: Path
+) -> None:
+    saved(original_controlnet(network), tmp_path / "a.safetensors")
+    run("convert", "a.safetensors", "flat", "--to", "diffusers", "--base", models / "sd1").done()
+    saved(original_controlnet(network), tmp_path / "a_shuffle.safetensors")
+    run("convert", "a_shuffle.safetensors", "pooled", "--to", "diffusers", "--base", models / "sd1").done()
+    asked = ["generate", "x", "--base", models / "sd1", "--map", f"shuffle={photo}", "--steps", 1, "-o"]
+    for adapter in ("a.safetensors", "pooled", "flat"):
+        run(*asked, f"{Path(adapter).stem}.png", "--adapter", f"shuffle={adapter}").done()
+    file, pooled, flat = (load_picture(f"{name}.png") for name in ("a", "pooled", "flat"))
+    assert (file == pooled).all()
+    assert (file != flat).any()
+
+
+SPEC = {
+    "modelspec.title": "Fine edges",
+    "modelspec.author": "Ada",
+    "modelspec.license": "CC-BY-NC-4.0",
+    "modelspec.usage_hint": "white lines",
+    "modelspec.preprocessor": "canny",
+    "modelspec.prediction_type": "v",
+    "modelspec.resolution": "512x512",
+}
+
+
+def test_what_others_say_by_modelspec_is_told_used_and_kept(
+    network: Any, sd1: Base, models: Path, run: Run, tmp_path: Path
+) -> None:
+    saved(original_controlnet(network), tmp_path / "a.safetensors", SPEC)
+    told = run("info", "a.safetensors", "--base", models / "sd1").done()
+    for line in ("title: Fine edges", "map: canny", "author: Ada", "license: CC-BY-NC-4.0"):
+        assert line in told.splitlines()
+    assert "badly, it was trained for v_prediction" in told
+    with pytest.warns(UserWarning, match="was trained for v_prediction"):
+        info = load_adapter("a.safetensors", base=sd1).info
+    assert (info.map.kind, info.resolution, info.family) == ("canny", 512, "sd1")
+    for to, output in (("single", "b.safetensors"), ("original", "c.safetensors"), ("diffusers", "d")):
+        run("convert", "a.safetensors", output, "--to", to, "--base", models / "sd1").done()
+        weights = Path(output, "diffusion_pytorch_model.safetensors") if to == "diffusers" else output
+        with safe_open(weights, "pt") as file:
+            written = file.metadata()
+        assert {key: written[key] for key in SPEC if key != "modelspec.usage_hint"} | {
+            "modelspec.usage_hint": "white lines"
+        } == SPEC
+        assert run("info", output).done().count("Ada") == 1
+
+
+def test_a_word_of_others_that_is_no_kind_of_map_is_kept_as_it_is(
+    network: Any, sd1: Base, tmp_path: Path
+) -> None:
+    file = saved(network.state_dict(), tmp_path / "a.safetensors", {"modelspec.preprocessor": "none"})
+    info = load_adapter(str(file), base=sd1).info
+    assert info.map.kind == ""
+    assert info.about == {"preprocessor": "none"}
+
+
+def test_a_control_lora_with_the_originals_prefix(
+    network: Any, sd1: Base, models: Path, run: Run, tmp_path: Path
+) -> None:
+    saved(original_controlnet(network), tmp_path / "a.safetensors")
+    made = ["--to", "control-lora", "--rank", 4, "--base", models / "sd1"]
+    run("convert", "a.safetensors", "lora.safetensors", *made).done()
+    with safe_open("lora.safetensors", "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (it is no mapping)
+    marker = tensors.pop("lora_controlnet")
+    prefixed = {f"control_model.{key}": tensor for key, tensor in tensors.items()}
+    saved({**prefixed, "lora_controlnet": marker}, tmp_path / "b.safetensors")
+    one, other = (load_adapter(name, base=sd1).controlnet for name in ("lora.safetensors", "b.safetensors"))
+    assert same(residuals(one, sd1), residuals(other, sd1))
+
+
+def test_an_address_of_the_hub_is_told_as_the_name_to_give(run: Run) -> None:
+    at = "https://huggingface.co/lllyasviel/ControlNet-v1-1"
+    for address, name in (
+        (f"{at}/resolve/main/control_v11p_sd15_canny.pth", "ControlNet-v1-1/control_v11p_sd15_canny.pth"),
+        (f"{at}/blob/main/a/b.safetensors?download=true", "ControlNet-v1-1/a/b.safetensors"),
+        (at, "lllyasviel/ControlNet-v1-1"),
+    ):
+        assert run("info", address).refused().endswith(name)
+
+
+def test_a_model_of_sd2_that_predicts_v_is_called_so(sd1: Base) -> None:
+    from controlkit.adapters import AdapterInfo
+    from controlkit.formats.description import header_entries
+
+    def architecture(family: str, prediction: str) -> str:
+        entries = header_entries(AdapterInfo(family=family, prediction_type=prediction))
+        return entries["modelspec.architecture"]
+
+    assert architecture("sd2", "v_prediction") == "stable-diffusion-v2-768-v/controlnet"
+    assert architecture("sd2", "epsilon") == "stable-diffusion-v2-512/controlnet"
+    assert architecture("sd1", "v_prediction") == "stable-diffusion-v1/controlnet"
