@@ -378,12 +378,14 @@ def test_of_several_captions_each_visit_is_told_one(place, monkeypatch):
 
 
 def test_a_run_does_not_go_on_with_other_data(place):
-    """Held-out pairs would be drawn anew, and the report would be of what is there now."""
+    """Held-out pairs would be drawn anew, and the report would be of what is there now. What a run writes
+    into a folder among its pictures is none of them.
+    """
     pictures = place / "changing" / "pictures"
     shutil.copytree(place / "pictures", pictures)
     shutil.copytree(place / "base", place / "changing" / "base")
-    settings = {"warmup": 0, "sample_every": 0, "monitor_every": 0, "checkpoint_every": 1, "log_every": 1}
-    path = str(recipe(place / "changing" / "run", pictures, steps=3, **settings))
+    settings = {"warmup": 0, "sample_every": 1, "monitor_every": 0, "checkpoint_every": 1, "log_every": 1}
+    path = str(recipe(pictures / "run", pictures, steps=3, **settings))
 
     def stop(step):
         if step.step == 2:
@@ -397,7 +399,10 @@ def test_a_run_does_not_go_on_with_other_data(place):
         train_recipe(path)
     (pictures / "05.txt").write_text(caption)
     train_recipe(path)
-    assert len(rows(place / "changing" / "run")) == 3
+    assert len(rows(pictures / "run")) == 3
+    assert len(list((pictures / "run" / "samples").iterdir())) == 3
+    with pytest.raises(ValueError, match=r"is the folder of the data set: choose another"):
+        train_recipe(path, overrides=[f"out={pictures}"])
 
 
 @pytest.mark.parametrize("cache", [True, pytest.param(False, marks=pytest.mark.slow)])

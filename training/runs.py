@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -69,6 +70,7 @@ def train_recipe(
     set_threads(recipe)
     folder, name = Path(recipe.out), RESULT.get(recipe.task, "result")
     check_folder(recipe, folder, result=name)
+    _check_apart(recipe, folder)
     check_models(recipe)
     machine = Machine(recipe)
     if not machine.processes.is_first:
@@ -82,6 +84,13 @@ def train_recipe(
     finally:
         with suppress(OSError):
             folder.rmdir()  # only where nothing was put into it
+
+
+def _check_apart(recipe: Recipe, folder: Path) -> None:
+    """Refuse a run in the very folder of its data set, where its samples would be pictures to train on."""
+    source = recipe.data.source if isinstance(recipe, ControlNetRecipe) else ""
+    if source and os.path.realpath(os.path.expanduser(source)) == os.path.realpath(folder):
+        raise ValueError(f"out={folder} is the folder of the data set: choose another, as out=runs/mine")
 
 
 def set_threads(recipe: Recipe) -> None:

@@ -20,6 +20,7 @@ from typing import overload
 from controlkit.picture_files import CAPTION_SUFFIXES
 from controlkit.training.data.examples import Example, FilePiece, Piece
 
+_OF_RUN = (".lock", "metrics.jsonl", "checkpoints", "samples", "controlnet")
 MAX_BYTES = 2**30
 """Larger files are no pictures."""
 
@@ -161,7 +162,8 @@ class LazyExamples(Sequence[Example]):
 
 
 def walk(folder: Path, root: Path) -> Iterator[str]:
-    """Yield the names of the files below a folder, relative to it, with "/", hidden ones left out, unsorted.
+    """Yield the names of the files below a folder, relative to it, with "/", unsorted; hidden ones and what
+    trainings wrote there (`is_run`) are left out.
 
     Raises ValueError: a folder is a link that leads out of `root`, or cannot be listed.
     """
@@ -181,10 +183,15 @@ def walk(folder: Path, root: Path) -> Iterator[str]:
                             yield place + entry.name
                         elif problem := leads_out(Path(entry.path), root):
                             raise ValueError(problem)
-                    else:
+                    elif not is_run(Path(entry.path)):
                         waiting.append(f"{place}{entry.name}/")
         except OSError as error:
             raise ValueError(f"the folder {folder / place} cannot be read: {error.strerror}") from error
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a training's, whose samples and sheets are no pictures to train on."""
+    return (folder / "config.toml").is_file() and any((folder / name).exists() for name in _OF_RUN)
 
 
 def stem_of(name: str) -> str:

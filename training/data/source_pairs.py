@@ -42,6 +42,7 @@ from controlkit.training.data.source_files import (
     Leftover,
     RefusedPiece,
     caption_file,
+    is_run,
     leads_out,
     read_caption,
     stem_of,
@@ -202,7 +203,9 @@ def _folders(root: Path) -> list[str]:
     try:
         with os.scandir(root) as entries:
             return sorted(
-                entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")
+                entry.name
+                for entry in entries
+                if entry.is_dir() and not entry.name.startswith(".") and not is_run(Path(entry.path))
             )
     except OSError as error:
         raise ValueError(f"the folder {root} cannot be read: {error.strerror}") from error
