@@ -67,6 +67,8 @@ def check_data(
     from controlkit.training.data.source_recipe import recipe_of
 
     report = report or Silent()
+    if settings and "map" in settings:
+        raise ValueError(f"the kind of map is given as an option here: --map {settings['map']}")
     data = recipe_of(source, kind, settings or {}, where="data check")
     for output in (sheet, json):
         if output:

@@ -25,6 +25,7 @@ from controlkit.training.config_bundled import EstimatorRecipe as EstimatorRecip
 from controlkit.training.config_bundled import PoseRecipe as PoseRecipe
 from controlkit.training.config_bundled import TextRecipe as TextRecipe
 from controlkit.training.config_bundled import VaeRecipe as VaeRecipe
+from controlkit.training.flags_table import FLAGS
 
 RECIPES = Path(__file__).parent / "recipes"
 WARMUP_SHARE = 5  # a training that is made short warms up over a fifth of its steps
@@ -53,7 +54,9 @@ def find_recipe(name_or_path: str) -> Path:
     bundled = RECIPES / f"{name_or_path.removesuffix('.toml')}.toml"
     if path.parent == Path() and bundled.is_file():
         return bundled
-    if path.suffix == ".toml" and path.parent != Path():
+    if path.is_dir():
+        raise ValueError(f"{name_or_path} is a folder, no recipe; a data set is given as data.source=FOLDER")
+    if path.suffix == ".toml":
         hint = did_you_mean(path.stem, recipe_names())
         raise ValueError(f"no recipe file {name_or_path}{hint}; bundled recipes: {', '.join(recipe_names())}")
     raise unknown("recipe", name_or_path, recipe_names())
@@ -190,15 +193,19 @@ def _fault(error: ValidationError, kind: type[BaseModel]) -> str:
 
 
 def _meant(key: str, tables: Sequence[str], kind: type[BaseModel]) -> str:
-    """The key that may have been meant, in its table; a key of another table may be meant just so."""
+    """The key that may have been meant, in its table; a key of another table may be meant just so, and what
+    diffusers' scripts call it.
+    """
     has_data = "data" in kind.model_fields
+    theirs = FLAGS[key].key if key in FLAGS and has_data else ""
+    if theirs:
+        return f" (did you mean {theirs!r}?)"
     if tables == ["data"]:
-        return f" (did you mean {key!r}?)" * (key in kind.model_fields) or did_you_mean(
-            key, DataRecipe.model_fields
-        )
+        outside = f" (it is a key of the recipe itself, outside data: {key})" * (key in kind.model_fields)
+        return outside or did_you_mean(key, DataRecipe.model_fields)
     if not tables and has_data and key in DataRecipe.model_fields:
         return f" (did you mean 'data.{key}'?)"
-    return did_you_mean(key, kind.model_fields)
+    return " (did you mean 'learning_rate'?)" * (key == "lr") or did_you_mean(key, kind.model_fields)
 
 
 def to_toml(recipe: Recipe) -> str:

@@ -114,8 +114,8 @@ class ControlNetRecipe(Recipe):
     adapter: Literal[VARIANTS] = "controlnet"  # type: ignore[valid-type]
     """What is trained: a whole copy of the base's encoder; low-rank updates of one (control-lora); a narrow
     encoder connected with the base's both ways (controlnet-xs); features of the map (t2i-adapter); one small
-    encoder, added once (lite); a copy for several kinds of maps, those of data.map_column, of which each
-    picture has one or more (controlnet-union).
+    encoder, added once (lite); a copy for several kinds of maps, those of data.map_column, which takes any of
+    them and is trained on pictures that have all (controlnet-union).
     """
     map_dropout: Probability = 0.5
     """Of controlnet-union: the share of visits at which each of the maps is left out; one always stays."""

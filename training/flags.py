@@ -121,7 +121,8 @@ def _steps(command: Command, pairs: int | None) -> tuple[int, str]:
     pairs = command.get("max_train_samples") or pairs
     if pairs is None:
         raise ValueError(
-            "--max_train_steps is missing: a recipe counts steps, and the data decides how many an epoch has"
+            "--max_train_steps is missing: a recipe counts steps, and the data decides how many an"
+            " epoch has; --max_train_samples=N says how many pictures there are"
         )
     micro, accumulation = command.get("train_batch_size"), command.get("gradient_accumulation_steps")
     batches = math.ceil(math.ceil(pairs / max(micro, 1)) / command.processes)

@@ -98,9 +98,14 @@ class StoredFeed:
         before = state.get("data_sha256", "")
         if before and self._all and before != self._all:  # without a cache nobody knows
             raise ValueError(
-                f"the data set has changed since this run stopped (then {state['pairs']:,} pairs to train on,"
-                f" now {self.pairs:,}): bring it back as it was, or begin a new run with out=FOLDER"
+                f"the data set has changed since this run stopped ({self._changed(state['pairs'])}):"
+                " bring it back as it was, or begin a new run with out=FOLDER"
             )
+
+    def _changed(self, before: int) -> str:
+        if before != self.pairs:
+            return f"then {before:,} pairs to train on, now {self.pairs:,}"
+        return f"there are {before:,} pairs as before, and pictures, maps or captions of them are others"
 
     def digest(self) -> str:
         """SHA-256 over every trained pair's picture, map and caption, in their order."""
