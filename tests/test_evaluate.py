@@ -1,5 +1,6 @@
 """`controlkit evaluate`: what it measures, what it keeps, how it goes on, and what it refuses."""
 
+import html
 import json
 import os
 import re
@@ -251,6 +252,8 @@ def test_other_settings_are_refused(evaluated):
         (["--adapter", "canny", "limit=3"], "no settings"),
         (["nowhere", "--adapter", "canny"], "the data set nowhere does not exist"),
         (["--adapter", "canny", "canyn.low=3"], "did you mean 'canny'?"),
+        (["--adapter", "canny", "canny.low=300", "canny.high=10"], "low"),
+        (["--adapter", "canny=nope"], "nope"),
         (["--adapter", "canny", "canny.lwo=3"], "did you mean 'low'?"),
         (["--adapter", "canny", "--device", "cuda:9"], "cuda"),
         (["--adapter", "canny", "--dtype", "f16"], "unknown precision 'f16' (did you mean 'fp16'?)"),
@@ -418,9 +421,21 @@ def test_what_a_run_held_out(run: Run, pairs, tmp_path, monkeypatch):
     assert message.startswith("limit decides which pairs a run holds out")
     report = told(Path("report"))
     assert report["pairs"]["title"] == "1 pairs that the run run held out"
+    assert report["pairs"]["held_out"]
+    assert report["warnings"] == []
     assert report["adapters"][0]["label"] == "run"
     assert report["adapters"][0]["kind"] == "canny"
     assert report["settings"]["base"] == "tiny"
+    assert report["settings"]["guidance"] == 2
+    assert report["examples"][0]["name"] == f"images/{number}.png"
+    told_of = run("evaluate", pairs, "--adapter", "canny=run/controlnet", "-n", 1, "-o", "on-its-own", *QUICK)
+    assert "run was trained on pairs of" in told_of.err
+    (warning,) = told(Path("on-its-own"))["warnings"]
+    assert "evaluate the run's folder to have those that it held out" in warning
+    page = Path("on-its-own/report.html").read_text()
+    assert warning in html.unescape(page)
+    assert "held-out pairs" not in page
+    assert "<h1>run on 1 of 6 pairs of pairs</h1>" in page
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from controlkit.metrics import mean_interval
+from controlkit.metrics.pose_ap import Matches
 from controlkit.training.evaluation.arms import Arm
 from controlkit.training.evaluation.picture_scores import PictureScores
 from controlkit.training.evaluation.request import CEILING, FLOOR, TRUE, Compared
@@ -88,3 +89,49 @@ def test_seeds_of_a_pair_count_once():
     (one, other) = (found.groups[0].intervals["edge F1"]["a"] for found in (once, four))
     assert math.isclose(one.low, other.low)
     assert math.isclose(one.high, other.high)
+
+
+def people(score: float) -> Matches:
+    """One person that was asked for and found with this similarity."""
+    return Matches(np.array([[score]]), np.array([1.0]))
+
+
+def test_precision_of_poses_is_compared_between_adapters():
+    """On the same pairs: the first finds everybody, the other every second."""
+    arms = [
+        Arm(label, label, "openpose", Compared(label, "openpose", label=label)) for label in ("one", "other")
+    ]
+    arms += [Arm(TRUE, TRUE)]
+    rows = {
+        "one": [Row("one", n, 0, {"openpose": {"OKS": 1.0}}, people(1.0)) for n in range(40)],
+        "other": [Row("other", n, 0, {"openpose": {"OKS": n % 2}}, people(float(n % 2))) for n in range(40)],
+        TRUE: [],
+    }
+    found = summarise(arms, rows, ["openpose"], PictureScores(), {})
+    (told,) = [one for one in found.differences if one.measure == "OKS-AP"]
+    (group,) = [group for group in found.groups if group.kind == "openpose"]
+    values = {label: group.intervals["OKS-AP"][label].value for label in ("one", "other")}
+    assert told.interval.value == pytest.approx(values["one"] - values["other"])
+    assert told.interval.low > 0
+    assert (told.verdict, told.pairs) == ("one is better", 40)
+
+
+def test_sets_of_pictures_say_how_large_they_are():
+    arms = [Arm("one", "one", "canny", Compared("one", "canny", label="one")), Arm(TRUE, TRUE)]
+    pictures = PictureScores(of_set={"KID": {"one": (0.5, math.nan)}}, counts={"one": 104, TRUE: 52})
+    found = summarise(arms, {"one": [], TRUE: []}, [], pictures, {})
+    assert found.groups[0].pictures == {"KID": {"one": (104, 52)}}
+
+
+def test_more_diverse_is_not_called_better():
+    arms = [Arm(label, label, "canny", Compared(label, "canny", label=label)) for label in ("one", "other")]
+    pictures = PictureScores(
+        of_pair={
+            "LPIPS between seeds": {
+                "one": {n: 0.5 + n / 100 for n in range(20)},
+                "other": dict.fromkeys(range(20), 0.1),
+            }
+        }
+    )
+    found = summarise(arms, {"one": [], "other": []}, [], pictures, {})
+    assert [told.verdict for told in found.differences] == ["one is more diverse"]

@@ -236,11 +236,52 @@ def test_the_kernel_distance_is_the_papers():
     n = len(x)
     within = sum((k.sum() - np.trace(k)) / (n * (n - 1)) for k in (kernel(x, x), kernel(y, y)))
     theirs = within - 2 * kernel(x, y).mean()
-    before = torch.get_rng_state()
     mean, spread = kernel_distance(x, y)  # every subset is the whole set: there is no spread
-    assert torch.equal(torch.get_rng_state(), before)
-    assert mean == pytest.approx(theirs, rel=1e-4)
+    assert mean == pytest.approx(theirs, rel=1e-9)
     assert math.isnan(spread)
+    assert kernel_distance(x[::-1], y) == (pytest.approx(mean, rel=1e-9), pytest.approx(spread, nan_ok=True))
+
+
+def test_the_kernel_distance_is_torchmetrics_where_that_takes_all():
+    from torchmetrics.image.kid import poly_mmd
+
+    from controlkit.training.evaluation.inception import kernel_distance
+
+    x, y = features(0).astype(np.float64), features(2, 0.4).astype(np.float64)
+    theirs = float(poly_mmd(torch.from_numpy(x), torch.from_numpy(y)))
+    assert kernel_distance(x, y)[0] == pytest.approx(theirs, rel=1e-9)
+
+
+def test_the_kernel_distance_of_sets_of_two_sizes_takes_all_pictures_of_both():
+    """It is unbiased at any sizes: the mean over halves of one set, each against the whole other, comes near
+    it, and no picture is left out.
+    """
+    from controlkit.training.evaluation.inception import kernel_distance
+
+    x, y = features(0).astype(np.float64), features(2, 0.4).astype(np.float64)
+    part = y[: len(y) // 2]
+    n, m, count = len(x), len(part), x.shape[1]
+    total = 0.0
+    for a, b, weight in ((x, x, 1 / (n * (n - 1))), (part, part, 1 / (m * (m - 1))), (x, part, -2 / (n * m))):
+        for i in range(len(a)):
+            for j in range(len(b)):
+                if a is not b or i != j:
+                    total += weight * (a[i] @ b[j] / count + 1) ** 3
+    assert kernel_distance(x, part)[0] == pytest.approx(total, rel=1e-9)
+    changed = part.copy()
+    changed[-1] += 1
+    assert kernel_distance(x, changed)[0] != kernel_distance(x, part)[0]
+
+
+def test_the_spread_of_a_kernel_distance_is_of_subsets(monkeypatch):
+    from controlkit.training.evaluation import inception
+
+    monkeypatch.setattr(inception, "SUBSET", 20)
+    x, y = features(0), features(2, 0.4)
+    mean, spread = inception.kernel_distance(x, y)
+    assert spread > 0
+    monkeypatch.undo()
+    assert mean == pytest.approx(inception.kernel_distance(x, y)[0], rel=1e-9)
 
 
 def test_the_resizing_is_clean_fids():

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,11 +43,20 @@ class Held:
     scene: Scene | None = None
 
 
+class Told(NamedTuple):
+    """What a report says of a pair: its name, which of a data set is its picture's, and its caption."""
+
+    name: str
+    caption: str
+
+
 class HeldOut(ABC):
     """Pairs by their place, each read when it is asked for."""
 
     title: str
     """What they are, in a phrase."""
+    is_held_out: bool
+    """Whether no training saw them: those of the bundled world and of a run. Of a folder nobody knows."""
     kinds: Sequence[str]
     """Of maps."""
     settled: Mapping[str, Mapping[str, Any]] = {}
@@ -67,6 +76,14 @@ class HeldOut(ABC):
     @abstractmethod
     def caption(self, place: int) -> str:
         """The caption of the pair at a place, which reads no picture."""
+
+    @abstractmethod
+    def name(self, place: int) -> str:
+        """What the pair at a place is called, which reads no picture."""
+
+    def told(self) -> dict[int, Told]:
+        """Each pair's name and caption, by its number."""
+        return {self.number(place): Told(self.name(place), self.caption(place)) for place in range(len(self))}
 
     @abstractmethod
     def marks(self) -> Marks:
@@ -94,6 +111,7 @@ class WorldScenes(HeldOut):
                 raise ValueError(f"the bundled world has {', '.join(WORLD_KINDS)} maps, and no {kind}")
         self.count, self.kinds, self.size, self.settled = count, tuple(options), size, options
         self.title = f"{count} held-out scenes of the bundled world"
+        self.is_held_out = True
 
     def __len__(self) -> int:
         return self.count
@@ -103,7 +121,7 @@ class WorldScenes(HeldOut):
         told = scene.picture, scene.joints, scene.inverse_depth
         return Held(
             place,
-            f"scene {place}",
+            self.name(place),
             scene.picture,
             scene.caption,
             {kind: exact_map(kind, *told, options=self.settled[kind]) for kind in self.kinds},
@@ -113,6 +131,9 @@ class WorldScenes(HeldOut):
 
     def number(self, place: int) -> int:
         return place
+
+    def name(self, place: int) -> str:
+        return f"scene {place}"
 
     def caption(self, place: int) -> str:
         return render(place, split="validation", size=self.size).caption
@@ -128,8 +149,11 @@ class WorldScenes(HeldOut):
 class DataSet(HeldOut):
     """Some pairs of a data set, as a training sees them at their first visit."""
 
-    def __init__(self, opened: Opened, indices: Sequence[int], *, title: str) -> None:
+    def __init__(
+        self, opened: Opened, indices: Sequence[int], *, title: str, is_held_out: bool = False
+    ) -> None:
         self._opened, self._indices, self.title = dict(opened), list(indices), title
+        self.is_held_out = is_held_out
         self.kinds = tuple(opened)
         self._map_marks: dict[str, Marks] = {}
         self.settled = {kind: data.options for kind, (_, visits, data) in opened.items() if visits.made}
@@ -148,10 +172,14 @@ class DataSet(HeldOut):
             maps[kind] = visits.map(index, view, seed=visit.seed, picture=picture)
             if kind == "openpose" and (poses := visits.poses(index, view)) is not None:
                 joints = poses.people
-        return Held(index, examples[index].name, picture, examples[index].caption, maps, joints)
+        return Held(index, self.name(place), picture, examples[index].caption, maps, joints)
 
     def number(self, place: int) -> int:
         return self._indices[place]
+
+    def name(self, place: int) -> str:
+        examples, *_ = next(iter(self._opened.values()))
+        return examples[self._indices[place]].name
 
     def caption(self, place: int) -> str:
         examples, *_ = next(iter(self._opened.values()))

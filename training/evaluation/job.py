@@ -9,7 +9,8 @@ processes (`accelerate launch -m controlkit evaluate ...`) share the pairs; the 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -38,7 +39,7 @@ from controlkit.training.evaluation.summary import Summary, summarise
 from controlkit.training.evaluation.telling import table
 
 if TYPE_CHECKING:
-    from controlkit.formats.description import MapSpec
+    from controlkit.formats.description import AdapterInfo
 
 PATIENCE = timedelta(hours=12)  # for processes that have more to do
 
@@ -79,7 +80,8 @@ def evaluate(request: Request, report: Report) -> Result:
     processes = Processes(patience=PATIENCE)
     report.status(f"loading the libraries and the base {request.base}")
     base = _load_base(request, processes)
-    request, specs = _with_kinds(request, base)
+    request, infos = _with_kinds(request, base)
+    specs = [info.map for info in infos]
     kinds = list(dict.fromkeys(one.kind for one in request.adapters))
     stated = {
         kind: stated_options(kind, request.base, [spec for spec in specs if spec.kind == kind])
@@ -101,6 +103,9 @@ def evaluate(request: Request, report: Report) -> Result:
     places = range(processes.index, len(held_out), processes.count)
     compared = f"{_many(len(arms) - 3, 'adapter')} on {held_out.title}, {_many(request.seeds, 'seed')}"
     report.status(f"{compared}, on {base.device}")
+    warnings = [] if held_out.is_held_out else _trained_there(request, infos)
+    for line in warnings if processes.is_first else ():
+        report.note(line)
     mute = sum(not held_out.caption(place) for place in range(len(held_out)))
     if mute and processes.is_first:
         report.note(f"{mute} of {len(held_out)} pairs have no caption, and are drawn of an empty prompt")
@@ -110,7 +115,7 @@ def evaluate(request: Request, report: Report) -> Result:
         processes.wait()
         return Result(None, [], is_mine=False)
     rows.read()
-    result = _report(request, base, held_out, arms, rows, list(makers), skipped, options, report)
+    result = _report(request, base, held_out, arms, rows, list(makers), skipped, options, warnings, report)
     processes.wait()
     return result
 
@@ -125,21 +130,37 @@ def _load_base(request: Request, processes: Processes) -> Base:
     return load_base(request.base, device=device, dtype=dtype)
 
 
-def _with_kinds(request: Request, base: Base) -> tuple[Request, list[MapSpec]]:
-    """The request with the kind of every adapter's map, and what the adapters say of their maps."""
+def _with_kinds(request: Request, base: Base) -> tuple[Request, list[AdapterInfo]]:
+    """The request with the kind of every adapter's map, and what the adapters say of themselves."""
     known: list[Compared] = []
-    specs = []
+    infos = []
     for one in request.adapters:
-        spec = load_adapter(one.name, base=base).info.map  # that it fits is checked before the first picture
-        kind = one.kind or spec.kind
+        info = load_adapter(one.name, base=base).info  # that it fits is checked before the first picture
+        kind = one.kind or info.map.kind
         if not kind or " + " in kind:
             raise ValueError(
                 f"{one.name} takes {kind or 'maps of a kind that its file does not tell'}: say which maps it"
                 f" is to be measured with, as --adapter canny={one.name}"
             )
         known.append(replace(one, kind=kind))
-        specs.append(replace(spec, kind=kind))
-    return replace(request, adapters=tuple(known)), specs
+        infos.append(replace(info, map=replace(info.map, kind=kind)))
+    return replace(request, adapters=tuple(known)), infos
+
+
+def _trained_there(request: Request, infos: Sequence[AdapterInfo]) -> list[str]:
+    """A line for each adapter that was trained on pairs of the very data set it is to be measured on."""
+    lines = []
+    here = os.path.realpath(os.path.expanduser(request.data))
+    for one, info in zip(request.adapters, infos, strict=True):
+        recipe = info.training.get("recipe")
+        data = recipe.get("data") if isinstance(recipe, Mapping) else None
+        source = data.get("source") if isinstance(data, Mapping) else None
+        if isinstance(source, str) and source and os.path.realpath(os.path.expanduser(source)) == here:
+            lines.append(
+                f"{one.label} was trained on pairs of {request.data}, which are among those that it is"
+                " measured on: evaluate the run's folder to have those that it held out"
+            )
+    return lines
 
 
 def _begin(request: Request, base: Base, held_out: HeldOut, options: dict[str, dict[str, Any]]) -> None:
@@ -170,6 +191,7 @@ def _report(
     kinds: list[str],
     skipped: dict[str, str],
     options: dict[str, dict[str, Any]],
+    warnings: list[str],
     report: Report,
 ) -> Result:
     from controlkit.training.evaluation.page import write_page
@@ -182,10 +204,12 @@ def _report(
         ]
         for arm in arms
     }
-    captions = {held_out.number(place): held_out.caption(place) for place in range(len(held_out))}
+    pairs = held_out.told()
     shots: Shots = {
         arm.folder: [
-            Shot(picture_path(request.output, arm, row.number, row.seed), row.number, captions[row.number])
+            Shot(
+                picture_path(request.output, arm, row.number, row.seed), row.number, pairs[row.number].caption
+            )
             for row in found[arm.folder]
         ]
         for arm in arms
@@ -201,8 +225,8 @@ def _report(
     )
     report.status("writing the report")
     summary = summarise(arms, found, kinds, pictures, skipped)
-    told = record(request, base, held_out, summary, options)
+    told = record(request, base, held_out, summary, options, pairs, warnings)
     json_path = request.output / "report.json"
     files.write_text(json_path, json.dumps(told, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    page = write_page(request, held_out, summary, told, captions)
+    page = write_page(request, held_out, summary, told, pairs)
     return Result(summary, [page, json_path])

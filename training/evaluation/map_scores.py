@@ -37,10 +37,11 @@ AP = "OKS-AP"
 
 @dataclass(frozen=True)
 class Measure:
-    """A measure: what it is, in a sentence, and whether less is better."""
+    """A measure: what it is, in a sentence, whether less is better, and what to call the one that wins."""
 
     text: str
     lower: bool = False
+    wins: str = "better"
 
 
 MEASURES = {
@@ -58,7 +59,9 @@ MEASURES = {
     "silhouette IoU": Measure("overlap of the figure's pixels with its true mask"),
     "colours": Measure("share of the parts that have the colour their caption names"),
     "CLIP score": Measure("100 times the cosine of picture and caption"),
-    "LPIPS between seeds": Measure("perceptual distance of the pictures of one pair: diversity"),
+    "LPIPS between seeds": Measure(
+        "perceptual distance of the pictures of one pair: diversity", wins="more diverse"
+    ),
     "FID": Measure("Fréchet distance to the true pictures, clean-fid's resizing", lower=True),
     "KID": Measure("kernel distance to the true pictures, clean-fid's resizing", lower=True),
 }

@@ -102,7 +102,7 @@ def _of_run(request: Request, config: Path, options: Options, *, resolution: int
     )
     chosen = _looked_at(opened, _chosen(kept, request.count), report)
     title = f"{len(chosen)} pairs that the run {config.parent.resolve().name} held out"
-    return DataSet(opened, chosen, title=title)
+    return DataSet(opened, chosen, title=title, is_held_out=True)
 
 
 def _opened(

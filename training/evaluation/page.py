@@ -27,7 +27,7 @@ from controlkit.training.evaluation.request import FLOOR, TRUE
 from controlkit.training.reporting.page import STYLE, pairs_table
 
 if TYPE_CHECKING:
-    from controlkit.training.evaluation.held_out import HeldOut
+    from controlkit.training.evaluation.held_out import HeldOut, Told
     from controlkit.training.evaluation.request import Request
     from controlkit.training.evaluation.summary import Group, Summary
 
@@ -38,7 +38,12 @@ _MORE = """
 .scroll{overflow-x:auto}
 td small{color:var(--faint)}
 details summary{cursor:pointer;color:var(--faint)}
-.sheet img{border-radius:8px;width:100%;max-width:1040px}
+.sheet{overflow-x:auto}
+.sheet img{border-radius:8px;width:100%;min-width:640px;max-width:1040px;height:auto}
+.chart{overflow-x:auto}
+.chart svg{min-width:560px}
+.chart+.chart{margin-top:4px}
+th,td{overflow-wrap:normal}
 .measure{margin:20px 0 4px;font-weight:600}
 .measure span{font-weight:400;color:var(--faint)}
 """
@@ -49,17 +54,17 @@ def write_page(
     held_out: HeldOut,
     summary: Summary,
     told: Mapping[str, Any],
-    captions: Mapping[int, str],
+    pairs: Mapping[int, Told],
 ) -> Path:
     """Write the page and the sheets into the request's folder; return the page's path."""
     parts = [
-        _head(request, summary, told),
+        _head(request, summary, held_out, told),
         _verdicts(summary),
         *(_group(group, summary) for group in summary.groups),
         _differences(summary),
         _skipped(summary),
         _sheets(request, held_out, summary),
-        _examples(summary, captions),
+        _examples(summary, pairs),
         _settings(told),
     ]
     path = request.output / NAME
@@ -68,16 +73,18 @@ def write_page(
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
-        f"<title>{escape(title(summary))}</title><style>{STYLE}{CSS}{_MORE}</style></head>\n"
+        f"<title>{escape(title(summary, held_out))}</title><style>{STYLE}{CSS}{_MORE}</style></head>\n"
         f"<body><main>\n{''.join(parts)}</main></body></html>\n",
     )
     return path
 
 
-def title(summary: Summary) -> str:
+def title(summary: Summary, held_out: HeldOut) -> str:
     """What was measured, in a phrase."""
     labels = [arm.label for arm in summary.arms if arm.compared]
-    return f"{', '.join(labels)} on held-out pairs" if len(labels) < 4 else f"{len(labels)} adapters compared"
+    if len(labels) > 3:
+        return f"{len(labels)} adapters compared"
+    return f"{', '.join(labels)} on {'held-out pairs' if held_out.is_held_out else held_out.title}"
 
 
 def plain(found: Interval) -> str:
@@ -87,15 +94,18 @@ def plain(found: Interval) -> str:
     return f"{figure(found.value)} <small>({figure(found.low)} to {figure(found.high)})</small>"
 
 
-def _head(request: Request, summary: Summary, told: Mapping[str, Any]) -> str:
-    guidance = "the base's guidance" if request.guidance is None else f"guidance {request.guidance:g}"
+def _head(request: Request, summary: Summary, held_out: HeldOut, told: Mapping[str, Any]) -> str:
     facts = [
         told["pairs"]["title"],
         f"{request.seeds} picture{'s' if request.seeds > 1 else ''} of each",
         f"base {request.base}",
-        f"{request.steps} steps, {request.scheduler}, {guidance}",
+        f"{request.steps} steps, {request.scheduler}, guidance {told['settings']['guidance']:g}",
     ]
-    return f"<header><h1>{escape(title(summary))}</h1><p>{escape(' · '.join(facts))}</p></header>\n"
+    warning = "".join(f"<p><b>{escape(line)}</b></p>" for line in told["warnings"])
+    return (
+        f"<header><h1>{escape(title(summary, held_out))}</h1><p>{escape(' · '.join(facts))}</p>{warning}"
+        "</header>\n"
+    )
 
 
 def _verdicts(summary: Summary) -> str:
@@ -132,11 +142,22 @@ def _group(group: Group, summary: Summary) -> str:
             ],
             label=f"{measure} by what is compared",
         )
-        pairs = f", {group.pairs[measure]} pairs" if group.pairs.get(measure) else ""
+        pairs = f", {group.pairs[measure]} pairs" if group.pairs.get(measure) else _sizes(group, measure)
         blocks.append(
-            f'<p class="measure">{measure} <span>{escape(told.text)}{lower}{pairs}</span></p>{chart}'
+            f'<p class="measure">{measure} <span>{escape(told.text)}{lower}{pairs}</span></p>'
+            f'<div class="chart">{chart}</div>'
         )
     return f"<section><h2>{name}</h2>{''.join(blocks)}{_table(group, summary)}</section>\n"
+
+
+def _sizes(group: Group, measure: str) -> str:
+    """Of how many pictures a measure of sets is."""
+    sizes = group.pictures.get(measure, {})
+    if not sizes:
+        return ""
+    one_of = {true: sorted({own for own, _ in sizes.values()}) for _, true in sizes.values()}
+    ((true, own),) = one_of.items()
+    return f", {' or '.join(map(str, own))} pictures of each against {true} true ones"
 
 
 def _table(group: Group, summary: Summary) -> str:
@@ -212,7 +233,7 @@ def _embedded(picture: NDArray[np.uint8], alt: str) -> str:
     return f'<img src="{source}" alt="{escape(alt)}" width="{width}" height="{height}">'
 
 
-def _examples(summary: Summary, captions: Mapping[int, str]) -> str:
+def _examples(summary: Summary, pairs: Mapping[int, Told]) -> str:
     """A line for each pair: what the adapters and no control got in the adapters' own measures."""
     columns = [
         (kind, principal(kind), label)
@@ -220,7 +241,7 @@ def _examples(summary: Summary, captions: Mapping[int, str]) -> str:
         for label in (FLOOR, *(arm.label for arm in summary.arms if arm.compared), TRUE)
         if label in summary.of_pair.get(kind, {}).get(principal(kind), {})
     ]
-    numbers = sorted(captions)[:_MOST_EXAMPLES]
+    numbers = sorted(pairs)[:_MOST_EXAMPLES]
     if not columns:
         return ""
     head = "".join(
@@ -230,12 +251,13 @@ def _examples(summary: Summary, captions: Mapping[int, str]) -> str:
     for number in numbers:
         values = [summary.of_pair[kind][name][label].get(number) for kind, name, label in columns]
         cells = "".join(f"<td>{'' if value is None else figure(value)}</td>" for value in values)
-        rows.append(f'<tr><th scope="row">{number}</th>{cells}<td>{escape(captions[number])}</td></tr>')
-    more = "" if len(numbers) == len(captions) else f"<p>The first {len(numbers)}; report.json has all.</p>"
+        name, caption = (escape(text) for text in pairs[number])
+        rows.append(f'<tr><th scope="row">{number}</th><td>{name}</td>{cells}<td>{caption}</td></tr>')
+    more = "" if len(numbers) == len(pairs) else f"<p>The first {len(numbers)}; report.json has all.</p>"
     return (
         f"<section><h2>Pair by pair</h2>{more}<details><summary>{len(numbers)} pairs</summary>"
-        f'<div class="scroll"><table class="numbers"><thead><tr><th>pair</th>{head}<th>caption</th></tr>'
-        f"</thead><tbody>{''.join(rows)}</tbody></table></div></details></section>\n"
+        '<div class="scroll"><table class="numbers"><thead><tr><th>pair</th><th>name</th>'
+        f"{head}<th>caption</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div></details></section>\n"
     )
 
 
@@ -243,15 +265,12 @@ def _settings(told: Mapping[str, Any]) -> str:
     settings = {
         name: value
         for name, value in told["settings"].items()
-        if name not in ("adapters", "output") and value != {}
+        if name not in ("adapters", "output") and value not in ({}, None)
     }
-    settings["guidance"] = "the base's" if settings["guidance"] is None else settings["guidance"]
-    settings["adapters"] = [
-        "".join(
-            [f"{one['label']}: {one['name']}, {one['kind']}", *(f", {k} {v}" for k, v in one["how"].items())]
-        )
-        for one in told["adapters"]
-    ]
+    settings |= {"device": told["device"], "dtype": told["dtype"]}
+    for one in told["adapters"]:
+        how = "".join(f", {key} {value}" for key, value in one["how"].items())
+        settings[f"adapter {one['label']}"] = f"{one['name']}, with {one['kind']} maps{how}"
     settings["maps of the pictures"] = [
         f"{kind}: {', '.join(f'{k} {v}' for k, v in given.items()) or 'as usual'}"
         for kind, given in told["maps_made_by"].items()

@@ -39,12 +39,14 @@ class Shot:
 @dataclass
 class PictureScores:
     """What was found. of_pair: by measure and arm, a value for each pair's number. of_set: by measure and
-    arm, value and spread (not a number where there is none). skipped: measures left out, and why.
+    arm, value and spread (not a number where there is none). skipped: measures left out, and why. counts:
+    each arm's pictures.
     """
 
     of_pair: dict[str, dict[str, dict[int, float]]] = field(default_factory=dict)
     of_set: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
 
 
 Shots = Mapping[str, Sequence[Shot]]
@@ -65,7 +67,7 @@ def picture_scores(
     """Score every arm. true: the arm of the true pictures, which the others are compared with. folder: where
     features are kept. features: "inception", or "none". clip: `load_clip`'s name, or "none".
     """
-    found = PictureScores()
+    found = PictureScores(counts={arm: len(of_arm) for arm, of_arm in shots.items()})
     steps: Sequence[tuple[str, Callable[[], None]]] = (
         (CLIP_SCORE, lambda: _clip_scores(found, shots, clip, folder, device, report)),
         (LPIPS, lambda: _diversity(found, shots, device, report)),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from controlkit.metrics.intervals import LEVEL, RESAMPLES, Interval
+from controlkit.sampling import default_guidance
+from controlkit.training.evaluation.held_out import Told
 from controlkit.training.evaluation.map_scores import MEASURES, principal
 from controlkit.training.evaluation.request import CEILING, FLOOR, TRUE, as_json, digest_of
 from controlkit.training.reporting.run_record import versions
@@ -18,6 +20,10 @@ if TYPE_CHECKING:
     from controlkit.training.evaluation.summary import Group, Summary
 
 VERSION = 1
+_LIBRARIES = (  # beside those of every run, what maps and measures are made by
+    *("opencv-python-headless", "opencv-python", "pillow", "scipy", "scikit-image"),
+    *("torchvision", "torchmetrics", "torch-fidelity"),
+)
 
 
 def record(
@@ -26,12 +32,20 @@ def record(
     held_out: HeldOut,
     summary: Summary,
     options: Mapping[str, Mapping[str, Any]],
+    pairs: Mapping[int, Told],
+    warnings: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The whole evaluation as JSON has it; what is not a number is null."""
+    guidance = default_guidance(base) if request.guidance is None else request.guidance
     return {
         "version": VERSION,
-        "settings": as_json(request),
-        "pairs": {"title": held_out.title, "count": len(held_out), "sha256": held_out.digest()},
+        "settings": {**as_json(request), "guidance": guidance},
+        "pairs": {
+            "title": held_out.title,
+            "count": len(held_out),
+            "held_out": held_out.is_held_out,
+            "sha256": held_out.digest(),
+        },
         "base": {"name": request.base, "family": base.family, "sha256": base.digest()},
         "device": str(base.device),
         "dtype": str(base.dtype).removeprefix("torch."),
@@ -77,20 +91,22 @@ def record(
             }
             for one in summary.differences
         ],
+        "warnings": list(warnings),
         "skipped": summary.skipped,
-        "examples": examples(summary),
-        "versions": versions(),
+        "examples": examples(summary, pairs),
+        "versions": versions(*_LIBRARIES),
     }
 
 
-def examples(summary: Summary) -> list[dict[str, Any]]:
-    """One entry for each pair: what every arm got, by kind and measure."""
+def examples(summary: Summary, pairs: Mapping[int, Told]) -> list[dict[str, Any]]:
+    """One entry for each pair: which it is, and what every arm got, by kind and measure."""
     found: dict[int, dict[str, Any]] = {}
     for kind, measures in summary.of_pair.items():
         for measure, by_arm in measures.items():
             for label, told in by_arm.items():
                 for number, value in told.items():
-                    entry = found.setdefault(number, {"number": number, "scores": {}})
+                    told_of = {"number": number, "name": pairs[number].name, "caption": pairs[number].caption}
+                    entry = found.setdefault(number, {**told_of, "scores": {}})
                     scores = entry["scores"].setdefault(kind or "picture", {})
                     scores.setdefault(measure, {})[label] = round(value, 6)
     return [found[number] for number in sorted(found)]
@@ -113,7 +129,7 @@ def _group_json(group: Group) -> dict[str, Any]:
                 "arms": {
                     label: {
                         **(interval_json(found) or {}),
-                        **({"spread": spread} if (spread := _spread(group, measure, label)) else {}),
+                        **_of_sets(group, measure, label),
                     }
                     for label, found in group.intervals[measure].items()
                 },
@@ -123,5 +139,10 @@ def _group_json(group: Group) -> dict[str, Any]:
     }
 
 
-def _spread(group: Group, measure: str, label: str) -> float | None:
-    return group.spread.get(measure, {}).get(label)
+def _of_sets(group: Group, measure: str, label: str) -> dict[str, float]:
+    """Of what compares sets of pictures: how large they are, and the spread over subsets if there is one."""
+    if label not in group.pictures.get(measure, {}):
+        return {}
+    own, true = group.pictures[measure][label]
+    spread = group.spread.get(measure, {}).get(label)
+    return {"pictures": own, "true_pictures": true, **({} if spread is None else {"spread": spread})}

@@ -12,11 +12,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from controlkit import files, known_adapters, limits, naming
+from controlkit import files, known_adapters, limits, naming, preprocessors
 from controlkit.arguments import parse_compared
 from controlkit.base_parts import BUNDLED
 from controlkit.folders import weight_files
-from controlkit.formats.finding import BUNDLED_ADAPTERS, find_adapter_file, find_adapter_folder
+from controlkit.formats.finding import (
+    BUNDLED_ADAPTERS,
+    check_adapter_folder,
+    find_adapter_file,
+    find_adapter_folder,
+)
 from controlkit.precisions import torch_name
 from controlkit.settings import USUAL_SCHEDULER
 from controlkit.training.data.made_maps import range_ends
@@ -278,8 +283,6 @@ def _short(name: str) -> str:
 
 def _split(settings: Mapping[str, str]) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
     """Tell keys of the data from options of a preprocessor, KIND.OPTION."""
-    from controlkit import preprocessors
-
     of_data: dict[str, str] = {}
     options: dict[str, dict[str, str]] = {}
     for key, value in settings.items():
@@ -308,6 +311,17 @@ def _check(request: Request) -> None:
         for name, value in options.items():
             if range_ends(value) is not None:
                 raise ValueError(f"{kind}.{name} is {value}: an evaluation takes one value, no range")
+        if "model" not in preprocessors.options_of(kind):  # those with weights are made where they are used
+            preprocessors.get(kind, **options)
+    for one in request.adapters:
+        if find_adapter_file(one.name) is None:
+            check_adapter_folder(one.name)
+    if request.data != WORLD and run_config(request.data) is None:
+        from controlkit.training.data.source_recipe import recipe_of
+        from controlkit.training.data.sources import recognise
+
+        kind = request.adapters[0].kind or "canny"  # where only the file tells it, that is not read yet
+        recognise(recipe_of(request.data, kind, request.settings, where="evaluate"))
     if request.scheduler not in SCHEDULERS:
         raise naming.unknown("scheduler", request.scheduler, SCHEDULERS)
     if request.output.is_dir():

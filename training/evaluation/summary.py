@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import combinations
 from typing import Any
 
@@ -49,7 +50,8 @@ class Difference:
         if not (low > 0 or high < 0):
             return "no difference to be seen"
         first_more = low > 0
-        return f"{self.first if first_more != MEASURES[self.measure].lower else self.second} is better"
+        told = MEASURES[self.measure]
+        return f"{self.first if first_more != told.lower else self.second} is {told.wins}"
 
 
 @dataclass
@@ -61,6 +63,8 @@ class Group:
     """By measure and arm."""
     pairs: dict[str, int] = field(default_factory=dict)
     """By measure: how many pairs have it."""
+    pictures: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict)
+    """By measure and arm, for sets of pictures: how many of the arm's, against how many true ones."""
     spread: dict[str, dict[str, float]] = field(default_factory=dict)
     """By measure and arm, for sets of pictures: the spread over subsets, where there is one."""
 
@@ -116,7 +120,7 @@ def summarise(
     return Summary(
         arms=list(arms),
         groups=groups,
-        differences=_differences(compared, values),
+        differences=_differences(compared, values, rows),
         reach=_reaches(compared, values),
         order=_orders(compared, values),
         of_pair=values,
@@ -153,33 +157,57 @@ def _group(kind: str, values: Mapping[str, Mapping[str, ByPair]]) -> Group:
 def _add_precision(group: Group, arms: Sequence[Arm], rows: Mapping[str, Sequence[Row]]) -> None:
     """OKS-AP, which is of all pictures together; pairs are drawn with all of their pictures."""
     for arm in arms:
-        by_pair: dict[int, list[Matches]] = {}
-        for row in rows[arm.folder]:
-            if row.people is not None:
-                by_pair.setdefault(row.number, []).append(row.people)
-        if not any(one.similarity.shape[1] for found in by_pair.values() for one in found):
+        by_pair = _people(rows[arm.folder])
+        if not by_pair:
             continue
         pairs = list(by_pair.values())
-
-        def precision(chosen: Any, pairs: Sequence[Sequence[Matches]] = pairs) -> float:
-            return average_precision([one for k in chosen for one in pairs[k]])
-
-        found = interval(precision, len(pairs), resamples=AP_RESAMPLES)
+        found = interval(partial(_precision, pairs), len(pairs), resamples=AP_RESAMPLES)
         group.intervals.setdefault(AP, {})[arm.label] = found
         group.pairs[AP] = max(group.pairs.get(AP, 0), len(pairs))
 
 
+def _people(rows: Sequence[Row]) -> dict[int, list[Matches]]:
+    """Each pair's people, found and asked for; {} where nobody was asked for at all."""
+    by_pair: dict[int, list[Matches]] = {}
+    for row in rows:
+        if row.people is not None:
+            by_pair.setdefault(row.number, []).append(row.people)
+    asked = any(one.similarity.shape[1] for found in by_pair.values() for one in found)
+    return by_pair if asked else {}
+
+
+def _precision(pairs: Sequence[Sequence[Matches]], chosen: Any) -> float:
+    return average_precision([one for k in chosen for one in pairs[k]])
+
+
+def _precision_apart(
+    first: Sequence[Row], second: Sequence[Row], *, level: float
+) -> tuple[Interval, int] | None:
+    """How much higher the first one's OKS-AP is, on the same pairs, and on how many; None of no people."""
+    one, other = _people(first), _people(second)
+    both = sorted(set(one) & set(other))
+    if not both:
+        return None
+    mine, theirs = [one[number] for number in both], [other[number] for number in both]
+    apart = lambda chosen: _precision(mine, chosen) - _precision(theirs, chosen)  # noqa: E731
+    return interval(apart, len(both), resamples=AP_RESAMPLES, level=level), len(both)
+
+
 def _add_sets(group: Group, pictures: PictureScores, arms: Sequence[Arm]) -> None:
+    true = sum(pictures.counts.get(arm.folder, 0) for arm in arms if arm.label == TRUE)
     for measure, found in pictures.of_set.items():
         for folder, (value, spread) in found.items():
             label = _label(arms, folder)
             group.intervals.setdefault(measure, {})[label] = Interval(value, math.nan, math.nan)
+            group.pictures.setdefault(measure, {})[label] = pictures.counts[folder], true
             if math.isfinite(spread):
                 group.spread.setdefault(measure, {})[label] = spread
 
 
 def _differences(
-    compared: Sequence[Arm], values: Mapping[str, Mapping[str, Mapping[str, ByPair]]]
+    compared: Sequence[Arm],
+    values: Mapping[str, Mapping[str, Mapping[str, ByPair]]],
+    rows: Mapping[str, Sequence[Row]],
 ) -> list[Difference]:
     """Every two adapters of one kind, in that kind's measures and in those of every picture."""
     found = []
@@ -195,6 +223,9 @@ def _differences(
                     each = np.array([one[number] - other[number] for number in both])
                     told = mean_interval(each, level=level)
                     found.append(Difference(measure, first.label, second.label, told, len(both)))
+            if kind == "openpose":
+                precision = _precision_apart(rows[first.folder], rows[second.folder], level=level)
+                found += [Difference(AP, first.label, second.label, *precision)] if precision else []
     return found
 
 

@@ -117,10 +117,10 @@ def read_run(folder: Path) -> RunRecord:
     )
 
 
-def versions() -> dict[str, str]:
-    """The versions of Python and of the libraries that decide a training's numbers."""
+def versions(*more: str) -> dict[str, str]:
+    """The versions of Python and of the libraries that decide a training's numbers, and of `more`."""
     found = {"python": python_version()}
-    for name in LIBRARIES:
+    for name in (*LIBRARIES, *more):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
