@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import NamedTuple
 
 from controlkit.metrics import Interval
 from controlkit.training.reporting.charts import number, ticks
@@ -17,8 +18,11 @@ CSS = """
 .intervals .value{fill:var(--ink);font-weight:600;font-variant-numeric:tabular-nums}
 .intervals .grid{stroke:var(--grid);stroke-width:1}
 .intervals .span{stroke-width:3;stroke-linecap:round}
+.intervals.narrow{display:none}
+@media (max-width:600px){.intervals.narrow{display:block}.intervals.wide{display:none}}
 """
 _WIDTH, _ROW, _TOP, _BOTTOM, _VALUE = 760, 26, 8, 26, 76
+_NARROW, _TALL_ROW = 340, 42
 _LETTER = 7.2
 
 
@@ -34,7 +38,8 @@ class Line:
 def interval_chart(lines: Sequence[Line], *, label: str) -> str:
     """An SVG with a dot for each value and a bar for its interval; "" where no value is a number.
 
-    label: what is shown, for who cannot see it.
+    There are two, of which a page shows the one that suits its width. label: what is shown, for who cannot
+    see it.
     """
     kept = [line for line in lines if math.isfinite(line.interval.value)]
     if not kept:
@@ -48,21 +53,42 @@ def interval_chart(lines: Sequence[Line], *, label: str) -> str:
     low, high = min(0.0, *ends), max(ends)
     high = high if high > low else low + 1.0
     left = 16 + round(_LETTER * max(len(line.label) for line in kept))
-    span = _WIDTH - left - _VALUE
-    height = _TOP + _ROW * len(kept) + _BOTTOM
+    wide = _Layout("wide", _WIDTH, left, _WIDTH - _VALUE, _ROW)
+    narrow = _Layout("narrow", _NARROW, 8, _NARROW - 8, _TALL_ROW)
+    return "".join(_drawn(kept, low, high, layout, label) for layout in (wide, narrow))
+
+
+class _Layout(NamedTuple):
+    """How wide a chart is, where its axis begins and ends, and how high a line is: a tall one has its label
+    above the bar.
+    """
+
+    name: str
+    width: int
+    left: int
+    right: int
+    row: int
+
+    @property
+    def is_narrow(self) -> bool:
+        return self.row == _TALL_ROW
+
+
+def _drawn(lines: Sequence[Line], low: float, high: float, layout: _Layout, label: str) -> str:
+    height = _TOP + layout.row * len(lines) + _BOTTOM
 
     def place(value: float) -> float:
-        return left + (value - low) / (high - low) * span
+        return layout.left + (value - low) / (high - low) * (layout.right - layout.left)
 
     body = [
         f'<line class="grid" x1="{place(t):.1f}" x2="{place(t):.1f}" y1="{_TOP}" y2="{height - _BOTTOM}"/>'
         f'<text x="{place(t):.1f}" y="{height - 8}" text-anchor="middle">{number(t)}</text>'
         for t in ticks(low, high, 6)
     ]
-    body += [_row(line, _TOP + _ROW * (k + 0.5), place, left) for k, line in enumerate(kept)]
+    body += [_row(line, _TOP + layout.row * (k + 0.5), place, layout) for k, line in enumerate(lines)]
     return (
-        f'<svg class="intervals" viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{escape(label)}">'
-        f"<title>{escape(label)}</title>{''.join(body)}</svg>"
+        f'<svg class="intervals {layout.name}" viewBox="0 0 {layout.width} {height}" role="img"'
+        f' aria-label="{escape(label)}"><title>{escape(label)}</title>{"".join(body)}</svg>'
     )
 
 
@@ -72,18 +98,20 @@ def figure(value: float) -> str:
     return f"{value:.1f}" if size >= 20 else f"{value:.2f}" if size >= 5 else f"{value:.3f}"
 
 
-def _row(line: Line, y: float, place: Callable[[float], float], left: int) -> str:
+def _row(line: Line, y: float, place: Callable[[float], float], layout: _Layout) -> str:
     found = line.interval
     colour = "var(--faint)" if line.colour < 0 else f"var(--c{line.colour % 6})"
+    of_bar, of_text = (y + 9, y - 4) if layout.is_narrow else (y, y + 4.5)
     bar = ""
     if math.isfinite(found.low) and math.isfinite(found.high):
         bar = (
             f'<line class="span" style="stroke:{colour};opacity:.45" x1="{place(found.low):.1f}"'
-            f' x2="{place(found.high):.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'
+            f' x2="{place(found.high):.1f}" y1="{of_bar:.1f}" y2="{of_bar:.1f}"/>'
         )
-    base = f'y="{y + 4.5:.1f}" text-anchor="end"'
+    who = 'x="0" text-anchor="start"' if layout.is_narrow else f'x="{layout.left - 12}" text-anchor="end"'
     return (
-        f'<text class="who" x="{left - 12}" {base}>{escape(line.label)}</text>{bar}'
-        f'<circle cx="{place(found.value):.1f}" cy="{y:.1f}" r="5" style="fill:{colour}"/>'
-        f'<text class="value" x="{_WIDTH}" {base}>{figure(found.value)}</text>'
+        f'<text class="who" {who} y="{of_text:.1f}">{escape(line.label)}</text>{bar}'
+        f'<circle cx="{place(found.value):.1f}" cy="{of_bar:.1f}" r="5" style="fill:{colour}"/>'
+        f'<text class="value" x="{layout.width}" y="{of_text:.1f}" text-anchor="end">'
+        f"{figure(found.value)}</text>"
     )

@@ -40,10 +40,6 @@ td small{color:var(--faint)}
 details summary{cursor:pointer;color:var(--faint)}
 .sheet{overflow-x:auto}
 .sheet img{border-radius:8px;width:100%;min-width:640px;max-width:1040px;height:auto}
-.chart{overflow-x:auto}
-.chart svg{min-width:560px}
-.chart+.chart{margin-top:4px}
-th,td{overflow-wrap:normal}
 .measure{margin:20px 0 4px;font-weight:600}
 .measure span{font-weight:400;color:var(--faint)}
 """
@@ -144,8 +140,7 @@ def _group(group: Group, summary: Summary) -> str:
         )
         pairs = f", {group.pairs[measure]} pairs" if group.pairs.get(measure) else _sizes(group, measure)
         blocks.append(
-            f'<p class="measure">{measure} <span>{escape(told.text)}{lower}{pairs}</span></p>'
-            f'<div class="chart">{chart}</div>'
+            f'<p class="measure">{measure} <span>{escape(told.text)}{lower}{pairs}</span></p>{chart}'
         )
     return f"<section><h2>{name}</h2>{''.join(blocks)}{_table(group, summary)}</section>\n"
 
