@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import glob
 import os
 import re
@@ -80,6 +81,8 @@ def _split_control_settings(rest: str) -> tuple[str, dict[str, Any]]:
         if not (colon and equals and key.replace("-", "_").isidentifier()):
             break
         if key not in _CONTROL_KEYS:
+            if difflib.get_close_matches(key, ("strength", "weight"), n=1):  # as A1111 and ComfyUI call it
+                raise ValueError(f"unknown setting of a control {key!r} (did you mean 'scale'?)")
             raise unknown("setting of a control", key, _CONTROL_KEYS)
         if key in settings:
             raise ValueError(f"{key} is given twice")

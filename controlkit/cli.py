@@ -36,6 +36,7 @@ from controlkit.cli_options import (
 from controlkit.command_group import Commands, Grouped
 
 if TYPE_CHECKING:
+    from controlkit.generate_plan import Plan
     from controlkit.infotext import PictureRecord
     from controlkit.preprocess_job import Beside
 
@@ -266,10 +267,25 @@ def generate(
             made = grid_job.run(plan, axes, told, preview=shown)
             print(f"wrote {plan.outputs[0]}, {len(made)} pictures, in {time.monotonic() - started:.0f} s")
             return
-        records = generate_job.run(plan, told, preview=shown)
+        records = _made(plan, told, shown)
     _tell_pictures(plan.outputs, records, time.monotonic() - started)
     if generate_job.could_be_lower(plan, records[0]):
         print("this processor computes in bfloat16 by itself: --dtype bf16 takes a part of the time")
+
+
+def _made(plan: Plan, told: terminal.Terminal, preview: Path | None) -> list[PictureRecord]:
+    """Make the pictures; who interrupts that is told which are finished, and stay."""
+    from controlkit import generate_job
+
+    kept: list[str] = []
+    try:
+        return generate_job.run(
+            plan, told, preview=preview, finished=lambda k, _: kept.append(str(plan.outputs[k]))
+        )
+    except KeyboardInterrupt:
+        if kept:
+            told.note(f"finished before: {', '.join(kept)}")
+        raise
 
 
 def _tell_pictures(outputs: Sequence[Path], records: Sequence[PictureRecord], seconds: float) -> None:

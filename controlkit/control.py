@@ -49,7 +49,8 @@ class Control:
         SD2, 10 for SDXL), or one of `CURVES`; None leaves the mode's.
     mask: where the control acts, (H, W), uint8 (255 is where it acts), bool or float in [0, 1]; it is
         stretched to each residual bilinearly, as A1111's effective region mask is. One of the shape of a map
-        that is scaled and cropped is so, too, and stays on it. None is everywhere.
+        that is scaled and cropped is so, too, and stays on it (`controlkit generate` crops the mask's file,
+        whatever its shape, and says so). None is everywhere.
     only_mid: leave out all residuals but the middle block's, as the original's `only_mid_control`.
     kind: of the map, for networks that know several (ControlNet-Union); "" is the adapter's own.
 
@@ -206,10 +207,11 @@ def _check_mask(mask: np.ndarray | torch.Tensor) -> None:
                 f" uint8, is {int(tensor.max())}"
             )
         return
-    if tensor.dtype == torch.bool:
-        return
-    if not tensor.is_floating_point() or not bool(((tensor >= 0) & (tensor <= 1)).all()):
+    in_range = tensor.is_floating_point() and bool(((tensor >= 0) & (tensor <= 1)).all())
+    if not (in_range or tensor.dtype == torch.bool):
         raise ValueError("a control's mask must be uint8, or float with values in [0, 1], or bool")
+    if not bool(tensor.any()):
+        raise ValueError("a control's mask is 0 everywhere: the control would act nowhere")
 
 
 def _same_shape(mask: torch.Tensor, picture: np.ndarray) -> bool:

@@ -249,7 +249,8 @@ def _reason(error: OSError, path: Path) -> str:
     if (full := FULL_DISK.get(error.errno or 0)) is not None:
         return full
     if error.errno == errno.ENOENT:
-        return f"the folder {path.parent} does not exist"
+        is_there = path.parent.is_dir()  # as /proc, in which nothing can be made
+        return "it cannot be made there" if is_there else f"the folder {path.parent} does not exist"
     if error.errno == errno.EACCES:
         return "no permission"
     return error.strerror or str(error)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from controlkit import generate_notes, images, infotext, known_adapters, notices, preprocessors
+from controlkit import generate_notes, images, infotext, known_adapters, limits, notices, preprocessors
 from controlkit.devices import multiplies_bfloat16, pick_device
 from controlkit.families import BUNDLED
 from controlkit.generate_models import Models
@@ -287,7 +287,7 @@ class Session:
             maps = {one.kind: self._map_at(given, width, height) for one, given in rows}
             kind, cond = (control.kind, maps[control.kind]) if whole else ("", stack(adapter, maps))
             how = {name: getattr(control, name) for name in CONTROL_SETTINGS}
-            mask = None if source.mask is None else images.cover(source.mask, width, height)
+            mask = None if source.mask is None else _region(source, width, height)
             controls.append(Control(adapter, cond, mask=mask, kind=kind, **how))
         return controls
 
@@ -410,6 +410,18 @@ def _decided(job: Plan, base: Base) -> tuple[PictureRecord, list[Source]]:
         image=None if job.additions.shown is None else job.additions.shown.record,
     )
     return record, sources
+
+
+def _region(source: Source, width: int, height: int) -> np.ndarray:
+    """A control's mask for a picture of some size. Raises ValueError where nothing white of it is left."""
+    assert source.mask is not None
+    region = images.cover(source.mask, width, height)
+    if region.max() < limits.LEAST_WHITE <= source.mask.max():
+        raise ValueError(
+            f"{source.record.mask}: at {width}x{height} it is cropped, and all that is white in it with it;"
+            f" {REGION_CURE}"
+        )
+    return region
 
 
 def _adapters(

@@ -15,6 +15,7 @@ from controlkit.usual_guidance import is_told_guidance, usual_guidance
 if TYPE_CHECKING:
     from controlkit.generate_plan import Options, Plan, Source
 
+_SEEDS = 2**32  # what a seed is told apart by
 GUIDED = {  # settings that act on guidance alone, and what they are called
     "negative_prompt": "--negative",
     "guidance_rescale": "--guidance-rescale",
@@ -65,6 +66,7 @@ def without_effect(job: Plan, variants: Sequence[Variant], varied: Collection[st
     options, given = job.options, {*job.given, *varied}
     settings = [one for one, _ in variants]
     yield from _of_texts(settings)
+    yield from _of_seeds(settings)
     yield from _of_grid(job, settings, varied)
     by_clip = any(one.clip_guidance for one in settings)
     if "clip" in given and options.clip and not by_clip:
@@ -97,6 +99,13 @@ def _of_texts(settings: Sequence[Options]) -> Iterator[str]:
         for line in prompt_syntax.notes(text, one.prompt_syntax)
     )
     yield from dict.fromkeys(lines)
+
+
+def _of_seeds(settings: Sequence[Options]) -> Iterator[str]:
+    """Of seeds that draw the same noise as others: torch's generator on the CPU takes 32 bits of each."""
+    last = max(one.seed + one.count - 1 for one in settings)
+    if last >= _SEEDS:
+        yield f"the seed {last} draws the same noise as {last % _SEEDS}: seeds repeat from {_SEEDS} on"
 
 
 def _of_grid(job: Plan, settings: Sequence[Options], varied: Collection[str]) -> Iterator[str]:

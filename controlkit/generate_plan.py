@@ -204,6 +204,11 @@ def _sources(
 
 def _source(argument: arguments.ControlArgument) -> Source:
     if not argument.is_map and argument.kind not in (*preprocessors.names(), INPAINT):
+        if argument.kind in kinds_known():
+            raise ValueError(
+                f"--control {argument.kind}={argument.path}: no preprocessor makes {argument.kind} maps; give"
+                f" the map itself, --map {argument.kind}={argument.path}, which for some kinds is the picture"
+            )
         preprocessors.get(argument.kind)  # raises, with the kinds there are
     picture = _pixels(argument.path, argument.kind, is_map=argument.is_map)
     mask = images.load_mask(argument.mask) if argument.mask else None

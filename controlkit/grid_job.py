@@ -32,7 +32,7 @@ class _Cell:
     """One picture of the sheet: its plan, its label, and what is loaded for it, as settings."""
 
     job: Plan
-    label: str
+    label: tuple[str, ...]
     loads: tuple[tuple[str, Any], ...]
 
 
@@ -59,14 +59,22 @@ def check(job: Plan, axes: Sequence[Axis]) -> None:
             raise unknown("control", axis.kind, sorted(kinds))
         _check_belongs(job, axis.name, {axis.key for axis in axes})
     for cell in _cells(job, axes):
-        cell.job.options.check()
-        check_text(cell.job.options, cell.job.sources, cell.job.additions.texts())
-        for lora, _ in cell.job.additions.loras:
-            check_lora_weight(lora.weight)
-        for told in cell.job.additions.ip_adapters:
-            check_picture_scale(told.record.scale)
-        for control in (source.record for source in cell.job.sources):
-            check_rule(control.scale, control.start, control.end, control.gate, control.mode, control.layers)
+        try:
+            _check_job(cell.job)
+        except ValueError as error:
+            raise ValueError(f"--grid, {', '.join(cell.label)}: {error}") from error
+
+
+def _check_job(job: Plan) -> None:
+    """Raise ValueError for a picture that cannot be made."""
+    job.options.check()
+    check_text(job.options, job.sources, job.additions.texts())
+    for lora, _ in job.additions.loras:
+        check_lora_weight(lora.weight)
+    for told in job.additions.ip_adapters:
+        check_picture_scale(told.record.scale)
+    for control in (source.record for source in job.sources):
+        check_rule(control.scale, control.start, control.end, control.gate, control.mode, control.layers)
 
 
 def _check_belongs(job: Plan, name: str, varied: set[str]) -> None:
@@ -116,7 +124,7 @@ def run(
             with nothing_collected():
                 session = Session(cell.job, report, preview=preview, models=models, also=options)
             session.check_told()
-        report.status(f"picture {number + 1} of {len(cells)}: {cell.label}")
+        report.status(f"picture {number + 1} of {len(cells)}: {', '.join(cell.label)}")
         records[k] = session.decided(cell.job)
         session.make([records[k]], lambda _, picture, k=k: pictures.__setitem__(k, picture))  # type: ignore[misc]
         rows = _rows(pictures, [cell.label for cell in cells], columns=len(axes[0].values))
@@ -129,7 +137,7 @@ def _cells(job: Plan, axes: Sequence[Axis]) -> list[_Cell]:
     found = []
     for told in _combinations(axes):
         texts_last = sorted(told, key=lambda axis: axis.is_text)  # which may be cut off
-        label = ", ".join(axis.label(told[axis]) for axis in texts_last)
+        label = tuple(axis.label(told[axis]) for axis in texts_last)
         loads = tuple((axis.key, value) for axis, value in told.items() if axis.is_of_session)
         found.append(_Cell(_planned(job, told), label, loads))
     return found
@@ -202,7 +210,7 @@ def _in_order(cells: Sequence[_Cell]) -> list[int]:
 
 
 def _rows(
-    pictures: Sequence[np.ndarray | None], labels: Sequence[str], *, columns: int
+    pictures: Sequence[np.ndarray | None], labels: Sequence[Sequence[str]], *, columns: int
 ) -> list[list[sheets.Cell]]:
     """The sheet's rows as far as there are pictures; blank where one is still to be made."""
     count = max(k + 1 for k, picture in enumerate(pictures) if picture is not None)

@@ -34,7 +34,6 @@ _WEIGHT = re.compile(r"\([^()]*:\s*\d*\.?\d+\s*\)")
 _FACTORS = {")": 1.1, "]": 1 / 1.1}
 _OPENED_BY = {")": "(", "]": "["}
 _LEFTOVERS = {
-    r"<[a-z]+:[^<>]+>": "an extra network",
     r"\[[^\[\]]*:\s*\d*\.?\d+\s*\]": "a prompt that changes between the steps",
     r"\[[^\[\]]*\|[^\[\]]*\]": "a prompt that changes between the steps",
     r"\bAND\b": "a composition of prompts",
@@ -111,13 +110,22 @@ def _read(prompt: str) -> tuple[list[str], list[float], list[int]]:
     return texts, weights, breaks
 
 
+def _extra_networks(prompt: str) -> list[str]:
+    """Of <lora:name:weight> and its like, which is no part of a prompt here."""
+    match = re.search(r"<([a-z]+):[^<>]+>", prompt)
+    if match is None:
+        return []
+    instead = "a LoRA is given as --lora FILE:WEIGHT" if match[1] == "lora" else "it is not supported"
+    return [f"{match[0]!r} is read as text: {instead}"]
+
+
 def notes(prompt: str, syntax: str) -> list[str]:
     """What A1111 would not read as text, but is read so here: a line for each."""
     if syntax == "plain":
         match = _WEIGHT.search(prompt)
-        told = f"{match[0]!r} is read as text: for weights, add --prompt-syntax a1111" if match else ""
-        return [told] if told else []
-    found = []
+        told = [f"{match[0]!r} is read as text: for weights, add --prompt-syntax a1111"] if match else []
+        return [*told, *_extra_networks(prompt)]
+    found = _extra_networks(prompt)
     for pattern, what in _LEFTOVERS.items():
         match = re.search(pattern, prompt)
         if match is not None:

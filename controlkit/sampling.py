@@ -238,6 +238,11 @@ def _decoded(base: Base, latents: Tensor, memory: Memory | None) -> list[np.ndar
     with at_work(memory, base, base.vae):
         at_once = 1 if memory is None and base.device.type != "cpu" else len(latents)
         decoded = torch.cat([base.decode_latents(part) for part in latents.split(at_once)])
+    if not torch.isfinite(decoded).all():
+        raise ValueError(
+            "the latents are finite, and the picture decoded from them is not: damaged weights of the VAE, or"
+            " float16 overflow in it, as SDXL's first one has (another --vae, or --dtype bf16)"
+        )
     return images.tensor_to_pictures(decoded)
 
 
@@ -348,7 +353,7 @@ def denoise(
         predictor = TiledPredictor(whole, tiles, height=h, width=w)
     options = step_options(scheduler, temperature=temperature, generators=generators)
     timesteps = schedule.timesteps.to(latents.device)  # the networks' copy; the scheduler looks up its own
-    health = _Health(n, latents.device)
+    health = _Health(n, latents.device, lambda: _likely_cause(text, begun, controls, guidance))
     for i, t in enumerate(schedule.timesteps):
         noisy_latents = scheduler.scale_model_input(latents, t)
         model_pred = predictor(noisy_latents, timesteps[i], i)
@@ -398,8 +403,9 @@ def rows_of(
 class _Health:
     """Finds the step at which latents stopped being finite, with one synchronisation per run on a GPU."""
 
-    def __init__(self, steps: int, device: torch.device) -> None:
-        self.steps = steps
+    def __init__(self, steps: int, device: torch.device, cause: Callable[[], str]) -> None:
+        """cause: what is the likely one, asked for where it came to that."""
+        self.steps, self.cause = steps, cause
         self.at_once = device.type == "cpu"
         self.finite: list[Tensor] = []
 
@@ -411,10 +417,24 @@ class _Health:
         finite = torch.stack(self.finite).tolist()
         if not all(finite):
             raise ValueError(
-                f"the latents stopped being finite at step {finite.index(False) + 1} of {self.steps}: "
-                "a control scale or guidance that is too large, damaged weights, or float16 overflow"
-                " (bfloat16 and float32 hold larger numbers)"
+                f"the latents stopped being finite at step {finite.index(False) + 1} of {self.steps}:"
+                f" {self.cause()}"
             )
+
+
+_OVERFLOW = "damaged weights, or float16 overflow (bfloat16 and float32 hold larger numbers: --dtype bf16)"
+
+
+def _likely_cause(
+    text: Conditioning, begun: Begun, controls: Sequence[EncodedControl], guidance: Guidance
+) -> str:
+    """Why latents are not finite, by what came in."""
+    if not torch.isfinite(text.encoder_hidden_states).all():
+        return f"the text as its encoder read it was not finite to begin with: {_OVERFLOW} in it"
+    if not torch.isfinite(begun.latents).all():
+        return f"the picture to start from was not finite once encoded: {_OVERFLOW} in the VAE"
+    large = ["a control scale"] * bool(controls) + ["guidance"] * (guidance.scale > 1)
+    return f"{' or '.join(large)} that is too large, {_OVERFLOW}" if large else _OVERFLOW
 
 
 def _check_kinds(

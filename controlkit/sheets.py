@@ -8,8 +8,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from controlkit.images import resize
 
-Cell = tuple[np.ndarray, str]
-"""A picture, uint8 (H, W, 3), and its label ("" for none)."""
+Cell = tuple[np.ndarray, str | Sequence[str]]
+"""A picture, uint8 (H, W, 3), and its label, or the lines of it; "" for none."""
 
 _PAPER, _INK, _FRAME = (255, 255, 255), (32, 33, 36), (218, 220, 224)
 _GAP = 16
@@ -20,7 +20,7 @@ def contact_sheet(rows: Sequence[Sequence[Cell]], *, title: str = "", cell: int 
 
     Every picture is fitted into a square of ``cell`` pixels with its aspect kept: small ones are enlarged by
     whole factors without interpolation (pixels stay square and crisp), large ones are averaged down. Labels
-    stand below the pictures, shortened where they do not fit; rows may differ in length.
+    stand below the pictures, each of their lines shortened where it does not fit; rows may differ in length.
 
     Raises:
         ValueError: there is no picture at all, or ``cell`` is below 16.
@@ -47,8 +47,9 @@ def _title(title: str, *, width: int, font_size: int) -> np.ndarray:
 
 def _row(row: Sequence[Cell], *, width: int, cell: int, font_size: int) -> np.ndarray:
     font = ImageFont.load_default(font_size)
-    caption_height = round(font_size * 1.6) if any(label for _, label in row) else 0
-    band = Image.fromarray(_paper(width, _GAP + cell + caption_height))
+    line_height = round(font_size * 1.6)
+    lines = max(len(_lines(label)) for _, label in row)
+    band = Image.fromarray(_paper(width, _GAP + cell + lines * line_height))
     draw = ImageDraw.Draw(band)
     for column, (picture, label) in enumerate(row):
         left = _GAP + column * (cell + _GAP)
@@ -56,9 +57,14 @@ def _row(row: Sequence[Cell], *, width: int, cell: int, font_size: int) -> np.nd
         x, y = left + (cell - fitted.width) // 2, _GAP + (cell - fitted.height) // 2
         draw.rectangle((x - 1, y - 1, x + fitted.width, y + fitted.height), outline=_FRAME)
         band.paste(fitted, (x, y))
-        middle = (left + cell / 2, _GAP + cell + caption_height * 0.6)
-        draw.text(middle, _shorten(label, font, cell), fill=_INK, font=font, anchor="mm")
+        for number, line in enumerate(_lines(label)):
+            middle = (left + cell / 2, _GAP + cell + (number + 0.6) * line_height)
+            draw.text(middle, _shorten(line, font, cell), fill=_INK, font=font, anchor="mm")
     return np.array(band)
+
+
+def _lines(label: str | Sequence[str]) -> Sequence[str]:
+    return ([label] if label else []) if isinstance(label, str) else label
 
 
 def _paper(width: int, height: int) -> np.ndarray:

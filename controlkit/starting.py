@@ -31,12 +31,12 @@ INPAINT_CHANNELS = 9  # of a U-Net that is shown the mask and the masked picture
 class Start:
     """A picture to start from.
 
-    picture: uint8 (H, W, 3) RGB, or a path, a PIL image or what else `images.load_picture` takes, which
-        becomes that; it is scaled and centre-cropped to the size that is generated.
+    picture: whatever `images.load_picture` takes (a path, a PIL image, an array, a tensor), which becomes
+        uint8 (H, W, 3) RGB; it is scaled and centre-cropped to the size that is generated.
     strength: above 0, up to 1: the share of the steps that are taken, 1 keeping nothing of the picture but
         what lies outside the mask.
-    mask: (H, W) of the picture's size, uint8 or float in [0, 1]; from the middle value up it is redrawn. None
-        redraws everything.
+    mask: (H, W) of the picture's size, uint8, bool or float in [0, 1]; from the middle value up it is
+        redrawn. None redraws everything.
     paste: put the picture's own pixels back outside the mask when all is done. The autoencoder would
         otherwise change them a little.
 
@@ -50,23 +50,29 @@ class Start:
 
     def __post_init__(self) -> None:
         limits.check_strength(self.strength)
-        if not isinstance(self.picture, np.ndarray):
-            object.__setattr__(self, "picture", images.load_picture(self.picture))
-        if self.picture.ndim != 3 or self.picture.dtype != np.uint8:
-            raise ValueError(
-                f"a picture to start from is uint8 (H, W, 3), not {self.picture.dtype} {self.picture.shape}"
-            )
+        object.__setattr__(self, "picture", images.load_picture(self.picture))
         if self.mask is None:
             return
         if not isinstance(self.mask, np.ndarray):
-            raise ValueError(f"a mask is an array, uint8 or float in [0, 1], not {type(self.mask).__name__}")
+            raise ValueError(
+                f"a mask is an array, uint8, bool or float in [0, 1], not {type(self.mask).__name__}"
+            )
+        if self.mask.ndim != 2:
+            raise ValueError(f"a mask is (H, W), not {self.mask.shape}")
         if self.mask.shape != self.picture.shape[:2]:
             raise ValueError(
                 f"the mask is {self.mask.shape[::-1]} (width, height) and its picture"
                 f" {self.picture.shape[1::-1]}: they must be equal"
             )
-        if not (self.mask.dtype == np.uint8 or np.issubdtype(self.mask.dtype, np.floating)):
-            raise ValueError(f"a mask is uint8, or float in [0, 1], not {self.mask.dtype}")
+        if self.mask.dtype == np.bool_:
+            object.__setattr__(self, "mask", self.mask.astype(np.float32))
+        elif np.issubdtype(self.mask.dtype, np.floating):
+            if not ((self.mask >= 0) & (self.mask <= 1)).all():
+                raise ValueError(
+                    f"a mask of floats has values in [0, 1], not {self.mask.min():g} to {self.mask.max():g}"
+                )
+        elif self.mask.dtype != np.uint8:
+            raise ValueError(f"a mask is uint8, bool, or float in [0, 1], not {self.mask.dtype}")
         if not self.hole().any():
             raise ValueError("the mask is black: there is nothing to redraw")
 

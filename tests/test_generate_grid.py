@@ -132,7 +132,7 @@ def check_sheet(run: Run, sheet: str, columns: int, pictures: list[tuple[str, li
     cells = []
     for k, (label, arguments) in enumerate(pictures):
         run(*arguments, "-o", f"alone-{k}.png").done()
-        cells.append((load_picture(f"alone-{k}.png"), label))
+        cells.append((load_picture(f"alone-{k}.png"), label.split(", ")))  # a line for each setting
         assert told_on(sheet)[k] == json.loads(read_png_text(f"alone-{k}.png")["controlkit"])
     rows = [cells[first : first + columns] for first in range(0, len(cells), columns)]
     assert np.array_equal(load_picture(sheet), contact_sheet(rows, title="a cube", cell=192))

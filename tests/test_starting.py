@@ -204,11 +204,14 @@ def test_the_map_of_an_inpainting_adapter_is_minus_one_in_the_hole(sd1: Base) ->
         ({"strength": float("nan")}, "strength must be a number above 0"),
         ({"mask": np.zeros((SIZE, SIZE), np.uint8)}, "the mask is black: there is nothing to redraw"),
         ({"mask": np.ones((8, 16), np.uint8) * 255}, r"the mask is \(16, 8\) .* and its picture \(64, 64\)"),
-        ({"mask": np.ones((SIZE, SIZE), np.int64)}, "a mask is uint8, or float"),
-        ({"picture": np.zeros((8, 8))}, "is uint8"),
+        ({"mask": np.ones((SIZE, SIZE), np.int64)}, "a mask is uint8, bool, or float"),
+        ({"picture": np.full((8, 8), 7.0)}, "float values from 7 to 7; they must lie in"),
         ({"picture": "gone.png"}, "gone.png does not exist"),
         ({"picture": None}, "a picture is a path, bytes, a PIL image, an array or a tensor, not NoneType"),
-        ({"mask": Image.new("L", (SIZE, SIZE), 255)}, "a mask is an array, uint8 or float .*, not Image"),
+        (
+            {"mask": Image.new("L", (SIZE, SIZE), 255)},
+            "a mask is an array, uint8, bool or float .*, not Image",
+        ),
         ({"strength": None}, "strength must be a number above 0 and at most 1, not None"),
     ],
 )

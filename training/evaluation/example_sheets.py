@@ -53,7 +53,7 @@ def _row(request: Request, summary: Summary, arm: Arm, floor: Arm, pair: Held) -
         value = told.get(label, {}).get(pair.number)
         return "" if value is None else f": {value:.3f}"
 
-    cells = [
+    cells: list[Cell] = [
         (pair.picture, pair.caption or pair.name),
         (visible(pair.maps[arm.kind]), f"{arm.kind} asked for"),
         (images.load_picture(ours), f"{arm.label}{worth(arm.label)}"),
