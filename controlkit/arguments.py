@@ -31,6 +31,7 @@ class ControlArgument:
     """One --control or --map: the kind of map, the file as it was written, how the control acts.
 
     mask: the file of the region in which it acts, "" for everywhere. layers: weights, or a curve's name.
+    adapter: its own, where several of one kind have one each; "" is that of its kind.
     """
 
     kind: str
@@ -44,6 +45,7 @@ class ControlArgument:
     layers: str | tuple[float, ...] | None = None
     mask: str = ""
     only_mid: bool = False
+    adapter: str = ""
 
 
 def parse_control(text: str, *, is_map: bool) -> ControlArgument:
@@ -108,14 +110,16 @@ def parse_scale(text: str) -> Scale:
 def control_text(kind: str, path: str, how: Mapping[str, Any]) -> str:
     """KIND=PATH:SCALE and what differs from the defaults, as `parse_control` reads it.
 
-    how: the settings by the names of `ControlArgument`; those that are absent are the defaults.
+    how: the settings by the names of `ControlArgument`; those that are absent are the defaults. Its adapter
+    is "own_adapter", and only where it is another than its kind's.
     """
     usual = ControlArgument(kind, path, 1.0, is_map=True)
     parts = [f"{kind}={path}", _joined(how["scale"], "..")]
     for key in ("start", "end", "gate", "mode", "layers", "mask"):
         if how.get(key, own := getattr(usual, key)) != own:
             parts.append(f"{key}={_joined(how[key], ',')}")
-    return ":".join([*parts, *(["only_mid=true"] if how.get("only_mid") else [])])
+    parts += ["only_mid=true"] if how.get("only_mid") else []
+    return ":".join([*parts, *([f"adapter={how['own_adapter']}"] if how.get("own_adapter") else [])])
 
 
 def number_text(value: float) -> str:
@@ -156,6 +160,7 @@ _CONTROL_KEYS: dict[str, Callable[[str], Any]] = {
     "layers": _layers,
     "mask": _file,
     "only_mid": _yes,
+    "adapter": _file,
 }
 _ALLOWED: Mapping[str, str] = {
     "scale": "a number, or several as a schedule: 1..0.2",
@@ -164,6 +169,7 @@ _ALLOWED: Mapping[str, str] = {
     "layers": "a curve's name, or numbers with commas",
     "mask": "a file",
     "only_mid": "true or false",
+    "adapter": "a name, a folder or a file",
 }
 
 
@@ -202,7 +208,10 @@ def parse_adapters(texts: Sequence[str]) -> dict[str, str]:
             )
         kind = kind.strip()
         if adapters.setdefault(kind, name) != name:
-            raise ValueError(f"--adapter gives two adapters for {kind}: {adapters[kind]} and {name}")
+            raise ValueError(
+                f"--adapter gives two adapters for {kind}: {adapters[kind]} and {name} (for each control its"
+                f" own: --control {kind}=PICTURE:adapter=NAME)"
+            )
     return adapters
 
 
@@ -226,6 +235,8 @@ def parse_compared(text: str) -> tuple[str, str, dict[str, Any]]:
             raise ValueError("it names no adapter: NAME, KIND=NAME or KIND=NAME:SCALE")
         if "mask" in settings:
             raise ValueError("mask is of one picture, and many are compared")
+        if "adapter" in settings:
+            raise ValueError("adapter is what is named here: each one has an --adapter of its own")
         usual = ControlArgument(kind, name, 1.0, is_map=True)
         rule = {key: settings.get(key, getattr(usual, key)) for key in _RULE}
         check_rule(*rule.values())

@@ -148,7 +148,8 @@ def plan(
     options = Options(**{**filled_in, **given})
     options.check()
     named = arguments.parse_adapters(adapters)
-    sources = _with_adapters(_sources(controls, maps, earlier, options.base, named), named)
+    sources = _sources(controls, maps, earlier, options.base, named)
+    _check_adapters(sources, named)
     beginning, notes = begun(start, mask, options.strength, earlier)
     if any(s.record.kind == INPAINT for s in sources) and (beginning is None or beginning.mask is None):
         raise ValueError(
@@ -191,15 +192,18 @@ def _sources(
     if controls or maps or earlier is None:
         wanted = [arguments.parse_control(text, is_map=False) for text in arguments.without_none(controls)]
         wanted += [arguments.parse_control(text, is_map=True) for text in arguments.without_none(maps)]
-        return [_source(argument) for argument in wanted]
+        own = [argument.adapter or adapters.get(argument.kind, "") for argument in wanted]
+        return [adapted(_source(argument), name) for argument, name in zip(wanted, own, strict=True)]
     words = shlex.join(_asked(earlier))
     sources = [_source_again(record, earlier, words) for record in earlier.record.controls]
-    if base != earlier.record.base:
-        return [adapted(source, "") for source in sources]  # the new base decides
+    decided = base != earlier.record.base  # by the new one, which adapters are usual
     for record in earlier.record.controls:
-        if record.kind not in adapters:
+        if not decided and record.kind not in adapters:
             _check_unchanged(record, earlier)
-    return sources
+    return [
+        adapted(source, adapters.get(source.record.kind, "" if decided else source.record.adapter))
+        for source in sources
+    ]
 
 
 def _source(argument: arguments.ControlArgument) -> Source:
@@ -239,11 +243,12 @@ def _source(argument: arguments.ControlArgument) -> Source:
 def _asked(earlier: Earlier) -> list[str]:
     """The options that ask for all controls of an earlier picture, with files where they are now."""
     words: list[str] = []
+    adapters = {record.kind: record.adapter for record in reversed(earlier.record.controls)}
     for record in earlier.record.controls:
-        how = {**vars(record), "mask": record.mask and earlier.place(record.mask)}
+        own = record.adapter if record.adapter != adapters[record.kind] else ""
+        how = {**vars(record), "mask": record.mask and earlier.place(record.mask), "own_adapter": own}
         text = arguments.control_text(record.kind, earlier.place(record.path), how)
         words += ["--map" if record.is_map else "--control", text]
-    adapters = {record.kind: record.adapter for record in earlier.record.controls}
     return words + [word for kind, name in adapters.items() for word in ("--adapter", f"{kind}={name}")]
 
 
@@ -276,19 +281,19 @@ def _pixels(path: str, kind: str, *, is_map: bool) -> np.ndarray:
     return np.ascontiguousarray(read_levels(Path(path).read_bytes(), path, grey=False, depth=True))
 
 
-def _with_adapters(sources: Sequence[Source], adapters: Mapping[str, str]) -> list[Source]:
+def _check_adapters(sources: Sequence[Source], adapters: Mapping[str, str]) -> None:
+    """Raise ValueError for an adapter that belongs to no control, and for a control that has none."""
     kinds = {source.record.kind for source in sources}
     for kind, name in adapters.items():
         if kind not in kinds:
             raise ValueError(f"--adapter {kind}={name} has no --control or --map {kind} to belong to")
     for source in sources:
         kind = source.record.kind
-        if kind in (*preprocessors.names(), *kinds_known()) or kind in adapters or source.record.adapter:
+        if kind in (*preprocessors.names(), *kinds_known()) or source.record.adapter:
             continue
         if kind == INPAINT:
             raise ValueError(f"an {INPAINT} control needs its adapter: add --adapter {INPAINT}=NAME")
         raise ValueError(f"{naming.unknown('map', kind, preprocessors.names())}, or name its --adapter")
-    return [adapted(source, adapters.get(source.record.kind, source.record.adapter)) for source in sources]
 
 
 def adapted(source: Source, adapter: str) -> Source:

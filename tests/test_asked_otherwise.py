@@ -10,6 +10,7 @@ import torch
 from outcomes import Run
 from PIL import Image
 
+from controlkit.adapters import MAPS, AdapterInfo, load_adapter, save_adapter
 from controlkit.base import Base, load_base
 from controlkit.control import Control
 from controlkit.controlnet import from_base
@@ -88,6 +89,39 @@ def test_the_two_settings_of_a_grid_have_a_line_each(generate: Run) -> None:
 def test_a_cell_that_cannot_be_is_named(generate: Run) -> None:
     asked = ["--grid", "canny.start=0,0.5", "--grid", "canny.end=0.5,1"]
     assert "--grid, canny.start=0.5, canny.end=0.5: " in generate(*asked, "-o", "g.png").refused()
+
+
+def test_two_controls_of_one_kind_have_an_adapter_each(
+    run: Run, models: Path, photo: Path, sd1: Base
+) -> None:
+    other = tiny_models.randomize_zero_convs(from_base(sd1, seed=5), seed=5)
+    save_adapter(other, "other", info=AdapterInfo(map=MAPS["canny"], family="sd1"))
+    fixed = [
+        "generate",
+        "x",
+        "--base",
+        models / "sd1",
+        "--steps",
+        2,
+        "--adapter",
+        f"canny={models / 'canny-sd1'}",
+    ]
+    both = ["--map", f"canny={photo}:0.7", "--map", f"canny={photo}:0.4:adapter=other"]
+    run(*fixed, *both, "-o", "both.png").done()
+    edges = load_picture(photo)
+    adapters = (load_adapter(str(models / "canny-sd1"), base=sd1), load_adapter("other", base=sd1))
+    controls = [
+        Control(adapter, edges, scale=scale) for adapter, scale in zip(adapters, (0.7, 0.4), strict=True)
+    ]
+    (expected,) = sample(sd1, "x", controls=controls, steps=2)
+    np.testing.assert_array_equal(load_picture("both.png"), expected)
+    run("generate", "--like", "both.png", "-o", "again.png").done()
+    assert Path("again.png").read_bytes() == Path("both.png").read_bytes()
+    write_png(photo, COLOUR)
+    asked = run("generate", "--like", "both.png", "-o", "again.png").refused()
+    assert ":adapter=other" in asked
+    refused = run(*fixed, "--adapter", "canny=other", *both).refused()
+    assert "for each control its own: --control canny=PICTURE:adapter=NAME" in refused
 
 
 def test_seeds_that_repeat_are_told(generate: Run) -> None:
