@@ -510,3 +510,14 @@ def test_what_loading_a_folder_refuses_does_not_fit(
         load_adapter(str(folder), base=sd1)
     told = run("info", folder, "--base", models / "sd1").done()
     assert f"fits {models / 'sd1'}: no, " in told
+
+
+def test_a_light_t2i_adapter_with_a_level_too_many(sd1: Base, tmp_path: Path) -> None:
+    """As diffusers' class has it by default: the base's own channels are not what is said to differ."""
+    network = T2IAdapter(channels=[16, 32, 32, 32], adapter_type="light_adapter", num_res_blocks=1)
+    network.save_pretrained(tmp_path / "light")
+    refusal(
+        tmp_path / "light",
+        sd1,
+        "it has channels 16/32/32/32, and a T2I-Adapter of its sort for SD1 has channels 16/32/32",
+    )

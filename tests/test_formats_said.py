@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from adapter_files import controlnet_of, original_controlnet, residuals, same, saved
 from outcomes import Run
 from safetensors import safe_open
@@ -139,3 +140,29 @@ def test_a_model_of_sd2_that_predicts_v_is_called_so(sd1: Base) -> None:
     assert architecture("sd2", "v_prediction") == "stable-diffusion-v2-768-v/controlnet"
     assert architecture("sd2", "epsilon") == "stable-diffusion-v2-512/controlnet"
     assert architecture("sd1", "v_prediction") == "stable-diffusion-v1/controlnet"
+
+
+def test_a_flipped_bit_in_a_pickle_is_named(network: Any, sd1: Base, run: Run, tmp_path: Path) -> None:
+    """torch itself does not compare the checksums that it writes."""
+    state = original_controlnet(network)
+    file = saved(state, tmp_path / "a.pth")
+    content = bytearray(file.read_bytes())
+    found = content.find(state["input_hint_block.0.weight"].numpy().tobytes())
+    content[found + 5] ^= 4
+    (tmp_path / "b.pth").write_bytes(content)
+    load_adapter(str(file), base=sd1)
+    with pytest.raises(ValueError, match=r"b\.pth is damaged: Bad CRC-32 for file .*; fetch it again$"):
+        load_adapter(str(tmp_path / "b.pth"), base=sd1)
+    assert "can be used: no, b.pth is damaged" in run("info", "b.pth").done()
+    torch.serialization.set_crc32_options(False)
+    try:
+        saved(state, tmp_path / "c.pth")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    load_adapter(str(tmp_path / "c.pth"), base=sd1)
+
+
+def test_a_base_is_no_adapter(models: Path, run: Run) -> None:
+    assert (
+        "is a whole base, as diffusers saves it: give it as --base" in run("info", models / "sd1").refused()
+    )

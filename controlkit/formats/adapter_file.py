@@ -272,6 +272,10 @@ def check_floats(entries: Mapping[str, Stored], where: Path) -> None:
 
 def _parts(folder: Path) -> list[Path]:
     """The weight files of an adapter's folder. Raises ValueError if it holds something else."""
+    if (folder / "model_index.json").is_file():
+        raise ValueError(
+            f"{folder} is a whole base, as diffusers saves it: give it as --base{_inner(folder)}"
+        )
     try:
         parts = weight_files(folder)
     except ValueError as error:

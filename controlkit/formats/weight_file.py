@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from controlkit.folders import FLOATS as FLOATS
 from controlkit.folders import read_header, read_state, read_tensors, refuse_impostor
 from controlkit.formats.finite import not_finite
-from controlkit.formats.hashing import check_hash
+from controlkit.formats.hashing import check_hash, check_records
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -93,10 +93,14 @@ class WeightFile:
         return replace(self, metadata={}, _state=state, _shards=())
 
     def check_hash(self) -> None:
-        """Raise ValueError, naming the file, if its header knows the tensors' hash and they have another."""
+        """Raise ValueError, naming the file, if its header knows the tensors' hash and they have another, or
+        if it is torch's archive and one of its records has another checksum than it was written with.
+        """
         for shard in self._shards:
             shard.check_hash()
         check_hash(self.path, self.metadata)
+        if self._state is not None and not any(tensor.is_meta for tensor in self._state.values()):
+            check_records(self.path)
 
 
 def open_weights(path: Path, *more: Path, what: str = "adapter") -> WeightFile:
