@@ -415,7 +415,7 @@ def test_the_keyboard_is_enough(visit: Callable[..., Page]) -> None:
         "Scene 1",
         "range slider for Weak edges from",
         "Generate",
-        "More",
+        "More maps and settings",
     ]
     wanted += ["Copy as command", "Copy as Python", "Use as photo", "Thumbnail 1 of 2"]
     assert [name for name in wanted if name not in reached] == []

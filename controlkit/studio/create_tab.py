@@ -42,15 +42,17 @@ class CreateTab:
         self.remembered, self.maps = Remembered(), Maps(engine)
         with gr.Row(elem_classes="columns"):
             with gr.Column(scale=6, min_width=320):
-                self._inputs()
+                self._photo_and_map()
             with gr.Column(scale=5, min_width=320, elem_classes="pictures"):
+                self._asked()
                 self.gallery = Gallery(self.photo)
+        self._wire()
         making = Making(engine, keep)
         making.listen(self)
         self._remember()
         self.remembered.forgets(self.afresh, making.visitors.forget)
 
-    def _inputs(self) -> None:
+    def _photo_and_map(self) -> None:
         with gr.Row(elem_classes="pair"):
             with gr.Column(min_width=240):
                 gr.HTML("<h2>Photo</h2>")
@@ -59,7 +61,7 @@ class CreateTab:
                     sources=["upload", "webcam", "clipboard"],
                     label="Photo", show_label=False, height=300, elem_classes="picture", elem_id="photo",
                 )  # fmt: skip
-                examples = gr.Dataset(
+                self.examples = gr.Dataset(
                     components=[gr.Image(visible=False)],
                     samples=[[file] for file in self.files],
                     label="Or a scene of the bundled world",
@@ -73,6 +75,10 @@ class CreateTab:
             with gr.Column(min_width=240):
                 gr.HTML("<h2>Map</h2>")
                 self.slots = [Slot(1, self.maps, self.photo, sides, self.remembered.restored, is_map=is_map)]
+        self._more(sides)
+
+    def _asked(self) -> None:
+        """What is to be in the pictures, and the button that makes them: beside the map, in sight."""
         self.prompt = gr.Textbox(
             self._prompt(0), label="Prompt", placeholder="What the picture shows", lines=2, elem_id="prompt"
         )
@@ -80,14 +86,15 @@ class CreateTab:
             self.go = gr.Button("Generate", variant="primary", elem_id="generate", scale=2)
             self.cancel = gr.Button("Cancel", variant="stop", elem_id="cancel", scale=2, visible=False)
             self.count = Slider(1, MOST_PICTURES, 4, step=1, label="Pictures", scale=3, min_width=160)
-        self._more(sides)
+
+    def _wire(self) -> None:
         for picture in (self.photo, *(slot.own for slot in self.slots if slot.own is not None)):
             picture.upload(
                 readable(displayable), picture, picture, show_progress="hidden", api_visibility="private"
             )
-        examples.click(
+        self.examples.click(
             lambda index: (self.files[index], self._prompt(index)),
-            examples,
+            self.examples,
             [self.photo, self.prompt],
             show_progress="hidden",
             api_visibility="private",
@@ -104,7 +111,7 @@ class CreateTab:
 
     def _more(self, sides: list[gr.Textbox]) -> None:
         """What has good defaults, folded away."""
-        with gr.Accordion("More", open=False, elem_id="more"):
+        with gr.Accordion("More maps and settings", open=False, elem_id="more"):
             self.negative = gr.Textbox("", label="Negative prompt", placeholder="What it should not show")
             with gr.Row():
                 self.seed = gr.Textbox(label="Seed", placeholder="another one each time")
