@@ -92,6 +92,7 @@ def slot(*, on: bool = True, scale: Any = 1.0, start: Any = 0.0, end: Any = 1.0,
     return (on, scale, start, end, mode, "", kind, is_map, low, high, pose)
 
 
+SKIPPED = {"__type__": "update"}  # what stays as it is
 NO_SLOT = (*slot(on=False), None)  # the second and the third have pictures of their own
 
 
@@ -107,8 +108,11 @@ def values(
 
 
 def make(client: Client, photo: Path | None, **named: Any) -> Any:
-    """What the page shows of a generation."""
-    return client.predict(*values(photo, **named), api_name="/generate")
+    """What the page shows of a generation: what it was told last of each part, which may be told once."""
+    job = client.submit(*values(photo, **named), api_name="/generate")
+    job.result()
+    told = list(zip(*job.outputs(), strict=True))
+    return tuple(next((one for one in reversed(part) if one != SKIPPED), part[-1]) for part in told)
 
 
 def picture_of(shown: Any) -> Path:
