@@ -120,7 +120,9 @@ def _of_grid(job: Plan, settings: Sequence[Options], varied: Collection[str]) ->
 def _of_guidance(asked: Sequence[str], settings: Sequence[Options]) -> Iterator[str]:
     """Of options that act on guidance where no picture is guided: by its scale, or as its base is made."""
     why = "nothing is guided where guidance is 1 or below"
-    if asked and not all(one.guidance is not None and one.guidance <= 1 for one in settings):
+    if all(one.guidance_until == 0 for one in settings):
+        why, asked = "--guidance-until 0 guides no step", [name for name in asked if "until" not in name]
+    elif asked and not all(one.guidance is not None and one.guidance <= 1 for one in settings):
         bases = dict.fromkeys(one.base for one in settings)
         whys = [_unguided(base, [one.guidance for one in settings if one.base == base]) for base in bases]
         why = whys[0] if all(whys) else ""

@@ -367,6 +367,20 @@ def test_pairs_without_captions_are_counted(run: Run, pairs):
     assert re.search(r"1 adapter on .*, \d seeds?, on cpu", outcome.err)
 
 
+def test_black_maps_are_counted(run: Run, pairs):
+    """Nothing in them can be followed, and their pairs count all the same."""
+    for file in sorted((pairs / "canny").iterdir()):
+        images.write_png(file, np.zeros((160, 160, 3), np.uint8))
+    outcome = run("evaluate", pairs, "--adapter", "canny", "-n", 2, *QUICK)
+    outcome.done()
+    line = "2 of 2 canny maps are black: a picture with any line scores 0 there, whatever drew it"
+    assert line in outcome.err
+    report = told(Path("report"))
+    assert report["warnings"] == [line]
+    (canny,) = [group for group in report["results"] if group["kind"] == "canny"]
+    assert canny["measures"]["edge F1"]["arms"]["pictures"]["value"] == 0
+
+
 def test_a_pair_that_changes_is_named(run: Run, pairs):
     asked = ("evaluate", pairs, "--adapter", "canny", "-n", 0, *QUICK)
     run(*asked).done()

@@ -105,6 +105,7 @@ def test_any_text_survives_the_run_folders_recipe(text):
         ("max_train_steps=5", r"\(did you mean 'steps'\?\)$"),
         ("data.conditioning_image_column=a", r"in \[data\] \(did you mean 'data.map_column'\?\)$"),
         ("data=photos", "^data=photos: data is a table, not 'photos': give its keys, such as data.source="),
+        ("hint_channels=[16,32]", r"hint_channels: a longer list is wanted, not \[16, 32\]$"),
         ("steps=3.5", "^steps=3.5: steps: a whole number is wanted, not 3.5$"),
         ("learning_rate=fast", "learning_rate: a number is wanted, not 'fast'$"),
         ("data.buckets=2", "data.buckets: true or false is wanted, not 2$"),

@@ -183,6 +183,8 @@ def _fault(error: ValidationError, kind: type[BaseModel]) -> str:
     message = first["msg"].removeprefix("Value error, ")
     if not first["loc"]:
         return message
+    if first["type"] == "missing" and key.isdecimal():
+        return f"{'.'.join(tables)}: a longer list is wanted, not {first['input']!r}"
     where, got = ".".join([*tables, key]), "" if first["type"] == "missing" else f", not {first['input']!r}"
     if first["type"] in ("model_type", "model_attributes_type"):
         return f"{where} is a table, not {first['input']!r}: give its keys, such as {where}.source=FOLDER"

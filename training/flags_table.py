@@ -80,8 +80,16 @@ FLAGS: dict[str, Flag] = {
     "caption_column": Flag("data.caption_column", default="text", note="text is found without it"),
     "max_train_samples": Flag("data.limit", "whole number", note="the first N; the script takes any N"),
     "proportion_empty_prompts": Flag("caption_dropout", "number", 0.0, "drawn anew at each visit"),
-    "validation_prompt": Flag("", "texts", note="samples are made for pairs that data.holdout keeps back"),
-    "validation_image": Flag("", "texts", note="samples are made for pairs that data.holdout keeps back"),
+    "validation_prompt": Flag(
+        "",
+        "texts",
+        note="samples are made for pairs that data.holdout keeps back, else for some that are trained on",
+    ),
+    "validation_image": Flag(
+        "",
+        "texts",
+        note="samples are made for pairs that data.holdout keeps back, else for some that are trained on",
+    ),
     "num_validation_images": Flag("", "whole number", 4, "every grid shows the same number of samples"),
     "validation_steps": Flag("sample_every", "whole number", 100, "has no effect without validation_prompt"),
     "tracker_project_name": Flag("project", default="train_controlnet"),

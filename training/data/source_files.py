@@ -234,7 +234,7 @@ def read_caption(piece: Piece) -> str:
     try:
         return " ".join(content.decode("utf-8-sig").split())
     except UnicodeDecodeError as error:
-        raise ValueError(f"{piece.name} is not UTF-8 text") from error
+        raise ValueError(f"{piece.name} is not UTF-8 text: save it as that") from error
 
 
 def captions_of(value: object, *, where: str) -> tuple[str, ...]:

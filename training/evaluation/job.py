@@ -16,7 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from controlkit import files
+from controlkit import files, images
 from controlkit.adapters import load_adapter
 from controlkit.base import Base, load_base
 from controlkit.devices import pick_device
@@ -30,13 +30,15 @@ from controlkit.training.evaluation.estimating import (
     stated_options,
 )
 from controlkit.training.evaluation.held_out import HeldOut
+from controlkit.training.evaluation.map_scores import LINES
 from controlkit.training.evaluation.opening import open_held_out
-from controlkit.training.evaluation.pass_over import Pass, picture_path
+from controlkit.training.evaluation.pass_over import Pass, asked_path, picture_path
 from controlkit.training.evaluation.picture_scores import Shot, Shots, picture_scores
 from controlkit.training.evaluation.request import TRUE, Compared, Request
 from controlkit.training.evaluation.rows import Rows
 from controlkit.training.evaluation.summary import Summary, summarise
 from controlkit.training.evaluation.telling import table
+from controlkit.training.reporting.measures import EDGE_KINDS
 
 if TYPE_CHECKING:
     from controlkit.formats.description import AdapterInfo
@@ -147,6 +149,20 @@ def _with_kinds(request: Request, base: Base) -> tuple[Request, list[AdapterInfo
     return replace(request, adapters=tuple(known)), infos
 
 
+def _black_maps(request: Request, held_out: HeldOut, numbers: Sequence[int]) -> list[str]:
+    """A line for each kind of lines in whose maps there is none to follow, which lowers every mean alike."""
+    lines = []
+    for kind in (kind for kind in held_out.kinds if kind in (*EDGE_KINDS, *LINES)):
+        paths = [asked_path(request, kind, number) for number in numbers]
+        black = sum(path.is_file() and not images.load_map(path).any() for path in paths)
+        if black:
+            lines.append(
+                f"{black} of {len(numbers)} {kind} maps are black: a picture with any line scores 0 there,"
+                " whatever drew it"
+            )
+    return lines
+
+
 def _trained_there(request: Request, infos: Sequence[AdapterInfo]) -> list[str]:
     """A line for each adapter that was trained on pairs of the very data set it is to be measured on."""
     lines = []
@@ -225,6 +241,10 @@ def _report(
     )
     report.status("writing the report")
     summary = summarise(arms, found, kinds, pictures, skipped)
+    black = _black_maps(request, held_out, sorted(wanted))
+    for line in black:
+        report.note(line)
+    warnings = [*warnings, *black]
     told = record(request, base, held_out, summary, options, pairs, warnings)
     json_path = request.output / "report.json"
     files.write_text(json_path, json.dumps(told, indent=1, ensure_ascii=False, allow_nan=False) + "\n")

@@ -31,6 +31,11 @@ Progress = Callable[[int, int, str], None]
 _ROOM = 2**30  # bytes of pairs that are kept
 
 
+def asked_path(request: Request, kind: str, number: int) -> Path:
+    """Where the map is that was asked for."""
+    return request.output / "maps" / f"asked-{kind}" / f"{number:06d}.png"
+
+
 @dataclass(eq=False)
 class Pass:
     """Everything that the pass needs. places: of the pairs that are this process's share."""
@@ -128,7 +133,7 @@ class Pass:
     def _write_maps(self, pair: Held) -> None:
         """Write down the maps that were asked for."""
         for kind, levels in pair.maps.items():
-            path = self.request.output / "maps" / f"asked-{kind}" / f"{pair.number:06d}.png"
+            path = asked_path(self.request, kind, pair.number)
             path.parent.mkdir(parents=True, exist_ok=True)
             images.write_png(path, visible(levels))
 

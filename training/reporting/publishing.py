@@ -18,7 +18,10 @@ def is_repo_id(name: str) -> bool:
 
 def check_repo_id(repo_id: str) -> None:
     """Refuse a repository's name before the training, not after it. Raises ValueError, one line."""
-    if not is_repo_id(repo_id):
+    if not is_repo_id(repo_id) or repo_id in (
+        "true",
+        "false",
+    ):  # as the switch that it is in diffusers' script
         raise ValueError(
             f"push_to_hub {repo_id!r} is not the name of a repository: give owner/name, of letters, digits,"
             " dots, dashes and underscores"
