@@ -99,7 +99,9 @@ def plain(config: Mapping[str, Any]) -> dict[str, Any]:
 # The same base
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", ["sdxl", *(pytest.param(f, marks=pytest.mark.slow) for f in ("sd1", "sd2"))]
+)
 def test_a_file_is_the_same_base_as_its_folder(wholes: Callable[[str], Whole], family: str) -> None:
     whole = wholes(family)
     folder, file = load_base(str(whole.folder)), load_base(str(whole.file))
@@ -521,7 +523,7 @@ def test_without_words_it_is_said_where_to_put_them(wholes: Callable[[str], Whol
     assert message.endswith(f"into a folder and name that folder {tmp_path / 'tokenizer'}")
 
 
-@pytest.mark.parametrize("beside", ["vocab.json", "tokenizer.json"])
+@pytest.mark.parametrize("beside", [pytest.param("vocab.json", marks=pytest.mark.slow), "tokenizer.json"])
 def test_the_words_of_another_base_in_the_cache_serve(
     wholes: Callable[[str], Whole], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, beside: str
 ) -> None:

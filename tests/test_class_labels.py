@@ -134,7 +134,7 @@ def copy_told(base: Base) -> Any:
     return lock(tiny_models.randomize_zero_convs(ControlNetModel.from_unet(base.unet)))
 
 
-@pytest.mark.parametrize("is_told", [False, True])
+@pytest.mark.parametrize("is_told", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("kind", ["unclip", "classes"])
 def test_with_a_control_it_equals_a_plain_loop(
     load: Callable[[str], Base], unclip: Base, classes: Base, kind: str, is_told: bool

@@ -287,6 +287,7 @@ def test_folders_that_hold_no_clip(folder: Path, tmp_path: Path, sd1: Base) -> N
     shutil.rmtree(broken)
 
 
+@pytest.mark.slow
 def test_the_command_records_and_repeats_it(generate: Run, run: Run, folder: Path, photo: Path) -> None:
     asked = ["--clip", folder, "--clip-guidance", 1000]
     generate("-o", "plain.png").done()

@@ -167,7 +167,7 @@ def test_names_are_checked_without_loading_anything() -> None:
         check_adapter("nobody/nothing")
 
 
-@pytest.mark.parametrize("seconds", [0, 6])
+@pytest.mark.parametrize("seconds", [0, pytest.param(6, marks=pytest.mark.slow)])
 def test_a_hub_that_cannot_be_reached(seconds: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Name resolution fails at once, or hangs for longer than anybody wants to wait."""
 

@@ -113,8 +113,8 @@ def home(tmp_path_factory: pytest.TempPathFactory, load: Callable[[str], Base]) 
     [
         ("sd1", "plain", 5.0),
         ("sd1", "plus", 5.0),
-        ("sd1", "full", 5.0),
-        ("sd1", "plus", 1.0),
+        pytest.param("sd1", "full", 5.0, marks=pytest.mark.slow),
+        pytest.param("sd1", "plus", 1.0, marks=pytest.mark.slow),
         ("sdxl", "plain", 5.0),
     ],
 )

@@ -358,7 +358,18 @@ def test_latents_under_two_maps_of_a_union_equal_the_pipeline(load: Callable[[st
 # --- as the other controls ---
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "lllite"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "t2i-adapter",
+        "controlnet-xs",
+        *(
+            pytest.param(k, marks=pytest.mark.slow)
+            for k in (*KINDS, "lllite")
+            if k not in ("t2i-adapter", "controlnet-xs")
+        ),
+    ],
+)
 def test_every_kind_follows_window_mode_mask_and_scale(load: Callable[[str], Base], kind: str) -> None:
     # Three levels: with four, the tiny norms of a ControlNet-XS have one value in a group at this size.
     base = load("sdxl" if kind in ("controlnet-xs", "lllite") else "sd1")

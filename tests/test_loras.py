@@ -225,7 +225,9 @@ def test_a_lora_is_merged_into_a_copy(
     assert not any(parameter.requires_grad for parameter in others)
 
 
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize(
+    "style", ["kohya", *(pytest.param(s, marks=pytest.mark.slow) for s in ("peft", "diffusers"))]
+)
 @pytest.mark.parametrize("family", LAYERS)
 def test_pictures_with_a_lora_equal_the_pipelines(
     load: Callable[[str], Base], tmp_path: Path, family: str, style: str

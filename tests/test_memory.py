@@ -57,7 +57,7 @@ def test_measures_have_names() -> None:
         (Memory(1, one_branch=True), 1),
     ],
 )
-@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+@pytest.mark.parametrize("family", ["sd1", pytest.param("sdxl", marks=pytest.mark.slow)])
 def test_pictures_stay_the_same(
     load: Callable[[str], Base], family: str, measures: Memory, tolerance: int
 ) -> None:

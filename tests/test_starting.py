@@ -83,8 +83,12 @@ def test_from_a_picture_equals_the_pipeline(load: Callable[[str], Base], family:
     assert (ours - other).abs().max() > 1e-2, "the picture does nothing"
 
 
+OFTEN = ("ddpm", "euler-a", "dpm++", "heun", "pndm")  # the others are slow tests
+
+
 @pytest.mark.parametrize(
-    "scheduler", ["ddpm", "euler", "euler-a", "dpm++", "unipc", "heun", "lms", "pndm", "lcm"]
+    "scheduler",
+    [*OFTEN, *(pytest.param(s, marks=pytest.mark.slow) for s in ("euler", "unipc", "lms", "lcm"))],
 )
 def test_from_a_picture_equals_the_pipeline_with_every_scheduler(sd1: Base, scheduler: str) -> None:
     control = Control(controlnet_of(sd1), cond())
@@ -113,7 +117,10 @@ def test_a_hole_is_filled_as_by_the_pipeline(
     assert_same(ours, theirs(INPAINT[family], base, control, start, **request))
 
 
-@pytest.mark.parametrize("scheduler", SAMPLER_NAMES)
+@pytest.mark.parametrize(
+    "scheduler",
+    [pytest.param(name, marks=() if name in OFTEN else pytest.mark.slow) for name in SAMPLER_NAMES],
+)
 def test_a_hole_is_filled_as_by_the_pipeline_with_every_scheduler(sd1: Base, scheduler: str) -> None:
     control = Control(controlnet_of(sd1), cond())
     request: dict[str, Any] = {"seed": 7, "steps": 6, "scheduler": scheduler}

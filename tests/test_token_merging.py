@@ -157,6 +157,7 @@ def told(base: Base, **more: Any) -> Tensor:
     return our_latents(base, controls, seed=7, steps=4, scheduler="ddim", **more)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
 def test_no_share_changes_no_bit(load: Callable[[str], Base], family: str) -> None:
     base = load(family)
@@ -167,7 +168,7 @@ def test_no_share_changes_no_bit(load: Callable[[str], Base], family: str) -> No
     assert 0 < (merged - plain).abs().max() < 0.5 * plain.abs().max()
 
 
-@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+@pytest.mark.parametrize("family", ["sd1", pytest.param("sdxl", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("savings", [{}, {"features_every": 2}, {"guidance_until": 0.5, "control_every": 2}])
 def test_both_branches_at_once_and_one_by_one_are_the_same(
     load: Callable[[str], Base], family: str, savings: dict[str, Any]

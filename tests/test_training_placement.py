@@ -89,6 +89,7 @@ def test_a_step_mixes_no_devices(place, variant):
         assert sum(reads.count.values()) == 0
 
 
+@pytest.mark.slow
 def test_what_a_graph_records_stays_on_the_device(place):
     changes = {"objective": "v_prediction", "min_snr_gamma": 5.0, "input_perturbation": 0.1}
     run = opened(place, "recorded", base="sdxl", precision="bf16", **changes)

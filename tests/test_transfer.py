@@ -189,7 +189,9 @@ def test_one_base_leaves_every_bit(run: Run, pair: Callable[[str], Bases], tmp_p
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
-@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+@pytest.mark.parametrize(
+    "family", ["sd2", *(pytest.param(f, marks=pytest.mark.slow) for f in ("sd1", "sdxl"))]
+)
 def test_an_untrained_copy_becomes_the_other_bases_copy(
     family: str, run: Run, pair: Callable[[str], Bases], tmp_path: Path
 ) -> None:

@@ -110,7 +110,7 @@ def test_pictures_equal_the_pipelines(
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("scheduler", ["ddim", "euler-a"])
+@pytest.mark.parametrize("scheduler", [pytest.param("ddim", marks=pytest.mark.slow), "euler-a"])
 def test_from_a_picture_equals_the_pipeline(
     load: Callable[[str], Base], folders: dict[str, Path], family: str, kind: str, scheduler: str
 ) -> None:
@@ -125,7 +125,7 @@ def test_from_a_picture_equals_the_pipeline(
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("strength", [1.0, 0.6])
+@pytest.mark.parametrize("strength", [pytest.param(1.0, marks=pytest.mark.slow), 0.6])
 def test_a_hole_is_filled_as_by_the_pipeline(
     load: Callable[[str], Base], folders: dict[str, Path], family: str, kind: str, strength: float
 ) -> None:

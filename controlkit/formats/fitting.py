@@ -64,7 +64,9 @@ def check_sizes(config: Mapping[str, Any], base: BaseStructure, *, name: str) ->
     adapter_sizes = ", ".join(f"{key} {plain(config.get(key))}" for key in different) or "other attention"
     base_sizes = ", ".join(f"{key} {plain(own[key])}" for key in different) or "its own"
     title = FAMILY_TITLES.get(family, EITHER)
-    if not reads_text and "adapter_type" not in different:  # of the base's sort, and cut another way
+    if config.get("adapter_type") == "light_adapter" and different == [
+        "channels"
+    ]:  # which are not the base's
         raise ValueError(
             f"{name} does not fit the base {base.name}: it has {adapter_sizes}, and a T2I-Adapter of its sort"
             f" for {FAMILY_TITLES[base.family]} has {base_sizes}"
