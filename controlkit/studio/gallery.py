@@ -54,11 +54,11 @@ class Gallery:
         gr.HTML("<h2>Pictures</h2>")
         self.view = Picture(
             label="Result", show_label=False, interactive=False, format="png", type="filepath",
-            elem_classes="picture result", elem_id="result", buttons=["fullscreen"], height=440,
+            elem_classes="picture result", elem_id="result", buttons=["fullscreen"], height=360,
         )  # fmt: skip
         self.preview = gr.Image(
             label="In the making", show_label=False, interactive=False, format="png", visible=False,
-            elem_classes="picture result", elem_id="preview", buttons=[], height=440,
+            elem_classes="picture result", elem_id="preview", buttons=[], height=360,
         )  # fmt: skip
         self.status = gr.HTML("", elem_id="status")
         self.about = gr.HTML("", elem_id="about")
