@@ -60,7 +60,12 @@ def hole() -> np.ndarray:
     return mask
 
 
-@pytest.mark.parametrize("name", HOW)
+OFTEN = ("a picture prompt", "tiles", "offload", "a hole")  # the others are slow tests
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in OFTEN else pytest.mark.slow) for name in HOW]
+)
 def test_the_second_picture_is_as_it_is_alone(sd1: Base, prompts: list[Any], name: str) -> None:
     request: dict[str, Any] = {"steps": 4, **HOW[name](prompts)}
     both = two_stages(sd1, [3, 4], **request)

@@ -47,6 +47,12 @@ FLOORS = {
 }
 
 
+SELDOM = (  # slow tests
+    *("blurred", "thickened", "each channel alone", "style v1.0", "on white or grey"),
+    *("every 8th to 24th level", "metric, far is white", "a canny map"),
+)
+
+
 def codes(found: list[preprocessors.Finding]) -> list[str]:
     return [finding.code for finding in found]
 
@@ -63,7 +69,11 @@ def test_good_maps_pass(kind: str) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "damage", "make", "right"),
-    [pytest.param(*row, id=f"{row[0]}: {row[1]}") for row in samples.DAMAGED if row[:2] in FLOORS],
+    [
+        pytest.param(*row, id=f"{row[0]}: {row[1]}", marks=pytest.mark.slow if row[1] in SELDOM else ())
+        for row in samples.DAMAGED
+        if row[:2] in FLOORS
+    ],
 )
 def test_damaged_maps_are_named(kind: str, damage: str, make: samples.Make, right: tuple[str, ...]) -> None:
     found = samples.codes_found(kind, make, "report", COUNT)

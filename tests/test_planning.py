@@ -348,6 +348,7 @@ def test_no_batch_at_all_is_said():
         find_batch(allocating(0, []), start=4, limit=64)
 
 
+@pytest.mark.slow
 def test_predicted_memory_decides_before_anything_is_tried():
     tried = []
     found = find_batch(

@@ -194,6 +194,7 @@ def test_boxes_of_hands_and_faces_are_those_of_controlnet_aux(aux: Any) -> None:
     assert (counts > 100).all()
 
 
+@pytest.mark.slow
 def test_hands_and_faces_are_those_of_controlnet_aux(aux: Any, weights: Path) -> None:
     ours = OpenPoseNet(str(weights), hands=False, face=False, device="cpu")
     hand, face = small_network(22, gain=0.3), Stages(small_network(71))

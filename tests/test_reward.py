@@ -181,6 +181,7 @@ def descend(reward, latents, cond, *, steps, rate=0.08):
     return latents.detach()
 
 
+@pytest.mark.slow
 def test_a_picture_that_follows_the_rewards_gradient_gets_the_maps_edges(base, scenes):
     wanted, others = maps("canny", scenes[:2]), [scene.picture for scene in scenes[2:]]
     start = base.encode_pictures(images.picture_to_tensor(others))

@@ -356,6 +356,7 @@ class Quiet:
         """Nothing."""
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:starlette")
 def test_at_the_end_nothing_is_in_the_making_and_no_file_is_left(tmp_path: Path) -> None:
     """Also of a page that has gone."""

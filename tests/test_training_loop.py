@@ -329,7 +329,8 @@ def test_only_the_middle_residual_is_trained_where_that_is_asked(place):
     assert any(t.any() for name, t in result.items() if name.startswith("controlnet_mid_block"))
 
 
-@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp32", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_an_unlocked_decoder_is_trained_and_written(place, precision):
     from diffusers import UNet2DConditionModel
 
@@ -356,6 +357,7 @@ def test_the_result_may_keep_every_bit(place, precision):
     assert all(torch.equal(result[name], tensor) for name, tensor in trained.items())
 
 
+@pytest.mark.slow
 def test_of_several_captions_each_visit_is_told_one(place, monkeypatch):
     """The cache holds all of them, and the result is that without it."""
     pictures = place / "captioned" / "pictures"

@@ -327,7 +327,8 @@ def test_training_keeps_to_the_bases_own(models: Path, tmp_path: Path, folders: 
 # --- the command ---
 
 
-@pytest.mark.parametrize("kind", ["tiny", pytest.param("kl", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["tiny", "kl"])
 def test_the_command_records_and_repeats_it(
     generate: Run, run: Run, folders: dict[str, Path], photo: Path, kind: str
 ) -> None:

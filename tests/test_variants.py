@@ -63,7 +63,8 @@ def losses(folder: Path) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    "adapter", [pytest.param(v, marks=pytest.mark.slow if v == "control-lora" else ()) for v in VARIANTS]
+    "adapter",
+    [pytest.param(v, marks=pytest.mark.slow if v in ("control-lora", "lite") else ()) for v in VARIANTS],
 )
 def test_a_variant_is_trained_written_read_and_used(place: Path, adapter: str) -> None:
     folder = run(place, adapter, adapter=adapter, monitor_every=1, sample_every=2, **SMALL)
@@ -346,6 +347,7 @@ def test_a_base_that_fills_holes_is_refused_for_every_adapter(place: Path, adapt
         run(place, f"holes-{adapter}", base=str(folder), steps=1, **how)
 
 
+@pytest.mark.slow
 def test_an_adapter_of_another_kind_is_no_start(place: Path) -> None:
     folder = run(place, "start-lite", adapter="lite", steps=1)
     with pytest.raises(ValueError, match="is a light network, and adapter=controlnet is trained"):
