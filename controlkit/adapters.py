@@ -44,12 +44,8 @@ from controlkit.formats.description import AdapterInfo as AdapterInfo
 from controlkit.formats.description import MapSpec as MapSpec
 from controlkit.formats.description import described_by_others, header_entries, read_description
 from controlkit.formats.finding import BUNDLED_ADAPTERS as BUNDLED_ADAPTERS
-from controlkit.formats.finding import (
-    check_adapter_folder,
-    check_only_adapter,
-    find_adapter_file,
-    find_adapter_folder,
-)
+from controlkit.formats.finding import check_adapter as check_adapter
+from controlkit.formats.finding import check_only_adapter, find_adapter_file, find_adapter_folder
 from controlkit.formats.fitting import BaseStructure, check_kind_fits, check_sizes, config_family
 from controlkit.formats.hashing import check_hash
 from controlkit.kinds import kind_of
@@ -152,13 +148,6 @@ def _check_config(folder: str) -> None:
     except ValueError:
         return
     check_config(file)
-
-
-def check_adapter(name_or_path: str) -> None:
-    """Raise `load_adapter`'s ValueError for a name that leads nowhere, without loading anything. A single
-    file is downloaded from the hub."""
-    if find_adapter_file(name_or_path) is None:
-        check_adapter_folder(name_or_path)
 
 
 def read_info(folder: Path) -> AdapterInfo:

@@ -122,6 +122,14 @@ def control_text(kind: str, path: str, how: Mapping[str, Any]) -> str:
     return ":".join([*parts, *([f"adapter={how['own_adapter']}"] if how.get("own_adapter") else [])])
 
 
+def adapters_apart(named: Sequence[tuple[str, str]]) -> tuple[dict[str, str], list[str]]:
+    """Of the kinds and adapters of controls, each kind's first adapter, and every control's own one ("" where
+    it is its kind's).
+    """
+    first = dict(reversed(named))
+    return first, ["" if adapter == first[kind] else adapter for kind, adapter in named]
+
+
 def number_text(value: float) -> str:
     """A number as it is written on a command line: 1, 0.75; it is read as the same number."""
     value = float(value)

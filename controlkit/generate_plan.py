@@ -243,9 +243,9 @@ def _source(argument: arguments.ControlArgument) -> Source:
 def _asked(earlier: Earlier) -> list[str]:
     """The options that ask for all controls of an earlier picture, with files where they are now."""
     words: list[str] = []
-    adapters = {record.kind: record.adapter for record in reversed(earlier.record.controls)}
-    for record in earlier.record.controls:
-        own = record.adapter if record.adapter != adapters[record.kind] else ""
+    controls = earlier.record.controls
+    adapters, apart = arguments.adapters_apart([(record.kind, record.adapter) for record in controls])
+    for record, own in zip(controls, apart, strict=True):
         how = {**vars(record), "mask": record.mask and earlier.place(record.mask), "own_adapter": own}
         text = arguments.control_text(record.kind, earlier.place(record.path), how)
         words += ["--map" if record.is_map else "--control", text]

@@ -1,5 +1,6 @@
 """What is asked for in other ways than the usual ones: other arrays, masks, seeds, words of others."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,16 @@ import torch
 from outcomes import Run
 from PIL import Image
 
+from controlkit import infotext
 from controlkit.adapters import MAPS, AdapterInfo, load_adapter, save_adapter
 from controlkit.base import Base, load_base
 from controlkit.control import Control
 from controlkit.controlnet import from_base
-from controlkit.images import load_picture, write_png
+from controlkit.images import load_picture, read_png_text, write_png
 from controlkit.sampling import generate as sample
 from controlkit.sheets import contact_sheet
 from controlkit.starting import Start
+from controlkit.studio import commands
 
 GREY = np.arange(64 * 64, dtype=np.uint32).reshape(64, 64).astype(np.uint8)
 COLOUR = np.stack([GREY, GREY[::-1], GREY.T], axis=2)
@@ -117,6 +120,11 @@ def test_two_controls_of_one_kind_have_an_adapter_each(
     np.testing.assert_array_equal(load_picture("both.png"), expected)
     run("generate", "--like", "both.png", "-o", "again.png").done()
     assert Path("again.png").read_bytes() == Path("both.png").read_bytes()
+    record = infotext.parse(read_png_text("both.png"), source="both.png")
+    (name, *words) = shlex.split(commands.command(record))
+    assert name == "controlkit"
+    run(*words).done()
+    np.testing.assert_array_equal(load_picture(commands.OUTPUT), expected)
     write_png(photo, COLOUR)
     asked = run("generate", "--like", "both.png", "-o", "again.png").refused()
     assert ":adapter=other" in asked

@@ -41,6 +41,14 @@ def find_adapter_folder(name: str) -> Path:
     return find_folder(name, complete=_is_complete, files=_HUB_FILES, revision=revision_of(name), **_PLACES)
 
 
+def check_adapter(name: str) -> None:
+    """Raise the error of loading for a name that leads nowhere, without loading anything. A single file is
+    downloaded from the hub.
+    """
+    if find_adapter_file(name) is None:
+        check_adapter_folder(name)
+
+
 def check_adapter_folder(name: str) -> None:
     """Raise the error of `find_adapter_folder` for a name that leads nowhere, and download nothing."""
     check_exists(name, revision=revision_of(name), **_PLACES)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
-from controlkit.arguments import control_text, number_text
+from controlkit.arguments import adapters_apart, control_text, number_text
 from controlkit.devices import usual_dtype
 from controlkit.infotext import PictureRecord
 from controlkit.rules import USUAL_MODE
@@ -16,9 +16,12 @@ OUTPUT = "again.png"  # what both write
 def command(record: PictureRecord) -> str:
     """The `controlkit generate` command of one picture, quoted for a POSIX shell."""
     words = ["controlkit", "generate", record.prompt, "--base", record.base]
-    for control in record.controls:
-        words += ["--map", control_text(control.kind, control.path, vars(control))]
-        words += ["--adapter", f"{control.kind}={control.adapter}"]
+    adapters, apart = adapters_apart([(control.kind, control.adapter) for control in record.controls])
+    for control, own in zip(record.controls, apart, strict=True):
+        how = {**vars(control), "own_adapter": own}
+        words += ["--map", control_text(control.kind, control.path, how)]
+    for kind, adapter in adapters.items():
+        words += ["--adapter", f"{kind}={adapter}"]
     if record.negative_prompt is not None:
         words += ["--negative", record.negative_prompt]
     if record.prompt_syntax != "plain":

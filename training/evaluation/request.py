@@ -18,7 +18,7 @@ from controlkit.base_parts import BUNDLED
 from controlkit.folders import weight_files
 from controlkit.formats.finding import (
     BUNDLED_ADAPTERS,
-    check_adapter_folder,
+    check_adapter,
     find_adapter_file,
     find_adapter_folder,
 )
@@ -314,8 +314,7 @@ def _check(request: Request) -> None:
         if "model" not in preprocessors.options_of(kind):  # those with weights are made where they are used
             preprocessors.get(kind, **options)
     for one in request.adapters:
-        if find_adapter_file(one.name) is None:
-            check_adapter_folder(one.name)
+        check_adapter(one.name)
     if request.data != WORLD and run_config(request.data) is None:
         from controlkit.training.data.source_recipe import recipe_of
         from controlkit.training.data.sources import recognise
