@@ -1,5 +1,6 @@
 """What all tests share: no network, no model cache of the developer's, quiet libraries."""
 
+import functools
 import gc
 import os
 import shutil
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import typer.testing
 from outcomes import Outcome, Run
 
 if TYPE_CHECKING:
@@ -28,10 +30,24 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a fork after its use would warn
     if "PYTEST_XDIST_WORKER" in os.environ:  # each worker has a core, which torch's threads would share
         os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # Built anew for each of some thousand runs, the command line takes as long as what many of them test.
+    typer.testing._get_command = functools.cache(typer.testing._get_command)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Collect tests without Python's garbage collector, and then leave to it only what the tests make."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """Remove the empty cache."""
+    """Remove the empty cache; what was kept from the collector is let go, as at any program's end."""
+    gc.unfreeze()
     shutil.rmtree(config.stash[_HUB_HOME], ignore_errors=True)
 
 

@@ -13,11 +13,12 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import nbformat
-from nbclient import NotebookClient
 from PIL import Image
+
+if TYPE_CHECKING:
+    from nbformat import NotebookNode
 
 FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
 SECONDS = 600  # for a cell
@@ -31,8 +32,11 @@ def names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.ipynb"))
 
 
-def execute(path: Path, *, folder: Path) -> tuple[nbformat.NotebookNode, dict[str, Any]]:
+def execute(path: Path, *, folder: Path) -> tuple[NotebookNode, dict[str, Any]]:
     """Execute a notebook in a folder; return it with its outputs, and what its variable `results` held."""
+    import nbformat  # takes seconds
+    from nbclient import NotebookClient
+
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(
         notebook, timeout=SECONDS, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
@@ -50,12 +54,14 @@ def execute(path: Path, *, folder: Path) -> tuple[nbformat.NotebookNode, dict[st
     return _tidied(notebook), json.loads(asked.outputs[0]["text"])
 
 
-def _tidied(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+def _tidied(notebook: NotebookNode) -> NotebookNode:
     """The same without what differs from one execution to the next."""
+    from nbformat import NotebookNode
+
     for number, cell in enumerate(notebook.cells):
         cell["id"] = f"cell-{number:02d}"
         tags = [tag for tag in cell.metadata.get("tags", []) if tag in _KEPT]
-        cell["metadata"] = nbformat.NotebookNode({"tags": tags} if tags else {})
+        cell["metadata"] = NotebookNode({"tags": tags} if tags else {})
         if "outputs" in cell:
             cell["outputs"] = [output for output in cell["outputs"] if not _is_chatter(output)]
         for output in cell.get("outputs", []):
@@ -63,11 +69,11 @@ def _tidied(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
                 output["data"]["image/png"] = _smaller(output["data"]["image/png"])
     language = {"name": "python"}
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
-    notebook["metadata"] = nbformat.NotebookNode({"kernelspec": kernel, "language_info": language})
+    notebook["metadata"] = NotebookNode({"kernelspec": kernel, "language_info": language})
     return notebook
 
 
-def _is_chatter(output: nbformat.NotebookNode) -> bool:
+def _is_chatter(output: NotebookNode) -> bool:
     """Whether an output is nothing but what a library says of itself on stderr; a warning is not."""
     if output.get("name") != "stderr":
         return False
@@ -85,8 +91,10 @@ def _smaller(png: str) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def write(notebook: nbformat.NotebookNode, path: Path) -> None:
+def write(notebook: NotebookNode, path: Path) -> None:
     """Write a notebook as it is kept."""
+    import nbformat
+
     nbformat.validate(notebook)
     path.write_text(nbformat.writes(notebook, indent=1) + "\n", encoding="utf-8")
 

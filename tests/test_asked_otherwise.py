@@ -132,6 +132,7 @@ def test_two_controls_of_one_kind_have_an_adapter_each(
     assert "for each control its own: --control canny=PICTURE:adapter=NAME" in refused
 
 
+@pytest.mark.slow
 def test_seeds_that_repeat_are_told(generate: Run) -> None:
     outcome = generate("--seed", 2**32 - 1, "-n", 2, "-o", "big.png")
     outcome.done()

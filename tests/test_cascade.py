@@ -60,7 +60,7 @@ def hole() -> np.ndarray:
     return mask
 
 
-OFTEN = ("a picture prompt", "tiles", "offload", "a hole")  # the others are slow tests
+OFTEN = ("offload", "a hole")  # the others are slow tests
 
 
 @pytest.mark.parametrize(

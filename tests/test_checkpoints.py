@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
+from cases import seldom
 from checkpoint_files import write
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from outcomes import Run
@@ -604,7 +605,7 @@ def test_adapters_are_chosen_and_checked_by_its_family(
 # An autoencoder in one file
 
 
-@pytest.mark.parametrize("layout", ["original", "whole", "diffusers", "earlier"])
+@pytest.mark.parametrize("layout", ["original", "earlier", *seldom("whole", "diffusers")])
 def test_an_autoencoder_in_a_file(wholes: Callable[[str], Whole], tmp_path: Path, layout: str) -> None:
     whole = wholes("sd1")
     tensors = {

@@ -215,6 +215,7 @@ def test_what_both_branches_are_told_alike_keeps_their_common_start(unclip: Base
         assert rows == [expected]
 
 
+@pytest.mark.slow
 def test_tiles_and_little_memory(unclip: Base) -> None:
     told, size = Told(PICTURE, 10), {"width": 96, "height": 64}
     (tiled,) = sampling.generate(unclip, "x", steps=2, told=told, tiles=Tiles(64), **size)
@@ -232,6 +233,7 @@ def test_tiles_and_little_memory(unclip: Base) -> None:
     assert text - alone >= sum(p.nbytes for p in encoder.parameters())
 
 
+@pytest.mark.slow
 def test_a_class_does_not_stop_the_reckoning(classes: Base) -> None:
     estimate = Estimate(classes, [], Request(64, 64, pictures=2))
     assert estimate.total(Memory(1)) < estimate.total(Memory(2))

@@ -176,6 +176,7 @@ def test_an_evaluation_on_another_device_is_another_one(evaluated, tmp_path):
     assert "settings.json cannot be read" in command("evaluate", *asked).refused()
 
 
+@pytest.mark.slow
 def test_in_another_precision(run: Run):
     asked = ("--adapter", "canny", "-n", 1, *QUICK)
     run("evaluate", *asked, "--dtype", "bf16", "-o", "low").done()
@@ -327,6 +328,7 @@ def test_poses_and_depth_of_a_data_set_are_made_of_its_pictures(run: Run, pairs)
     assert groups["depth"]["depth error"]["arms"]["depth"]["value"] > 0
 
 
+@pytest.mark.slow
 def test_kinds_of_one_measure_are_told_apart(run: Run, pairs):
     kinds = ["--adapter", "canny", "--adapter", "scribble=canny"]
     run("evaluate", pairs, "maps=made", *kinds, "-n", 1, *QUICK).done()
@@ -392,6 +394,7 @@ def test_a_pair_that_changes_is_named(run: Run, pairs):
     assert "the canny map of pair 2 has changed since" in refusal(run(*asked))
 
 
+@pytest.mark.slow
 def test_another_tools_config_makes_no_run(run: Run, pairs):
     (pairs / "config.toml").write_text("[general]\nshuffle_caption = true\n")
     run("evaluate", pairs, "--adapter", "canny", "-n", 1, *QUICK).done()
@@ -475,6 +478,7 @@ def test_a_network_for_several_kinds(run: Run, pairs, tmp_path, monkeypatch):
     assert set(np.unique(images.load_picture(shown))) == {0, 255}
 
 
+@pytest.mark.slow
 def test_a_map_that_no_preprocessor_makes(run: Run, pairs, tmp_path):
     run("evaluate", pairs, "map_column=canny_file_name", "--adapter", "scars=canny", "-n", 2, *QUICK).done()
     report = told(Path("report"))

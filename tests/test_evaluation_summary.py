@@ -96,6 +96,7 @@ def people(score: float) -> Matches:
     return Matches(np.array([[score]]), np.array([1.0]))
 
 
+@pytest.mark.slow
 def test_precision_of_poses_is_compared_between_adapters():
     """On the same pairs: the first finds everybody, the other every second."""
     arms = [

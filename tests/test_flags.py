@@ -1,5 +1,6 @@
 """Flags of diffusers' train_controlnet.py: each is mapped, explained or refused, and every recipe loads."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -298,6 +299,19 @@ def test_epochs_become_steps_where_the_number_of_pairs_is_known():
     assert recipe(f"{text} --max_train_steps=5").steps == 5  # as in the script, it goes before the epochs
     with pytest.raises(ValueError, match="--num_train_epochs or --max_train_steps"):
         from_diffusers_flags(f"{NEEDED} --num_train_epochs=0 --max_train_samples=9")
+
+
+@pytest.mark.parametrize("flag", ["train_data_dir", "dataset_name"])
+def test_pairs_that_are_here_are_counted(flag, tmp_path):
+    rows = [{"file_name": f"{k}.png", "text": "", "conditioning_image": f"maps/{k}.png"} for k in range(9)]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    text = f"--pretrained_model_name_or_path=a --{flag}={shlex.quote(str(tmp_path))} --num_train_epochs=5"
+    assert recipe(f"{text} --train_batch_size=2").steps == 5 * 5
+    assert "over 9 pairs" in from_diffusers_flags(text)
+    assert recipe(f"{text} --max_train_samples=4").steps == 5
+    (tmp_path / "metadata.jsonl").unlink()
+    with pytest.raises(ValueError, match=f"{re.escape(str(tmp_path))} holds no data set"):
+        from_diffusers_flags(text)
 
 
 def test_values_with_quotes_and_signs_survive():

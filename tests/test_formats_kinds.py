@@ -17,6 +17,7 @@ from adapter_files import (
     same,
     saved,
 )
+from cases import seldom
 from diffusers import ControlNetUnionModel, ControlNetXSAdapter, T2IAdapter, UNetControlNetXSModel
 from outcomes import Run
 from safetensors.torch import load_file
@@ -53,7 +54,7 @@ def difference(network: Any, base: Base) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("family", tiny_models.FAMILIES)
-@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+@pytest.mark.parametrize("suffix", [".safetensors", *seldom(".pth")])
 def test_a_difference_is_added_to_its_base(family: str, suffix: str, load: Load, tmp_path: Path) -> None:
     base = load(family)
     network = controlnet_of(base, seed=1)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_models
+from cases import seldom
 from outcomes import Run
 from PIL import Image
 
@@ -319,13 +320,8 @@ def test_the_infotext_keeps_both_strengths(generate: Run, photo: Path) -> None:
 @pytest.mark.parametrize(
     "more",
     [
-        [],
         ["--control-every", 2],
-        ["--tile", 64],
-        *(
-            pytest.param(more, marks=pytest.mark.slow)
-            for more in (["--features-every", 2], ["--memory", "4GB"])
-        ),
+        *seldom([], ["--tile", 64], ["--features-every", 2], ["--memory", "4GB"]),
     ],
 )
 def test_controls_of_one_file_share_its_adapter_and_map(

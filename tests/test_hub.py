@@ -118,6 +118,7 @@ def test_a_repository_is_downloaded_and_then_used_without_the_network(
     assert load_base("someone/something").digest() == expected
 
 
+@pytest.mark.slow
 def test_a_repository_of_half_precision_alone_is_downloaded(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -90,6 +90,7 @@ def test_the_peak_of_a_call() -> None:
     assert peak_of(lambda: x.add_(1).view(10, 100)) == 0
 
 
+@pytest.mark.slow
 def test_each_measure_lowers_its_phase(sd1: Base) -> None:
     request = Request(128, 128, pictures=4)
     # Said to be on a GPU: only there can something be moved away.
@@ -107,6 +108,7 @@ def test_each_measure_lowers_its_phase(sd1: Base) -> None:
     assert estimate.phases(Memory(1))["text"] - estimate.phases(EVERYTHING)["text"] > weights
 
 
+@pytest.mark.slow
 def test_a_base_that_fills_holes_is_reckoned_under_a_control(sd1: Base) -> None:
     base = tiny_models.nine_channels(sd1)
     controls = [Control(controlnet_of(sd1), cond())]

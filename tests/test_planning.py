@@ -62,6 +62,7 @@ def sd15(tmp_path_factory):
 # --- counted ---
 
 
+@pytest.mark.slow
 def test_sd15s_parameters_and_flops_are_those_known(sd15):
     networks = build_networks(recipe(base=sd15))
     counts = [sum(p.numel() for p in m.parameters()) for m in (networks.unet, networks.controlnet)]

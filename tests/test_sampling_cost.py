@@ -119,6 +119,7 @@ def test_flops_of_what_is_left_out(savings: Savings, share: float) -> None:
     assert sum(flops_of(4, savings=savings)) < share * sum(flops_of(4))
 
 
+@pytest.mark.slow
 def test_flops_of_attention_among_merged_tokens() -> None:
     """Half as many tokens are a quarter of the products, in every self-attention of the highest resolution:
     five of the U-Net and two of the control network, of which the first of each has a row for both branches.

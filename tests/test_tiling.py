@@ -112,6 +112,7 @@ def test_what_the_networks_see_is_bounded(sd1: Base) -> None:
     assert set(seen) == {(1, 4, 8, 8)}
 
 
+@pytest.mark.slow
 def test_tiles_share_the_texts_keys(load: Callable[[str], Base]) -> None:
     base, computed = load("sdxl"), []
     attention = next(iter(cross_attentions(base.unet)))

@@ -116,6 +116,7 @@ def test_a_graph_that_is_wrong_is_dropped_and_the_run_is_as_without(place, recor
     assert seen[0].graphs is None
 
 
+@pytest.mark.slow
 def test_a_graph_is_not_trusted_on_a_step_that_is_not_finite(place, recorder, monkeypatch):
     real, made = ControlNetTask.inputs, recorder(Counting())
 
@@ -175,6 +176,7 @@ def test_gradients_are_kept_for_the_graphs_of_a_compiler(place, recorder, monkey
     assert said[0].startswith("CUDA graphs are the compiler's own")
 
 
+@pytest.mark.slow
 def test_a_compilers_graphs_keep_their_gradients_when_a_step_does_not_fit(place, recorder, monkeypatch):
     real, kept = ControlNetTask.errors, []
 
@@ -194,6 +196,7 @@ def test_a_compilers_graphs_keep_their_gradients_when_a_step_does_not_fit(place,
     assert all(p.grad is not None for p in weights.parameters.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "marks"), [({}, 4), ({"reward": 0.5}, 0)], ids=["compiled", "reward, which has no graphs"]
 )

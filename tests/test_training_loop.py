@@ -245,6 +245,7 @@ OTHER_WAYS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "way", [way if way == "contiguous" else pytest.param(way, marks=pytest.mark.slow) for way in OTHER_WAYS]
 )
@@ -348,6 +349,7 @@ def test_an_unlocked_decoder_is_trained_and_written(place, precision):
     assert "in several shapes of the area of 64×64" in card
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_result_may_keep_every_bit(place, precision):
     folder, _ = run(place, f"whole-{precision}", steps=1, export_dtype="fp32", precision=precision)
@@ -409,6 +411,7 @@ def test_a_run_does_not_go_on_with_other_data(place):
         train_recipe(path, overrides=[f"out={pictures}"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_run_goes_on_where_its_data_lie_now(place, cache):
     """Whether they are the same tells the cache; without one nobody knows, and they may not move."""
@@ -513,6 +516,7 @@ def test_rates_of_the_parts_are_their_own(place):
     assert rows(folder)[0]["learning_rates"] == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_adafactor_runs_and_resumes(place):
     folder, _ = run(place, "adafactor", optimizer="adafactor", steps=2)
     assert (folder / "controlnet").is_dir()

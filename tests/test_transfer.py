@@ -112,6 +112,7 @@ def test_a_folder_with_other_files_is_not_replaced(
         assert "cannot write .: the command runs in it" in run(*command).refused()
 
 
+@pytest.mark.slow
 def test_a_folder_called_like_a_bundled_adapter_is_meant_where_it_was_written(
     run: Run, pair: Callable[[str], Bases], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -189,6 +190,7 @@ def test_one_base_leaves_every_bit(run: Run, pair: Callable[[str], Bases], tmp_p
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family", ["sd2", *(pytest.param(f, marks=pytest.mark.slow) for f in ("sd1", "sdxl"))]
 )

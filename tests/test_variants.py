@@ -307,6 +307,7 @@ def test_what_was_learned_is_carried_to_another_base_once(place: Path) -> None:
     torch.testing.assert_close(started["lora.safetensors"], base + 0.5, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("told", [True, False])
 def test_an_init_of_another_base_than_is_said_is_noted(place: Path, told: bool) -> None:
     """By what its file says of its base, or by how near its weights are to either."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shlex
 import tomllib
@@ -41,10 +42,10 @@ def from_diffusers_flags(text: str, *, pairs: int | None = None) -> str:
 
     ``text`` is a command line; ``accelerate launch ... train_controlnet.py`` may stand in front of the flags.
     ``pairs`` is the size of the data set, for a command that counts in epochs and has no
-    ``--max_train_samples``.
+    ``--max_train_samples``; None counts the pairs of a data set that is here, and reads no picture.
 
     Raises ValueError, one line that names the flag, for one that the script does not have, a value that it
-    does not take, and a setting that nothing here stands for.
+    does not take, a setting that nothing here stands for, and a data set to be counted that is none.
     """
     command = read_command(text)
     refuse_unsupported(command)
@@ -118,16 +119,27 @@ def _steps(command: Command, pairs: int | None) -> tuple[int, str]:
         return steps, "--max_train_steps" + ", before --num_train_epochs" * (
             "num_train_epochs" in command.given
         )
-    pairs = command.get("max_train_samples") or pairs
+    pairs = command.get("max_train_samples") or pairs or _counted(command)
     if pairs is None:
         raise ValueError(
-            "--max_train_steps is missing: a recipe counts steps, and the data decides how many an"
-            " epoch has; --max_train_samples=N says how many pictures there are"
+            "--max_train_steps is missing: a recipe counts steps, and the data, which is not here, decides"
+            " how many an epoch has; --max_train_samples=N says how many pictures there are"
         )
     micro, accumulation = command.get("train_batch_size"), command.get("gradient_accumulation_steps")
     batches = math.ceil(math.ceil(pairs / max(micro, 1)) / command.processes)
     steps = command.get("num_train_epochs") * math.ceil(batches / max(accumulation, 1))
     return steps, f"{_origin(command, 'num_train_epochs')}, over {pairs} pairs"
+
+
+def _counted(command: Command) -> int | None:
+    """The pairs of a data set that is a folder or a file here, None of one on the hub."""
+    mapped = {key: value for key, (value, _) in {**_mapped(command), **_data(command)}.items()}
+    data = DataRecipe(**{key[5:]: value for key, value in mapped.items() if key.startswith("data.")})
+    if not os.path.exists(os.path.expanduser(data.source)):
+        return None
+    from controlkit.training.data.sources import open_examples
+
+    return len(open_examples(data))
 
 
 def _precision(command: Command) -> tuple[str, str]:

@@ -30,7 +30,9 @@ FLAGS: dict[str, Flag] = {
     "seed": Flag("seed", "whole number", note="never left to chance"),
     "resolution": Flag("data.resolution", "whole number", 512),
     "train_batch_size": Flag("batch_size", "whole number", 4, "for each process, as in the script"),
-    "num_train_epochs": Flag("steps", "whole number", 1, "a recipe counts steps: needs a number of pairs"),
+    "num_train_epochs": Flag(
+        "steps", "whole number", 1, "a recipe counts steps: pairs that are here are counted"
+    ),
     "max_train_steps": Flag("steps", "whole number"),
     "checkpointing_steps": Flag("checkpoint_every", "whole number", 500),
     "checkpoints_total_limit": Flag(
