@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from controlkit.sampling import generate as generate
     from controlkit.starting import Start as Start
     from controlkit.tiling import Tiles as Tiles
+    from controlkit.told_sizes import Sizes as Sizes
     from controlkit.vaes import with_vae as with_vae
 
 __version__ = "0.1.0"
@@ -42,6 +43,7 @@ _HOME = {
     "Lora": "loras",
     "Memory": "memory",
     "Savings": "predicting",
+    "Sizes": "told_sizes",
     "Start": "starting",
     "Tiles": "tiling",
     "Told": "class_labels",

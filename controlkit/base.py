@@ -36,6 +36,7 @@ from controlkit.class_labels import PictureEncoder
 from controlkit.controlnet import digest_of_weights, lock
 from controlkit.devices import check_device
 from controlkit.folders import read_json
+from controlkit.told_sizes import Sizes
 from controlkit.usual_guidance import is_told_guidance, is_turbo
 from controlkit.words import Words, saved_by_diffusers, with_all_vectors
 
@@ -139,17 +140,23 @@ class Base:
         pooled = [row for prompt in prompts if (row := encoded[prompt].pooled) is not None]
         return Conditioning(hidden, torch.cat(pooled) if pooled else None)
 
-    def added_cond(self, pooled: Tensor | None, *, height: int, width: int) -> dict[str, Tensor] | None:
-        """SDXL's extra conditioning for pictures of ``height`` x ``width`` pixels, uncropped; None otherwise.
+    def added_cond(
+        self, pooled: Tensor | None, *, height: int, width: int, sizes: Sequence[Sizes] = ()
+    ) -> dict[str, Tensor] | None:
+        """SDXL's extra conditioning for pictures of ``height`` x ``width`` pixels; None for other families.
 
-        ``text_embeds`` is ``pooled`` (B, P); ``time_ids`` (B, 6) holds original size, crop corner and
-        target size, each as height, width (Podell et al. 2023, arXiv:2307.01952, section 2.2).
+        ``text_embeds`` is ``pooled`` (B, P); ``time_ids`` (B, 6) holds what `told_sizes.Sizes` says: of each
+        one in ``sizes`` for an equal part of the rows, or of the whole picture where there are none.
         """
         if self.family != "sdxl":
             return None
         assert pooled is not None, "SDXL needs the pooled text: encode_prompts gives it"
-        sizes = torch.tensor([height, width, 0, 0, height, width], dtype=pooled.dtype, device=pooled.device)
-        return {"text_embeds": pooled, "time_ids": sizes.expand(len(pooled), -1)}
+        told = [one.ids(height=height, width=width) for one in sizes or (Sizes(),)]
+        time_ids = torch.tensor(told, dtype=pooled.dtype, device=pooled.device)
+        return {
+            "text_embeds": pooled,
+            "time_ids": time_ids.repeat_interleave(len(pooled) // len(told), dim=0),
+        }
 
     @torch.no_grad()
     def encode_pictures(self, pixel_values: Tensor, *, generator: torch.Generator | None = None) -> Tensor:

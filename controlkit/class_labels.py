@@ -23,6 +23,7 @@ from controlkit.controlnet import lock
 from controlkit.families import takes_picture
 from controlkit.folders import load_part, quiet_libraries, read_json
 from controlkit.hub import first_sentence
+from controlkit.told_sizes import Sizes
 
 if TYPE_CHECKING:
     from diffusers import ControlNetModel
@@ -47,7 +48,8 @@ class Told:
 
     picture: uint8 (H, W, 3) RGB, for bases that are told one. noise_level: 0 to 999, how far the picture's
     vector is on the way to pure noise; more of it gives freer variations. class_label: from 0, for bases that
-    know classes.
+    know classes. sizes: of SDXL, see `told_sizes.Sizes`; None is the size that is generated, whole.
+    negative_sizes: those of the negative prompt's branch; None is what the other one is told.
 
     Raises ValueError for a number outside its range or a picture of another kind.
     """
@@ -55,10 +57,15 @@ class Told:
     picture: np.ndarray | None = None
     noise_level: int = 0
     class_label: int | None = None
+    sizes: Sizes | None = None
+    negative_sizes: Sizes | None = None
 
     def __post_init__(self) -> None:
         limits.check_noise_level(self.noise_level)
         limits.check_class(self.class_label)
+        for sizes in (self.sizes, self.negative_sizes):
+            if sizes is not None and not isinstance(sizes, Sizes):
+                raise ValueError(f"sizes that a base is told are Sizes(...), not {type(sizes).__name__}")
         picture = self.picture
         if picture is None:
             return
@@ -68,6 +75,13 @@ class Told:
             raise ValueError(
                 f"a picture that a base is told is uint8 (H, W, 3), not {picture.dtype} {picture.shape}"
             )
+
+    def of_branches(self, branches: int) -> tuple[Sizes, ...]:
+        """The sizes of each branch, the negative prompt's first; () where the base is told what is made."""
+        if self.sizes is None and self.negative_sizes is None:
+            return ()
+        sizes = self.sizes or Sizes()
+        return (sizes,) if branches == 1 else (self.negative_sizes or sizes, sizes)
 
 
 def check_told(base: Base, told: Told) -> None:
@@ -89,6 +103,8 @@ def check_told(base: Base, told: Told) -> None:
             f"the base {name} knows {classes} classes: --class must be from 0 to {classes - 1},"
             f" not {told.class_label}"
         )
+    if told.of_branches(1) and base.family != "sdxl":
+        raise ValueError(f"the base {name} is told no sizes: only SDXL is, so leave out --original-size")
 
 
 def check_labels_fit(controlnet: ControlNetModel, base: Base) -> None:

@@ -162,6 +162,12 @@ def generate(
         Whole, option("N", "How freely it is taken, 0 to 999.  [default: 0]", "--image-noise")
     ] = None,
     class_label: Annotated[Text, option("N", "The class, for a base that is told one.", "--class")] = None,
+    original_size: Annotated[
+        Text, option("WxH[+X+Y]", "Tell an SDXL that the picture comes from one of this size, cropped there.")
+    ] = None,
+    negative_original_size: Annotated[
+        Text, option("WxH[+X+Y]", "The same for the negative prompt.  [default: as for the prompt]")
+    ] = None,
     hires: Annotated[
         Text, option("FACTOR", "Then enlarge by this factor, and refine under the same control.")
     ] = None,

@@ -22,6 +22,7 @@ from controlkit.files import FULL_DISK
 GROUPS = {  # of the options of `generate`, in its help
     "What the picture follows": (
         *("control", "map_", "adapter", "ip_adapter", "image", "image_noise", "class_label"),
+        *("original_size", "negative_original_size"),
         *("negative_prompt", "prompt_syntax", "clip_skip", "guidance", "guidance_rescale", "clip_guidance"),
     ),
     "Models": ("base", "lora", "embedding", "vae", "clip", "image_encoder"),

@@ -165,7 +165,13 @@ class Session:
         from controlkit.class_labels import Told
 
         shown = self.job.additions.shown
-        return Told(None if shown is None else shown.picture, record.image_noise, record.class_label)
+        return Told(
+            None if shown is None else shown.picture,
+            record.image_noise,
+            record.class_label,
+            sizes=record.sizes(),
+            negative_sizes=record.sizes(negative=True),
+        )
 
     def _within_memory(self, first: PictureRecord) -> PictureRecord:
         """The record with the measures under which both stages stay within the memory that is allowed."""

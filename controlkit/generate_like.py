@@ -11,7 +11,10 @@ from typing import Any
 from controlkit import files, images, infotext, limits
 from controlkit.infotext import PictureRecord
 
-OF_THE_BASE = {"guidance", "width", "height", "dtype", "memory", "vae", "image_noise", "class_label"}
+OF_THE_BASE = {
+    *("guidance", "width", "height", "dtype", "memory", "vae", "image_noise", "class_label"),
+    *("original_size", "negative_original_size"),
+}
 OF_THE_DEVICE = {"dtype", "memory"}
 PUT_ON = {"loras": "LoRAs", "embeddings": "words", "ip_adapters": "IP-Adapters"}  # made for one base
 

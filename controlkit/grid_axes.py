@@ -52,6 +52,8 @@ _PICTURE_KEYS: Mapping[str, Callable[[str], Any]] = {
     "image_noise": int,
     "class_label": int,
     "clip_guidance": float,
+    "original_size": str,
+    "negative_original_size": str,
 }
 _SESSION_KEYS: Mapping[str, Callable[[str], Any]] = {  # of what is loaded, and of the size, which maps have
     "base": at_home,

@@ -22,7 +22,8 @@ STOCHASTIC = ("ddim", "ddpm", "euler-a", "dpm++-sde", "lcm", "tcd")
 """The schedulers that inject noise, of which `temperature` speaks."""
 
 
-def _is_whole(value: object) -> bool:
+def is_whole(value: object) -> bool:
+    """Whether it is a whole number, also one of numpy's."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
@@ -36,7 +37,7 @@ def number(value: object) -> float:
 
 def check_steps(steps: int) -> None:
     """Raise ValueError unless `steps` is a whole number from 1 to 1000."""
-    if not _is_whole(steps) or not 1 <= steps <= MAX_STEPS:
+    if not is_whole(steps) or not 1 <= steps <= MAX_STEPS:
         raise ValueError(f"steps must be a whole number from 1 to {MAX_STEPS}, not {steps}")
 
 
@@ -50,14 +51,14 @@ def check_seeds(seeds: Iterable[int]) -> list[int]:
     if not listed:
         raise ValueError("no seed given: one picture is made per seed")
     for seed in listed:
-        if not _is_whole(seed) or not 0 <= seed <= MAX_SEED:
+        if not is_whole(seed) or not 0 <= seed <= MAX_SEED:
             raise ValueError(f"a seed must be a whole number from 0 to {MAX_SEED}, not {seed}")
     return listed
 
 
 def check_batch(batch_size: int | None) -> None:
     """Raise ValueError unless pictures at once, where they are given, are a whole number from 1."""
-    if batch_size is not None and (not _is_whole(batch_size) or batch_size < 1):
+    if batch_size is not None and (not is_whole(batch_size) or batch_size < 1):
         raise ValueError(f"batch_size must be a whole number from 1, not {batch_size}")
 
 
@@ -69,7 +70,7 @@ def check_guidance(guidance: float) -> None:
 
 def check_clip_skip(clip_skip: int) -> None:
     """Raise ValueError unless it is a whole number from 1 (the text encoder's last layer) to 12."""
-    if not _is_whole(clip_skip) or not 1 <= clip_skip <= 12:
+    if not is_whole(clip_skip) or not 1 <= clip_skip <= 12:
         raise ValueError(f"clip_skip must be a whole number from 1 (none is skipped) to 12, not {clip_skip}")
 
 
@@ -121,7 +122,7 @@ def check_merged(share: float) -> None:
 
 def check_tile(size: int) -> None:
     """Raise ValueError unless a tile's side is a multiple of 64 from 64 to 4096 pixels."""
-    if not _is_whole(size) or size % 64 or not 64 <= size <= 4096:
+    if not is_whole(size) or size % 64 or not 64 <= size <= 4096:
         raise ValueError(f"a tile's side must be a multiple of 64 from 64 to 4096 pixels, not {size}")
 
 
@@ -148,7 +149,7 @@ def enlarged(width: int | None, height: int | None, factor: float) -> tuple[int 
 
 def check_every(name: str, every: int) -> None:
     """Raise ValueError unless a number of steps is whole and from 1 to 1000."""
-    if not _is_whole(every) or not 1 <= every <= MAX_STEPS:
+    if not is_whole(every) or not 1 <= every <= MAX_STEPS:
         raise ValueError(f"{name} must be a whole number from 1 to {MAX_STEPS}, not {every}")
 
 
@@ -184,13 +185,13 @@ def _check_strong(what: str, given: float) -> None:
 
 def check_noise_level(level: int) -> None:
     """Raise ValueError unless the noise on a picture that a base is told is a whole number from 0 to 999."""
-    if not _is_whole(level) or not 0 <= level <= MAX_NOISE_LEVEL:
+    if not is_whole(level) or not 0 <= level <= MAX_NOISE_LEVEL:
         raise ValueError(f"image_noise must be a whole number from 0 to {MAX_NOISE_LEVEL}, not {level}")
 
 
 def check_class(label: int | None) -> None:
     """Raise ValueError unless a class, where there is one, is a whole number from 0 on."""
-    if label is not None and (not _is_whole(label) or label < 0):
+    if label is not None and (not is_whole(label) or label < 0):
         raise ValueError(f"a class must be a whole number from 0, not {label}")
 
 
@@ -212,16 +213,22 @@ def check_size(width: int | None, height: int | None) -> None:
     for name, side in (("width", width), ("height", height)):
         if side is None:
             continue
-        if not _is_whole(side) or side % 8 or not low <= side <= high:
+        if not is_whole(side) or side % 8 or not low <= side <= high:
             told = repr(side)
             if math.isfinite(given := number(side)):
                 told = f"{side} (nearest: {min(max(round(given / 8) * 8, low), high)})"
             raise ValueError(f"{name} must be a multiple of 8 from {low} to {high}, not {told}")
 
 
+def check_told_whole(tiles: object | None) -> None:
+    """Raise ValueError for tiles of a picture whose sizes are said: SDXL is told each tile's place."""
+    if tiles is not None:
+        raise ValueError("tiles are told the whole's size and their place in it: leave out --original-size")
+
+
 def check_count(count: int) -> None:
     """Raise ValueError unless the number of pictures is a whole number from 1 to 1000."""
-    if not _is_whole(count) or not 1 <= count <= MAX_COUNT:
+    if not is_whole(count) or not 1 <= count <= MAX_COUNT:
         raise ValueError(f"the number of pictures must be from 1 to {MAX_COUNT}, not {count}")
 
 
@@ -234,5 +241,5 @@ def check_weight(weight: float) -> None:
 
 def check_rank(rank: int) -> None:
     """Raise ValueError unless a Control-LoRA's rank is a whole number from 1 to 1024."""
-    if not _is_whole(rank) or not 1 <= rank <= MAX_RANK:
+    if not is_whole(rank) or not 1 <= rank <= MAX_RANK:
         raise ValueError(f"rank must be a whole number from 1 to {MAX_RANK}, not {rank}")

@@ -64,6 +64,7 @@ from controlkit.starting import Start as Start
 from controlkit.starting import draw_noise as draw_noise
 from controlkit.tiling import TiledPredictor, tiled_vae
 from controlkit.tiling import Tiles as Tiles
+from controlkit.told_sizes import Sizes as Sizes
 from controlkit.usual_guidance import usual_guidance
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ def generate(
     (word:1.3) and any length. clip_skip: see `Base`, 1 to 12, for both prompts (diffusers' spares the
     negative one); None is the base's. controls: their residuals are summed. start: a picture to start from,
     whole or with a hole to fill. The first map, or else that picture, decides the size where none is given
-    (`picture_size`). told: the class or the picture that the base is told besides the text, if it is.
+    (`picture_size`). told: the class, the picture or the sizes that the base is told besides the text.
     picture_prompts: what IP-Adapters made of pictures (`ip_adapter.picture_prompt`).
     steps: 1 to 1000. guidance: 0 to 100; at 1 or below, and by bases that are told the guidance, the negative
     prompt is not used; None is `default_guidance`. guidance_rescale: see `Guidance`. clip_guidance: a CLIP
@@ -160,12 +161,14 @@ def generate(
     ways = {"savings": savings, "tiles": tiles, "memory": memory, "execution": execution}
     _check_kinds(base, prompt, negative_prompt, controls, start=start, **ways)
     guided = Guidance(default_guidance(base) if guidance is None else guidance, guidance_rescale)
-    execution, savings = execution or Execution(), savings or Savings()
+    execution, savings, told = execution or Execution(), savings or Savings(), told or Told()
     seeds = limits.check_seeds(seeds)
     limits.check_steps(steps)
     limits.check_batch(batch_size)
     limits.check_temperature(temperature, scheduler)
     limits.check_compiled(execution.compiled, savings.features_every, savings.merge_tokens)
+    if told.of_branches(1):
+        limits.check_told_whole(tiles)
     check_syntax(prompt_syntax)
     _check_controls(base, controls, savings)
     reader = base if clip_skip is None else replace(base, clip_skip=clip_skip)
@@ -186,7 +189,8 @@ def generate(
     ):
         with at_work(memory, base, *base.encoders):
             text = encode_text(reader, prompt, negative_prompt, guidance=guided.scale, syntax=prompt_syntax)
-            labels = Labels(base, told or Told())
+            labels = Labels(base, told)
+            sizes = told.of_branches(len(text.encoder_hidden_states))
         with at_work(memory, base, *judges):
             guide = _guide(base, clip_guidance, prompt, prompt_syntax)
         with at_work(memory, base, *networks):
@@ -224,6 +228,7 @@ def generate(
                     schedule=schedule,
                     generators=generators,
                     class_labels=class_labels,
+                    sizes=sizes,
                     callback=_counting(callback, batch=batch, batches=batches),
                 )
             for picture in _decoded(base, latents, memory):
@@ -312,6 +317,7 @@ def denoise(
     temperature: float | None = None,
     generators: Sequence[torch.Generator] | None = None,
     class_labels: Tensor | None = None,
+    sizes: Sequence[Sizes] = (),
     savings: Savings | None = None,
     tiles: Tiles | None = None,
     callback: Callback | None = None,
@@ -326,10 +332,10 @@ def denoise(
     controls: with the hint encoder's output already computed (`applying.encode_controls`).
     picture_prompts: those that the U-Net was told of, too (`ip_adapter.pictures_told`).
     schedule: fresh from `make_schedule`; the scheduler keeps its state.
-    class_labels: of `Labels.draw`. runner: runs the networks; the same one for several batches of one text.
-    moves: the networks come and go between batches. generators: one per picture, for schedulers that add
-    noise. Latents stay in float32 between the steps whatever the networks' precision. Raises ValueError,
-    naming the step, when they stop being finite.
+    class_labels: of `Labels.draw`. sizes: of `Told.of_branches`. runner: runs the networks; the same one for
+    several batches of one text. moves: the networks come and go between batches. generators: one per picture,
+    for schedulers that add noise. Latents stay in float32 between the steps whatever the networks' precision.
+    Raises ValueError, naming the step, when they stop being finite.
     """
     latents, scheduler, n = begun.latents, schedule.scheduler, schedule.steps
     runner = runner or Runner(Execution(), base.device)
@@ -337,7 +343,7 @@ def denoise(
         base,
         runner.rows(
             latents.shape if class_labels is None else None,  # these are drawn anew for every batch
-            lambda: rows_of(base, text, latents, picture_prompts, class_labels),
+            lambda: rows_of(base, text, latents, picture_prompts, class_labels, sizes),
         ),
         controls,
         guidance,
@@ -385,6 +391,7 @@ def rows_of(
     latents: Tensor,
     picture_prompts: Sequence[PicturePrompt] = (),
     class_labels: Tensor | None = None,
+    sizes: Sequence[Sizes] = (),
 ) -> Rows:
     """The text for every picture in ``latents`` (B, C, h, w), branch by branch."""
     pictures, _, h, w = latents.shape
@@ -393,7 +400,7 @@ def rows_of(
     told = with_pictures(states, picture_prompts) if picture_prompts else None
     return Rows(
         states.repeat_interleave(pictures, dim=0),
-        base.added_cond(pooled, height=h * base.vae_factor, width=w * base.vae_factor),
+        base.added_cond(pooled, height=h * base.vae_factor, width=w * base.vae_factor, sizes=sizes),
         pictures,
         for_unet=None if told is None else told.repeat_interleave(pictures, dim=0),
         class_labels=class_labels,

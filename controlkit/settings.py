@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from controlkit import limits, prompt_syntax
+from controlkit.told_sizes import Sizes, parse_sizes
 
 USUAL_STEPS, USUAL_SCHEDULER = 20, "ddim"
 USUAL_STRENGTH = 0.75  # of a start from a whole picture
@@ -22,7 +23,8 @@ class Settings:
     negative_prompt: None for none, which to an SDXL is not the same as "" (`sampling.encode_text`). vae:
     another autoencoder than the base's own, as in `vaes.with_vae`, or "". memory: the measures of
     `memory.Memory` by name, none where memory is not limited. clip: the name of the CLIP that `clip_guidance`
-    asks, "" for none.
+    asks, "" for none. original_size: what SDXL is told, as `told_sizes.parse_sizes` reads it, "" for the size
+    that is made; negative_original_size: of the negative prompt's branch, "" for the same.
     """
 
     prompt: str
@@ -50,6 +52,14 @@ class Settings:
     class_label: int | None = None
     clip_guidance: float = 0.0
     clip: str = ""
+    original_size: str = ""
+    negative_original_size: str = ""
+
+    def sizes(self, *, negative: bool = False) -> Sizes | None:
+        """What SDXL is told of sizes, None where nothing is said. Raises ValueError for what is no size."""
+        name = "negative_original_size" if negative else "original_size"
+        text = getattr(self, name)
+        return parse_sizes(text, name) if text else None
 
     def check(self) -> None:
         """Raise ValueError for the first number outside its range, or a prompt that cannot be read."""
@@ -74,6 +84,8 @@ class Settings:
                 "CLIP guidance asks a CLIP for pictures and texts, and no base holds one: add --clip MODEL"
             )
         limits.check_merged(self.merge_tokens)
+        if self.sizes() or self.sizes(negative=True):
+            limits.check_told_whole(self.tile)
         limits.check_compiled(self.compile, self.features_every, self.merge_tokens)
         prompt_syntax.check_syntax(self.prompt_syntax)
         if self.prompt_syntax == "a1111":
