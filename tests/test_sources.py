@@ -723,6 +723,23 @@ def test_folders_with_kohyas_repeats_are_named(tmp_path: Path) -> None:
     assert [note for note in said if "10_cat/ is named as kohya's folders with repeats are" in note]
 
 
+@pytest.mark.parametrize("beside", ["", "images"])
+def test_what_trainings_wrote_among_pictures_is_left_out_and_told(beside: str, tmp_path: Path) -> None:
+    put_pictures(tmp_path, pictures=beside or ".", maps="canny")
+    for run in ("deep/first", "second"):
+        put(tmp_path / beside / run / "config.toml", "")
+        put(tmp_path / beside / run / "metrics.jsonl", "")
+        put(tmp_path / beside / run / "samples" / "step-1.png", encoded(photograph("cat")))
+    put(tmp_path / beside / "third" / "config.toml", "")  # of another tool: no run
+    put(tmp_path / beside / "third" / "cat.png", encoded(photograph("cat")))
+    put(tmp_path / "canny" / "third" / "cat.png", encoded(edges("cat")))
+    said: list[str] = []
+    examples = open_examples(DataRecipe(source=str(tmp_path)), kind="canny", report=said.append)
+    assert len([name for name in names(examples) if name.endswith("cat.png")]) == 2
+    (told,) = [line for line in said if "left out" in line]
+    assert told.endswith("deep/first/ and 1 more left out, as trainings wrote them: they have a config.toml")
+
+
 def test_paired_folders_with_depth_in_numbers_and_openposes_names(tmp_path: Path) -> None:
     put_pictures(tmp_path, pictures="images", maps="maps")
     maps = tmp_path / "maps"

@@ -161,9 +161,9 @@ class LazyExamples(Sequence[Example]):
         return map(self._make, range(self._count))
 
 
-def walk(folder: Path, root: Path) -> Iterator[str]:
+def walk(folder: Path, root: Path, *, run: Callable[[str], None] = lambda _: None) -> Iterator[str]:
     """Yield the names of the files below a folder, relative to it, with "/", unsorted; hidden ones and what
-    trainings wrote there (`is_run`) are left out.
+    trainings wrote there (`is_run`) are left out, and `run` is told of each of these folders.
 
     Raises ValueError: a folder is a link that leads out of `root`, or cannot be listed.
     """
@@ -183,7 +183,9 @@ def walk(folder: Path, root: Path) -> Iterator[str]:
                             yield place + entry.name
                         elif problem := leads_out(Path(entry.path), root):
                             raise ValueError(problem)
-                    elif not is_run(Path(entry.path)):
+                    elif is_run(Path(entry.path)):
+                        run(f"{place}{entry.name}/")
+                    else:
                         waiting.append(f"{place}{entry.name}/")
         except OSError as error:
             raise ValueError(f"the folder {folder / place} cannot be read: {error.strerror}") from error

@@ -81,7 +81,7 @@ def open_pairs(
     rest = [name for name in folders if name != place]
     maps = _map_folders(rest, data=data, kind=kind, root=root)
     in_folders = [name for name in maps if name in rest]
-    files = _files(root, place, folders, in_folders)
+    files = _files(root, place, folders, in_folders, report)
     pictures = [name for name in files if _rank(name) == 0]
     if not maps and data.maps != "made":
         candidates = [name for name in files if _rank(name) == 1] if sense_of(kind) == "depth" else []
@@ -303,20 +303,28 @@ def _named(folders: Sequence[str], name: str, option: str, root: Path) -> str:
     return name.strip("/")
 
 
-def _files(root: Path, place: str, folders: Sequence[str], maps: Sequence[str]) -> list[str]:
+def _files(
+    root: Path, place: str, folders: Sequence[str], maps: Sequence[str], report: Callable[[str], None]
+) -> list[str]:
     """Names of the pictures, and of what else may be a map beside them, relative to their folder, sorted.
-    Folders of maps do not count.
+    Folders of maps do not count, nor what trainings wrote, which is told.
     """
     closed = {
         *maps,
         *(name for name in folders if name.casefold() in (*MAP_FOLDERS, *preprocessors.names())),
     }
-    names = walk(root / place, root)
-    return sorted(
+    runs: list[str] = []
+    found = sorted(
         name
-        for name in names
+        for name in walk(root / place, root, run=runs.append)
         if _rank(name) < len(_SORTS) and (place or (name.partition("/")[0] not in closed and name != SHEET))
     )
+    if runs:
+        more = f" and {len(runs) - 1:,} more" if len(runs) > 1 else ""
+        report(
+            f"{root / place}: {min(runs)}{more} left out, as trainings wrote them: they have a config.toml"
+        )
+    return found
 
 
 def _by_stem(names: Iterable[str], pictures: set[str], ends: tuple[str, ...]) -> dict[str, list[str]]:
