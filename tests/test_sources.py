@@ -737,7 +737,7 @@ def test_what_trainings_wrote_among_pictures_is_left_out_and_told(beside: str, t
     examples = open_examples(DataRecipe(source=str(tmp_path)), kind="canny", report=said.append)
     assert len([name for name in names(examples) if name.endswith("cat.png")]) == 2
     (told,) = [line for line in said if "left out" in line]
-    assert told.endswith("deep/first/ and 1 more left out, as trainings wrote them: they have a config.toml")
+    assert told.endswith("deep/first/ and 1 more left out: trainings wrote them (a config.toml is there)")
 
 
 def test_paired_folders_with_depth_in_numbers_and_openposes_names(tmp_path: Path) -> None:

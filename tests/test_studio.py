@@ -170,12 +170,26 @@ def test_the_command_and_the_script_make_the_same_picture(
     assert load_picture(commands.OUTPUT).tobytes() == load_picture(made).tobytes()
 
 
+def record_of(prompt: str, *controls: infotext.ControlRecord) -> infotext.PictureRecord:
+    return infotext.PictureRecord(
+        prompt=prompt, negative_prompt="- this", base="tiny", steps=1, scheduler="ddim", seed=0,
+        controls=controls, guidance=1.0, width=64, height=64, device="cpu", dtype="float32", versions={},
+    )  # fmt: skip
+
+
+def test_the_script_says_of_an_adapter_that_it_pools() -> None:
+    """A file in the original's layout does not, and would be used without."""
+    controls = (
+        infotext.ControlRecord(kind, "photo.png", "", False, "a.pth") for kind in ("shuffle", "canny")
+    )
+    script = commands.script(record_of("x", *controls))
+    assert "Control(load_adapter('a.pth', base=base, kind='shuffle'), 'photo.png', kind='shuffle'" in script
+    assert "Control(load_adapter('a.pth', base=base), 'photo.png', kind='canny'" in script
+
+
 @pytest.mark.parametrize("prompt", ["-n 4", "--help"])
 def test_a_prompt_that_looks_like_an_option_stays_a_prompt(run: Run, prompt: str) -> None:
-    record = infotext.PictureRecord(
-        prompt=prompt, negative_prompt="- this", base="tiny", steps=1, scheduler="ddim", seed=0, controls=(),
-        guidance=1.0, width=64, height=64, device="cpu", dtype="float32", versions={},
-    )  # fmt: skip
+    record = record_of(prompt)
     run(*in_a_shell(commands.command(record))).done()
     again = infotext.parse(read_png_text(commands.OUTPUT), source="it")
     assert (again.prompt, again.negative_prompt) == (prompt, "- this")

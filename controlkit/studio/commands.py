@@ -54,7 +54,8 @@ def script(record: PictureRecord) -> str:
         "controls = [",
     ]
     for control in record.controls:
-        adapter = f"load_adapter({control.adapter!r}, base=base)"
+        pools = ", kind='shuffle'" if control.kind == "shuffle" else ""  # which no file need say
+        adapter = f"load_adapter({control.adapter!r}, base=base{pools})"
         how = [f"kind={control.kind!r}", f"scale={control.scale!r}"]
         how += [f"start={control.start!r}"] if control.start != 0 else []
         how += [f"end={control.end!r}"] if control.end != 1 else []

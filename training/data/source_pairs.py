@@ -321,9 +321,7 @@ def _files(
     )
     if runs:
         more = f" and {len(runs) - 1:,} more" if len(runs) > 1 else ""
-        report(
-            f"{root / place}: {min(runs)}{more} left out, as trainings wrote them: they have a config.toml"
-        )
+        report(f"{root / place}: {min(runs)}{more} left out: trainings wrote them (a config.toml is there)")
     return found
 
 
