@@ -136,6 +136,19 @@ def test_a_pickle_that_would_run_code_does_not(suffix: str, sd1: Base, tmp_path:
         ),
         (keys_alone("double_blocks.0.img_attn.qkv.weight", "img_in.weight"), "is a transformer (Flux, SD3"),
         (
+            keys_alone("double_blocks.0.x", "controlnet_blocks.0.weight", "input_hint_block.0.weight"),
+            "is a ControlNet for a transformer (Flux, SD3",
+        ),
+        (
+            keys_alone("vace_blocks.0.x", "vace_patch_embedding.weight"),
+            "is a control network for a transformer (Wan, ",
+        ),
+        (
+            keys_alone("control_layers.0.x", "control_all_x_embedder.2-1.weight"),
+            "is a control network for a transformer",
+        ),
+        (keys_alone("local_adapter.input_hint_block.0.weight"), "is a Uni-ControlNet, whose layout"),
+        (
             keys_alone("model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight"),
             "is a transformer (Flux",
         ),

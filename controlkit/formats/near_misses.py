@@ -29,6 +29,16 @@ _MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         r"(controlnet_blocks|controlnet_x_embedder|controlnet_single_blocks|pos_embed_input|controlnet_mode)",
         f"a ControlNet for a transformer (Flux, SD3 or another), {_LATER_FAMILIES}",
+        alike=True,  # XLabs' have the original's hint encoder
+    ),
+    Mistake(
+        r"(vace_blocks|control_layers)\.\d",
+        f"a control network for a transformer (Wan, Z-Image or another), {_LATER_FAMILIES}",
+    ),
+    Mistake(
+        r"(.*\.)?(local_adapter|global_adapter)\.",
+        "a Uni-ControlNet, whose layout is its project's own: not supported",
+        alike=True,
     ),
     Mistake(
         r"down_blocks\.0\.motion_modules\.",
