@@ -215,6 +215,10 @@ def generate(
     grid: Annotated[
         Texts, option("KEY=VALUES", "Vary one setting, or two, on a sheet: scale=0.5,0.8 seed=1..4")
     ] = None,
+    keep: Annotated[
+        bool,
+        typer.Option("--keep", help="Keep each picture of a grid, too: OUT-1.png, OUT-2.png, row by row."),
+    ] = False,
     preview: Annotated[
         Text, option("FILE", "Show in this PNG what the picture will be, while it is made.")
     ] = None,
@@ -261,17 +265,22 @@ def generate(
             output=output,
             like=like,
         )
-        shown = None if preview is None else check_preview(preview, plan)
         if axes:
             grid_job.check(plan, axes)
+        elif keep:
+            raise ValueError("--keep keeps the pictures of a grid: add --grid, or leave it out")
+        kept = grid_job.kept_files(plan, axes) if keep else []
+        shown = None if preview is None else check_preview(preview, plan, kept)
         for note in (
             *plan.notes,
             *without_effect(plan, grid_job.variants(plan, axes), [axis.key for axis in axes]),
         ):
             told.note(f"note: {note}")
         if axes:
-            made = grid_job.run(plan, axes, told, preview=shown)
+            made = grid_job.run(plan, axes, told, preview=shown, kept=kept)
             print(f"wrote {plan.outputs[0]}, {len(made)} pictures, in {time.monotonic() - started:.0f} s")
+            if kept:
+                print(f"and each by itself, from {kept[0]} to {kept[-1]}; --like repeats one")
             return
         records = _made(plan, told, shown)
     _tell_pictures(plan.outputs, records, time.monotonic() - started)

@@ -34,7 +34,7 @@ GROUPS = {  # of the options of `generate`, in its help
         *("device", "dtype", "compile_", "cuda_graph", "memory", "tile"),
         *("control_every", "features_every", "guidance_until", "merge_tokens"),
     ),
-    "Pictures and files": ("output", "count", "like", "grid", "preview"),
+    "Pictures and files": ("output", "count", "like", "grid", "keep", "preview"),
 }
 
 _UsageError: Any = typer.BadParameter.__bases__[0]  # typer's copy of click has it, and no public name for it

@@ -104,7 +104,9 @@ class Source:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """Everything that `run` needs, checked. given: the options that were given, and not filled in."""
+    """Everything that `run` needs, checked. given: the options that were given, and not filled in. read: the
+    files that it is made from.
+    """
 
     options: Options
     sources: tuple[Source, ...]
@@ -113,6 +115,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     additions: Additions = field(default_factory=Additions)
     given: frozenset[str] = frozenset()
+    read: tuple[Path, ...] = ()
 
 
 def plan(
@@ -173,13 +176,23 @@ def plan(
     outputs = arguments.numbered_outputs(output, options.count)
     read = [file for source in sources for file in source.files]
     read += [] if beginning is None else beginning.files
-    _check_outputs(outputs, [*read, *added.places(), *([Path(like)] if like else [])])
+    read += [*added.places(), *([Path(like)] if like else [])]
+    check_outputs(outputs, read)
     if earlier is not None:
         kinds = {"loras": loras, "embeddings": embeddings, "ip_adapters": ip_adapters}
         left_out = earlier.left_out(given, [kind for kind, texts in kinds.items() if texts])
         notes = [*generate_notes.of_versions(earlier.record), *left_out, *notes]
     notes += generate_notes.of_maps(sources)
-    return Plan(options, tuple(sources), tuple(outputs), beginning, tuple(notes), added, frozenset(given))
+    return Plan(
+        options,
+        tuple(sources),
+        tuple(outputs),
+        beginning,
+        tuple(notes),
+        added,
+        given=frozenset(given),
+        read=tuple(read),
+    )
 
 
 def _sources(
@@ -302,21 +315,22 @@ def adapted(source: Source, adapter: str) -> Source:
     return replace(source, record=replace(source.record, adapter=adapter, adapter_mark=mark_of(adapter)))
 
 
-def _check_outputs(outputs: Sequence[Path], inputs: Sequence[Path]) -> None:
+def check_outputs(outputs: Sequence[Path], inputs: Sequence[Path]) -> None:
+    """Raise ValueError for a file that is made from itself, or cannot be written."""
     for output in outputs:
         arguments.check_not_input(output, inputs)
         files.check_writable(output)
 
 
-def check_preview(preview: str, job: Plan) -> Path:
-    """The file of a preview. Raises ValueError for one that is no PNG, is read or written otherwise, or
-    exists and was never a preview."""
+def check_preview(preview: str, job: Plan, others: Sequence[Path] = ()) -> Path:
+    """The file of a preview. others: what is written besides the outputs.
+
+    Raises ValueError for one that is no PNG, is read or written otherwise, or exists and was never a preview.
+    """
     path = Path(preview)
     if path.suffix.lower() != ".png":
         raise ValueError(f"the preview {preview} must end in .png")
-    used = [*job.outputs, *(source.file for source in job.sources)]
-    used += [] if job.beginning is None else job.beginning.files
-    taken = path.resolve() in {file.resolve() for file in used}
+    taken = path.resolve() in {file.resolve() for file in (*job.outputs, *others, *job.read)}
     if taken or (path.exists() and PREVIEW_CHUNK not in images.read_png_text(path)):
         raise ValueError(
             f"the preview {preview} would replace a file: name another, which is removed at the end"

@@ -5,20 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from controlkit import images, sheets
-from controlkit.arguments import is_none
+from controlkit.arguments import is_none, numbered_outputs
 from controlkit.generate_job import Report, Session, check_names
 from controlkit.generate_like import temperature_fits
 from controlkit.generate_models import Models
 from controlkit.generate_notes import Variant
-from controlkit.generate_plan import Plan, Source, adapted, check_text
+from controlkit.generate_plan import Plan, Source, adapted, check_outputs, check_text
 from controlkit.grid_axes import Axis
-from controlkit.infotext import GRID_CHUNK, PictureRecord
+from controlkit.infotext import GRID_CHUNK, PictureRecord, chunks
 from controlkit.limits import check_lora_weight, check_picture_scale
 from controlkit.naming import unknown
 from controlkit.rules import check_rule
@@ -94,6 +95,17 @@ def _check_belongs(job: Plan, name: str, varied: set[str]) -> None:
         raise ValueError(f"--grid varies {name}, and {why}")
 
 
+def kept_files(job: Plan, axes: Sequence[Axis]) -> list[Path]:
+    """Where the pictures go that are kept beside the sheet, row by row: out-1.png, out-2.png ...
+
+    Raises ValueError where one would replace what it is made from, or cannot be written.
+    """
+    count = len(_cells(job, axes))
+    outputs = numbered_outputs(str(job.outputs[0]), max(count, 2))[:count]  # none of them is the sheet
+    check_outputs(outputs, job.read)
+    return outputs
+
+
 def variants(job: Plan, axes: Sequence[Axis]) -> list[Variant]:
     """The options and the controls of every picture; without axes of the one that is asked for."""
     jobs = [cell.job for cell in _cells(job, axes)]
@@ -101,12 +113,18 @@ def variants(job: Plan, axes: Sequence[Axis]) -> list[Variant]:
 
 
 def run(
-    job: Plan, axes: Sequence[Axis], report: Report, *, preview: Path | None = None
+    job: Plan,
+    axes: Sequence[Axis],
+    report: Report,
+    *,
+    preview: Path | None = None,
+    kept: Sequence[Path] = (),
 ) -> list[PictureRecord]:
     """Make all pictures and write the sheet, with the settings in its text; returns the records, row by row.
 
-    What is loaded serves as many pictures as it can. The sheet is written anew after every picture, so that
-    an interruption keeps what is finished.
+    kept: of `kept_files`, where each picture is written as well, with what made it. What is loaded serves as
+    many pictures as it can. The sheet is written anew after every picture, so that an interruption keeps what
+    is finished.
     """
     cells, models = _cells(job, axes), Models()
     options = [cell.job.options for cell in cells]
@@ -116,6 +134,12 @@ def run(
     with nothing_collected():
         for first in {cell.loads: cell for cell in cells}.values():
             check_names(first.job, options)
+
+    def made(k: int, _: int, picture: np.ndarray) -> None:
+        pictures[k] = picture
+        if kept:
+            images.write_png(kept[k], picture, text=chunks(records[k]))
+
     session, loads = None, None
     for number, k in enumerate(_in_order(cells)):
         cell = cells[k]
@@ -126,7 +150,7 @@ def run(
             session.check_told()
         report.status(f"picture {number + 1} of {len(cells)}: {', '.join(cell.label)}")
         records[k] = session.decided(cell.job)
-        session.make([records[k]], lambda _, picture, k=k: pictures.__setitem__(k, picture))  # type: ignore[misc]
+        session.make([records[k]], partial(made, k))
         rows = _rows(pictures, [cell.label for cell in cells], columns=len(axes[0].values))
         _write(job.outputs[0], rows, [records[k] for k in sorted(records)], _title(job, axes))
     return [records[k] for k in range(len(cells))]

@@ -45,6 +45,25 @@ def test_a_grid_over_two_settings(generate: Run) -> None:
     assert not list(Path().glob("*.part*"))
 
 
+def test_each_picture_may_be_kept(generate: Run, run: Run, photo: Path) -> None:
+    told = generate("--grid", "seed=0,3", "scale=1,0.5", "--keep", "-o", "grid.png").done()
+    assert told.endswith("and each by itself, from grid-1.png to grid-4.png; --like repeats one\n")
+    generate("--seed", 3, "-o", "alone.png").done()
+    assert Path("alone.png").read_bytes() == Path("grid-2.png").read_bytes()
+    run("generate", "--like", "grid-3.png", "-o", "again.png").done()
+    assert Path("again.png").read_bytes() == Path("grid-3.png").read_bytes()
+    generate("--grid", "seed=5", "--keep", "-o", "single.png").done()
+    assert Path("single-1.png").is_file()
+
+    before = Path("grid-3.png").read_bytes()
+    more = ("--like", "grid-3.png", "--grid", "seed=0,1", "scale=1,0.5", "--keep", "-o", "grid.png")
+    assert "grid-3.png would overwrite what it is made from" in run("generate", *more).refused()
+    assert Path("grid-3.png").read_bytes() == before
+    preview = ("--grid", "seed=0,1", "--keep", "-o", "new.png", "--preview", "new-2.png")
+    assert "the preview new-2.png would replace a file" in generate(*preview).refused()
+    assert "--keep keeps the pictures of a grid" in generate("--keep").refused()
+
+
 def test_axes_are_read() -> None:
     assert parse_axes(["scale=0.5,0.8,1.1", "seed=1..4"]) == [
         Axis("scale", (0.5, 0.8, 1.1)),
