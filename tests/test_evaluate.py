@@ -133,6 +133,7 @@ def test_what_is_there_is_not_made_again(evaluated):
     assert told(folder) == earlier | {"adapters": told(folder)["adapters"]}  # but for the seconds
 
 
+@pytest.mark.slow
 def test_another_adapter_joins_the_comparison(evaluated, tmp_path):
     folder = shutil.copytree(evaluated[0], tmp_path / "joined")
     asked = ("-n", 3, "--seeds", 2, "-o", folder, *QUICK)

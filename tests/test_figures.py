@@ -146,6 +146,7 @@ def test_left_and_right_follow_the_facing():
     assert checked > 8
 
 
+@pytest.mark.slow
 def test_figures_fill_the_stated_share_of_the_height():
     heights = [render(seed, split="validation").figure_height / 128 for seed in range(60)]
     assert min(heights) > 0.36

@@ -231,6 +231,7 @@ def test_the_sdist_holds_the_linked_folders_once(built: Built) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_every_file_once(built: Built) -> None:
     packed = {name for name in contents(built.wheel) if ".dist-info/" not in name}
     data = {

@@ -116,6 +116,7 @@ def test_a_base_that_fills_holes_is_reckoned_under_a_control(sd1: Base) -> None:
     assert larger > plain
 
 
+@pytest.mark.slow
 def test_the_least_costly_measures_are_taken(sd1: Base) -> None:
     base = replace(sd1, device=torch.device("cuda"))
     request = Request(128, 128, pictures=4)

@@ -321,6 +321,7 @@ def test_the_layout_in_memory_changes_rounding_only(place, plain):
     np.testing.assert_allclose(losses(other), losses(plain), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_only_the_middle_residual_is_trained_where_that_is_asked(place):
     folder, _ = run(place, "middle", only_mid_control=True)
     names = weights(folder)
