@@ -74,6 +74,19 @@ def parse_control(text: str, *, is_map: bool) -> ControlArgument:
     return found
 
 
+def split_control(text: str) -> tuple[str, str, str]:
+    """What stands before the picture of KIND=PATH:HOW, the path, and what stands behind it, as written.
+
+    Raises ValueError for a setting that a control does not have.
+    """
+    kind, equals, rest = text.partition("=")
+    try:
+        path, _ = _split_scale(_split_control_settings(rest)[0])
+    except ValueError as error:
+        raise ValueError(f"{text!r}: {error}") from None
+    return kind + equals, path, rest[len(path) :]
+
+
 def _split_control_settings(rest: str) -> tuple[str, dict[str, Any]]:
     """Take KEY=VALUE parts off the end."""
     settings: dict[str, Any] = {}

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -36,6 +36,7 @@ from controlkit.cli_options import (
 from controlkit.command_group import Commands, Grouped
 
 if TYPE_CHECKING:
+    from controlkit.generate_folder import Request
     from controlkit.generate_plan import Plan
     from controlkit.infotext import PictureRecord
     from controlkit.preprocess_job import Beside
@@ -226,7 +227,7 @@ def generate(
     """Make pictures that follow a prompt and the edges, pose or depth of another picture."""
     started = time.monotonic()
     typer.echo("reading what is asked for ...", err=True)  # before anything that takes time
-    from controlkit import arguments, generate_job, grid_axes, grid_job
+    from controlkit import arguments, generate_folder, generate_job, grid_axes, grid_job
     from controlkit.generate_notes import without_effect
     from controlkit.generate_plan import Options, check_preview
 
@@ -249,22 +250,30 @@ def generate(
             given[name] = arguments.parse_number(given[name], flag, whole=whole)
     if given.get("hires", 1) is None:
         given["hires"] = 1.0
-    with terminal.opened() as told:
-        plan = generate_job.plan(
+    is_usual = context.get_parameter_source("output").name == "DEFAULT"  # type: ignore[union-attr]
+    request = generate_folder.Request(tuple(control or ()), tuple(map_ or ()), start, mask, output)
+
+    def planned(one: Request) -> Plan:
+        return generate_job.plan(
             given,
-            controls=control or (),
-            maps=map_ or (),
+            **vars(one),
             adapters=adapter or (),
-            start=start,
-            mask=mask,
             loras=lora or (),
             embeddings=embedding or (),
             ip_adapters=ip_adapter or (),
             image_encoder=image_encoder,
             image=image,
-            output=output,
             like=like,
         )
+
+    with terminal.opened() as told:
+        each = generate_folder.requests(request, told, usual=generate_folder.USUAL_FOLDER if is_usual else "")
+        if each:
+            if axes or keep:
+                raise ValueError("a grid is of one picture: name a file, and not its folder")
+            _make_each(each, planned, told, preview, started)
+            return
+        plan = planned(request)
         if axes:
             grid_job.check(plan, axes)
         elif keep:
@@ -286,6 +295,33 @@ def generate(
     _tell_pictures(plan.outputs, records, time.monotonic() - started)
     if generate_job.could_be_lower(plan, records[0]):
         print("this processor computes in bfloat16 by itself: --dtype bf16 takes a part of the time")
+
+
+def _make_each(
+    requests: Sequence[Request],
+    planned: Callable[[Request], Plan],
+    told: terminal.Terminal,
+    preview: str | None,
+    started: float,
+) -> None:
+    """A picture for each of a folder; exit code 1 where some are left out."""
+    from controlkit import generate_folder, grid_job
+    from controlkit.generate_notes import without_effect
+
+    try:
+        result = generate_folder.run(
+            requests,
+            planned,
+            told,
+            preview=preview,
+            notes=lambda plan: [*plan.notes, *without_effect(plan, grid_job.variants(plan, []), [])],
+        )
+    except KeyboardInterrupt:
+        told.note("what is finished stays, and the same command goes on")
+        raise
+    print(result.summary(time.monotonic() - started))
+    if result.failed:
+        raise typer.Exit(1)
 
 
 def _made(plan: Plan, told: terminal.Terminal, preview: Path | None) -> list[PictureRecord]:

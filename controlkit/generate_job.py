@@ -7,6 +7,7 @@ models' names, loads them, extracts the maps, generates and writes. The torch-ba
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -60,6 +61,7 @@ def run(
 ) -> list[PictureRecord]:
     """Generate the pictures of a checked plan, each written when it is made; returns the records in them.
 
+
     preview: what is shown of the picture at hand, while it is made: a PNG, removed at the end, or a function
     that is called with uint8 (H, W, 3). models: those that were loaded before. finished: called with a
     picture's number and record as soon as its file is written.
@@ -67,16 +69,31 @@ def run(
     with nothing_collected():
         session = Session(job, report, preview=preview, models=models)
     session.check_told()
+    return write_all(session, finished=finished)
+
+
+def write_all(
+    session: Session, *, finished: Callable[[int, PictureRecord], None], again: bool = True
+) -> list[PictureRecord]:
+    """Make and write all pictures of a session's plan, as `run` does.
+
+    again: also those that are there already and were made in the very same way.
+    """
+    job, report = session.job, session.report
     first, count = session.first, job.options.count
     records = [replace(first, seed=first.seed + k) for k in range(count)]
+    todo = [k for k in range(count) if again or not infotext.is_of(job.outputs[k], records[k])]
+    if not todo:
+        return records
     size = f"{first.width}x{first.height}"
-    report.status(f"generating {count} x {size}, {first.steps} steps, on {first.device}")
+    report.status(f"generating {len(todo)} x {size}, {first.steps} steps, on {first.device}")
 
-    def write(k: int, picture: np.ndarray) -> None:
+    def write(place: int, picture: np.ndarray) -> None:
+        k = todo[place]
         images.write_png(job.outputs[k], picture, text=infotext.chunks(records[k]))
         finished(k, records[k])
 
-    session.make(records, write)
+    session.make([records[k] for k in todo], write)
     return records
 
 
@@ -114,23 +131,40 @@ class Session:
             text or "" for one in (job.options, *also) for text in (one.prompt, one.negative_prompt)
         }
         self._warn()
+        self._warn_of_pictures()
         self._doubted: set[str] = set()  # of a grid's schedulers, each said once
         self._maps: dict[tuple[object, ...], Any] = {}
         self.first = self._within_memory(self.first)
+
+    def turned_to(self, job: Plan) -> Session:
+        """The same models for another plan, which differs in its pictures alone."""
+        other = copy.copy(self)
+        other.job, other._maps = job, {}
+        other.first, other.sources = _decided(job, self.base)
+        of = [[source.record.adapter for source in one.sources] for one in (self, other)]
+        assert of[0] == of[1], f"other adapters: {of}"
+        other._warn_of_pictures()
+        other.first = other._within_memory(other.first)
+        return other
 
     def decided(self, job: Plan) -> PictureRecord:
         """The record of the first picture of another plan, for which the same is loaded."""
         return replace(_decided(job, self.base)[0], memory=self.first.memory)
 
     def _warn(self) -> None:
-        """Warn of what is not as it was asked for, now that the device and the size are known."""
+        """Warn of what is not as it was asked for, now that the device is known."""
         options, device = self.job.options, self.base.device
         if options.cuda_graph and options.device == "auto" and device.type != "cuda":
             notices.warn(f"--cuda-graph has no effect on the device {device}", stacklevel=2)
         if device.type == "cpu" and self.first.dtype == "float16":
             line = "float16 is slow on a CPU: fp32 is faster, or bf16 where the processor computes in it"
             notices.warn(line, stacklevel=2)
-        for line in (*generate_notes.of_words(self._taught, self._prompts), *self._cut()):
+        for line in generate_notes.of_words(self._taught, self._prompts):
+            notices.warn(line, stacklevel=2)
+
+    def _warn_of_pictures(self) -> None:
+        """Warn of pictures that are cut or scaled, now that the size is known."""
+        for line in self._cut():
             notices.warn(line, stacklevel=2)
         beginning = self.job.beginning
         scaled = None if beginning is None else beginning.scaled(self.first.width, self.first.height)

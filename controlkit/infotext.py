@@ -243,6 +243,16 @@ def parse(text: Mapping[str, str], *, source: str | Path) -> PictureRecord:
         raise ValueError(f"{source}: its parameters cannot be read: {where}: {first['msg']}") from None
 
 
+def is_of(file: Path, record: PictureRecord) -> bool:
+    """Whether a PNG is there whose parameters are these to the last one."""
+    from controlkit.images import read_png_text
+
+    try:
+        return file.is_file() and parse(read_png_text(file), source=file) == record
+    except ValueError:
+        return False
+
+
 def _foreign(text: Mapping[str, str]) -> str:
     """What a picture of another program carries, in a few words."""
     if INFOTEXT_CHUNK in text:

@@ -45,6 +45,7 @@ APPLICATION = {
         "map_pipeline",
         "generate_job",
         "generate_notes",
+        "generate_folder",
         "generate_plan",
         "generate_preview",
         "grid_job",

@@ -1,0 +1,179 @@
+"""`controlkit generate` for folders: a picture for each one there, by one request, with models loaded once.
+
+Where a control's picture, a map, the picture to start from or its mask is a folder, each of its pictures has
+its turn; several folders go together by their pictures' names. What is there already, made in the very same
+way, stays, so that a job that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Protocol
+
+from controlkit.arguments import is_none, split_control
+from controlkit.files import at_home
+from controlkit.generate_job import Report as JobReport
+from controlkit.generate_job import Session, write_all
+from controlkit.generate_plan import Plan, check_preview
+from controlkit.picture_files import DEPTH_SUFFIXES, SUFFIXES, find_pictures, unread_below
+from controlkit.startup import nothing_collected
+
+USUAL_FOLDER = "out"
+_NAMED = 3  # names in a message
+
+
+class Report(JobReport, Protocol):
+    """What such a job says besides."""
+
+    def note(self, text: str) -> None:
+        """Something worth knowing, in one line."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one picture is made from, as on the command line; output: its .png."""
+
+    controls: tuple[str, ...]
+    maps: tuple[str, ...]
+    start: str | None
+    mask: str | None
+    output: str
+
+
+@dataclass
+class Result:
+    """What became of the pictures: files that were written, those that were there, and what is left out."""
+
+    made: list[Path] = field(default_factory=list)
+    kept: list[Path] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+
+    def summary(self, seconds: float) -> str:
+        """What became of them, in a line."""
+        made, kept, failed = len(self.made), len(self.kept), len(self.failed)
+        place = os.path.commonpath([path.parent for path in (*self.made, *self.kept)])
+        told = f"wrote {made:,} picture{'s' * (made != 1)} into {place}, in {seconds:.0f} s"
+        told += f"; {kept:,} made in the same way {'was' if kept == 1 else 'were'} there" * (kept > 0)
+        return told + f"; {failed:,} left out" * (failed > 0)
+
+
+def requests(whole: Request, report: Report, *, usual: str = "") -> list[Request]:
+    """A request for each picture of the folders that are named; none where there is no folder.
+
+    The output of ``whole``, or else ``usual``, is the folder of theirs, which keep the names that the
+    pictures have below the first folder. Raises ValueError, one line: a folder has no picture, another one
+    lacks one of its names, or the output is no folder, or one of these.
+    """
+    places = [split_control(text)[1] for text in (*whole.controls, *whole.maps) if not is_none(text)]
+    places += [text for text in (whole.start, whole.mask) if text and not is_none(text)]
+    folders = [place for place in dict.fromkeys(map(at_home, places)) if os.path.isdir(place)]
+    if not folders:
+        return []
+    whole = replace(whole, output=usual or whole.output)
+    output = Path(at_home(whole.output))
+    if output.suffix.lower() == ".png" or output.is_file():
+        raise ValueError(f"{folders[0]} is a folder, so that -o names one, too, and not {whole.output}")
+    if os.path.realpath(output) in map(os.path.realpath, folders):
+        raise ValueError(f"{whole.output} holds what is followed: -o names another folder")
+    of_maps = {at_home(split_control(text)[1]) for text in whole.maps}
+    found = {folder: _pictures(folder, output, report, is_map=folder in of_maps) for folder in folders}
+    names = list(found[folders[0]])
+    for folder in folders[1:]:
+        _check_partners(folder, found[folder], folders[0], names, report)
+    return [_of_picture(whole, {folder: str(found[folder][n]) for folder in folders}, n) for n in names]
+
+
+def _pictures(folder: str, output: Path, report: Report, *, is_map: bool) -> dict[str, Path]:
+    """The pictures of a folder by their names, without what such a job has written there."""
+    suffixes = DEPTH_SUFFIXES if is_map else SUFFIXES
+    for suffix, count in unread_below([folder], suffixes).items():
+        report.note(f"left out, for that format is not read: {count} of {suffix}")
+    pictures = find_pictures([folder], leave_out=[output], suffixes=suffixes)
+    return {picture.name: picture.path for picture in pictures}
+
+
+def _check_partners(
+    folder: str, found: dict[str, Path], first: str, names: Sequence[str], report: Report
+) -> None:
+    missing = [name for name in names if name not in found]
+    if missing:
+        shown = ", ".join(missing[:_NAMED]) + (f" and {len(missing) - _NAMED} more" * (len(missing) > _NAMED))
+        raise ValueError(f"{folder} has no picture of the name that one in {first} has: {shown}")
+    if len(found) > len(names):
+        report.note(f"{len(found) - len(names)} of {folder} are not used: {first} has none of their names")
+
+
+def _of_picture(whole: Request, places: dict[str, str], name: str) -> Request:
+    """The request for the pictures of one name."""
+
+    def control(text: str) -> str:
+        if is_none(text):
+            return text
+        before, path, after = split_control(text)
+        return f"{before}{places.get(at_home(path), path)}{after}"
+
+    def picture(text: str | None) -> str | None:
+        return text if text is None else places.get(at_home(text), text)
+
+    return Request(
+        tuple(map(control, whole.controls)),
+        tuple(map(control, whole.maps)),
+        picture(whole.start),
+        picture(whole.mask),
+        str(Path(at_home(whole.output)) / f"{name}.png"),
+    )
+
+
+def run(
+    asked: Sequence[Request],
+    plan: Callable[[Request], Plan],
+    report: Report,
+    *,
+    preview: str | None = None,
+    notes: Callable[[Plan], Sequence[str]] = lambda job: job.notes,
+) -> Result:
+    """Make a picture for each request, one after the other.
+
+    plan: checks a request. The first one's faults are raised; later ones, which lie in their pictures, are
+    told, and the job goes on. notes: what is to be known of a plan; each line is told once.
+    """
+    result, session, told = Result(), None, set[str]()
+    for number, request in enumerate(asked):
+        created = _with_folders(Path(request.output).parent)
+        try:
+            job = plan(request)
+        except ValueError as error:
+            for folder in created:
+                folder.rmdir()
+            if not number:
+                raise
+            result.failed.append(request.output)
+            report.note(f"left out: {error}")
+            continue
+        for line in notes(job):
+            if line not in told:
+                told.add(line)
+                report.note(f"note: {line}")
+        shown = None if preview is None else check_preview(preview, job)
+        with nothing_collected():
+            session = Session(job, report, preview=shown) if session is None else session.turned_to(job)
+        session.check_told()
+        report.status(f"picture {number + 1} of {len(asked)}: {request.output}")
+        written: list[Path] = []
+        write_all(session, finished=lambda k, _: written.append(job.outputs[k]), again=False)  # noqa: B023
+        result.made += written
+        result.kept += [output for output in job.outputs if output not in written]
+    return result
+
+
+def _with_folders(folder: Path) -> list[Path]:
+    """Make a folder and those above it; returns which were not there, the innermost first."""
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"the folder {folder} cannot be made: {error.strerror or error}") from error
+    return missing

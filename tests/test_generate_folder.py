@@ -1,0 +1,117 @@
+"""`controlkit generate` with folders: a picture for each one there, as if it had been asked for alone."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from outcomes import Run
+
+from controlkit.images import load_picture, write_png
+from controlkit.preprocessors import get
+
+
+@pytest.fixture
+def photos(generate: Run) -> Path:
+    """Three photos, one in a folder below; the fixture `generate` has gone to an empty folder."""
+    place = Path("my photos")
+    for number, name in enumerate(("cat.png", "dog: 0.5.png", "more/cat.png")):
+        picture = np.full((64, 64, 3), 40, np.uint8)
+        picture[16:48, 8 + 8 * number : 44] = (200, 60 + 40 * number, 90)
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        write_png(place / name, picture)
+    (place / "notes.txt").write_text("no picture")
+    return place
+
+
+@pytest.fixture
+def of_base(run: Run, models: Path) -> Run:
+    fixed = ("generate", "a cube", "--base", models / "sd1", "--adapter", f"canny={models / 'canny-sd1'}")
+    return lambda *more: run(*fixed, "--steps", 2, *more)
+
+
+def test_each_picture_is_as_it_is_alone(of_base: Run, photos: Path) -> None:
+    outcome = of_base("--control", f"canny={photos}:0.7:end=0.5")
+    assert outcome.done().startswith("wrote 3 pictures into out, in ")
+    for name in ("cat", "dog: 0.5", "more/cat"):
+        of_base("--control", f"canny={photos / name}.png:0.7:end=0.5", "-o", "alone.png").done()
+        assert np.array_equal(load_picture("alone.png"), load_picture(f"out/{name}.png"))
+
+
+def test_a_job_that_was_stopped_goes_on(of_base: Run, photos: Path) -> None:
+    asked = ("--control", f"canny={photos}", "-o", "made", "--seed", 3)
+    of_base(*asked).done()
+    times = {path: path.stat().st_mtime_ns for path in Path("made").rglob("*.png")}
+    Path("made/more/cat.png").unlink()
+    told = of_base(*asked).done()
+    assert told.startswith("wrote 1 picture into made")
+    assert told.endswith("; 2 made in the same way were there\n")
+    assert [path for path, then in times.items() if path.stat().st_mtime_ns != then] == [
+        Path("made/more/cat.png")
+    ]
+    Path("made/cat.png").write_bytes(Path("made/cat.png").read_bytes()[:-50])  # half a file is made again
+    turned = np.rot90(load_picture(photos / "dog: 0.5.png"))
+    write_png(photos / "dog: 0.5.png", np.ascontiguousarray(turned))
+    assert of_base(*asked).done().startswith("wrote 2 pictures into made")
+    assert of_base(*asked, "--guidance", 3).done().startswith("wrote 3 pictures into made")
+
+
+def test_folders_go_together_by_names(of_base: Run, photos: Path) -> None:
+    for path in photos.rglob("*.png"):
+        kept = Path("edges") / path.relative_to(photos)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_png(kept, get("canny")(load_picture(path)).image)
+    both = ("--map", "canny=edges", "--from", photos, "--strength", 0.5)
+    assert of_base(*both, "-o", "both", "-n", 2).done().startswith("wrote 6 pictures into both, in ")
+    of_base(
+        "--map", "canny=edges/more/cat.png", "--from", photos / "more" / "cat.png", "--strength", 0.5
+    ).done()
+    assert np.array_equal(load_picture("out.png"), load_picture("both/more/cat-1.png"))
+
+    Path("edges/more/cat.png").rename("edges/third.png")
+    told = of_base("--from", photos, "--map", "canny=edges").refused()
+    assert "my photos has no picture of the name that one in edges has: third" in told
+    for name in "abcd":
+        write_png(photos / f"{name}.png", np.zeros((64, 64, 3), np.uint8))
+    told = of_base("--control", f"canny={photos}", "--from", "edges").refused()
+    assert "edges has no picture of the name that one in my photos has: a, b, c and 2 more" in told
+    told = of_base("--control", "canny=edges/cat.png", "--map", "canny=edges/cat.png", "--from", photos)
+    assert told.done().startswith("wrote 7 pictures")
+
+
+def test_what_cannot_be_read_is_left_out_and_named(of_base: Run, photos: Path) -> None:
+    (photos / "dog: 0.5.png").write_bytes(b"nothing")
+    outcome = of_base("--control", f"canny={photos}")
+    assert outcome.code == 1
+    assert "left out: my photos/dog: 0.5.png" in outcome.err
+    assert outcome.out.endswith("; 1 left out\n")
+    assert sorted(path.as_posix() for path in Path("out").rglob("*.png")) == [
+        "out/cat.png",
+        "out/more/cat.png",
+    ]
+
+
+def test_what_is_wrong_with_the_request_stops_it(of_base: Run, photos: Path) -> None:
+    followed = ("--control", f"canny={photos}")
+    for more, message in (
+        (("--scheduler", "dddim"), "unknown scheduler 'dddim'"),
+        (("-o", "made.png"), "my photos is a folder, so that -o names one, too, and not made.png"),
+        (("-o", photos), "my photos holds what is followed: -o names another folder"),
+        (("--grid", "seed=1,2"), "a grid is of one picture: name a file"),
+    ):
+        assert message in of_base(*followed, *more).refused()
+    assert not Path("out").exists()
+    Path("empty").mkdir()
+    assert "empty: no picture is there" in of_base("--control", "canny=empty").refused()
+
+
+def test_what_is_made_within_the_folder_is_not_followed(of_base: Run, photos: Path) -> None:
+    asked = ("--control", f"canny={photos}", "-o", photos / "made")
+    assert of_base(*asked).done().startswith("wrote 3 pictures")
+    assert of_base(*asked).done().startswith("wrote 0 pictures")
+
+
+def test_notes_are_told_once(of_base: Run, photos: Path) -> None:
+    outcome = of_base("--control", f"canny={photos}", "--guidance", 1, "--negative", "blue")
+    assert outcome.done()
+    assert outcome.err.count("loading the libraries and the base") == 1
+    assert outcome.err.count("has no effect") == 1
