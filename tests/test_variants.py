@@ -32,11 +32,12 @@ SMALL = {"rank": 4, "size_ratio": 0.5}
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Pictures with maps of two kinds, a base of each family, and a cache for the runs of this module."""
+    """Pictures with maps of two kinds, a base of each family, an older SD1, a cache for this module's runs."""
     folder = tmp_path_factory.mktemp("variants")
     write_pictures(folder / "pictures", count=6)
     for family in tiny_models.FAMILIES:
         tiny_models.build(folder / family, family)
+    tiny_models.build(folder / "old", "sd1", seed=5)
     patch = pytest.MonkeyPatch()
     patch.setenv("CONTROLKIT_CACHE", str(folder / "cache"))
     sample_in(3, patch)  # what the pictures show is no matter here
@@ -284,7 +285,6 @@ def test_a_union_is_no_start_for_other_kinds(place: Path) -> None:
 
 def test_what_was_learned_is_carried_to_another_base_once(place: Path) -> None:
     """Of a whole ControlNet by the bases' difference; a Control-LoRA is a change to any base already."""
-    tiny_models.build(place / "old", "sd1", seed=5)
     new = load_base(str(place / "sd1"))
     old = load_base(str(place / "old"))
     network = from_base(old, hint_channels=(4, 8, 8, 8), seed=1)
