@@ -145,6 +145,11 @@ def run(
         created = _with_folders(Path(request.output).parent)
         try:
             job = plan(request)
+            for line in notes(job):
+                if line not in told:
+                    told.add(line)
+                    report.note(f"note: {line}")
+            session = _session(job, session, report, preview)
         except ValueError as error:
             for folder in created:
                 folder.rmdir()
@@ -153,20 +158,29 @@ def run(
             result.failed.append(request.output)
             report.note(f"left out: {error}")
             continue
-        for line in notes(job):
-            if line not in told:
-                told.add(line)
-                report.note(f"note: {line}")
-        shown = None if preview is None else check_preview(preview, job)
-        with nothing_collected():
-            session = Session(job, report, preview=shown) if session is None else session.turned_to(job)
-        session.check_told()
         report.status(f"picture {number + 1} of {len(asked)}: {request.output}")
-        written: list[Path] = []
-        write_all(session, finished=lambda k, _: written.append(job.outputs[k]), again=False)  # noqa: B023
-        result.made += written
-        result.kept += [output for output in job.outputs if output not in written]
+        made = _written(session)
+        result.made += made
+        result.kept += [output for output in job.outputs if output not in made]
     return result
+
+
+def _session(job: Plan, before: Session | None, report: Report, preview: str | None) -> Session:
+    """What makes the pictures of a plan, with the models of the one before."""
+    shown = None if preview is None else check_preview(preview, job)
+    if before is not None:
+        return before.turned_to(job)
+    with nothing_collected():
+        session = Session(job, report, preview=shown)
+    session.check_told()
+    return session
+
+
+def _written(session: Session) -> list[Path]:
+    """Make the pictures that are not there; returns their files."""
+    made: list[Path] = []
+    write_all(session, finished=lambda k, _: made.append(session.job.outputs[k]), again=False)
+    return made
 
 
 def _with_folders(folder: Path) -> list[Path]:

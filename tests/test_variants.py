@@ -32,7 +32,7 @@ SMALL = {"rank": 4, "size_ratio": 0.5}
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Pictures with maps of two kinds, a base of each family, an older SD1, a cache for this module's runs."""
+    """Pictures with maps of two kinds, a base of each family, another SD1, and a cache for all runs."""
     folder = tmp_path_factory.mktemp("variants")
     write_pictures(folder / "pictures", count=6)
     for family in tiny_models.FAMILIES:
