@@ -190,7 +190,6 @@ def generate(
         with at_work(memory, base, *base.encoders):
             text = encode_text(reader, prompt, negative_prompt, guidance=guided.scale, syntax=prompt_syntax)
             labels = Labels(base, told)
-            sizes = told.of_branches(len(text.encoder_hidden_states))
         with at_work(memory, base, *judges):
             guide = _guide(base, clip_guidance, prompt, prompt_syntax)
         with at_work(memory, base, *networks):
@@ -204,6 +203,7 @@ def generate(
             guidance=guided,
             guide=guide,
             picture_prompts=picture_prompts,
+            sizes=told.of_branches(len(text.encoder_hidden_states)),
             temperature=temperature,
             savings=savings,
             tiles=tiles,
@@ -228,7 +228,6 @@ def generate(
                     schedule=schedule,
                     generators=generators,
                     class_labels=class_labels,
-                    sizes=sizes,
                     callback=_counting(callback, batch=batch, batches=batches),
                 )
             for picture in _decoded(base, latents, memory):
