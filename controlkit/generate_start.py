@@ -109,7 +109,7 @@ def _check_nothing(mask: str | None, strength: float | None) -> None:
 
 def _given(path: str) -> _File:
     path = files.at_home(path)
-    images.picture_size(path)  # which says what is wrong with the file
+    images.stored_size(path)  # which says what is wrong with the file
     return _File(path, files.sha256_file(path), Path(path))
 
 

@@ -96,7 +96,7 @@ def load_mask(path: PathLike) -> np.ndarray:
     return ((colour.max(axis=2).astype(np.uint32) * alpha + 127) // 255).astype(np.uint8)
 
 
-def picture_size(
+def stored_size(
     source: "PathLike | bytes | np.ndarray", *, max_pixels: int = DEFAULT_MAX_PIXELS
 ) -> tuple[int, int]:
     """Return the width and height that :func:`load_picture` would give, from a file's header alone.

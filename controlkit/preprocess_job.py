@@ -56,7 +56,7 @@ def plan(
     beside.check((kind,))
     (path,) = arguments.numbered_outputs(output, 1)
     if not reads_depth(settings):
-        images.picture_size(picture)  # which says what is wrong with the file
+        images.stored_size(picture)  # which says what is wrong with the file
     for written in _outputs(kind, path, beside):
         arguments.check_not_input(written, [Path(picture)])
         files.check_writable(written)

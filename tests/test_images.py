@@ -454,12 +454,12 @@ def test_runs_are_coded_without_loss(size: tuple[int, int]) -> None:
 
 def test_a_header_tells_the_size(tmp_path: Path) -> None:
     Image.new("RGB", (30, 20)).save(tmp_path / "a.jpg")
-    assert images.picture_size(tmp_path / "a.jpg") == (30, 20)
+    assert images.stored_size(tmp_path / "a.jpg") == (30, 20)
     with pytest.raises(ValueError, match="has 30 x 20 pixels; at most 599 pixels are read"):
-        images.picture_size(tmp_path / "a.jpg", max_pixels=599)
+        images.stored_size(tmp_path / "a.jpg", max_pixels=599)
     (tmp_path / "b.jpg").write_text("<html>")
     with pytest.raises(ValueError, match="is not a picture but an HTML page"):
-        images.picture_size(tmp_path / "b.jpg")
+        images.stored_size(tmp_path / "b.jpg")
 
 
 @pytest.mark.parametrize("place", ["JPEG", "PNG", "PNG, behind the pixels"])
@@ -475,17 +475,17 @@ def test_the_size_is_that_of_the_upright_picture(place: str) -> None:
         broken = bytearray(data)
         broken[data.index(b"IDAT") + 6] ^= 0xFF
         with pytest.raises(ValueError, match="is damaged or truncated"):
-            images.picture_size(bytes(broken))
+            images.stored_size(bytes(broken))
     else:
         data = encoded(picture, place, exif=told)
-    assert images.picture_size(data) == (20, 30)
+    assert images.stored_size(data) == (20, 30)
     assert images.load_picture(data).shape == (30, 20, 3)
 
 
 def test_the_size_of_a_damaged_png_is_told_without_its_pixels() -> None:
     data = encoded(Image.effect_noise((64, 48), 50).convert("RGB"))
     for part in (data[: len(data) // 2], data[:60]):
-        assert images.picture_size(part) == (64, 48)
+        assert images.stored_size(part) == (64, 48)
         with pytest.raises(ValueError, match="is damaged or truncated"):
             images.load_picture(part)
 

@@ -53,7 +53,7 @@ def displayable(path: str | None) -> Any:
 def upload_size(path: str) -> tuple[int, int]:
     """Width and height of an uploaded picture, upright, by its header. Raises ValueError as `read_upload`."""
     try:
-        return images.picture_size(path, max_pixels=MAX_PIXELS)
+        return images.stored_size(path, max_pixels=MAX_PIXELS)
     except ValueError as error:
         raise ValueError(str(error).replace(path, os.path.basename(path))) from error
 

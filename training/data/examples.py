@@ -102,9 +102,9 @@ def content_digest(content: bytes | NDArray[Any]) -> bytes:
     return hashlib.sha256(f"{array.dtype} {array.shape}".encode() + array.tobytes()).digest()
 
 
-def picture_size(example: Example) -> tuple[int, int]:
+def size_of_example(example: Example) -> tuple[int, int]:
     """Width and height of an example's picture, upright, from its header. Raises ValueError that names it."""
     try:
-        return images.picture_size(example.picture.read())
+        return images.stored_size(example.picture.read())
     except ValueError as error:
         raise ValueError(f"{example.name}: {error}") from error

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from controlkit.training.config_adapter import ControlNetRecipe, DataRecipe
-from controlkit.training.data.examples import Example, Examples, picture_size
+from controlkit.training.data.examples import Example, Examples, size_of_example
 from controlkit.training.data.world_examples import world_examples
 from controlkit.training.draws import derived_seed
 from controlkit.training.world import VALIDATION_SCENES, load_world
@@ -78,7 +78,7 @@ def _looked_at(examples: Examples, recipe: ControlNetRecipe, report: Report) -> 
     """The size of each picture, None where the pair is left out."""
     data = recipe.data
     if not data.check:
-        return [picture_size(example) for example in examples]
+        return [size_of_example(example) for example in examples]
     from controlkit.training.data.check import check_examples
 
     check = check_examples(examples, data=data, kind=recipe.map, report=report)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from controlkit.base import Base
 from controlkit.training.config_adapter import ControlNetRecipe
 from controlkit.training.data.encoded import Encoded, Sample
-from controlkit.training.data.examples import Example, picture_size
+from controlkit.training.data.examples import Example, size_of_example
 from controlkit.training.data.feeds import maps_of
 from controlkit.training.data.order import Turn
 from controlkit.training.data.pairs import SHOWN_TRAINED, held_of
@@ -118,6 +118,6 @@ def encoded_live(
 def _size(example: Example) -> tuple[int, int] | None:
     """Width and height of a picture, upright; None where it cannot be read, which its visit then says."""
     try:
-        return picture_size(example)
+        return size_of_example(example)
     except ValueError:
         return None

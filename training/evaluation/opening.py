@@ -11,7 +11,7 @@ import numpy as np
 
 from controlkit.training.config import ControlNetRecipe, load_recipe
 from controlkit.training.config_adapter import DataRecipe
-from controlkit.training.data.examples import picture_size
+from controlkit.training.data.examples import size_of_example
 from controlkit.training.data.made_maps import range_ends
 from controlkit.training.data.source_recipe import recipe_of
 from controlkit.training.data.visits import Visits
@@ -158,7 +158,7 @@ def _sizes(examples: Sequence[Example], data: DataRecipe, report: Report) -> lis
     broken: list[str] = []
     for example in examples:
         try:
-            sizes.append(picture_size(example))
+            sizes.append(size_of_example(example))
         except ValueError as error:
             sizes.append(None)
             broken.append(str(error))
