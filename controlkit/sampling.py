@@ -242,12 +242,13 @@ def _decoded(base: Base, latents: Tensor, memory: Memory | None) -> list[np.ndar
     with at_work(memory, base, base.vae):
         at_once = 1 if memory is None and base.device.type != "cpu" else len(latents)
         decoded = torch.cat([base.decode_latents(part) for part in latents.split(at_once)])
-    if not torch.isfinite(decoded).all():
+    try:
+        return images.tensor_to_pictures(decoded)
+    except ValueError as error:  # of numbers that are not finite
         raise ValueError(
             "the latents are finite, and the picture decoded from them is not: damaged weights of the VAE, or"
             " float16 overflow in it, as SDXL's first one has (another --vae, or --dtype bf16)"
-        )
-    return images.tensor_to_pictures(decoded)
+        ) from error
 
 
 def _guide(base: Base, guidance: ClipGuidance | None, prompt: str, syntax: str) -> ClipGuide | None:
