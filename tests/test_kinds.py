@@ -382,7 +382,8 @@ def test_every_kind_follows_window_mode_mask_and_scale(load: Callable[[str], Bas
     alone, full = our_latents(base, [], **request), latents()
     assert (full - alone).abs().max() > 1e-2
     assert torch.equal(latents(scale=0.0), alone)
-    assert torch.allclose(latents(mask=torch.full((SIZE, SIZE), 1e-8)), alone, atol=1e-5)
+    # Rounding alone moves these latents by 3e-5 where the base was laid out before, the control by 1 to 6.
+    assert torch.allclose(latents(mask=torch.full((SIZE, SIZE), 1e-8)), alone, atol=1e-4)
     assert torch.allclose(latents(mask=torch.ones(SIZE, SIZE)), full, atol=1e-4)
     others = [latents(scale=0.5), latents(end=0.5), latents(mode="unbalanced"), latents(mode="prompt")]
     some = 3 if kind in ("controlnet-xs", "lite", "lllite") else 4  # one connection has no curve
