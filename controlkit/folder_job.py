@@ -16,7 +16,14 @@ from controlkit import limits, preprocessors
 from controlkit.generate_job import Report
 from controlkit.map_folder import METADATA, SHEET, MapFolder, folders_of_maps, without_second_names
 from controlkit.map_pipeline import MapPipeline, Outcome
-from controlkit.picture_files import DEPTH_SUFFIXES, SUFFIXES, Picture, find_pictures, unread_below
+from controlkit.picture_files import (
+    DEPTH_SUFFIXES,
+    SUFFIXES,
+    Picture,
+    find_pictures,
+    unread_below,
+    unread_lines,
+)
 from controlkit.preprocess_job import Beside, reads_depth, settings_of_kinds
 from controlkit.preprocessors import Preprocessor
 from controlkit.processes import Processes
@@ -133,8 +140,8 @@ def run(job: Plan, report: FolderReport) -> Result:
     extractors = _loaded(job, todo, processes, report)  # first: where one cannot be had, no folder is made
     if processes.is_first:
         job.folder.prepare()
-        for suffix, count in job.unread.items():
-            report.note(f"left out, for that format is not read: {count} of {suffix}")
+        for line in unread_lines(job.unread):
+            report.note(line)
     processes.wait()
     _make_maps(job, todo, extractors, result, report, share=len(_share(job, processes)))
     shares = processes.gather([result])

@@ -11,25 +11,17 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
 
 from controlkit.arguments import is_none, split_control
 from controlkit.files import at_home
-from controlkit.generate_job import Report as JobReport
+from controlkit.folder_job import FolderReport as Report
 from controlkit.generate_job import Session, write_all
 from controlkit.generate_plan import Plan, check_preview
-from controlkit.picture_files import DEPTH_SUFFIXES, SUFFIXES, find_pictures, unread_below
+from controlkit.picture_files import DEPTH_SUFFIXES, SUFFIXES, find_pictures, unread_below, unread_lines
 from controlkit.startup import nothing_collected
 
 USUAL_FOLDER = "out"
 _NAMED = 3  # names in a message
-
-
-class Report(JobReport, Protocol):
-    """What such a job says besides."""
-
-    def note(self, text: str) -> None:
-        """Something worth knowing, in one line."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +81,8 @@ def requests(whole: Request, report: Report, *, usual: str = "") -> list[Request
 def _pictures(folder: str, output: Path, report: Report, *, is_map: bool) -> dict[str, Path]:
     """The pictures of a folder by their names, without what such a job has written there."""
     suffixes = DEPTH_SUFFIXES if is_map else SUFFIXES
-    for suffix, count in unread_below([folder], suffixes).items():
-        report.note(f"left out, for that format is not read: {count} of {suffix}")
+    for line in unread_lines(unread_below([folder], suffixes)):
+        report.note(line)
     pictures = find_pictures([folder], leave_out=[output], suffixes=suffixes)
     return {picture.name: picture.path for picture in pictures}
 

@@ -8,7 +8,7 @@ import io
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -69,6 +69,11 @@ def unread_below(arguments: Sequence[str], suffixes: frozenset[str] = SUFFIXES) 
     folders = [name for name in arguments if os.path.isdir(name)]
     found = (file.suffix.lower() for name in folders for file in _files_below(name, frozenset(), unread))
     return dict(sorted(Counter(found).items()))
+
+
+def unread_lines(found: Mapping[str, int]) -> list[str]:
+    """What `unread_below` found, a line for each format."""
+    return [f"left out, for that format is not read: {count} of {suffix}" for suffix, count in found.items()]
 
 
 def _what_was_looked_for(argument: str, suffixes: frozenset[str]) -> str:

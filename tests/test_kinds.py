@@ -1,6 +1,8 @@
 """Control networks of other kinds: T2I-Adapter, ControlNet-XS, ControlNet-Union, and our light network."""
 
+import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -373,6 +375,9 @@ def test_latents_under_two_maps_of_a_union_equal_the_pipeline(load: Callable[[st
 def test_every_kind_follows_window_mode_mask_and_scale(load: Callable[[str], Base], kind: str) -> None:
     # Three levels: with four, the tiny norms of a ControlNet-XS have one value in a group at this size.
     base = load("sdxl" if kind in ("controlnet-xs", "lllite") else "sd1")
+    # Not as a generation before may have laid it out: kernels for another layout round otherwise.
+    plain = copy.deepcopy(base.unet).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    base = replace(base, unet=plain)
     network = MAKE[kind](base)
     request: dict[str, Any] = {"seed": 7, "steps": 4, "scheduler": "ddim"}
 
@@ -382,8 +387,7 @@ def test_every_kind_follows_window_mode_mask_and_scale(load: Callable[[str], Bas
     alone, full = our_latents(base, [], **request), latents()
     assert (full - alone).abs().max() > 1e-2
     assert torch.equal(latents(scale=0.0), alone)
-    # Rounding alone moves these latents by 3e-5 where the base was laid out before, the control by 1 to 6.
-    assert torch.allclose(latents(mask=torch.full((SIZE, SIZE), 1e-8)), alone, atol=1e-4)
+    assert torch.allclose(latents(mask=torch.full((SIZE, SIZE), 1e-8)), alone, atol=1e-5)
     assert torch.allclose(latents(mask=torch.ones(SIZE, SIZE)), full, atol=1e-4)
     others = [latents(scale=0.5), latents(end=0.5), latents(mode="unbalanced"), latents(mode="prompt")]
     some = 3 if kind in ("controlnet-xs", "lite", "lllite") else 4  # one connection has no curve

@@ -33,6 +33,7 @@ APPLICATION = {
         "__main__",
         "cli",
         "cli_files",
+        "cli_generate",
         "cli_training",
         "convert_job",
         "models_job",

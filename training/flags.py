@@ -133,13 +133,15 @@ def _steps(command: Command, pairs: int | None) -> tuple[int, str]:
 
 def _counted(command: Command) -> int | None:
     """The pairs of a data set that is a folder or a file here, None of one on the hub."""
-    mapped = {key: value for key, (value, _) in {**_mapped(command), **_data(command)}.items()}
-    data = DataRecipe(**{key[5:]: value for key, value in mapped.items() if key.startswith("data.")})
-    if not os.path.exists(os.path.expanduser(data.source)):
+    source, _ = _data(command)["data.source"]
+    if not os.path.exists(os.path.expanduser(source)):
         return None
     from controlkit.training.data.sources import open_examples
 
-    return len(open_examples(data))
+    mapped = _mapped(command)
+    columns = {FLAGS[name].key: mapped.get(FLAGS[name].key, ("", ""))[0] for name in _COLUMNS}
+    named = {key.removeprefix("data."): name for key, name in columns.items()}
+    return len(open_examples(DataRecipe(source=source, **named)))
 
 
 def _precision(command: Command) -> tuple[str, str]:

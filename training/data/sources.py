@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from controlkit import preprocessors
-from controlkit.picture_files import DEPTH_SUFFIXES, SUFFIXES, unread_below
+from controlkit.picture_files import DEPTH_SUFFIXES, SUFFIXES, unread_below, unread_lines
 from controlkit.preprocessors.linting import KINDS
 from controlkit.training.config_adapter import DataRecipe
 from controlkit.training.data.map_files import sense_of
@@ -170,8 +170,7 @@ def _recognise_folder(folder: Path, data: DataRecipe) -> tuple[str, str]:
 
 def _unread(folder: str) -> list[str]:
     """Pictures of formats that are not read, a line for each."""
-    found = unread_below([folder], DEPTH_SUFFIXES)
-    return [f"left out, for that format is not read: {count} of {suffix}" for suffix, count in found.items()]
+    return unread_lines(unread_below([folder], DEPTH_SUFFIXES))
 
 
 def _listing(folder: Path, split: str, names: tuple[str, ...]) -> Path | None:
