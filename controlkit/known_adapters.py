@@ -193,8 +193,14 @@ KNOWN: tuple[KnownAdapter, ...] = (
         revision="d8ad966a3f33d9ba6a46ad663d86edb6cd779807",
     ),
     _t2i("sketch", _MAPS["scribble"]),
-    _t2i("lineart", _MAPS["lineart"]),
-    KnownAdapter("xinsir/controlnet-tile-sdxl-1.0", "sdxl", _MAPS["tile"], "apache-2.0"),
+    _t2i("lineart", _MAPS["lineart"], "5f1f33b049b96fa599f0aa3d77b31dbef5095e97"),
+    KnownAdapter(
+        "xinsir/controlnet-tile-sdxl-1.0",
+        "sdxl",
+        _MAPS["tile"],
+        "apache-2.0",
+        revision="1ae8d9529efe58f7362a987363ff86a7904dc84f",
+    ),
     KnownAdapter(
         "xinsir/controlnet-union-sdxl-1.0",
         "sdxl",
