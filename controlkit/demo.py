@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from controlkit import figures, metrics, preprocessors, sheets
-from controlkit.generate_job import Report, extractor_options
+from controlkit.generate_controls import extractor_options
+from controlkit.notices import Report
 from controlkit.startup import nothing_collected
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from controlkit import arguments, files, preprocessors
-from controlkit.generate_job import warn_if_black
+from controlkit.generate_controls import warn_if_black
 from controlkit.preprocess_job import Beside, write_map
 
 LARGEST_SIDE = 8192

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Protocol
 
 from controlkit import limits, preprocessors
-from controlkit.generate_job import Report
 from controlkit.map_folder import METADATA, SHEET, MapFolder, folders_of_maps, without_second_names
 from controlkit.map_pipeline import MapPipeline, Outcome
+from controlkit.notices import Report
 from controlkit.picture_files import (
     DEPTH_SUFFIXES,
     SUFFIXES,

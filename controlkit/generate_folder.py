@@ -163,7 +163,7 @@ def _session(job: Plan, before: Session | None, report: Report, preview: str | N
     if before is not None:
         return before.turned_to(job)
     with nothing_collected():
-        session = Session(job, report, preview=shown)
+        session = Session(job, report, preview=shown, many=True)
     session.check_told()
     return session
 

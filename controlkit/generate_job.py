@@ -11,44 +11,31 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from controlkit import generate_notes, images, infotext, known_adapters, limits, notices, preprocessors
+from controlkit import generate_notes, images, infotext, known_adapters, notices
 from controlkit.devices import multiplies_bfloat16, pick_device
 from controlkit.families import BUNDLED
+from controlkit.generate_controls import REGION_CURE, Controls, start_of
 from controlkit.generate_models import Models
-from controlkit.generate_plan import INPAINT, Beginning, Options, Plan, Source, adapted, versions
+from controlkit.generate_plan import Options, Plan, Source, adapted, versions
 from controlkit.generate_plan import plan as plan
 from controlkit.generate_preview import Preview, Show
-from controlkit.infotext import ControlRecord, PictureRecord
+from controlkit.infotext import PictureRecord
+from controlkit.notices import Report
 from controlkit.picture_sizes import MOST_CUT, share_cut
 from controlkit.settings import shared
 from controlkit.startup import nothing_collected
 
 if TYPE_CHECKING:
-    import torch
-
     from controlkit.adapters import Adapter
     from controlkit.base import Base
     from controlkit.class_labels import Told
     from controlkit.clip_guidance import Clip
-    from controlkit.control import Control
+    from controlkit.preprocessors import Preprocessor
     from controlkit.sampling import Start
-
-REGION_CURE = "a region is best given in the shape of the map"
-CONTROL_SETTINGS = ("scale", "start", "end", "gate", "mode", "layers", "only_mid")  # recorded as they are
-
-
-class Report(Protocol):
-    """How a job tells what it is doing; the command line shows it."""
-
-    def status(self, text: str) -> None:
-        """What happens now, in one line."""
-
-    def progress(self, done: int, total: int, note: str = "") -> None:
-        """How far the current part is."""
 
 
 def run(
@@ -108,10 +95,12 @@ class Session:
         preview: Path | Show | None = None,
         also: Sequence[Options] = (),
         models: Models | None = None,
+        many: bool = False,
     ) -> None:
         """Load everything. `first` is the record of the plan's first picture, with all that was decided.
 
-        also: the options of further pictures that are to be made. models: what is loaded already.
+        also: the options of further pictures that are to be made. models: what is loaded already. many: the
+        session is turned to further plans, so that what extracts maps is kept, where memory is not scarce.
         """
         models = models or Models()
         report.status(f"loading the libraries and the base {job.options.base}")
@@ -133,16 +122,18 @@ class Session:
         self._warn()
         self._warn_of_pictures()
         self._doubted: set[str] = set()  # of a grid's schedulers, each said once
-        self._maps: dict[tuple[object, ...], Any] = {}
+        self._extractors: dict[str, Preprocessor] | None = {} if many and not rests else None
+        self._controls = self._of_sources()
         self.first = self._within_memory(self.first)
 
     def turned_to(self, job: Plan) -> Session:
         """The same models for another plan, which differs in its pictures alone."""
         other = copy.copy(self)
-        other.job, other._maps = job, {}
+        other.job = job
         other.first, other.sources = _decided(job, self.base)
         of = [[source.record.adapter for source in one.sources] for one in (self, other)]
         assert of[0] == of[1], f"other adapters: {of}"
+        other._controls = other._of_sources()
         other._warn_of_pictures()
         other.first = other._within_memory(other.first)
         return other
@@ -150,6 +141,23 @@ class Session:
     def decided(self, job: Plan) -> PictureRecord:
         """The record of the first picture of another plan, for which the same is loaded."""
         return replace(_decided(job, self.base)[0], memory=self.first.memory)
+
+    def _of_sources(self) -> Controls:
+        return Controls(
+            self.base,
+            self.sources,
+            self.adapters,
+            beginning=self.job.beginning,
+            report=self.report,
+            extractors=self._extractors,
+        )
+
+    def _start(self, record: PictureRecord) -> Start | None:
+        beginning = self.job.beginning
+        if beginning is None:
+            return None
+        assert record.start is not None
+        return start_of(beginning, record.start.strength)
 
     def _warn(self) -> None:
         """Warn of what is not as it was asked for, now that the device is known."""
@@ -227,7 +235,7 @@ class Session:
             starts=first.start is not None or first.hires != 1,
             merge_tokens=first.merge_tokens,
         )
-        estimate = memory_plan.Estimate(self.base, self._controls(first, *size), request, self.clip)
+        estimate = memory_plan.Estimate(self.base, self._controls.of(first, *size), request, self.clip)
         batch_size = sampling.default_batch(self.base)
         memory, told = memory_plan.fit(estimate, limit=options.memory_limit, batch_size=batch_size)
         self.report.status(told)
@@ -252,8 +260,8 @@ class Session:
             sampling.generate(
                 self.base,
                 first.prompt,
-                controls=self._controls(first, first.width, first.height),
-                start=_start(self.job.beginning, first),
+                controls=self._controls.of(first, first.width, first.height),
+                start=self._start(first),
                 seeds=[record.seed for record in records],
                 width=first.width,
                 height=first.height,
@@ -298,8 +306,8 @@ class Session:
             return None
         from controlkit import cascade
 
-        controls = self._controls(first, *cascade.larger_size(first.width, first.height, first.hires))
-        start = _start(self.job.beginning, first)
+        controls = self._controls.of(first, *cascade.larger_size(first.width, first.height, first.hires))
+        start = self._start(first)
         return lambda picture, seed: cascade.refine(
             self.base,
             first.prompt,
@@ -311,52 +319,6 @@ class Session:
             start=start,
             **options,
         )
-
-    def _controls(self, record: PictureRecord, width: int, height: int) -> list[Control]:
-        """The controls of a picture of some size, their maps extracted where they are photos."""
-        from controlkit.control import Control
-        from controlkit.map_stacks import check_given, is_whole, stack
-
-        controls = []
-        for adapter, rows in self._rows(record):
-            (control, source), kinds = rows[0], [one.kind for one, _ in rows]
-            whole = is_whole(adapter, kinds)
-            if not whole:
-                hows = [[getattr(one, name) for name in (*CONTROL_SETTINGS, "mask")] for one, _ in rows]
-                check_given(adapter, kinds, hows)
-            maps = {one.kind: self._map_at(given, width, height) for one, given in rows}
-            kind, cond = (control.kind, maps[control.kind]) if whole else ("", stack(adapter, maps))
-            how = {name: getattr(control, name) for name in CONTROL_SETTINGS}
-            mask = None if source.mask is None else _region(source, width, height)
-            controls.append(Control(adapter, cond, mask=mask, kind=kind, **how))
-        return controls
-
-    def _rows(self, record: PictureRecord) -> list[tuple[Adapter, list[tuple[ControlRecord, Source]]]]:
-        """The controls and their sources: several maps that are one input of an adapter in one row."""
-        from controlkit.map_stacks import kinds_in
-
-        rows: dict[object, tuple[Adapter, list[tuple[ControlRecord, Source]]]] = {}
-        for number, (control, source, adapter) in enumerate(
-            zip(record.controls, self.sources, self.adapters, strict=True)
-        ):
-            key = id(adapter) if kinds_in(adapter) else (number,)
-            rows.setdefault(key, (adapter, []))[1].append((control, source))
-        return list(rows.values())
-
-    def _map_at(self, source: Source, width: int, height: int) -> np.ndarray | torch.Tensor:
-        key = (source.record.kind, source.record.is_map, source.file, width, height)
-        if key not in self._maps:
-            self._maps[key] = self._map(source, width, height)
-        return self._maps[key]
-
-    def _map(self, source: Source, width: int, height: int) -> np.ndarray | torch.Tensor:
-        if source.record.kind != INPAINT:
-            return _map_of(source, self.base, width, height, self.report)
-        from controlkit.starting import inpaint_cond
-
-        start = _start(self.job.beginning, self.first)
-        assert start is not None
-        return inpaint_cond(images.cover(source.picture, width, height), start.fitted(width, height).hole())
 
 
 def check_names(job: Plan, also: Sequence[Options] = ()) -> None:
@@ -384,34 +346,12 @@ def _asks_clip(job: Plan, also: Sequence[Options]) -> bool:
     return any(one.clip_guidance for one in (job.options, *also))
 
 
-def _start(beginning: Beginning | None, record: PictureRecord) -> Start | None:
-    if beginning is None:
-        return None
-    from controlkit.sampling import Start
-
-    assert record.start is not None
-    return Start(beginning.picture, record.start.strength, beginning.mask)
-
-
 def could_be_lower(job: Plan, record: PictureRecord) -> bool:
     """Whether a lower precision would be much faster where nobody chose one: of a large base, on a processor
     that multiplies in bfloat16 itself.
     """
     is_open = job.options.dtype is None and record.device == "cpu" and record.base not in BUNDLED
     return is_open and multiplies_bfloat16()
-
-
-def extractor_options(kind: str, *, bundled: bool, device: str = "cpu") -> dict[str, str]:
-    """How a preprocessor is set up beside a base: the bundled model for a bundled base, on its device."""
-    if kind not in ("openpose", "depth"):
-        return {}
-    return {"device": device, **({"model": "tiny"} if bundled else {})}
-
-
-def warn_if_black(image: np.ndarray, name: str) -> None:
-    """Warn of a map that tells a network nothing: no edge, nobody, or one depth everywhere."""
-    if not image.any():
-        notices.warn(f"{name} is black: nothing was found that a picture could follow", stacklevel=2)
 
 
 def _decided(job: Plan, base: Base) -> tuple[PictureRecord, list[Source]]:
@@ -452,18 +392,6 @@ def _decided(job: Plan, base: Base) -> tuple[PictureRecord, list[Source]]:
     return record, sources
 
 
-def _region(source: Source, width: int, height: int) -> np.ndarray:
-    """A control's mask for a picture of some size. Raises ValueError where nothing white of it is left."""
-    assert source.mask is not None
-    region = images.cover(source.mask, width, height)
-    if region.max() < limits.LEAST_WHITE <= source.mask.max():
-        raise ValueError(
-            f"{source.record.mask}: at {width}x{height} it is cropped, and all that is white in it with it;"
-            f" {REGION_CURE}"
-        )
-    return region
-
-
 def _adapters(
     sources: Sequence[Source], base: Base, models: Models, report: Report, *, rests: bool
 ) -> list[Adapter]:
@@ -490,20 +418,3 @@ def _clip(name: str, base: Base, report: Report, *, rests: bool) -> Clip | None:
 
     report.status(f"loading the CLIP {name}")
     return load_clip(name, device=base.unet.device if rests else base.device, dtype=base.dtype)
-
-
-def _map_of(source: Source, base: Base, width: int, height: int, report: Report) -> np.ndarray:
-    """One source's map at a size."""
-    from controlkit.map_sizes import cover_map
-
-    record = source.record
-    if record.is_map:
-        image = cover_map(source.picture, width, height, kind=record.kind)
-    else:
-        image = images.cover(source.picture, width, height)
-        report.status(f"extracting the {record.kind} map from {record.path}")
-        bundled = base.name in BUNDLED
-        options = extractor_options(record.kind, bundled=bundled, device=str(base.unet.device))
-        image = preprocessors.get(record.kind, **options).extract([image])[0].image
-        warn_if_black(image, f"the {record.kind} map of {record.path}")
-    return image

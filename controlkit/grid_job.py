@@ -13,7 +13,7 @@ import numpy as np
 
 from controlkit import images, sheets
 from controlkit.arguments import is_none, numbered_outputs
-from controlkit.generate_job import Report, Session, check_names
+from controlkit.generate_job import Session, check_names
 from controlkit.generate_like import temperature_fits
 from controlkit.generate_models import Models
 from controlkit.generate_notes import Variant
@@ -22,6 +22,7 @@ from controlkit.grid_axes import Axis
 from controlkit.infotext import GRID_CHUNK, PictureRecord, chunks
 from controlkit.limits import check_lora_weight, check_picture_scale
 from controlkit.naming import unknown
+from controlkit.notices import Report
 from controlkit.rules import check_rule
 from controlkit.startup import nothing_collected
 

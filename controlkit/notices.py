@@ -6,8 +6,19 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Protocol
 
 _listener: ContextVar[Callable[[str], None] | None] = ContextVar("listener", default=None)
+
+
+class Report(Protocol):
+    """How a job tells what it is doing; the command line shows it."""
+
+    def status(self, text: str) -> None:
+        """What happens now, in one line."""
+
+    def progress(self, done: int, total: int, note: str = "") -> None:
+        """How far the current part is."""
 
 
 def warn(line: str, *, stacklevel: int = 1) -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from controlkit import arguments, files, images, naming, preprocessors
-from controlkit.generate_job import Report, warn_if_black
+from controlkit.generate_controls import warn_if_black
+from controlkit.notices import Report
 
 if TYPE_CHECKING:
     from controlkit.preprocessors import Map

@@ -115,3 +115,15 @@ def test_notes_are_told_once(of_base: Run, photos: Path) -> None:
     assert outcome.done()
     assert outcome.err.count("loading the libraries and the base") == 1
     assert outcome.err.count("has no effect") == 1
+
+
+def test_what_draws_maps_is_loaded_once(of_base: Run, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def counted(kind: str, **options: object) -> object:
+        asked.append(kind)
+        return get(kind, **options)
+
+    monkeypatch.setattr("controlkit.preprocessors.get", counted)
+    assert of_base("--control", f"canny={photos}", "--hires", 2).done().startswith("wrote 3 pictures")
+    assert asked == ["canny"]

@@ -44,6 +44,7 @@ APPLICATION = {
         "folder_job",
         "map_folder",
         "map_pipeline",
+        "generate_controls",
         "generate_job",
         "generate_notes",
         "generate_folder",

@@ -132,7 +132,7 @@ class Engine:
 
     def _extractor(self, kind: str) -> Preprocessor:
         from controlkit.families import BUNDLED
-        from controlkit.generate_job import extractor_options
+        from controlkit.generate_controls import extractor_options
 
         if kind not in self._extractors:
             device = str(self.load().unet.device)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from controlkit.studio.uploads import MAX_BYTES
 
 if TYPE_CHECKING:
-    from controlkit.generate_job import Report
+    from controlkit.notices import Report
 
 HOST = "127.0.0.1"
 PORT = 7860
