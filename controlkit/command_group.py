@@ -80,7 +80,10 @@ class Commands(TyperGroup):
         except RuntimeError as error:
             if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
                 raise
-            _fail("the device's memory is full: ask for smaller pictures or batches (generate: --memory 6GB)")
+            _fail(
+                "the device's memory is full: ask for smaller pictures or batches (generate: --memory 6GB;"
+                " train: gradient_checkpointing=true, precision=bf16)"
+            )
         finally:
             _flush_stdout()
 

@@ -21,6 +21,11 @@ class Report(Protocol):
         """How far the current part is."""
 
 
+def reason(error: Exception) -> str:
+    """The first line of what an error says, or else what it is called."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
 def warn(line: str, *, stacklevel: int = 1) -> None:
     """Tell a line. stacklevel: as `warnings.warn` takes it, counted from who calls this."""
     listener = _listener.get()

@@ -7,7 +7,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import typer
@@ -20,7 +20,10 @@ SHORTEST_TIMED = 0.2  # seconds; a rate over less says nothing
 
 
 class Terminal:
-    """Status lines and progress on stderr: a bar in a terminal, now and then a line elsewhere."""
+    """Status lines and progress on stderr: a bar in a terminal, now and then a line elsewhere.
+
+    Where nobody hears it any more, as in a terminal that was closed, the work goes on.
+    """
 
     def __init__(self) -> None:
         self._bar: Progress | None = None
@@ -31,14 +34,15 @@ class Terminal:
         """Say what happens now; the next progress is that of something new."""
         self.close()
         self._last = time.monotonic()
-        typer.echo(f"{text} ...", err=True)
+        self._say(f"{text} ...")
 
     def note(self, text: str) -> None:
         """Say something without interrupting the progress."""
         if self._bar is None:
-            typer.echo(text, err=True)
+            self._say(text)
         else:
-            self._bar.console.print(text, markup=False, highlight=False)
+            with suppress(OSError):
+                self._bar.console.print(text, markup=False, highlight=False)
 
     def progress(self, done: int, total: int, note: str = "") -> None:
         """Show how far it is: the count, the rate, the time left, and a note."""
@@ -50,16 +54,22 @@ class Terminal:
         rate = "" if not seconds else f"{1 / seconds:.1f}/s" if seconds < 1 else f"{seconds:.1f} s each"
         left = f"{seconds * (total - done):.0f} s left" if seconds and done < total else ""
         if sys.stderr is not None and sys.stderr.isatty():
-            self._draw(done, total, "  ".join(part for part in (rate, left, note) if part))
+            with suppress(OSError):
+                self._draw(done, total, "  ".join(part for part in (rate, left, note) if part))
         elif done == total or now - self._last >= PLAIN_SECONDS:
             self._last = now
-            typer.echo("  ".join(part for part in (f"  {done}/{total}", rate, left, note) if part), err=True)
+            self._say("  ".join(part for part in (f"  {done}/{total}", rate, left, note) if part))
 
     def close(self) -> None:
         """Finish the bar."""
         if self._bar is not None:
-            self._bar.stop()
+            with suppress(OSError):
+                self._bar.stop()
         self._bar = self._first = None
+
+    def _say(self, text: str) -> None:
+        with suppress(OSError):
+            typer.echo(text, err=True)
 
     def _draw(self, done: int, total: int, text: str) -> None:
         from rich.console import Console

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from controlkit.controlnet import check_copyable
 from controlkit.formats.description import ENCODER
 from controlkit.kinds import kind_of
 from controlkit.layouts import keep_layout
+from controlkit.notices import reason
 from controlkit.schedulers import NO_SIGNAL, PURE_NOISE
 from controlkit.training.adapter_info import info_of
 from controlkit.training.adapter_inputs import Inputs
@@ -267,16 +269,21 @@ class ControlNetTask:
         scores = self._scored()
         return scores.row() if scores else {}
 
-    def _scored(self) -> ControlScores | None:
-        """Scores of control; where pictures cannot be made, that is said, and the training goes on."""
+    def _scored(self, *, at_the_end: bool = False) -> ControlScores | None:
+        """Scores of control; where pictures cannot be made, that is said, and the training goes on.
+
+        at_the_end: it is said, too, where maps of this kind cannot be scored.
+        """
         try:
-            return self.shown.score(self.controlnet)
+            scores = self.shown.score(self.controlnet)
+            why_not = self.shown.why_not_scored if scores is None and at_the_end else ""
         except (ValueError, RuntimeError) as error:
             if self.machine.sharded:  # the others wait for this process's share
                 raise
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            self.report(f"no scores of control: {reason}")
-        return None
+            scores, why_not = None, reason(error)
+        if why_not:
+            self.report(f"no scores of control: {why_not}")
+        return scores
 
     def remark(self, rows: Sequence[dict[str, Any]]) -> str | None:
         """When control took hold, or what to look at when it does not."""
@@ -298,9 +305,7 @@ class ControlNetTask:
         """Scores of control on the shown pairs, under the weights that the network holds now."""
         if not self.recipe.score_scenes or is_examined(self.recipe):
             return {}  # not wanted, or there will be a better measure
-        scores = self._scored()
-        if scores is None and self.shown.why_not_scored:
-            self.report(f"no scores of control: {self.shown.why_not_scored}")
+        scores = self._scored(at_the_end=True)
         return {} if scores is None else scores.to_json()
 
     def sample(self) -> NDArray[np.uint8]:
@@ -348,10 +353,16 @@ class ControlNetTask:
         """The control network and the U-Net with the weights that were trained, in all their bits.
 
         Those that the run computes with, where these are whole and fp32. Otherwise new ones on the CPU: of
-        networks in half precision the optimizer has finer weights, and what stayed as it was the base has.
+        networks in half precision the optimizer has finer weights, and what stayed as it was the base has,
+        or the adapter that the training began from: neither is needed where all of the network was trained.
         """
         if self.half is None and not self.machine.sharded:
             return self.controlnet, self.base.unet
+        names = {f"controlnet.{name}" for name in self.controlnet.state_dict()}
+        if self.recipe.sd_locked and not self.machine.sharded and names <= weights.keys():
+            whole = copy.deepcopy(self.controlnet).to("cpu", torch.float32)
+            whole.load_state_dict({name.removeprefix("controlnet."): weights[name].cpu() for name in names})
+            return whole, None
         unet = load_unet(self.recipe.base)
         network = self._made(replace(self.base, unet=unet, device=torch.device("cpu")))
         for prefix, module in {"controlnet.": network, "unet.": unet}.items():

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+_HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none
+
 
 class Interrupts:
     """Whether somebody asked the run to stop."""
@@ -17,15 +19,19 @@ class Interrupts:
         self.number: int = signal.SIGINT
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        """Handle a signal: the first is remembered, a second ends the run where it is."""
-        if self.wanted:
+        """Handle a signal: the first is remembered, a second ends the run where it is.
+
+        Of a terminal that is closed both the system and its shell tell.
+        """
+        if self.wanted and number != _HANGUP:
             raise KeyboardInterrupt
         self.wanted, self.number = True, number
 
 
 @contextmanager
 def watched() -> Iterator[Interrupts]:
-    """Within the block SIGINT, SIGTERM and SIGHUP set ``wanted``; a second one raises KeyboardInterrupt.
+    """Within the block SIGINT, SIGTERM and SIGHUP set ``wanted``; a second one of the first two raises
+    KeyboardInterrupt.
 
     A SIGHUP that is ignored stays so: `nohup` asks for that.
 
@@ -36,9 +42,8 @@ def watched() -> Iterator[Interrupts]:
         yield interrupts
         return
     wanted = [signal.SIGINT, signal.SIGTERM]
-    hangup = getattr(signal, "SIGHUP", None)  # Windows has none
-    if hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN:
-        wanted.append(hangup)
+    if _HANGUP is not None and signal.getsignal(_HANGUP) != signal.SIG_IGN:
+        wanted.append(_HANGUP)
     before = {number: signal.signal(number, interrupts) for number in wanted}
     try:
         yield interrupts

@@ -15,6 +15,7 @@ from torch import nn
 
 from controlkit import files, images
 from controlkit.folders import quiet_libraries
+from controlkit.notices import reason
 from controlkit.training import zero
 from controlkit.training.config_base import Recipe
 from controlkit.training.graphs import Graphs, open_graphs
@@ -344,9 +345,9 @@ def _stops(run: Run, interrupts: Interrupts) -> bool:
 def _report(run: Run) -> None:
     """A row of metrics where one is due: after so many steps, after a look, and at the end."""
     started = time.perf_counter()
-    looked = run.task.look(run.step)
+    looked, is_look = _looked(run)
     scored = run.task.scores_due(run.step)
-    due = bool(looked) or scored  # and not what came of it, which processes may not share
+    due = is_look or scored  # and not what came of it, which processes may not share
     if scored:
         with averaged(run):
             looked |= run.task.scores()
@@ -370,6 +371,23 @@ def _report(run: Run) -> None:
     remark = run.task.remark(read_rows(run.folder)) if looked else None
     if remark is not None:
         run.watch.say(run.step, remark, keep=True)
+
+
+def _looked(run: Run) -> tuple[dict[str, float], bool]:
+    """What a look says, and whether one was due. One that fails is said, and the training goes on."""
+    from controlkit.training.memory import free_memory
+
+    try:
+        looked = run.task.look(run.step)
+    except (ValueError, RuntimeError) as error:
+        if run.machine.sharded:  # the others wait for this process's share
+            raise
+        said = f"no look at whether the map is used at step {run.step}: {reason(error)}"
+    else:
+        return looked, bool(looked)
+    free_memory()
+    run.watch.say(run.step, said, keep=True)
+    return {}, True
 
 
 def _memory(run: Run) -> dict[str, float]:
@@ -416,6 +434,5 @@ def _write_sample(run: Run) -> None:
             if run.watch.trackers is not None:
                 run.watch.trackers.log_picture("samples", picture, run.step)
     except (ValueError, RuntimeError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        run.watch.say(run.step, f"no samples at step {run.step}: {reason}", keep=True)
+        run.watch.say(run.step, f"no samples at step {run.step}: {reason(error)}", keep=True)
     run.watch.pause(time.perf_counter() - started)

@@ -6,11 +6,12 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from controlkit.folders import check_weights, quiet_libraries, read_json
+from controlkit.folders import check_weights, load_part, quiet_libraries, read_json
+from controlkit.notices import reason
 from controlkit.training.config import (
     BaseRecipe,
     ControlNetRecipe,
@@ -133,7 +134,11 @@ def _told(
 
     finished = Result(folder, result)
     if is_examined(recipe):
-        finished = _scored(recipe, folder, result, progress)
+        try:
+            finished = _scored(recipe, folder, result, progress)
+        except (ValueError, RuntimeError, OSError) as error:
+            line = f"the result is not measured ({reason(error)}): the same command tries again"
+            finished = Result(folder, result, lines=[line])
     write_card(result, run_folder=folder, repo_id=recipe.push_to_hub)
     report = write_report(folder)
     lines = [*finished.lines, f"the whole story: {report}"]
@@ -182,6 +187,8 @@ def _scored(
     recipe: ControlNetRecipe, folder: Path, result: Path, progress: Callable[[Progress], None]
 ) -> Result:
     """Measure a trained adapter on held-out scenes, write scores.json, and say it in lines."""
+    from diffusers import UNet2DConditionModel
+
     from controlkit.adapters import load_adapter
     from controlkit.base import load_base
     from controlkit.training.quality import FOLLOWS, examine
@@ -194,6 +201,9 @@ def _scored(
         message = f"measuring on {recipe.score_scenes} held-out scenes"
         progress(Progress(recipe.steps, recipe.steps, math.nan, 0.0, math.nan, message))
         base = load_base(recipe.base, device=device_name(recipe))
+        if not recipe.sd_locked:
+            unet = load_part(UNet2DConditionModel, folder / "unet", dtype=base.dtype)
+            base = replace(base, unet=unet.to(base.device))
         adapter = load_adapter(str(result), base=base)
         examination = examine(base, dict.fromkeys(kinds, adapter), scenes=recipe.score_scenes)
         return {"scenes": examination.scenes, **examination.scores}

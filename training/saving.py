@@ -188,13 +188,18 @@ def check_folder(recipe: Recipe, folder: Path, *, result: str = "result") -> Non
         if (folder / "config.toml").is_file():
             (begun, _), now = recorded(folder), flat_recipe(recipe)
             refuse_changes(begun, now, begun.keys() | now.keys(), folder)
-        elif taken := [name for name in (result, *_LEFT) if os.path.lexists(folder / name)]:
+        elif taken := [name for name in _written(recipe, result) if os.path.lexists(folder / name)]:
             raise ValueError(
                 f"{folder} has {taken[0]} in it but no config.toml, so it is not the folder of a run:"
                 " choose another with out=FOLDER"
             )
     except OSError as error:
         raise ValueError(f"cannot use {folder} as the run's folder: {error.strerror or error}") from error
+
+
+def _written(recipe: Recipe, result: str) -> list[str]:
+    """What a run writes beside its config.toml."""
+    return [result, *([] if getattr(recipe, "sd_locked", True) else ["unet"]), *_LEFT]
 
 
 def recorded(folder: Path) -> tuple[Keys, Keys]:

@@ -17,6 +17,7 @@ from controlkit.control import Control
 from controlkit.sampling import generate
 from controlkit.training.config_adapter import WORLD_KINDS, ControlNetRecipe
 from controlkit.training.data.encoded import Encoded, Outline, Sample, levels_of
+from controlkit.training.data.made_maps import range_ends
 from controlkit.training.data.order import Turn
 from controlkit.training.reporting.convergence import ON_TRAINED, advice_for, hold_told, took_hold
 from controlkit.training.reporting.monitor import Monitor, look_at_all
@@ -170,7 +171,7 @@ def _preprocessor(recipe: ControlNetRecipe, *, made: bool) -> Preprocessor | Non
         return preprocessors.get(recipe.map, model="tiny")
     if not made:
         return None
-    settled = {key: value for key, value in recipe.data.options.items() if ".." not in str(value)}
+    settled = {key: value for key, value in recipe.data.options.items() if range_ends(value) is None}
     return preprocessors.get(recipe.map, **settled)
 
 
