@@ -22,6 +22,7 @@ from controlkit.class_labels import check_labels_fit
 from controlkit.controlnet import lock
 from controlkit.devices import check_device
 from controlkit.folders import (
+    alone,
     is_pickle,
     load_part,
     read_header,
@@ -81,6 +82,7 @@ def default_adapter(kind: str, base: Base) -> str:
     return choices[wanted]
 
 
+@alone
 def load_adapter(
     name_or_path: str,
     *,

@@ -195,17 +195,20 @@ def summed_residuals(
     runs them.
     """
     terms = []
-    due = [e for e in controls if not acts_inside(e) and e.control.active(step, steps)]
-    for group in _together(due):
+    for group in _together([e for e in controls if not acts_inside(e)]):
+        active = [each.control.active(step, steps) for each in group]
+        if not any(active):
+            continue
         encoded, control = group[0], group[0].control
         told = rows if control.acts_on_both() else rows.conditional
         if not told.is_conditional and not control.acts_on_both():
             continue
         hint, scale = encoded.hint, control.scale_at(step, steps)
         if len(group) > 1:
-            scales, scale = [each.control.scale_at(step, steps) for each in group], 1.0
-            hint = union.joined(control.controlnet, [each.hint for each in group], scales)
-        key = (id(told), *(id(each.control) for each in group))
+            # as in diffusers: one that does not act weighs nothing, and is there
+            acting = [e.control.scale_at(step, steps) * on for e, on in zip(group, active, strict=True)]
+            scale, hint = 1.0, union.joined(control.controlnet, [each.hint for each in group], acting)
+        key = (id(told), *(id(e.control) for e, on in zip(group, active, strict=True) if on))
         residuals = encoded.last.get(key) if again else None
         if residuals is None:
             if networks.compiled:

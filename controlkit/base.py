@@ -35,7 +35,7 @@ from controlkit.base_parts import (
 from controlkit.class_labels import PictureEncoder
 from controlkit.controlnet import digest_of_weights, lock
 from controlkit.devices import check_device
-from controlkit.folders import read_json
+from controlkit.folders import alone, read_json
 from controlkit.told_sizes import Sizes
 from controlkit.usual_guidance import is_told_guidance, is_turbo
 from controlkit.words import Words, saved_by_diffusers, with_all_vectors
@@ -268,6 +268,7 @@ def _wanted(tokens: Mapping[str, Tensor], encoder: CLIPTextModel) -> dict[str, T
     return {key: tokens[key].to(encoder.device) for key in keys}
 
 
+@alone
 def load_base(
     name_or_path: str = "tiny", *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> Base:

@@ -198,7 +198,8 @@ def generate(
         )
 
     with terminal.opened() as told:
-        each = generate_folder.requests(request, told, usual=generate_folder.USUAL_FOLDER if is_usual else "")
+        usual = generate_folder.USUAL_FOLDER if is_usual else ""
+        each = generate_folder.requests(request, told, usual=usual, count=given.get("count") or 1)
         if each:
             if axes or keep:
                 raise ValueError("a grid is of one picture: name a file, and not its folder")

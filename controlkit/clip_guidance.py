@@ -35,7 +35,7 @@ from controlkit import diffusion, latent_scale, limits
 from controlkit.base_parts import load_tokenizer
 from controlkit.controlnet import digest_of_weights, lock
 from controlkit.devices import check_device
-from controlkit.folders import load_part, read_json, weight_files
+from controlkit.folders import alone, load_part, read_json, weight_files
 from controlkit.hub import check_exists, find_folder
 from controlkit.prompt_syntax import parse
 
@@ -173,6 +173,7 @@ def check_clip(name_or_path: str) -> None:
     check_exists(name_or_path, **_PLACES)
 
 
+@alone
 def load_clip(
     name_or_path: str, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> Clip:

@@ -41,8 +41,10 @@ class Control:
     scale: factor on the residuals, from -10 to 10; 1 is what the network was trained for, 0 switches it off.
         Two or more numbers are a schedule: one for each step if there are as many, else points at equal
         distances from the first step to the last with straight lines between them. Of several maps of one
-        ControlNet-Union each scales its map, not the residuals, as in diffusers: small ones stay strong.
-        (Beside a second Union diffusers scales the residuals by the first map's; here nothing changes.)
+        ControlNet-Union each scales its map, not the residuals, as in diffusers: small ones stay strong, and
+        one of 0, or outside its window, still counts as a map without features. Where none of them acts,
+        nothing does (diffusers goes on with maps without features), and beside a second Union nothing
+        changes (there, diffusers scales the residuals by the first map's).
     start, end: the window in fractions of the denoising steps, 0 <= start < end <= 1.
     gate: how the window is read, one of `GATES`. mode: one of `MODES`.
     layers: weights of the connections, shallowest first and the middle block last (13 numbers for SD1 and

@@ -5,18 +5,20 @@ pickle by a reader that accepts tensors and nothing else. The libraries' progres
 silenced here, and what matters in them (missing or misshapen weights) becomes an error.
 """
 
+import functools
 import json
 import os
 import pickle
 import re
 import struct
+import threading
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from controlkit.config_types import check_like_defaults
 from controlkit.formats.hashing import HASH_KEY, tensor_hash
@@ -43,7 +45,23 @@ _TYPES: Mapping[str, str] = {
 _BITS: Mapping[str, int] = {  # a bool has 8
     name: int((re.findall(r"\d+", ours) or ["8"])[0]) for name, ours in _TYPES.items()
 }
+P = ParamSpec("P")
+T = TypeVar("T")
+_loading = threading.RLock()  # the libraries change torch for the whole process while they make a network
+_quiet = threading.Lock()
+_silenced: list[list[tuple[int, bool]]] = []  # how loud the libraries were, once for each block that is open
 _ALIGNED = 64  # bytes: what torch's own memory begins at a multiple of
+
+
+def alone(load: Callable[P, T]) -> Callable[P, T]:
+    """What makes networks, so that no other thread does at the same time."""
+
+    @functools.wraps(load)
+    def loaded(*args: P.args, **kwargs: P.kwargs) -> T:
+        with _loading:
+            return load(*args, **kwargs)
+
+    return loaded
 
 
 def load_part(cls: type, folder: Path, *, dtype: Any, exact: bool = False) -> Any:
@@ -63,7 +81,7 @@ def load_part(cls: type, folder: Path, *, dtype: Any, exact: bool = False) -> An
         if cls.__module__.startswith("transformers")
         else {"torch_dtype": dtype}
     )
-    with quiet_libraries():
+    with _loading, quiet_libraries():
         try:
             model, report = cls.from_pretrained(  # type: ignore[attr-defined]
                 str(folder),
@@ -370,17 +388,21 @@ def quiet_libraries() -> Iterator[None]:
     from transformers.utils import logging as transformers_logging
 
     libraries = (diffusers_logging, transformers_logging)
-    before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
-    for library in libraries:
-        library.set_verbosity(library.CRITICAL)
-        library.disable_progress_bar()
+    with _quiet:  # of blocks in several threads the last one that ends restores what was before the first
+        before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
+        _silenced.append(_silenced[0] if _silenced else before)
+        for library in libraries:
+            library.set_verbosity(library.CRITICAL)
+            library.disable_progress_bar()
     try:
         yield
     finally:
-        for library, (verbosity, had_bar) in zip(libraries, before, strict=True):
-            library.set_verbosity(verbosity)
-            if had_bar:
-                library.enable_progress_bar()
+        with _quiet:
+            before = _silenced.pop()
+            for library, (verbosity, had_bar) in zip(libraries, before, strict=True) if not _silenced else ():
+                library.set_verbosity(verbosity)
+                if had_bar:
+                    library.enable_progress_bar()
 
 
 def refuse_impostor(file: Path, start: bytes) -> None:

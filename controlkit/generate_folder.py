@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from controlkit.arguments import is_none, split_control
-from controlkit.files import at_home
+from controlkit.arguments import check_not_input, is_none, numbered_outputs, split_control
+from controlkit.files import FULL_DISK, at_home
 from controlkit.folder_job import FolderReport as Report
 from controlkit.generate_job import Session, write_all
 from controlkit.generate_plan import Plan, check_preview
-from controlkit.picture_files import DEPTH_SUFFIXES, SUFFIXES, find_pictures, unread_below, unread_lines
+from controlkit.picture_files import DEEP, DEPTH_SUFFIXES, SUFFIXES, find_pictures, unread_below, unread_lines
 from controlkit.startup import nothing_collected
 
 USUAL_FOLDER = "out"
 _NAMED = 3  # names in a message
+_TRIED = 3  # pictures, after which it is the request that is wrong
 
 
 @dataclass(frozen=True)
@@ -46,18 +48,19 @@ class Result:
     def summary(self, seconds: float) -> str:
         """What became of them, in a line."""
         made, kept, failed = len(self.made), len(self.kept), len(self.failed)
-        place = os.path.commonpath([path.parent for path in (*self.made, *self.kept)])
+        place = os.path.commonpath([path.parent for path in (*self.made, *self.kept)]) or "."
         told = f"wrote {made:,} picture{'s' * (made != 1)} into {place}, in {seconds:.0f} s"
         told += f"; {kept:,} made in the same way {'was' if kept == 1 else 'were'} there" * (kept > 0)
         return told + f"; {failed:,} left out" * (failed > 0)
 
 
-def requests(whole: Request, report: Report, *, usual: str = "") -> list[Request]:
+def requests(whole: Request, report: Report, *, usual: str = "", count: int = 1) -> list[Request]:
     """A request for each picture of the folders that are named; none where there is no folder.
 
     The output of ``whole``, or else ``usual``, is the folder of theirs, which keep the names that the
-    pictures have below the first folder. Raises ValueError, one line: a folder has no picture, another one
-    lacks one of its names, or the output is no folder, or one of these.
+    pictures have below the first folder; ``count`` are made of each. Raises ValueError, one line: a folder
+    has no picture, another one lacks one of its names, the output is no folder, or one of these, or a
+    picture there would be written over.
     """
     places = [split_control(text)[1] for text in (*whole.controls, *whole.maps) if not is_none(text)]
     places += [text for text in (whole.start, whole.mask) if text and not is_none(text)]
@@ -65,6 +68,8 @@ def requests(whole: Request, report: Report, *, usual: str = "") -> list[Request
     if not folders:
         return []
     whole = replace(whole, output=usual or whole.output)
+    if not whole.output:
+        raise ValueError("-o is empty: name the folder where the pictures are to be")
     output = Path(at_home(whole.output))
     if output.suffix.lower() == ".png" or output.is_file():
         raise ValueError(f"{folders[0]} is a folder, so that -o names one, too, and not {whole.output}")
@@ -75,16 +80,33 @@ def requests(whole: Request, report: Report, *, usual: str = "") -> list[Request
     names = list(found[folders[0]])
     for folder in folders[1:]:
         _check_partners(folder, found[folder], folders[0], names, report)
-    return [_of_picture(whole, {folder: str(found[folder][n]) for folder in folders}, n) for n in names]
+    asked = [_of_picture(whole, {folder: str(found[folder][n]) for folder in folders}, n) for n in names]
+    followed = [path for pictures in found.values() for path in pictures.values()]
+    for made in (path for one in asked for path in numbered_outputs(one.output, count)):
+        check_not_input(made, followed)
+    return asked
 
 
 def _pictures(folder: str, output: Path, report: Report, *, is_map: bool) -> dict[str, Path]:
-    """The pictures of a folder by their names, without what such a job has written there."""
+    """The pictures of a folder by their names, without what such a job has written there.
+
+    Of maps, a depth's values count where there are no pictures: `preprocess` writes both side by side.
+    """
     suffixes = DEPTH_SUFFIXES if is_map else SUFFIXES
     for line in unread_lines(unread_below([folder], suffixes)):
         report.note(line)
-    pictures = find_pictures([folder], leave_out=[output], suffixes=suffixes)
-    return {picture.name: picture.path for picture in pictures}
+    found = find_pictures([folder], leave_out=[output], suffixes=suffixes)
+    pictures = [picture for picture in found if picture.path.suffix.lower() in SUFFIXES]
+    if is_map and pictures and len(pictures) < len(found):
+        found = find_pictures([folder], leave_out=[output], suffixes=SUFFIXES)
+    names = {picture.name for picture in found} if is_map else set()
+    made, here = (os.path.join(os.path.realpath(place), "") for place in (output, folder))
+    return {
+        picture.name: picture.path
+        for picture in found
+        if picture.name.removesuffix(DEEP) not in names - {picture.name}
+        and (here.startswith(made) or not os.path.realpath(picture.path).startswith(made))
+    }
 
 
 def _check_partners(
@@ -129,10 +151,13 @@ def run(
 ) -> Result:
     """Make a picture for each request, one after the other.
 
-    plan: checks a request. The first one's faults are raised; later ones, which lie in their pictures, are
-    told, and the job goes on. notes: what is to be known of a plan; each line is told once.
+    plan: checks a request. Faults of a picture are told, and the job goes on; those of the request are
+    raised, and so is a full disk. notes: what is to be known of a plan; each line is told once.
     """
+    if preview is not None and os.path.realpath(preview) in {os.path.realpath(one.output) for one in asked}:
+        raise ValueError(f"the preview {preview} is one of the pictures that are made: choose another file")
     result, session, told = Result(), None, set[str]()
+    faults: list[ValueError] = []
     for number, request in enumerate(asked):
         created = _with_folders(Path(request.output).parent)
         try:
@@ -142,19 +167,34 @@ def run(
                     told.add(line)
                     report.note(f"note: {line}")
             session = _session(job, session, report, preview)
+            report.status(f"picture {number + 1} of {len(asked)}: {request.output}")
+            made = _written(session)
         except ValueError as error:
             for folder in created:
-                folder.rmdir()
-            if not number:
-                raise
+                with suppress(OSError):
+                    folder.rmdir()  # only where nothing was put into it
+            begun = bool(result.made or result.kept)
+            if _is_of_request(error, faults, begun=begun, is_last=number == len(asked) - 1):
+                raise (error if begun or not faults else faults[0]) from None
+            faults.append(error)
             result.failed.append(request.output)
-            report.note(f"left out: {error}")
+            if begun:
+                report.note(f"left out: {request.output}: {error}")
             continue
-        report.status(f"picture {number + 1} of {len(asked)}: {request.output}")
-        made = _written(session)
+        if not (result.made or result.kept):  # so that it was not the request
+            for output, fault in zip(result.failed, faults, strict=True):
+                report.note(f"left out: {output}: {fault}")
         result.made += made
         result.kept += [output for output in job.outputs if output not in made]
     return result
+
+
+def _is_of_request(error: ValueError, before: Sequence[ValueError], *, begun: bool, is_last: bool) -> bool:
+    """Whether a fault is more than one picture's: the disk is full, or nothing at all can be made."""
+    if getattr(error.__cause__, "errno", None) in FULL_DISK:
+        return True
+    again = any(str(error) == str(one) for one in before)
+    return not begun and (again or is_last or len(before) + 1 >= _TRIED)
 
 
 def _session(job: Plan, before: Session | None, report: Report, preview: str | None) -> Session:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import weakref
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     import torch
+    from diffusers import UNet2DConditionModel
 
     from controlkit.adapters import Adapter
     from controlkit.base import Base
@@ -26,7 +28,7 @@ class Models:
 
     def __init__(self) -> None:
         self._base: tuple[Key, Base] | None = None
-        self._adapters: dict[tuple[str, bool], tuple[Stamp, Adapter]] = {}  # the last one was used last
+        self._adapters: dict[tuple[str, bool], _Kept] = {}  # the last one was used last
 
     def base(self, name: str, *, device: str, dtype: torch.dtype, rests: bool = False) -> Base:
         """The base on its device, or, if it rests, on the processor. Raises ValueError as `load_base`."""
@@ -37,7 +39,8 @@ class Models:
         return self._base[1]
 
     def adapter(self, name: str, base: Base, *, kind: str = "", rests: bool = False) -> Adapter:
-        """An adapter beside a base that was made of the present one; one whose files changed is read anew.
+        """An adapter beside a base that was made of the present one, as with LoRAs on it; one whose files
+        changed is read anew, and so is one that is changes to its base's weights, beside other weights.
 
         Raises ValueError as `load_adapter`.
         """
@@ -45,15 +48,28 @@ class Models:
 
         assert self._base is not None, "the base is loaded first"
         stamp, key = _stamp(name), (name, kind == "shuffle")  # of the others the kind changes nothing
-        before, kept = self._adapters.pop(key, (stamp, None))
-        if kept is None or before != stamp:
-            kept = None  # given back before the next one takes memory
+        found = self._adapters.pop(key, None)
+        kept = found.adapter if found is not None and found.serves(name, stamp, base) else None
+        if kept is None:
+            found = None  # given back before the next one takes memory
             while len(self._adapters) >= MOST_ADAPTERS:
                 del self._adapters[next(iter(self._adapters))]
             device = base.unet.device if rests else base.device
             kept = load_adapter(name, base=base, kind=kind, device=device, dtype=base.dtype)
-        self._adapters[key] = stamp, kept
+        self._adapters[key] = _Kept(stamp, kept, weakref.ref(base.unet))
         return kept
+
+
+class _Kept(NamedTuple):
+    """An adapter, its files as they were, and the U-Net beside which it was loaded."""
+
+    stamp: Stamp
+    adapter: Adapter
+    unet: weakref.ref[UNet2DConditionModel]
+
+    def serves(self, name: str, stamp: Stamp, base: Base) -> bool:
+        """Whether loading it now would give the same."""
+        return self.stamp == stamp and (self.unet() is base.unet or not _is_of_base(name))
 
 
 def _stamp(name: str) -> Stamp:
@@ -64,6 +80,15 @@ def _stamp(name: str) -> Stamp:
     files = sorted(place.iterdir()) if os.path.isdir(place) else [place]
     found = [(str(file), file.stat()) for file in files if os.path.isfile(file)]
     return tuple((path, status.st_mtime_ns, status.st_size) for path, status in found)
+
+
+def _is_of_base(name: str) -> bool:
+    """Whether an adapter's weights are changes to its base's."""
+    from controlkit.formats.adapter_file import open_adapter_file
+    from controlkit.formats.finding import find_adapter_file
+    from controlkit.formats.recognise import OF_BASE
+
+    return find_adapter_file(name) is not None and open_adapter_file(name).kind in OF_BASE
 
 
 def _load_base(name: str, *, device: str, dtype: torch.dtype, rests: bool) -> Base:

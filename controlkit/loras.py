@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from controlkit import limits
 from controlkit.base import FAMILY_TITLES
-from controlkit.folders import quiet_libraries, read_header, read_state
+from controlkit.folders import alone, quiet_libraries, read_header, read_state
 from controlkit.hub import find_weight_file
 from controlkit.lora_keys import Factors, by_layer, is_factor, other_network
 
@@ -89,6 +89,7 @@ class Layer:
         return self.scale * (up @ down).reshape(like.shape)
 
 
+@alone
 def with_loras(base: Base, loras: Sequence[Lora]) -> Base:
     """A base whose weights hold the LoRAs; they add up, in any order. The given base is not changed.
 

@@ -34,6 +34,8 @@ class Picture:
 _UNREAD = "heic heif jp2 j2k jxl ico svg psd tga dds dng cr2 cr3 nef arw raw hdr exr pfm"
 DEPTH_SUFFIXES = SUFFIXES | {".npy", ".npz", ".pfm", ".exr"}
 """What counts in a folder of depth files."""
+DEEP = "-16bit"
+"""Ends the name of a map that `preprocess` keeps in 16 bits beside the one in 8."""
 
 
 def find_pictures(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from controlkit import arguments, files, images, naming, preprocessors
 from controlkit.generate_controls import warn_if_black
 from controlkit.notices import Report
+from controlkit.picture_files import DEEP
 
 if TYPE_CHECKING:
     from controlkit.preprocessors import Map
@@ -150,4 +151,4 @@ def _outputs(kind: str, path: Path, beside: Beside) -> list[Path]:
 
 
 def _png16(path: Path) -> Path:
-    return path.with_name(f"{path.stem}-16bit.png")
+    return path.with_name(f"{path.stem}{DEEP}.png")

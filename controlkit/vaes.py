@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from controlkit import notices
 from controlkit.checkpoints.autoencoder import check_file, load_autoencoder
-from controlkit.folders import load_part, read_json, weight_files
+from controlkit.folders import alone, load_part, read_json, weight_files
 from controlkit.hub import check_exists, find_folder
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ def check_vae(name: str) -> None:
         check_file(file)
 
 
+@alone
 def with_vae(base: Base, name: str) -> Base:
     """A base with another autoencoder; the given one stays as it is.
 

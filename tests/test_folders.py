@@ -2,6 +2,7 @@
 
 import json
 import struct
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ from outcomes import Run
 from safetensors.torch import load_file, save_file
 
 from controlkit.adapters import load_adapter
-from controlkit.base import Base
-from controlkit.folders import read_header, read_tensors, write_weights
+from controlkit.base import Base, load_base
+from controlkit.folders import quiet_libraries, read_header, read_tensors, write_weights
 
 
 def rewritten(file: Path, change: Callable[[dict[str, Any]], object]) -> Path:
@@ -149,3 +150,38 @@ def test_what_shares_its_memory_is_written_as_it_is_read(tmp_path: Path) -> None
     read = load_file(tmp_path / "a.safetensors")
     assert read.keys() == tensors.keys()
     assert all(torch.equal(read[key], tensor) for key, tensor in tensors.items())
+
+
+def test_threads_make_networks_one_after_the_other() -> None:
+    """The libraries change torch for the whole process while they make one."""
+    failed: list[Exception] = []
+
+    def load() -> None:
+        try:
+            base = load_base("tiny")
+            for kind in ("canny", "depth"):
+                network = load_adapter(kind, base=base).controlnet
+                assert not any(weight.is_meta for weight in network.parameters())
+        except Exception as error:  # noqa: BLE001 - whatever it is
+            failed.append(error)
+
+    threads = [threading.Thread(target=load) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+
+
+def test_the_libraries_are_as_loud_as_before_after_blocks_that_overlap() -> None:
+    from diffusers.utils import logging
+
+    before = logging.get_verbosity()
+    first, second = quiet_libraries(), quiet_libraries()
+    first.__enter__()
+    second.__enter__()
+    assert logging.get_verbosity() == logging.CRITICAL
+    first.__exit__(None, None, None)
+    assert logging.get_verbosity() == logging.CRITICAL
+    second.__exit__(None, None, None)
+    assert logging.get_verbosity() == before

@@ -1,5 +1,6 @@
 """`controlkit generate` with folders: a picture for each one there, as if it had been asked for alone."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -82,7 +83,7 @@ def test_what_cannot_be_read_is_left_out_and_named(of_base: Run, photos: Path) -
     (photos / "dog: 0.5.png").write_bytes(b"nothing")
     outcome = of_base("--control", f"canny={photos}")
     assert outcome.code == 1
-    assert "left out: my photos/dog: 0.5.png" in outcome.err
+    assert "left out: out/dog: 0.5.png: my photos/dog: 0.5.png" in outcome.err
     assert outcome.out.endswith("; 1 left out\n")
     assert sorted(path.as_posix() for path in Path("out").rglob("*.png")) == [
         "out/cat.png",
@@ -127,3 +128,64 @@ def test_what_draws_maps_is_loaded_once(of_base: Run, photos: Path, monkeypatch:
     monkeypatch.setattr("controlkit.preprocessors.get", counted)
     assert of_base("--control", f"canny={photos}", "--hires", 2).done().startswith("wrote 3 pictures")
     assert asked == ["canny"]
+
+
+def test_the_first_picture_may_be_the_broken_one(of_base: Run, photos: Path) -> None:
+    (photos / "cat.png").write_bytes(b"nothing")
+    outcome = of_base("--control", f"canny={photos}")
+    assert outcome.code == 1
+    assert "left out: out/cat.png: my photos/cat.png" in outcome.err
+    assert outcome.out.endswith("; 1 left out\n")
+    for name in ("dog: 0.5", "more/cat"):
+        (photos / f"{name}.png").write_bytes(b"nothing")
+    shutil.rmtree("out")
+    assert "my photos/cat.png is not a picture" in of_base("--control", f"canny={photos}").refused()
+    assert not Path("out").exists()
+
+
+@pytest.mark.filterwarnings("ignore:my photos/dog")
+def test_what_fails_while_a_picture_is_made_is_its_own(of_base: Run, photos: Path) -> None:
+    wide = np.full((64, 256, 3), 90, np.uint8)
+    wide[16:48, 110:140] = 200
+    write_png(photos / "dog: 0.5.png", wide)
+    for path in photos.rglob("*.png"):
+        mask = np.zeros(load_picture(path).shape, np.uint8)
+        mask[:, :32] = 255
+        kept = Path("masks") / path.relative_to(photos)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_png(kept, mask)
+    asked = ("--control", f"canny={photos}", "--from", photos, "--mask", "masks")
+    outcome = of_base(*asked, "--width", 64, "--height", 64)
+    assert outcome.code == 1
+    assert "left out: out/dog: 0.5.png: " in outcome.err
+    assert outcome.out.startswith("wrote 2 pictures into out")
+
+
+def test_nothing_that_is_followed_is_written_over(of_base: Run, photos: Path) -> None:
+    again = photos / photos.name / "cat.png"
+    again.parent.mkdir()
+    shutil.copy(photos / "cat.png", again)
+    before = (photos / "cat.png").read_bytes()
+    message = of_base("--control", f"canny={photos}", "-o", ".").refused()
+    assert "my photos/cat.png would overwrite what it is made from" in message
+    assert (photos / "cat.png").read_bytes() == before
+    assert "-o is empty" in of_base("--control", f"canny={photos}", "-o", "").refused()
+    message = of_base("--control", f"canny={photos}", "--preview", "out/cat.png").refused()
+    assert "the preview out/cat.png is one of the pictures" in message
+    Path("link").symlink_to(photos, target_is_directory=True)
+    asked = ("--control", f"canny={photos}", "-o", Path("link") / "made")
+    assert of_base(*asked).done().startswith("wrote 4 pictures")
+    assert of_base(*asked).done().startswith("wrote 0 pictures")
+
+
+@pytest.mark.filterwarnings("ignore:adapter .* learned to follow canny maps")
+def test_a_depth_that_was_kept_in_many_ways_is_one_map(run: Run, models: Path, photos: Path) -> None:
+    kept = ("--npy", "--png16", "model=tiny")
+    run("preprocess", "depth", photos, "-o", "maps", *kept).done()
+    asked = ("generate", "x", "--base", models / "sd1", "--adapter", f"depth={models / 'canny-sd1'}")
+    outcome = run(*asked, "--steps", 1, "--map", "depth=maps/depth", "--from", photos)
+    assert outcome.done().startswith("wrote 3 pictures into out")
+    for path in Path("maps/depth").rglob("*.png"):
+        path.unlink()
+    outcome = run(*asked, "--steps", 1, "--map", "depth=maps/depth", "--from", photos)
+    assert outcome.done().startswith("wrote 3 pictures into out")

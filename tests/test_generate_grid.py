@@ -11,11 +11,13 @@ import torch
 from outcomes import Run
 from safetensors.torch import save_file
 
-from controlkit.adapters import MAPS, AdapterInfo, save_adapter
+from controlkit.adapters import MAPS, AdapterInfo, load_adapter, save_adapter
 from controlkit.base import load_base
 from controlkit.controlnet import from_base
+from controlkit.generate_models import Models
 from controlkit.grid_axes import Axis, parse_axes, split_words
 from controlkit.images import load_picture, read_png_text
+from controlkit.loras import Lora, with_loras
 from controlkit.sheets import contact_sheet
 
 
@@ -176,6 +178,22 @@ def test_models_as_axes(generate: Run, run: Run, models: Path, photo: Path) -> N
     check_sheet(run, "grid.png", 2, alone)
     made = [load_picture(f"alone-{k}.png") for k in range(4)]
     assert all((made[i] != made[j]).any() for i in range(4) for j in range(i))
+
+
+def test_an_adapter_that_is_changes_to_its_base_follows_a_lora_on_it(run: Run, models: Path) -> None:
+    """As each weight of the LoRA would have it alone; any other adapter is loaded once for all."""
+    folder, style = models / "canny-sd1", Lora(lora("style.safetensors"), 1.0)
+    run("convert", folder, "low.safetensors", "--to", "control-lora", "--base", models / "sd1").done()
+    kept = Models()
+    plain = kept.base(str(models / "sd1"), device="cpu", dtype=torch.float32)
+    styled = with_loras(plain, [style])
+    for name, is_new in ((str(folder), False), ("low.safetensors", True)):
+        first, second = (kept.adapter(name, base, kind="canny") for base in (plain, styled))
+        assert (second is not first) == is_new
+        assert kept.adapter(name, styled, kind="canny") is second
+        fresh = load_adapter(name, base=styled, kind="canny").controlnet.state_dict()
+        ours = second.controlnet.state_dict()
+        assert all(torch.equal(tensor, ours[key]) for key, tensor in fresh.items())
 
 
 def test_bases_sizes_and_stages_as_axes(run: Run, models: Path) -> None:

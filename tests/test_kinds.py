@@ -1,7 +1,7 @@
 """Control networks of other kinds: T2I-Adapter, ControlNet-XS, ControlNet-Union, and our light network."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from sampling_peers import SIZE, assert_same, cond, controlnet_of, our_latents, 
 
 from controlkit import cross, kinds, light, lllite, union
 from controlkit.adapters import MAPS, Adapter, AdapterInfo, MapSpec, check_fits, load_adapter, save_adapter
-from controlkit.applying import Rows, encode_controls, summed_residuals
+from controlkit.applying import EncodedControl, Rows, encode_controls, summed_residuals
 from controlkit.base import Base
 from controlkit.control import Control
 from controlkit.controlnet import lock, predict
@@ -333,7 +333,12 @@ def test_latents_under_a_controlnet_xs_equal_the_pipeline(sd1: Base) -> None:
     assert_same(ours, theirs)
 
 
-def test_latents_under_two_maps_of_a_union_equal_the_pipeline(load: Callable[[str], Base]) -> None:
+@pytest.mark.parametrize(
+    ("scales", "ends"), [((0.7, 0.4), (1.0, 1.0)), ((0.5, 0.4), (1.0, 0.5)), ((0.0, 0.5), (1.0, 1.0))]
+)
+def test_latents_under_two_maps_of_a_union_equal_the_pipeline(
+    load: Callable[[str], Base], scales: tuple[float, float], ends: tuple[float, float]
+) -> None:
     base = load("sdxl")
     network = union_of(base)
     parts = parts_of(base, [], "ddim") | {"controlnet": network}
@@ -343,7 +348,9 @@ def test_latents_under_two_maps_of_a_union_equal_the_pipeline(load: Callable[[st
         "a red cube",
         control_image=[cond(1), cond(2)],
         control_mode=[3, 1],
-        controlnet_conditioning_scale=[0.7, 0.4],
+        controlnet_conditioning_scale=list(scales),
+        control_guidance_start=[0.0, 0.0],
+        control_guidance_end=list(ends),
         num_inference_steps=3,
         guidance_scale=5.0,
         generator=torch.Generator().manual_seed(7),
@@ -351,8 +358,8 @@ def test_latents_under_two_maps_of_a_union_equal_the_pipeline(load: Callable[[st
         return_dict=False,
     )[0]
     controls = [
-        Control(network, cond(1), scale=0.7, kind="canny"),
-        Control(network, cond(2), scale=0.4, kind="depth"),
+        Control(network, cond(1), scale=scales[0], end=ends[0], kind="canny"),
+        Control(network, cond(2), scale=scales[1], end=ends[1], kind="depth"),
     ]
     assert_same(our_latents(base, controls, seed=7, steps=3, scheduler="ddim"), theirs)
 
@@ -488,20 +495,22 @@ def test_tiles_cut_a_unions_map_and_not_its_kinds(sd1: Base) -> None:
 
 
 def test_residuals_that_are_kept_are_those_of_the_maps_that_still_act(sd1: Base) -> None:
-    """One of two maps of a Union ends: from then on the other acts as if it had always been alone."""
+    """One of two maps of a Union ends: from then on the other acts as if that had never acted."""
     network = union_of(sd1)
     canny = Control(network, cond(1), scale=0.5, kind="canny")
-    encoded = encode_controls(
-        [canny, Control(network, cond(2), end=0.3, kind="depth")], width=SIZE, height=SIZE, pictures=1
-    )
+
+    def encode(scale: float) -> Sequence[EncodedControl]:
+        depth = Control(network, cond(2), scale=scale, end=0.3, kind="depth")
+        return encode_controls([canny, depth], width=SIZE, height=SIZE, pictures=1)
+
+    encoded = encode(1.0)
     inputs, _ = given(sd1, batch=1)
     rows = Rows(inputs[2], None, 1)
     latents, timestep = inputs[0], inputs[1][0]
     with torch.no_grad():
         both = summed_residuals(encoded, latents, timestep, rows, step=0, steps=4)
         later = summed_residuals(encoded, latents, timestep, rows, step=3, steps=4, again=True)
-        (alone,) = encode_controls([canny], width=SIZE, height=SIZE, pictures=1)
-        expected = summed_residuals([alone], latents, timestep, rows, step=3, steps=4)
+        expected = summed_residuals(encode(0.0), latents, timestep, rows, step=3, steps=4)
     assert both is not None
     assert later is not None
     assert expected is not None
