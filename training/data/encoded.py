@@ -1,7 +1,7 @@
 """A data set encoded: what a visit needs of picture, map and caption, from the cache or made on the spot.
 
 Both ways give the same numbers: what the cache holds is what is made otherwise, to the bit on a CPU. What it
-holds is named by what decides it (the picture's content, its view, the encoder's weights, the precision), so
+holds is named by what decides it (the picture's content, its view, the encoder, the precision), so
 that runs share it, and a change of anything else, such as the learning rate, computes nothing anew.
 """
 
@@ -42,7 +42,7 @@ from controlkit.training.data.views import View
 from controlkit.training.data.visits import Visit, Visits
 from controlkit.training.memory import free_memory, is_out_of_memory, put
 
-VERSION = 1  # raise when pictures or maps are prepared differently
+VERSION = 1  # raise when pictures, maps or captions are prepared differently
 _SHARD = 256
 _TEXTS = 256  # captions that are kept at hand
 Report = Callable[[str], None]
@@ -106,7 +106,7 @@ class Encoded:
         wanted = list(indices)
         self._learn(wanted)
         captions = {
-            _hash(caption): caption
+            _caption_name(caption): caption
             for caption in [*(c for i in wanted for c in self.examples[i].captions), ""]
         }
         share = processes.index, processes.count
@@ -216,7 +216,7 @@ class Encoded:
     def _text_of(self, caption: str) -> Text:
         if self._latents is None:
             return encode_captions(self.base, [caption])
-        name = _hash(caption)
+        name = _caption_name(caption)
         pooled = f"{name}.pooled"
         return Text(
             self._captions.read(name)[None],
@@ -286,6 +286,10 @@ def levels_of(samples: Sequence[Sample]) -> Tensor:
 
 def _parts(names: Sequence[str]) -> Iterable[Sequence[str]]:
     return (names[start : start + _SHARD] for start in range(0, len(names), _SHARD))
+
+
+def _caption_name(caption: str) -> str:
+    return _hash(f"{caption} {VERSION}")
 
 
 def _hash(text: str) -> str:
