@@ -125,11 +125,12 @@ class Encoded:
     def _learn(self, indices: Sequence[int]) -> None:
         """Know the content of these examples."""
         new = [index for index in indices if index not in self._content]
-        rows = [(self.examples[index].picture, *self.visits.pieces(index)) for index in new]
+        made = self.visits.made  # of the picture, which is not read twice for it
+        rows = [(self.examples[index].picture, *(() if made else self.visits.pieces(index))) for index in new]
         digests = iter(self._digests.of([piece for row in rows for piece in row], report=self.report))
-        self._content |= {
-            index: tuple(next(digests) for _ in row) for index, row in zip(new, rows, strict=True)
-        }
+        for index, row in zip(new, rows, strict=True):
+            content = tuple(next(digests) for _ in row)
+            self._content[index] = content * 2 if made else content
 
     def digest(self, indices: Sequence[int]) -> str:
         """SHA-256 over these examples' pictures, maps and captions; "" without a cache, which knows them."""
