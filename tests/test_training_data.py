@@ -170,6 +170,21 @@ def test_a_damaged_shard_is_computed_again(tmp_path):
     assert not path.exists()
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_kept_and_is_not_finite_is_never_trained_on(tmp_path, value):
+    """The header of such a shard is whole, and only its values show that the disk has damaged it."""
+    kept = torch.full((77, 768), -6e4, dtype=torch.float16)
+    kept[3, 5] = value
+    Store(tmp_path).write({"a": kept, "b": torch.full_like(kept, 6e4), "c": torch.full((9,), 255).byte()})
+    (path,) = tmp_path.iterdir()
+    store = Store(tmp_path)
+    assert [float(store.read(name).float().mean()) for name in "bc"] == [60000, 255]
+    with pytest.raises(ValueError, match=r"values that are not finite: delete it and start again") as caught:
+        store.read("a")
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_store_that_cannot_be_written_is_a_plain_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"/file/s: .*CONTROLKIT_CACHE") as caught:
