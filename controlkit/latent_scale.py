@@ -29,15 +29,6 @@ def spread(encoded: Tensor, vae: Any) -> Tensor:
     return encoded * (vae.config.scaling_factor / _statistics(encoded, vae)[1])
 
 
-def told(vae: Any) -> tuple[Any, ...]:
-    """All that decides the scale, for those who keep latents."""
-    config = vae.config
-    mean, std = config.get("latents_mean"), config.get("latents_std")
-    if mean is None:
-        return (config.scaling_factor,)
-    return config.scaling_factor, *mean, *(std or ())
-
-
 def _statistics(latents: Tensor, vae: Any) -> tuple[Tensor | None, Tensor | float]:
     """Mean and spread, (1, C, 1, 1); None and 1 where the autoencoder names none."""
     mean, std = vae.config.get("latents_mean"), vae.config.get("latents_std")

@@ -477,6 +477,46 @@ def test_an_autoencoder_with_statistics_of_its_own(folders: dict[str, Path], tmp
     assert picture_encoder_id(base) != picture_encoder_id(plain)
 
 
+@pytest.mark.parametrize(
+    ("file", "changes", "changed"),
+    [
+        ("vae/config.json", {"act_fn": "relu"}, "picture"),
+        ("text_encoder/config.json", {"hidden_act": "relu"}, "text"),
+        ("tokenizer/tokenizer_config.json", {"pad_token": "!"}, "text"),
+        ("tokenizer/tokenizer_config.json", {"model_max_length": 10**30}, ""),
+        ("text_encoder/config.json", {"_name_or_path": "elsewhere", "transformers_version": "4.0"}, ""),
+    ],
+)
+def test_what_is_kept_of_a_base_is_named_by_all_that_decides_it(
+    broken: Path, loaded: dict[str, Base], file: str, changes: dict[str, object], changed: str
+) -> None:
+    """Weights alone do not; and where a base lies, or what was asked of it before, decides nothing."""
+    from controlkit.training.data.encoding import picture_encoder_id, text_encoder_id
+
+    rewrite(broken / file, **changes)
+    mine, plain = load_base(str(broken)), loaded["sd1"]
+    assert (picture_encoder_id(mine) == picture_encoder_id(plain)) == (changed != "picture")
+    before = text_encoder_id(mine)
+    assert (before == text_encoder_id(plain)) == (changed != "text")
+    mine.tokenizers[0]("a red figure", padding="max_length", truncation=True, max_length=20)
+    assert text_encoder_id(mine) == before
+
+
+def test_the_merges_of_a_tokenizer_name_what_is_kept(loaded: dict[str, Base], tmp_path: Path) -> None:
+    from controlkit.base_parts import load_tokenizer
+    from controlkit.training.data.encoding import text_encoder_id
+
+    folder = Path(shutil.copytree(bases.find_base("tiny") / "tokenizer", tmp_path / "tokenizer"))
+    plain = load_tokenizer(folder)
+    rules = json.loads((folder / "tokenizer.json").read_text())
+    rules["model"]["merges"].reverse()
+    (folder / "tokenizer.json").write_text(json.dumps(rules))
+    other = load_tokenizer(folder)
+    assert other.get_vocab() == plain.get_vocab()
+    first, second = (text_encoder_id(replace(loaded["sd1"], tokenizers=[one])) for one in (plain, other))
+    assert first != second
+
+
 def encoded(base: Base, picture: np.ndarray) -> torch.Tensor:
     """What the encoder itself gives, in its own units."""
     with torch.no_grad():

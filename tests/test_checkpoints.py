@@ -32,6 +32,7 @@ from controlkit.images import load_picture
 from controlkit.info_job import read_base
 from controlkit.known_adapters import family_of_base
 from controlkit.sampling import generate
+from controlkit.training.data.encoding import picture_encoder_id, text_encoder_id
 from controlkit.vaes import check_vae, with_vae
 
 FAMILIES = ("sd1", "sd2", "sdxl")
@@ -108,6 +109,8 @@ def test_a_file_is_the_same_base_as_its_folder(wholes: Callable[[str], Whole], f
     folder, file = load_base(str(whole.folder)), load_base(str(whole.file))
     assert (file.family, file.prediction_type) == (family, folder.prediction_type)
     assert file.digest() == folder.digest()
+    ids = picture_encoder_id, text_encoder_id
+    assert [name(file) for name in ids] == [name(folder) for name in ids]
     assert torch.equal(file.alphas_cumprod, folder.alphas_cumprod)
     one, other = (base.scheduler_config for base in (file, folder))
     assert one.get("clip_sample", False) is False  # the published SD1 says so of a scheduler that has none

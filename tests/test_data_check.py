@@ -613,6 +613,17 @@ def test_a_training_refuses_such_drawings_before_its_first_step(tmp_path: Path) 
     assert load_pairs(adapters(table), report=lambda _: None).trained == [0, 4]
 
 
+def test_pairs_cannot_be_left_out_without_a_look_at_them(tmp_path: Path) -> None:
+    """Nor can a run that leaves some out go on without: it would be of other pairs."""
+    table = {"task": "controlnet", "map": "canny", "out": "-", "steps": 100, "batch_size": 1}
+    table |= {"learning_rate": 1e-4}
+    data = {"source": str(tmp_path), "bad": "skip", "check": False}
+    with pytest.raises(ValueError, match=r"data\.check=false looks for nothing: leave data\.check=true"):
+        adapters(table | {"data": data})
+    for more in ({"streaming": True}, {"bad": "stop"}):
+        assert not adapters(table | {"data": data | more}).data.check
+
+
 def adapters(table: dict[str, Any]) -> ControlNetRecipe:
     recipe = parse_recipe(table, where="here")
     assert isinstance(recipe, ControlNetRecipe)

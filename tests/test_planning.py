@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.utils.checkpoint
@@ -17,6 +18,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from controlkit.free_memory import available_memory
 from controlkit.training import planning, planning_parts, planning_speed, previews
 from controlkit.training.config import load_recipe
+from controlkit.training.data.examples import ArrayPiece, Example
+from controlkit.training.data.visits import Visits
 from controlkit.training.planning import (
     batch_need,
     find_batch,
@@ -477,6 +480,24 @@ def test_memory_is_within_15_percent_of_a_training_of_34_million_parameters(tmp_
 def test_data_that_is_not_there_is_not_planned_for(tmp_path) -> None:
     with pytest.raises(ValueError, match=r"the data set .*/nothing does not exist"):
         previews.plan_recipe("tiny-canny", [f"data.source={tmp_path}/nothing"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "faces"),
+    [
+        ([], 1),
+        (["data.flip=1"], 1),
+        (["data.flip=0.5", "data.crop=random", "data.crops=8", "data.resolution=64"], 2),
+        (["data.flip=0.5", "data.buckets=true", "data.bucket_step=16", "data.crop=random"], 2),
+    ],
+)
+def test_of_the_world_every_view_is_planned_for(changes, faces) -> None:
+    """As many as a training encodes: mirrored pictures are others, crops of squares are not."""
+    settings = load_recipe("tiny-canny", ["scenes=10", "data.holdout=2", *changes])
+    piece = ArrayPiece(np.zeros((128, 128, 3), np.uint8))
+    examples = [Example("scene", piece, "", maps=(piece,))] * 12
+    visits = Visits(examples, [(128, 128)] * 12, data=settings.data, kind="canny", resolution=128, seed=1)
+    assert previews._views(settings) == 12 * faces == sum(len(visits.views(index)) for index in range(12))
 
 
 def test_what_does_not_train_here_is_not_planned_for() -> None:

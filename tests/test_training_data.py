@@ -1,7 +1,9 @@
 """What lies between a data set and a batch: order, loader, cache, packing, noise."""
 
 import hashlib
+import io
 import os
+import tarfile
 import threading
 import time
 from collections import Counter
@@ -10,14 +12,19 @@ import numpy as np
 import pytest
 import torch
 
-from controlkit import diffusion
+from controlkit import diffusion, images
+from controlkit.processes import Processes
 from controlkit.training.config import load_recipe
+from controlkit.training.config_adapter import DataRecipe
 from controlkit.training.data.digests import Digests
-from controlkit.training.data.examples import ArrayPiece, FilePiece
+from controlkit.training.data.encoded import Encoded
+from controlkit.training.data.examples import ArrayPiece, Example, FilePiece
 from controlkit.training.data.loader import Loader
 from controlkit.training.data.order import Order
 from controlkit.training.data.packing import pack, unpack
+from controlkit.training.data.source_tar import TarPiece, read_index
 from controlkit.training.data.stores import Store
+from controlkit.training.data.visits import Visits
 from controlkit.training.noising import Noisy, draw, draw_batch, noised, timesteps_of, weighted_loss
 
 # --- order ----
@@ -163,6 +170,21 @@ def test_a_damaged_shard_is_computed_again(tmp_path):
     assert not path.exists()
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_kept_and_is_not_finite_is_never_trained_on(tmp_path, value):
+    """The header of such a shard is whole, and only its values show that the disk has damaged it."""
+    kept = torch.full((77, 768), -6e4, dtype=torch.float16)
+    kept[3, 5] = value
+    Store(tmp_path).write({"a": kept, "b": torch.full_like(kept, 6e4), "c": torch.full((9,), 255).byte()})
+    (path,) = tmp_path.iterdir()
+    store = Store(tmp_path)
+    assert [float(store.read(name).float().mean()) for name in "bc"] == [60000, 255]
+    with pytest.raises(ValueError, match=r"values that are not finite: delete it and start again") as caught:
+        store.read("a")
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_store_that_cannot_be_written_is_a_plain_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"/file/s: .*CONTROLKIT_CACHE") as caught:
@@ -199,6 +221,45 @@ def test_a_file_that_was_replaced_at_its_size_and_time_is_read_again(tmp_path):
         os.utime(path, (315532800, 315532800))
         digests += Digests(tmp_path / "memory").of([piece])
     assert digests == [hashlib.sha256(content).hexdigest() for content in (b"one", b"two")]
+
+
+def test_what_is_in_a_tar_file_is_read_once_until_the_file_changes(tmp_path, monkeypatch):
+    shard = tmp_path / "0.tar"
+
+    def write(*contents):
+        with tarfile.open(shard, "w") as archive:
+            for number, content in enumerate(contents):
+                member = tarfile.TarInfo(f"{number}.png")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+        index = read_index(shard)
+        return [index.piece(row, "png") for row in range(len(contents))]
+
+    pieces = write(b"one", b"two")
+    digests = Digests(tmp_path / "memory").of(pieces)
+    assert digests == [hashlib.sha256(content).hexdigest() for content in (b"one", b"two")]
+    with monkeypatch.context() as patch:
+        patch.setattr(TarPiece, "read", None)  # it may not be read
+        assert Digests(tmp_path / "memory").of(pieces) == digests
+    changed = Digests(tmp_path / "memory").of(write(b"one", b"six"))
+    assert changed == [digests[0], hashlib.sha256(b"six").hexdigest()]
+
+
+def test_a_piece_is_looked_through_once_whatever_it_is_for(tmp_path, monkeypatch, sd1):
+    """A picture of which the map is made is both; and several pairs may have the same map."""
+    monkeypatch.setenv("CONTROLKIT_CACHE", str(tmp_path / "cache"))
+    images.write_png(tmp_path / "a.png", np.full((64, 64, 3), 99, np.uint8))
+    looks, digest = [], FilePiece.digest
+    monkeypatch.setattr(FilePiece, "digest", lambda piece: looks.append(piece.path.name) or digest(piece))
+    data = DataRecipe(maps="made")
+    examples = [Example("pair", FilePiece(tmp_path / "a.png"), "a picture")] * 2
+    visits = Visits(examples, [(64, 64)] * 2, data=data, kind="canny", resolution=64, seed=1)
+    encoded = Encoded(sd1, examples, visits, data=data, report=lambda _: None)
+    encoded.fill([0], Processes())
+    assert looks == ["a.png"]
+    (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes())
+    Digests(tmp_path / "memory").of([FilePiece(tmp_path / "b.png")] * 3)
+    assert looks == ["a.png", "b.png"]
 
 
 # --- noise and loss ----

@@ -16,9 +16,12 @@ from safetensors.torch import load_file
 from controlkit.adapters import MAPS, AdapterInfo, read_info, save_adapter
 from controlkit.base import load_base
 from controlkit.controlnet import from_base
+from controlkit.processes import Processes
 from controlkit.training import loop, train_recipe
 from controlkit.training.adapter import ControlNetTask
 from controlkit.training.adapter_inputs import Inputs
+from controlkit.training.config import load_recipe
+from controlkit.training.data.feeds import StoredFeed
 
 
 @pytest.fixture(scope="module")
@@ -410,6 +413,22 @@ def test_a_run_does_not_go_on_with_other_data(place):
     assert len(list((pictures / "run" / "samples").iterdir())) == 3
     with pytest.raises(ValueError, match=r"is the folder of the data set: choose another"):
         train_recipe(path, overrides=[f"out={pictures}"])
+
+
+def test_a_run_does_not_go_on_with_more_or_fewer_pairs_without_a_cache_either(place, sd1):
+    """Their number is known of any data; it draws their order and those that are held out."""
+    pictures = place / "fewer" / "pictures"
+    shutil.copytree(place / "pictures", pictures)
+    settings = load_recipe(str(recipe(pictures.parent / "run", pictures, data_cache=False)))
+
+    def feed():
+        return StoredFeed(settings, sd1, Processes(), report=lambda _: None)
+
+    state = feed().state(0)
+    feed().restore(state)
+    (pictures / "05.png").unlink()
+    with pytest.raises(ValueError, match=r"\(then 11 pairs to train on, now 10\): bring it back"):
+        feed().restore(state)
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from controlkit.preprocessors.posejson import poses_to_json
 from controlkit.preprocessors.skeleton import BODY_MIRROR, COLOURS, Poses
 from controlkit.training.config_adapter import DataRecipe
 from controlkit.training.data.examples import ArrayPiece, Example, FilePiece, Piece
+from controlkit.training.data.map_use import about_idle
 from controlkit.training.data.mirroring import mirrored_normals
 from controlkit.training.data.views import View, look
 from controlkit.training.data.visits import Visits
@@ -338,6 +339,22 @@ def test_a_pose_on_a_canvas_of_another_size_or_of_none() -> None:
     for content in (b"\xef\xbb\xbf" + json.dumps(bare).encode(), large):
         drawn = seen(visits_of(content, kind="openpose"))
         assert (drawn != expected).any(axis=2).mean() < 0.003  # 0.3 pixels apart on the larger canvas
+
+
+@pytest.mark.parametrize(
+    ("columns", "is_used"), [(("keypoints", "edges"), True), (("depth", "normals"), False)]
+)
+def test_a_style_is_used_where_a_column_may_hold_poses_and_names_the_map(
+    columns: tuple[str, str], is_used: bool
+) -> None:
+    """What the cache holds of one style is not taken for another's, and what is said to be idle is idle."""
+    pose, black = json.dumps(poses_to_json(standing())).encode(), np.zeros((343, 400, 3), np.uint8)
+    given = {"kind": "openpose", "map_column": columns}
+    usual, old = (visits_of(pose, black, **given, options={"style": style}) for style in ("v1.1", "v1.0"))
+    assert np.array_equal(seen(old), seen(usual)) is not is_used
+    assert (old.map_settings == usual.map_settings) is not is_used
+    data = DataRecipe(map_column=columns, options={"style": "v1.0"})
+    assert (about_idle(data, kind="openpose", count=2) == "") is is_used
 
 
 def test_a_broken_pose_is_named() -> None:

@@ -86,7 +86,7 @@ class DataRecipe(Table):
     bad: Literal["stop", "skip"] = "stop"
     """A pair that cannot be used: stop before the first step and name it, or leave it out and say so."""
     check: bool = True
-    """Look at every pair before the first step."""
+    """Look at every pair before the first step, which bad=skip needs. Streams are never looked at."""
     cache: bool = True
     """Encode pictures and captions once and keep the result on disk, by content."""
     resident: bool | Literal["auto"] = "auto"
@@ -235,6 +235,11 @@ class ControlNetRecipe(Recipe):
             self._check_reward()
         if self.data.streaming and self.data.buckets:
             raise ValueError("data.buckets needs to know every picture's size, which data.streaming does not")
+        if self.data.bad == "skip" and not (self.data.check or self.data.streaming):
+            raise ValueError(
+                "data.bad=skip leaves out what data.check finds, and data.check=false looks for nothing:"
+                " leave data.check=true, or give data.bad=stop"
+            )
         if self.data.maps == "made" or self.data.source == "world":
             from controlkit import preprocessors
 

@@ -277,7 +277,7 @@ def _encoding_seconds(
     area: float,
     pictures: int | None,
 ) -> float | None:
-    """Seconds to encode pictures and as many captions ahead."""
+    """Seconds to encode so many views, and a caption for each, ahead."""
     if pictures is None or not recipe.data.cache:
         return None
     size = {"width": place.width, "height": place.height}

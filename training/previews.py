@@ -31,7 +31,7 @@ def plan_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> list[str]:
     if recipe.data.source != "world":
         recognise(recipe.data)  # that it is there; nothing of it is opened
     set_threads(recipe)
-    return plan(recipe, device=device_name(recipe), pictures=_pictures(recipe)).lines()
+    return plan(recipe, device=device_name(recipe), pictures=_views(recipe)).lines()
 
 
 def find_batch_for(
@@ -94,8 +94,12 @@ def _adapters(name_or_path: str, overrides: Sequence[str]) -> ControlNetRecipe:
     return recipe
 
 
-def _pictures(recipe: ControlNetRecipe) -> int | None:
+def _views(recipe: ControlNetRecipe) -> int | None:
     """How many views are encoded first, where that is known without opening the data."""
+    from controlkit.training.data.views import make_views
+
     if not recipe.data.cache or recipe.data.source != "world":
         return None
-    return min(recipe.scenes, recipe.data.limit or recipe.scenes) + recipe.data.holdout
+    scenes = min(recipe.scenes, recipe.data.limit or recipe.scenes) + recipe.data.holdout
+    square = (1, 1)  # as the world's pictures are, and what is seen of them: nothing is cut off
+    return scenes * len(make_views(square, square, data=recipe.data, key=""))

@@ -34,7 +34,7 @@ MAY_CHANGE |= {
 MAY_CHANGE |= {
     "data.workers",
     "data.cache",
-    "data.check",
+    "data.check",  # where it leaves pairs out (data.bad=skip) it cannot be off
     "data.resident",
     "gradient_checkpointing",
     "compile",

@@ -1,4 +1,4 @@
-"""The content of files by their digests, remembered as long as a file's size and times stay."""
+"""The content of files, and of what is in tar files, by digests: remembered while size and times stay."""
 
 from __future__ import annotations
 
@@ -6,15 +6,19 @@ import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 
 from controlkit.training.data.examples import FilePiece, Piece
+from controlkit.training.data.source_tar import TarPiece
 
 _MANY = 5000  # files, whose reading is worth a line
 
 
 class Digests:
-    """Digests of pieces: files are read once, and again when they change; others each time."""
+    """Digests of pieces: files, and what is in tar files, are read once, and again when they change; others
+    (a table's cells, arrays) each time.
+    """
 
     def __init__(self, memory: Path) -> None:
         """``memory``: a file of JSON lines that is read, and added to; it may be lost or damaged."""
@@ -30,15 +34,16 @@ class Digests:
         self, pieces: Sequence[Piece], *, report: Callable[[str], None] = lambda _: None, workers: int = 4
     ) -> list[str]:
         """SHA-256 of each piece's content, in hexadecimal. Raises ValueError where one cannot be read."""
-        keys = [_key(piece) for piece in pieces]
-        unknown = [k for k, key in enumerate(keys) if key not in self._known]
+        stated = lru_cache(maxsize=4096)(_state)  # of a shard once, not for each of its members
+        keys = [_key(piece, stated) or number for number, piece in enumerate(pieces)]
+        unknown = {key: piece for key, piece in zip(keys, pieces, strict=True) if key not in self._known}
         if len(unknown) > _MANY:
             report(f"reading {len(unknown)} files for the first time")
         with ThreadPoolExecutor(workers) as threads:
-            found = list(threads.map(lambda k: pieces[k].digest().hex(), unknown))
+            found = list(threads.map(lambda piece: piece.digest().hex(), unknown.values()))
         fresh = dict(zip(unknown, found, strict=True))
-        self._remember({keys[k]: digest for k, digest in fresh.items() if keys[k]})
-        return [fresh.get(k) or self._known[key] for k, key in enumerate(keys)]
+        self._remember({key: digest for key, digest in fresh.items() if isinstance(key, str)})
+        return [fresh.get(key) or self._known[str(key)] for key in keys]
 
     def _remember(self, digests: dict[str, str]) -> None:
         self._known |= digests
@@ -50,13 +55,19 @@ class Digests:
                 file.writelines(json.dumps(item) + "\n" for item in digests.items())
 
 
-def _key(piece: Piece) -> str:
-    """What tells one state of a file from another; "" for what is no file."""
-    if not isinstance(piece, FilePiece):
+def _key(piece: Piece, stated: Callable[[Path], str]) -> str:
+    """What tells one state of a file, or of its part, from another; "" for what is in no file."""
+    if not isinstance(piece, FilePiece | TarPiece):
         return ""
     try:
-        status = piece.path.stat()
+        if isinstance(piece, TarPiece):
+            return f"{stated(piece.shard)}|{piece.offset}+{piece.size}"
+        return _state(piece.path)
     except OSError:
         return ""
+
+
+def _state(path: Path) -> str:
+    status = path.stat()
     # the second time cannot be set: an archive that is unpacked anew may bring the first one with it
-    return f"{piece.path.absolute()}|{status.st_size}|{status.st_mtime_ns}|{status.st_ctime_ns}"
+    return f"{path.absolute()}|{status.st_size}|{status.st_mtime_ns}|{status.st_ctime_ns}"

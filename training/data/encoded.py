@@ -1,7 +1,7 @@
 """A data set encoded: what a visit needs of picture, map and caption, from the cache or made on the spot.
 
 Both ways give the same numbers: what the cache holds is what is made otherwise, to the bit on a CPU. What it
-holds is named by what decides it (the picture's content, its view, the encoder's weights, the precision), so
+holds is named by what decides it (the picture's content, its view, the encoder, the precision), so
 that runs share it, and a change of anything else, such as the learning rate, computes nothing anew.
 """
 
@@ -42,7 +42,7 @@ from controlkit.training.data.views import View
 from controlkit.training.data.visits import Visit, Visits
 from controlkit.training.memory import free_memory, is_out_of_memory, put
 
-VERSION = 1  # raise when pictures or maps are prepared differently
+VERSION = 1  # raise when pictures, maps or captions are prepared differently
 _SHARD = 256
 _TEXTS = 256  # captions that are kept at hand
 Report = Callable[[str], None]
@@ -106,7 +106,7 @@ class Encoded:
         wanted = list(indices)
         self._learn(wanted)
         captions = {
-            _hash(caption): caption
+            _caption_name(caption): caption
             for caption in [*(c for i in wanted for c in self.examples[i].captions), ""]
         }
         share = processes.index, processes.count
@@ -125,11 +125,12 @@ class Encoded:
     def _learn(self, indices: Sequence[int]) -> None:
         """Know the content of these examples."""
         new = [index for index in indices if index not in self._content]
-        rows = [(self.examples[index].picture, *self.visits.pieces(index)) for index in new]
+        made = self.visits.made  # of the picture, which is not read twice for it
+        rows = [(self.examples[index].picture, *(() if made else self.visits.pieces(index))) for index in new]
         digests = iter(self._digests.of([piece for row in rows for piece in row], report=self.report))
-        self._content |= {
-            index: tuple(next(digests) for _ in row) for index, row in zip(new, rows, strict=True)
-        }
+        for index, row in zip(new, rows, strict=True):
+            content = tuple(next(digests) for _ in row)
+            self._content[index] = content * 2 if made else content
 
     def digest(self, indices: Sequence[int]) -> str:
         """SHA-256 over these examples' pictures, maps and captions; "" without a cache, which knows them."""
@@ -216,7 +217,7 @@ class Encoded:
     def _text_of(self, caption: str) -> Text:
         if self._latents is None:
             return encode_captions(self.base, [caption])
-        name = _hash(caption)
+        name = _caption_name(caption)
         pooled = f"{name}.pooled"
         return Text(
             self._captions.read(name)[None],
@@ -286,6 +287,10 @@ def levels_of(samples: Sequence[Sample]) -> Tensor:
 
 def _parts(names: Sequence[str]) -> Iterable[Sequence[str]]:
     return (names[start : start + _SHARD] for start in range(0, len(names), _SHARD))
+
+
+def _caption_name(caption: str) -> str:
+    return _hash(f"{caption} {VERSION}")
 
 
 def _hash(text: str) -> str:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,10 +20,15 @@ from torch import Tensor, nn
 from controlkit import images, latent_scale
 from controlkit.base import Base
 
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
+
 KEPT = torch.float16
 """Precision of what is kept: its rounding is far below the spread of the autoencoder's own distribution."""
 AT_ONCE = 8
 """Pictures that are encoded at once, elsewhere than on a CPU."""
+_OF_FILES = ("architectures", "dtype", "torch_dtype", "transformers_version")
+"""Keys of configurations that say how a network was saved, not what it makes."""
 
 
 class Moments(NamedTuple):
@@ -66,16 +71,31 @@ def encode_captions(base: Base, captions: Sequence[str]) -> Text:
 
 
 def picture_encoder_id(base: Base) -> str:
-    """What decides the latents of a picture, in 16 letters: weights, scale, precision."""
+    """What decides the latents of a picture, in 16 letters: weights, configuration, precision."""
     modules = [base.vae.encoder, base.vae.quant_conv]
-    return _identity(modules, *latent_scale.told(base.vae), base.vae.dtype, KEPT, _place(base.vae.device))
+    return _identity(modules, _told(base.vae.config), base.vae.dtype, KEPT, _place(base.vae.device))
 
 
 def text_encoder_id(base: Base) -> str:
-    """What decides the embedding of a caption, in 16 letters: weights, vocabulary, precision."""
-    words = [json.dumps(tokenizer.get_vocab(), sort_keys=True) for tokenizer in base.tokenizers]
+    """What decides the embedding of a caption, in 16 letters: weights, configuration, words, precision."""
+    told = [_told(encoder.config.to_dict()) for encoder in base.text_encoders]
+    words = [*map(_reading, base.tokenizers), sorted(base.words.items()), base.clip_skip]
     places = [_place(encoder.device) for encoder in base.text_encoders]
-    return _identity(base.text_encoders, base.family, *words, base.dtype, KEPT, *places)
+    return _identity(base.text_encoders, base.family, *told, *words, base.dtype, KEPT, *places)
+
+
+def _told(config: Mapping[str, Any]) -> str:
+    """What a network's configuration says of its results: no folder, version or precision of its file."""
+    kept = {key: value for key, value in config.items() if key[:1] != "_" and key not in _OF_FILES}
+    return json.dumps(kept, sort_keys=True, default=str)
+
+
+def _reading(tokenizer: CLIPTokenizer) -> str:
+    """All that decides which tokens a tokenizer makes of a text, and how it fills up."""
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())  # vocabulary, merges, what is made of letters
+    for of_last_call in ("padding", "truncation"):
+        del rules[of_last_call]
+    return json.dumps([rules, tokenizer.pad_token_id, tokenizer.split_special_tokens], sort_keys=True)
 
 
 def _place(device: torch.device) -> str:

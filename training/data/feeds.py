@@ -95,10 +95,11 @@ class StoredFeed:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Raises ValueError where the pictures, maps or captions are others than when the run stopped."""
-        before = state.get("data_sha256", "")
-        if before and self._all and before != self._all:  # without a cache nobody knows
+        before, pairs = state.get("data_sha256", ""), state.get("pairs", self.pairs)
+        is_other = before and self._all and before != self._all  # without a cache their number alone is known
+        if is_other or pairs != self.pairs:
             raise ValueError(
-                f"the data set has changed since this run stopped ({self._changed(state['pairs'])}):"
+                f"the data set has changed since this run stopped ({self._changed(pairs)}):"
                 " bring it back as it was, or begin a new run with out=FOLDER"
             )
 

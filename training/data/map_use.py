@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from controlkit import preprocessors
 from controlkit.preprocessors.depth import Depth
+from controlkit.preprocessors.linting import KINDS
 from controlkit.preprocessors.options import checked_options
 from controlkit.training.data import map_files
 from controlkit.training.data.map_files import Sense
@@ -117,12 +118,23 @@ def about_idle(data: DataRecipe, *, kind: str, count: int) -> str:
 
 def _options(data: DataRecipe, *, kind: str, count: int) -> tuple[list[str], list[str]]:
     """The options that there are for maps from files, and those of the recipe that are none of them."""
+    names = _names(data.map_column, kind=kind, count=count)
     senses = senses_of(data.map_column, kind=kind, count=count)
-    allowed = [STYLE] * ("pose" in senses) + [*OF_DEPTH] * ("depth" in senses)
+    allowed = [STYLE] * any(map(_may_be_poses, names)) + [*OF_DEPTH] * ("depth" in senses)
     return allowed, [name for name in data.options if name not in allowed]
+
+
+def _may_be_poses(name: str) -> bool:
+    """Whether a map may be a pose: its name says so, or nothing at all ("keypoints", "edges")."""
+    sense = map_files.sense_of(name)
+    return sense == "pose" or (not sense and name not in {*preprocessors.names(), *KINDS})
 
 
 def senses_of(columns: Sequence[str], *, kind: str, count: int) -> list[Sense]:
     """What is known of the values of each of ``count`` maps."""
-    names = columns if count > 1 else (kind,)[:count]
-    return [map_files.sense_of(name) for name in names] or [""] * count
+    return [map_files.sense_of(name) for name in _names(columns, kind=kind, count=count)]
+
+
+def _names(columns: Sequence[str], *, kind: str, count: int) -> Sequence[str]:
+    """What each of ``count`` maps is called; "" where nothing says it."""
+    return (columns if count > 1 else (kind,)[:count]) or [""] * count

@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from controlkit import files
@@ -56,7 +57,7 @@ class Store:
         return [name for name in mine if name not in self._where]
 
     def read(self, name: str) -> Tensor:
-        """A tensor, mapped from disk. Raises ValueError where its shard has gone since."""
+        """A tensor, mapped from disk. Raises ValueError where its shard has gone since, or is damaged."""
         from safetensors import SafetensorError, safe_open
 
         path = self._where[name]
@@ -66,6 +67,11 @@ class Store:
             tensor: Tensor = self._open[path].get_tensor(name)
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{path}, a part of the cache, cannot be read: {error}; start again") from error
+        if tensor.is_floating_point() and not tensor.sum(dtype=torch.float32).isfinite():  # the cheapest look
+            raise ValueError(
+                f"{path}, a part of the cache, holds values that are not finite: delete it and start again"
+                " (if they come back, the base itself makes them of these data)"
+            )
         return tensor
 
     def write(self, tensors: Mapping[str, Tensor]) -> None:

@@ -5,7 +5,7 @@ Every result is a function of (index, view, seed): neither the order of calls no
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -106,10 +106,10 @@ class Visits:
         self.fixed = data.map_blur == 0 and (self._maker is None or self._maker.fixed)
         made_of = (self._grey, kind) if is_made else (self._grey, *self._senses)
         idle = [] if is_made else idle_options(data, kind=kind, count=self._count)
-        options = sorted((name, value) for name, value in data.options.items() if name not in idle)
-        self.map_settings = f"{'made' if is_made else 'read on black'} {made_of} {options}"
+        options = {name: value for name, value in data.options.items() if name not in idle}
+        self.map_settings = f"{'made' if is_made else 'read on black'} {made_of} {sorted(options.items())}"
         if self._maker is None:
-            self._style = _draw_style(data)
+            self._style = _draw_style(options)
             self._check_files()
 
     def views(self, index: int) -> list[View]:
@@ -279,11 +279,11 @@ class Visits:
         return cv2.GaussianBlur(levels, (0, 0), sigma).reshape(levels.shape)
 
 
-def _draw_style(data: DataRecipe) -> str:
+def _draw_style(options: Mapping[str, Any]) -> str:
     """The style of `draw_poses` for poses from files. Raises ValueError for an unknown one."""
     from controlkit.preprocessors.drawing import STYLES, USUAL_STYLE
 
-    style = data.options.get(STYLE, USUAL_STYLE)
+    style = options.get(STYLE, USUAL_STYLE)
     if style not in STYLES:
         raise unknown("draw style", style, STYLES)
     return str(style)
