@@ -147,13 +147,14 @@ def open_adapter_file(path: str | os.PathLike[str]) -> AdapterFile:
     shapes = Shapes(entries, found)
     own = structure or _own_config(found, kind, shapes)
     config = _config(kind, shapes, own)
-    if not own and kind in _UNTOLD and is_pooled(found, info.map.kind if info else ""):
-        config["global_pool_conditions"] = True
     check_types(structure, found)
     said = info.family if info and info.family in FAMILY_TITLES else ""
     by_tensors = _family(kind, config, entries)
     # A T2I-Adapter reads no text: of which family it is its sizes can only suggest.
     family = (said or by_tensors) if kind == "t2i-adapter" else (by_tensors or said)
+    info = info or described_by_others(weights.metadata, channels=hint_channels(config), family=family)
+    if not own and kind in _UNTOLD and is_pooled(found, info.map.kind):
+        config["global_pool_conditions"] = True
     return AdapterFile(
         weights,
         kind,
@@ -161,7 +162,7 @@ def open_adapter_file(path: str | os.PathLike[str]) -> AdapterFile:
         family=family,
         config=config,
         is_told=bool(own),
-        info=info or described_by_others(weights.metadata, channels=hint_channels(config), family=family),
+        info=info,
         names=names,
     )
 
@@ -172,17 +173,36 @@ def is_pooled(file: Path, kind: str) -> bool:
     The original's description beside the file says so; else the kind of map: "shuffle" is the one published
     kind that does. ``kind`` "" is read from the file's name, as sd-webui-controlnet and ComfyUI do.
     """
+    said = _pooling_beside(file)
+    return is_shuffle(kind or file.stem) if said is None else said
+
+
+def _pooling_beside(file: Path) -> bool | None:
+    """Whether a ControlNet pools by the original's description beside it; None where that does not say."""
     with contextlib.suppress(OSError, UnicodeDecodeError):
         found = _POOLING.search(file.with_suffix(".yaml").read_text(encoding="utf-8"))
         if found:
             return found[1].lower() == "true"
-    return "shuffle" in (kind or file.stem).lower()
+    return None
+
+
+def is_shuffle(text: str) -> bool:
+    """Whether a kind of map, or a file's name, has the word "shuffle"."""
+    return "shuffle" in re.split(r"[\W_]+", text.lower())
+
+
+def is_pooled_by_name(file: AdapterFile) -> bool:
+    """Whether nothing but a file's name says that it pools its residuals."""
+    open_by_itself = not file.is_told and file.kind in _UNTOLD and not file.info.map.kind
+    return open_by_itself and _pooling_beside(file.path) is None and is_shuffle(file.path.stem)
 
 
 def of_kind(file: AdapterFile, kind: str) -> AdapterFile:
-    """A file of which somebody knows for which kind of map it is; "" changes nothing."""
-    pools = kind and not file.is_told and file.kind in _UNTOLD and is_pooled(file.path, kind)
-    return replace(file, config={**file.config, "global_pool_conditions": True}) if pools else file
+    """A file of which somebody knows for which kind of map it is, where it does not say so itself; "" changes
+    nothing."""
+    if not kind or file.is_told or file.kind not in _UNTOLD or file.info.map.kind:
+        return file
+    return replace(file, config={**file.config, "global_pool_conditions": is_pooled(file.path, kind)})
 
 
 def hint_channels(config: Mapping[str, Any]) -> int:
