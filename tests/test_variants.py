@@ -249,7 +249,7 @@ def test_every_variant_is_planned(place: Path, adapter: str) -> None:
     [
         (
             {"adapter": "controlnet-xs", "gradient_checkpointing": True},
-            "not go with adapter controlnet-xs",
+            "not go with adapter controlnet-xs: add gradient_checkpointing=false",
         ),
         ({"adapter": "lite", "only_mid_control": True}, "goes with adapter controlnet and control-lora"),
         ({"adapter": "controlnet-union"}, "two or more kinds of maps: name them with data.map_column"),

@@ -272,7 +272,10 @@ class ControlNetRecipe(Recipe):
         if self.only_mid_control and self.adapter not in COPIES:
             raise ValueError(f"only_mid_control goes with adapter {' and '.join(COPIES)}, not {self.adapter}")
         if self.gradient_checkpointing and self.adapter == "controlnet-xs":
-            raise ValueError("gradient_checkpointing does not go with adapter controlnet-xs")
+            raise ValueError(
+                "gradient_checkpointing does not go with adapter controlnet-xs:"
+                " add gradient_checkpointing=false"
+            )
         if self.init_base is not None and self.init is None:
             raise ValueError("init_base says what init was trained on, and there is no init")
         if self.init_base is not None and self.adapter not in COPIES:
