@@ -16,6 +16,7 @@ TIMESTEPS = ("uniform", "cubic", "logit-normal", "structure")
 _LEAST_SIDE = 16  # pixels, of what can be generated, for samples and scores
 VARIANTS = ("controlnet", "control-lora", "t2i-adapter", "controlnet-xs", "lite", "controlnet-union")
 COPIES = ("controlnet", "control-lora")  # variants that are a copy of the base's encoder
+_OF_VARIANT = {"map_dropout": "controlnet-union", "rank": "control-lora", "size_ratio": "controlnet-xs"}
 REWARDED = ("canny", "depth")  # kinds of map that can be taken of a picture by differentiable means
 
 
@@ -299,4 +300,13 @@ class ControlNetRecipe(Recipe):
             )
 
 
-__all__ = ["FORMATS", "OPTIMIZERS", "TIMESTEPS", "ControlNetRecipe", "DataRecipe", "Rate"]
+def unused(recipe: ControlNetRecipe) -> list[str]:
+    """What is to be said of settings that the recipe's adapter does not have."""
+    return [
+        f"{key}={getattr(recipe, key):g} does nothing with adapter={recipe.adapter}: it is of {variant}"
+        for key, variant in _OF_VARIANT.items()
+        if recipe.adapter != variant and getattr(recipe, key) != type(recipe).model_fields[key].default
+    ]
+
+
+__all__ = ["FORMATS", "OPTIMIZERS", "TIMESTEPS", "ControlNetRecipe", "DataRecipe", "Rate", "unused"]
