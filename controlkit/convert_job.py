@@ -113,6 +113,7 @@ def run(plan: Plan, report: Report) -> list[str]:
         f"wrote {plan.output}: {summary(written)}",
         *notes,
         *_of_pooling(file, written),
+        *_of_size(file, written),
         "use it with:",
         f"  {how_to_use_file(written, place, plan.base)}",
     ]
@@ -130,6 +131,15 @@ def _of_pooling(file: AdapterFile, written: AdapterFile) -> list[str]:
             f" name it {'without' if pools else 'with'} the word shuffle, or give --base"
         )
     return lines
+
+
+def _of_size(file: AdapterFile, written: AdapterFile) -> list[str]:
+    """Whether a Control-LoRA, which is there to be small, is no smaller than what it was made from."""
+    before, now = (one.weights.size for one in (file, written))
+    if written.kind != "control-lora" or now < before:
+        return []
+    sizes = f"{now / 1e6:.1f} MB, from {before / 1e6:.1f} MB"
+    return [f"it is not smaller than what it was made from ({sizes}): a lower --rank makes it so"]
 
 
 def _write_parts(checkpoint: Checkpoint, plan: Plan, report: Report) -> list[str]:
