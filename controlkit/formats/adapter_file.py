@@ -33,6 +33,7 @@ from controlkit.formats.structure import (
 from controlkit.formats.structure_others import check_t2i, light_config, t2i_config, xs_config
 from controlkit.formats.weight_file import (
     FLOATS,
+    SUFFIXES,
     Stored,
     WeightFile,
     count_parameters,
@@ -61,6 +62,7 @@ _TOLD_BY_SHAPES = (
 
 _UNTOLD = ("controlnet", "controlnet-difference")  # kinds whose files need not say how they take their map
 _POOLING = re.compile(r"^\s*global_average_pooling:\s*(true|false)\b", re.IGNORECASE | re.MULTILINE)
+_SHARD = re.compile(r"-(\d{5})-of-(\d{5})(?=\.\w+$)")
 _OTHER_CLASS_NAMES = ("ControlNetModel_Union",)  # as the first such network's own code calls it
 
 
@@ -138,6 +140,8 @@ def open_adapter_file(path: str | os.PathLike[str]) -> AdapterFile:
     """
     name = os.fspath(path)
     named = find_adapter_file(name)
+    if named is not None:
+        _check_undivided(named)
     parts = [named] if named else _parts(find_adapter_folder(name))
     found, weights = parts[0], open_weights(*parts)
     kind, layout, names = recognise(weights.entries, found)
@@ -231,6 +235,7 @@ def check_config(file: AdapterFile) -> None:
 def folder_config(folder: Path) -> dict[str, Any]:
     """The configuration of the network in a folder. Raises ValueError if the folder holds something else."""
     if not (folder / "config.json").is_file():
+        _check_one(folder)
         raise ValueError(f"{folder} is not an adapter folder: it has no config.json{_inner(folder)}")
     config = read_json(folder / "config.json")
     check_types(config, folder / "config.json")
@@ -242,6 +247,33 @@ def folder_config(folder: Path) -> dict[str, Any]:
     if config.get("_class_name") not in (*CLASS_NAMES.values(), *_OTHER_CLASS_NAMES):
         raise ValueError(f"{folder} holds a {config.get('_class_name')}, not a ControlNetModel")
     return config
+
+
+def _check_undivided(file: Path) -> None:
+    """Raise ValueError for one part of a network that was saved in several files."""
+    found = _SHARD.search(file.name)
+    if found is None or int(found[2]) < 2:
+        return
+    which = f"{file} is part {int(found[1])} of a set of {int(found[2])} files"
+    if any(file.parent.glob("*.index*.json")):
+        raise ValueError(f"{which}: give their folder, {file.parent}")
+    index = f"{file.name[: found.start()]}{file.suffix}.index.json"
+    raise ValueError(f"{which}, and {index}, which lists them, is missing beside it")
+
+
+def _check_one(folder: Path) -> None:
+    """Raise ValueError for a folder with several files of weights, of which none has the usual name."""
+    found = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES and path.is_file())
+    if len(found) < 2 or only_weights(folder) is not None:
+        return
+    with contextlib.suppress(ValueError):
+        weight_files(folder)
+        return
+    for path in found:
+        _check_undivided(path)
+    names = ", ".join(path.name for path in found[:3])
+    more = " and more" if len(found) > 3 else ""
+    raise ValueError(f"{folder} holds several files of weights ({names}{more}): name the one")
 
 
 def _inner(folder: Path) -> str:
@@ -256,6 +288,7 @@ def is_as_saved(folder: Path) -> bool:
 
     Raises ValueError, naming the file, for damaged ones, and for numbers that are no plain floats.
     """
+    _check_one(folder)
     files = weight_files(folder)
     try:
         weights = open_weights(*files)
@@ -299,6 +332,7 @@ def _parts(folder: Path) -> list[Path]:
     try:
         parts = weight_files(folder)
     except ValueError as error:
+        _check_one(folder)
         raise ValueError(f"{error}{_inner(folder)}") from None
     folder_config(folder)
     return parts
