@@ -96,7 +96,8 @@ def load_adapter(
     A file may be of any kind and layout that `formats.adapter_file.open_adapter_file` reads, lie on the hub
     (``owner/name/path/to/file.safetensors``), or alone in a folder. Its network is of one of the kinds in
     `kinds.py`. ``kind``: of map that it is for, where the caller knows; a ControlNet in the original's layout
-    does not say whether it pools its residuals, and one for "shuffle" does. ``device`` and ``dtype`` are the
+    does not say whether it pools its residuals, and one for "shuffle" does (what the file says comes first).
+    ``device`` and ``dtype`` are the
     base's unless given. Warns when the adapter was trained for another prediction type than the base's.
 
     Raises ValueError, one line within about 5 seconds, for a name that leads nowhere, a folder or file that

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from controlkit import files, limits, naming
 from controlkit.families import BUNDLED
-from controlkit.formats.adapter_file import AdapterFile, open_adapter_file
+from controlkit.formats.adapter_file import AdapterFile, is_pooled_by_name, open_adapter_file
 from controlkit.formats.finding import BUNDLED_ADAPTERS, check_only_adapter
 from controlkit.formats.fitting import BaseStructure, check_kind_fits
 from controlkit.formats.weight_file import SUFFIXES
@@ -112,9 +112,34 @@ def run(plan: Plan, report: Report) -> list[str]:
     return [
         f"wrote {plan.output}: {summary(written)}",
         *notes,
+        *_of_pooling(file, written),
+        *_of_size(file, written),
         "use it with:",
         f"  {how_to_use_file(written, place, plan.base)}",
     ]
+
+
+def _of_pooling(file: AdapterFile, written: AdapterFile) -> list[str]:
+    """What the file's name decided, and what its new one does, of pooling, which no shape tells."""
+    from controlkit.info_job import POOLED_BY_NAME
+
+    pooled, pools = (bool(one.config.get("global_pool_conditions")) for one in (file, written))
+    lines = [f"{file.path.name} {POOLED_BY_NAME}"] if pooled and is_pooled_by_name(file) else []
+    if pooled != pools:
+        lines.append(
+            f"{written.path.name} {'does so' if pools else 'does not'}, by its name, unlike {file.path.name}:"
+            f" name it {'without' if pools else 'with'} the word shuffle, or give --base"
+        )
+    return lines
+
+
+def _of_size(file: AdapterFile, written: AdapterFile) -> list[str]:
+    """Whether a Control-LoRA, which is there to be small, is no smaller than what it was made from."""
+    before, now = (one.weights.size for one in (file, written))
+    if written.kind != "control-lora" or now < before:
+        return []
+    sizes = f"{now / 1e6:.1f} MB, from {before / 1e6:.1f} MB"
+    return [f"it is not smaller than what it was made from ({sizes}): a lower --rank makes it so"]
 
 
 def _write_parts(checkpoint: Checkpoint, plan: Plan, report: Report) -> list[str]:

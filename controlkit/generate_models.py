@@ -7,6 +7,8 @@ import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from controlkit.formats.adapter_file import is_shuffle
+
 if TYPE_CHECKING:
     import torch
     from diffusers import UNet2DConditionModel
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 
 MOST_ADAPTERS = 4  # that are kept; of SD 1.5 each takes 0.7 GB
 Key = tuple[str, str, str, bool]
+AdapterKey = tuple[str, bool | None]
 Stamp = tuple[tuple[str, int, int], ...]
 
 
@@ -28,7 +31,7 @@ class Models:
 
     def __init__(self) -> None:
         self._base: tuple[Key, Base] | None = None
-        self._adapters: dict[tuple[str, bool], _Kept] = {}  # the last one was used last
+        self._adapters: dict[AdapterKey, _Kept] = {}  # the last one was used last
 
     def base(self, name: str, *, device: str, dtype: torch.dtype, rests: bool = False) -> Base:
         """The base on its device, or, if it rests, on the processor. Raises ValueError as `load_base`."""
@@ -47,7 +50,8 @@ class Models:
         from controlkit.adapters import load_adapter
 
         assert self._base is not None, "the base is loaded first"
-        stamp, key = _stamp(name), (name, kind == "shuffle")  # of the others the kind changes nothing
+        # Of the others the kind changes nothing; without one the file's name may.
+        stamp, key = _stamp(name), (name, is_shuffle(kind) if kind else None)
         found = self._adapters.pop(key, None)
         kept = found.adapter if found is not None and found.serves(name, stamp, base) else None
         if kept is None:

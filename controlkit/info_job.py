@@ -24,6 +24,7 @@ from controlkit.formats.adapter_file import (
     as_loaded,
     check_config,
     hint_channels,
+    is_pooled_by_name,
     open_adapter_file,
 )
 from controlkit.formats.description import INPAINT, AdapterInfo, kinds_at_once, map_in_words
@@ -61,6 +62,7 @@ _PUBLISHED: Mapping[str, tuple[Mapping[str, Any], str]] = {  # the bases of `fam
 }
 _USUAL_BASES = {"sd1": "sd15", "sd2": "sd21", "sdxl": "sdxl"}
 _NOT_RUN = ("controlnext",)
+POOLED_BY_NAME = "pools what it adds, as ControlNets for shuffle do: its name alone says so"
 _NO_BASE = "BASE"  # stands in a command where it is not known which
 _QUICK = 100_000_000  # bytes of a file whose numbers are looked at
 
@@ -82,6 +84,8 @@ def describe(name: str, *, base: str | None = None) -> list[str]:
         return [*lines, "controlkit does not run this kind"]
     if file.kind in OF_BASE:
         lines.append("its weights are changes to its base's: other software needs that base, too")
+    if is_pooled_by_name(file):
+        lines.append(f"{POOLED_BY_NAME}; --control or --map with another kind decides otherwise")
     why_not = _misfit(file, structure, name)
     if structure is not None:
         lines.append(f"fits {base}: {why_not or 'yes'}")

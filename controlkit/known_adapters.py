@@ -284,6 +284,13 @@ def check(kind: str, adapter: str, base: str) -> None:
     ours = defaults(family)
     fitting = ours.get(same_kind(kind))
     if not adapter and fitting is None:
+        others = [one for one in KNOWN if (one.family, one.map.kind) == (family, same_kind(kind))]
+        if others:  # of another kind of network, or with a map of its own
+            named = ", ".join(f"--adapter {kind}={one.name}" for one in others)
+            raise ValueError(
+                f"no {kind} adapter for {FAMILY_TITLES[family]} is used unless it is named (the base is"
+                f" {base}): there is {named}"
+            )
         raise ValueError(
             f"no {kind} adapter for {FAMILY_TITLES[family]} is known (the base is {base}): there are"
             f" {', '.join(ours)}; or name one of your own: --adapter {kind}=NAME"

@@ -6,7 +6,6 @@ written is a whole ControlNet, whose header names the new base and where it come
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from controlkit import files
 from controlkit.convert_job import Report, as_path, check_apart, check_precision, check_replaceable, own_dtype
 from controlkit.families import BUNDLED, FAMILY_TITLES
 from controlkit.formats.adapter_file import AdapterFile, open_adapter_file
-from controlkit.formats.description import ENCODER, AdapterInfo
+from controlkit.formats.description import ENCODER, AdapterInfo, told_base
 from controlkit.formats.finding import BUNDLED_ADAPTERS
 from controlkit.formats.fitting import BaseStructure, check_kind_fits, plain
 from controlkit.formats.recognise import KINDS
@@ -158,7 +157,7 @@ def transferred_info(info: AdapterInfo, plan: Plan, *, encoder: str) -> AdapterI
 
     ``encoder``: the new base's `transfer.encoder_digest`.
     """
-    old, new = _told(plan.old.name), _told(plan.new.name)
+    old, new = told_base(plan.old.name), told_base(plan.new.name)
     history = [*_history(info.training), {"from": old, "to": new}]
     return replace(
         info,
@@ -167,12 +166,6 @@ def transferred_info(info: AdapterInfo, plan: Plan, *, encoder: str) -> AdapterI
         base=new,
         training={**info.training, "transfers": history, ENCODER: encoder},
     )
-
-
-def _told(name: str) -> str:
-    """A base's name for a file that others read: of a folder or file its name alone, not where it lies."""
-    place = os.path.expanduser(name)
-    return os.path.basename(os.path.abspath(place)) if os.path.exists(place) else name
 
 
 def _history(training: Mapping[str, Any]) -> list[Any]:
@@ -202,7 +195,7 @@ def _notes(plan: Plan, gaps: Distances) -> list[str]:
             f"{old.name} predicts {old.prediction_type} and {new.name} {new.prediction_type}: what the"
             " adapter learned may not carry over"
         )
-    if info.base not in ("", old.name, _told(old.name)):
+    if info.base not in ("", old.name, told_base(old.name)):
         notes.append(f"the adapter says that it was trained on {info.base}, not on {old.name}")
     return notes
 

@@ -33,6 +33,9 @@ def test_a_control_lora_goes_both_ways(run: Run, models: Path) -> None:
     made = run(*to_lora, "--base", models / "sd1", "--rank", 1).done()
     assert "wrote lora.safetensors: a Control-LoRA of rank 1 for SD1, original keys" in made
     assert "rank 1 keeps 100.0% of what was changed in its base's weights" in made
+    assert "smaller" not in made
+    large = ("convert", "lora.safetensors", "large.safetensors", "--to", "control-lora", "--rank", 64)
+    assert "it is not smaller than what it was made from (" in run(*large, "--base", models / "sd1").done()
     tensors = load_file("lora.safetensors")
     assert open_adapter_file("lora.safetensors").kind == "control-lora"
     assert {len(tensor) for name, tensor in tensors.items() if name.endswith(".down")} == {1}

@@ -82,6 +82,23 @@ def test_a_difference_with_diffusers_keys_is_one(load: Load, tmp_path: Path) -> 
     assert is_same(load_adapter(str(file), base=base).controlnet, network)
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_mark_may_be_a_plain_value_or_have_the_prefix_of_all_keys(
+    wrapped: bool, load: Load, tmp_path: Path
+) -> None:
+    state = original_controlnet(controlnet_of(load("sd1")), prefix="control_model.")
+
+    def kind(mark: dict[str, Any]) -> str:
+        held = {"state_dict": state, **mark} if wrapped else {**state, **mark}
+        torch.save(held, tmp_path / "a.pth")
+        return open_adapter_file(tmp_path / "a.pth").kind
+
+    assert kind({"difference": True}) == "controlnet-difference"
+    assert kind({"difference": False}) == "controlnet"
+    saved({**state, "control_model.difference": torch.ones(1)}, tmp_path / "b.safetensors")
+    assert open_adapter_file(tmp_path / "b.safetensors").kind == "controlnet-difference"
+
+
 def load_adapter_state(file: Path) -> dict[str, Tensor]:
     return load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
 

@@ -52,6 +52,33 @@ def test_what_is_no_file_of_weights(
     assert message in run("info", file).refused()
 
 
+def test_of_several_files_one_is_named(sd1: Base, tmp_path: Path) -> None:
+    network = controlnet_of(sd1)
+    two = tmp_path / "two"
+    two.mkdir()
+    for name in ("a", "b"):
+        saved(network.state_dict(), two / f"{name}.safetensors")
+    message = f"{two} holds several files of weights (a.safetensors, b.safetensors): name the one"
+    refusal(two, sd1, message)
+    network.save_config(two)
+    refusal(two, sd1, message)
+    with pytest.raises(ValueError, match="name the one"):
+        open_adapter_file(two)
+
+
+def test_a_part_of_a_set_is_told_to_be_one(sd1: Base, tmp_path: Path) -> None:
+    network = controlnet_of(sd1)
+    network.save_pretrained(tmp_path / "set", max_shard_size="2MB")
+    part = min((tmp_path / "set").glob("*.safetensors"))
+    count = len(list((tmp_path / "set").glob("*.safetensors")))
+    refusal(part, sd1, f"{part} is part 1 of a set of {count} files: give their folder, {tmp_path / 'set'}")
+    index = tmp_path / "set" / "diffusion_pytorch_model.safetensors.index.json"
+    index.unlink()
+    message = f"is part 1 of a set of {count} files, and {index.name}, which lists them, is missing beside it"
+    refusal(part, sd1, f"{part} {message}")
+    refusal(part.parent, sd1, message)
+
+
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 @pytest.mark.parametrize("share", [0.999, 0.5, 0.001])
 def test_files_that_are_cut_short(suffix: str, share: float, sd1: Base, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from safetensors import safe_open
 
 from controlkit.adapters import load_adapter
 from controlkit.base import Base
+from controlkit.generate_models import Models
 from controlkit.images import load_picture
 from controlkit.kinds import kind_of
 
@@ -40,6 +41,45 @@ def test_who_pools_is_told_by_the_kind_the_description_beside_it_or_the_name(
     assert pools(plain, sd1)
     (tmp_path / "control_v11e_sd15_shuffle.yaml").write_text(YAML.format("False"))
     assert not pools(tmp_path / "control_v11e_sd15_shuffle.pth", sd1, "shuffle")
+
+
+def test_by_a_name_a_file_pools_only_where_nothing_else_says_of_which_kind_it_is(
+    network: Any, sd1: Base, tmp_path: Path, run: Run
+) -> None:
+    state = original_controlnet(network)
+    assert not pools(saved(state, tmp_path / "my_shuffled_cards.safetensors"), sd1)
+    named = saved(state, tmp_path / "cards-shuffle.safetensors")
+    assert pools(named, sd1)
+    assert not pools(named, sd1, "canny")
+    of_header = saved(state, tmp_path / "a_shuffle.safetensors", {"modelspec.preprocessor": "canny"})
+    assert not pools(of_header, sd1)
+    assert not pools(of_header, sd1, "shuffle")
+    line = "pools what it adds, as ControlNets for shuffle do: its name alone says so"
+    assert line in run("info", named).done()
+    assert line not in run("info", of_header).done()
+
+
+def test_a_conversion_says_where_a_name_decided(network: Any, models: Path, run: Run, tmp_path: Path) -> None:
+    saved(original_controlnet(network), tmp_path / "a_shuffle.safetensors")
+    asked = ["convert", "a_shuffle.safetensors", "b.safetensors", "--to", "single", "--base", models / "sd1"]
+    said = run(*asked).done()
+    assert "a_shuffle.safetensors pools what it adds, as ControlNets for shuffle do: its name alone" in said
+    assert "b.safetensors does not" not in said  # its header says it
+    saved(original_controlnet(network), tmp_path / "a.safetensors")
+    assert "its name" not in run("convert", "a.safetensors", *asked[2:]).done()
+
+
+def test_what_was_loaded_for_one_kind_is_not_taken_for_another(
+    network: Any, models: Path, tmp_path: Path
+) -> None:
+    name = str(saved(original_controlnet(network), tmp_path / "a_shuffle.safetensors"))
+    kept = Models()
+    base = kept.base(str(models / "sd1"), device="cpu", dtype=torch.float32)
+    pooled, canny, depth, unsaid = (
+        kept.adapter(name, base, kind=kind).controlnet for kind in ("shuffle", "canny", "depth", "")
+    )
+    assert canny is depth
+    assert [one.config.global_pool_conditions for one in (pooled, canny, unsaid)] == [True, False, True]
 
 
 def test_what_a_folder_says_of_pooling_is_certain(network: Any, sd1: Base, tmp_path: Path) -> None:

@@ -151,6 +151,23 @@ def test_wrong_combinations_are_refused_before_any_download(run: Run, photo: Pat
     assert told == f"the adapter {sdxl} is for SDXL and the base {models / 'sd1'} is SD1; use {CANNY}"
 
 
+@pytest.mark.parametrize(
+    ("kind", "base", "name"),
+    [
+        ("lineart", "sdxl", "TencentARC/t2i-adapter-lineart-sdxl-1.0"),
+        (
+            "hed",
+            "sdxl",
+            "SargeZT/controlnet-sd-xl-1.0-softedge-dexined/controlnet-sd-xl-1.0-softedge-dexined.safetensors",
+        ),
+        ("inpaint", "sd15", "lllyasviel/control_v11p_sd15_inpaint"),
+    ],
+)
+def test_an_adapter_that_has_to_be_named_is_told(kind: str, base: str, name: str) -> None:
+    with pytest.raises(ValueError, match=f"there is --adapter {kind}={re.escape(name)}$"):
+        check(kind, "", base)
+
+
 def test_what_cannot_be_told_is_left_to_loading() -> None:
     check("mlsd", "", "someone/something")
     check("mlsd", "my/own", "sd21")

@@ -185,6 +185,10 @@ def test_the_script_says_of_an_adapter_that_it_pools() -> None:
     script = commands.script(record_of("x", *controls))
     assert "Control(load_adapter('a.pth', base=base, kind='shuffle'), 'photo.png', kind='shuffle'" in script
     assert "Control(load_adapter('a.pth', base=base), 'photo.png', kind='canny'" in script
+    named = commands.script(
+        record_of("x", infotext.ControlRecord("canny", "p.png", "", False, "a_shuffle.pth"))
+    )
+    assert "load_adapter('a_shuffle.pth', base=base, kind='canny')" in named
 
 
 @pytest.mark.parametrize("prompt", ["-n 4", "--help"])

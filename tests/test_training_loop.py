@@ -527,6 +527,7 @@ def test_a_finished_run_tells_its_whole_story(place):
     info = read_info(folder / "controlnet")
     assert info.training["data_sha256"] == facts["data_sha256"]
     assert info.training["recipe"]["learning_rate"] == 1e-3
+    assert info.base == "base"  # and not where it lies
 
 
 def test_rates_of_the_parts_are_their_own(place):

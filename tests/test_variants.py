@@ -21,7 +21,8 @@ from controlkit.formats.description import ENCODER
 from controlkit.kinds import kind_of
 from controlkit.sampling import generate
 from controlkit.training import train_recipe
-from controlkit.training.config import parse_recipe
+from controlkit.training.config import load_recipe, parse_recipe
+from controlkit.training.config_adapter import unused
 from controlkit.training.planning_networks import build
 from controlkit.training.variants import make_network, started_from, without_low_rank
 from controlkit.transfer import encoder_digest
@@ -249,7 +250,7 @@ def test_every_variant_is_planned(place: Path, adapter: str) -> None:
     [
         (
             {"adapter": "controlnet-xs", "gradient_checkpointing": True},
-            "not go with adapter controlnet-xs",
+            "not go with adapter controlnet-xs: add gradient_checkpointing=false",
         ),
         ({"adapter": "lite", "only_mid_control": True}, "goes with adapter controlnet and control-lora"),
         ({"adapter": "controlnet-union"}, "two or more kinds of maps: name them with data.map_column"),
@@ -265,6 +266,17 @@ def test_what_a_variant_has_no_part_for_is_refused(changes: dict[str, Any], mess
     table |= {"learning_rate": 1e-3, **changes}
     with pytest.raises(ValueError, match=message):
         parse_recipe(table, where="test")
+
+
+def test_settings_of_another_variant_are_told_where_they_were_given() -> None:
+    given = ["rank=4", "size_ratio=0.5", "map_dropout=0.25"]
+    assert unused(load_recipe("tiny-canny", given)) == [
+        "map_dropout=0.25 does nothing with adapter=controlnet: it is of controlnet-union",
+        "rank=4 does nothing with adapter=controlnet: it is of control-lora",
+        "size_ratio=0.5 does nothing with adapter=controlnet: it is of controlnet-xs",
+    ]
+    assert len(unused(load_recipe("tiny-canny", [*given, "adapter=control-lora"]))) == 2
+    assert unused(load_recipe("tiny-canny", ["rank=32"])) == []
 
 
 def test_a_union_is_no_start_for_other_kinds(place: Path) -> None:

@@ -515,7 +515,8 @@ def test_a_network_is_built_once_at_the_first_map_and_shared_by_threads() -> Non
     ("kind", "data", "said"),
     [
         ("cany", {}, "unknown map 'cany' (did you mean 'canny'?)"),
-        ("canny", {"options": {"lo": 1}}, "unknown canny option 'lo'"),
+        ("canny", {"options": {"lo": 1}}, "unknown canny option 'lo' (did you mean 'low'?); choose from: "),
+        ("depth", {"options": {"low": 1}}, "; data.options={} clears those of the recipe"),
         ("canny", {"options": {"low": "many"}}, "canny's low is 'many'"),
         ("canny", {"options": {"low": "50..300", "high": "100..200"}}, "canny's low threshold 300"),
         ("scribble", {"options": {"width": "1..99"}}, "scribble's width is 99"),

@@ -8,6 +8,7 @@ from pathlib import PurePath
 
 from controlkit.adapters import MAPS, AdapterInfo, MapSpec
 from controlkit.base import BUNDLED, Base
+from controlkit.formats.description import told_base
 from controlkit.training.config_adapter import ControlNetRecipe
 from controlkit.training.data.visits import Visits
 from controlkit.training.saving import MAY_CHANGE
@@ -28,7 +29,7 @@ def info_of(
         map=_map_spec(recipe, visits),
         family=base.family,
         prediction_type=base.prediction_type,
-        base=recipe.base if bundled else "",
+        base=told_base(recipe.base),
         resolution=recipe.data.resolution or base.resolution,
         title=f"{recipe.map} for the bundled base" if bundled else recipe.map,
         training={"recipe": told, **origin, **({"data_sha256": data} if data else {})},

@@ -16,6 +16,7 @@ TIMESTEPS = ("uniform", "cubic", "logit-normal", "structure")
 _LEAST_SIDE = 16  # pixels, of what can be generated, for samples and scores
 VARIANTS = ("controlnet", "control-lora", "t2i-adapter", "controlnet-xs", "lite", "controlnet-union")
 COPIES = ("controlnet", "control-lora")  # variants that are a copy of the base's encoder
+_OF_VARIANT = {"map_dropout": "controlnet-union", "rank": "control-lora", "size_ratio": "controlnet-xs"}
 REWARDED = ("canny", "depth")  # kinds of map that can be taken of a picture by differentiable means
 
 
@@ -277,7 +278,10 @@ class ControlNetRecipe(Recipe):
         if self.only_mid_control and self.adapter not in COPIES:
             raise ValueError(f"only_mid_control goes with adapter {' and '.join(COPIES)}, not {self.adapter}")
         if self.gradient_checkpointing and self.adapter == "controlnet-xs":
-            raise ValueError("gradient_checkpointing does not go with adapter controlnet-xs")
+            raise ValueError(
+                "gradient_checkpointing does not go with adapter controlnet-xs:"
+                " add gradient_checkpointing=false"
+            )
         if self.init_base is not None and self.init is None:
             raise ValueError("init_base says what init was trained on, and there is no init")
         if self.init_base is not None and self.adapter not in COPIES:
@@ -301,4 +305,13 @@ class ControlNetRecipe(Recipe):
             )
 
 
-__all__ = ["FORMATS", "OPTIMIZERS", "TIMESTEPS", "ControlNetRecipe", "DataRecipe", "Rate"]
+def unused(recipe: ControlNetRecipe) -> list[str]:
+    """What is to be said of settings that the recipe's adapter does not have."""
+    return [
+        f"{key}={getattr(recipe, key):g} does nothing with adapter={recipe.adapter}: it is of {variant}"
+        for key, variant in _OF_VARIANT.items()
+        if recipe.adapter != variant and getattr(recipe, key) != type(recipe).model_fields[key].default
+    ]
+
+
+__all__ = ["FORMATS", "OPTIMIZERS", "TIMESTEPS", "ControlNetRecipe", "DataRecipe", "Rate", "unused"]

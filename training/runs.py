@@ -25,6 +25,7 @@ from controlkit.training.config import (
     load_recipe,
     overridden_keys,
 )
+from controlkit.training.config_adapter import unused
 from controlkit.training.going_on import as_begun
 from controlkit.training.lock import locked
 from controlkit.training.loop import train
@@ -230,6 +231,8 @@ def build_task(recipe: Recipe, machine: Machine, progress: Callable[[Progress], 
     if isinstance(recipe, ControlNetRecipe):
         from controlkit.training.adapter import ControlNetTask
 
+        for line in unused(recipe):
+            report(line)
         return ControlNetTask(recipe, machine, report)
     world, validation = worlds(recipe, report)
     if isinstance(recipe, VaeRecipe):

@@ -33,6 +33,7 @@ from controlkit.formats.structure import (
 from controlkit.formats.structure_others import check_t2i, light_config, t2i_config, xs_config
 from controlkit.formats.weight_file import (
     FLOATS,
+    SUFFIXES,
     Stored,
     WeightFile,
     count_parameters,
@@ -61,6 +62,7 @@ _TOLD_BY_SHAPES = (
 
 _UNTOLD = ("controlnet", "controlnet-difference")  # kinds whose files need not say how they take their map
 _POOLING = re.compile(r"^\s*global_average_pooling:\s*(true|false)\b", re.IGNORECASE | re.MULTILINE)
+_SHARD = re.compile(r"-(\d{5})-of-(\d{5})(?=\.\w+$)")
 _OTHER_CLASS_NAMES = ("ControlNetModel_Union",)  # as the first such network's own code calls it
 
 
@@ -138,6 +140,8 @@ def open_adapter_file(path: str | os.PathLike[str]) -> AdapterFile:
     """
     name = os.fspath(path)
     named = find_adapter_file(name)
+    if named is not None:
+        _check_undivided(named)
     parts = [named] if named else _parts(find_adapter_folder(name))
     found, weights = parts[0], open_weights(*parts)
     kind, layout, names = recognise(weights.entries, found)
@@ -147,13 +151,14 @@ def open_adapter_file(path: str | os.PathLike[str]) -> AdapterFile:
     shapes = Shapes(entries, found)
     own = structure or _own_config(found, kind, shapes)
     config = _config(kind, shapes, own)
-    if not own and kind in _UNTOLD and is_pooled(found, info.map.kind if info else ""):
-        config["global_pool_conditions"] = True
     check_types(structure, found)
     said = info.family if info and info.family in FAMILY_TITLES else ""
     by_tensors = _family(kind, config, entries)
     # A T2I-Adapter reads no text: of which family it is its sizes can only suggest.
     family = (said or by_tensors) if kind == "t2i-adapter" else (by_tensors or said)
+    info = info or described_by_others(weights.metadata, channels=hint_channels(config), family=family)
+    if not own and kind in _UNTOLD and is_pooled(found, info.map.kind):
+        config["global_pool_conditions"] = True
     return AdapterFile(
         weights,
         kind,
@@ -161,7 +166,7 @@ def open_adapter_file(path: str | os.PathLike[str]) -> AdapterFile:
         family=family,
         config=config,
         is_told=bool(own),
-        info=info or described_by_others(weights.metadata, channels=hint_channels(config), family=family),
+        info=info,
         names=names,
     )
 
@@ -172,17 +177,36 @@ def is_pooled(file: Path, kind: str) -> bool:
     The original's description beside the file says so; else the kind of map: "shuffle" is the one published
     kind that does. ``kind`` "" is read from the file's name, as sd-webui-controlnet and ComfyUI do.
     """
+    said = _pooling_beside(file)
+    return is_shuffle(kind or file.stem) if said is None else said
+
+
+def _pooling_beside(file: Path) -> bool | None:
+    """Whether a ControlNet pools by the original's description beside it; None where that does not say."""
     with contextlib.suppress(OSError, UnicodeDecodeError):
         found = _POOLING.search(file.with_suffix(".yaml").read_text(encoding="utf-8"))
         if found:
             return found[1].lower() == "true"
-    return "shuffle" in (kind or file.stem).lower()
+    return None
+
+
+def is_shuffle(text: str) -> bool:
+    """Whether a kind of map, or a file's name, has the word "shuffle"."""
+    return "shuffle" in re.split(r"[\W_]+", text.lower())
+
+
+def is_pooled_by_name(file: AdapterFile) -> bool:
+    """Whether nothing but a file's name says that it pools its residuals."""
+    open_by_itself = not file.is_told and file.kind in _UNTOLD and not file.info.map.kind
+    return open_by_itself and _pooling_beside(file.path) is None and is_shuffle(file.path.stem)
 
 
 def of_kind(file: AdapterFile, kind: str) -> AdapterFile:
-    """A file of which somebody knows for which kind of map it is; "" changes nothing."""
-    pools = kind and not file.is_told and file.kind in _UNTOLD and is_pooled(file.path, kind)
-    return replace(file, config={**file.config, "global_pool_conditions": True}) if pools else file
+    """A file of which somebody knows for which kind of map it is, where it does not say so itself; "" changes
+    nothing."""
+    if not kind or file.is_told or file.kind not in _UNTOLD or file.info.map.kind:
+        return file
+    return replace(file, config={**file.config, "global_pool_conditions": is_pooled(file.path, kind)})
 
 
 def hint_channels(config: Mapping[str, Any]) -> int:
@@ -211,6 +235,7 @@ def check_config(file: AdapterFile) -> None:
 def folder_config(folder: Path) -> dict[str, Any]:
     """The configuration of the network in a folder. Raises ValueError if the folder holds something else."""
     if not (folder / "config.json").is_file():
+        _check_one(folder)
         raise ValueError(f"{folder} is not an adapter folder: it has no config.json{_inner(folder)}")
     config = read_json(folder / "config.json")
     check_types(config, folder / "config.json")
@@ -222,6 +247,33 @@ def folder_config(folder: Path) -> dict[str, Any]:
     if config.get("_class_name") not in (*CLASS_NAMES.values(), *_OTHER_CLASS_NAMES):
         raise ValueError(f"{folder} holds a {config.get('_class_name')}, not a ControlNetModel")
     return config
+
+
+def _check_undivided(file: Path) -> None:
+    """Raise ValueError for one part of a network that was saved in several files."""
+    found = _SHARD.search(file.name)
+    if found is None or int(found[2]) < 2:
+        return
+    which = f"{file} is part {int(found[1])} of a set of {int(found[2])} files"
+    if any(file.parent.glob("*.index*.json")):
+        raise ValueError(f"{which}: give their folder, {file.parent}")
+    index = f"{file.name[: found.start()]}{file.suffix}.index.json"
+    raise ValueError(f"{which}, and {index}, which lists them, is missing beside it")
+
+
+def _check_one(folder: Path) -> None:
+    """Raise ValueError for a folder with several files of weights, of which none has the usual name."""
+    found = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES and path.is_file())
+    if len(found) < 2 or only_weights(folder) is not None:
+        return
+    with contextlib.suppress(ValueError):
+        weight_files(folder)
+        return
+    for path in found:
+        _check_undivided(path)
+    names = ", ".join(path.name for path in found[:3])
+    more = " and more" if len(found) > 3 else ""
+    raise ValueError(f"{folder} holds several files of weights ({names}{more}): name the one")
 
 
 def _inner(folder: Path) -> str:
@@ -236,6 +288,7 @@ def is_as_saved(folder: Path) -> bool:
 
     Raises ValueError, naming the file, for damaged ones, and for numbers that are no plain floats.
     """
+    _check_one(folder)
     files = weight_files(folder)
     try:
         weights = open_weights(*files)
@@ -279,6 +332,7 @@ def _parts(folder: Path) -> list[Path]:
     try:
         parts = weight_files(folder)
     except ValueError as error:
+        _check_one(folder)
         raise ValueError(f"{error}{_inner(folder)}") from None
     folder_config(folder)
     return parts

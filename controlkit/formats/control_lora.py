@@ -21,7 +21,7 @@ from torch import Tensor
 
 from controlkit.formats import keys
 from controlkit.formats.expected import COPIED as COPIED
-from controlkit.formats.recognise import LORA_KEY
+from controlkit.formats.weight_file import LORA_KEY
 from controlkit.naming import first_of
 
 _UP, _DOWN = ".up", ".down"

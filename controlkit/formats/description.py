@@ -7,6 +7,7 @@ The header of the weight file carries two descriptions: ours, one JSON object un
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -94,6 +95,12 @@ MAPS: Mapping[str, MapSpec] = {
     "openpose": MapSpec("openpose", polarity="openpose-18", draw_style="v1.1"),
     "depth": MapSpec("depth", polarity="near-is-white"),
 }
+
+
+def told_base(name: str) -> str:
+    """A base's name for a file that others read: of a folder or file its name alone, not where it lies."""
+    place = os.path.expanduser(name)
+    return os.path.basename(os.path.abspath(place)) if os.path.exists(place) else name
 
 
 def header_entries(

@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from controlkit.formats import keys, lllite_keys
-from controlkit.formats.recognise import LORA_KEY
+from controlkit.formats.weight_file import LORA_KEY
 
 if TYPE_CHECKING:
     from controlkit.formats.adapter_file import AdapterFile

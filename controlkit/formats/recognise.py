@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from controlkit.formats import keys, t2i_keys
 from controlkit.formats.near_misses import mistake_in
-from controlkit.formats.weight_file import Stored
+from controlkit.formats.weight_file import DIFFERENCE_KEY, LORA_KEY, MARKERS, Stored
 from controlkit.naming import first_of
 
 KINDS: Mapping[str, str] = {
@@ -25,11 +25,8 @@ KINDS: Mapping[str, str] = {
 """The kinds of adapters that are recognised, and what to call them."""
 OF_BASE = ("controlnet-difference", "control-lora")
 """The kinds that are changes to a base: whichever base is at hand makes them whole."""
-DIFFERENCE_KEY = "difference"  # marks a file whose values are to be added to the base's (sd-webui-controlnet)
-LORA_KEY = "lora_controlnet"  # marks a Control-LoRA
 UNION_KEY = "task_embedding"  # a row for each kind of map that a ControlNet-Union knows
 
-_MARKERS = (DIFFERENCE_KEY, LORA_KEY)
 _SCALED = "scaled_fp8"  # marks a file whose 8-bit numbers are to be multiplied by scales beside them
 _WRAPPED = re.compile(  # before all names: DataParallel, torch.compile, a module that holds the network
     r"((module|_orig_mod|controlnet|ad|model(?!\.diffusion_model\.))\.)+"
@@ -66,7 +63,8 @@ def recognise(entries: Mapping[str, Stored], where: object) -> Recognised:
     Raises ValueError, one line, for a file that holds no adapter (and says what it holds instead), and for
     keys that its kind does not have (the first is named, the others are counted).
     """
-    bare = {key: entry for key, entry in entries.items() if not _ASIDE.match(key)} or entries
+    unprefixed = {_as_marker(key): entry for key, entry in entries.items()}
+    bare = {key: entry for key, entry in unprefixed.items() if not _ASIDE.match(key)} or unprefixed
     if _SCALED in bare:
         raise ValueError(
             f"{where} holds {_SCALED}: numbers of 8 bits with scales of their own, which are not read;"
@@ -75,7 +73,7 @@ def recognise(entries: Mapping[str, Stored], where: object) -> Recognised:
     for prefix in _OF_TRAINING:
         if any(key.startswith(prefix) for key in bare):
             return _recognise_below(prefix, bare, where)
-    own = [key for key in bare if key not in _MARKERS and not _BESIDE.match(key)]
+    own = [key for key in bare if key not in MARKERS and not _BESIDE.match(key)]
     found = _WRAPPED.match(next(iter(own), ""))
     if found and all(key.startswith(found[0]) for key in own):
         return _recognise_below(found[0], bare, where)
@@ -84,10 +82,16 @@ def recognise(entries: Mapping[str, Stored], where: object) -> Recognised:
     return _recognise(bare, where)
 
 
+def _as_marker(key: str) -> str:
+    """A marker without the prefix that all keys of some files have; any other key as it is."""
+    last = key.rpartition(".")[2]
+    return last if last in MARKERS else key
+
+
 def _recognise_below(prefix: str, entries: Mapping[str, Stored], where: object) -> Recognised:
     """The same of those names alone that begin so, and of markers, which have no prefix."""
     inner = {key.removeprefix(prefix): entry for key, entry in entries.items() if key.startswith(prefix)}
-    inner |= {key: entry for key, entry in entries.items() if key in _MARKERS}
+    inner |= {key: entry for key, entry in entries.items() if key in MARKERS}
     kind, layout, names = _recognise(inner, where)
     return Recognised(kind, layout, {prefix + key: name for key, name in names.items()})
 
@@ -97,7 +101,7 @@ def _recognise(entries: Mapping[str, Stored], where: object) -> Recognised:
     kind, layout, prefix = _kind(entries, where)
     if kind == "controlnet" and DIFFERENCE_KEY in entries:
         kind = "controlnet-difference"
-    own = [key for key in entries if key not in _MARKERS]
+    own = [key for key in entries if key not in MARKERS]
     if prefix:
         own = [key for key in own if key.startswith(prefix) or not _OF_BASES.match(key)]
     renamer = _renamer(kind, layout, prefix, own)

@@ -29,6 +29,11 @@ _WRAPPERS = (  # the entry of a training checkpoint that holds the network
 )
 
 
+DIFFERENCE_KEY = "difference"  # marks a file whose values are to be added to the base's (sd-webui-controlnet)
+LORA_KEY = "lora_controlnet"  # marks a Control-LoRA
+MARKERS = (DIFFERENCE_KEY, LORA_KEY)
+
+
 class Stored(NamedTuple):
     """How a tensor is stored: its type by safetensors' name ("F16"), and its shape."""
 
@@ -157,12 +162,16 @@ def _is_pickle(start: bytes) -> bool:
 def _unwrapped(state: Mapping[str, Any]) -> Mapping[str, Any]:
     for name in _WRAPPERS:
         if isinstance(inner := state.get(name), Mapping):
-            return _unwrapped(inner)
+            marks = {key: state[key] for key in MARKERS if key in state}
+            return _unwrapped({**marks, **inner})
     return state
 
 
 def _flat(state: Mapping[Any, Any], prefix: str = "") -> dict[str, Tensor]:
-    """The tensors in nested mappings, by dotted keys; what else stands there (step counts, names) is left."""
+    """The tensors in nested mappings, by dotted keys; what else stands there (step counts, names) is left.
+
+    A marker may be a plain True.
+    """
     import torch
 
     flat: dict[str, Tensor] = {}
@@ -171,6 +180,8 @@ def _flat(state: Mapping[Any, Any], prefix: str = "") -> dict[str, Tensor]:
             flat |= _flat(value, f"{prefix}{key}.")
         elif isinstance(value, torch.Tensor):
             flat[f"{prefix}{key}"] = value.detach()
+        elif key in MARKERS and value is True:
+            flat[f"{prefix}{key}"] = torch.ones(1)
     return flat
 
 

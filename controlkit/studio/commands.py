@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from controlkit.arguments import adapters_apart, control_text, number_text
 from controlkit.devices import usual_dtype
+from controlkit.formats.adapter_file import is_shuffle
 from controlkit.infotext import PictureRecord
 from controlkit.rules import USUAL_MODE
 
@@ -54,8 +55,9 @@ def script(record: PictureRecord) -> str:
         "controls = [",
     ]
     for control in record.controls:
-        pools = ", kind='shuffle'" if control.kind == "shuffle" else ""  # which no file need say
-        adapter = f"load_adapter({control.adapter!r}, base=base{pools})"
+        # Whether it pools no file need say, and a name may say otherwise.
+        of_kind = f", kind={control.kind!r}" if is_shuffle(f"{control.kind} {control.adapter}") else ""
+        adapter = f"load_adapter({control.adapter!r}, base=base{of_kind})"
         how = [f"kind={control.kind!r}", f"scale={control.scale!r}"]
         how += [f"start={control.start!r}"] if control.start != 0 else []
         how += [f"end={control.end!r}"] if control.end != 1 else []

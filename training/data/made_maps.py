@@ -39,7 +39,8 @@ class Maker:
         known = preprocessors.options_of(kind)
         for name in options:
             if name not in known:
-                raise unknown(f"{kind} option", name, known)
+                error = unknown(f"{kind} option", name, known)
+                raise ValueError(f"{error}; data.options={{}} clears those of the recipe")
         if options.get("model") == "file":
             raise ValueError(f"{kind} of model=file is read from files: data.maps=files")
         ranges = {name: ends for name, value in options.items() if (ends := range_ends(value)) is not None}
