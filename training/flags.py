@@ -70,14 +70,29 @@ def _mapped(command: Command) -> _Values:
     }
     others = {"steps", "schedule", "warmup", "betas", "optimizer", "push_to_hub", "trackers", "precision"}
     others |= {"data.source", "checkpoints_kept", "sample_every", "learning_rate"}
+    usual = {name for name in _COLUMNS if command.get(name) == FLAGS[name].default}
+    no_columns = usual if usual and not _has_columns(command) else set()
     for name, flag in FLAGS.items():
         value = command.get(name)
-        usual = name in _COLUMNS and value == flag.default  # one of the names that are looked for
-        if flag.key and flag.key not in others and value is not None and not usual:
+        if flag.key and flag.key not in others and value is not None and name not in no_columns:
             values[flag.key] = (value, _origin(command, name))
     if "seed" not in values:
         values["seed"] = (1, "without --seed no run of the script repeats another; here every run does")
     return values
+
+
+def _has_columns(command: Command) -> bool:
+    """Whether the script's columns are to be named: not for layouts that have none, which it does not read.
+
+    Data that is not here is taken for the script's own.
+    """
+    from controlkit.training.data.sources import recognise
+
+    try:
+        layout, _ = recognise(DataRecipe(source=_data(command)["data.source"][0]))
+    except ValueError:
+        return True
+    return layout in ("huggingface", "imagefolder")
 
 
 def _origin(command: Command, *names: str) -> str:
@@ -218,7 +233,7 @@ def _toml(value: Any) -> str:
 
 def _by_flag(message: str) -> str:
     """A recipe's fault, told of the flag that its key came from."""
-    named = re.match(r"flags: ([a-z_.]+?)(?:\.\d+)?(?:: |(?==))", message)
+    named = re.match(r"(?:flags: |(?=data\.))([a-z_.]+?)(?:\.\d+)?(?:: |(?==))", message)
     if not named:
         return message.removeprefix("flags: ")
     flags = [name for name, flag in FLAGS.items() if flag.key == named[1]]
