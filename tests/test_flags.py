@@ -313,6 +313,8 @@ def test_pairs_that_are_here_are_counted(flag, tmp_path):
     assert recipe(f"{text} --train_batch_size=2").steps == 5 * 5
     assert "over 9 pairs" in from_diffusers_flags(text)
     assert recipe(f"{text} --max_train_samples=4").steps == 5
+    with pytest.raises(ValueError, match=r"^--max_train_samples=100: the data has 9 pairs"):
+        from_diffusers_flags(f"{text} --max_train_samples=100")
     named = f"{text} --image_column=file_name --caption_column=text"
     assert recipe(f"{named} --conditioning_image_column=conditioning_image").steps == 5 * 3
     for wrong in ("--resolution=500", "--dataloader_num_workers=999"):

@@ -134,16 +134,26 @@ def _steps(command: Command, pairs: int | None) -> tuple[int, str]:
         return steps, "--max_train_steps" + ", before --num_train_epochs" * (
             "num_train_epochs" in command.given
         )
-    pairs = command.get("max_train_samples") or pairs or _counted(command)
-    if pairs is None:
-        raise ValueError(
-            "--max_train_steps is missing: a recipe counts steps, and the data, which is not here, decides"
-            " how many an epoch has; --max_train_samples=N says how many pictures there are"
-        )
+    pairs = _pairs(command, pairs)
     micro, accumulation = command.get("train_batch_size"), command.get("gradient_accumulation_steps")
     batches = math.ceil(math.ceil(pairs / max(micro, 1)) / command.processes)
     steps = command.get("num_train_epochs") * math.ceil(batches / max(accumulation, 1))
     return steps, f"{_origin(command, 'num_train_epochs')}, over {pairs} pairs"
+
+
+def _pairs(command: Command, pairs: int | None) -> int:
+    """How many pairs an epoch has."""
+    there = pairs or _counted(command)
+    wanted: int | None = command.get("max_train_samples")
+    if there and wanted and wanted > there:
+        raise ValueError(f"--max_train_samples={wanted}: the data has {there} pairs; the script refuses more")
+    found = wanted or there
+    if found is None:
+        raise ValueError(
+            "--max_train_steps is missing: a recipe counts steps, and the data, which is not here, decides"
+            " how many an epoch has; --max_train_samples=N says how many pictures there are"
+        )
+    return found
 
 
 def _counted(command: Command) -> int | None:
