@@ -19,6 +19,7 @@ from controlkit.controlnet import from_base
 from controlkit.training import loop, train_recipe
 from controlkit.training.adapter import ControlNetTask
 from controlkit.training.adapter_inputs import Inputs
+from controlkit.training.stepping import Seen, culprits
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +146,14 @@ def test_steps_without_a_finite_gradient_change_nothing_and_name_their_pairs(pla
     assert "timesteps" in line
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert all(bool(torch.isfinite(tensor).all()) for tensor in weights(folder).values())
+
+
+def test_of_several_processes_those_whose_losses_are_not_finite_are_named():
+    good, bad = Seen(True, "losses 0.1; a.png"), Seen(False, "losses nan; b.png")
+    assert culprits([bad]) == bad.words
+    assert culprits([good, bad, good]) == "process 1: losses nan; b.png"
+    overflown = culprits([good, good])  # in the gradient alone, which is the sum of theirs
+    assert overflown == "process 0: losses 0.1; a.png; process 1: losses 0.1; a.png"
 
 
 def test_a_run_in_which_no_step_was_taken_has_no_result(place):
