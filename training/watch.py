@@ -100,10 +100,12 @@ class Watch:
 
     def open_log(self, step: int) -> None:
         """Begin to write, at a step; of several processes one does. Rows of later steps come again: they are
-        dropped.
+        dropped, and it is noted that the run was taken up again.
         """
         self.started, self.first, self.writes = time.perf_counter(), step, True
         truncate_after(self.log, step)
+        if 0 < step < self.steps:
+            self.write({"step": step, "event": f"resumed at step {step}"})
 
     def pause(self, seconds: float) -> None:
         """Do not count these seconds as training."""
