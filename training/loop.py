@@ -261,6 +261,7 @@ def _tracked(run: Run) -> Iterator[None]:
         run_folder=run.folder,
         config=config,
         project=project,
+        step=run.step,
         report=lambda line: run.watch.say(run.step, line),
     )
     try:
