@@ -139,13 +139,18 @@ def test_steps_without_a_finite_gradient_change_nothing_and_name_their_pairs(pla
         return found
 
     monkeypatch.setattr(ControlNetTask, "losses", overflowing)
-    folder, said = run(place, "one-bad")
+    folder, said = run(place, "one-bad", log_every=3, checkpoint_every=2)
     (line,) = [line for line in said if "changed nothing" in line]
     assert "step 2" in line
     assert ".png" in line
     assert "timesteps" in line
     assert all(torch.equal(before[key], after[key]) for key in before)
-    assert all(bool(torch.isfinite(tensor).all()) for tensor in weights(folder).values())
+    kept = kept_weights(folder, step=3).values()
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in kept)
+    state = folder / "checkpoints" / "step-000002" / "state.json"
+    (window,) = json.loads(state.read_text(), parse_constant=pytest.fail)["windows"]
+    assert window["samples"] == 4  # those of the first step: it counts in no mean
+    assert math.isfinite(losses(folder)[0])
 
 
 def test_of_several_processes_those_whose_losses_are_not_finite_are_named():

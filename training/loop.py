@@ -63,13 +63,17 @@ class Run:
     """Into how many each micro-batch is cut, since it did not fit in one."""
 
     def read_losses(self) -> Window:
-        """The window, with every step until now. Raises ValueError where too many of them were not finite."""
+        """The window, with every step until now that was not passed over.
+
+        Raises ValueError where too many of them were not finite.
+        """
         taken, self.unread = self.unread, []
         for step in taken:
             if self.reads_late:
                 is_finite(self, step)
-            missed = [m for loss in step.losses if loss.missed is not None for m in loss.missed.tolist()]
-            self.window.add(*_per_pair(step.losses), missed)
+            if step.counts:
+                missed = [m for loss in step.losses if loss.missed is not None for m in loss.missed.tolist()]
+                self.window.add(*_per_pair(step.losses), missed)
         return self.window
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -139,6 +140,8 @@ def restore(run: Run) -> None:
         windows = state["windows"]
         index = run.machine.processes.index
         run.window = Window(**windows[index]) if index < len(windows) else Window()
+        if not math.isfinite(run.window.loss):  # older checkpoints count steps that were passed over
+            run.window = Window()
         if run.machine.scaler is not None and "scaler" in state:
             run.machine.scaler.load_state_dict(state["scaler"])
     except (KeyError, RuntimeError, ValueError, TypeError) as error:

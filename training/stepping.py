@@ -25,13 +25,15 @@ if TYPE_CHECKING:
 _UNREAD = 32  # steps, at most, that the host is behind
 
 
-@dataclass(frozen=True)
+@dataclass
 class Taken:
     """A step as it was taken: ``norm`` () is its gradient's, before clipping, on the device."""
 
     step: int
     losses: Sequence[Losses]
     norm: Tensor
+    counts: bool = True
+    """Whether its losses are told: not of a step that changed nothing."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ def is_finite(run: Run, taken: Taken) -> bool:
         return True
     seen = run.machine.processes.gather([_seen(run, taken)])
     if not _finds_scale(run, seen):
+        taken.counts = False
         _complain(run, taken.step + 1, culprits(seen))
     return False
 
