@@ -124,6 +124,25 @@ def test_one_pair_that_does_not_fit_ends_the_run_with_a_cure(place, monkeypatch)
         run(place, "too-large")
 
 
+def test_a_run_in_pieces_goes_on_in_pieces(place, monkeypatch):
+    real, full = ControlNetTask.losses, [True]
+
+    def full_once(self, whole, part):
+        if part.step == 0 and full:
+            full.clear()
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return real(self, whole, part)
+
+    monkeypatch.setattr(ControlNetTask, "losses", full_once)
+    folder, _ = run(place, "goes-on", steps=2, checkpoint_every=1)
+    before = kept_weights(folder, step=2)
+    shutil.rmtree(folder / "checkpoints" / "step-000002")
+    _, said = run(place, "goes-on", steps=2, checkpoint_every=1)
+    assert "resumed at step 1" in said
+    after = kept_weights(folder, step=2)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
 def test_steps_without_a_finite_gradient_change_nothing_and_name_their_pairs(place, monkeypatch):
     real = ControlNetTask.losses
     before, after = {}, {}

@@ -60,7 +60,13 @@ class Run:
     """The signal that asked it to stop."""
     graphs: Graphs | None = None
     pieces: int = 1
-    """Into how many each micro-batch is cut, since it did not fit in one."""
+    """Into how many each micro-batch is cut, since it did not fit in one: see `cut`."""
+
+    def cut(self, pieces: int) -> None:
+        """Cut each micro-batch into so many pieces from now on."""
+        self.pieces = pieces
+        if self.graphs is not None:  # a compiler's own go on, and write over gradients that are not kept
+            self.graphs, self.weights.keeps_gradients = None, False
 
     def read_losses(self) -> Window:
         """The window, with every step until now that was not passed over.
@@ -287,9 +293,7 @@ def _within_memory(run: Run) -> list[Losses]:
             largest, smaller = _largest(run, run.pieces), _largest(run, 2 * run.pieces)
             if smaller == largest or run.machine.processes.count > 1 or run.machine.sharded:
                 raise ValueError(_too_much(run, largest)) from error
-        run.pieces *= 2
-        if run.graphs is not None:  # a compiler's own go on, and write over gradients that are not kept
-            run.graphs, run.weights.keeps_gradients = None, False
+        run.cut(2 * run.pieces)
         run.weights.drop_gradients()
         free_memory()
         message = f"{largest} pairs at once do not fit in memory: from step {run.step + 1} on"
