@@ -7,6 +7,7 @@ import os
 import signal
 import time
 import warnings
+from collections.abc import Callable
 from functools import cache, partial
 from multiprocessing import forkserver
 from pathlib import Path
@@ -157,9 +158,17 @@ def zero(stage: int, **more: str) -> dict[str, str]:
 
 
 def train_together(
-    path: Path, cache: Path, *, count: int, launched: dict[str, str] | None = None
+    path: Path,
+    cache: Path,
+    *,
+    count: int,
+    launched: dict[str, str] | None = None,
+    target: Callable[..., None] = train_as,
 ) -> list[int | None]:
-    """Train with several processes; their exit codes. ``launched``: what the launcher tells beside."""
+    """Train with several processes; their exit codes. ``launched``: what the launcher tells beside.
+
+    ``target``: what each of them does, told what `train_as` is.
+    """
     import socket
 
     with socket.socket() as free:
@@ -167,7 +176,7 @@ def train_together(
         port = free.getsockname()[1]
     start_server()
     processes = [
-        CONTEXT.Process(target=train_as, args=(str(path), str(cache), rank, count, port, launched or {}))
+        CONTEXT.Process(target=target, args=(str(path), str(cache), rank, count, port, launched or {}))
         for rank in range(count)
     ]
     for process in processes:

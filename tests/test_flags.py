@@ -10,6 +10,7 @@ import tomllib
 import pytest
 
 from controlkit.training.config import ControlNetRecipe, DataRecipe, parse_recipe
+from controlkit.training.data.sources import open_examples
 from controlkit.training.flags import flag_table, from_diffusers_flags
 from controlkit.training.flags_table import FIXED, FLAGS, SDXL_ONLY
 
@@ -53,6 +54,10 @@ MAPPED = [
     ("--mixed_precision=no", "precision", "fp32"),
     ("--train_data_dir=elsewhere", "data.source", "elsewhere"),
     ("--image_column=target", "data.picture_column", "target"),
+    ("--image_column=image", "data.picture_column", "image"),
+    ("", "data.picture_column", "image"),
+    ("", "data.map_column", ("conditioning_image",)),
+    ("", "data.caption_column", "text"),
     ("--conditioning_image_column=edges", "data.map_column", ("edges",)),
     ("--caption_column=prompt", "data.caption_column", "prompt"),
     ("--max_train_samples=1000", "data.limit", 1000),
@@ -79,7 +84,6 @@ EXPLAINED = [
     "--enable_xformers_memory_efficient_attention",
     "--set_grads_to_none",
     "--dataset_config_name=default",
-    "--image_column=image",
     "--num_validation_images=2",
     "--validation_steps=10",
     "--pretrained_vae_model_name_or_path=madebyollin/sdxl-vae-fp16-fix",
@@ -229,7 +233,7 @@ NEUTRAL = {
     *("reward_below", "reward_from"),
 }
 NEUTRAL_DATA = {
-    *("format", "split", "picture_column", "map_column", "caption_column", "options", "caption", "limit"),
+    *("format", "split", "options", "caption", "limit"),
     *("bucket_step", "bucket_ratio", "crops", "streaming", "shuffle_window", "bad", "check", "cache"),
     *("resident", "workers"),
 }
@@ -309,6 +313,8 @@ def test_pairs_that_are_here_are_counted(flag, tmp_path):
     assert recipe(f"{text} --train_batch_size=2").steps == 5 * 5
     assert "over 9 pairs" in from_diffusers_flags(text)
     assert recipe(f"{text} --max_train_samples=4").steps == 5
+    with pytest.raises(ValueError, match=r"^--max_train_samples=100: the data has 9 pairs"):
+        from_diffusers_flags(f"{text} --max_train_samples=100")
     named = f"{text} --image_column=file_name --caption_column=text"
     assert recipe(f"{named} --conditioning_image_column=conditioning_image").steps == 5 * 3
     for wrong in ("--resolution=500", "--dataloader_num_workers=999"):
@@ -317,6 +323,50 @@ def test_pairs_that_are_here_are_counted(flag, tmp_path):
     (tmp_path / "metadata.jsonl").unlink()
     with pytest.raises(ValueError, match=f"{re.escape(str(tmp_path))} holds no data set"):
         from_diffusers_flags(text)
+
+
+@pytest.mark.parametrize("picture", ["file_name", "image"])
+def test_the_scripts_columns_are_taken_before_those_of_other_usual_names(picture, tmp_path):
+    keys = {"photo", "canny", "conditioning_image_file_name", picture, "file_name"}
+    row = {**{key: f"{key}.png" for key in keys}, "prompt": "another", "text": "a circle"}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(row))
+    found = recipe(f"{SHORT} --train_data_dir={shlex.quote(str(tmp_path))}")
+    (example,) = open_examples(found.data, kind="canny")
+    names = [piece.name.rpartition("/")[2] for piece in (example.picture, *example.maps)]
+    assert names == [f"{picture}.png", "conditioning_image_file_name.png"]
+    assert example.caption == "a circle"
+
+
+def test_the_scripts_columns_of_a_table_are_taken(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    columns = ("file_name", "image", "conditioning_image", "canny", "text")
+    datasets.Dataset.from_dict({name: [f"{name}.png"] for name in columns}).save_to_disk(tmp_path / "table")
+    found = recipe(f"{SHORT} --train_data_dir={shlex.quote(str(tmp_path / 'table'))}")
+    (example,) = open_examples(found.data, kind="canny")
+    shown = [piece.name.rpartition(" ")[2] for piece in (example.picture, *example.maps)]
+    assert shown == ["image", "conditioning_image"]
+
+
+def test_folders_without_columns_are_read_by_their_own_names(tmp_path):
+    text = f"{SHORT} --image_column=image --train_data_dir={shlex.quote(str(tmp_path))}"
+    row = {"source": "source/1.png", "target": "target/1.png", "prompt": "a circle"}
+    (tmp_path / "prompt.json").write_text(json.dumps(row))
+    (example,) = open_examples(recipe(text).data, kind="custom")
+    assert (example.picture.name, example.caption) == (str(tmp_path / "target/1.png"), "a circle")
+    (tmp_path / "prompt.json").unlink()
+    (tmp_path / "canny").mkdir()
+    for name in ("1.png", "canny/1.png"):
+        (tmp_path / name).touch()
+    assert recipe(text).data.map_column == ()
+    assert len(open_examples(recipe(text).data, kind="canny")[0].maps) == 1
+    assert "# --image_column: written out; left out for folders without columns" in from_diffusers_flags(text)
+
+
+def test_a_default_column_that_the_data_lacks_is_told_by_its_flag(tmp_path):
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "1.png", "conditioning_image": "m/1.png"}')
+    text = f"--pretrained_model_name_or_path=a --train_data_dir={shlex.quote(str(tmp_path))}"
+    with pytest.raises(ValueError, match=r"^--caption_column: [^\n]* has no column 'text'"):
+        from_diffusers_flags(f"{text} --num_train_epochs=1")
 
 
 def test_values_with_quotes_and_signs_survive():

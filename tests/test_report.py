@@ -72,7 +72,7 @@ def row(step):
         "step": step,
         "loss": 0.3 - step / 4000,
         "grad_norm": 1 + 200 * (step == 200),
-        "seconds": step / 2,
+        "seconds": (step if step <= 200 else step - 200) / 2,  # it was resumed there
     }
     entry |= {f"loss_q{k}": 0.1 * (k + 1) for k in range(4)}
     entry |= {"learning_rates": {"trunk": 4e-4, "zero convolutions": 4e-3}}
@@ -190,6 +190,10 @@ def test_a_record_forgives_and_adds_up(run):
     entries = [{"step": s, "seconds": t} for s, t in ((10, 5), (20, 10), (30, 4), (40, 8))]
     (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, entries)))
     assert read_run(run).seconds == 18  # the second stretch began anew
+    entries = [{"step": 10, "seconds": 200}, {"step": 8, "event": "resumed at step 8"}]
+    entries = [*entries, {"step": 10, "event": "resumed at step 10"}, {"step": 20, "seconds": 10_000}]
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, entries)))
+    assert read_run(run).seconds == 10_200  # though its first row shows more than the first stretch took
 
 
 # --- curves ----

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -196,3 +197,18 @@ def test_tensorboard_gets_numbers_and_pictures(tmp_path):
     written = b"".join(path.read_bytes() for path in tmp_path.rglob("events.out*"))
     assert b"loss" in written
     assert b"samples" in written
+
+
+@pytest.mark.skipif(find_spec("tensorboard") is None, reason="tensorboard is not installed")
+def test_tensorboard_shows_the_steps_of_a_run_that_was_taken_up_again_once(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for begun, steps in ((0, (1, 2, 3, 4)), (2, (3, 4, 5))):
+        time.sleep(1.1 * (begun > 0))  # files are read in the order of the seconds in their names
+        opened = open_trackers(["tensorboard"], run_folder=tmp_path, config=CONFIG, project="p", step=begun)
+        for step in steps:
+            opened.log({"loss": begun + step / 10}, step)
+        opened.finish()
+    shown = EventAccumulator(str(tmp_path / "trackers" / "p")).Reload().Scalars("loss")
+    assert [event.step for event in shown] == [1, 2, 3, 4, 5]
+    assert shown[2].value == pytest.approx(2.3)

@@ -30,6 +30,7 @@ from controlkit.training.data import pairs
 from controlkit.training.draws import Draws
 from controlkit.training.going_on import as_begun
 from controlkit.training.optimizers import learning_rate
+from controlkit.training.reporting.run_record import read_run
 from controlkit.training.saving import write_recipe
 from controlkit.training.text import ATTRIBUTES, attributes, build_tokenizer
 from controlkit.training.world import load_world
@@ -62,7 +63,8 @@ def text_recipe(tmp_path):
 
 
 def losses(folder):
-    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [row["loss"] for row in rows if "event" not in row]
 
 
 # --- recipes ----
@@ -288,6 +290,7 @@ def test_a_stopped_run_equals_an_uninterrupted_one(tmp_path, text_recipe):
     messages = []
     train_recipe(str(text_recipe), [f"out={parts}"], progress=lambda step: messages.append(step.message))
     assert "resumed at step 3" in messages
+    assert (read_run(parts).resumed, read_run(whole.folder).resumed) == ([3], [])
     assert losses(parts) == losses(whole.folder)
     result = "result/text_encoder/model.safetensors"
     mine, theirs = load_file(parts / result), load_file(whole.folder / result)

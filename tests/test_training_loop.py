@@ -22,6 +22,7 @@ from controlkit.training.adapter import ControlNetTask
 from controlkit.training.adapter_inputs import Inputs
 from controlkit.training.config import load_recipe
 from controlkit.training.data.feeds import StoredFeed
+from controlkit.training.stepping import Seen, culprits
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +127,25 @@ def test_one_pair_that_does_not_fit_ends_the_run_with_a_cure(place, monkeypatch)
         run(place, "too-large")
 
 
+def test_a_run_in_pieces_goes_on_in_pieces(place, monkeypatch):
+    real, full = ControlNetTask.losses, [True]
+
+    def full_once(self, whole, part):
+        if part.step == 0 and full:
+            full.clear()
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return real(self, whole, part)
+
+    monkeypatch.setattr(ControlNetTask, "losses", full_once)
+    folder, _ = run(place, "goes-on", steps=2, checkpoint_every=1)
+    before = kept_weights(folder, step=2)
+    shutil.rmtree(folder / "checkpoints" / "step-000002")
+    _, said = run(place, "goes-on", steps=2, checkpoint_every=1)
+    assert "resumed at step 1" in said
+    after = kept_weights(folder, step=2)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
 def test_steps_without_a_finite_gradient_change_nothing_and_name_their_pairs(place, monkeypatch):
     real = ControlNetTask.losses
     before, after = {}, {}
@@ -141,13 +161,26 @@ def test_steps_without_a_finite_gradient_change_nothing_and_name_their_pairs(pla
         return found
 
     monkeypatch.setattr(ControlNetTask, "losses", overflowing)
-    folder, said = run(place, "one-bad")
+    folder, said = run(place, "one-bad", log_every=3, checkpoint_every=2)
     (line,) = [line for line in said if "changed nothing" in line]
     assert "step 2" in line
     assert ".png" in line
     assert "timesteps" in line
     assert all(torch.equal(before[key], after[key]) for key in before)
-    assert all(bool(torch.isfinite(tensor).all()) for tensor in weights(folder).values())
+    kept = kept_weights(folder, step=3).values()
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in kept)
+    state = folder / "checkpoints" / "step-000002" / "state.json"
+    (window,) = json.loads(state.read_text(), parse_constant=pytest.fail)["windows"]
+    assert window["samples"] == 4  # those of the first step: it counts in no mean
+    assert math.isfinite(losses(folder)[0])
+
+
+def test_of_several_processes_those_whose_losses_are_not_finite_are_named():
+    good, bad = Seen(True, "losses 0.1; a.png"), Seen(False, "losses nan; b.png")
+    assert culprits([bad]) == bad.words
+    assert culprits([good, bad, good]) == "process 1: losses nan; b.png"
+    overflown = culprits([good, good])  # in the gradient alone, which is the sum of theirs
+    assert overflown == "process 0: losses 0.1; a.png; process 1: losses 0.1; a.png"
 
 
 def test_a_run_in_which_no_step_was_taken_has_no_result(place):

@@ -1,9 +1,23 @@
 """Several processes that train together: the weights of one process with their batches as one."""
 
+import json
+import math
 import shutil
+from pathlib import Path
 
 import pytest
-from killed_runs import FSDP, distance, losses, prepared, recipe, settings, start, train_together, weights
+from killed_runs import (
+    FSDP,
+    distance,
+    losses,
+    prepared,
+    recipe,
+    settings,
+    start,
+    train_as,
+    train_together,
+    weights,
+)
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
@@ -64,3 +78,31 @@ def test_shared_weights_resume(place):
     shutil.rmtree(folder / "checkpoints" / "step-000004")
     assert train_together(path, place / "cache", count=2, launched=FSDP) == [0, 0]
     assert distance(weights(folder), before) == 0
+
+
+def train_with_a_bad_loss(path, cache, rank, count, port, launched):
+    """One of the processes; the second one's loss is not finite in the second step."""
+    from controlkit.training.adapter import ControlNetTask
+
+    real = ControlNetTask.losses
+
+    def losses(self, whole, part):
+        found = real(self, whole, part)
+        if (rank, part.step) != (1, 1):
+            return found
+        Path(path).with_suffix(".bad").write_text(part.describe())
+        return type(found)(found.each * math.nan, found.timesteps, found.levels)
+
+    ControlNetTask.losses = losses
+    train_as(path, cache, rank, count, port, launched)
+
+
+def test_the_pairs_of_the_process_whose_loss_is_not_finite_are_named(place):
+    folder = place / "bad"
+    path = recipe(folder, place / "pictures", **settings(2))
+    assert train_together(path, place / "cache", count=2, target=train_with_a_bad_loss) == [0, 0]
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    (said,) = [row["event"] for row in rows if "changed nothing" in row.get("event", "")]
+    assert "step 2" in said
+    assert "(process 1: losses nan, nan; timesteps" in said
+    assert said.endswith(f"; {path.with_suffix('.bad').read_text()})")

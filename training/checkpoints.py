@@ -38,7 +38,8 @@ def save_checkpoint(
     with replace_folder(target) as temporary:
         save_file({k: v.contiguous() for k, v in weights.items()}, temporary / "weights.safetensors")
         save_file({k: v.contiguous() for k, v in optimizer.items()}, temporary / "optimizer.safetensors")
-        (temporary / "state.json").write_text(json.dumps({"step": step, **state}), encoding="utf-8")
+        told = json.dumps({"step": step, **state}, allow_nan=False)
+        (temporary / "state.json").write_text(told, encoding="utf-8")
         files = [temporary / name for name in _FILES]
         manifest = {file.name: {"size": file.stat().st_size, "sha256": sha256_file(file)} for file in files}
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, PositiveInt, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PositiveInt, model_validator
 
 from controlkit.naming import unknown
 from controlkit.training.config_base import Count, Factor, Probability, Rate, Recipe, Table, Weight, Widths
@@ -26,6 +26,12 @@ def _side(side: int) -> int:
     return side
 
 
+def _one_or_several(value: Any) -> Any:
+    return (value,) if isinstance(value, str) and value else value or ()
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_one_or_several)]
+"""One name, or several."""
 Side = Annotated[int, Field(ge=0, le=16384, multiple_of=8), AfterValidator(_side)]
 
 
@@ -41,7 +47,7 @@ class DataRecipe(Table):
     """Of a Hugging Face data set, or a folder with folders of several splits."""
     picture_column: str = ""
     """Column or key with the picture; "" looks for the usual names."""
-    map_column: tuple[str, ...] = ()
+    map_column: Names = ()
     """Column, key, folder or end of the file's name (`_edges`, `.png`) with the map, or the kind that it is
     named after; several are stacked into one, channel by channel. () looks for the usual names.
     """
@@ -96,11 +102,6 @@ class DataRecipe(Table):
     """
     workers: Annotated[int, Field(ge=0, le=256)] = 2
     """Threads that read and prepare pairs beside the training; the result does not depend on them."""
-
-    @field_validator("map_column", mode="before")
-    @classmethod
-    def _one_or_several(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) and value else value or ()
 
 
 class ControlNetRecipe(Recipe):
@@ -209,7 +210,7 @@ class ControlNetRecipe(Recipe):
     """Steps between looks at whether the map is used; 0 never looks."""
     bad_steps: PositiveInt = 5
     """How many steps in a row may have no finite gradient before the run stops."""
-    trackers: tuple[str, ...] = ()
+    trackers: Names = ()
     """tensorboard, wandb and whatever else accelerate knows."""
     project: str = "controlkit"
     """The name under which trackers file the run."""
@@ -217,11 +218,6 @@ class ControlNetRecipe(Recipe):
     """Of the result's file. fp32 keeps every bit, as diffusers' script writes it, in twice the bytes."""
     push_to_hub: str = ""
     """Repository on the hub ("owner/name") that gets the result after it is written; "" for none."""
-
-    @field_validator("trackers", mode="before")
-    @classmethod
-    def _one_or_several(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) and value else value or ()
 
     @model_validator(mode="after")
     def _fits_together(self) -> ControlNetRecipe:

@@ -70,14 +70,29 @@ def _mapped(command: Command) -> _Values:
     }
     others = {"steps", "schedule", "warmup", "betas", "optimizer", "push_to_hub", "trackers", "precision"}
     others |= {"data.source", "checkpoints_kept", "sample_every", "learning_rate"}
+    usual = {name for name in _COLUMNS if command.get(name) == FLAGS[name].default}
+    no_columns = usual if usual and not _has_columns(command) else set()
     for name, flag in FLAGS.items():
         value = command.get(name)
-        usual = name in _COLUMNS and value == flag.default  # one of the names that are looked for
-        if flag.key and flag.key not in others and value is not None and not usual:
+        if flag.key and flag.key not in others and value is not None and name not in no_columns:
             values[flag.key] = (value, _origin(command, name))
     if "seed" not in values:
         values["seed"] = (1, "without --seed no run of the script repeats another; here every run does")
     return values
+
+
+def _has_columns(command: Command) -> bool:
+    """Whether the script's columns are to be named: not for layouts that have none, which it does not read.
+
+    Data that is not here is taken for the script's own.
+    """
+    from controlkit.training.data.sources import recognise
+
+    try:
+        layout, _ = recognise(DataRecipe(source=_data(command)["data.source"][0]))
+    except ValueError:
+        return True
+    return layout in ("huggingface", "imagefolder")
 
 
 def _origin(command: Command, *names: str) -> str:
@@ -119,16 +134,26 @@ def _steps(command: Command, pairs: int | None) -> tuple[int, str]:
         return steps, "--max_train_steps" + ", before --num_train_epochs" * (
             "num_train_epochs" in command.given
         )
-    pairs = command.get("max_train_samples") or pairs or _counted(command)
-    if pairs is None:
-        raise ValueError(
-            "--max_train_steps is missing: a recipe counts steps, and the data, which is not here, decides"
-            " how many an epoch has; --max_train_samples=N says how many pictures there are"
-        )
+    pairs = _pairs(command, pairs)
     micro, accumulation = command.get("train_batch_size"), command.get("gradient_accumulation_steps")
     batches = math.ceil(math.ceil(pairs / max(micro, 1)) / command.processes)
     steps = command.get("num_train_epochs") * math.ceil(batches / max(accumulation, 1))
     return steps, f"{_origin(command, 'num_train_epochs')}, over {pairs} pairs"
+
+
+def _pairs(command: Command, pairs: int | None) -> int:
+    """How many pairs an epoch has."""
+    there = pairs or _counted(command)
+    wanted: int | None = command.get("max_train_samples")
+    if there and wanted and wanted > there:
+        raise ValueError(f"--max_train_samples={wanted}: the data has {there} pairs; the script refuses more")
+    found = wanted or there
+    if found is None:
+        raise ValueError(
+            "--max_train_steps is missing: a recipe counts steps, and the data, which is not here, decides"
+            " how many an epoch has; --max_train_samples=N says how many pictures there are"
+        )
+    return found
 
 
 def _counted(command: Command) -> int | None:
@@ -218,7 +243,7 @@ def _toml(value: Any) -> str:
 
 def _by_flag(message: str) -> str:
     """A recipe's fault, told of the flag that its key came from."""
-    named = re.match(r"flags: ([a-z_.]+?)(?:\.\d+)?(?:: |(?==))", message)
+    named = re.match(r"(?:flags: |(?=data\.))([a-z_.]+?)(?:\.\d+)?(?:: |(?==))", message)
     if not named:
         return message.removeprefix("flags: ")
     flags = [name for name, flag in FLAGS.items() if flag.key == named[1]]

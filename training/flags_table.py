@@ -75,11 +75,13 @@ FLAGS: dict[str, Flag] = {
     "dataset_name": Flag("data.source"),
     "dataset_config_name": Flag("", note="refused, unless it is default: fetch that part into a folder"),
     "train_data_dir": Flag("data.source", note="has no effect beside dataset_name but to choose a subfolder"),
-    "image_column": Flag("data.picture_column", default="image", note="image is found without it"),
-    "conditioning_image_column": Flag(
-        "data.map_column", default="conditioning_image", note="conditioning_image is found without it"
+    "image_column": Flag(
+        "data.picture_column", default="image", note="written out; left out for folders without columns"
     ),
-    "caption_column": Flag("data.caption_column", default="text", note="text is found without it"),
+    "conditioning_image_column": Flag(
+        "data.map_column", default="conditioning_image", note="as --image_column"
+    ),
+    "caption_column": Flag("data.caption_column", default="text", note="as --image_column"),
     "max_train_samples": Flag("data.limit", "whole number", note="the first N; the script takes any N"),
     "proportion_empty_prompts": Flag("caption_dropout", "number", 0.0, "drawn anew at each visit"),
     "validation_prompt": Flag(

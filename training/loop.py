@@ -61,16 +61,26 @@ class Run:
     """The signal that asked it to stop."""
     graphs: Graphs | None = None
     pieces: int = 1
-    """Into how many each micro-batch is cut, since it did not fit in one."""
+    """Into how many each micro-batch is cut, since it did not fit in one: see `cut`."""
+
+    def cut(self, pieces: int) -> None:
+        """Cut each micro-batch into so many pieces from now on."""
+        self.pieces = pieces
+        if self.graphs is not None:  # a compiler's own go on, and write over gradients that are not kept
+            self.graphs, self.weights.keeps_gradients = None, False
 
     def read_losses(self) -> Window:
-        """The window, with every step until now. Raises ValueError where too many of them were not finite."""
+        """The window, with every step until now that was not passed over.
+
+        Raises ValueError where too many of them were not finite.
+        """
         taken, self.unread = self.unread, []
         for step in taken:
             if self.reads_late:
                 is_finite(self, step)
-            missed = [m for loss in step.losses if loss.missed is not None for m in loss.missed.tolist()]
-            self.window.add(*_per_pair(step.losses), missed)
+            if step.counts:
+                missed = [m for loss in step.losses if loss.missed is not None for m in loss.missed.tolist()]
+                self.window.add(*_per_pair(step.losses), missed)
         return self.window
 
     @property
@@ -262,6 +272,7 @@ def _tracked(run: Run) -> Iterator[None]:
         run_folder=run.folder,
         config=config,
         project=project,
+        step=run.step,
         report=lambda line: run.watch.say(run.step, line),
     )
     try:
@@ -283,9 +294,7 @@ def _within_memory(run: Run) -> list[Losses]:
             largest, smaller = _largest(run, run.pieces), _largest(run, 2 * run.pieces)
             if smaller == largest or run.machine.processes.count > 1 or run.machine.sharded:
                 raise ValueError(_too_much(run, largest)) from error
-        run.pieces *= 2
-        if run.graphs is not None:  # a compiler's own go on, and write over gradients that are not kept
-            run.graphs, run.weights.keeps_gradients = None, False
+        run.cut(2 * run.pieces)
         run.weights.drop_gradients()
         free_memory()
         message = f"{largest} pairs at once do not fit in memory: from step {run.step + 1} on"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -71,6 +72,7 @@ class Saver:
             "task": run.recipe.task,
             "windows": windows,
             "bad_steps": run.bad_steps,
+            "pieces": run.pieces,
             "optimizer": groups,
             "pairs_per_step": run.watch.batch,
             "task_state": run.task.state(run.step),
@@ -139,6 +141,8 @@ def restore(run: Run) -> None:
         windows = state["windows"]
         index = run.machine.processes.index
         run.window = Window(**windows[index]) if index < len(windows) else Window()
+        if not math.isfinite(run.window.loss):  # older checkpoints count steps that were passed over
+            run.window = Window()
         if run.machine.scaler is not None and "scaler" in state:
             run.machine.scaler.load_state_dict(state["scaler"])
     except (KeyError, RuntimeError, ValueError, TypeError) as error:
@@ -148,6 +152,9 @@ def restore(run: Run) -> None:
         ) from error
     run.task.restore(state.get("task_state", {}))
     run.step, run.bad_steps = step, int(state["bad_steps"])
+    pieces = int(state.get("pieces", 1))  # older checkpoints do not know
+    if pieces > 1 and run.machine.processes.count == 1 and not run.machine.sharded:
+        run.cut(pieces)
     run.watch.say(step, f"resumed at step {step}")
     _say_longer(run, step)
     before = state.get("pairs_per_step", run.watch.batch)

@@ -25,13 +25,24 @@ if TYPE_CHECKING:
 _UNREAD = 32  # steps, at most, that the host is behind
 
 
-@dataclass(frozen=True)
+@dataclass
 class Taken:
     """A step as it was taken: ``norm`` () is its gradient's, before clipping, on the device."""
 
     step: int
     losses: Sequence[Losses]
     norm: Tensor
+    counts: bool = True
+    """Whether its losses are told: not of a step that changed nothing."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one process saw in a step: its losses, timesteps and pairs, in words."""
+
+    is_finite: bool
+    """Whether all of its losses were."""
+    words: str
 
 
 def update(run: Run, losses: Sequence[Losses]) -> None:
@@ -59,7 +70,7 @@ def can_read_late(run: Run) -> bool:
 
 
 def is_finite(run: Run, taken: Taken) -> bool:
-    """Whether a step's gradient was finite; if not, say which pairs were seen.
+    """Whether a step's gradient was finite, as all processes find; if not, say which pairs were seen.
 
     Raises ValueError after too many steps in a row that were not.
     """
@@ -67,9 +78,20 @@ def is_finite(run: Run, taken: Taken) -> bool:
     if math.isfinite(run.grad_norm):
         run.bad_steps = 0
         return True
-    if not _finds_scale(run, taken):
-        _complain(run, taken)
+    seen = run.machine.processes.gather([_seen(run, taken)])
+    if not _finds_scale(run, seen):
+        taken.counts = False
+        _complain(run, taken.step + 1, culprits(seen))
     return False
+
+
+def culprits(seen: Sequence[Seen]) -> str:
+    """What was seen where losses were not finite; by all processes, where only the gradient was not."""
+    if len(seen) == 1:
+        return seen[0].words
+    at_fault = [not one.is_finite for one in seen]
+    named = [k for k, is_at_fault in enumerate(at_fault) if is_at_fault or not any(at_fault)]
+    return "; ".join(f"process {k}: {seen[k].words}" for k in named)
 
 
 def _clip(run: Run) -> Tensor:
@@ -98,26 +120,31 @@ def _update_where_finite(run: Run, norm: Tensor) -> None:
     run.weights.give()
 
 
-def _finds_scale(run: Run, taken: Taken) -> bool:
+def _finds_scale(run: Run, seen: Sequence[Seen]) -> bool:
     """Whether only fp16's scale was too large, which its first steps find by overflowing."""
     scaler = run.machine.scaler
     if scaler is None:
         return False
     scaler.update()
-    return all(bool(torch.isfinite(loss.each).all()) for loss in taken.losses) and scaler.get_scale() >= 1
+    return all(one.is_finite for one in seen) and scaler.get_scale() >= 1
 
 
-def _complain(run: Run, taken: Taken) -> None:
-    run.bad_steps += 1
-    described = "; ".join(part.describe() for part in run.task.parts(taken.step))
-    values = ", ".join(f"{value:.4g}" for loss in taken.losses for value in loss.each.tolist())
+def _seen(run: Run, taken: Taken) -> Seen:
+    values = [value for loss in taken.losses for value in loss.each.tolist()]
     times = [str(t) for loss in taken.losses if loss.timesteps is not None for t in loss.timesteps.tolist()]
-    seen = f"losses {values}; timesteps {', '.join(times) or 'none'}; {described}"
-    message = f"step {taken.step + 1} changed nothing: its loss or gradient is not finite ({seen})"
-    run.watch.say(taken.step + 1, message, keep=True)
+    described = "; ".join(part.describe() for part in run.task.parts(taken.step))
+    shown = ", ".join(f"{value:.4g}" for value in values)
+    words = f"losses {shown}; timesteps {', '.join(times) or 'none'}; {described}"
+    return Seen(all(map(math.isfinite, values)), words)
+
+
+def _complain(run: Run, step: int, seen: str) -> None:
+    run.bad_steps += 1
+    message = f"step {step} changed nothing: its loss or gradient is not finite ({seen})"
+    run.watch.say(step, message, keep=True)
     if run.bad_steps >= getattr(run.recipe, "bad_steps", 1):
         raise ValueError(
-            f"training stopped at step {taken.step + 1}: {run.bad_steps} steps in a row had no finite"
+            f"training stopped at step {step}: {run.bad_steps} steps in a row had no finite"
             " gradient; no weight was changed by them, checkpoints are good; the last:"
             f" {message}; try a lower learning_rate, in another folder (out=FOLDER)"
         )

@@ -74,10 +74,10 @@ class Window:
         return whole
 
     def row(self) -> dict[str, float]:
-        """The mean loss, and by quarter of the noise levels (q0: least noise) where any was seen; the mean of
-        what a reward missed, before it is weighted.
+        """The mean loss, NaN of no step, and by quarter of the noise levels (q0: least noise) where any was
+        seen; the mean of what a reward missed, before it is weighted.
         """
-        row = {"loss": self.loss / max(self.samples, 1)}
+        row = {"loss": self.loss / self.samples if self.samples else math.nan}
         for k, (loss, samples) in enumerate(zip(self.quarter_loss, self.quarter_samples, strict=True)):
             if samples:
                 row[f"loss_q{k}"] = loss / samples
@@ -100,10 +100,12 @@ class Watch:
 
     def open_log(self, step: int) -> None:
         """Begin to write, at a step; of several processes one does. Rows of later steps come again: they are
-        dropped.
+        dropped, and it is noted that the run was taken up again.
         """
         self.started, self.first, self.writes = time.perf_counter(), step, True
         truncate_after(self.log, step)
+        if 0 < step < self.steps:
+            self.write({"step": step, "event": f"resumed at step {step}"})
 
     def pause(self, seconds: float) -> None:
         """Do not count these seconds as training."""

@@ -75,7 +75,10 @@ def choose_columns(
     picture is found, maps are wanted from files and none are found, or they may lie in a column of another
     name.
     """
-    picture = _named(columns, data.picture_column, "picture_column", where) or _first(PICTURE_NAMES, columns)
+    picture = data.picture_column
+    if picture == "image" and picture not in columns and "file_name" in columns:
+        picture = "file_name"  # as the library datasets calls an imagefolder's pictures
+    picture = _named(columns, picture, "picture_column", where) or _first(PICTURE_NAMES, columns)
     if not picture:
         raise ValueError(
             f"{where} has no column with pictures that is known by its name: name it with "

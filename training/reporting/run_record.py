@@ -52,11 +52,11 @@ class RunRecord:
     @property
     def seconds(self) -> float:
         """The time of all stretches together: a resumed run counts from zero again."""
-        total, last = 0.0, 0.0
-        for _, seconds in self.curve("seconds"):
-            if seconds < last:
+        total, last, before = 0.0, 0.0, 0.0
+        for step, seconds in self.curve("seconds"):
+            if seconds < last or any(before <= resumed < step for resumed in self.resumed):
                 total += last
-            last = seconds
+            last, before = seconds, step
         return total + last
 
     @property

@@ -109,11 +109,13 @@ def open_trackers(
     run_folder: Path,
     config: Mapping[str, Any],
     project: str = "controlkit",
+    step: int = 0,
     report: Report = lambda _: None,
 ) -> Trackers:
     """Open trackers for a run, on the main process alone, after the accelerator (if any) is there.
 
     What they keep on disk lies in `run_folder/trackers`; a resumed run goes on in the same run of wandb.
+    `step` is the last one that the run has behind it: what tensorboard has of later ones comes again.
     `config` is stored with nested keys joined by "/" and values that are no numbers as text.
 
     Raises ValueError, one line, as `check_trackers`, and for a tracker that cannot be opened (not logged in,
@@ -131,7 +133,8 @@ def open_trackers(
     for name in dict.fromkeys(names):
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            opened.append(_open(LOGGER_TYPE_TO_CLASS[name], name, folder, config=config, project=project))
+            kind = LOGGER_TYPE_TO_CLASS[name]
+            opened.append(_open(kind, name, folder, config=config, project=project, step=step))
         except Exception as error:  # every library raises its own
             Trackers(opened).finish()
             raise ValueError(
@@ -170,7 +173,13 @@ def _is_installed(package: str) -> bool:
 
 
 def _open(
-    kind: type[GeneralTracker], name: str, folder: Path, *, config: Mapping[str, Any], project: str
+    kind: type[GeneralTracker],
+    name: str,
+    folder: Path,
+    *,
+    config: Mapping[str, Any],
+    project: str,
+    step: int,
 ) -> GeneralTracker:
     settings: dict[str, Any] = {}
     if kind.requires_logging_directory:
@@ -179,6 +188,8 @@ def _open(
         settings |= {"dir": str(folder), "name": folder.parent.name, "id": _run_id(folder), "resume": "allow"}
     elif name == "dvclive":
         settings |= {"dir": str(folder / "dvclive"), "resume": True}
+    elif name == "tensorboard":
+        settings["purge_step"] = step + 1  # the first one that it hides
     tracker = kind(project, **settings)
     tracker.start()
     tracker.store_init_configuration(flattened(config))
