@@ -100,6 +100,8 @@ def test_adapters_are_compared_on_the_same_noise(evaluated):
     assert first["value"] > 0
     assert first["verdict"] == "3 pairs are too few to tell"
     assert first["pairs"] == 3
+    assert (first["comparisons"], first["level"], first["resamples"]) == (1, 0.95, 0)
+    assert "resamples" not in told(evaluated[0])["interval"]  # each has its own
 
 
 def test_the_report_needs_nothing_else(evaluated):

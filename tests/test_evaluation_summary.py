@@ -55,6 +55,29 @@ def test_many_comparisons_hold_together():
     assert two.interval == mean_interval(same["a0"] - same["a1"])  # of two there is one comparison
 
 
+def test_few_pairs_are_too_few_for_many_comparisons():
+    """Of 8 pairs three adapters can be told apart, four and eight cannot, whatever the work."""
+    random = np.random.default_rng(2)
+    values = {f"a{k}": k + random.normal(size=8) / 9 for k in range(8)}
+    three = summary("canny", "edge F1", **dict(list(values.items())[:3]))
+    assert [one.verdict for one in three.differences] == ["a1 is better", "a2 is better", "a2 is better"]
+    assert [one.level for one in three.differences] == pytest.approx([1 - 0.05 / 3] * 3)
+    eight = summary("canny", "edge F1", **values)
+    assert {one.verdict for one in eight.differences} == {"8 pairs are too few for 28 comparisons"}
+    assert math.isfinite(eight.groups[0].intervals["edge F1"]["a0"].low)  # its own, of no comparison
+
+
+def test_poses_of_few_pairs_are_compared_in_bounded_work():
+    names = [f"a{k}" for k in range(5)]
+    arms = [Arm(name, name, "openpose", Compared(name, "openpose", label=name)) for name in names]
+    rows = {
+        name: [Row(name, n, 0, {"openpose": {"OKS": 0.5}}, people(n / 9)) for n in range(8)] for name in names
+    }
+    found = summarise(arms, rows, ["openpose"], PictureScores(), {})
+    told = {one.verdict for one in found.differences if one.measure == "OKS-AP"}
+    assert told == {"8 pairs are too few for 10 comparisons"}
+
+
 @pytest.mark.parametrize(
     ("kind", "measure", "floor", "ceiling", "is_there"),
     [
