@@ -458,6 +458,15 @@ def test_what_a_run_held_out(run: Run, pairs, tmp_path, monkeypatch):
     assert "<h1>run on 1 of 6 pairs of pairs</h1>" in page
 
 
+def test_an_adapter_of_another_kind_is_told(run: Run):
+    asked = ("--adapter", "depth=canny", "--adapter", "depth=canny:0.5", "--adapter", "depth")
+    outcome = run("evaluate", *asked, "-n", 1, "--steps", 1, *QUICK[2:])
+    outcome.done()
+    line = "adapter canny learned to follow canny maps, not depth"
+    assert outcome.err.count(line) == 1
+    assert told(Path("report"))["warnings"] == [line]
+
+
 @pytest.mark.slow
 def test_a_network_for_several_kinds(run: Run, pairs, tmp_path, monkeypatch):
     """Each kind is measured with the maps of its own column."""

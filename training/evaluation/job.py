@@ -16,7 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from controlkit import files, images
+from controlkit import files, images, known_adapters
 from controlkit.adapters import load_adapter
 from controlkit.base import Base, load_base
 from controlkit.devices import pick_device
@@ -82,7 +82,7 @@ def evaluate(request: Request, report: Report) -> Result:
     processes = Processes(patience=PATIENCE)
     report.status(f"loading the libraries and the base {request.base}")
     base = _load_base(request, processes)
-    request, infos = _with_kinds(request, base)
+    request, infos, warnings = _with_kinds(request, base)
     specs = [info.map for info in infos]
     kinds = list(dict.fromkeys(one.kind for one in request.adapters))
     stated = {
@@ -105,7 +105,7 @@ def evaluate(request: Request, report: Report) -> Result:
     places = range(processes.index, len(held_out), processes.count)
     compared = f"{_many(len(arms) - 3, 'adapter')} on {held_out.title}, {_many(request.seeds, 'seed')}"
     report.status(f"{compared}, on {base.device}")
-    warnings = [] if held_out.is_held_out else _trained_there(request, infos)
+    warnings += [] if held_out.is_held_out else _trained_there(request, infos)
     for line in warnings if processes.is_first else ():
         report.note(line)
     mute = sum(not held_out.caption(place) for place in range(len(held_out)))
@@ -132,10 +132,12 @@ def _load_base(request: Request, processes: Processes) -> Base:
     return load_base(request.base, device=device, dtype=dtype)
 
 
-def _with_kinds(request: Request, base: Base) -> tuple[Request, list[AdapterInfo]]:
-    """The request with the kind of every adapter's map, and what the adapters say of themselves."""
+def _with_kinds(request: Request, base: Base) -> tuple[Request, list[AdapterInfo], list[str]]:
+    """The request with the kind of every adapter's map, what the adapters say of themselves, and a line for
+    each that learned another kind.
+    """
     known: list[Compared] = []
-    infos = []
+    infos, lines = [], []
     for one in request.adapters:
         info = load_adapter(one.name, base=base).info  # that it fits is checked before the first picture
         kind = one.kind or info.map.kind
@@ -144,9 +146,10 @@ def _with_kinds(request: Request, base: Base) -> tuple[Request, list[AdapterInfo
                 f"{one.name} takes {kind or 'maps of a kind that its file does not tell'}: say which maps it"
                 f" is to be measured with, as --adapter canny={one.name}"
             )
+        lines.append(known_adapters.learned_other(one.name, info.map.kind, kind))
         known.append(replace(one, kind=kind))
         infos.append(replace(info, map=replace(info.map, kind=kind)))
-    return replace(request, adapters=tuple(known)), infos
+    return replace(request, adapters=tuple(known)), infos, [line for line in dict.fromkeys(lines) if line]
 
 
 def _black_maps(request: Request, held_out: HeldOut, numbers: Sequence[int]) -> list[str]:
