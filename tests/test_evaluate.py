@@ -113,6 +113,9 @@ def test_the_report_needs_nothing_else(evaluated):
     for word in ("edge F1", "no control", "autoencoder", "3 held-out scenes", "2 pictures of each"):
         assert word in page
     assert str(Path.home()) not in page
+    assert (
+        "Dots are means over pairs, without intervals: fewer than 8 pairs say too little of others." in page
+    )
 
 
 def test_what_is_there_is_not_made_again(evaluated):

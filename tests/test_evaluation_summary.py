@@ -8,6 +8,7 @@ import pytest
 from controlkit.metrics import mean_interval
 from controlkit.metrics.pose_ap import Matches
 from controlkit.training.evaluation.arms import Arm
+from controlkit.training.evaluation.page import _what_is_drawn
 from controlkit.training.evaluation.picture_scores import PictureScores
 from controlkit.training.evaluation.request import CEILING, FLOOR, TRUE, Compared
 from controlkit.training.evaluation.rows import Row
@@ -145,6 +146,19 @@ def test_sets_of_pictures_say_how_large_they_are():
     pictures = PictureScores(of_set={"KID": {"one": (0.5, math.nan)}}, counts={"one": 104, TRUE: 52})
     found = summarise(arms, {"one": [], TRUE: []}, [], pictures, {})
     assert found.groups[0].pictures == {"KID": {"one": (104, 52)}}
+
+
+def test_charts_say_what_their_bars_are():
+    eight = summary("canny", "edge F1", a=np.linspace(0.1, 0.9, 8))  # of one adapter, too
+    text = _what_is_drawn(eight.groups[0])
+    assert text == (
+        "Dots are means over pairs; bars, and the brackets of the table, their 95% intervals by bootstrap"
+        " over pairs. Fewer than 8 pairs have none."
+    )
+    arms = [Arm("one", "one", "canny", Compared("one", "canny", label="one")), Arm(TRUE, TRUE)]
+    pictures = PictureScores(of_set={"KID": {"one": (0.5, math.nan)}}, counts={"one": 104, TRUE: 52})
+    sets = summarise(arms, {"one": [], TRUE: []}, [], pictures, {})
+    assert _what_is_drawn(sets.groups[0]) == "What compares sets of pictures has no interval."
 
 
 def test_more_diverse_is_not_called_better():

@@ -19,10 +19,10 @@ from PIL import Image
 
 from controlkit import files, images
 from controlkit.metrics import Interval
-from controlkit.metrics.intervals import LEVEL
+from controlkit.metrics.intervals import LEAST, LEVEL
 from controlkit.training.evaluation.example_sheets import sheets_of
 from controlkit.training.evaluation.interval_chart import CSS, Line, figure, interval_chart
-from controlkit.training.evaluation.map_scores import MEASURES, principal
+from controlkit.training.evaluation.map_scores import AP, MEASURES, principal
 from controlkit.training.evaluation.request import FLOOR, TRUE
 from controlkit.training.reporting.page import STYLE, pairs_table
 
@@ -142,7 +142,23 @@ def _group(group: Group, summary: Summary) -> str:
         blocks.append(
             f'<p class="measure">{measure} <span>{escape(told.text)}{lower}{pairs}</span></p>{chart}'
         )
-    return f"<section><h2>{name}</h2>{''.join(blocks)}{_table(group, summary)}</section>\n"
+    caption = f"<p>{_what_is_drawn(group)}</p>"
+    return f"<section><h2>{name}</h2>{caption}{''.join(blocks)}{_table(group, summary)}</section>\n"
+
+
+def _what_is_drawn(group: Group) -> str:
+    """What dots, bars and brackets of a group are, and what has none."""
+    told = []
+    if group.pairs:
+        dots = "Dots are means over pairs" + f" ({AP} is of all together)" * (AP in group.pairs)
+        if any(found.resamples for measure in group.pairs for found in group.intervals[measure].values()):
+            bars = f"bars, and the brackets of the table, their {LEVEL:.0%} intervals by bootstrap over pairs"
+            told.append(f"{dots}; {bars}. Fewer than {LEAST} pairs have none.")
+        else:
+            told.append(f"{dots}, without intervals: fewer than {LEAST} pairs say too little of others.")
+    if group.pictures:
+        told.append("What compares sets of pictures has no interval.")
+    return " ".join(told)
 
 
 def _sizes(group: Group, measure: str) -> str:
