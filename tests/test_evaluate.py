@@ -321,6 +321,31 @@ def test_a_data_set_with_maps(run: Run, pairs):
     assert picture.shape == (128, 128, 3)
 
 
+def test_sizes_and_what_lies_outside_are_told(run: Run, pairs):
+    """Wide pictures are measured as squares, unless buckets keep their shape."""
+    for number in (0, 1):
+        wide = render(number, split="train", size=160).picture[30:130]
+        for folder, shown in (("images", wide), ("canny", get("canny")(wide).image)):
+            images.write_png(pairs / folder / f"{number}.png", shown)
+    asked = ("--adapter", "canny", "-n", 0, "--steps", 1, *QUICK[2:])
+    outcome = run("evaluate", pairs, *asked)
+    outcome.done()
+    assert "6 of 6 pairs of pairs, 128x128, 1 seed" in outcome.err
+    line = (
+        "2 of 6 pictures are cut to the sizes that are drawn (38% of images/0.png lies outside): buckets=true"
+        " keeps more of their shape"
+    )
+    assert line in outcome.err
+    report = told(Path("report"))
+    assert report["warnings"] == [line]
+    assert report["pairs"]["sizes"] == [{"width": 128, "height": 128, "pairs": 6}]
+    assert "128x128" in Path("report/report.html").read_text()
+    outcome = run("evaluate", pairs, "buckets=true", "bucket_step=32", *asked, "-o", "kept")
+    outcome.done()
+    assert "pictures are cut" not in outcome.err
+    assert "128x128, 160x96, 1 seed" in outcome.err
+
+
 @pytest.mark.slow
 def test_poses_and_depth_of_a_data_set_are_made_of_its_pictures(run: Run, pairs):
     kinds = ["--adapter", "openpose", "--adapter", "depth"]

@@ -20,6 +20,7 @@ from controlkit import files, images, known_adapters
 from controlkit.adapters import load_adapter
 from controlkit.base import Base, load_base
 from controlkit.devices import pick_device
+from controlkit.picture_sizes import MOST_CUT
 from controlkit.processes import Processes
 from controlkit.training.evaluation import request as requests
 from controlkit.training.evaluation.arms import Arm, arms_of
@@ -37,7 +38,7 @@ from controlkit.training.evaluation.picture_scores import Shot, Shots, picture_s
 from controlkit.training.evaluation.request import TRUE, Compared, Request
 from controlkit.training.evaluation.rows import Rows
 from controlkit.training.evaluation.summary import Summary, summarise
-from controlkit.training.evaluation.telling import table
+from controlkit.training.evaluation.telling import sizes_told, table
 from controlkit.training.reporting.measures import EDGE_KINDS
 
 if TYPE_CHECKING:
@@ -103,8 +104,9 @@ def evaluate(request: Request, report: Report) -> Result:
     processes.wait()
     rows = Rows(request.output, processes.index)
     places = range(processes.index, len(held_out), processes.count)
-    compared = f"{_many(len(arms) - 3, 'adapter')} on {held_out.title}, {_many(request.seeds, 'seed')}"
-    report.status(f"{compared}, on {base.device}")
+    compared = f"{_many(len(arms) - 3, 'adapter')} on {held_out.title}, {sizes_told(held_out.sizes())}"
+    report.status(f"{compared}, {_many(request.seeds, 'seed')}, on {base.device}")
+    warnings += _cut(held_out)
     warnings += [] if held_out.is_held_out else _trained_there(request, infos)
     for line in warnings if processes.is_first else ():
         report.note(line)
@@ -164,6 +166,18 @@ def _black_maps(request: Request, held_out: HeldOut, numbers: Sequence[int]) -> 
                 " whatever drew it"
             )
     return lines
+
+
+def _cut(held_out: HeldOut) -> list[str]:
+    """A line where more than a little of pictures lies outside of what is drawn and measured."""
+    cuts = {place: held_out.cut(place) for place in range(len(held_out))}
+    count, most = sum(cut > MOST_CUT for cut in cuts.values()), max(cuts, key=cuts.__getitem__)
+    if not count:
+        return []
+    return [
+        f"{count} of {len(held_out)} pictures are cut to the sizes that are drawn ({cuts[most]:.0%} of"
+        f" {held_out.name(most)} lies outside): buckets=true keeps more of their shape"
+    ]
 
 
 def _trained_there(request: Request, infos: Sequence[AdapterInfo]) -> list[str]:

@@ -24,6 +24,7 @@ from controlkit.training.evaluation.example_sheets import sheets_of
 from controlkit.training.evaluation.interval_chart import CSS, Line, figure, interval_chart
 from controlkit.training.evaluation.map_scores import AP, MEASURES, principal
 from controlkit.training.evaluation.request import FLOOR, TRUE
+from controlkit.training.evaluation.telling import sizes_told
 from controlkit.training.reporting.page import STYLE, pairs_table
 
 if TYPE_CHECKING:
@@ -278,6 +279,8 @@ def _settings(told: Mapping[str, Any]) -> str:
         for name, value in told["settings"].items()
         if name not in ("adapters", "output") and value not in ({}, None)
     }
+    sizes = {(one["width"], one["height"]): one["pairs"] for one in told["pairs"]["sizes"]}
+    settings |= {"width x height": sizes_told(sizes)}
     settings |= {"device": told["device"], "dtype": told["dtype"]}
     for one in told["adapters"]:
         how = "".join(f", {key} {value}" for key, value in one["how"].items())

@@ -44,6 +44,10 @@ def record(
             "title": held_out.title,
             "count": len(held_out),
             "held_out": held_out.is_held_out,
+            "sizes": [
+                {"width": width, "height": height, "pairs": count}
+                for (width, height), count in held_out.sizes().items()
+            ],
             "sha256": held_out.digest(),
         },
         "base": {"name": request.base, "family": base.family, "sha256": base.digest()},
