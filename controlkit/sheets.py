@@ -15,10 +15,16 @@ Cell = tuple[np.ndarray, str | Sequence[str]]
 
 _PAPER, _INK, _FRAME = (255, 255, 255), (32, 33, 36), (218, 220, 224)
 _GAP = 16
-_ALIKE = dict(  # letters that are no others with marks, in those of Pillow's own font
-    pair.split("=")
-    for pair in ['ß=ss', 'æ=ae', 'Æ=AE', 'œ=oe', 'Œ=OE', 'ø=o', 'Ø=O', 'ł=l', 'Ł=L', 'đ=d', 'Đ=D', 'ð=d', 'Ð=D', 'þ=th', 'Þ=Th', 'ı=i', '×=x', '–=-', '—=-', '‚=,', '„="']
-)
+_ALIKE = {  # letters that are no others with marks, in those of Pillow's own font
+    "ß": "ss",
+    "æ": "ae",
+    "Æ": "AE",
+    "œ": "oe",
+    "Œ": "OE",
+    "þ": "th",
+    "Þ": "Th",
+    **dict(zip("øØłŁđĐðÐı×–—−‚", "oOlLdDdDix---,", strict=True)),
+}
 
 
 def contact_sheet(rows: Sequence[Sequence[Cell]], *, title: str = "", cell: int = 256) -> np.ndarray:

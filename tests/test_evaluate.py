@@ -29,6 +29,7 @@ from controlkit.training.evaluation.arms import noise_of
 from controlkit.training.evaluation.estimating import stated_options
 from controlkit.training.evaluation.held_out import Held, WorldScenes
 from controlkit.training.evaluation.map_scores import score_map
+from controlkit.training.evaluation.request import Compared, _labelled, identity
 from controlkit.training.evaluation.rows import Row, Rows
 from controlkit.training.reporting.measures import black_and_white
 
@@ -205,6 +206,31 @@ def test_maps_are_asked_for_as_they_are_found(run: Run):
     asked = images.load_picture("report/maps/asked-canny/000000.png")
     assert np.array_equal(asked, get("canny", low=20, high=60)(picture).image)
     assert not np.array_equal(asked, get("canny")(picture).image)
+
+
+@pytest.mark.parametrize(
+    ("names", "labels"),
+    [
+        (["fa/a", "fb/a", "b.safetensors"], ["fa/a", "fb/a", "b"]),
+        (["runs/m/controlnet", "old/runs/m/controlnet", "./canny"], ["runs/m", "old/runs/m", "canny"]),
+        (["a.safetensors", "a"], ["a", "a 2"]),  # nothing tells them apart but the suffix
+        (["fa/a", "fa/a:0.5", "fb/a:0.5"], ["fa/a", "fa/a (scale 0.5)", "fb/a (scale 0.5)"]),
+    ],
+)
+def test_adapters_of_one_name_are_told_apart_by_their_folders(names, labels):
+    how = {name: {"scale": 0.5} if name.endswith(":0.5") else {} for name in names}
+    asked = [Compared(name.removesuffix(":0.5"), "canny", how[name]) for name in names]
+    assert [one.label for one in _labelled(asked)] == labels
+
+
+def test_another_of_the_same_name_moves_no_pictures(tmp_path):
+    for folder in ("fa", "fb"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.safetensors").write_bytes(folder.encode())
+    first, other = (Compared(str(tmp_path / folder / "a.safetensors"), "canny") for folder in ("fa", "fb"))
+    (alone,), (joined, _) = _labelled([first]), _labelled([first, other])
+    assert (alone.label, joined.label) == ("a", "fa/a")
+    assert identity(alone) == identity(joined)
 
 
 def test_adapters_say_how_their_maps_are_made():
