@@ -402,11 +402,8 @@ def _adapters(
             report.status(f"loading the {record.kind} adapter {record.adapter}")
             loaded[record.adapter] = models.adapter(record.adapter, base, kind=record.kind, rests=rests)
         learned = loaded[record.adapter].info.map.kind
-        followed = {known_adapters.same_kind(kind) for kind in learned.split(" + ")}
-        if learned and known_adapters.same_kind(record.kind) not in followed:
-            notices.warn(
-                f"adapter {record.adapter} learned to follow {learned} maps, not {record.kind}", stacklevel=2
-            )
+        if line := known_adapters.learned_other(record.adapter, learned, record.kind):
+            notices.warn(line, stacklevel=2)
     return [loaded[source.record.adapter] for source in sources]
 
 

@@ -218,6 +218,15 @@ def same_kind(kind: str) -> str:
     return _SAME_AS.get(kind, kind)
 
 
+def learned_other(name: str, learned: str, kind: str) -> str:
+    """What is to be said of an adapter that is given maps of a kind; "" where it learned to follow that kind,
+    one of several ("canny + depth"), or nobody knows which ("").
+    """
+    if not learned or same_kind(kind) in map(same_kind, learned.split(" + ")):
+        return ""
+    return f"adapter {name} learned to follow {learned} maps, not {kind}"
+
+
 def kinds_known() -> list[str]:
     """The kinds of maps for which a family has an adapter that is used when none is named."""
     return sorted({kind for family in _ALIAS_FAMILIES.values() for kind in defaults(family) if kind})

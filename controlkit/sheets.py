@@ -1,7 +1,9 @@
 """Contact sheets: labelled grids of pictures, for eyes."""
 
+import unicodedata
 from bisect import bisect_left
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -13,6 +15,16 @@ Cell = tuple[np.ndarray, str | Sequence[str]]
 
 _PAPER, _INK, _FRAME = (255, 255, 255), (32, 33, 36), (218, 220, 224)
 _GAP = 16
+_ALIKE = {  # letters that are no others with marks, in those of Pillow's own font
+    "ß": "ss",
+    "æ": "ae",
+    "Æ": "AE",
+    "œ": "oe",
+    "Œ": "OE",
+    "þ": "th",
+    "Þ": "Th",
+    **dict(zip("øØłŁđĐðÐı×–—−‚", "oOlLdDdDix---,", strict=True)),
+}
 
 
 def contact_sheet(rows: Sequence[Sequence[Cell]], *, title: str = "", cell: int = 256) -> np.ndarray:
@@ -21,6 +33,7 @@ def contact_sheet(rows: Sequence[Sequence[Cell]], *, title: str = "", cell: int 
     Every picture is fitted into a square of ``cell`` pixels with its aspect kept: small ones are enlarged by
     whole factors without interpolation (pixels stay square and crisp), large ones are averaged down. Labels
     stand below the pictures, each of their lines shortened where it does not fit; rows may differ in length.
+    Letters that Pillow's own font lacks are written without their marks (é as e), or else as "?".
 
     Raises:
         ValueError: there is no picture at all, or ``cell`` is below 16.
@@ -83,7 +96,7 @@ def _fit(picture: np.ndarray, cell: int) -> np.ndarray:
 
 def _shorten(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
     """Cut ``text``, with an ellipsis, to at most ``width`` pixels; line ends become blanks."""
-    text = " ".join(text.split())
+    text = "".join(map(_writable, unicodedata.normalize("NFC", " ".join(text.split()))))
     if len(text) <= width and font.getlength(text) <= width:
         return text
 
@@ -93,3 +106,19 @@ def _shorten(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, widt
     # By halving, of no more letters than pixels: a prompt may be long, and a grid's sheet is drawn often.
     count = bisect_left(range(min(len(text), width)), True, key=is_too_long)
     return text[:count].rstrip() + "..."
+
+
+@cache
+def _writable(letter: str) -> str:
+    """A letter, or what stands for one that the font lacks, which would be drawn as a box."""
+    if letter.isascii() or _is_drawn(letter):
+        return letter
+    parts = unicodedata.normalize("NFKD", _ALIKE.get(letter, letter))
+    # marks, joiners and variants of a letter add nothing to what stands for it
+    kept = [part for part in parts if unicodedata.category(part) not in ("Mn", "Me", "Cf")]
+    return "".join(part if part.isascii() or _is_drawn(part) else "?" for part in kept)
+
+
+def _is_drawn(letter: str) -> bool:
+    font = ImageFont.load_default(16)
+    return bytes(font.getmask(letter)) != bytes(font.getmask("\uffff"))  # a letter that no font has

@@ -29,6 +29,7 @@ from controlkit.training.evaluation.arms import noise_of
 from controlkit.training.evaluation.estimating import stated_options
 from controlkit.training.evaluation.held_out import Held, WorldScenes
 from controlkit.training.evaluation.map_scores import score_map
+from controlkit.training.evaluation.request import Compared, _labelled, identity
 from controlkit.training.evaluation.rows import Row, Rows
 from controlkit.training.reporting.measures import black_and_white
 
@@ -100,6 +101,8 @@ def test_adapters_are_compared_on_the_same_noise(evaluated):
     assert first["value"] > 0
     assert first["verdict"] == "3 pairs are too few to tell"
     assert first["pairs"] == 3
+    assert (first["comparisons"], first["level"], first["resamples"]) == (1, 0.95, 0)
+    assert "resamples" not in told(evaluated[0])["interval"]  # each has its own
 
 
 def test_the_report_needs_nothing_else(evaluated):
@@ -111,6 +114,9 @@ def test_the_report_needs_nothing_else(evaluated):
     for word in ("edge F1", "no control", "autoencoder", "3 held-out scenes", "2 pictures of each"):
         assert word in page
     assert str(Path.home()) not in page
+    assert (
+        "Dots are means over pairs, without intervals: fewer than 8 pairs say too little of others." in page
+    )
 
 
 def test_what_is_there_is_not_made_again(evaluated):
@@ -200,6 +206,31 @@ def test_maps_are_asked_for_as_they_are_found(run: Run):
     asked = images.load_picture("report/maps/asked-canny/000000.png")
     assert np.array_equal(asked, get("canny", low=20, high=60)(picture).image)
     assert not np.array_equal(asked, get("canny")(picture).image)
+
+
+@pytest.mark.parametrize(
+    ("names", "labels"),
+    [
+        (["fa/a", "fb/a", "b.safetensors"], ["fa/a", "fb/a", "b"]),
+        (["runs/m/controlnet", "old/runs/m/controlnet", "./canny"], ["runs/m", "old/runs/m", "canny"]),
+        (["a.safetensors", "a"], ["a", "a 2"]),  # nothing tells them apart but the suffix
+        (["fa/a", "fa/a:0.5", "fb/a:0.5"], ["fa/a", "fa/a (scale 0.5)", "fb/a (scale 0.5)"]),
+    ],
+)
+def test_adapters_of_one_name_are_told_apart_by_their_folders(names, labels):
+    how = {name: {"scale": 0.5} if name.endswith(":0.5") else {} for name in names}
+    asked = [Compared(name.removesuffix(":0.5"), "canny", how[name]) for name in names]
+    assert [one.label for one in _labelled(asked)] == labels
+
+
+def test_another_of_the_same_name_moves_no_pictures(tmp_path):
+    for folder in ("fa", "fb"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.safetensors").write_bytes(folder.encode())
+    first, other = (Compared(str(tmp_path / folder / "a.safetensors"), "canny") for folder in ("fa", "fb"))
+    (alone,), (joined, _) = _labelled([first]), _labelled([first, other])
+    assert (alone.label, joined.label) == ("a", "fa/a")
+    assert identity(alone) == identity(joined)
 
 
 def test_adapters_say_how_their_maps_are_made():
@@ -314,6 +345,31 @@ def test_a_data_set_with_maps(run: Run, pairs):
     assert {group["kind"] for group in report["results"]} == {"canny"}  # no scene is known
     picture = images.load_picture(next(Path("report/pictures/true").glob("*.png")))
     assert picture.shape == (128, 128, 3)
+
+
+def test_sizes_and_what_lies_outside_are_told(run: Run, pairs):
+    """Wide pictures are measured as squares, unless buckets keep their shape."""
+    for number in (0, 1):
+        wide = render(number, split="train", size=160).picture[30:130]
+        for folder, shown in (("images", wide), ("canny", get("canny")(wide).image)):
+            images.write_png(pairs / folder / f"{number}.png", shown)
+    asked = ("--adapter", "canny", "-n", 0, "--steps", 1, *QUICK[2:])
+    outcome = run("evaluate", pairs, *asked)
+    outcome.done()
+    assert "6 of 6 pairs of pairs, 128x128, 1 seed" in outcome.err
+    line = (
+        "2 of 6 pictures are cut to the sizes that are drawn (38% of images/0.png lies outside): buckets=true"
+        " keeps more of their shape"
+    )
+    assert line in outcome.err
+    report = told(Path("report"))
+    assert report["warnings"] == [line]
+    assert report["pairs"]["sizes"] == [{"width": 128, "height": 128, "pairs": 6}]
+    assert "128x128" in Path("report/report.html").read_text()
+    outcome = run("evaluate", pairs, "buckets=true", "bucket_step=32", *asked, "-o", "kept")
+    outcome.done()
+    assert "pictures are cut" not in outcome.err
+    assert "128x128, 160x96, 1 seed" in outcome.err
 
 
 @pytest.mark.slow
@@ -454,6 +510,15 @@ def test_what_a_run_held_out(run: Run, pairs, tmp_path, monkeypatch):
     assert warning in html.unescape(page)
     assert "held-out pairs" not in page
     assert "<h1>run on 1 of 6 pairs of pairs</h1>" in page
+
+
+def test_an_adapter_of_another_kind_is_told(run: Run):
+    asked = ("--adapter", "depth=canny", "--adapter", "depth=canny:0.5", "--adapter", "depth")
+    outcome = run("evaluate", *asked, "-n", 1, "--steps", 1, *QUICK[2:])
+    outcome.done()
+    line = "adapter canny learned to follow canny maps, not depth"
+    assert outcome.err.count(line) == 1
+    assert told(Path("report"))["warnings"] == [line]
 
 
 @pytest.mark.slow

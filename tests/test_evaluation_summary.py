@@ -8,6 +8,7 @@ import pytest
 from controlkit.metrics import mean_interval
 from controlkit.metrics.pose_ap import Matches
 from controlkit.training.evaluation.arms import Arm
+from controlkit.training.evaluation.page import _what_is_drawn
 from controlkit.training.evaluation.picture_scores import PictureScores
 from controlkit.training.evaluation.request import CEILING, FLOOR, TRUE, Compared
 from controlkit.training.evaluation.rows import Row
@@ -53,6 +54,29 @@ def test_many_comparisons_hold_together():
     assert {one.verdict for one in found} == {"no difference to be seen"}
     two = summary("canny", "edge F1", a0=same["a0"], a1=same["a1"]).differences[0]
     assert two.interval == mean_interval(same["a0"] - same["a1"])  # of two there is one comparison
+
+
+def test_few_pairs_are_too_few_for_many_comparisons():
+    """Of 8 pairs three adapters can be told apart, four and eight cannot, whatever the work."""
+    random = np.random.default_rng(2)
+    values = {f"a{k}": k + random.normal(size=8) / 9 for k in range(8)}
+    three = summary("canny", "edge F1", **dict(list(values.items())[:3]))
+    assert [one.verdict for one in three.differences] == ["a1 is better", "a2 is better", "a2 is better"]
+    assert [one.level for one in three.differences] == pytest.approx([1 - 0.05 / 3] * 3)
+    eight = summary("canny", "edge F1", **values)
+    assert {one.verdict for one in eight.differences} == {"8 pairs are too few for 28 comparisons"}
+    assert math.isfinite(eight.groups[0].intervals["edge F1"]["a0"].low)  # its own, of no comparison
+
+
+def test_poses_of_few_pairs_are_compared_in_bounded_work():
+    names = [f"a{k}" for k in range(5)]
+    arms = [Arm(name, name, "openpose", Compared(name, "openpose", label=name)) for name in names]
+    rows = {
+        name: [Row(name, n, 0, {"openpose": {"OKS": 0.5}}, people(n / 9)) for n in range(8)] for name in names
+    }
+    found = summarise(arms, rows, ["openpose"], PictureScores(), {})
+    told = {one.verdict for one in found.differences if one.measure == "OKS-AP"}
+    assert told == {"8 pairs are too few for 10 comparisons"}
 
 
 @pytest.mark.parametrize(
@@ -122,6 +146,19 @@ def test_sets_of_pictures_say_how_large_they_are():
     pictures = PictureScores(of_set={"KID": {"one": (0.5, math.nan)}}, counts={"one": 104, TRUE: 52})
     found = summarise(arms, {"one": [], TRUE: []}, [], pictures, {})
     assert found.groups[0].pictures == {"KID": {"one": (104, 52)}}
+
+
+def test_charts_say_what_their_bars_are():
+    eight = summary("canny", "edge F1", a=np.linspace(0.1, 0.9, 8))  # of one adapter, too
+    text = _what_is_drawn(eight.groups[0])
+    assert text == (
+        "Dots are means over pairs; bars, and the brackets of the table, their 95% intervals by bootstrap"
+        " over pairs. Fewer than 8 pairs have none."
+    )
+    arms = [Arm("one", "one", "canny", Compared("one", "canny", label="one")), Arm(TRUE, TRUE)]
+    pictures = PictureScores(of_set={"KID": {"one": (0.5, math.nan)}}, counts={"one": 104, TRUE: 52})
+    sets = summarise(arms, {"one": [], TRUE: []}, [], pictures, {})
+    assert _what_is_drawn(sets.groups[0]) == "What compares sets of pictures has no interval."
 
 
 def test_more_diverse_is_not_called_better():

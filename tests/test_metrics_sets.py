@@ -14,8 +14,8 @@ from skimage.metrics import structural_similarity
 
 from controlkit.figures import render
 from controlkit.metrics import average_precision, interval, matches, mean_interval, ms_ssim, ssim
-from controlkit.metrics.intervals import LEAST
-from controlkit.metrics.pose_ap import Matches, person_area
+from controlkit.metrics.intervals import LEAST, RESAMPLES
+from controlkit.metrics.pose_ap import Matches, Ranked, person_area
 from controlkit.metrics.similarity import MS_SSIM_LEAST
 
 
@@ -205,6 +205,38 @@ def test_what_has_no_interval():
         mean_interval(np.zeros(0))
     with pytest.raises(ValueError, match="between 0 and 1"):
         mean_interval(np.ones(3), level=95)
+
+
+def test_an_interval_too_far_out_is_none_and_costs_nothing():
+    """Of 8 pairs, 28 comparisons would want 800 million resamples."""
+    never = np.random.default_rng(0).normal(size=8)
+    for comparisons in (6, 28, 10_000):
+        level = 1 - 0.05 / comparisons
+        mean = mean_interval(never, level=level)
+        other = interval(lambda chosen: float(never[chosen].mean()), 8, level=level)
+        assert mean.value == other.value == never.mean()
+        assert math.isnan(mean.low)
+        assert math.isnan(other.high)
+        assert mean.resamples == other.resamples == 0
+    three = mean_interval(never, level=1 - 0.05 / 3)
+    assert math.isfinite(three.low)
+    assert RESAMPLES < three.resamples < 100_000
+    assert mean_interval(np.arange(40.0), resamples=3000).resamples == 3000
+
+
+def test_precision_of_many_choices_is_that_of_each():
+    """People by pair, some found twice and some never, and nobody asked for in one of them."""
+    random = np.random.default_rng(6)
+    sizes = [(2, 1), (0, 2), (1, 0), (3, 3), (25, 2), (1, 1)]
+    pictures = [Matches(random.random(size) ** 0.2, random.random(size[0])) for size in sizes]
+    groups = [pictures[:2], *([one] for one in pictures[2:])]
+    chosen = random.integers(len(groups), size=(60, len(groups)))
+    chosen[0] = 1  # where nobody is asked for
+    found = Ranked(groups).precisions(chosen)
+    alone = [average_precision([one for k in row for one in groups[k]]) for row in chosen]
+    assert math.isnan(found[0])
+    assert found == pytest.approx(alone, abs=1e-12, nan_ok=True)
+    assert len(set(found[1:])) > 20
 
 
 def features(seed, shift=0.0, count=60, width=16):

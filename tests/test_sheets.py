@@ -56,6 +56,21 @@ def test_long_labels_stay_in_their_cell() -> None:
     assert (gap == PAPER).all()
 
 
+@pytest.mark.parametrize(
+    ("label", "written"),
+    [
+        ("Bär, Größe, été", "Bar, Grosse, ete"),
+        ("Ba\u0308r \u2013 Łódź, œuvre", "Bar - Lodz, oeuvre"),
+        ("人 ☕\ufe0f", "? ?"),
+    ],
+)
+def test_letters_that_the_font_lacks_are_no_boxes(label: str, written: str) -> None:
+    sheets = [contact_sheet([[(solid(64, 256), text)]], title=text) for text in (label, written)]
+    assert np.array_equal(*sheets)
+    drawn, mark = (contact_sheet([[(solid(64, 256), text)]]) for text in ("«", "?"))
+    assert not np.array_equal(drawn, mark)
+
+
 def test_a_long_label_takes_no_time() -> None:
     """A prompt may be long, and the sheet of a grid is drawn after every picture."""
     began = time.process_time()

@@ -51,26 +51,45 @@ def average_precision(pictures: Sequence[Matches], *, thresholds: Sequence[float
     As COCO's evaluation of keypoints does it: those found, surest first, take the person most like them who
     is still free; precision is interpolated at 101 recalls. Not a number where nobody was asked for.
     """
-    total = sum(picture.similarity.shape[1] for picture in pictures)
-    if not total:
-        return float("nan")
-    return float(np.mean([_precision(pictures, threshold, total) for threshold in thresholds]))
+    ranked = Ranked([[picture] for picture in pictures], thresholds=thresholds)
+    return float(ranked.precisions(np.arange(len(pictures))[None])[0])
 
 
-def _precision(pictures: Sequence[Matches], threshold: float, total: int) -> float:
-    scores, right = [], []
-    for picture in pictures:
-        order = np.argsort(-picture.scores, kind="stable")[:_MOST_FOUND]
-        scores.append(picture.scores[order])
-        right.append(_taken(picture.similarity[order], threshold))
-    order = np.argsort(-np.concatenate(scores), kind="stable")
-    hits = np.cumsum(np.concatenate(right)[order])
-    if not len(hits):
-        return 0.0
-    recall, precision = hits / total, hits / np.arange(1, len(hits) + 1)
-    precision = np.maximum.accumulate(precision[::-1])[::-1]
-    places = np.searchsorted(recall, _RECALLS, side="left")
-    return float(np.append(precision, 0.0)[np.minimum(places, len(precision))].mean())
+class Ranked:
+    """Groups of pictures (those of one pair), matched and ranked once, for the OKS-AP of many choices."""
+
+    def __init__(
+        self, groups: Sequence[Sequence[Matches]], *, thresholds: Sequence[float] = THRESHOLDS
+    ) -> None:
+        self._asked = np.array([sum(one.similarity.shape[1] for one in group) for group in groups], int)
+        scores, of_group, right = [np.zeros(0)], [np.zeros(0, int)], [np.zeros((len(thresholds), 0), bool)]
+        for number, picture in ((k, one) for k, group in enumerate(groups) for one in group):
+            order = np.argsort(-picture.scores, kind="stable")[:_MOST_FOUND]
+            scores.append(picture.scores[order])
+            of_group.append(np.full(len(order), number))
+            right.append(np.array([_taken(picture.similarity[order], t) for t in thresholds]))
+        surest = np.argsort(-np.concatenate(scores), kind="stable")
+        self._of_group = np.concatenate(of_group)[surest]
+        self._right = np.concatenate(right, axis=1)[:, surest]
+
+    def precisions(self, chosen: NDArray[np.int64]) -> NDArray[np.float64]:
+        """The OKS-AP (R,) of groups that are chosen by number (R, N), some more than once."""
+        rows, groups = len(chosen), len(self._asked)
+        places = (chosen + groups * np.arange(rows)[:, None]).ravel()
+        times = np.bincount(places, minlength=rows * groups).reshape(rows, groups)
+        total = times @ self._asked
+        totals, which = np.unique(total, return_inverse=True)
+        recalls = np.arange(total.max() + 1) / np.maximum(totals, 1)[:, None]  # of so many, by hits
+        reached = np.searchsorted(_RECALLS, recalls, side="right")
+        weights = times[:, self._of_group]  # who is chosen twice is found twice
+        found = np.maximum(np.cumsum(weights, axis=1), 1)
+        precisions = np.zeros(rows)
+        for right in self._right:
+            hits = np.cumsum(weights * right, axis=1)
+            best = np.maximum.accumulate((hits / found)[:, ::-1], axis=1)[:, ::-1]
+            at = np.diff(reached[which[:, None], hits], prepend=0, axis=1)
+            precisions += (best * at).sum(axis=1) / len(_RECALLS)
+        return np.where(total > 0, precisions / len(self._right), np.nan)
 
 
 def _taken(similarity: NDArray[np.float64], threshold: float) -> NDArray[np.bool_]:

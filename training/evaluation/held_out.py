@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from controlkit.figures import Scene, render
+from controlkit.picture_sizes import share_cut
 from controlkit.training.config_adapter import WORLD_KINDS, DataRecipe
 from controlkit.training.data.visits import Visits
 from controlkit.training.world import exact_map
@@ -81,6 +83,18 @@ class HeldOut(ABC):
     def name(self, place: int) -> str:
         """What the pair at a place is called, which reads no picture."""
 
+    @abstractmethod
+    def size(self, place: int) -> tuple[int, int]:
+        """Width and height at which the pair at a place is seen and drawn, which reads no picture."""
+
+    def cut(self, place: int) -> float:
+        """The share of its picture that lies outside of what is seen of it."""
+        return 0.0
+
+    def sizes(self) -> dict[tuple[int, int], int]:
+        """How many pairs there are of each width and height."""
+        return dict(sorted(Counter(self.size(place) for place in range(len(self))).items()))
+
     def told(self) -> dict[int, Told]:
         """Each pair's name and caption, by its number."""
         return {self.number(place): Told(self.name(place), self.caption(place)) for place in range(len(self))}
@@ -109,7 +123,7 @@ class WorldScenes(HeldOut):
         for kind in options:
             if kind not in WORLD_KINDS:
                 raise ValueError(f"the bundled world has {', '.join(WORLD_KINDS)} maps, and no {kind}")
-        self.count, self.kinds, self.size, self.settled = count, tuple(options), size, options
+        self.count, self.kinds, self.side, self.settled = count, tuple(options), size, options
         self.title = f"{count} held-out scenes of the bundled world"
         self.is_held_out = True
 
@@ -117,7 +131,7 @@ class WorldScenes(HeldOut):
         return self.count
 
     def __getitem__(self, place: int) -> Held:
-        scene = render(place, split="validation", size=self.size)
+        scene = render(place, split="validation", size=self.side)
         told = scene.picture, scene.joints, scene.inverse_depth
         return Held(
             place,
@@ -136,10 +150,13 @@ class WorldScenes(HeldOut):
         return f"scene {place}"
 
     def caption(self, place: int) -> str:
-        return render(place, split="validation", size=self.size).caption
+        return render(place, split="validation", size=self.side).caption
+
+    def size(self, place: int) -> tuple[int, int]:
+        return self.side, self.side
 
     def marks(self) -> Marks:
-        return {str(place): f"validation scene of {self.size} pixels" for place in range(self.count)}
+        return {str(place): f"validation scene of {self.side} pixels" for place in range(self.count)}
 
     def map_marks(self, kind: str) -> Marks:
         told = str(sorted((name, str(value)) for name, value in self.settled[kind].items()))
@@ -184,6 +201,14 @@ class DataSet(HeldOut):
     def caption(self, place: int) -> str:
         examples, *_ = next(iter(self._opened.values()))
         return examples[self._indices[place]].caption
+
+    def size(self, place: int) -> tuple[int, int]:
+        _, visits, _ = next(iter(self._opened.values()))
+        return visits.shapes[visits.shape_of[self._indices[place]]]
+
+    def cut(self, place: int) -> float:
+        _, visits, _ = next(iter(self._opened.values()))
+        return share_cut(visits.sizes[self._indices[place]], *self.size(place))
 
     def marks(self) -> Marks:
         return self._pair_marks

@@ -16,10 +16,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from controlkit import files, images
+from controlkit import files, images, known_adapters
 from controlkit.adapters import load_adapter
 from controlkit.base import Base, load_base
 from controlkit.devices import pick_device
+from controlkit.picture_sizes import MOST_CUT
 from controlkit.processes import Processes
 from controlkit.training.evaluation import request as requests
 from controlkit.training.evaluation.arms import Arm, arms_of
@@ -37,7 +38,7 @@ from controlkit.training.evaluation.picture_scores import Shot, Shots, picture_s
 from controlkit.training.evaluation.request import TRUE, Compared, Request
 from controlkit.training.evaluation.rows import Rows
 from controlkit.training.evaluation.summary import Summary, summarise
-from controlkit.training.evaluation.telling import table
+from controlkit.training.evaluation.telling import sizes_told, table
 from controlkit.training.reporting.measures import EDGE_KINDS
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def evaluate(request: Request, report: Report) -> Result:
     processes = Processes(patience=PATIENCE)
     report.status(f"loading the libraries and the base {request.base}")
     base = _load_base(request, processes)
-    request, infos = _with_kinds(request, base)
+    request, infos, warnings = _with_kinds(request, base)
     specs = [info.map for info in infos]
     kinds = list(dict.fromkeys(one.kind for one in request.adapters))
     stated = {
@@ -103,9 +104,10 @@ def evaluate(request: Request, report: Report) -> Result:
     processes.wait()
     rows = Rows(request.output, processes.index)
     places = range(processes.index, len(held_out), processes.count)
-    compared = f"{_many(len(arms) - 3, 'adapter')} on {held_out.title}, {_many(request.seeds, 'seed')}"
-    report.status(f"{compared}, on {base.device}")
-    warnings = [] if held_out.is_held_out else _trained_there(request, infos)
+    compared = f"{_many(len(arms) - 3, 'adapter')} on {held_out.title}, {sizes_told(held_out.sizes())}"
+    report.status(f"{compared}, {_many(request.seeds, 'seed')}, on {base.device}")
+    warnings += _cut(held_out)
+    warnings += [] if held_out.is_held_out else _trained_there(request, infos)
     for line in warnings if processes.is_first else ():
         report.note(line)
     mute = sum(not held_out.caption(place) for place in range(len(held_out)))
@@ -132,10 +134,12 @@ def _load_base(request: Request, processes: Processes) -> Base:
     return load_base(request.base, device=device, dtype=dtype)
 
 
-def _with_kinds(request: Request, base: Base) -> tuple[Request, list[AdapterInfo]]:
-    """The request with the kind of every adapter's map, and what the adapters say of themselves."""
+def _with_kinds(request: Request, base: Base) -> tuple[Request, list[AdapterInfo], list[str]]:
+    """The request with the kind of every adapter's map, what the adapters say of themselves, and a line for
+    each that learned another kind.
+    """
     known: list[Compared] = []
-    infos = []
+    infos, lines = [], []
     for one in request.adapters:
         info = load_adapter(one.name, base=base).info  # that it fits is checked before the first picture
         kind = one.kind or info.map.kind
@@ -144,9 +148,10 @@ def _with_kinds(request: Request, base: Base) -> tuple[Request, list[AdapterInfo
                 f"{one.name} takes {kind or 'maps of a kind that its file does not tell'}: say which maps it"
                 f" is to be measured with, as --adapter canny={one.name}"
             )
+        lines.append(known_adapters.learned_other(one.name, info.map.kind, kind))
         known.append(replace(one, kind=kind))
         infos.append(replace(info, map=replace(info.map, kind=kind)))
-    return replace(request, adapters=tuple(known)), infos
+    return replace(request, adapters=tuple(known)), infos, [line for line in dict.fromkeys(lines) if line]
 
 
 def _black_maps(request: Request, held_out: HeldOut, numbers: Sequence[int]) -> list[str]:
@@ -161,6 +166,18 @@ def _black_maps(request: Request, held_out: HeldOut, numbers: Sequence[int]) -> 
                 " whatever drew it"
             )
     return lines
+
+
+def _cut(held_out: HeldOut) -> list[str]:
+    """A line where more than a little of pictures lies outside of what is drawn and measured."""
+    cuts = {place: held_out.cut(place) for place in range(len(held_out))}
+    count, most = sum(cut > MOST_CUT for cut in cuts.values()), max(cuts, key=cuts.__getitem__)
+    if not count:
+        return []
+    return [
+        f"{count} of {len(held_out)} pictures are cut to the sizes that are drawn ({cuts[most]:.0%} of"
+        f" {held_out.name(most)} lies outside): buckets=true keeps more of their shape"
+    ]
 
 
 def _trained_there(request: Request, infos: Sequence[AdapterInfo]) -> list[str]:

@@ -19,11 +19,12 @@ from PIL import Image
 
 from controlkit import files, images
 from controlkit.metrics import Interval
-from controlkit.metrics.intervals import LEVEL
+from controlkit.metrics.intervals import LEAST, LEVEL
 from controlkit.training.evaluation.example_sheets import sheets_of
 from controlkit.training.evaluation.interval_chart import CSS, Line, figure, interval_chart
-from controlkit.training.evaluation.map_scores import MEASURES, principal
+from controlkit.training.evaluation.map_scores import AP, MEASURES, principal
 from controlkit.training.evaluation.request import FLOOR, TRUE
+from controlkit.training.evaluation.telling import sizes_told
 from controlkit.training.reporting.page import STYLE, pairs_table
 
 if TYPE_CHECKING:
@@ -142,7 +143,23 @@ def _group(group: Group, summary: Summary) -> str:
         blocks.append(
             f'<p class="measure">{measure} <span>{escape(told.text)}{lower}{pairs}</span></p>{chart}'
         )
-    return f"<section><h2>{name}</h2>{''.join(blocks)}{_table(group, summary)}</section>\n"
+    caption = f"<p>{_what_is_drawn(group)}</p>"
+    return f"<section><h2>{name}</h2>{caption}{''.join(blocks)}{_table(group, summary)}</section>\n"
+
+
+def _what_is_drawn(group: Group) -> str:
+    """What dots, bars and brackets of a group are, and what has none."""
+    told = []
+    if group.pairs:
+        dots = "Dots are means over pairs" + f" ({AP} is of all together)" * (AP in group.pairs)
+        if any(found.resamples for measure in group.pairs for found in group.intervals[measure].values()):
+            bars = f"bars, and the brackets of the table, their {LEVEL:.0%} intervals by bootstrap over pairs"
+            told.append(f"{dots}; {bars}. Fewer than {LEAST} pairs have none.")
+        else:
+            told.append(f"{dots}, without intervals: fewer than {LEAST} pairs say too little of others.")
+    if group.pictures:
+        told.append("What compares sets of pictures has no interval.")
+    return " ".join(told)
 
 
 def _sizes(group: Group, measure: str) -> str:
@@ -262,6 +279,8 @@ def _settings(told: Mapping[str, Any]) -> str:
         for name, value in told["settings"].items()
         if name not in ("adapters", "output") and value not in ({}, None)
     }
+    sizes = {(one["width"], one["height"]): one["pairs"] for one in told["pairs"]["sizes"]}
+    settings |= {"width x height": sizes_told(sizes)}
     settings |= {"device": told["device"], "dtype": told["dtype"]}
     for one in told["adapters"]:
         how = "".join(f", {key} {value}" for key, value in one["how"].items())

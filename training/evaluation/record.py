@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from controlkit.metrics.intervals import LEVEL, RESAMPLES, Interval
+from controlkit.metrics.intervals import LEVEL, Interval
 from controlkit.sampling import default_guidance
 from controlkit.training.evaluation.held_out import Told
 from controlkit.training.evaluation.map_scores import MEASURES, principal
@@ -44,6 +44,10 @@ def record(
             "title": held_out.title,
             "count": len(held_out),
             "held_out": held_out.is_held_out,
+            "sizes": [
+                {"width": width, "height": height, "pairs": count}
+                for (width, height), count in held_out.sizes().items()
+            ],
             "sha256": held_out.digest(),
         },
         "base": {"name": request.base, "family": base.family, "sha256": base.digest()},
@@ -70,9 +74,8 @@ def record(
         },
         "interval": {
             "level": LEVEL,
-            "resamples": RESAMPLES,
             "over": "pairs",
-            "differences": "all of one measure together",
+            "differences": "all comparisons of one measure hold together (Bonferroni), each at its own level",
         },
         "measures": {
             name: {"text": measure.text, "lower_is_better": measure.lower}
@@ -86,6 +89,8 @@ def record(
                 "first": one.first,
                 "second": one.second,
                 "pairs": one.pairs,
+                "comparisons": one.comparisons,
+                "level": one.level,
                 **(interval_json(one.interval) or {}),
                 "verdict": one.verdict,
             }
@@ -113,11 +118,12 @@ def examples(summary: Summary, pairs: Mapping[int, Told]) -> list[dict[str, Any]
 
 
 def interval_json(found: Interval | None) -> dict[str, float | None] | None:
-    """Value, low and high; null where one is not a number."""
+    """Value, low and high, null where one is not a number, and from how many resamples they come."""
     if found is None:
         return None
     told = {"value": found.value, "low": found.low, "high": found.high}
-    return {name: value if math.isfinite(value) else None for name, value in told.items()}
+    ends = {name: value if math.isfinite(value) else None for name, value in told.items()}
+    return {**ends, "resamples": found.resamples}
 
 
 def _group_json(group: Group) -> dict[str, Any]:

@@ -133,7 +133,8 @@ def identity(compared: Compared) -> str:
     """
     told = [digest_of(compared.name), compared.kind, sorted(compared.how.items())]
     mark = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:10]
-    return f"{re.sub(r'[^A-Za-z0-9._-]+', '-', compared.label).strip('-.')[:40]}-{mark}"
+    label = compared.label.rpartition("/")[2]  # what others are called changes no folder
+    return f"{re.sub(r'[^A-Za-z0-9._-]+', '-', label).strip('-.')[:40]}-{mark}"
 
 
 def digest_of(name: str) -> str:
@@ -257,9 +258,10 @@ def _compared(text: str, base: str) -> Compared:
 def _labelled(adapters: Sequence[Compared]) -> tuple[Compared, ...]:
     """The same with a short name for each, all of them different."""
     labels: list[str] = []
+    shorts = _shorts([one.name for one in adapters])
     for one in adapters:
         is_of_several = len({other.kind for other in adapters if other.name == one.name}) > 1
-        short = _short(one.name)
+        short = shorts[one.name]
         kind = one.kind if is_of_several and one.kind != short else ""
         how = ", ".join(part for part in (kind, one.written) if part)
         label = f"{short} ({how})" if how else short
@@ -272,13 +274,24 @@ def _labelled(adapters: Sequence[Compared]) -> tuple[Compared, ...]:
     )
 
 
-def _short(name: str) -> str:
-    """An adapter's name without what stands around it: the run's for runs/x/controlnet, a file's stem."""
+def _shorts(names: Sequence[str]) -> dict[str, str]:
+    """For each adapter the shortest end of its path that no other's has: its own name, or "mine/canny"."""
+    parts = {name: _parts(name) for name in names}
+    found = {}
+    for name, own in parts.items():
+        others = [other for other in parts.values() if other != own]
+        count = next((k for k in range(1, len(own)) if all(o[-k:] != own[-k:] for o in others)), len(own))
+        found[name] = "/".join(own[-count:])
+    return found
+
+
+def _parts(name: str) -> list[str]:
+    """The parts of an adapter's path that tell of it: up to the run for runs/x/controlnet, a file's stem."""
     parts = [part for part in re.split(r"[\\/]", name) if part not in ("", ".", "..", "~")] or [name]
     if parts[-1] == "controlnet" and len(parts) > 1:
-        return parts[-2]
+        return parts[:-1]
     stem, suffix = os.path.splitext(parts[-1])
-    return stem if suffix in (".safetensors", ".pth", ".pt", ".ckpt", ".bin") else parts[-1]
+    return [*parts[:-1], stem if suffix in (".safetensors", ".pth", ".pt", ".ckpt", ".bin") else parts[-1]]
 
 
 def _split(settings: Mapping[str, str]) -> tuple[dict[str, str], dict[str, dict[str, str]]]:

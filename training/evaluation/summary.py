@@ -6,16 +6,15 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from controlkit.metrics import Interval, average_precision, interval, mean_interval
-from controlkit.metrics.intervals import LEVEL
-from controlkit.metrics.pose_ap import Matches
+from controlkit.metrics import Interval, interval, mean_interval
+from controlkit.metrics.intervals import LEAST, LEVEL
+from controlkit.metrics.pose_ap import Matches, Ranked
 from controlkit.training.evaluation.arms import Arm
 from controlkit.training.evaluation.map_scores import AP, MEASURES, principal
 from controlkit.training.evaluation.picture_scores import PictureScores
@@ -31,7 +30,7 @@ class Difference:
     """How much more one adapter got than another on the same pairs and noise, and whether that is better.
 
     Of several comparisons in one measure all intervals hold together at `LEVEL`, each at a higher one
-    (Bonferroni).
+    (Bonferroni). comparisons: how many there are of that measure.
     """
 
     measure: str
@@ -39,6 +38,12 @@ class Difference:
     second: str
     interval: Interval
     pairs: int
+    comparisons: int = 1
+
+    @property
+    def level(self) -> float:
+        """Of its own interval."""
+        return 1 - (1 - LEVEL) / self.comparisons
 
     @property
     def verdict(self) -> str:
@@ -46,7 +51,9 @@ class Difference:
         low, high = self.interval.low, self.interval.high
         if not math.isfinite(low):
             few = "1 pair is" if self.pairs == 1 else f"{self.pairs} pairs are"
-            return f"{few} too few to tell"
+            return (
+                f"{few} too few {'to tell' if self.pairs < LEAST else f'for {self.comparisons} comparisons'}"
+            )
         if not (low > 0 or high < 0):
             return "no difference to be seen"
         first_more = low > 0
@@ -160,10 +167,10 @@ def _add_precision(group: Group, arms: Sequence[Arm], rows: Mapping[str, Sequenc
         by_pair = _people(rows[arm.folder])
         if not by_pair:
             continue
-        pairs = list(by_pair.values())
-        found = interval(partial(_precision, pairs), len(pairs), resamples=AP_RESAMPLES)
+        ranked, count = Ranked(list(by_pair.values())), len(by_pair)
+        found = interval(ranked.precisions, count, resamples=AP_RESAMPLES, batched=True)
         group.intervals.setdefault(AP, {})[arm.label] = found
-        group.pairs[AP] = max(group.pairs.get(AP, 0), len(pairs))
+        group.pairs[AP] = max(group.pairs.get(AP, 0), count)
 
 
 def _people(rows: Sequence[Row]) -> dict[int, list[Matches]]:
@@ -176,10 +183,6 @@ def _people(rows: Sequence[Row]) -> dict[int, list[Matches]]:
     return by_pair if asked else {}
 
 
-def _precision(pairs: Sequence[Sequence[Matches]], chosen: Any) -> float:
-    return average_precision([one for k in chosen for one in pairs[k]])
-
-
 def _precision_apart(
     first: Sequence[Row], second: Sequence[Row], *, level: float
 ) -> tuple[Interval, int] | None:
@@ -188,9 +191,9 @@ def _precision_apart(
     both = sorted(set(one) & set(other))
     if not both:
         return None
-    mine, theirs = [one[number] for number in both], [other[number] for number in both]
-    apart = lambda chosen: _precision(mine, chosen) - _precision(theirs, chosen)  # noqa: E731
-    return interval(apart, len(both), resamples=AP_RESAMPLES, level=level), len(both)
+    mine, theirs = (Ranked([people[number] for number in both]) for people in (one, other))
+    apart = lambda chosen: mine.precisions(chosen) - theirs.precisions(chosen)  # noqa: E731
+    return interval(apart, len(both), resamples=AP_RESAMPLES, level=level, batched=True), len(both)
 
 
 def _add_sets(group: Group, pictures: PictureScores, arms: Sequence[Arm]) -> None:
@@ -215,17 +218,19 @@ def _differences(
     together = Counter(first.kind for first, _ in rivals)
     for first, second in rivals:
         for kind in (first.kind, ""):
-            level = 1 - (1 - LEVEL) / (together[kind] if kind else len(rivals))
+            comparisons = together[kind] if kind else len(rivals)
+            level = 1 - (1 - LEVEL) / comparisons
             for measure in (name for name in MEASURES if name in values.get(kind, {})):
                 one, other = (values[kind][measure].get(arm.label, {}) for arm in (first, second))
                 both = sorted(set(one) & set(other))
                 if both:
                     each = np.array([one[number] - other[number] for number in both])
                     told = mean_interval(each, level=level)
-                    found.append(Difference(measure, first.label, second.label, told, len(both)))
+                    found.append(Difference(measure, first.label, second.label, told, len(both), comparisons))
             if kind == "openpose":
                 precision = _precision_apart(rows[first.folder], rows[second.folder], level=level)
-                found += [Difference(AP, first.label, second.label, *precision)] if precision else []
+                told_of = (AP, first.label, second.label)
+                found += [Difference(*told_of, *precision, comparisons)] if precision else []
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from controlkit.metrics import Interval
@@ -10,6 +11,8 @@ from controlkit.training.evaluation.map_scores import MEASURES, principal
 
 if TYPE_CHECKING:
     from controlkit.training.evaluation.summary import Group, Summary
+
+_NAMED = 3  # sizes in a line
 
 
 def table(summary: Summary) -> list[str]:
@@ -30,6 +33,12 @@ def table(summary: Summary) -> list[str]:
         if one.measure in {principal(arm.kind) for arm in summary.arms if arm.label == one.first}:
             lines.append(f"{one.first} - {one.second}, {one.measure}: {_told(one.interval)}: {one.verdict}")
     return lines
+
+
+def sizes_told(sizes: Mapping[tuple[int, int], int]) -> str:
+    """The widths and heights of pairs, in a phrase; of many the narrowest and the widest."""
+    told = [f"{width}x{height}" for width, height in sorted(sizes, key=lambda size: size[0] / size[1])]
+    return ", ".join(told) if len(told) <= _NAMED else f"{len(told)} sizes from {told[0]} to {told[-1]}"
 
 
 def _group(group: Group, summary: Summary) -> list[str]:
