@@ -22,6 +22,7 @@ from controlkit.training.adapter import ControlNetTask
 from controlkit.training.adapter_inputs import Inputs
 from controlkit.training.config import load_recipe
 from controlkit.training.data.feeds import StoredFeed
+from controlkit.training.machine import Machine
 from controlkit.training.stepping import Seen, culprits
 
 
@@ -617,6 +618,22 @@ def test_other_optimizers_run_or_say_what_is_missing(place, name):
         rate = {"learning_rate": 1.0} if name == "prodigy" else {}
         folder, _ = run(place, name, optimizer=name, steps=2, sample_every=2, **rate)
         assert all(math.isfinite(loss) for loss in losses(folder))
+
+
+def test_adamw8bit_lays_no_weight_out_anew(place):
+    """A run that goes on has the layout of the beginning, and sums in another order round differently."""
+    pytest.importorskip("bitsandbytes")
+    settings = {"optimizer": "adamw8bit", "channels_last": True, "warmup": 0}
+    loaded = load_recipe(str(recipe(place / "eight-bit", place / "pictures", **settings)))
+    machine, said = Machine(loaded), []
+    task = ControlNetTask(loaded, machine, said.append)
+    begun = loop.open_run(task, loaded, place / "eight-bit", machine, lambda _: None)
+    before = {name: weight.stride() for name, weight in begun.weights.parameters.items()}
+    loop.train_step(begun)
+    task.close()
+    assert {name: weight.stride() for name, weight in begun.weights.parameters.items()} == before
+    assert any(line.startswith("channels_last is for the locked weights alone") for line in said)
+    assert task.base.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("goes_on", [False, True])

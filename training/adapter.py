@@ -46,6 +46,7 @@ from controlkit.training.noising import (
     schedule,
     weighted_loss,
 )
+from controlkit.training.optimizers import keeps_layout
 from controlkit.training.pair import Pair, PairsPart
 from controlkit.training.reporting.scores import ControlScores
 from controlkit.training.reporting.showing import Shown, is_examined
@@ -64,6 +65,10 @@ _LINTED = 16
 _OTHER_SCHEDULE = (
     "zero_terminal_snr: the base's own schedule does not end in pure noise, and samples, scores and generate"
     " take the base's: set rescale_betas_zero_snr in its scheduler_config.json, or leave this out"
+)
+_NOT_LAID_OUT = (
+    "channels_last is for the locked weights alone: optimizer=adamw8bit lays those that it moves out anew,"
+    " though not with precision=bf16"
 )
 _STARTED_ON = 32  # maps that a new hint encoder is fitted to
 
@@ -424,7 +429,10 @@ class ControlNetTask:
             unet.to(self.machine.weights_dtype)
         if recipe.channels_last and not self.machine.sharded:  # which takes contiguous weights only
             for network in (self.controlnet, unet):
-                network.to(memory_format=torch.channels_last)
+                if keeps_layout(recipe) or not any(p.requires_grad for p in network.parameters()):
+                    network.to(memory_format=torch.channels_last)
+            if not keeps_layout(recipe) and "channels_last" in recipe.model_fields_set:
+                self.report(_NOT_LAID_OUT)
         keep_layout(self.controlnet, unet, self.base.vae)
         self._make_room()
         for network in (self.controlnet, unet):

@@ -193,6 +193,7 @@ class ControlNetRecipe(Recipe):
     step.
     """
     channels_last: bool = True
+    """Lay weights out as convolutions compute fastest; with adamw8bit, but in bf16, the locked ones alone."""
     compile: bool = False
     """torch.compile; worth its minutes on a GPU, for many steps."""
     cuda_graph: bool = False

@@ -81,6 +81,15 @@ def make_optimizer(recipe: Recipe, groups: Sequence[dict[str, Any]]) -> torch.op
     return torch.optim.AdamW(tables, betas=betas, weight_decay=decay, fused=True)
 
 
+def keeps_layout(recipe: Recipe) -> bool:
+    """Whether the network's trained weights stay laid out as they are.
+
+    bitsandbytes makes those that it moves contiguous, which a run that goes on would undo; bf16's masters are
+    moved beside the network.
+    """
+    return getattr(recipe, "optimizer", "adamw") != "adamw8bit" or recipe.precision == "bf16"
+
+
 def averages_itself(optimizer: torch.optim.Optimizer) -> bool:
     """Whether an optimizer keeps an average of the weights, which is then what counts: schedule-free ones."""
     return hasattr(optimizer, "eval")

@@ -20,6 +20,7 @@ from controlkit.formats.adapter_file import open_adapter_file
 from controlkit.hub import find_folder
 from controlkit.training.config_adapter import ControlNetRecipe
 from controlkit.training.machine import DTYPES
+from controlkit.training.optimizers import keeps_layout
 from controlkit.training.pair import Pair
 from controlkit.training.planning_memory import Simulated, simulate
 from controlkit.training.variants import make_network, mark_trained
@@ -116,10 +117,11 @@ def _prepare(networks: Networks, recipe: ControlNetRecipe) -> None:
     with networks.mode:
         for module in (unet, controlnet):
             trained = any(parameter.requires_grad for parameter in module.parameters())
+            laid_out = recipe.channels_last and (keeps_layout(recipe) or not trained)
             for tensor in [*module.parameters(), *module.buffers()]:
                 if tensor.is_floating_point() and not (trained and stays_whole):
                     tensor.data = tensor.data.to(half)
-                if recipe.channels_last and tensor.dim() == 4:
+                if laid_out and tensor.dim() == 4:
                     tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
 
 

@@ -8,6 +8,7 @@ from controlkit.free_memory import available_memory, resident_memory
 from controlkit.training.config_adapter import ControlNetRecipe
 from controlkit.training.data.encoding import KEPT
 from controlkit.training.data.resident import SHARE
+from controlkit.training.optimizers import keeps_layout
 from controlkit.training.planning_memory import Simulated, optimizer_bytes, weight_bytes
 from controlkit.training.planning_networks import (
     TOKENS,
@@ -202,8 +203,8 @@ def _saved(recipe: ControlNetRecipe, trained: dict[str, int], place: Place) -> d
         return {}
     whole = trained["fp32 masters of them"] or trained["trained weights"]
     weights, states = whole + trained["moving average"], trained[f"optimizer ({recipe.optimizer})"]
-    laid_out = max(weights, states) if recipe.channels_last else 0  # files hold the usual layout
-    return {"copy for the checkpoint": weights + states + laid_out}
+    laid_out = recipe.channels_last and keeps_layout(recipe)  # files hold the usual layout
+    return {"copy for the checkpoint": weights + states + (max(weights, states) if laid_out else 0)}
 
 
 def _encoding(networks: Networks, place: Place) -> int:
