@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from controlkit import files, limits, naming
+from controlkit.base_structure import structure_at_hand
 from controlkit.families import BUNDLED
 from controlkit.formats.adapter_file import AdapterFile, is_pooled_by_name, open_adapter_file
 from controlkit.formats.finding import BUNDLED_ADAPTERS, check_only_adapter
@@ -210,6 +211,9 @@ def _is_linked(folder: Path, file: Path) -> bool:
 
 def _unet(name: str, file: AdapterFile, plan: Plan, report: Report) -> Any:
     """The base's U-Net, which the file is checked against."""
+    known = structure_at_hand(name)
+    if known is not None:
+        check_kind_fits(file.kind, file.config, file.family, known, name=plan.source)
     report.status(f"loading the U-Net of the base {name}")
     from controlkit.base_parts import load_unet
 

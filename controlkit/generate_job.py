@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from controlkit import generate_notes, images, infotext, known_adapters, notices
+from controlkit.base_structure import check_fits_at_hand
 from controlkit.devices import multiplies_bfloat16, pick_device
 from controlkit.families import BUNDLED
 from controlkit.generate_controls import REGION_CURE, Controls, start_of
@@ -328,6 +329,7 @@ def check_names(job: Plan, also: Sequence[Options] = ()) -> None:
     """
     for source in job.sources:
         known_adapters.check(source.record.kind, source.record.adapter, job.options.base)
+        check_fits_at_hand(source.record.adapter, job.options.base)
     from controlkit.adapters import check_adapter
     from controlkit.base import check_base
     from controlkit.clip_guidance import check_clip

@@ -13,12 +13,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from controlkit import known_adapters, naming, preprocessors
-from controlkit.checkpoints.kept import checkpoint_file, configs
+from controlkit import known_adapters, preprocessors
+from controlkit.base_structure import read_base
+from controlkit.checkpoints.kept import checkpoint_file
 from controlkit.checkpoints.reading import SUFFIXES, Checkpoint, is_checkpoint, open_checkpoint
-from controlkit.config_types import check_types
 from controlkit.families import ALIASES, BUNDLED, FAMILY_TITLES, short_name
-from controlkit.folders import read_json
 from controlkit.formats.adapter_file import (
     AdapterFile,
     as_loaded,
@@ -32,34 +31,9 @@ from controlkit.formats.expected import is_whole
 from controlkit.formats.finding import find_adapter_file
 from controlkit.formats.fitting import EITHER, BaseStructure, check_kind_fits
 from controlkit.formats.recognise import KINDS, OF_BASE
-from controlkit.formats.structure import UNTOLD
 from controlkit.formats.weight_file import open_weights
-from controlkit.hub import find_file, is_hub_id
+from controlkit.hub import is_hub_id
 
-_UNET_DEFAULTS: Mapping[str, Any] = {  # diffusers', for what a published config.json leaves out
-    "in_channels": 4,
-    "out_channels": 4,
-    "block_out_channels": (320, 640, 1280, 1280),
-    "cross_attention_dim": 1280,
-    "layers_per_block": 2,
-    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-}
-_SDXL_UNET: Mapping[str, Any] = {
-    "block_out_channels": (320, 640, 1280),
-    "cross_attention_dim": 2048,
-    "down_block_types": ("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2,
-    "up_block_types": ("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",),
-    "transformer_layers_per_block": (1, 2, 10),
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "projection_class_embeddings_input_dim": 2816,
-    **UNTOLD["sdxl"],
-}
-_PUBLISHED: Mapping[str, tuple[Mapping[str, Any], str]] = {  # the bases of `families.ALIASES`
-    "sd15": ({"cross_attention_dim": 768}, "epsilon"),
-    "sd21": ({"cross_attention_dim": 1024, "use_linear_projection": True, **UNTOLD["sd2"]}, "v_prediction"),
-    "sdxl": (_SDXL_UNET, "epsilon"),
-}
 _USUAL_BASES = {"sd1": "sd15", "sd2": "sd21", "sdxl": "sdxl"}
 _NOT_RUN = ("controlnext",)
 POOLED_BY_NAME = "pools what it adds, as ControlNets for shuffle do: its name alone says so"
@@ -147,29 +121,6 @@ def _extent(file: AdapterFile) -> str:
         return f" of {file.config['num_control_type']} kinds"
     ranks = [entry.shape[0] for key, entry in file.entries.items() if key.endswith(".down")]
     return f" of rank {max(ranks)}" if file.kind == "control-lora" and ranks else ""
-
-
-def read_base(name: str) -> BaseStructure:
-    """What an adapter has to fit of a base: of a short name known here, else from its configuration files.
-
-    Of a base on the hub only these two small files are fetched. Raises ValueError for a name that leads
-    nowhere.
-    """
-    file = checkpoint_file(name)
-    if file is not None:
-        own, trained = configs(file)
-        return BaseStructure(name, {**_UNET_DEFAULTS, **own}, trained["prediction_type"])
-    if short_name(name) in _PUBLISHED:
-        unet, prediction_type = _PUBLISHED[short_name(name)]
-        return BaseStructure(name, {**_UNET_DEFAULTS, **unet}, prediction_type)
-    source = str(BUNDLED.get(name, name))
-    if "/" not in source and not os.path.isdir(source):
-        raise naming.unknown("base", name, [*BUNDLED, *ALIASES])
-    config_file = find_file(source, "unet/config.json", hint="give --base FOLDER")
-    unet = read_json(config_file)
-    check_types(unet, config_file)
-    scheduler = read_json(find_file(source, "scheduler/scheduler_config.json", hint="give --base FOLDER"))
-    return BaseStructure(name, {**_UNET_DEFAULTS, **unet}, scheduler.get("prediction_type", "epsilon"))
 
 
 def how_to_use(kind: str, adapter: str, base: str, *, at_once: bool = False) -> str:

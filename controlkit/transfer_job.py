@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from controlkit import files
+from controlkit.base_structure import read_base
 from controlkit.convert_job import Report, as_path, check_apart, check_precision, check_replaceable, own_dtype
 from controlkit.families import BUNDLED, FAMILY_TITLES
 from controlkit.formats.adapter_file import AdapterFile, open_adapter_file
@@ -20,7 +21,7 @@ from controlkit.formats.finding import BUNDLED_ADAPTERS
 from controlkit.formats.fitting import BaseStructure, check_kind_fits, plain
 from controlkit.formats.recognise import KINDS
 from controlkit.formats.weight_file import SUFFIXES
-from controlkit.info_job import how_to_use_file, read_base, summary
+from controlkit.info_job import how_to_use_file, summary
 
 if TYPE_CHECKING:
     import torch

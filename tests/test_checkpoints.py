@@ -24,12 +24,12 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from controlkit.base import Base, check_base, load_base
 from controlkit.base_parts import load_unet
+from controlkit.base_structure import read_base
 from controlkit.checkpoints.kept import kept_folder
 from controlkit.checkpoints.reading import open_checkpoint
 from controlkit.folders import quiet_libraries, read_json
 from controlkit.formats.weight_file import Stored, WeightFile
 from controlkit.images import load_picture
-from controlkit.info_job import read_base
 from controlkit.known_adapters import family_of_base
 from controlkit.sampling import generate
 from controlkit.training.data.encoding import picture_encoder_id, text_encoder_id

@@ -27,10 +27,10 @@ from torch import Tensor
 from controlkit import light, union
 from controlkit.adapters import AdapterInfo, MapSpec, load_adapter, write_adapter
 from controlkit.base import Base
+from controlkit.base_structure import read_base
 from controlkit.families import ALIASES
 from controlkit.formats import control_lora, expected
 from controlkit.formats.lllite_keys import part_tensors, width_at
-from controlkit.info_job import read_base
 from controlkit.light import LightControl
 from controlkit.lllite import Part
 

@@ -151,6 +151,24 @@ def test_wrong_combinations_are_refused_before_any_download(run: Run, photo: Pat
     assert told == f"the adapter {sdxl} is for SDXL and the base {models / 'sd1'} is SD1; use {CANNY}"
 
 
+def test_an_adapter_at_hand_is_looked_at_before_any_download(run: Run, photo: Path, models: Path) -> None:
+    """The network is off: whoever asked the hub first would say so."""
+    wrong = models / "canny-sdxl"
+    Path("page.safetensors").write_text("<!DOCTYPE html><html>404</html>")
+    generate = ("generate", "x", "--base", "sd15", "--control", f"canny={photo}", "--adapter")
+    train = ("train", "sd15-canny", f"data.source={photo.parent}", "out=run")
+    line = f"{wrong} does not fit the base sd15: it is for SDXL (block_out_channels "
+    assert run(*generate, f"canny={wrong}").refused().startswith(line)
+    assert run(*train, f"init={wrong}").refused().startswith(line)
+    to_folder = ("convert", wrong, "out", "--to", "diffusers", "--base", "sd15")
+    assert run(*to_folder).refused().startswith(line)
+    assert "is a web page" in run(*generate, "canny=page.safetensors").refused()
+    assert "is a web page" in run(*train, "init=page.safetensors").refused()
+    named = "diffusers/controlnet-canny-sdxl-1.0"
+    told = f"the adapter {named} is for SDXL and the base sd15 is SD1; use {CANNY}"
+    assert run(*train, f"init={named}").refused() == told
+
+
 @pytest.mark.parametrize(
     ("kind", "base", "name"),
     [

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from controlkit import known_adapters
+from controlkit.base_structure import check_fits_at_hand
 from controlkit.folders import check_weights, load_part, quiet_libraries, read_json
 from controlkit.notices import reason
 from controlkit.training.config import (
@@ -165,6 +167,9 @@ def check_models(recipe: Recipe) -> None:
         check_trackers(recipe.trackers)
         if recipe.push_to_hub:
             check_repo_id(recipe.push_to_hub)
+        if recipe.init is not None:
+            known_adapters.check(recipe.map, recipe.init, recipe.base)
+            check_fits_at_hand(recipe.init, recipe.base)
         check_base(recipe.base)
         if recipe.init is not None:
             check_adapter(recipe.init)
