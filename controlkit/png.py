@@ -1,13 +1,25 @@
 """PNG files (PNG specification, third edition): pixels by OpenCV or as runs, and text beside them."""
 
+import os
 import struct
 import zlib
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 
 _HEADER_END = 8 + 25
 """Signature (8 bytes) and the IHDR chunk (4 length + 4 type + 13 data + 4 checksum): text may follow."""
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file is there and ends as a PNG does, which one that was cut off does not."""
+    try:
+        with path.open("rb") as file:
+            file.seek(-len(_END), os.SEEK_END)
+            return file.read() == _END
+    except OSError:  # also where it is shorter than that
+        return False
 
 
 def with_text(data: bytes, text: Mapping[str, str]) -> bytes:
@@ -36,7 +48,7 @@ def encode_runs(image: np.ndarray) -> bytes:
     packer = zlib.compressobj(1, zlib.DEFLATED, zlib.MAX_WBITS, zlib.DEF_MEM_LEVEL, zlib.Z_RLE)
     packed = packer.compress(rows.tobytes()) + packer.flush()
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)  # 8 bits, RGB
-    chunks = _chunk(b"IHDR", header) + _chunk(b"IDAT", packed) + _chunk(b"IEND", b"")
+    chunks = _chunk(b"IHDR", header) + _chunk(b"IDAT", packed) + _END
     return b"\x89PNG\r\n\x1a\n" + chunks
 
 
@@ -57,3 +69,6 @@ def _text_chunk(keyword: str, value: str) -> bytes:
 
 def _chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+_END = _chunk(b"IEND", b"")

@@ -15,7 +15,7 @@ import skimage.morphology
 import torch
 from PIL import Image, PngImagePlugin
 
-from controlkit import images
+from controlkit import images, png
 
 GRADIENT = np.stack(np.meshgrid(np.arange(0, 240, 5), np.arange(0, 128, 4)), axis=-1)
 PICTURE = np.dstack([GRADIENT, np.full(GRADIENT.shape[:2], 77)]).astype(np.uint8)  # 32 x 48
@@ -550,3 +550,15 @@ def test_a_resolution_sets_the_shorter_side() -> None:
     assert images.at_resolution(picture.transpose(1, 0, 2), 96).shape == (128, 96, 3)
     assert images.at_resolution(picture, 480) is picture
     assert images.at_resolution(np.zeros((2, 3000, 3), np.uint8), 512).shape == (16, 24000, 3)
+
+
+def test_a_png_that_was_cut_off_is_not_whole(tmp_path: Path) -> None:
+    file = tmp_path / "a.png"
+    assert not png.is_whole(file)
+    for plain in (False, True):
+        data = images.encode_png(np.zeros((8, 8, 3), np.uint8), text={"prompt": "a"}, plain=plain)
+        file.write_bytes(data)
+        assert png.is_whole(file)
+        for length in (0, 5, len(data) // 2, len(data) - 1):
+            file.write_bytes(data[:length])
+            assert not png.is_whole(file)

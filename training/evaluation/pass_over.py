@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from controlkit import images
+from controlkit import images, png
 from controlkit.adapters import load_adapter
 from controlkit.training.evaluation.arms import Arm, Draw, drawing
 from controlkit.training.evaluation.map_scores import people_of, score_map, score_scene
@@ -75,14 +75,14 @@ class Pass:
                     self._write_maps(pair)
 
     def missing(self, arm: Arm) -> list[tuple[int, int]]:
-        """Places and seeds of an arm's pictures that are not made, or not scored for every kind."""
+        """Places and seeds of an arm's pictures that are not made, not whole, or not scored for every kind."""
         wanted = []
         for place in self.places:
             number = self.held_out.number(place)
             for seed in range(self.request.seeds if arm.seeded else 1):
                 row = self.rows.found.get((arm.folder, number, seed))
                 path = picture_path(self.request.output, arm, number, seed)
-                if row is None or not set(self.estimators) <= set(row.scores) or not path.is_file():
+                if row is None or not set(self.estimators) <= set(row.scores) or not png.is_whole(path):
                     wanted.append((place, seed))
         return wanted
 
