@@ -227,7 +227,7 @@ def measure(
 
         locked = load_base(base)
         adapters = {
-            kind: load_adapter(name, base=locked)
+            kind: load_adapter(name, base=locked, kind=kind)
             for kind, name in (names or {kind: kind for kind in quality.KINDS}).items()
         }
         told.status(f"measuring on {count} held-out scenes")

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from adapter_files import original_controlnet, saved
 from outcomes import Outcome, Run
 from typer.testing import CliRunner
 
@@ -103,6 +104,17 @@ def test_adapters_are_compared_on_the_same_noise(evaluated):
     assert first["pairs"] == 3
     assert (first["comparisons"], first["level"], first["resamples"]) == (1, 0.95, 0)
     assert "resamples" not in told(evaluated[0])["interval"]  # each has its own
+
+
+def test_a_name_does_not_decide_against_the_kind_that_is_measured(tmp_path):
+    state = original_controlnet(load_adapter("canny", base=load_base("tiny")).controlnet)
+    files = [saved(state, tmp_path / f"{name}.safetensors") for name in ("a", "a_shuffle")]
+    asked = [word for file in files for word in ("--adapter", f"canny={file}")]
+    quick = ("-n", 1, "--seeds", 1, *QUICK, "--steps", 1, "-o", tmp_path / "report")
+    command("evaluate", *asked, *quick).done()
+    folders = [tmp_path / "report" / adapter["pictures"] for adapter in told(tmp_path / "report")["adapters"]]
+    plain, named = (images.load_picture(folder / "000000-0.png") for folder in folders)
+    assert np.array_equal(plain, named)
 
 
 def test_the_report_needs_nothing_else(evaluated):

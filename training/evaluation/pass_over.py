@@ -103,7 +103,7 @@ class Pass:
     def _adapter(self, arm: Arm) -> Adapter | None:
         if arm.compared is None:
             return None
-        return load_adapter(arm.compared.name, base=self.base)
+        return load_adapter(arm.compared.name, base=self.base, kind=arm.compared.kind)
 
     def _people_asked_for(self, pair: Held) -> NDArray[Any] | None:
         maker = self.estimators.get("openpose")
