@@ -82,6 +82,13 @@ def test_the_network_is_torch_fidelitys(home):
     np.testing.assert_allclose(ours, wanted.numpy(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("count", "few"), [(1, "1 is too few"), (2, "2 are too few")])
+def test_few_pictures_are_counted_in_words_that_fit(tmp_path, count, few):
+    shots = {arm: [Shot(tmp_path / f"{n}.png", n, "") for n in range(count)] for arm in ("true", "other")}
+    found = picture_scores(shots, true="true", folder=tmp_path, features="inception", clip="none")
+    assert f"they compare sets of pictures, and {few}" in found.skipped["FID and KID"]
+
+
 @pytest.mark.slow
 def test_everything_is_measured_where_weights_are_at_hand(home, shots, tmp_path):
     clip = tiny_models.build_clip(tmp_path / "clip")
@@ -104,7 +111,7 @@ def test_everything_is_measured_where_weights_are_at_hand(home, shots, tmp_path)
     again = picture_scores({"other": shots["other"][:1], "true": shots["true"][:1]}, **asked)
     assert again.of_pair["CLIP score"]["other"][0] == pytest.approx(max(100 * cosine, 0), abs=1e-3)
     assert "52" not in again.skipped["FID and KID"]
-    assert "1 are too few" in again.skipped["FID and KID"]
+    assert "1 is too few" in again.skipped["FID and KID"]
 
 
 @pytest.mark.slow

@@ -153,7 +153,7 @@ def _distances(
     least = min(map(len, shots.values()))
     if least < KID_LEAST:
         raise NotAtHand(
-            f"they compare sets of pictures, and {least} are too few: KID wants {KID_LEAST},"
+            f"they compare sets of pictures, and {least} {'is' if least == 1 else 'are'} too few: KID wants {KID_LEAST},"
             " FID more than 2048"
         )
     _need_packages()
