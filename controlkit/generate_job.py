@@ -122,6 +122,7 @@ class Session:
         self._warn()
         self._warn_of_pictures()
         self._doubted: set[str] = set()  # of a grid's schedulers, each said once
+        self._told_memory = ""
         self._extractors: dict[str, Preprocessor] | None = {} if many and not rests else None
         self._controls = self._of_sources()
         self.first = self._within_memory(self.first)
@@ -139,8 +140,11 @@ class Session:
         return other
 
     def decided(self, job: Plan) -> PictureRecord:
-        """The record of the first picture of another plan, for which the same is loaded."""
-        return replace(_decided(job, self.base)[0], memory=self.first.memory)
+        """The record of the first picture of another plan, for which the same is loaded.
+
+        Raises ValueError where it does not fit into the memory that is allowed.
+        """
+        return self._within_memory(_decided(job, self.base)[0])
 
     def _of_sources(self) -> Controls:
         return Controls(
@@ -225,7 +229,7 @@ class Session:
         size = first.width, first.height
         if first.hires != 1:
             size = cascade.larger_size(*size, first.hires)
-        texts = sorted(self._prompts) if first.prompt_syntax == "a1111" else [""]
+        texts = [first.prompt, first.negative_prompt or ""] if first.prompt_syntax == "a1111" else [""]
         request = memory_plan.Request(
             *size,
             pictures=options.count,
@@ -238,7 +242,9 @@ class Session:
         estimate = memory_plan.Estimate(self.base, self._controls.of(first, *size), request, self.clip)
         batch_size = sampling.default_batch(self.base)
         memory, told = memory_plan.fit(estimate, limit=options.memory_limit, batch_size=batch_size)
-        self.report.status(told)
+        if told != self._told_memory:  # of a grid's pictures, where it is another
+            self._told_memory = told
+            self.report.status(told)
         return replace(first, memory=memory.measures)
 
     def make(self, records: Sequence[PictureRecord], finished: Callable[[int, np.ndarray], None]) -> None:

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from controlkit import sampling
 from controlkit.arguments import parse_bytes
-from controlkit.base import Base
+from controlkit.base import Base, load_base
 from controlkit.control import Control
 from controlkit.images import read_png_text
 from controlkit.memory import HOST, Memory
@@ -206,6 +206,22 @@ def test_the_command_chooses_and_says_so(generate: Run, run: Run) -> None:
     assert Path("again.png").read_bytes() == Path("out.png").read_bytes()
     assert "64x64 pixels do not fit into 100 MB on cpu: the least" in generate("--memory", "100MB").refused()
     assert "an amount of memory is written as in 4GB" in generate("--memory", "lots").refused()
+
+
+def test_each_picture_of_a_grid_has_the_measures_that_it_needs(run: Run, models: Path) -> None:
+    base = load_base(str(models / "sd1"))
+    least = Estimate(base, [], Request(64, 64, guided=False)).total(Memory(1))
+    fixed = ["generate", "a cube", "--base", models / "sd1", "--steps", 1]
+    fixed += ["--memory", f"{least / 1e6 + 0.001:.3f}MB"]
+    alone = {}
+    for guidance in (1, 5):
+        run(*fixed, "--guidance", guidance, "-o", "alone.png").done()
+        alone[guidance] = json.loads(read_png_text("alone.png")["controlkit"])
+    assert alone[1]["memory"] != alone[5]["memory"]
+    for values in ((1, 5), (5, 1)):
+        run(*fixed, "--grid", "guidance={},{}".format(*values), "-o", "grid.png").done()
+        told = json.loads(read_png_text("grid.png")["controlkit-grid"])
+        assert told == [alone[guidance] for guidance in values]
 
 
 @pytest.mark.slow
