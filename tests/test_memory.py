@@ -23,7 +23,7 @@ from controlkit.arguments import parse_bytes
 from controlkit.base import Base, load_base
 from controlkit.control import Control
 from controlkit.images import read_png_text
-from controlkit.memory import HOST, Memory
+from controlkit.memory import HOST, Memory, at_work, kept_small
 from controlkit.memory_plan import Estimate, Request, fit, peak_of
 
 EVERYTHING = Memory(1, sliced_vae=True, offload=True, one_branch=True, tiled_vae=True)
@@ -194,6 +194,30 @@ def test_only_what_works_is_on_the_device(
         works = {"unet", "controlnet"} if name in ("unet", "controlnet") else {name}
         assert places == {key: "cuda" if key in works else HOST for key in networks}, name
     assert {place(network) for network in networks.values()} == {HOST}
+
+
+class Movable:
+    """A network as far as it is moved; one that is too large for the GPU is not."""
+
+    def __init__(self, *, is_too_large: bool = False) -> None:
+        self.device, self.is_too_large = torch.device(HOST), is_too_large
+
+    def to(self, device: torch.device | str) -> None:
+        if self.is_too_large and torch.device(device).type == "cuda":
+            raise torch.OutOfMemoryError("out of memory")
+        self.device = torch.device(device)
+
+
+def test_a_device_that_is_too_small_for_one_network_keeps_none(sd1: Base) -> None:
+    unet, vae, encoder, control = (Movable(is_too_large=k == 3) for k in range(4))
+    small: Any = {"unet": unet, "vae": vae, "text_encoders": [encoder], "device": torch.device("cuda")}
+    base = replace(sd1, **small)
+    with pytest.raises(torch.OutOfMemoryError), kept_small(Memory(1), base, control):
+        pass
+    assert {network.device.type for network in (unet, vae, encoder)} == {HOST}
+    with pytest.raises(torch.OutOfMemoryError), at_work(Memory(1, offload=True), base, unet, control):
+        pass
+    assert unet.device.type == HOST
 
 
 def test_the_command_chooses_and_says_so(generate: Run, run: Run) -> None:
