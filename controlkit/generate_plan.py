@@ -39,7 +39,7 @@ from controlkit.map_sizes import sense_of
 from controlkit.precisions import torch_name
 from controlkit.settings import USUAL_SCHEDULER, USUAL_STEPS, Settings
 
-_TAKEN_AWAY = ("vae", "clip", "original_size", "negative_original_size")  # where they are none
+TAKEN_AWAY = ("vae", "clip", "original_size", "negative_original_size")  # where they are none
 PREVIEW_CHUNK = "controlkit-preview"  # marks a PNG that a later preview may replace
 
 
@@ -145,7 +145,7 @@ def plan(
     earlier = None if like is None else generate_like.read(like)
     if earlier is None and "prompt" not in given:
         raise ValueError('give a prompt, as in: controlkit generate "a red figure" --control canny=photo.jpg')
-    given = {**given, **{name: "" for name in _TAKEN_AWAY if arguments.is_none(given.get(name, ""))}}
+    given = {**given, **{name: "" for name in TAKEN_AWAY if arguments.is_none(given.get(name, ""))}}
     filled_in = earlier.settings(given, Options.__dataclass_fields__) if earlier else {}
     if given.get("dtype") is not None:
         given["dtype"] = None if arguments.is_none(given["dtype"]) else torch_name(given["dtype"])

@@ -17,7 +17,15 @@ from controlkit.generate_job import Session, check_names
 from controlkit.generate_like import OF_THE_BASE, temperature_fits
 from controlkit.generate_models import Models
 from controlkit.generate_notes import Variant
-from controlkit.generate_plan import Options, Plan, Source, adapted, check_outputs, check_text
+from controlkit.generate_plan import (
+    TAKEN_AWAY,
+    Options,
+    Plan,
+    Source,
+    adapted,
+    check_outputs,
+    check_text,
+)
 from controlkit.grid_axes import Axis
 from controlkit.infotext import GRID_CHUNK, PictureRecord, chunks
 from controlkit.limits import check_lora_weight, check_picture_scale
@@ -199,18 +207,17 @@ def _planned(job: Plan, told: Mapping[Axis, Any]) -> Plan:
 
 
 def _of_picture(job: Plan, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that settings stand for; another scheduler drops a temperature that nobody gave, another base
-    what nobody gave of what a base decides.
+    """The options that settings stand for; what nobody gave and another scheduler or base does not take is
+    left out.
     """
     told = {key: value for key, value in settings.items() if key not in ("lora", "ip_adapter")}
     if told.get("negative_prompt") == "":
         told["negative_prompt"] = None
     if "size" in told:
         told["width"], told["height"] = told.pop("size")
-    if is_none(told.get("vae", "")):
-        told["vae"] = ""
+    told |= {name: "" for name in TAKEN_AWAY if is_none(told.get(name, ""))}
     given = {*told, *job.given}
-    if told.get("base", job.options.base) != job.options.base:  # the rest is of the base that --like repeats
+    if told.get("base", job.options.base) != job.options.base:
         told |= {name: Options.__dataclass_fields__[name].default for name in OF_THE_BASE - given}
     if "temperature" not in given and not temperature_fits(
         job.options.temperature, told.get("scheduler", job.options.scheduler)
