@@ -147,7 +147,7 @@ def asked(
     return Additions(
         (*before.loras, *map(_lora, loras)),
         (*before.embeddings, *map(_embedding, embeddings)),
-        (*before.ip_adapters, *(_told(text, image_encoder or "") for text in ip_adapters)),
+        (*before.ip_adapters, *(_told(text, files.at_home(image_encoder or "")) for text in ip_adapters)),
         _shown(image, earlier, base),
     )
 
@@ -157,6 +157,7 @@ def _shown(image: str | None, earlier: Earlier | None, base: str) -> Shown | Non
         return None
     if image is not None:
         picture = images.load_picture(image)  # which says what is wrong with the file
+        image = files.at_home(image)
         return Shown(ImageRecord(image, files.sha256_file(image)), picture, image)
     if earlier is None or earlier.record.image is None or earlier.record.base != base:
         return None

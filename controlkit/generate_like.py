@@ -91,3 +91,4 @@ def temperature_fits(temperature: float | None, scheduler: str) -> bool:
     except ValueError:
         return False
     return True
+    like = files.at_home(like)

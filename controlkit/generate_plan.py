@@ -176,7 +176,7 @@ def plan(
     outputs = arguments.numbered_outputs(output, options.count)
     read = [file for source in sources for file in source.files]
     read += [] if beginning is None else beginning.files
-    read += [*added.places(), *([Path(like)] if like else [])]
+    read += [*added.places(), *([earlier.file] if earlier else [])]
     check_outputs(outputs, read)
     if earlier is not None:
         kinds = {"loras": loras, "embeddings": embeddings, "ip_adapters": ip_adapters}
@@ -327,7 +327,7 @@ def check_preview(preview: str, job: Plan, others: Sequence[Path] = ()) -> Path:
 
     Raises ValueError for one that is no PNG, is read or written otherwise, or exists and was never a preview.
     """
-    path = Path(preview)
+    path = Path(files.at_home(preview))
     if path.suffix.lower() != ".png":
         raise ValueError(f"the preview {preview} must end in .png")
     taken = path.resolve() in {file.resolve() for file in (*job.outputs, *others, *job.read)}

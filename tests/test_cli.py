@@ -19,7 +19,13 @@ from outcomes import Run
 
 import controlkit
 from controlkit import base_parts, generate_job, infotext
-from controlkit.arguments import parse_control, parse_picture_prompt
+from controlkit.arguments import (
+    numbered_outputs,
+    parse_control,
+    parse_picture_prompt,
+    parse_weighted,
+    parse_word,
+)
 from controlkit.images import load_picture, read_png_text, write_png
 from controlkit.preprocessors import draw_poses, read_poses
 from controlkit.training.config import load_recipe
@@ -325,6 +331,10 @@ def test_a_control_that_cannot_work_is_noted(generate: Run, run: Run, models: Pa
     outcome.done()
     assert "note: the canny map is black: nothing was found" in outcome.err
 
+    assert parse_picture_prompt("~/a.safetensors=~/a.png")[0] == str(home / "a.safetensors")
+    assert parse_weighted("~/a.safetensors:0.5") == (str(home / "a.safetensors"), 0.5)
+    assert parse_word("word=~/a.safetensors") == ("word", str(home / "a.safetensors"))
+    assert numbered_outputs("~/a.png", 1) == [home / "a.png"]
 
 def test_every_command_has_help_with_an_example(run: Run) -> None:
     for command in ("demo", "generate", "preprocess", "train"):
