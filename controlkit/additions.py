@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from controlkit import arguments, files, hub, images, limits
+from controlkit.formats.finding import mark_of_lora
 from controlkit.generate_like import Earlier
 from controlkit.infotext import (
     EmbeddingRecord,
@@ -156,8 +157,8 @@ def _shown(image: str | None, earlier: Earlier | None, base: str) -> Shown | Non
     if image is not None and arguments.is_none(image):
         return None
     if image is not None:
-        picture = images.load_picture(image)  # which says what is wrong with the file
         image = files.at_home(image)
+        picture = images.load_picture(image)  # which says what is wrong with the file
         return Shown(ImageRecord(image, files.sha256_file(image)), picture, image)
     if earlier is None or earlier.record.image is None or earlier.record.base != base:
         return None
@@ -170,7 +171,8 @@ def _lora(text: str) -> tuple[LoraRecord, str]:
     source, weight = arguments.parse_weighted(text)
     limits.check_lora_weight(weight)
     hub.check_weight_file(source, what="LoRA")
-    return LoraRecord(source, weight, _sha256(source)), source
+    mark = mark_of_lora(source) if os.path.isdir(source) else ""
+    return LoraRecord(source, weight, _sha256(source), mark), source
 
 
 def _embedding(text: str) -> tuple[EmbeddingRecord, str]:
@@ -199,6 +201,9 @@ def _sha256(source: str) -> str:
 
 
 def _lora_again(lora: LoraRecord, earlier: Earlier) -> tuple[LoraRecord, str]:
+    if lora.mark:
+        how = f":{arguments.number_text(lora.weight)}"
+        earlier.check_mark(lora.mark, mark_of_lora(lora.source), "lora", lora.source, how)
     place = str(earlier.find(lora.source, lora.sha256, option="--lora")) if lora.sha256 else lora.source
     return lora, place
 

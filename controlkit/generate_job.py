@@ -18,6 +18,7 @@ import numpy as np
 from controlkit import generate_notes, images, infotext, known_adapters, notices
 from controlkit.devices import multiplies_bfloat16, pick_device
 from controlkit.families import BUNDLED
+from controlkit.formats.finding import mark_of_base, mark_of_vae
 from controlkit.generate_controls import REGION_CURE, Controls, start_of
 from controlkit.generate_models import Models
 from controlkit.generate_plan import Options, Plan, Source, adapted, versions
@@ -107,12 +108,13 @@ class Session:
         check_names(job, also)
         device, dtype = pick_device(job.options.device, job.options.dtype, base=job.options.base)
         self.job, self.report = job, report
+        self._marks = _marks(job)  # before it is read: what is written meanwhile is another one
         rests = bool(job.options.memory) or job.options.memory_limit is not None
         base = models.base(job.options.base, device=device, dtype=dtype, rests=rests)
         self.base = job.additions.onto(base)
         self._taught = [word for word in self.base.words if word not in base.words]
         self.picture_prompts = job.additions.picture_prompts(self.base)
-        self.first, self.sources = _decided(job, self.base)
+        self.first, self.sources = _decided(job, self.base, self._marks)
         self.adapters = _adapters(self.sources, self.base, models, report, rests=rests)
         self.clip = _clip(job.options.clip if _asks_clip(job, also) else "", self.base, report, rests=rests)
         self.preview = None if preview is None else Preview(preview, self.base)
@@ -131,7 +133,7 @@ class Session:
         """The same models for another plan, which differs in its pictures alone."""
         other = copy.copy(self)
         other.job = job
-        other.first, other.sources = _decided(job, self.base)
+        other.first, other.sources = _decided(job, self.base, self._marks)
         of = [[source.record.adapter for source in one.sources] for one in (self, other)]
         assert of[0] == of[1], f"other adapters: {of}"
         other._controls = other._of_sources()
@@ -144,7 +146,7 @@ class Session:
 
         Raises ValueError where it does not fit into the memory that is allowed.
         """
-        return self._within_memory(_decided(job, self.base)[0])
+        return self._within_memory(_decided(job, self.base, self._marks)[0])
 
     def _of_sources(self) -> Controls:
         return Controls(
@@ -360,7 +362,13 @@ def could_be_lower(job: Plan, record: PictureRecord) -> bool:
     return is_open and multiplies_bfloat16()
 
 
-def _decided(job: Plan, base: Base) -> tuple[PictureRecord, list[Source]]:
+def _marks(job: Plan) -> dict[str, Any]:
+    """What tells the base and the autoencoder from what these places held before, as it is recorded."""
+    vae = job.options.vae
+    return {"base_mark": mark_of_base(job.options.base), "vae_mark": mark_of_vae(vae) if vae else ""}
+
+
+def _decided(job: Plan, base: Base, marks: Mapping[str, Any]) -> tuple[PictureRecord, list[Source]]:
     """The first picture's record and the sources, with all that the base and the map's size decide."""
     from controlkit import sampling
     from controlkit.adapters import default_adapter
@@ -383,6 +391,7 @@ def _decided(job: Plan, base: Base) -> tuple[PictureRecord, list[Source]]:
     record = PictureRecord(
         **shared(options),
         controls=tuple(source.record for source in sources),
+        **marks,
         guidance=sampling.default_guidance(base) if options.guidance is None else options.guidance,
         width=width,
         height=height,

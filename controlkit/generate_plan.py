@@ -151,6 +151,8 @@ def plan(
         given["dtype"] = None if arguments.is_none(given["dtype"]) else torch_name(given["dtype"])
     options = Options(**{**filled_in, **given})
     options.check()
+    if earlier is not None:
+        earlier.check_models(given, vae=options.vae)
     named = arguments.parse_adapters(adapters)
     sources = _sources(controls, maps, earlier, options.base, named)
     _check_adapters(sources, named)
