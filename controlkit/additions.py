@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from controlkit import arguments, files, hub, images, limits
+from controlkit.formats.finding import mark_of_lora
 from controlkit.generate_like import Earlier
 from controlkit.infotext import (
     EmbeddingRecord,
@@ -147,7 +148,7 @@ def asked(
     return Additions(
         (*before.loras, *map(_lora, loras)),
         (*before.embeddings, *map(_embedding, embeddings)),
-        (*before.ip_adapters, *(_told(text, image_encoder or "") for text in ip_adapters)),
+        (*before.ip_adapters, *(_told(text, files.at_home(image_encoder or "")) for text in ip_adapters)),
         _shown(image, earlier, base),
     )
 
@@ -156,6 +157,7 @@ def _shown(image: str | None, earlier: Earlier | None, base: str) -> Shown | Non
     if image is not None and arguments.is_none(image):
         return None
     if image is not None:
+        image = files.at_home(image)
         picture = images.load_picture(image)  # which says what is wrong with the file
         return Shown(ImageRecord(image, files.sha256_file(image)), picture, image)
     if earlier is None or earlier.record.image is None or earlier.record.base != base:
@@ -169,7 +171,8 @@ def _lora(text: str) -> tuple[LoraRecord, str]:
     source, weight = arguments.parse_weighted(text)
     limits.check_lora_weight(weight)
     hub.check_weight_file(source, what="LoRA")
-    return LoraRecord(source, weight, _sha256(source)), source
+    mark = mark_of_lora(source) if os.path.isdir(source) else ""
+    return LoraRecord(source, weight, _sha256(source), mark), source
 
 
 def _embedding(text: str) -> tuple[EmbeddingRecord, str]:
@@ -198,6 +201,9 @@ def _sha256(source: str) -> str:
 
 
 def _lora_again(lora: LoraRecord, earlier: Earlier) -> tuple[LoraRecord, str]:
+    if lora.mark:
+        how = f":{arguments.number_text(lora.weight)}"
+        earlier.check_mark(lora.mark, mark_of_lora(lora.source), "lora", lora.source, how)
     place = str(earlier.find(lora.source, lora.sha256, option="--lora")) if lora.sha256 else lora.source
     return lora, place
 

@@ -273,6 +273,7 @@ def parse_weighted(text: str) -> tuple[str, float]:
 
 
 def parse_picture_prompt(text: str) -> tuple[str, tuple[str, ...], float]:
+    text = at_home(text)
     """Read ADAPTER=PICTURE, or ADAPTER=PICTURE,PICTURE:SCALE, as its three parts.
 
     A file whose name has a comma, or ends like a scale, is that file if it exists. Raises ValueError where a
@@ -285,13 +286,14 @@ def parse_picture_prompt(text: str) -> tuple[str, tuple[str, ...], float]:
         raise ValueError(
             f"--ip-adapter {text!r} must be FILE=PICTURE or FILE=PICTURE:SCALE, as a.safetensors=b.jpg:0.6"
         )
-    return source, tuple(map(at_home, pictures)), scale
+    return at_home(source), tuple(map(at_home, pictures)), scale
 
 
 def parse_word(text: str) -> tuple[str, str]:
     """Read FILE or WORD=FILE, as the word, or "", and the file; a file whose name has a = is that file."""
     word, _, file = text.rpartition("=")
-    return ("", text) if os.path.exists(text) else (word, file)
+    whole = at_home(text)
+    return ("", whole) if os.path.exists(whole) else (word, at_home(file))
 
 
 def parse_settings(texts: Sequence[str]) -> dict[str, str]:
@@ -342,7 +344,7 @@ def numbered_outputs(output: str, count: int) -> list[Path]:
 
     Raises ValueError unless the name ends in .png, the format that keeps the parameters.
     """
-    path = Path(output)
+    path = Path(at_home(output))
     if path.suffix.lower() != ".png":
         raise ValueError(f"the output {output} must end in .png, the format that keeps the parameters")
     if count == 1:

@@ -104,7 +104,8 @@ def check_told(base: Base, told: Told) -> None:
             f" not {told.class_label}"
         )
     if told.of_branches(1) and base.family != "sdxl":
-        raise ValueError(f"the base {name} is told no sizes: only SDXL is, so leave out --original-size")
+        option = "--negative-original-size" if told.sizes is None else "--original-size"
+        raise ValueError(f"the base {name} is told no sizes: only SDXL is, so leave out {option}")
 
 
 def check_labels_fit(controlnet: ControlNetModel, base: Base) -> None:

@@ -19,6 +19,7 @@ from controlkit import generate_notes, images, infotext, known_adapters, notices
 from controlkit.base_structure import check_fits_at_hand
 from controlkit.devices import multiplies_bfloat16, pick_device
 from controlkit.families import BUNDLED
+from controlkit.formats.finding import mark_of_base, mark_of_vae
 from controlkit.generate_controls import REGION_CURE, Controls, start_of
 from controlkit.generate_models import Models
 from controlkit.generate_plan import Options, Plan, Source, adapted, versions
@@ -108,12 +109,13 @@ class Session:
         check_names(job, also)
         device, dtype = pick_device(job.options.device, job.options.dtype, base=job.options.base)
         self.job, self.report = job, report
+        self._marks = _marks(job)  # before it is read: what is written meanwhile is another one
         rests = bool(job.options.memory) or job.options.memory_limit is not None
         base = models.base(job.options.base, device=device, dtype=dtype, rests=rests)
         self.base = job.additions.onto(base)
         self._taught = [word for word in self.base.words if word not in base.words]
         self.picture_prompts = job.additions.picture_prompts(self.base)
-        self.first, self.sources = _decided(job, self.base)
+        self.first, self.sources = _decided(job, self.base, self._marks)
         self.adapters = _adapters(self.sources, self.base, models, report, rests=rests)
         self.clip = _clip(job.options.clip if _asks_clip(job, also) else "", self.base, report, rests=rests)
         self.preview = None if preview is None else Preview(preview, self.base)
@@ -123,6 +125,7 @@ class Session:
         self._warn()
         self._warn_of_pictures()
         self._doubted: set[str] = set()  # of a grid's schedulers, each said once
+        self._told_memory = ""
         self._extractors: dict[str, Preprocessor] | None = {} if many and not rests else None
         self._controls = self._of_sources()
         self.first = self._within_memory(self.first)
@@ -131,7 +134,7 @@ class Session:
         """The same models for another plan, which differs in its pictures alone."""
         other = copy.copy(self)
         other.job = job
-        other.first, other.sources = _decided(job, self.base)
+        other.first, other.sources = _decided(job, self.base, self._marks)
         of = [[source.record.adapter for source in one.sources] for one in (self, other)]
         assert of[0] == of[1], f"other adapters: {of}"
         other._controls = other._of_sources()
@@ -140,8 +143,11 @@ class Session:
         return other
 
     def decided(self, job: Plan) -> PictureRecord:
-        """The record of the first picture of another plan, for which the same is loaded."""
-        return replace(_decided(job, self.base)[0], memory=self.first.memory)
+        """The record of the first picture of another plan, for which the same is loaded.
+
+        Raises ValueError where it does not fit into the memory that is allowed.
+        """
+        return self._within_memory(_decided(job, self.base, self._marks)[0])
 
     def _of_sources(self) -> Controls:
         return Controls(
@@ -226,7 +232,7 @@ class Session:
         size = first.width, first.height
         if first.hires != 1:
             size = cascade.larger_size(*size, first.hires)
-        texts = sorted(self._prompts) if first.prompt_syntax == "a1111" else [""]
+        texts = [first.prompt, first.negative_prompt or ""] if first.prompt_syntax == "a1111" else [""]
         request = memory_plan.Request(
             *size,
             pictures=options.count,
@@ -239,7 +245,9 @@ class Session:
         estimate = memory_plan.Estimate(self.base, self._controls.of(first, *size), request, self.clip)
         batch_size = sampling.default_batch(self.base)
         memory, told = memory_plan.fit(estimate, limit=options.memory_limit, batch_size=batch_size)
-        self.report.status(told)
+        if told != self._told_memory:  # of a grid's pictures, where it is another
+            self._told_memory = told
+            self.report.status(told)
         return replace(first, memory=memory.measures)
 
     def make(self, records: Sequence[PictureRecord], finished: Callable[[int, np.ndarray], None]) -> None:
@@ -356,7 +364,13 @@ def could_be_lower(job: Plan, record: PictureRecord) -> bool:
     return is_open and multiplies_bfloat16()
 
 
-def _decided(job: Plan, base: Base) -> tuple[PictureRecord, list[Source]]:
+def _marks(job: Plan) -> dict[str, Any]:
+    """What tells the base and the autoencoder from what these places held before, as it is recorded."""
+    vae = job.options.vae
+    return {"base_mark": mark_of_base(job.options.base), "vae_mark": mark_of_vae(vae) if vae else ""}
+
+
+def _decided(job: Plan, base: Base, marks: Mapping[str, Any]) -> tuple[PictureRecord, list[Source]]:
     """The first picture's record and the sources, with all that the base and the map's size decide."""
     from controlkit import sampling
     from controlkit.adapters import default_adapter
@@ -379,6 +393,7 @@ def _decided(job: Plan, base: Base) -> tuple[PictureRecord, list[Source]]:
     record = PictureRecord(
         **shared(options),
         controls=tuple(source.record for source in sources),
+        **marks,
         guidance=sampling.default_guidance(base) if options.guidance is None else options.guidance,
         width=width,
         height=height,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from controlkit import files, images, infotext, limits
+from controlkit.formats.finding import mark_of_base, mark_of_vae
 from controlkit.infotext import PictureRecord
 
 OF_THE_BASE = {
@@ -65,6 +67,29 @@ class Earlier:
             f" {words or f'{option} {there[0]}'}"
         )
 
+    def check_models(self, given: Collection[str], *, vae: str) -> None:
+        """Raise ValueError where the base or the autoencoder that are repeated are others by now.
+
+        given: the options that are asked for anew. vae: the one that is used.
+        """
+        record = self.record
+        if "base" not in given and record.base_mark:
+            self.check_mark(record.base_mark, mark_of_base(record.base), "base", record.base)
+        if "vae" not in given and record.vae_mark and vae == record.vae:
+            self.check_mark(record.vae_mark, mark_of_vae(record.vae), "vae", record.vae)
+
+    def check_mark(self, before: str, mark: str, option: str, name: str, how: str = "") -> None:
+        """Raise ValueError for a model that is another one by now, as far as can be told.
+
+        option: of that model, without its hyphens; how: what is added to its name there.
+        """
+        if mark not in ("", before):
+            title = {"vae": "autoencoder", "lora": "LoRA"}.get(option, option)
+            raise ValueError(
+                f"{self.file} was made with the {title} {name}, which has changed since; to use it as it is"
+                f" now, add --{option} {shlex.quote(name + how)}"
+            )
+
     def left_out(self, given: Mapping[str, Any], kinds: Collection[str]) -> Iterator[str]:
         """What is not repeated, and why. kinds: those of `PUT_ON` that are asked for anew."""
         record = self.record
@@ -81,6 +106,7 @@ class Earlier:
 
 def read(like: str) -> Earlier:
     """The picture of that name. Raises ValueError for one that says nothing of itself."""
+    like = files.at_home(like)
     return Earlier(Path(like), infotext.parse(images.read_png_text(like), source=like))
 
 

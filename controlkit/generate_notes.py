@@ -20,6 +20,7 @@ GUIDED = {  # settings that act on guidance alone, and what they are called
     "negative_prompt": "--negative",
     "guidance_rescale": "--guidance-rescale",
     "guidance_until": "--guidance-until",
+    "negative_original_size": "--negative-original-size",
 }
 
 Variant = tuple["Options", Sequence[ControlRecord]]

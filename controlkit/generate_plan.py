@@ -39,7 +39,7 @@ from controlkit.map_sizes import sense_of
 from controlkit.precisions import torch_name
 from controlkit.settings import USUAL_SCHEDULER, USUAL_STEPS, Settings
 
-_TAKEN_AWAY = ("vae", "clip", "original_size", "negative_original_size")  # where they are none
+TAKEN_AWAY = ("vae", "clip", "original_size", "negative_original_size")  # where they are none
 PREVIEW_CHUNK = "controlkit-preview"  # marks a PNG that a later preview may replace
 
 
@@ -145,12 +145,14 @@ def plan(
     earlier = None if like is None else generate_like.read(like)
     if earlier is None and "prompt" not in given:
         raise ValueError('give a prompt, as in: controlkit generate "a red figure" --control canny=photo.jpg')
-    given = {**given, **{name: "" for name in _TAKEN_AWAY if arguments.is_none(given.get(name, ""))}}
+    given = {**given, **{name: "" for name in TAKEN_AWAY if arguments.is_none(given.get(name, ""))}}
     filled_in = earlier.settings(given, Options.__dataclass_fields__) if earlier else {}
     if given.get("dtype") is not None:
         given["dtype"] = None if arguments.is_none(given["dtype"]) else torch_name(given["dtype"])
     options = Options(**{**filled_in, **given})
     options.check()
+    if earlier is not None:
+        earlier.check_models(given, vae=options.vae)
     named = arguments.parse_adapters(adapters)
     sources = _sources(controls, maps, earlier, options.base, named)
     _check_adapters(sources, named)
@@ -176,7 +178,7 @@ def plan(
     outputs = arguments.numbered_outputs(output, options.count)
     read = [file for source in sources for file in source.files]
     read += [] if beginning is None else beginning.files
-    read += [*added.places(), *([Path(like)] if like else [])]
+    read += [*added.places(), *([earlier.file] if earlier else [])]
     check_outputs(outputs, read)
     if earlier is not None:
         kinds = {"loras": loras, "embeddings": embeddings, "ip_adapters": ip_adapters}
@@ -327,7 +329,7 @@ def check_preview(preview: str, job: Plan, others: Sequence[Path] = ()) -> Path:
 
     Raises ValueError for one that is no PNG, is read or written otherwise, or exists and was never a preview.
     """
-    path = Path(preview)
+    path = Path(files.at_home(preview))
     if path.suffix.lower() != ".png":
         raise ValueError(f"the preview {preview} must end in .png")
     taken = path.resolve() in {file.resolve() for file in (*job.outputs, *others, *job.read)}

@@ -14,10 +14,18 @@ import numpy as np
 from controlkit import images, sheets
 from controlkit.arguments import is_none, numbered_outputs
 from controlkit.generate_job import Session, check_names
-from controlkit.generate_like import temperature_fits
+from controlkit.generate_like import OF_THE_BASE, temperature_fits
 from controlkit.generate_models import Models
 from controlkit.generate_notes import Variant
-from controlkit.generate_plan import Plan, Source, adapted, check_outputs, check_text
+from controlkit.generate_plan import (
+    TAKEN_AWAY,
+    Options,
+    Plan,
+    Source,
+    adapted,
+    check_outputs,
+    check_text,
+)
 from controlkit.grid_axes import Axis
 from controlkit.infotext import GRID_CHUNK, PictureRecord, chunks
 from controlkit.limits import check_lora_weight, check_picture_scale
@@ -149,8 +157,8 @@ def run(
             with nothing_collected():
                 session = Session(cell.job, report, preview=preview, models=models, also=options)
             session.check_told()
-        report.status(f"picture {number + 1} of {len(cells)}: {', '.join(cell.label)}")
         records[k] = session.decided(cell.job)
+        report.status(f"picture {number + 1} of {len(cells)}: {', '.join(cell.label)}")
         session.make([records[k]], partial(made, k))
         rows = _rows(pictures, [cell.label for cell in cells], columns=len(axes[0].values))
         _write(job.outputs[0], rows, [records[k] for k in sorted(records)], _title(job, axes))
@@ -199,15 +207,18 @@ def _planned(job: Plan, told: Mapping[Axis, Any]) -> Plan:
 
 
 def _of_picture(job: Plan, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that settings stand for; another scheduler drops a temperature that nobody gave."""
+    """The options that settings stand for; what nobody gave and another scheduler or base does not take is
+    left out.
+    """
     told = {key: value for key, value in settings.items() if key not in ("lora", "ip_adapter")}
     if told.get("negative_prompt") == "":
         told["negative_prompt"] = None
     if "size" in told:
         told["width"], told["height"] = told.pop("size")
-    if is_none(told.get("vae", "")):
-        told["vae"] = ""
+    told |= {name: "" for name in TAKEN_AWAY if is_none(told.get(name, ""))}
     given = {*told, *job.given}
+    if told.get("base", job.options.base) != job.options.base:
+        told |= {name: Options.__dataclass_fields__[name].default for name in OF_THE_BASE - given}
     if "temperature" not in given and not temperature_fits(
         job.options.temperature, told.get("scheduler", job.options.scheduler)
     ):

@@ -19,6 +19,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 CONNECT_SECONDS = 3.0  # for the hub to answer; with name resolution never more than _GIVE_UP_SECONDS
 _GIVE_UP_SECONDS = 4.0
 _WEIGHTS = (".safetensors", ".bin")
+LORA_FILE = "pytorch_lora_weights.safetensors"  # as diffusers' training scripts call it
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 
 

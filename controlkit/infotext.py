@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -98,13 +98,16 @@ class ImageRecord:
 
 @dataclass(frozen=True)
 class LoraRecord:
-    """A LoRA on the base: file, folder or hub id as it was given; the SHA-256 of a file's bytes, else ""."""
+    """A LoRA on the base: file, folder or hub id as it was given; the SHA-256 of a file's bytes, else ""; the
+    `finding.mark_of_lora` of a folder, else "".
+    """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     source: str
     weight: float = 1.0
     sha256: str = ""
+    mark: str = ""
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,8 @@ class PictureRecord(Settings):
     """Everything that determines one generated picture.
 
     width, height: pixels, of the first stage where there are two. dtype: the networks' precision ("float32").
-    versions: of the software that made it.
+    versions: of the software that made it. base_mark, vae_mark: `finding.mark_of_base` and `mark_of_vae` of
+    these, "" in older pictures.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -158,6 +162,8 @@ class PictureRecord(Settings):
     embeddings: tuple[EmbeddingRecord, ...] = ()
     ip_adapters: tuple[PromptPictureRecord, ...] = ()
     image: ImageRecord | None = None
+    base_mark: str = ""
+    vae_mark: str = ""
 
 
 def chunks(record: PictureRecord) -> dict[str, str]:
@@ -244,13 +250,30 @@ def parse(text: Mapping[str, str], *, source: str | Path) -> PictureRecord:
 
 
 def is_of(file: Path, record: PictureRecord) -> bool:
-    """Whether a PNG is there whose parameters are these to the last one."""
+    """Whether a PNG is there whose parameters are these to the last one, as far as an older one has marks."""
     from controlkit.images import read_png_text
 
     try:
-        return file.is_file() and parse(read_png_text(file), source=file) == record
+        if not file.is_file():
+            return False
+        found = parse(read_png_text(file), source=file)
     except ValueError:
         return False
+    return found == _marked_as(record, found)
+
+
+def _marked_as(record: PictureRecord, found: PictureRecord) -> PictureRecord:
+    """A record without the marks that another one lacks."""
+    loras = [
+        replace(lora, mark=lora.mark if before.mark else "")
+        for lora, before in zip(record.loras, found.loras, strict=False)
+    ]
+    return replace(
+        record,
+        loras=(*loras, *record.loras[len(loras) :]),
+        base_mark=record.base_mark if found.base_mark else "",
+        vae_mark=record.vae_mark if found.vae_mark else "",
+    )
 
 
 def _foreign(text: Mapping[str, str]) -> str:

@@ -223,7 +223,10 @@ def check_size(width: int | None, height: int | None) -> None:
 def check_told_whole(tiles: object | None) -> None:
     """Raise ValueError for tiles of a picture whose sizes are said: SDXL is told each tile's place."""
     if tiles is not None:
-        raise ValueError("tiles are told the whole's size and their place in it: leave out --original-size")
+        raise ValueError(
+            "tiles are told the whole's size and their place in it: no other one goes with them, so leave out"
+            " --original-size and --negative-original-size, or take away an earlier picture's with none"
+        )
 
 
 def check_count(count: int) -> None:

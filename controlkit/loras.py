@@ -26,13 +26,12 @@ from torch import Tensor, nn
 from controlkit import limits
 from controlkit.base import FAMILY_TITLES
 from controlkit.folders import alone, quiet_libraries, read_header, read_state
-from controlkit.hub import find_weight_file
+from controlkit.hub import LORA_FILE, find_weight_file
 from controlkit.lora_keys import Factors, by_layer, is_factor, other_network
 
 if TYPE_CHECKING:
     from controlkit.base import Base
 
-DEFAULT_FILE = "pytorch_lora_weights.safetensors"  # as diffusers' training scripts call it
 METADATA_KEY = "lora_adapter_metadata"  # in the header of files that diffusers wrote
 
 _OTHER_KINDS: Mapping[str, str] = {  # part of a key -> what it belongs to
@@ -114,7 +113,7 @@ def with_loras(base: Base, loras: Sequence[Lora]) -> Base:
 
 def read_lora(source: str, base: Base) -> list[Layer]:
     """The layers of a LoRA, checked against the base's. Raises ValueError as `with_loras`."""
-    file = find_weight_file(source, what="LoRA", usual=DEFAULT_FILE)
+    file = find_weight_file(source, what="LoRA", usual=LORA_FILE)
     header = read_header(file)
     told = header.pop("__metadata__", {})
     _check_network(file, header, base)

@@ -80,11 +80,11 @@ def kept_small(memory: Memory | None, base: Base, *controlnets: Any) -> Iterator
         return
     networks = (*base.encoders, base.unet, *controlnets, base.vae)
     before, slices = [network.device for network in networks], memory.sliced_vae and not base.vae.use_slicing
-    for network in networks:
-        network.to(HOST if memory.offload else base.device)
-    if slices:
-        base.vae.enable_slicing()
-    try:
+    try:  # a device that is too small for one of them leaves none on it
+        for network in networks:
+            network.to(HOST if memory.offload else base.device)
+        if slices:
+            base.vae.enable_slicing()
         yield
     finally:
         if slices:
@@ -99,9 +99,9 @@ def at_work(memory: Memory | None, base: Base, *networks: Any) -> Iterator[None]
     if memory is None or not memory.offload:
         yield
         return
-    for network in networks:
-        network.to(base.device)
     try:
+        for network in networks:
+            network.to(base.device)
         yield
     finally:
         for network in networks:

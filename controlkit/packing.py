@@ -34,6 +34,7 @@ def packed(networks: Sequence[nn.Module]) -> Iterator[None]:
     It is left out off x86, in float16, in bfloat16 where oneDNN does not compute in it, and where memory is
     short. A call that builds a graph, is watched operator by operator (as to count them), or runs under
     autocast is made as usual. The weights must stay as they are within the block; threads may share networks.
+    Blocks may be nested, as generations are: what the outer one packed serves in the inner one, and after it.
     """
     layers = [layer for network in networks for layer in network.modules() if isinstance(layer, nn.Conv2d)]
     layers = [layer for layer in layers if _is_served(layer)]
@@ -56,6 +57,7 @@ def _is_served(layer: nn.Conv2d) -> bool:
     """
     return (
         type(layer) is nn.Conv2d
+        and "_conv_forward" not in vars(layer)  # of an outer block
         and max(layer.kernel_size) > 1
         and layer.groups == 1
         and layer.padding_mode == "zeros"

@@ -20,6 +20,7 @@ from controlkit.base import Base
 from controlkit.controlnet import Deep, Residuals
 from controlkit.kinds import kind_of
 from controlkit.reuse import text_fixed
+from controlkit.rules import guided_at
 from controlkit.token_merging import TokenMerging
 
 
@@ -148,7 +149,7 @@ class Predictor:
             torch.compiler.cudagraph_mark_step_begin()
         noisy_latents = noisy_latents.to(self.base.dtype).contiguous(memory_format=torch.channels_last)
         rows = self.rows
-        if rows.branches == 1 or step >= self.savings.guidance_until * self.steps:
+        if rows.branches == 1 or not self.guides(step):
             return self._predict(noisy_latents, timestep, rows.conditional, step)
         if self.one_branch_at_a_time:
             uncond, cond = (
@@ -159,13 +160,17 @@ class Predictor:
             uncond, cond = self._predict(noisy_latents, timestep, rows, step).chunk(2)
         return self.guidance.apply(uncond, cond)
 
+    def guides(self, step: int) -> bool:
+        """Whether a step is one of those that are guided."""
+        return guided_at(step, self.steps, self.savings.guidance_until)
+
     def settings_at(self, step: int) -> tuple[object, ...]:
         """What a step does apart from its latents and timestep: the same of two steps, the same work."""
         controls = tuple(
             (control.control.active(step, self.steps), control.control.scale_at(step, self.steps))
             for control in self.controls
         )
-        return step >= self.savings.guidance_until * self.steps, controls
+        return self.guides(step), controls
 
     def reads(self) -> tuple[object, ...]:
         """What every step reads where it is: the text, the hints, the regions, what a hole is shown."""

@@ -115,6 +115,14 @@ def gate_open(gate: str, i: int, n: int, *, start: float, end: float) -> bool:
     return not (i / n < start or (i + 1) / n > end)
 
 
+def guided_at(i: int, n: int, until: float) -> bool:
+    """Whether step `i` (from 0) of `n` lies in the first share of the steps, which are guided: i / n < until.
+
+    The quotient is rounded as the fraction is read: 7 / 100 is 0.07, and 0.07 x 100 more than 7.
+    """
+    return i / n < until
+
+
 def scale_at(scale: float | Sequence[float], i: int, n: int) -> float:
     """The scale in step `i` (from 0) of `n`: see `control.Control`."""
     points = [float(one) for one in numbers_of(scale)]

@@ -363,7 +363,7 @@ def denoise(
     for i, t in enumerate(schedule.timesteps):
         noisy_latents = scheduler.scale_model_input(latents, t)
         model_pred = predictor(noisy_latents, timesteps[i], i)
-        if guide is not None and i < whole.savings.guidance_until * n:
+        if guide is not None and whole.guides(i):
             model_pred = guide(model_pred, noisy_latents, t)
         if preview is not None:
             preview(expected_latents(base, model_pred, noisy_latents, t))

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,17 @@ import pytest
 import tiny_detectors
 import torch
 from outcomes import Run
+from safetensors.torch import save_file
 
 import controlkit
 from controlkit import base_parts, generate_job, infotext
-from controlkit.arguments import parse_control, parse_picture_prompt
+from controlkit.arguments import (
+    numbered_outputs,
+    parse_control,
+    parse_picture_prompt,
+    parse_weighted,
+    parse_word,
+)
 from controlkit.images import load_picture, read_png_text, write_png
 from controlkit.preprocessors import draw_poses, read_poses
 from controlkit.training.config import load_recipe
@@ -102,6 +110,60 @@ def test_like_says_that_an_adapter_has_changed(run: Run, photo: Path, models: Pa
     shutil.rmtree(mine)
     shutil.copytree(models / "canny-sd1", mine)  # where it was, though written anew
     run("generate", "--like", "out.png", "-o", "again.png").done()
+
+
+def change(weights: Path) -> None:
+    """One bit of the last number."""
+    changed = bytearray(weights.read_bytes())
+    changed[-3] ^= 1
+    weights.write_bytes(changed)
+
+
+@pytest.mark.parametrize("kind", ["base", "vae", "lora"])
+def test_like_says_that_what_a_base_is_made_of_has_changed(
+    run: Run, models: Path, tmp_path: Path, kind: str
+) -> None:
+    base = shutil.copytree(models / "sd1", tmp_path / "mine")
+    vae = shutil.copytree(models / "sd1" / "vae", tmp_path / "vae")
+    lora = tmp_path / "lora"
+    lora.mkdir()
+    layer = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    weights = {f"{layer}.lora_A.weight": torch.ones(2, 16), f"{layer}.lora_B.weight": torch.ones(16, 2)}
+    save_file(weights, lora / "pytorch_lora_weights.safetensors")
+    (tmp_path / "photos").mkdir()
+    write_png(tmp_path / "photos" / "a.png", np.full((64, 64, 3), 40, np.uint8))
+    made = ("generate", "a cube", "--base", base, "--vae", vae, "--lora", f"{lora}:0.5", "--steps", 1)
+    made += ("--from", tmp_path / "photos", "-o", "out")
+    run(*made).done()
+    assert "1 made in the same way was there" in run(*made).done()
+    again = ("generate", "--like", "out/a.png", "-o", "again.png")
+    run(*again).done()
+    assert Path("again.png").read_bytes() == Path("out/a.png").read_bytes()
+
+    place, title = {"base": (base / "unet", "base"), "vae": (vae, "autoencoder"), "lora": (lora, "LoRA")}[
+        kind
+    ]
+    change(next(place.glob("*.safetensors")))
+    told = run(*again).refused()
+    value = {"base": base, "vae": vae, "lora": f"{lora}:0.5"}[kind]
+    assert f"out/a.png was made with the {title} {str(value).removesuffix(':0.5')}, which has changed" in told
+    assert told.endswith(f"add --{kind} {value}")
+    run(*again, f"--{kind}", value).done()
+    assert "wrote 1 picture into out" in run(*made).done()
+    assert "made in the same way" not in run(*made[:-2], "-o", "out2").done()
+
+
+def test_a_picture_of_before_there_were_marks_is_taken_as_it_was(run: Run, models: Path) -> None:
+    fixed = ("generate", "a cube", "--base", models / "sd1", "--steps", 1, "-o", "out.png")
+    run(*fixed).done()
+    record = infotext.parse(read_png_text("out.png"), source="out.png")
+    assert record.base_mark
+    older = replace(record, base_mark="")
+    write_png("older.png", load_picture("out.png"), text=infotext.chunks(older))
+    assert infotext.is_of(Path("older.png"), record)
+    assert not infotext.is_of(Path("older.png"), replace(record, seed=1))
+    assert not infotext.is_of(Path("out.png"), replace(record, base_mark="0"))
+    run("generate", "--like", "older.png", "-o", "again.png").done()
 
 
 def test_like_says_what_is_gone_or_changed(run: Run, photo: Path, models: Path) -> None:
@@ -269,6 +331,10 @@ def test_a_home_is_found_inside_a_word_where_no_shell_looks(
     found = parse_control("canny=~/a.png:0.5:mask=~/m.png", is_map=True)
     assert (found.path, found.scale, found.mask) == (str(home / "a.png"), 0.5, str(home / "m.png"))
     assert parse_picture_prompt("a.safetensors=~/a.png,b.png:0.6")[1] == (str(home / "a.png"), "b.png")
+    assert parse_picture_prompt("~/a.safetensors=~/a.png")[0] == str(home / "a.safetensors")
+    assert parse_weighted("~/a.safetensors:0.5") == (str(home / "a.safetensors"), 0.5)
+    assert parse_word("word=~/a.safetensors") == ("word", str(home / "a.safetensors"))
+    assert numbered_outputs("~/a.png", 1) == [home / "a.png"]
     Path("~").mkdir()
     Path("~/a.png").touch()
     assert parse_control("canny=~/a.png", is_map=True).path == "~/a.png", "a file that is called so"

@@ -15,8 +15,18 @@ from controlkit import sampling
 from controlkit.applying import Rows, encode_controls, summed_residuals
 from controlkit.base import Base
 from controlkit.control import Control
-from controlkit.rules import CURVES, GATES, MODES, connection_levels, gate_open, layer_weights, scale_at
-from controlkit.sampling import Guidance
+from controlkit.predicting import Predictor
+from controlkit.rules import (
+    CURVES,
+    GATES,
+    MODES,
+    connection_levels,
+    gate_open,
+    guided_at,
+    layer_weights,
+    scale_at,
+)
+from controlkit.sampling import Guidance, Savings
 from controlkit.schedulers import make_schedule
 from controlkit.starting import Begun
 
@@ -110,6 +120,16 @@ def test_the_diffusers_gate_is_the_pipelines_expression_everywhere() -> None:
             for end in np.linspace(start + 0.05, 1, 7):
                 keeps = [1.0 - float(i / n < start or (i + 1) / n > end) for i in range(n)]
                 assert open_steps("diffusers", start, end, n) == [i for i, keep in enumerate(keeps) if keep]
+
+
+def test_a_share_of_the_steps_is_guided_to_the_step() -> None:
+    for n in (10, 25, 40, 50, 100, 200, 1000):
+        for k in range(n + 1):
+            until = float(f"{k / n:.3f}")  # as somebody writes it
+            assert sum(guided_at(i, n, until) for i in range(n)) == k
+    predictor = Predictor(None, None, [], Guidance(2.0), 100, Savings(guidance_until=0.07))  # type: ignore[arg-type]
+    assert [i for i in range(100) if predictor.guides(i)] == list(range(7))
+    assert [predictor.settings_at(i) == predictor.settings_at(0) for i in (6, 7)] == [True, False]
 
 
 def test_scales_by_step() -> None:

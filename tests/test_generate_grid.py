@@ -216,6 +216,20 @@ def test_bases_sizes_and_stages_as_axes(run: Run, models: Path) -> None:
     ]
 
 
+def test_a_base_of_a_grid_decides_anew_what_was_decided_by_another(run: Run, models: Path) -> None:
+    bases = [models / "sd1", models / "sdxl"]
+    own = ["--guidance", 2, "--width", 64, "--height", 80]
+    run("generate", "a cube", "--steps", 1, "--base", bases[0], *own, "-o", "made.png").done()
+    axis = "base=" + ",".join(map(str, bases))
+    run("generate", "--like", "made.png", "--grid", axis, "-o", "grid.png").done()
+    run("generate", "--like", "made.png", "--base", bases[1], "-o", "alone.png").done()
+    assert told_on("grid.png") == [
+        json.loads(read_png_text(name)["controlkit"]) for name in ("made.png", "alone.png")
+    ]
+    run("generate", "--like", "made.png", "--guidance", 3, "--grid", axis, "-o", "grid.png").done()
+    assert [(one["guidance"], one["height"]) for one in told_on("grid.png")] == [(3.0, 80), (3.0, 64)]
+
+
 def test_precisions_as_an_axis(generate: Run, run: Run, models: Path, photo: Path) -> None:
     generate("--grid", "dtype=fp32,bf16", "-o", "grid.png").done()
     fixed = ["generate", "a cube", "--base", models / "sd1", "--control", f"canny={photo}", "--steps", 2]

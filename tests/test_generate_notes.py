@@ -146,6 +146,12 @@ def notes(given: dict[str, Any], *grid: str, **asked: Any) -> list[str]:
         ({"cuda_graph": True, "device": "cuda:1"}, "", None),
         ({"cuda_graph": True}, "", None),
         ({"cuda_graph": False, "device": "cpu"}, "", None),
+        (
+            {"negative_original_size": "64x64", "guidance": 1.0},
+            "",
+            "--negative-original-size has no effect",
+        ),
+        ({"negative_original_size": "64x64"}, "", None),
         ({"steps": 9}, "steps=2,3", "--steps has no effect: the grid has values of its own"),
         ({"negative_prompt": "y"}, "negative=u|v", "--negative has no effect: the grid has"),
         ({"width": 96}, "size=64x64,64x128", "--width has no effect: the grid has"),

@@ -166,6 +166,32 @@ def test_what_is_put_on_belongs_to_its_base() -> None:
     assert count_of(like_again({"base": "sdxl"})) == (0, 0, 0, False), "it is not looked for"
 
 
+def test_a_home_is_found_by_every_option_that_names_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, there, elsewhere = made(), str(tmp_path / "a.safetensors"), tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(elsewhere)
+    added = plan(
+        {},
+        output="out.png",
+        like=f"~/{name}",
+        loras=["~/a.safetensors:0.5"],
+        embeddings=["cube=~/a.safetensors"],
+        ip_adapters=["~/a.safetensors=~/photo.png"],
+        image_encoder="~/elsewhere",
+        image="~/photo.png",
+    ).additions
+    total = sha256_file(there)
+    assert added.loras[0][0] == LoraRecord(there, 0.5, total)
+    assert added.embeddings[0][0] == EmbeddingRecord(there, "cube", total)
+    told = added.ip_adapters[0].record
+    assert (told.source, told.sha256, told.encoder) == (there, total, str(elsewhere))
+    assert added.shown is not None
+    assert added.shown.record.path == str(tmp_path / "photo.png")
+
+
 def like_again(given: dict[str, Any]) -> Plan:
     return plan(given, output="out.png", like="made.png")
 

@@ -20,10 +20,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from controlkit import sampling
 from controlkit.arguments import parse_bytes
-from controlkit.base import Base
+from controlkit.base import Base, load_base
 from controlkit.control import Control
 from controlkit.images import read_png_text
-from controlkit.memory import HOST, Memory
+from controlkit.memory import HOST, Memory, at_work, kept_small
 from controlkit.memory_plan import Estimate, Request, fit, peak_of
 
 EVERYTHING = Memory(1, sliced_vae=True, offload=True, one_branch=True, tiled_vae=True)
@@ -196,6 +196,30 @@ def test_only_what_works_is_on_the_device(
     assert {place(network) for network in networks.values()} == {HOST}
 
 
+class Movable:
+    """A network as far as it is moved; one that is too large for the GPU is not."""
+
+    def __init__(self, *, is_too_large: bool = False) -> None:
+        self.device, self.is_too_large = torch.device(HOST), is_too_large
+
+    def to(self, device: torch.device | str) -> None:
+        if self.is_too_large and torch.device(device).type == "cuda":
+            raise torch.OutOfMemoryError("out of memory")
+        self.device = torch.device(device)
+
+
+def test_a_device_that_is_too_small_for_one_network_keeps_none(sd1: Base) -> None:
+    unet, vae, encoder, control = (Movable(is_too_large=k == 3) for k in range(4))
+    small: Any = {"unet": unet, "vae": vae, "text_encoders": [encoder], "device": torch.device("cuda")}
+    base = replace(sd1, **small)
+    with pytest.raises(torch.OutOfMemoryError), kept_small(Memory(1), base, control):
+        pass
+    assert {network.device.type for network in (unet, vae, encoder)} == {HOST}
+    with pytest.raises(torch.OutOfMemoryError), at_work(Memory(1, offload=True), base, unet, control):
+        pass
+    assert unet.device.type == HOST
+
+
 def test_the_command_chooses_and_says_so(generate: Run, run: Run) -> None:
     outcome = generate("--memory", "4GB", "-o", "out.png")
     outcome.done()
@@ -206,6 +230,22 @@ def test_the_command_chooses_and_says_so(generate: Run, run: Run) -> None:
     assert Path("again.png").read_bytes() == Path("out.png").read_bytes()
     assert "64x64 pixels do not fit into 100 MB on cpu: the least" in generate("--memory", "100MB").refused()
     assert "an amount of memory is written as in 4GB" in generate("--memory", "lots").refused()
+
+
+def test_each_picture_of_a_grid_has_the_measures_that_it_needs(run: Run, models: Path) -> None:
+    base = load_base(str(models / "sd1"))
+    least = Estimate(base, [], Request(64, 64, guided=False)).total(Memory(1))
+    fixed = ["generate", "a cube", "--base", models / "sd1", "--steps", 1]
+    fixed += ["--memory", f"{least / 1e6 + 0.001:.3f}MB"]
+    alone = {}
+    for guidance in (1, 5):
+        run(*fixed, "--guidance", guidance, "-o", "alone.png").done()
+        alone[guidance] = json.loads(read_png_text("alone.png")["controlkit"])
+    assert alone[1]["memory"] != alone[5]["memory"]
+    for values in ((1, 5), (5, 1)):
+        run(*fixed, "--grid", "guidance={},{}".format(*values), "-o", "grid.png").done()
+        told = json.loads(read_png_text("grid.png")["controlkit-grid"])
+        assert told == [alone[guidance] for guidance in values]
 
 
 @pytest.mark.slow

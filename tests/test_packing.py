@@ -189,6 +189,21 @@ def test_large_weights_alone_are_packed(
     assert calls == [large[0]]
 
 
+@torch.no_grad()
+def test_a_block_within_another_takes_and_leaves_what_that_one_packed(calls: list[nn.Conv2d]) -> None:
+    layers = net()
+    with packed([layers]):
+        layers(some())
+        outer = vars(layers[1])["_conv_forward"]
+        with packed([layers]):
+            layers(some())
+            assert vars(layers[1])["_conv_forward"] is outer
+        assert vars(layers[1])["_conv_forward"] is outer
+        layers(some())
+    assert calls.count(layers[1]) == 3
+    assert "_conv_forward" not in vars(layers[1])
+
+
 def test_an_error_within_leaves_nothing() -> None:
     layers = net()
     with pytest.raises(RuntimeError, match="expected input"), packed([layers]):

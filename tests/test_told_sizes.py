@@ -111,14 +111,20 @@ def test_the_command_records_and_repeats(run: Run, models: Path) -> None:
     taken = ["--original-size", "none", "--negative-original-size", "none"]
     run("generate", "--like", "said.png", *taken, "-o", "without.png").done()
     assert np.array_equal(load_picture("without.png"), load_picture("plain.png"))
-    run(*fixed, "--grid", "original_size=64x64,768x512", "-o", "grid.png").done()
+    run(*fixed, "--grid", "original_size=64x64,none", "negative_original_size=none", "-o", "grid.png").done()
+    told = json.loads(read_png_text("grid.png")["controlkit-grid"])
+    assert [one["original_size"] for one in told] == ["64x64", ""]
 
 
 def test_what_the_command_refuses(run: Run, models: Path) -> None:
     fixed = ["generate", "x", "--steps", 1, "--base"]
     told = run(*fixed, models / "sd1", "--original-size", "64x64").refused()
     assert "is told no sizes: only SDXL is, so leave out --original-size" in told
+    told = run(*fixed, models / "sd1", "--negative-original-size", "64x64").refused()
+    assert "is told no sizes: only SDXL is, so leave out --negative-original-size" in told
     assert "original_size is WIDTHxHEIGHT" in run(*fixed, models / "sdxl", "--original-size", "64").refused()
-    assert (
-        "tiles are told" in run(*fixed, models / "sdxl", "--original-size", "64x64", "--tile", 64).refused()
-    )
+    for option in ("--original-size", "--negative-original-size"):
+        told = run(*fixed, models / "sdxl", option, "64x64", "--tile", 64).refused()
+        assert "tiles are told the whole's size" in told
+        assert option in told
+        assert "or take away an earlier picture's with none" in told

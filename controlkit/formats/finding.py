@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from controlkit.families import BUNDLED
 from controlkit.files import sampled
-from controlkit.folders import weight_files
+from controlkit.folders import read_json, weight_files
 from controlkit.formats.weight_file import SUFFIXES
-from controlkit.hub import check_exists, find_file, find_folder
+from controlkit.hub import LORA_FILE, check_exists, find_file, find_folder, find_weight_file
 from controlkit.known_adapters import revision_of
 
 BUNDLED_ADAPTERS: Mapping[str, Path] = {
@@ -84,13 +85,47 @@ def mark_of(name: str) -> str:
     """What tells an adapter of this machine from what its place held before (`files.sampled`), in hex; "" for
     a bundled one, one of the hub, or one that cannot be read.
     """
+
+    def found(place: Path) -> list[Path]:
+        file = find_adapter_file(name)
+        return [file] if file is not None else weight_files(place)
+
+    return _mark(name, BUNDLED_ADAPTERS, found)
+
+
+def mark_of_base(name: str) -> str:
+    """The same of a base: of all files of its parts, or of its checkpoint."""
+
+    def found(place: Path) -> list[Path]:
+        parts = [place / part for part in read_json(place / "model_index.json")]
+        return sorted(file for part in parts if part.is_dir() for file in part.iterdir() if file.is_file())
+
+    return _mark(name, BUNDLED, found)
+
+
+def mark_of_vae(name: str) -> str:
+    """The same of an autoencoder: in a folder, or in the folder vae/ there."""
+
+    def found(place: Path) -> list[Path]:
+        folder = place if (place / "config.json").is_file() else place / "vae"
+        return [folder / "config.json", *weight_files(folder)]
+
+    return _mark(name, {}, found)
+
+
+def mark_of_lora(name: str) -> str:
+    """The same of a LoRA."""
+    return _mark(name, {}, lambda _: [find_weight_file(name, what="LoRA", usual=LORA_FILE)])
+
+
+def _mark(name: str, bundled: Collection[str], found: Callable[[Path], list[Path]]) -> str:
+    """The mark of a model by its name. found: the files of one that is a folder."""
     place = os.path.expanduser(name)
-    if name in BUNDLED_ADAPTERS or not os.path.exists(place):
+    if name in bundled or not os.path.exists(place):
         return ""
     try:
-        file = find_adapter_file(name)
-        found = [file] if file is not None else weight_files(Path(place))
-        return sha256(b"".join(sampled(path) for path in found)).hexdigest()
+        files = [Path(place)] if os.path.isfile(place) else found(Path(place))
+        return sha256(b"".join(map(sampled, files))).hexdigest()
     except (OSError, ValueError):  # who loads it will say so
         return ""
 
