@@ -12,7 +12,9 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
@@ -32,12 +34,21 @@ def names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.ipynb"))
 
 
-def execute(path: Path, *, folder: Path) -> tuple[NotebookNode, dict[str, Any]]:
-    """Execute a notebook in a folder; return it with its outputs, and what its variable `results` held."""
+def execute(
+    path: Path, *, folder: Path, changes: Mapping[str, str] = MappingProxyType({})
+) -> tuple[NotebookNode, dict[str, Any]]:
+    """Execute a notebook in a folder; return it with its outputs, and what its variable `results` held.
+
+    changes: what a reader writes into the first code cell, in the place of a text that is there once.
+    """
     import nbformat  # takes seconds
     from nbclient import NotebookClient
 
     notebook = nbformat.read(path, as_version=4)
+    first = next(cell for cell in notebook.cells if cell.cell_type == "code")
+    for before, after in changes.items():
+        assert first.source.count(before) == 1, before
+        first.source = first.source.replace(before, after)
     client = NotebookClient(
         notebook, timeout=SECONDS, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
     )

@@ -2,10 +2,14 @@
 
 import ast
 import json
+import math
 
 import nbformat
 import pytest
 from notebook_runs import FOLDER, execute
+from PIL import Image
+
+from controlkit.figures import render
 
 pytestmark = pytest.mark.slow
 
@@ -29,6 +33,29 @@ def test_an_adapter_is_trained_measured_and_used_in_diffusers(tmp_path):
     assert results["edge_f1"] == pytest.approx(kept("05_train_your_own")["edge_f1"], abs=0.1)
 
 
+def test_own_pictures_are_only_read_and_few_of_them_are_said_to_be_few(tmp_path):
+    (own := tmp_path / "own").mkdir()
+    for number, suffix in enumerate(["jpg", "JPG", "webp", "bmp"] * 3):
+        Image.fromarray(render(number).picture).save(own / f"{number} [x].{suffix}")
+    for name in ("again.png", "broken.png"):
+        Image.fromarray(render(30 + len(name)).picture).save(own / name)
+    before = {file.name: file.read_bytes() for file in own.iterdir()}
+    changes = {"PICTURES = None": f"PICTURES = {str(own)!r}", "STEPS = 60": "STEPS = 12"}
+    notebook, results = execute(FOLDER / "05_train_your_own.ipynb", folder=tmp_path, changes=changes)
+    assert {file.name: file.read_bytes() for file in own.iterdir()} == before
+    assert (results["faults_found"], results["faults_left"]) == (1, 0)
+    assert (results["pairs_measured"], results["reach"]) == (3, None)
+    assert "of 3 held-out pairs it cannot be told" in nbformat.writes(notebook)
+
+
+def test_a_pose_adapter_is_measured_by_joints_and_shown_poses(tmp_path):
+    changes = {'RECIPE = "tiny-canny"': 'RECIPE = "tiny-openpose"', "STEPS = 60": "STEPS = 12"}
+    notebook, results = execute(FOLDER / "05_train_your_own.ipynb", folder=tmp_path, changes=changes)
+    assert results["joints_without_control"] < results["joints_ceiling"]
+    assert results["levels_apart_from_diffusers"] < 2
+    assert "map: openpose" in nbformat.writes(notebook)
+
+
 def test_the_variants_are_the_benchmarks():
     told = json.loads((FOLDER.parent / "tests/benchmarks/variants.json").read_text(encoding="utf-8"))
     results = kept("06_compare_and_choose")
@@ -39,6 +66,13 @@ def test_the_variants_are_the_benchmarks():
         assert values == pytest.approx([variant["trained"] / 1e6, *costs, f1], abs=0.006), name
         floor, ceiling = (variant["scores"][end]["edge F1"] for end in ("floor", "ceiling"))
         assert results["variants_floor_and_ceiling"] == pytest.approx([floor, ceiling], abs=0.001)
+
+
+def test_four_pairs_are_said_to_be_too_few(tmp_path):
+    changes = {"PAIRS, STEPS = 12, 8": "PAIRS, STEPS = 4, 2"}
+    notebook, results = execute(FOLDER / "06_compare_and_choose.ipynb", folder=tmp_path, changes=changes)
+    assert "4 pairs are too few to tell" in nbformat.writes(notebook)
+    assert math.isnan(results["interval_of_one"])
 
 
 def test_adapters_are_compared(tmp_path):

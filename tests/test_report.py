@@ -11,7 +11,7 @@ import pytest
 
 from controlkit import images
 from controlkit.training.reporting.charts import Mark, Series, line_chart, number, smoothed, thinned, ticks
-from controlkit.training.reporting.report import write_report
+from controlkit.training.reporting.report import verdict, write_report
 from controlkit.training.reporting.run_record import read_run, versions
 
 CONFIG = """task = "controlnet"
@@ -26,6 +26,7 @@ warmup = 30
 [data]
 source = "photos & <b>more</b>"
 """
+VERDICT = '<p class="verdict{bad}">Control has not taken hold so far.</p>'
 VOID = {"meta", "img", "path", "line", "br"}
 
 
@@ -178,6 +179,15 @@ def test_a_run_without_control_is_told_what_to_do(run):
     text = page_of(run).text
     assert "Control has not taken hold so far." in text
     assert "maps do not belong to their pictures" in text
+
+
+def test_control_that_is_not_due_yet_is_no_fault(run):
+    (run / "scores.json").unlink()
+    looks = [look(step, 0.0) | {"loss_map": 0.18} for step in (0, 10)]
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, looks)))
+    assert verdict(read_run(run)).startswith(VERDICT.format(bad=" bad")), "it is finished"
+    (run / "controlnet").rename(run / "elsewhere")
+    assert verdict(read_run(run)) == VERDICT.format(bad="")
 
 
 def test_a_record_forgives_and_adds_up(run):

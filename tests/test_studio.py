@@ -382,7 +382,9 @@ def test_no_file_of_the_machine_is_served(page: Page, client: Client, tmp_path: 
 
 
 @pytest.mark.parametrize("marked", [True, False], ids=["marked as a file", "not marked"])
-@pytest.mark.parametrize("place", ["/etc/hostname", "{photo}", "/nowhere/at/all.png"])
+@pytest.mark.parametrize(
+    "place", ["/etc/hostname", "{photo}", "/nowhere/at/all.png", "https://nowhere.invalid/x.png"]
+)
 def test_no_picture_of_the_machine_is_opened(page: Page, place: str, marked: bool) -> None:
     """Whether or not the request says that it holds a file, and whether or not there is one."""
     given: dict[str, Any] = {"path": place.format(photo=page.photo)}
@@ -396,6 +398,8 @@ def test_no_picture_of_the_machine_is_opened(page: Page, place: str, marked: boo
     assert b"event: error" in answer
     assert b"event: complete" not in answer
     assert b"does not exist" not in answer
+    if "://" in place:  # gradio would ask that host
+        assert b"no picture that was put into this page" in answer
 
 
 def test_no_picture_of_the_machine_is_opened_after_the_page_was_changed(page: Page, client: Client) -> None:
@@ -421,6 +425,34 @@ def test_a_page_for_this_machine_answers_to_no_other_name(page: Page, name: str,
     request = urllib.request.Request(f"{page.address.rstrip('/')}/config", headers={"Host": f"{name}:{port}"})
     try:
         answered = urllib.request.urlopen(request, timeout=20).status
+    except urllib.error.HTTPError as refused:
+        answered = refused.code
+    assert answered == code
+
+
+@pytest.mark.parametrize(
+    ("origin", "code"),
+    [
+        (None, 200),
+        ("{own}", 200),
+        ("http://attacker.example", 403),
+        ("http://127.0.0.1:1", 403),
+        ("null", 403),
+        ("http://[", 403),
+    ],
+)
+def test_a_page_for_this_machine_does_nothing_for_another_sites_page(
+    page: Page, origin: str | None, code: int
+) -> None:
+    own = page.address.rstrip("/")
+    about = b'Content-Disposition: form-data; name="files"; filename="a.png"'
+    form = b"--x\r\n" + about + b"\r\n\r\nx\r\n--x--\r\n"
+    headers = {"Content-Type": "multipart/form-data; boundary=x"}
+    headers |= {} if origin is None else {"Origin": origin.format(own=own)}
+    try:
+        answered = urllib.request.urlopen(
+            urllib.request.Request(f"{own}/gradio_api/upload", form, headers), timeout=20
+        ).status
     except urllib.error.HTTPError as refused:
         answered = refused.code
     assert answered == code

@@ -378,7 +378,8 @@ def test_errors_are_lines_and_the_page_stays_usable(visit: Callable[..., Page], 
     upload(page, tmp_path / "broken.png")
     told = page.locator(".findings").first
     expect(told).to_contain_text("broken.png is not a picture")
-    assert page.locator(".toast-body").count() == 0, "three controls share the photo, and each shouts"
+    expect(page.locator(".toast-body")).to_contain_text("broken.png is not a picture")
+    assert page.locator(".toast-body").count() == 1, "three controls share the photo, and each shouts"
     assert page.locator(".picture.map img").first.is_hidden(), "the map of another photo is still shown"
     page.locator("#generate").click()
     expect(page.locator("#status")).to_contain_text("broken.png is not a picture")

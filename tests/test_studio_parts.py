@@ -37,6 +37,7 @@ from controlkit.studio import (
 )
 from controlkit.studio.engine import Engine, Stopped
 from controlkit.studio.pose_editor import on_another_part
+from controlkit.studio.toasts import readable
 from controlkit.studio.uploads import Shown
 
 # gradio (6.31) and what it is built on use what Starlette is about to drop.
@@ -221,12 +222,13 @@ def test_a_page_for_others_trains_on_folders_that_its_owner_names(
     photos.mkdir(parents=True)
     outside.mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "data")
-    (photos / "away").symlink_to(outside)
+    images.write_png(photos / "one.png", np.zeros((64, 64, 3), np.uint8))
     within = server.trainable("0.0.0.0", [str(tmp_path / "link")])
     assert within == [tmp_path / "data"]
     for number, source in enumerate((str(photos), "photos", " photos/ ", str(tmp_path / "link/photos"))):
         begin(tmp_path / "runs", f"run-{number}", source=source, within=within)
         assert f"data.source={photos}" in begun[-1]
+    (photos / "away").symlink_to(outside)
     told = set()
     for source in (
         *(str(outside), "../outside", "photos/away", str(tmp_path / "nothing"), "nothing", "/root", "~"),
@@ -239,6 +241,22 @@ def test_a_page_for_others_trains_on_folders_that_its_owner_names(
     assert not (tmp_path / "runs" / "refused").exists()
 
 
+def test_a_folder_that_cannot_be_trained_on_is_told_at_the_click(
+    tmp_path: Path, begun: list[list[str]]
+) -> None:
+    (photos := tmp_path / "photos").mkdir()
+    with pytest.raises(ValueError, match="photos holds no data set"):
+        begin(tmp_path / "runs", source=str(photos))
+    for name in ("one.png", "one.webp"):
+        images.write_png(photos / name, np.zeros((64, 64, 3), np.uint8))
+    with pytest.raises(ValueError, match=r"data.map_column=.png.*This page has no fields for them") as told:
+        begin(tmp_path / "runs", source=str(photos))
+    (folder := tmp_path / "runs" / "mine").mkdir(parents=True)
+    (folder / run_folders.LOG).write_text(f"error: {told.value.__cause__}\n")
+    assert wording.NO_FIELD in run_view.details(run_folders.look(folder), []).head
+    assert not begun
+
+
 def test_where_others_reach_the_page_no_folder_is_trained_on_unless_named(
     tmp_path: Path, begun: list[list[str]]
 ) -> None:
@@ -246,6 +264,7 @@ def test_where_others_reach_the_page_no_folder_is_trained_on_unless_named(
     assert server.trainable("0.0.0.0", []) == []
     with pytest.raises(ValueError, match="choose the bundled world"):
         begin(tmp_path / "runs", source=str(tmp_path), within=[])
+    images.write_png(tmp_path / "one.png", np.zeros((64, 64, 3), np.uint8))
     begin(tmp_path / "runs", "alone", source=str(tmp_path))
     assert f"data.source={tmp_path}" in begun[-1]
     begin(tmp_path / "runs", within=[])
@@ -532,6 +551,19 @@ def test_what_browsers_show_and_what_is_broken_stays_as_it_came(tmp_path: Path) 
     (tmp_path / "broken.tif").write_text("no picture")
     for path in (None, "photo.png", str(tmp_path / "broken.tif"), str(tmp_path / "gone.ppm")):
         assert uploads.displayable(path) == gradio.skip()
+
+
+@pytest.mark.parametrize("name", ["text.png", "cut.jpg", "fake.heic", "empty.png", "vector.svg"])
+def test_an_upload_that_is_no_picture_is_told_at_once(tmp_path: Path, name: str) -> None:
+    images.write_png(tmp_path / "whole.png", np.zeros((64, 64, 3), np.uint8))
+    Image.effect_noise((64, 64), 50).save(tmp_path / "whole.jpg")
+    content = {"cut.jpg": (tmp_path / "whole.jpg").read_bytes()[:900], "empty.png": b""}
+    (tmp_path / name).write_bytes(content.get(name, b"<svg>no picture"))
+    with pytest.raises(gradio.Error, match=name) as told:
+        readable(uploads.uploaded)(str(tmp_path / name))
+    assert str(tmp_path) not in str(told.value)
+    assert "value" not in uploads.uploaded(str(tmp_path / "whole.png"))
+    assert "value" not in uploads.uploaded(None)
 
 
 def test_lines_of_the_command_line_are_told_in_the_pages_words() -> None:

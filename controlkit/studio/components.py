@@ -10,6 +10,8 @@ import gradio as gr
 
 from controlkit.studio.uploads import is_shown
 
+NOT_PUT_IN = "That is no picture that was put into this page."
+
 
 def _own(component: type, preprocess: Callable[[Any, Any], Any]) -> Any:
     """A component class that reads what comes from the browser by `preprocess`.
@@ -29,7 +31,7 @@ def _file(self: Any, payload: Any) -> str | None:
     if payload is None:
         return None
     if not is_shown(payload.path):
-        raise gr.Error("That is no picture that was put into this page.", print_exception=False)
+        raise gr.Error(NOT_PUT_IN, print_exception=False)
     return str(payload.path)
 
 

@@ -20,7 +20,7 @@ from controlkit.studio.making import Making
 from controlkit.studio.remembered import Remembered, fields
 from controlkit.studio.slot import Slot
 from controlkit.studio.toasts import readable
-from controlkit.studio.uploads import displayable, write_shown
+from controlkit.studio.uploads import uploaded, write_shown
 from controlkit.studio.wording import SCHEDULER_INFO, SYNTAX_NAMES
 
 MOST_CONTROLS = 3
@@ -90,7 +90,7 @@ class CreateTab:
     def _wire(self) -> None:
         for picture in (self.photo, *(slot.own for slot in self.slots if slot.own is not None)):
             picture.upload(
-                readable(displayable), picture, picture, show_progress="hidden", api_visibility="private"
+                readable(uploaded), picture, picture, show_progress="hidden", api_visibility="private"
             )
         self.examples.click(
             lambda index: (self.files[index], self._prompt(index)),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio_client.utils import is_file_obj_with_meta, is_http_url_like, traverse
 
+from controlkit.studio.components import NOT_PUT_IN
 from controlkit.studio.create_tab import CreateTab
 from controlkit.studio.engine import Engine
 from controlkit.studio.server import KEPT
@@ -29,7 +31,23 @@ def build(engine: Engine, runs: Path, data: Sequence[Path] | None = None) -> Any
                 train = TrainTab(engine, runs, data)
         train.wire(tabs, second, first, create)
     page.queue(default_concurrency_limit=8)
+    page.preprocess_data = _without_addresses(page.preprocess_data)
     return page
+
+
+def _without_addresses(preprocess: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    """Refuse the files of a request that are addresses: gradio would fetch them from other hosts."""
+
+    def refuse(file: Any) -> Any:
+        if is_http_url_like(file["path"]):
+            raise gr.Error(NOT_PUT_IN, print_exception=False)
+        return file
+
+    async def guarded(function: Any, inputs: Any, *rest: Any, **named: Any) -> Any:
+        traverse(inputs, refuse, is_file_obj_with_meta)
+        return await preprocess(function, inputs, *rest, **named)
+
+    return guarded
 
 
 def _head(base: str) -> str:

@@ -12,10 +12,15 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from controlkit.studio.server import KEPT
+from controlkit.studio.wording import about_settings
 from controlkit.training.lock import holder
 from controlkit.training.reporting.run_record import RunRecord, read_run
+
+if TYPE_CHECKING:
+    from controlkit.training.config_adapter import DataRecipe
 
 LOG = "train.log"  # in the run's folder: what the training says
 ERROR = "error: "  # how the command line begins its last line where it fails
@@ -149,7 +154,7 @@ def begin(
     to lie; None is anywhere. Raises ValueError for a name or a folder that cannot be taken, for what the
     recipe makes impossible, and while another training runs.
     """
-    from controlkit.training.config import load_recipe
+    from controlkit.training.config import ControlNetRecipe, load_recipe
 
     if not _NAME.fullmatch(name):
         raise ValueError(
@@ -160,7 +165,9 @@ def begin(
     settings = [f"base={base}", f"steps={steps}"]
     if source:
         settings.append(f"data.source={_anywhere(source) if within is None else _within(source, within)}")
-    load_recipe(recipe, settings)
+    loaded = load_recipe(recipe, settings)
+    if source and isinstance(loaded, ControlNetRecipe):
+        _check_pictures(loaded.data, loaded.map)
     with _beginning:
         folder = runs / name
         if folder.exists() and not _never_began(folder):
@@ -168,6 +175,17 @@ def begin(
         _check_free(runs)
         _begun(folder, [recipe, *settings])
     return folder
+
+
+def _check_pictures(data: DataRecipe, kind: str) -> None:
+    """Raise ValueError for what is plain from the names in a folder; other data sets take longer to open."""
+    from controlkit.training.data.sources import open_examples, recognise
+
+    try:
+        if recognise(data)[0] == "paired":
+            open_examples(data, kind=kind)
+    except ValueError as error:
+        raise ValueError(". ".join(filter(None, (str(error), about_settings(str(error)))))) from error
 
 
 def _anywhere(source: str) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from html import escape
 
 from controlkit.studio.run_folders import ALIVE, Run
-from controlkit.studio.wording import title
+from controlkit.studio.wording import about_settings, title
 
 NOTHING = '<p class="faint">No training yet. Start one, and it appears here.</p>'
 STATES = {
@@ -53,7 +53,9 @@ def details(run: Run, log: list[str]) -> View:
     if "</p><p>" in words:  # advice, which speaks of settings
         words += f'<p class="faint">{escape(SETTINGS.format(config=record.folder / "config.toml"))}</p>'
     if run.error:
-        words = f'<p class="verdict bad" role="alert">{escape(run.error)}</p>{words}'
+        where = about_settings(run.error)
+        more = f'<p class="faint">{escape(where)}</p>' if where else ""
+        words = f'<p class="verdict bad" role="alert">{escape(run.error)}</p>{more}{words}'
     return View(_head(run, words, log), figures, f"<pre>{escape(chr(10).join(log))}</pre>")
 
 

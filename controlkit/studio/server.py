@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 from controlkit.studio.uploads import MAX_BYTES
 
 if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Receive, Scope, Send
+
     from controlkit.notices import Report
 
 HOST = "127.0.0.1"
@@ -132,13 +134,34 @@ def _guards(host: str) -> list[Any]:
     """What stands before the page: one for this machine alone answers to no name but this machine's.
 
     Another site's name may be made to lead here (DNS rebinding), and its scripts would then read the page.
+    Nor does it do what another site's page asks for.
     """
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
     if not is_loopback(host):
         return []
-    return [Middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK_NAMES, host], www_redirect=False)]
+    names = [*LOOPBACK_NAMES, host]
+    return [
+        Middleware(TrustedHostMiddleware, allowed_hosts=names, www_redirect=False),
+        Middleware(_own_pages_alone),
+    ]
+
+
+def _own_pages_alone(app: ASGIApp) -> ASGIApp:
+    """Refuse what a page of another address asks for; browsers name its address as the Origin."""
+    from starlette.datastructures import Headers
+    from starlette.responses import PlainTextResponse
+
+    async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
+        headers = Headers(scope=scope) if scope["type"] == "http" else {}
+        own = headers.get("host"), headers.get("x-forwarded-host")  # which no page of another site can give
+        if "origin" in headers and headers["origin"].partition("://")[2] not in own:
+            await PlainTextResponse("Asked for by a page of another address", 403)(scope, receive, send)
+        else:
+            await app(scope, receive, send)
+
+    return guarded
 
 
 def _free_port(host: str) -> int:

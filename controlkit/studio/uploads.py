@@ -27,6 +27,15 @@ def read_upload(path: str, *, is_map: bool = False) -> np.ndarray:
         raise ValueError(str(error).replace(path, os.path.basename(path))) from error
 
 
+def uploaded(path: str | None) -> Any:
+    """What a browser shows of an upload, as `displayable`. Raises ValueError for what cannot be read: it is
+    told at once, also where the map is out of sight.
+    """
+    if path is not None:
+        read_upload(path)
+    return displayable(path)
+
+
 def displayable(path: str | None) -> Any:
     """What a browser shows of an upload that it would not: the same pixels, whole, as a PNG.
 

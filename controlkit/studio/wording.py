@@ -41,6 +41,17 @@ _OPTION = re.compile("|".join(re.escape(option) + r"(?![\w-])" for option in _OP
 _WINDOW = re.compile(r"\bstart=(\S+) to end=(\S+)")
 _KIND = re.compile(r"\bthe (\w+) control\b")
 
+_SETTING = re.compile(r"\b[a-z]+\.[a-z_]+=")
+NO_FIELD = (
+    "Words with a = are settings of the recipe. This page has no fields for them, the command line takes"
+    " them: controlkit train RECIPE data.source=FOLDER NAME=VALUE"
+)
+
+
+def about_settings(text: str) -> str:
+    """Where the settings can be given that an error of a training speaks of; "" where it speaks of none."""
+    return NO_FIELD if _SETTING.search(text) else ""
+
 
 def title(kind: str) -> str:
     """A kind of map, as its choice is called."""

@@ -90,7 +90,8 @@ def verdict(run: RunRecord) -> str:
         return '<p class="verdict">Whether control took hold was not watched in this run.</p>'
     counsel = advice_for(run.rows, run.config, finished=run.result is not None)
     more = f"<p>{escape(counsel)}</p>" if counsel else ""
-    return f'<p class="verdict bad">Control has not taken hold so far.</p>{more}'
+    late = counsel or run.result is not None  # until then nothing is wrong
+    return f'<p class="verdict{" bad" if late else ""}">Control has not taken hold so far.</p>{more}'
 
 
 def _tiles(run: RunRecord) -> str:
