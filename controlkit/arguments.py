@@ -273,7 +273,6 @@ def parse_weighted(text: str) -> tuple[str, float]:
 
 
 def parse_picture_prompt(text: str) -> tuple[str, tuple[str, ...], float]:
-    text = at_home(text)
     """Read ADAPTER=PICTURE, or ADAPTER=PICTURE,PICTURE:SCALE, as its three parts.
 
     A file whose name has a comma, or ends like a scale, is that file if it exists. Raises ValueError where a
