@@ -156,7 +156,12 @@ def _joined(value: Any, between: str) -> str:
 
 
 def _layers(text: str) -> str | tuple[float, ...]:
-    return tuple(float(part) for part in text.split(",")) if "," in text else text
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        if "," in text:
+            raise
+        return text
 
 
 def _file(text: str) -> str:
@@ -268,6 +273,7 @@ def parse_compared(text: str) -> tuple[str, str, dict[str, Any]]:
 
 def parse_weighted(text: str) -> tuple[str, float]:
     """Read SOURCE or SOURCE:WEIGHT; a file whose whole name ends in `:0.5` is that file if it exists."""
+    text = at_home(text)
     source, scale = _split_scale(text)
     return (text, 1.0) if isinstance(scale, tuple) else (source, scale)
 

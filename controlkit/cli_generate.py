@@ -29,6 +29,7 @@ from controlkit.cli_options import (
 if TYPE_CHECKING:
     from controlkit.generate_folder import Request
     from controlkit.generate_plan import Plan
+    from controlkit.grid_axes import Axis
     from controlkit.infotext import PictureRecord
 
 _MAY_BE_NONE = {  # numbers that may be taken away, and whether they are whole
@@ -218,7 +219,7 @@ def generate(
         ):
             told.note(f"note: {note}")
         if axes:
-            made = grid_job.run(plan, axes, told, preview=shown, kept=kept)
+            made = _made_grid(plan, axes, told, shown, kept)
             print(f"wrote {plan.outputs[0]}, {len(made)} pictures, in {time.monotonic() - started:.0f} s")
             if kept:
                 print(f"and each by itself, from {kept[0]} to {kept[-1]}; --like repeats one")
@@ -268,6 +269,22 @@ def _made(plan: Plan, told: terminal.Terminal, preview: Path | None) -> list[Pic
     except KeyboardInterrupt:
         if kept:
             told.note(f"finished before: {', '.join(kept)}")
+        raise
+
+
+def _made_grid(
+    plan: Plan, axes: Sequence[Axis], told: terminal.Terminal, preview: Path | None, kept: Sequence[Path]
+) -> list[PictureRecord]:
+    """Make a grid; who interrupts it is told which of its pictures are finished, and stay."""
+    from controlkit import grid_job
+
+    done: list[int] = []
+    try:
+        return grid_job.run(plan, axes, told, preview=preview, kept=kept, finished=done.append)
+    except KeyboardInterrupt:
+        if done:
+            names = ", ".join(str(kept[k]) for k in done) if kept else f"{len(done)} of its pictures"
+            told.note(f"finished before: {names}; {plan.outputs[0]} shows them")
         raise
 
 

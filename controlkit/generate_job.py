@@ -124,7 +124,7 @@ class Session:
         }
         self._warn()
         self._warn_of_pictures()
-        self._doubted: set[str] = set()  # of a grid's schedulers, each said once
+        self._doubted: set[str] = set()  # of a grid's pictures, each said once
         self._told_memory = ""
         self._extractors: dict[str, Preprocessor] | None = {} if many and not rests else None
         self._controls = self._of_sources()
@@ -256,7 +256,8 @@ class Session:
         from controlkit.schedulers import doubts
 
         first, options = records[0], self._options(records[0])
-        for line in doubts(first.scheduler, self.base):
+        networks = [adapter.controlnet for adapter in self.adapters]
+        for line in (*doubts(first.scheduler, self.base), *generate_notes.of_networks(first, networks)):
             if line not in self._doubted:
                 self._doubted.add(line)
                 notices.warn(line, stacklevel=2)
@@ -392,8 +393,8 @@ def _decided(job: Plan, base: Base, marks: Mapping[str, Any]) -> tuple[PictureRe
     )
     record = PictureRecord(
         **shared(options),
-        controls=tuple(source.record for source in sources),
         **marks,
+        controls=tuple(source.record for source in sources),
         guidance=sampling.default_guidance(base) if options.guidance is None else options.guidance,
         width=width,
         height=height,

@@ -60,6 +60,22 @@ def of_words(words: Iterable[str], prompts: Iterable[str]) -> Iterator[str]:
             yield f"the word {word!r} has no effect: no prompt says it"
 
 
+def of_networks(record: PictureRecord, networks: Sequence[Any]) -> Iterator[str]:
+    """Of settings that change nothing of the control networks that they are of, one for each control."""
+    from controlkit.kinds import kind_of
+
+    kinds = [kind_of(network) for network in networks]
+    if record.control_every > 1 and kinds and not any(kind.can_rest for kind in kinds):
+        yield f"--control-every has no effect: a {kinds[0].title} is not run by itself in each step"
+    for control, network, kind in zip(record.controls, networks, kinds, strict=True):
+        if len(kind.levels(network)) > 1:
+            continue
+        curve = rules.MODES[control.mode].curve if control.layers is None else control.layers
+        asked = [f"the curve {curve!r}"] * (isinstance(curve, str) and curve != "flat")
+        for setting in [*asked, *["only_mid=true"] * control.only_mid]:
+            yield f"{setting} of the {control.kind} control has no effect: a {kind.title} has 1 connection"
+
+
 def without_effect(job: Plan, variants: Sequence[Variant], varied: Collection[str] = ()) -> Iterator[str]:
     """What is asked for and changes nothing, or is read as text. variants: all pictures; varied: the settings
     of a grid.
@@ -195,4 +211,5 @@ def _steps_taken(job: Plan, options: Options) -> int:
     if job.beginning is not None:
         strength = job.beginning.record.strength if options.strength is None else options.strength
     taken = max(int(options.steps * strength), 1)
-    return {"heun": 2 * taken - 1, "pndm": taken + 1}.get(options.scheduler, taken)  # they look twice
+    second_looks = {"heun": taken - 1, "pndm": int(options.steps > 1)}
+    return taken + second_looks.get(options.scheduler, 0)

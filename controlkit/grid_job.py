@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -35,6 +37,8 @@ from controlkit.rules import check_rule
 from controlkit.startup import nothing_collected
 
 _BLANK = np.full((1, 1, 3), 255, np.uint8)
+_LARGEST = 512  # pixels of a picture's longer side on the sheet
+_PART = 0.1  # of the time that the pictures took, after which the sheet is written again
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,41 +132,79 @@ def run(
     *,
     preview: Path | None = None,
     kept: Sequence[Path] = (),
+    finished: Callable[[int], None] = lambda k: None,
 ) -> list[PictureRecord]:
     """Make all pictures and write the sheet, with the settings in its text; returns the records, row by row.
 
-    kept: of `kept_files`, where each picture is written as well, with what made it. What is loaded serves as
-    many pictures as it can. The sheet is written anew after every picture, so that an interruption keeps what
-    is finished.
+    kept: of `kept_files`, where each picture is written as well, with what made it. finished: called with a
+    picture's number as soon as it is made and kept. What is loaded serves as many pictures as it can. The
+    sheet is written now and then, and also where something ends it early.
     """
     cells, models = _cells(job, axes), Models()
     options = [cell.job.options for cell in cells]
-    pictures: list[np.ndarray | None] = [None] * len(cells)
     records: dict[int, PictureRecord] = {}
+    sheet = _Sheet(job.outputs[0], [cell.label for cell in cells], len(axes[0].values), _title(job, axes))
     report.status("loading the libraries")
     with nothing_collected():
         for first in {cell.loads: cell for cell in cells}.values():
             check_names(first.job, options)
 
     def made(k: int, _: int, picture: np.ndarray) -> None:
-        pictures[k] = picture
+        sheet.add(k, picture, records[k])
         if kept:
             images.write_png(kept[k], picture, text=chunks(records[k]))
+        finished(k)
 
     session, loads = None, None
-    for number, k in enumerate(_in_order(cells)):
-        cell = cells[k]
-        if session is None or cell.loads != loads:
-            session, loads = None, cell.loads  # given back before the next one takes memory
-            with nothing_collected():
-                session = Session(cell.job, report, preview=preview, models=models, also=options)
-            session.check_told()
-        records[k] = session.decided(cell.job)
-        report.status(f"picture {number + 1} of {len(cells)}: {', '.join(cell.label)}")
-        session.make([records[k]], partial(made, k))
-        rows = _rows(pictures, [cell.label for cell in cells], columns=len(axes[0].values))
-        _write(job.outputs[0], rows, [records[k] for k in sorted(records)], _title(job, axes))
+    try:
+        for number, k in enumerate(_in_order(cells)):
+            cell = cells[k]
+            if session is None or cell.loads != loads:
+                session, loads = None, cell.loads  # given back before the next one takes memory
+                with nothing_collected():
+                    session = Session(cell.job, report, preview=preview, models=models, also=options)
+                session.check_told()
+            records[k] = session.decided(cell.job)
+            report.status(f"picture {number + 1} of {len(cells)}: {', '.join(cell.label)}")
+            session.make([records[k]], partial(made, k))
+            sheet.write_now_and_then()
+    except BaseException:
+        with suppress(ValueError):  # what ended it is what is told
+            sheet.write()
+        raise
+    sheet.write()
     return [records[k] for k in range(len(cells))]
+
+
+class _Sheet:
+    """The sheet's file, and what stands on it so far: pictures as small as they are shown."""
+
+    def __init__(self, output: Path, labels: Sequence[Sequence[str]], columns: int, title: str) -> None:
+        self._output, self._labels, self._columns, self._title = output, labels, columns, title
+        self._pictures: list[np.ndarray | None] = [None] * len(labels)
+        self._records: dict[int, PictureRecord] = {}
+        self._is_written = True
+        self._started = self._last = time.monotonic()
+
+    def add(self, k: int, picture: np.ndarray, record: PictureRecord) -> None:
+        """Lay a picture in its place; the file has it when it is written."""
+        is_large = max(picture.shape[:2]) > _LARGEST
+        self._pictures[k] = sheets.fitted(picture, _LARGEST) if is_large else picture
+        self._records[k], self._is_written = record, False
+
+    def write_now_and_then(self) -> None:
+        """Write it where a part of the time has gone by since it was: drawing it takes longer and longer."""
+        now = time.monotonic()
+        if now - self._last >= _PART * (now - self._started):
+            self.write()
+
+    def write(self) -> None:
+        """Write what is new. Raises ValueError where the file cannot be written."""
+        if self._is_written:
+            return
+        rows = _rows(self._pictures, self._labels, columns=self._columns)
+        _write(self._output, rows, [self._records[k] for k in sorted(self._records)], self._title)
+        self._is_written, self._last = True, time.monotonic()
 
 
 def _cells(job: Plan, axes: Sequence[Axis]) -> list[_Cell]:
@@ -265,6 +307,6 @@ def _write(
     output: Path, cells: Sequence[Sequence[sheets.Cell]], records: Sequence[PictureRecord], title: str
 ) -> None:
     side = max(max(picture.shape[:2]) for row in cells for picture, _ in row)
-    sheet = sheets.contact_sheet(cells, title=title, cell=min(max(side, 192), 512))
+    sheet = sheets.contact_sheet(cells, title=title, cell=min(max(side, 192), _LARGEST))
     told = json.dumps([asdict(record) for record in records], ensure_ascii=False)
     images.write_png(output, sheet, text={GRID_CHUNK: told})

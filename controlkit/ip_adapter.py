@@ -91,14 +91,18 @@ def picture_prompt(
 def pictures_told(unet: Any, prompts: Sequence[PicturePrompt]) -> Iterator[None]:
     """Within the block, which is itself within `reuse.text_kept`, the U-Net reads the pictures' tokens, too.
 
-    Raises ValueError for a U-Net whose attentions somebody has changed.
+    Raises ValueError for a U-Net whose attentions somebody has changed, and for what was told another base.
     """
     if not prompts:
         yield
         return
-    processors = [attention.processor for attention in cross_attentions(unet)]
+    attentions = list(cross_attentions(unet))
+    processors = [attention.processor for attention in attentions]
     if not all(type(processor) is KeptText for processor in processors):
         raise ValueError("the U-Net has attention processors of its own, which read no pictures: remove them")
+    own = [(attention.to_k.weight.shape, attention.to_v.weight.shape) for attention in attentions]
+    if any([(to_k.shape, to_v.shape) for to_k, to_v in prompt.weights] != own for prompt in prompts):
+        raise ValueError("a PicturePrompt was made for another base: make it with the one that generates")
     before = [processor.pictures for processor in processors]
     try:
         for processor, *parts in zip(processors, *(prompt.parts() for prompt in prompts), strict=True):

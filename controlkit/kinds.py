@@ -32,6 +32,8 @@ class Kind:
     """Whether it works with the U-Net layer by layer."""
     hooks = False
     """Whether it acts within the U-Net's layers."""
+    can_rest = True
+    """Whether it is run by itself in each step, of which some can be left out."""
     enters_encoder = False
     """Whether its residuals change the U-Net's encoder, too."""
     local = True
@@ -111,7 +113,7 @@ class _T2I(Kind):
     """
 
     class_name = "T2IAdapter"
-    name, title, local, enters_encoder = "t2i-adapter", "T2I-Adapter", False, True
+    name, title, local, enters_encoder, can_rest = "t2i-adapter", "T2I-Adapter", False, True, False
     zero, hint = (), ("adapter.conv_in", "adapter.body.0.in_conv")
 
     def channels(self, network: Any) -> int:
@@ -194,6 +196,7 @@ class _LLLite(_Single):
 
     class_name = "LLLite"
     name, title, hooks, local, bands = "lllite", "ControlNet-LLLite", True, False, False
+    can_rest = False
 
     def channels(self, network: Any) -> int:
         return 3
@@ -209,7 +212,7 @@ class _Cross(_Single):
     """See `cross.py`."""
 
     class_name = "ControlNetXSAdapter"
-    name, title, crosses = "controlnet-xs", "ControlNet-XS", True
+    name, title, crosses, can_rest = "controlnet-xs", "ControlNet-XS", True, False
 
     def starts_at_zero(self, name: str) -> bool:
         return any(part in name for part in ("control_to_base", "ctrl_to_base", "base_to_ctrl"))

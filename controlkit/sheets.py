@@ -66,10 +66,10 @@ def _row(row: Sequence[Cell], *, width: int, cell: int, font_size: int) -> np.nd
     draw = ImageDraw.Draw(band)
     for column, (picture, label) in enumerate(row):
         left = _GAP + column * (cell + _GAP)
-        fitted = Image.fromarray(_fit(picture, cell))
-        x, y = left + (cell - fitted.width) // 2, _GAP + (cell - fitted.height) // 2
-        draw.rectangle((x - 1, y - 1, x + fitted.width, y + fitted.height), outline=_FRAME)
-        band.paste(fitted, (x, y))
+        shown = Image.fromarray(fitted(picture, cell))
+        x, y = left + (cell - shown.width) // 2, _GAP + (cell - shown.height) // 2
+        draw.rectangle((x - 1, y - 1, x + shown.width, y + shown.height), outline=_FRAME)
+        band.paste(shown, (x, y))
         for number, line in enumerate(_lines(label)):
             middle = (left + cell / 2, _GAP + cell + (number + 0.6) * line_height)
             draw.text(middle, _shorten(line, font, cell), fill=_INK, font=font, anchor="mm")
@@ -84,7 +84,7 @@ def _paper(width: int, height: int) -> np.ndarray:
     return np.full((height, width, 3), _PAPER, np.uint8)
 
 
-def _fit(picture: np.ndarray, cell: int) -> np.ndarray:
+def fitted(picture: np.ndarray, cell: int) -> np.ndarray:
     """Scale a picture to fit into a square: up by a whole factor, or down by averaging."""
     height, width = picture.shape[:2]
     factor = cell // max(height, width)

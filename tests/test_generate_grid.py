@@ -1,5 +1,6 @@
 """`controlkit generate --grid`: two settings of any kind on a labelled sheet."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ import tiny_models
 import torch
 from outcomes import Run
 from safetensors.torch import save_file
+from test_like import RECORD
 
+from controlkit import grid_job, sampling
 from controlkit.adapters import MAPS, AdapterInfo, load_adapter, save_adapter
 from controlkit.base import load_base
 from controlkit.controlnet import from_base
@@ -264,6 +267,62 @@ def test_only_what_was_made_is_on_the_sheet_of_a_grid_that_ends_early(
     assert [one["seed"] for one in told_on("grid.png")] == [1, 2]
     missing = load_picture("grid.png")[-192:, -192:-16]
     assert (missing == 255).all()
+
+
+@pytest.mark.parametrize("keep", [[], ["--keep"]])
+def test_who_interrupts_a_grid_is_told_what_is_finished(
+    generate: Run, keep: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, whole = [], sampling.generate
+
+    def interrupted(*given: Any, **how: Any) -> list[np.ndarray]:
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(how["seeds"])
+        return whole(*given, **how)
+
+    monkeypatch.setattr(sampling, "generate", interrupted)
+    outcome = generate("--grid", "seed=1..4", *keep, "-o", "grid.png")
+    assert outcome.code
+    names = "grid-1.png, grid-2.png" if keep else "2 of its pictures"
+    assert f"finished before: {names}; grid.png shows them\ninterrupted" in outcome.err
+    assert [one["seed"] for one in told_on("grid.png")] == [1, 2]
+    assert Path("grid-2.png").exists() == bool(keep)
+    assert load_picture("grid.png").shape[1] == 16 + 2 * (192 + 16)
+
+
+def test_a_sheet_is_written_now_and_then_and_in_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, written = [0.0], []
+    monkeypatch.setattr(grid_job.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(grid_job, "_write", lambda *_: written.append(clock[0]))
+    sheet = grid_job._Sheet(tmp_path / "grid.png", [("",)] * 100, 10, "")
+    picture = np.zeros((8, 8, 3), np.uint8)
+    for k in range(100):
+        clock[0] += 1
+        sheet.add(k, picture, RECORD)
+        sheet.write_now_and_then()
+    sheet.write()
+    sheet.write()
+    assert written[:3] == [1, 2, 3]
+    assert written[-1] == 100
+    assert len(written) < 35
+    assert max(b - a for a, b in itertools.pairwise(written)) <= 11
+
+
+def test_a_sheet_keeps_pictures_as_small_as_it_shows_them(tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    sizes = ((768, 640), (96, 96), (520, 1040))
+    pictures = [draw.integers(0, 256, (*size, 3), np.uint8) for size in sizes]
+    sheet = grid_job._Sheet(tmp_path / "grid.png", [("a",)] * 3, 2, "x")
+    for k, picture in enumerate(pictures):
+        sheet.add(k, picture, RECORD)
+    sheet.write()
+    assert all(max(kept.shape) <= 512 for kept in sheet._pictures if kept is not None)
+    cells = [(picture, ("a",)) for picture in pictures]
+    expected = contact_sheet([cells[:2], cells[2:]], title="x", cell=512)
+    assert np.array_equal(load_picture(tmp_path / "grid.png"), expected)
 
 
 @pytest.mark.parametrize(

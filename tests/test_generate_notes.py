@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,20 @@ import tiny_models
 from cases import seldom
 from outcomes import Run
 from PIL import Image
+from test_kinds import MAKE, xs_of
+from test_like import RECORD
 
 from controlkit import generate_job
-from controlkit.adapters import load_adapter
-from controlkit.generate_notes import without_effect
+from controlkit.adapters import MAPS, AdapterInfo, load_adapter, save_adapter
+from controlkit.base import Base
+from controlkit.control import Control
+from controlkit.generate_notes import of_networks, without_effect
 from controlkit.generate_plan import Plan, plan
 from controlkit.grid_axes import parse_axes
 from controlkit.grid_job import check, variants
 from controlkit.images import load_mask, load_picture, read_png_text, write_png
+from controlkit.infotext import ControlRecord
+from controlkit.sampling import Savings, generate
 
 SQUARE = (slice(16, 48), slice(16, 48))
 
@@ -139,6 +146,12 @@ def notes(given: dict[str, Any], *grid: str, **asked: Any) -> list[str]:
         ({"negative_prompt": "y"}, "", None),
         ({"guidance_rescale": 0.3, "guidance": 0.0}, "", "--guidance-rescale has no effect"),
         ({"guidance_until": 0.3, "guidance": 1.0}, "", "--guidance-until has no effect"),
+        (
+            {"negative_original_size": "64x64", "guidance": 1.0},
+            "",
+            "--negative-original-size has no effect",
+        ),
+        ({"negative_original_size": "64x64"}, "", None),
         ({"guidance": 1.0}, "guidance_until=0.5,1", "--guidance-until has no effect"),
         ({"guidance_until": 0.3, "guidance": 1.0, "clip": "clip-b", "clip_guidance": 30.0}, "", None),
         ({"control_every": 2}, "", "--control-every has no effect: there is no control"),
@@ -146,12 +159,6 @@ def notes(given: dict[str, Any], *grid: str, **asked: Any) -> list[str]:
         ({"cuda_graph": True, "device": "cuda:1"}, "", None),
         ({"cuda_graph": True}, "", None),
         ({"cuda_graph": False, "device": "cpu"}, "", None),
-        (
-            {"negative_original_size": "64x64", "guidance": 1.0},
-            "",
-            "--negative-original-size has no effect",
-        ),
-        ({"negative_original_size": "64x64"}, "", None),
         ({"steps": 9}, "steps=2,3", "--steps has no effect: the grid has values of its own"),
         ({"negative_prompt": "y"}, "negative=u|v", "--negative has no effect: the grid has"),
         ({"width": 96}, "size=64x64,64x128", "--width has no effect: the grid has"),
@@ -223,6 +230,13 @@ def test_a_base_that_guides_nothing_by_itself(
         ("start=0.6:gate=webui", {"steps": 2}, "", True),
         ("start=0.6:gate=invoke", {"steps": 2}, "", False),
         ("start=0.6", {"steps": 2, "scheduler": "heun"}, "", False),  # its 3rd step begins at 0.67
+        (
+            "end=0.5",
+            {"steps": 1, "scheduler": "pndm"},
+            "",
+            True,
+        ),  # which does not look twice at its only step
+        ("end=0.4", {"steps": 2, "scheduler": "pndm"}, "", False),
         ("end=0.4", {"steps": 4, "strength": 0.5}, "", True),
         ("end=0.4", {"steps": 4}, "", False),
         ("start=0.6", {}, "steps=1..3", True),
@@ -235,6 +249,42 @@ def test_a_window_that_holds_no_step(
     start = str(photo) if "strength" in given else None
     found = notes(given, *([grid] if grid else []), controls=[f"canny={photo}:{how}"], start=start)
     assert ("the canny control has no effect" in " ".join(found)) == told
+
+
+@pytest.mark.parametrize("kind", ["t2i-adapter", "controlnet-xs", "lite"])
+def test_what_changes_nothing_of_a_network_is_told(sd1: Base, kind: str) -> None:
+    network, picture = MAKE[kind](sd1), np.random.default_rng(0).integers(0, 256, (128, 128, 3), np.uint8)
+
+    def made(savings: Savings | None = None, **how: Any) -> np.ndarray:
+        control, size = Control(network, picture, **how), {"width": 128, "height": 128}
+        return generate(sd1, "x", controls=[control], steps=2, savings=savings, **size)[0]
+
+    def told(control_every: int = 1, **how: Any) -> bool:
+        control = ControlRecord("canny", "a.png", "", True, "", **how)
+        record = replace(RECORD, control_every=control_every, controls=(control,))
+        return any("has no effect" in line for line in of_networks(record, [network]))
+
+    plain = made()
+    assert not told()
+    assert not told(mode="unbalanced")
+    assert told(control_every=2) == np.array_equal(made(Savings(control_every=2)), plain)
+    assert told(only_mid=True) == np.array_equal(made(only_mid=True), plain)
+    assert told(layers="soft") == np.array_equal(made(layers="soft"), plain)
+    assert told(mode="guess") == np.array_equal(made(mode="guess"), made(mode="unbalanced"))
+
+
+@pytest.mark.filterwarnings("default")  # the command shows them as notes
+def test_what_changes_nothing_of_a_network_is_shown_once(run: Run, models: Path, sd1: Base) -> None:
+    save_adapter(xs_of(sd1), "xs", info=AdapterInfo(map=MAPS["canny"], family="sd1"))
+    write_png("map.png", np.random.default_rng(1).integers(0, 2, (128, 128, 3), np.uint8) * 255)
+    fixed = ["generate", "x", "--base", models / "sd1", "--adapter", "canny=xs", "--control-every", 2]
+    fixed += ["--width", 128, "--height", 128]
+    axis = ["--grid", "mode=balanced,guess"]
+    outcome = run(*fixed, "--map", "canny=map.png", "--steps", 2, *axis, "-o", "grid.png")
+    outcome.done()
+    assert outcome.err.count("--control-every has no effect: a ControlNet-XS is not run by itself") == 1
+    told = "the curve 'soft' of the canny control has no effect: a ControlNet-XS has 1 connection"
+    assert outcome.err.count(told) == 1
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,7 @@ def region(tmp_path: Path) -> str:
         ("0.7:mode=prompt:start=0.1", {"scale": 0.7, "mode": "prompt", "start": 0.1}),
         ("layers=soft:gate=webui", {"layers": "soft", "gate": "webui"}),
         ("layers=0,0.5,1", {"layers": (0.0, 0.5, 1.0)}),
+        ("layers=0.5", {"layers": (0.5,)}),
         ("only_mid=true:mask=left.png", {"only_mid": True, "mask": "left.png"}),
     ],
 )

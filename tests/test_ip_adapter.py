@@ -165,6 +165,13 @@ def test_several_adapters_and_no_scale(sd1: Base, home: Path) -> None:
     assert np.array_equal(plain[0], again[0])  # nothing is left on the base
 
 
+def test_what_was_told_another_base_is_refused(load: Callable[[str], Base], sd1: Base, home: Path) -> None:
+    prompt = picture_prompt(sd1, str(home / "sd1-plain.safetensors"), [photo(1)])
+    with pytest.raises(ValueError, match="a PicturePrompt was made for another base"):
+        generate(load("sdxl"), "x", steps=1, picture_prompts=[prompt])
+    assert generate(sd1, "x", steps=1, picture_prompts=[prompt])
+
+
 def test_what_a_pickle_says_and_both_layouts(sd1: Base, home: Path, tmp_path: Path) -> None:
     torch.save(adapter(sd1, "plain"), tmp_path / "nested.bin")
     write_encoder(tmp_path / "image_encoder")
