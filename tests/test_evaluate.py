@@ -272,7 +272,8 @@ def test_one_evaluation_at_a_time(evaluated):
         asked = ("--adapter", "canny", "-n", 3, "--seeds", 2, "-o", folder)
         message = refusal(command("evaluate", *asked, *QUICK))
     assert message == (
-        f"another evaluation (process {os.getpid()}) is running in {folder}: wait for it, or choose another -o"
+        f"another evaluation (process {os.getpid()}) is running in {folder}: wait for it,"
+        " or choose another -o"
     )
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
