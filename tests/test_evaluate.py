@@ -30,8 +30,9 @@ from controlkit.training.evaluation.arms import noise_of
 from controlkit.training.evaluation.estimating import stated_options
 from controlkit.training.evaluation.held_out import Held, WorldScenes
 from controlkit.training.evaluation.map_scores import score_map
-from controlkit.training.evaluation.request import Compared, _labelled, identity
+from controlkit.training.evaluation.request import Compared, Request, _labelled, earlier, identity
 from controlkit.training.evaluation.rows import Row, Rows
+from controlkit.training.lock import locked
 from controlkit.training.reporting.measures import black_and_white
 
 QUICK = ("--steps", 3, "--clip", "none", "--features", "none")
@@ -274,6 +275,24 @@ def test_grey_edges_are_edges_or_none(pairs):
     assert scored[0]["strict edge F1"] == 1
     empty = np.random.default_rng(0).integers(0, 6, (64, 64, 3)).astype(np.uint8)
     assert not black_and_white(empty).any()
+
+
+def test_one_evaluation_at_a_time(evaluated):
+    folder, _ = evaluated
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    with locked(folder, what="evaluation"):
+        asked = ("--adapter", "canny", "-n", 3, "--seeds", 2, "-o", folder)
+        message = refusal(command("evaluate", *asked, *QUICK))
+    assert message == (
+        f"another evaluation (process {os.getpid()}) is running in {folder}: wait for it,"
+        " or choose another -o"
+    )
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_a_lock_that_a_kill_left_behind_is_no_other_thing(tmp_path):
+    (tmp_path / ".lock").write_text("1\n")
+    assert earlier(Request("world", "tiny", (), tmp_path)) is None
 
 
 def test_other_settings_are_refused(evaluated):

@@ -1,4 +1,4 @@
-"""One run, one process: a lock on the run's folder that ends with the process, however it ends."""
+"""One run, one process: a lock on the folder that ends with the process, however it ends."""
 
 from __future__ import annotations
 
@@ -13,8 +13,12 @@ NAME = ".lock"
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(
+    folder: Path, *, what: str = "training", instead: str = "another folder with out=FOLDER"
+) -> Iterator[None]:
     """Hold the folder's lock for the block; the system gives it back when the process dies.
+
+    what: is going on in the folder. instead: what else may be chosen.
 
     Raises ValueError where another process, which is named, holds it, and where the disk is full. On a disk
     without locks there is none.
@@ -26,8 +30,8 @@ def locked(folder: Path) -> Iterator[None]:
         if not _take(file.fileno()) or not _is_at(path, file.fileno()):
             holder = file.read(100).strip()
             raise ValueError(
-                f"another training{f' (process {holder})' if holder else ''} is running in {folder}:"
-                " wait for it, or choose another folder with out=FOLDER"
+                f"another {what}{f' (process {holder})' if holder else ''} is running in {folder}:"
+                f" wait for it, or choose {instead}"
             )
         try:
             _sign(path, file.fileno())

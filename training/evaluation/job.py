@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -39,6 +40,7 @@ from controlkit.training.evaluation.request import TRUE, Compared, Request
 from controlkit.training.evaluation.rows import Rows
 from controlkit.training.evaluation.summary import Summary, summarise
 from controlkit.training.evaluation.telling import sizes_told, table
+from controlkit.training.lock import locked
 from controlkit.training.reporting.measures import EDGE_KINDS
 
 if TYPE_CHECKING:
@@ -78,9 +80,14 @@ def evaluate(request: Request, report: Report) -> Result:
     """Measure the request's adapters.
 
     Raises ValueError, one line: a model or data that is not there, an adapter that does not fit the base,
-    maps whose kind cannot be told, or a folder that holds another evaluation.
+    maps whose kind cannot be told, or a folder that holds another evaluation, or in which one is running.
     """
-    processes = Processes(patience=PATIENCE)
+    with ExitStack() as held:
+        return _evaluate(request, Processes(patience=PATIENCE), held, report)
+
+
+def _evaluate(request: Request, processes: Processes, held: ExitStack, report: Report) -> Result:
+    """The same. held: until the end; the first process locks the folder there."""
     report.status(f"loading the libraries and the base {request.base}")
     base = _load_base(request, processes)
     request, infos, warnings = _with_kinds(request, base)
@@ -100,6 +107,8 @@ def evaluate(request: Request, report: Report) -> Result:
     makers = estimators(options)
     arms = arms_of(list(request.adapters))
     if processes.is_first:
+        request.output.mkdir(exist_ok=True)
+        held.enter_context(locked(request.output, what="evaluation", instead="another -o"))
         _begin(request, base, held_out, options)
     processes.wait()
     rows = Rows(request.output, processes.index)
@@ -211,7 +220,6 @@ def _begin(request: Request, base: Base, held_out: HeldOut, options: dict[str, d
     before = requests.earlier(request)
     if before is not None:
         told = requests.joined(request, before, told)
-    request.output.mkdir(exist_ok=True)
     files.write_json(request.output / "settings.json", {"decides": request.decides, **told})
 
 

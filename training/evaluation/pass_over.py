@@ -75,7 +75,7 @@ class Pass:
                     self._write_maps(pair)
 
     def missing(self, arm: Arm) -> list[tuple[int, int]]:
-        """Places and seeds of an arm's pictures that are not made, not whole, or not scored for every kind."""
+        """Places and seeds of an arm's pictures not made, not whole, or not scored for every kind."""
         wanted = []
         for place in self.places:
             number = self.held_out.number(place)

@@ -152,9 +152,9 @@ def _distances(
         raise NotAtHand("they were not asked for")
     least = min(map(len, shots.values()))
     if least < KID_LEAST:
+        few = f"{least} {'is' if least == 1 else 'are'} too few"
         raise NotAtHand(
-            f"they compare sets of pictures, and {least} {'is' if least == 1 else 'are'} too few: KID wants {KID_LEAST},"
-            " FID more than 2048"
+            f"they compare sets of pictures, and {few}: KID wants {KID_LEAST}, FID more than 2048"
         )
     _need_packages()
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3

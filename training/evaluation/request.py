@@ -24,6 +24,7 @@ from controlkit.formats.finding import (
 )
 from controlkit.precisions import torch_name
 from controlkit.settings import USUAL_SCHEDULER
+from controlkit.training import lock
 from controlkit.training.data.made_maps import range_ends
 
 WORLD = "world"
@@ -151,7 +152,7 @@ def earlier(request: Request) -> dict[str, Any] | None:
     """
     path = request.output / "settings.json"
     if not path.is_file():
-        if request.output.is_dir() and any(request.output.iterdir()):
+        if request.output.is_dir() and any(file.name != lock.NAME for file in request.output.iterdir()):
             raise ValueError(f"{request.output} is there and holds no evaluation: choose another -o")
         return None
     try:
