@@ -106,6 +106,7 @@ class Session:
         """
         models = models or Models()
         report.status(f"loading the libraries and the base {job.options.base}")
+        check_fits(job)
         check_names(job, also)
         device, dtype = pick_device(job.options.device, job.options.dtype, base=job.options.base)
         self.job, self.report = job, report
@@ -338,7 +339,6 @@ def check_names(job: Plan, also: Sequence[Options] = ()) -> None:
     """
     for source in job.sources:
         known_adapters.check(source.record.kind, source.record.adapter, job.options.base)
-        check_fits_at_hand(source.record.adapter, job.options.base)
     from controlkit.adapters import check_adapter
     from controlkit.base import check_base
     from controlkit.clip_guidance import check_clip
@@ -350,6 +350,12 @@ def check_names(job: Plan, also: Sequence[Options] = ()) -> None:
     for source in job.sources:
         if source.record.adapter:
             check_adapter(source.record.adapter)
+
+
+def check_fits(job: Plan) -> None:
+    """Raise ValueError for an adapter at hand that is none, or does not fit the base, as early."""
+    for source in job.sources:
+        check_fits_at_hand(source.record.adapter, job.options.base)
 
 
 def _asks_clip(job: Plan, also: Sequence[Options]) -> bool:

@@ -15,7 +15,7 @@ import numpy as np
 
 from controlkit import images, sheets
 from controlkit.arguments import is_none, numbered_outputs
-from controlkit.generate_job import Session, check_names
+from controlkit.generate_job import Session, check_fits, check_names
 from controlkit.generate_like import OF_THE_BASE, temperature_fits
 from controlkit.generate_models import Models
 from controlkit.generate_notes import Variant
@@ -146,8 +146,11 @@ def run(
     sheet = _Sheet(job.outputs[0], [cell.label for cell in cells], len(axes[0].values), _title(job, axes))
     report.status("loading the libraries")
     with nothing_collected():
-        for first in {cell.loads: cell for cell in cells}.values():
-            check_names(first.job, options)
+        loaded = {cell.loads: cell.job for cell in cells}.values()
+        for one in loaded:
+            check_names(one, options)
+        for one in loaded:
+            check_fits(one)
 
     def made(k: int, _: int, picture: np.ndarray) -> None:
         sheet.add(k, picture, records[k])

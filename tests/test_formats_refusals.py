@@ -379,7 +379,7 @@ def test_names_that_lead_nowhere(sd1: Base, tmp_path: Path) -> None:
     folder.mkdir()
     for name in ("a.safetensors", "b.pth"):
         saved(keys_alone("a"), folder / name)
-    refusal(folder, sd1, f"{folder} is not an adapter folder: it has no config.json")
+    refusal(folder, sd1, f"{folder} holds several files of weights (a.safetensors, b.pth): name the one")
     assert find_adapter_file(str(folder)) is None
     assert find_adapter_file("x" * 5000) is None
 

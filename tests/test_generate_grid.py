@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import tiny_models
 import torch
 from outcomes import Run
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_like import RECORD
 
 from controlkit import grid_job, sampling
@@ -259,8 +260,19 @@ def test_texts_as_axes(run: Run, models: Path, photo: Path) -> None:
 def test_only_what_was_made_is_on_the_sheet_of_a_grid_that_ends_early(
     generate: Run, models: Path, tmp_path: Path
 ) -> None:
-    """The adapter of the second column does not fit, and the first column's pictures are kept."""
-    axes = ["--grid", f"adapter={models / 'canny-sd1'},{models / 'canny-sdxl'}", "--grid", "seed=1,2"]
+    """The adapter of the second column is damaged, and the first column's pictures are kept; one that does
+    not fit is refused before any is made.
+    """
+    damaged = tmp_path / "damaged"
+    shutil.copytree(models / "canny-sd1", damaged)
+    weights = load_file(damaged / "diffusion_pytorch_model.safetensors")
+    save_file({key: tensor * torch.nan for key, tensor in weights.items()}, damaged / "model.safetensors")
+    (damaged / "model.safetensors").replace(damaged / "diffusion_pytorch_model.safetensors")
+    first = models / "canny-sd1"
+    misfit = ["--grid", f"adapter={first},{models / 'canny-sdxl'}", "--grid", "seed=1,2"]
+    assert "does not fit the base" in generate(*misfit, "-o", "grid.png").refused()
+    assert not Path("grid.png").exists()
+    axes = ["--grid", f"adapter={first},{damaged}", "--grid", "seed=1,2"]
     outcome = generate(*axes, "-o", "grid.png")
     assert outcome.code == 2
     assert "error: " in outcome.err.splitlines()[-1]

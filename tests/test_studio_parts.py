@@ -51,7 +51,7 @@ pytestmark = [
 def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the adapters that were read, none of which takes time."""
     names: list[str] = []
-    base = SimpleNamespace(device="cpu", dtype=None)
+    base = SimpleNamespace(device="cpu", dtype=None, unet=torch.nn.Identity())
     monkeypatch.setattr(generate_models, "_load_base", lambda *values, **named: base)
     monkeypatch.setattr(adapters, "load_adapter", lambda name, **named: names.append(name) or object())
     return names

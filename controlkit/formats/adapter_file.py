@@ -264,7 +264,7 @@ def _check_undivided(file: Path) -> None:
 def _check_one(folder: Path) -> None:
     """Raise ValueError for a folder with several files of weights, of which none has the usual name."""
     found = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES and path.is_file())
-    if len(found) < 2 or only_weights(folder) is not None:
+    if len(found) < 2 or only_weights(folder) is not None or any(folder.glob("*.index*.json")):
         return
     with contextlib.suppress(ValueError):
         weight_files(folder)
