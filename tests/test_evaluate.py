@@ -382,6 +382,7 @@ def test_a_data_set_with_maps(run: Run, pairs):
     assert picture.shape == (128, 128, 3)
 
 
+@pytest.mark.slow
 def test_sizes_and_what_lies_outside_are_told(run: Run, pairs):
     """Wide pictures are measured as squares, unless buckets keep their shape."""
     for number in (0, 1):

@@ -232,6 +232,7 @@ def test_the_command_chooses_and_says_so(generate: Run, run: Run) -> None:
     assert "an amount of memory is written as in 4GB" in generate("--memory", "lots").refused()
 
 
+@pytest.mark.slow
 def test_each_picture_of_a_grid_has_the_measures_that_it_needs(run: Run, models: Path) -> None:
     base = load_base(str(models / "sd1"))
     least = Estimate(base, [], Request(64, 64, guided=False)).total(Memory(1))

@@ -93,6 +93,7 @@ def test_a_look_that_fails_is_said(place, monkeypatch) -> None:
     assert (folder / weights).read_bytes() == (plain / weights).read_bytes()
 
 
+@pytest.mark.slow
 def test_what_it_began_from_may_be_gone_at_the_end(place) -> None:
     begun = run(place, "begun-from")
     shutil.copytree(begun / "controlnet", place / "mine")

@@ -128,6 +128,7 @@ def test_one_pair_that_does_not_fit_ends_the_run_with_a_cure(place, monkeypatch)
         run(place, "too-large")
 
 
+@pytest.mark.slow
 def test_a_run_in_pieces_goes_on_in_pieces(place, monkeypatch):
     real, full = ControlNetTask.losses, [True]
 
