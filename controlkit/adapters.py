@@ -97,8 +97,8 @@ def load_adapter(
     (``owner/name/path/to/file.safetensors``), or alone in a folder. Its network is of one of the kinds in
     `kinds.py`. ``kind``: of map that it is for, where the caller knows; a ControlNet in the original's layout
     does not say whether it pools its residuals, and one for "shuffle" does (what the file says comes first).
-    ``device`` and ``dtype`` are the
-    base's unless given. Warns when the adapter was trained for another prediction type than the base's.
+    ``device`` and ``dtype`` are the base's unless given. Warns when the adapter was trained for another
+    prediction type than the base's.
 
     Raises ValueError, one line within about 5 seconds, for a name that leads nowhere, a folder or file that
     holds something else, damaged or non-finite weights, a network whose sizes are not the base's (both are

@@ -7,7 +7,8 @@ import os
 import signal
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, partial
 from multiprocessing import forkserver
 from pathlib import Path
@@ -219,3 +220,15 @@ def distance(first: dict[str, Any], second: dict[str, Any]) -> float:
     assert first.keys() == second.keys()
     squares = sum(float((first[name].float() - second[name].float()).square().sum()) for name in first)
     return math.sqrt(squares / sum(tensor.numel() for tensor in first.values()))
+
+
+@contextmanager
+def prepared_for_module(folder: Path) -> Iterator[Path]:
+    """Within the block pictures lie in a folder, and the cache of the runs that train on them, whose samples
+    take few steps: what those show is no matter.
+    """
+    prepared(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CONTROLKIT_CACHE", str(folder / "cache"))
+        sample_in(3, patch)
+        yield folder

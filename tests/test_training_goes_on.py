@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from killed_runs import prepared, recipe, sample_in
+from killed_runs import prepared_for_module, recipe
 
 from controlkit.base import load_base
 from controlkit.images import write_png
@@ -28,13 +28,8 @@ BRIEF = ["steps=2", "warmup=0", "batch_size=2", "sample_every=0", "monitor_every
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """Pictures, and a cache for the runs of this module."""
-    folder = tmp_path_factory.mktemp("goes-on")
-    prepared(folder)
-    patch = pytest.MonkeyPatch()
-    patch.setenv("CONTROLKIT_CACHE", str(folder / "cache"))
-    sample_in(3, patch)  # what the pictures show is no matter here
-    yield folder
-    patch.undo()
+    with prepared_for_module(tmp_path_factory.mktemp("goes-on")) as folder:
+        yield folder
 
 
 def run(place: Path, name: str, *, progress=lambda step: None, **changes):

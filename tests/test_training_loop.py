@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
-from killed_runs import prepared, recipe, sample_in
+from killed_runs import prepared_for_module, recipe
 from killed_runs import weights as kept_weights
 from safetensors.torch import load_file
 
@@ -29,13 +29,8 @@ from controlkit.training.stepping import Seen, culprits
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """Pictures, and a cache for the runs of this module."""
-    folder = tmp_path_factory.mktemp("loop")
-    prepared(folder)
-    patch = pytest.MonkeyPatch()
-    patch.setenv("CONTROLKIT_CACHE", str(folder / "cache"))
-    sample_in(3, patch)  # what the pictures show is no matter here
-    yield folder
-    patch.undo()
+    with prepared_for_module(tmp_path_factory.mktemp("loop")) as folder:
+        yield folder
 
 
 def run(place: Path, name: str, **changes):
