@@ -35,7 +35,7 @@ from controlkit.base_parts import (
 from controlkit.class_labels import PictureEncoder
 from controlkit.controlnet import digest_of_weights, lock
 from controlkit.devices import check_device
-from controlkit.folders import alone, read_json
+from controlkit.folders import alone, quiet_libraries, read_json
 from controlkit.told_sizes import Sizes
 from controlkit.usual_guidance import is_told_guidance, is_turbo
 from controlkit.words import Words, saved_by_diffusers, with_all_vectors
@@ -287,13 +287,14 @@ def load_base(
     family = read_family(folder, unet_config)
     check_parts(folder, family)
     scheduler_config, alphas_cumprod = read_scheduler(folder / "scheduler" / "scheduler_config.json")
-    unet, vae, text_encoders = load_models(folder, family, dtype=dtype)
-    picture_encoder = load_picture_side(folder, unet_config, dtype=dtype)
+    with quiet_libraries():
+        unet, vae, text_encoders = load_models(folder, family, dtype=dtype)
+        picture_encoder = load_picture_side(folder, unet_config, dtype=dtype)
+        tokenizers = [
+            load_tokenizer(folder / part) for part in ("tokenizer", "tokenizer_2")[: len(text_encoders)]
+        ]
     if picture_encoder is not None:
         picture_encoder.image_encoder.to(device)
-    tokenizers = [
-        load_tokenizer(folder / part) for part in ("tokenizer", "tokenizer_2")[: len(text_encoders)]
-    ]
     return Base(
         name=name_or_path,
         family=family,

@@ -390,10 +390,10 @@ def quiet_libraries() -> Iterator[None]:
     libraries = (diffusers_logging, transformers_logging)
     with _quiet:  # of blocks in several threads the last one that ends restores what was before the first
         before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
-        _silenced.append(_silenced[0] if _silenced else before)
-        for library in libraries:
+        for library in () if _silenced else libraries:  # setting a level goes through all of Python's loggers
             library.set_verbosity(library.CRITICAL)
             library.disable_progress_bar()
+        _silenced.append(_silenced[0] if _silenced else before)
     try:
         yield
     finally:

@@ -1,5 +1,6 @@
 """What all tests share: no network, no model cache of the developer's, quiet libraries."""
 
+import atexit
 import functools
 import gc
 import os
@@ -46,8 +47,8 @@ def pytest_collection() -> Iterator[None]:
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """Remove the empty cache; what was kept from the collector is let go, as at any program's end."""
-    gc.unfreeze()
+    """Remove the empty cache; what was kept from the collector is let go once the program ends."""
+    atexit.register(gc.unfreeze)
     shutil.rmtree(config.stash[_HUB_HOME], ignore_errors=True)
 
 

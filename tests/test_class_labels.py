@@ -327,6 +327,7 @@ def test_folders_of_which_a_part_is_missing_or_does_not_fit(folders: dict[str, P
     assert "has no image_encoder/: its U-Net is told a vector" in refusal()
 
 
+@pytest.mark.slow
 def test_a_picture_on_the_command_line(run: Run, folders: dict[str, Path], photo: Path) -> None:
     fixed = ["generate", "a cube", "--base", folders["unclip"], "--steps", 2]
     run(*fixed, "--image", photo, "--image-noise", 30, "-n", 2, "-o", "out.png").done()

@@ -119,7 +119,9 @@ def change(weights: Path) -> None:
     weights.write_bytes(changed)
 
 
-@pytest.mark.parametrize("kind", ["base", "vae", "lora"])
+@pytest.mark.parametrize(
+    "kind", ["base", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("vae", "lora"))]
+)
 def test_like_says_that_what_a_base_is_made_of_has_changed(
     run: Run, models: Path, tmp_path: Path, kind: str
 ) -> None:

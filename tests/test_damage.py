@@ -121,7 +121,7 @@ def fits(said: str, base: Path) -> bool:
     return f"fits {base}: yes" in said
 
 
-@pytest.mark.parametrize("seeds", [range(30), pytest.param(range(30, 1000), marks=pytest.mark.slow)], ids=len)
+@pytest.mark.parametrize("seeds", [range(15), pytest.param(range(15, 1000), marks=pytest.mark.slow)], ids=len)
 @pytest.mark.filterwarnings("default")  # of what a damaged description says
 def test_a_damaged_file_is_refused_in_one_line_or_loads(
     run: Run,

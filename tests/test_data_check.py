@@ -1,5 +1,6 @@
 """A look at every pair before it is trained on: each sort of fault is found and named, at little cost."""
 
+import functools
 import io
 import json
 import os
@@ -39,8 +40,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
+@functools.cache
+def astronaut() -> np.ndarray:
+    return photographs.astronaut()
+
+
 def photograph(number: int = 0, *, width: int = 128, height: int = 96) -> np.ndarray:
-    return np.ascontiguousarray(photographs.astronaut()[number : number + height, 100 : 100 + width])
+    return np.ascontiguousarray(astronaut()[number : number + height, 100 : 100 + width])
 
 
 def edges(picture: np.ndarray) -> np.ndarray:

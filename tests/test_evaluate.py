@@ -36,6 +36,7 @@ from controlkit.training.lock import locked
 from controlkit.training.reporting.measures import black_and_white
 
 QUICK = ("--steps", 3, "--clip", "none", "--features", "none")
+QUICKEST = ("--steps", 1, *QUICK[2:])  # where nobody looks at the pictures
 
 
 def command(*arguments: object) -> Outcome:
@@ -107,6 +108,7 @@ def test_adapters_are_compared_on_the_same_noise(evaluated):
     assert "resamples" not in told(evaluated[0])["interval"]  # each has its own
 
 
+@pytest.mark.slow
 def test_a_name_does_not_decide_against_the_kind_that_is_measured(tmp_path):
     state = original_controlnet(load_adapter("canny", base=load_base("tiny")).controlnet)
     files = [saved(state, tmp_path / f"{name}.safetensors") for name in ("a", "a_shuffle")]
@@ -186,6 +188,7 @@ def test_more_kinds_pairs_and_seeds_join(evaluated, tmp_path):
     assert score[0] != score[1]  # the mean of three seeds, and of one
 
 
+@pytest.mark.slow
 def test_an_evaluation_on_another_device_is_another_one(evaluated, tmp_path):
     folder = shutil.copytree(evaluated[0], tmp_path / "moved")
     settings = json.loads((folder / "settings.json").read_text())
@@ -389,7 +392,7 @@ def test_sizes_and_what_lies_outside_are_told(run: Run, pairs):
         wide = render(number, split="train", size=160).picture[30:130]
         for folder, shown in (("images", wide), ("canny", get("canny")(wide).image)):
             images.write_png(pairs / folder / f"{number}.png", shown)
-    asked = ("--adapter", "canny", "-n", 0, "--steps", 1, *QUICK[2:])
+    asked = ("--adapter", "canny", "-n", 0, *QUICKEST)
     outcome = run("evaluate", pairs, *asked)
     outcome.done()
     assert "6 of 6 pairs of pairs, 128x128, 1 seed" in outcome.err
@@ -456,7 +459,7 @@ def test_pairs_without_captions_are_counted(run: Run, pairs):
     rows = (pairs / "metadata.jsonl").read_text().splitlines()
     mute = [json.dumps({**json.loads(row), "text": ""}) for row in rows[:2]]
     (pairs / "metadata.jsonl").write_text("\n".join([*mute, *rows[2:]]))
-    outcome = run("evaluate", pairs, "--adapter", "canny", "-n", 0, *QUICK)
+    outcome = run("evaluate", pairs, "--adapter", "canny", "-n", 0, *QUICKEST)
     outcome.done()
     assert "2 of 6 pairs have no caption" in outcome.err
     assert re.search(r"1 adapter on .*, \d seeds?, on cpu", outcome.err)
@@ -466,7 +469,7 @@ def test_black_maps_are_counted(run: Run, pairs):
     """Nothing in them can be followed, and their pairs count all the same."""
     for file in sorted((pairs / "canny").iterdir()):
         images.write_png(file, np.zeros((160, 160, 3), np.uint8))
-    outcome = run("evaluate", pairs, "--adapter", "canny", "-n", 2, *QUICK)
+    outcome = run("evaluate", pairs, "--adapter", "canny", "-n", 2, *QUICKEST)
     outcome.done()
     line = "2 of 2 canny maps are black: a picture with any line scores 0 there, whatever drew it"
     assert line in outcome.err
@@ -477,7 +480,7 @@ def test_black_maps_are_counted(run: Run, pairs):
 
 
 def test_a_pair_that_changes_is_named(run: Run, pairs):
-    asked = ("evaluate", pairs, "--adapter", "canny", "-n", 0, *QUICK)
+    asked = ("evaluate", pairs, "--adapter", "canny", "-n", 0, *QUICKEST)
     run(*asked).done()
     rows = (pairs / "metadata.jsonl").read_text()
     (pairs / "metadata.jsonl").write_text(rows.replace('"text": "', '"text": "indeed ', 1))
@@ -499,7 +502,7 @@ def test_broken_pairs_stop_before_the_first_picture(run: Run, pairs, tmp_path):
     message = refusal(run("evaluate", pairs, "--adapter", "canny", "-n", 0, *QUICK))
     assert "canny/2.png" in message
     assert not (tmp_path / "report").exists()
-    run("evaluate", pairs, "bad=skip", "--adapter", "canny", "-n", 0, *QUICK).done()
+    run("evaluate", pairs, "bad=skip", "--adapter", "canny", "-n", 0, *QUICKEST).done()
     assert told(Path("report"))["pairs"]["title"] == "5 of 6 pairs of pairs"
 
 
@@ -520,7 +523,7 @@ def test_what_a_run_held_out(run: Run, pairs, tmp_path, monkeypatch):
     settings += [f"data.source={pairs}", "data.holdout=1", "out=run", "checkpoint_every=1"]
     settings += ["data.flip=1", "data.map_blur=1"]
     run("train", "tiny-canny", *settings).done()
-    run("evaluate", "run", *QUICK).done()
+    run("evaluate", "run", *QUICKEST).done()
     (shown,) = Path("report/pictures/true").iterdir()
     number = int(shown.name[:6])
     whole = images.load_picture(pairs / "images" / f"{number}.png")
@@ -538,7 +541,9 @@ def test_what_a_run_held_out(run: Run, pairs, tmp_path, monkeypatch):
     assert report["settings"]["base"] == "tiny"
     assert report["settings"]["guidance"] == 2
     assert report["examples"][0]["name"] == f"images/{number}.png"
-    told_of = run("evaluate", pairs, "--adapter", "canny=run/controlnet", "-n", 1, "-o", "on-its-own", *QUICK)
+    told_of = run(
+        "evaluate", pairs, "--adapter", "canny=run/controlnet", "-n", 1, "-o", "on-its-own", *QUICKEST
+    )
     assert "run was trained on pairs of" in told_of.err
     (warning,) = told(Path("on-its-own"))["warnings"]
     assert "evaluate the run's folder to have those that it held out" in warning
@@ -550,7 +555,7 @@ def test_what_a_run_held_out(run: Run, pairs, tmp_path, monkeypatch):
 
 def test_an_adapter_of_another_kind_is_told(run: Run):
     asked = ("--adapter", "depth=canny", "--adapter", "depth=canny:0.5", "--adapter", "depth")
-    outcome = run("evaluate", *asked, "-n", 1, "--steps", 1, *QUICK[2:])
+    outcome = run("evaluate", *asked, "-n", 1, *QUICKEST)
     outcome.done()
     line = "adapter canny learned to follow canny maps, not depth"
     assert outcome.err.count(line) == 1
@@ -582,7 +587,9 @@ def test_a_network_for_several_kinds(run: Run, pairs, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_map_that_no_preprocessor_makes(run: Run, pairs, tmp_path):
-    run("evaluate", pairs, "map_column=canny_file_name", "--adapter", "scars=canny", "-n", 2, *QUICK).done()
+    run(
+        "evaluate", pairs, "map_column=canny_file_name", "--adapter", "scars=canny", "-n", 2, *QUICKEST
+    ).done()
     report = told(Path("report"))
     assert report["skipped"]["scars"] == "no preprocessor is known that makes scars maps of pictures"
     assert len(list((tmp_path / "report" / "pictures").iterdir())) == 4

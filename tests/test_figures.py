@@ -131,6 +131,7 @@ def test_visible_joints_lie_on_the_figure():
     assert on / visible > 0.95  # the rest are ears on the rim of the head
 
 
+@pytest.mark.slow
 def test_left_and_right_follow_the_facing():
     """Facing the camera (both eyes seen), the person's right is on the picture's left, and the nose is
     seen.

@@ -1,5 +1,6 @@
 """Folders of pictures into data sets: what is written, what is skipped, what goes on after a stop."""
 
+import functools
 import json
 import os
 import shutil
@@ -26,6 +27,7 @@ from controlkit.preprocessors import write_depth_png16
 NAMES = ("astronaut", "coffee", "cat", "rocket")
 
 
+@functools.cache
 def photograph(name: str) -> np.ndarray:
     return np.ascontiguousarray(getattr(data, name)()[:160, :200])
 

@@ -83,6 +83,7 @@ def test_a_prefix_of_some_names_alone_is_no_wrapping(network: Any, sd1: Base, tm
 
 
 @pytest.mark.parametrize("is_original", [True, False])
+@pytest.mark.slow
 def test_what_training_left_beside_the_weights(
     is_original: bool, network: Any, sd1: Base, models: Path, run: Run, tmp_path: Path
 ) -> None:

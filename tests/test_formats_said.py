@@ -87,6 +87,7 @@ def test_what_a_folder_says_of_pooling_is_certain(network: Any, sd1: Base, tmp_p
     assert not pools(tmp_path / "shuffle", sd1, "shuffle")
 
 
+@pytest.mark.slow
 def test_a_picture_by_the_originals_shuffle_is_that_of_the_pooled_folder(
     network: Any, models: Path, photo: Path, run: Run, tmp_path: Path
 ) -> None:

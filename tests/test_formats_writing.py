@@ -409,6 +409,7 @@ def test_without_a_description_the_structure_is_told(load: Load, tmp_path: Path)
         assert open_adapter_file(file).info == AdapterInfo(map=MapSpec(channels=1), family=family)
 
 
+@pytest.mark.slow
 def test_a_training_that_starts_from_a_file_is_planned_as_from_a_folder(run: Run) -> None:
     """The hint encoder's widths are read from the file: a bundled adapter's are not the usual ones."""
     from controlkit.training.config import load_recipe

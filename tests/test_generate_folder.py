@@ -105,6 +105,7 @@ def test_what_is_wrong_with_the_request_stops_it(of_base: Run, photos: Path) -> 
     assert "empty: no picture is there" in of_base("--control", "canny=empty").refused()
 
 
+@pytest.mark.slow
 def test_what_is_made_within_the_folder_is_not_followed(of_base: Run, photos: Path) -> None:
     asked = ("--control", f"canny={photos}", "-o", photos / "made")
     assert of_base(*asked).done().startswith("wrote 3 pictures")

@@ -220,6 +220,7 @@ def test_bases_sizes_and_stages_as_axes(run: Run, models: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_base_of_a_grid_decides_anew_what_was_decided_by_another(run: Run, models: Path) -> None:
     bases = [models / "sd1", models / "sdxl"]
     own = ["--guidance", 2, "--width", 64, "--height", 80]
@@ -234,6 +235,7 @@ def test_a_base_of_a_grid_decides_anew_what_was_decided_by_another(run: Run, mod
     assert [(one["guidance"], one["height"]) for one in told_on("grid.png")] == [(3.0, 80), (3.0, 64)]
 
 
+@pytest.mark.slow
 def test_precisions_as_an_axis(generate: Run, run: Run, models: Path, photo: Path) -> None:
     generate("--grid", "dtype=fp32,bf16", "-o", "grid.png").done()
     fixed = ["generate", "a cube", "--base", models / "sd1", "--control", f"canny={photo}", "--steps", 2]

@@ -98,8 +98,9 @@ def test_settings_are_recorded_and_repeated(run: Run, models: Path, photo: Path,
     assert "left.png, which has changed since" in run("generate", "--like", "out.png").refused()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # the command says that the adapter was not trained with masks
-@pytest.mark.parametrize("each", [pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("each", [1, 3])
 def test_maps_that_are_one_input_are_given_as_several(run: Run, models: Path, sd1: Base, each: int) -> None:
     """As a tensor of all of them from Python gives it."""
     network = from_base(sd1, conditioning_channels=2 * each, hint_channels=(4, 8, 8, 8), seed=1)
@@ -142,6 +143,7 @@ def test_maps_that_are_one_input_are_given_as_several(run: Run, models: Path, sd
     assert told.endswith(how)
 
 
+@pytest.mark.slow
 def test_a_picture_with_a_grey_map_in_each_channel_is_one_input(run: Run, models: Path, sd1: Base) -> None:
     network = from_base(sd1, hint_channels=(4, 8, 8, 8), seed=1)
     info = AdapterInfo(map=MapSpec("canny + depth + mask"), family="sd1")
@@ -194,6 +196,7 @@ def test_an_inpainting_adapter_sees_the_picture_and_its_hole(
     assert not changed[:, 32:].any()
 
 
+@pytest.mark.slow
 def test_two_stages(generate: Run, run: Run) -> None:
     outcome = generate("--hires", 1.5, "--hires-strength", 0.5, "-n", 2, "-o", "out.png")
     assert "wrote out-1.png (96x96, seed 0)" in outcome.done()

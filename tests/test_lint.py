@@ -49,7 +49,7 @@ FLOORS = {
 
 SELDOM = (  # slow tests
     *("blurred", "thickened", "each channel alone", "style v1.0", "on white or grey"),
-    *("every 8th to 24th level", "metric, far is white", "a canny map"),
+    *("every 8th to 24th level", "metric, far is white", "a canny map", "a colour map"),
 )
 
 

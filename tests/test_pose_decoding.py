@@ -134,6 +134,7 @@ def test_photographs_give_the_same_people_and_map(aux: Any, weights: Path) -> No
     assert (made.model, made.params["threshold"]) == (str(weights), 0.0)
 
 
+@pytest.mark.slow
 def test_another_resolution_moves_the_joints_and_draws_at_full_size(weights: Path) -> None:
     photograph = np.ascontiguousarray(data.astronaut()[:300])
     made = preprocessors.get("openpose", model=str(weights), device="cpu", resolution=128)(photograph)
@@ -272,6 +273,7 @@ def test_a_batch_gives_what_each_picture_gives_alone(weights: Path) -> None:
         *(pytest.param(s, marks=pytest.mark.slow) for s in ((2, 3000, 3), (64, 64, 3), (3000, 2, 3))),
     ],
 )
+@pytest.mark.slow
 def test_any_size_is_looked_at(weights: Path, shape: tuple[int, ...]) -> None:
     extract = preprocessors.get("openpose", model=str(weights), device="cpu")
     with pytest.warns(UserWarning, match="no person was found: the openpose map is black"):

@@ -52,6 +52,7 @@ def test_half_precision_on_a_cpu_is_said_to_be_slow(generate: Run) -> None:
 
 
 @pytest.mark.parametrize("can", [True, *seldom(False)])
+@pytest.mark.slow
 def test_a_lower_precision_is_proposed_where_it_is_fast_and_none_was_chosen(
     generate: Run, run: Run, monkeypatch: pytest.MonkeyPatch, can: bool
 ) -> None:

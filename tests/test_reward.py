@@ -162,6 +162,7 @@ def test_finite_differences_from_the_prediction_to_the_loss(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_the_true_picture_misses_less_than_others(kind, base, scenes):
     latents = base.encode_pictures(images.picture_to_tensor([scene.picture for scene in scenes]))
     cond = images.map_to_cond(maps(kind, scenes))
@@ -340,6 +341,7 @@ def plain(place):
     return run(place, "plain")
 
 
+@pytest.mark.slow
 def test_without_weight_nothing_changes(place, plain):
     off = run(place, "off", reward=0.0, reward_below=0.9)
     assert rows(off) == rows(plain)

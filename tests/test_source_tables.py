@@ -1,5 +1,6 @@
 """Data sets of the library `datasets`, written by it and read back; skipped where it is not installed."""
 
+import functools
 import io
 import json
 import os
@@ -31,6 +32,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CONTROLKIT_CACHE", str(tmp_path / "cache"))
 
 
+@functools.cache
 def jpeg(number: int) -> bytes:
     file = io.BytesIO()
     Image.fromarray(photographs.astronaut()[number : number + 64, :80]).save(file, "JPEG")

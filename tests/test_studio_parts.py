@@ -1,5 +1,6 @@
 """The parts of the studio that need no page: what is kept, what may be trained on, what is told."""
 
+import logging
 import os
 import shlex
 import shutil
@@ -164,22 +165,21 @@ def test_a_page_that_is_loaded_knows_the_adapters_of_each_kind(blocks: Any, runs
         assert remembered == {"openpose": "x", wanted: str(several / "controlnet")}
 
 
-def test_an_error_while_making_is_logged_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_error_while_making_is_logged_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*values: Any) -> Any:
         raise RuntimeError("something of ours")
 
+    logged: list[logging.LogRecord] = []
     made = making.Making(Engine("tiny"), tmp_path)
     monkeypatch.setattr(made, "_asked", broken)
+    monkeypatch.setattr(logging.root, "handlers", [handler := logging.Handler()])
+    monkeypatch.setattr(handler, "emit", logged.append)
     steps = made._make(SimpleNamespace(session_hash="one"), "")
     assert "Something went wrong inside (RuntimeError)" in next(steps)[0]
     with pytest.raises(gradio.Error, match="RuntimeError"):
         next(steps)
     assert not made.turns.wanted("one")
-    assert [record.exc_info[1].args for record in caplog.records if record.exc_info] == [
-        ("something of ours",)
-    ]
+    assert [record.exc_info[1].args for record in logged if record.exc_info] == [("something of ours",)]
 
 
 def test_two_maps_of_one_kind_are_both_told() -> None:

@@ -123,6 +123,7 @@ def test_tiles_share_the_texts_keys(load: Callable[[str], Base]) -> None:
     assert len(computed) == 2  # the prompt and its negative, whatever the tile and the step
 
 
+@pytest.mark.slow
 def test_two_stages_keep_the_composition_and_follow_the_map() -> None:
     base, scene = load_base("tiny"), render(5)
     adapter = load_adapter("canny", base=base)

@@ -105,6 +105,7 @@ def test_what_it_began_from_may_be_gone_at_the_end(place) -> None:
     assert (folder / weights).read_bytes() == (kept / weights).read_bytes()
 
 
+@pytest.mark.slow
 def test_maps_whose_setting_was_a_range_are_scored_or_said(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pictures").mkdir()

@@ -75,9 +75,11 @@ def recorder(monkeypatch):
 @pytest.mark.parametrize(
     "changes",
     [
-        pytest.param({}, marks=pytest.mark.slow),
+        {},
         pytest.param({"precision": "bf16", "sd_locked": False}, marks=pytest.mark.slow),
-        {"base": "sdxl", "input_perturbation": 0.1, "only_mid_control": True},
+        pytest.param(
+            {"base": "sdxl", "input_perturbation": 0.1, "only_mid_control": True}, marks=pytest.mark.slow
+        ),
     ],
     ids=["fp32", "bf16, unlocked", "SDXL"],
 )
@@ -95,9 +97,8 @@ def test_graphs_change_nothing(place, recorder, changes):
     assert made.repeated == 4 * 2  # micro-batches
 
 
-@pytest.mark.parametrize(
-    "kind", ["deaf", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("failing", "forgetful"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["deaf", "failing", "forgetful"])
 def test_a_graph_that_is_wrong_is_dropped_and_the_run_is_as_without(place, recorder, monkeypatch, kind):
     losses, weights, _ = run(place, f"right-{kind}")
     seen = []

@@ -342,6 +342,7 @@ def test_bf16_trains_like_fp32(place, plain):
     assert {tensor.dtype for tensor in saved.values()} == {torch.float32}, "masters are kept"
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_gives_the_same_gradient(place, plain):
     other, _ = run(place, "checkpointed", gradient_checkpointing=True)
     np.testing.assert_allclose(losses(other), losses(plain), rtol=1e-5)
@@ -573,6 +574,7 @@ def test_adafactor_runs_and_resumes(place):
     assert (folder / "controlnet").is_dir()
 
 
+@pytest.mark.slow
 def test_the_middle_residual_alone_is_what_an_adapter_is_trained_on_for(place):
     """What it had for the others would act in every use of the result, and did not in the training."""
     first, _ = run(place, "all", steps=1)

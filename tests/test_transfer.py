@@ -137,7 +137,9 @@ def test_one_number_for_all_blocks_is_that_number_for_each() -> None:
         check_bases(BaseStructure("a", unet), BaseStructure("b", {**unet, "attention_head_dim": [8, 4]}))
 
 
-@pytest.mark.parametrize("family", ["sd1", pytest.param("sd2", marks=pytest.mark.slow), "sdxl"])
+@pytest.mark.parametrize(
+    "family", ["sd1", *(pytest.param(family, marks=pytest.mark.slow) for family in ("sd2", "sdxl"))]
+)
 def test_the_command_adds_what_the_bases_differ_by(
     family: str, run: Run, pair: Callable[[str], Bases], tmp_path: Path
 ) -> None:
@@ -239,6 +241,7 @@ def test_the_precision_is_the_files_unless_another_is_asked_for(
     assert all(torch.equal(half[key], full[key].half()) for key in full)  # rounded once
 
 
+@pytest.mark.slow
 def test_what_may_go_wrong_is_noted(run: Run, pair: Callable[[str], Bases], tmp_path: Path) -> None:
     old, new = pair("sd1")
     source = trained(old, tmp_path / "mine")

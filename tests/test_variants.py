@@ -66,7 +66,10 @@ def losses(folder: Path) -> list[float]:
 
 @pytest.mark.parametrize(
     "adapter",
-    [pytest.param(v, marks=pytest.mark.slow if v in ("control-lora", "lite") else ()) for v in VARIANTS],
+    [
+        pytest.param(v, marks=pytest.mark.slow if v in ("controlnet", "control-lora", "lite") else ())
+        for v in VARIANTS
+    ],
 )
 def test_a_variant_is_trained_written_read_and_used(place: Path, adapter: str) -> None:
     folder = run(place, adapter, adapter=adapter, monitor_every=1, sample_every=2, **SMALL)
@@ -90,9 +93,8 @@ def test_a_variant_is_trained_written_read_and_used(place: Path, adapter: str) -
     assert ("diffusers import" in told) == (adapter != "lite")
 
 
-@pytest.mark.parametrize(
-    "adapter", ["control-lora", *(pytest.param(v, marks=pytest.mark.slow) for v in VARIANTS[2:])]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", VARIANTS[1:])
 def test_a_variant_that_stopped_goes_on_bit_for_bit(
     place: Path, adapter: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -128,6 +130,7 @@ def test_every_family_trains_every_variant(place: Path, adapter: str, family: st
     load_adapter(str(folder / "controlnet"), base=load_base(str(place / family)))
 
 
+@pytest.mark.slow
 def test_only_the_updates_of_a_control_lora_are_trained(place: Path) -> None:
     folder = run(place, "lora-alone", adapter="control-lora", learning_rate=1e-3, **SMALL)
     trained = {key.removeprefix("model.") for key in weights(folder) if key.startswith("model.")}
