@@ -588,6 +588,8 @@ def test_a_training_survives_a_reload_and_gives_an_adapter(visit: Callable[..., 
     expect(page.locator("#run")).to_contain_text("Running.", timeout=LONG)
     page.reload()
     page.get_by_role("tab", name="Train").click()
+    expect(page.get_by_label("Name")).to_have_value("mine")
+    expect(page.get_by_label("Steps")).to_have_value("60")
     expect(page.locator("#run")).to_contain_text("Running.", timeout=PATIENCE)
     page.get_by_label("Name").fill("second")
     page.get_by_role("button", name="Start training").click()

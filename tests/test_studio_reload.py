@@ -71,6 +71,10 @@ def test_every_field_comes_back(memory: remembered.Remembered, page_dir: Path) -
             f"pose {number}": {"of": "it", "people": [[1, 2, 1]]},
         }  # fmt: skip
     kept |= {"own 2": {"path": file}, "own 3": None}
+    kept |= {
+        "train source": "A folder", "train folder": "/home/me/photos", "train recipe": "tiny-depth",
+        "train steps": 40, "train name": "mine",
+    }  # fmt: skip
     assert set(kept) == set(memory.fields), "a field of the page is not remembered, or not tried here"
     wanted = {**kept, "photo": file, "own 2": file}
     wanted |= {f"adapter {number}": {"depth": "/runs/mine/controlnet"} for number in (1, 2, 3)}
@@ -106,7 +110,7 @@ def test_what_was_forged_is_a_fresh_field(memory: remembered.Remembered, page_di
     if isinstance(forged, dict) and isinstance(forged.get("path"), str):
         forged = {"path": forged["path"].replace("{page_dir}", str(page_dir))}
     now, visitor, changed = back(memory, dict.fromkeys([*memory.fields, "visitor", "other"], forged))
-    texts = {"prompt", "negative", "seed", "guidance", "width", "height"}
+    texts = {"prompt", "negative", "seed", "guidance", "width", "height", "train folder", "train name"}
     fits = {
         None: {"photo", "own 2", "own 3"},
         True: {name for name in memory.fields if name.startswith(("on ", "is_map"))},

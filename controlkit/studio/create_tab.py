@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import gradio as gr
@@ -17,7 +18,7 @@ from controlkit.studio.drawn import IS_MAP, Maps
 from controlkit.studio.engine import Engine
 from controlkit.studio.gallery import Gallery
 from controlkit.studio.making import Making
-from controlkit.studio.remembered import Remembered, fields
+from controlkit.studio.remembered import Field, Remembered, fields
 from controlkit.studio.slot import Slot
 from controlkit.studio.toasts import readable
 from controlkit.studio.uploads import uploaded, write_shown
@@ -49,7 +50,6 @@ class CreateTab:
         self._wire()
         making = Making(engine, keep)
         making.listen(self)
-        self._remember()
         self.remembered.forgets(self.afresh, making.visitors.forget)
 
     def _photo_and_map(self) -> None:
@@ -100,14 +100,15 @@ class CreateTab:
             api_visibility="private",
         )
 
-    def _remember(self) -> None:
+    def remember(self, others: Mapping[str, Field]) -> None:
+        """Let the browser keep the fields of this tab, and others by names of their own."""
         own = {
             "photo": self.photo, "prompt": self.prompt, "count": self.count, "negative": self.negative,
             "seed": self.seed, "steps": self.steps, "guidance": self.guidance, "scheduler": self.scheduler,
             "syntax": self.syntax, "width": self.width, "height": self.height,
         }  # fmt: skip
         of_maps = {name: field for slot in self.slots for name, field in slot.fields.items()}
-        self.remembered.wire(self.page, {**fields(own), **of_maps})
+        self.remembered.wire(self.page, {**fields(own), **of_maps, **others})
 
     def _more(self, sides: list[gr.Textbox]) -> None:
         """What has good defaults, folded away."""

@@ -29,6 +29,7 @@ def build(engine: Engine, runs: Path, data: Sequence[Path] | None = None) -> Any
                 create = CreateTab(engine, runs / KEPT, page)
             with gr.Tab(NAME, id="train") as second:
                 train = TrainTab(engine, runs, data)
+        create.remember(train.fields)
         train.wire(tabs, second, first, create)
     page.queue(default_concurrency_limit=8)
     page.preprocess_data = _without_addresses(page.preprocess_data)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from controlkit.studio import run_folders
 from controlkit.studio.asked import count_of
 from controlkit.studio.components import Number
 from controlkit.studio.engine import Engine
+from controlkit.studio.remembered import Field, fields
 from controlkit.studio.run_view import NOTHING, details
 from controlkit.studio.slot import OWN
 from controlkit.studio.toasts import readable
@@ -111,6 +112,17 @@ class TrainTab:
         ):
             done = button.click(self._ask(work), self.chosen, None, api_name=name, **quiet)
             done.then(**look, api_visibility="private")
+
+    @property
+    def fields(self) -> dict[str, Field]:
+        """What a browser remembers of the form."""
+        form = {"source": self.source, "folder": self.folder, "recipe": self.recipe, "name": self.name}
+        texts = fields({f"train {name}": part for name, part in form.items()})
+
+        def steps(kept: Mapping[str, Any]) -> int:
+            return count_of(kept["train steps"], MOST_STEPS, "Steps")
+
+        return {**texts, "train steps": Field(self.steps, self.steps.change, self.steps, steps)}
 
     def wire(self, tabs: gr.Tabs, own: gr.Tab, create_tab: gr.Tab, create: CreateTab) -> None:
         """Look at the runs while the tab is open, and take adapters to the first tab."""
