@@ -17,20 +17,20 @@ from outcomes import Outcome, Run
 if TYPE_CHECKING:
     from controlkit.base import Base
 
-_HUB_HOME = pytest.StashKey[str]()
-
 
 def pytest_configure(config: pytest.Config) -> None:
     """Point the model hub at an empty cache and switch its network off, before any test imports it."""
-    config.stash[_HUB_HOME] = tempfile.mkdtemp(prefix="controlkit-tests-")
-    os.environ["HF_HOME"] = config.stash[_HUB_HOME]
+    own = tempfile.mkdtemp(prefix="controlkit-tests-")
+    atexit.register(shutil.rmtree, own, ignore_errors=True)
+    os.environ["HF_HOME"] = own
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_CACHE", "HF_TOKEN"):
         os.environ.pop(name, None)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a fork after its use would warn
-    if "PYTEST_XDIST_WORKER" in os.environ:  # each worker has a core, which torch's threads would share
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # each has a core, which torch's threads would share
+        tempfile.tempdir = os.environ["TMPDIR"] = own  # for what the libraries leave there
     # Built anew for each of some thousand runs, the command line takes as long as what many of them test.
     typer.testing._get_command = functools.cache(typer.testing._get_command)
 
@@ -47,9 +47,8 @@ def pytest_collection() -> Iterator[None]:
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """Remove the empty cache; what was kept from the collector is let go once the program ends."""
+    """Let go what was kept from the collector, once the program ends."""
     atexit.register(gc.unfreeze)
-    shutil.rmtree(config.stash[_HUB_HOME], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
