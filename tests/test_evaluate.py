@@ -405,6 +405,9 @@ def test_sizes_and_what_lies_outside_are_told(run: Run, pairs):
     assert report["warnings"] == [line]
     assert report["pairs"]["sizes"] == [{"width": 128, "height": 128, "pairs": 6}]
     assert "128x128" in Path("report/report.html").read_text()
+    outcome = run("evaluate", pairs, "buckets=true", "bucket_ratio=1", *asked, "-o", "cut")
+    outcome.done()
+    assert "lies outside): a smaller bucket_step or a larger bucket_ratio keeps more" in outcome.err
     outcome = run("evaluate", pairs, "buckets=true", "bucket_step=32", *asked, "-o", "kept")
     outcome.done()
     assert "pictures are cut" not in outcome.err
