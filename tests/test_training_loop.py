@@ -385,6 +385,12 @@ def test_an_unlocked_decoder_is_trained_and_written(place, precision):
     assert "in several shapes of the area of 64×64" in card
 
 
+def test_the_base_of_an_unlocked_run_is_told_as_it_was(place):
+    folder, _ = run(place, "unlocked", steps=1, sd_locked=False)
+    facts = json.loads((folder / "facts.json").read_text())
+    assert facts["base_sha256"] == load_base(str(place / "base")).digest()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_result_may_keep_every_bit(place, precision):
