@@ -142,9 +142,9 @@ def test_what_is_there_is_not_made_again(evaluated):
     shorter = rows[0].read_text()
     last = next(iter(sorted(path for path in before if "no-control" in str(path))))
     last.unlink()
-    cut = next(iter(sorted(path for path in before if "no-control" not in str(path))))
-    whole = cut.read_bytes()
-    cut.write_bytes(whole[: len(whole) // 2])  # as a disk that was full while it was copied leaves it
+    cut = {path: path.read_bytes() for path in sorted(p for p in before if "no-control" not in str(p))[:2]}
+    for (path, whole), kept in zip(cut.items(), (0.5, 0.9999), strict=True):
+        path.write_bytes(whole[: int(kept * len(whole))])  # as a disk that was full while it was copied does
     rows[0].write_text(shorter[:-40])  # as a kill in the middle of a line leaves it
     earlier = told(folder)
     outcome = command(
@@ -153,8 +153,8 @@ def test_what_is_there_is_not_made_again(evaluated):
     )
     outcome.done()
     after = {path: path.stat().st_mtime_ns for path in (folder / "pictures").rglob("*.png")}
-    assert {path for path in after if after[path] != before[path]} == {last, cut}
-    assert cut.read_bytes() == whole
+    assert {path for path in after if after[path] != before[path]} == {last, *cut}
+    assert {path: path.read_bytes() for path in cut} == cut
     assert told(folder) == earlier | {"adapters": told(folder)["adapters"]}  # but for the seconds
 
 
@@ -405,6 +405,9 @@ def test_sizes_and_what_lies_outside_are_told(run: Run, pairs):
     assert report["warnings"] == [line]
     assert report["pairs"]["sizes"] == [{"width": 128, "height": 128, "pairs": 6}]
     assert "128x128" in Path("report/report.html").read_text()
+    outcome = run("evaluate", pairs, "buckets=true", "bucket_ratio=1", *asked, "-o", "cut")
+    outcome.done()
+    assert "lies outside): a smaller bucket_step or a larger bucket_ratio keeps more" in outcome.err
     outcome = run("evaluate", pairs, "buckets=true", "bucket_step=32", *asked, "-o", "kept")
     outcome.done()
     assert "pictures are cut" not in outcome.err

@@ -173,3 +173,15 @@ def test_more_diverse_is_not_called_better():
     )
     found = summarise(arms, {"one": [], "other": []}, [], pictures, {})
     assert [told.verdict for told in found.differences] == ["one is more diverse"]
+
+
+def test_copies_of_one_adapter_share_what_their_pictures_got():
+    arms = [Arm(label, "same", "canny", Compared(label, "canny", label=label)) for label in ("a/x", "b/x")]
+    pictures = PictureScores(
+        of_pair={"CLIP score": {"same": dict.fromkeys(range(20), 25.0)}},
+        of_set={"KID": {"same": (0.5, 0.1)}},
+        counts={"same": 20},
+    )
+    (group,) = summarise(arms, {"same": []}, [], pictures, {}).groups
+    assert [*group.intervals] == ["CLIP score", "KID"]
+    assert all([*told] == ["a/x", "b/x"] for told in group.intervals.values())

@@ -257,6 +257,19 @@ def test_a_folder_that_cannot_be_trained_on_is_told_at_the_click(
     assert not begun
 
 
+@pytest.mark.parametrize(
+    ("error", "speaks"),
+    [
+        ("one pair does not fit in the memory of cuda:0; try gradient_checkpointing=true", True),
+        ("leave them out (data.bad=skip)", True),
+        ("the folder holds a run: choose another with out=FOLDER", False),  # which the name decides here
+        ("cannot use /photos/date=3/b", False),
+    ],
+)
+def test_errors_that_speak_of_settings_are_told_apart(error: str, speaks: bool) -> None:
+    assert wording.about_settings(error) == (wording.NO_FIELD if speaks else "")
+
+
 def test_where_others_reach_the_page_no_folder_is_trained_on_unless_named(
     tmp_path: Path, begun: list[list[str]]
 ) -> None:

@@ -23,6 +23,7 @@ from controlkit.training.adapter_inputs import Inputs
 from controlkit.training.config import load_recipe
 from controlkit.training.data.feeds import StoredFeed
 from controlkit.training.machine import Machine
+from controlkit.training.reporting.measured import scores_of
 from controlkit.training.stepping import Seen, culprits
 
 
@@ -384,6 +385,12 @@ def test_an_unlocked_decoder_is_trained_and_written(place, precision):
     assert "in several shapes of the area of 64×64" in card
 
 
+def test_the_base_of_an_unlocked_run_is_told_as_it_was(place):
+    folder, _ = run(place, "unlocked", steps=1, sd_locked=False)
+    facts = json.loads((folder / "facts.json").read_text())
+    assert facts["base_sha256"] == load_base(str(place / "base")).digest()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_result_may_keep_every_bit(place, precision):
@@ -544,6 +551,16 @@ def test_a_finished_run_that_is_started_again_is_not_measured_again(place, monke
     assert (folder / "scores.json").read_bytes() == scores
     run(place, "again", score_scenes=1)
     assert len(measured) == 3, "other pairs are asked for"
+
+
+def test_a_longer_run_keeps_no_scores_of_the_shorter_one(place):
+    """Where it is not measured itself: report and card would tell them as its own."""
+    folder, _ = run(place, "longer", steps=1, schedule="constant")
+    scores_of(folder, folder / "controlnet", 1, lambda: {"control": {"edge F1": 0.5}})
+    run(place, "longer", steps=2, schedule="constant")
+    assert not (folder / "scores.json").exists()
+    assert "edge F1" not in (folder / "controlnet" / "README.md").read_text()
+    assert "edge F1" not in (folder / "report.html").read_text()
 
 
 def test_a_finished_run_tells_its_whole_story(place):

@@ -280,6 +280,14 @@ def test_settings_of_another_variant_are_told_where_they_were_given() -> None:
     ]
     assert len(unused(load_recipe("tiny-canny", [*given, "adapter=control-lora"]))) == 2
     assert unused(load_recipe("tiny-canny", ["rank=32"])) == []
+    hints = ["hint_channels=[8,16,48,96]", "hint_start=standard", "zero_convolution_rate=5"]
+    assert unused(load_recipe("tiny-canny", [*hints, "adapter=t2i-adapter"])) == [
+        "hint_channels=(8, 16, 48, 96) does nothing with adapter=t2i-adapter, which has none",
+        "hint_start=standard does nothing with adapter=t2i-adapter, which has none",
+        "zero_convolution_rate=5 does nothing with adapter=t2i-adapter, which has none",
+    ]
+    assert len(unused(load_recipe("tiny-canny", [*hints, "adapter=lite"]))) == 2
+    assert unused(load_recipe("tiny-canny", hints)) == []
 
 
 def test_a_union_is_no_start_for_other_kinds(place: Path) -> None:

@@ -82,6 +82,7 @@ class ControlNetTask:
         self.half = torch.bfloat16 if recipe.precision == "bf16" else None
         # Pictures and captions are encoded once, so in full precision; the U-Net alone is halved.
         self.base = replace(load_base(recipe.base), device=machine.device)
+        self._base_digest = "" if recipe.sd_locked else self.base.digest()  # before a part of it is trained
         self._make_ready()
         check_copyable(self.base.unet.config)  # also of an adapter that is trained on: it is not told more
         copied = recipe.adapter in COPIES
@@ -299,7 +300,7 @@ class ControlNetTask:
         first = self.encoded.examples[self.feed.shown[0]]
         digest = self.feed.digest()
         return {
-            "base_sha256": self.base.digest(),
+            "base_sha256": self._base_digest or self.base.digest(),
             **({"data_sha256": digest} if digest else {}),
             "data_pairs": self.feed.pairs,
             "data_held_out": len(self.feed.shown) if self.feed.held_out else 0,

@@ -17,6 +17,11 @@ _LEAST_SIDE = 16  # pixels, of what can be generated, for samples and scores
 VARIANTS = ("controlnet", "control-lora", "t2i-adapter", "controlnet-xs", "lite", "controlnet-union")
 COPIES = ("controlnet", "control-lora")  # variants that are a copy of the base's encoder
 _OF_VARIANT = {"map_dropout": "controlnet-union", "rank": "control-lora", "size_ratio": "controlnet-xs"}
+_NOT_OF_VARIANT = {
+    "hint_channels": ("t2i-adapter", "lite"),
+    "hint_start": ("t2i-adapter", "lite"),
+    "zero_convolution_rate": ("t2i-adapter",),
+}
 REWARDED = ("canny", "depth")  # kinds of map that can be taken of a picture by differentiable means
 
 
@@ -304,10 +309,14 @@ class ControlNetRecipe(Recipe):
 
 def unused(recipe: ControlNetRecipe) -> list[str]:
     """What is to be said of settings that the recipe's adapter does not have."""
+    of_others = {key: f": it is of {of}" for key, of in _OF_VARIANT.items() if recipe.adapter != of}
+    of_others |= {key: ", which has none" for key, of in _NOT_OF_VARIANT.items() if recipe.adapter in of}
+    values = {key: getattr(recipe, key) for key in of_others}
     return [
-        f"{key}={getattr(recipe, key):g} does nothing with adapter={recipe.adapter}: it is of {variant}"
-        for key, variant in _OF_VARIANT.items()
-        if recipe.adapter != variant and getattr(recipe, key) != type(recipe).model_fields[key].default
+        f"{key}={f'{value:g}' if isinstance(value, float) else value} does nothing with"
+        f" adapter={recipe.adapter}{of_others[key]}"
+        for key, value in values.items()
+        if value != type(recipe).model_fields[key].default
     ]
 
 

@@ -33,7 +33,7 @@ class Taken:
     losses: Sequence[Losses]
     norm: Tensor
     counts: bool = True
-    """Whether its losses are told: not of a step that changed nothing."""
+    """Whether its losses are told: not of a step that changed nothing, unless it found fp16's scale."""
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ _OPTION = re.compile("|".join(re.escape(option) + r"(?![\w-])" for option in _OP
 _WINDOW = re.compile(r"\bstart=(\S+) to end=(\S+)")
 _KIND = re.compile(r"\bthe (\w+) control\b")
 
-_SETTING = re.compile(r"\b[a-z]+\.[a-z_]+=")
+_SETTING = re.compile(r"(?<!\S)\(?(?!out=)[a-z]+(?:[._][a-z]+)*=")  # but the folder, which has a field
 NO_FIELD = (
     "Words with a = are settings of the recipe. This page has no fields for them, the command line takes"
     " them: controlkit train RECIPE data.source=FOLDER NAME=VALUE"

@@ -63,6 +63,8 @@ class HeldOut(ABC):
     """Of maps."""
     settled: Mapping[str, Mapping[str, Any]] = {}
     """By kind, where maps are made of the pictures: the options of the preprocessor."""
+    buckets: bool = False
+    """Whether they are drawn in several shapes."""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -173,6 +175,7 @@ class DataSet(HeldOut):
         self.is_held_out = is_held_out
         self.kinds = tuple(opened)
         self._map_marks: dict[str, Marks] = {}
+        self.buckets = next(iter(opened.values()))[2].buckets
         self.settled = {kind: data.options for kind, (_, visits, data) in opened.items() if visits.made}
 
     def __len__(self) -> int:

@@ -183,9 +183,10 @@ def _cut(held_out: HeldOut) -> list[str]:
     count, most = sum(cut > MOST_CUT for cut in cuts.values()), max(cuts, key=cuts.__getitem__)
     if not count:
         return []
+    cure = "a smaller bucket_step or a larger bucket_ratio" if held_out.buckets else "buckets=true"
     return [
         f"{count} of {len(held_out)} pictures are cut to the sizes that are drawn ({cuts[most]:.0%} of"
-        f" {held_out.name(most)} lies outside): buckets=true keeps more of their shape"
+        f" {held_out.name(most)} lies outside): {cure} keeps more of their shape"
     ]
 
 

@@ -162,7 +162,7 @@ def _by_place(wanted: list[tuple[int, int]]) -> list[tuple[int, list[int]]]:
 
 def _written(path: Path) -> NDArray[np.uint8] | None:
     """A picture that is there and whole."""
-    if not path.is_file():
+    if not png.is_whole(path):  # decoders forgive a missing end
         return None
     try:
         return images.load_picture(path)

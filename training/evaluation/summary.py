@@ -115,7 +115,7 @@ def summarise(
         values[kind] = _of_kind(arms, rows, kind)
         if not kind:
             for measure, found in pictures.of_pair.items():
-                values[kind][measure] = {_label(arms, folder): told for folder, told in found.items()}
+                values[kind][measure] = {arm.label: found[arm.folder] for arm in arms if arm.folder in found}
         group = _group(kind, values[kind])
         if kind == "openpose":
             _add_precision(group, arms, rows)
@@ -199,12 +199,12 @@ def _precision_apart(
 def _add_sets(group: Group, pictures: PictureScores, arms: Sequence[Arm]) -> None:
     true = sum(pictures.counts.get(arm.folder, 0) for arm in arms if arm.label == TRUE)
     for measure, found in pictures.of_set.items():
-        for folder, (value, spread) in found.items():
-            label = _label(arms, folder)
-            group.intervals.setdefault(measure, {})[label] = Interval(value, math.nan, math.nan)
-            group.pictures.setdefault(measure, {})[label] = pictures.counts[folder], true
+        for arm in (arm for arm in arms if arm.folder in found):
+            value, spread = found[arm.folder]
+            group.intervals.setdefault(measure, {})[arm.label] = Interval(value, math.nan, math.nan)
+            group.pictures.setdefault(measure, {})[arm.label] = pictures.counts[arm.folder], true
             if math.isfinite(spread):
-                group.spread.setdefault(measure, {})[label] = spread
+                group.spread.setdefault(measure, {})[arm.label] = spread
 
 
 def _differences(
@@ -281,7 +281,3 @@ def _seconds(arms: Sequence[Arm], rows: Mapping[str, Sequence[Row]]) -> dict[str
         if told and arm.label not in (TRUE, CEILING):
             found[arm.label] = float(np.median(told))
     return found
-
-
-def _label(arms: Sequence[Arm], folder: str) -> str:
-    return next(arm.label for arm in arms if arm.folder == folder)
