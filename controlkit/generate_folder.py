@@ -13,11 +13,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from controlkit.arguments import check_not_input, is_none, numbered_outputs, split_control
+from controlkit.arguments import check_not_inputs, is_none, numbered_outputs, split_control
 from controlkit.files import FULL_DISK, at_home
 from controlkit.folder_job import FolderReport as Report
 from controlkit.generate_job import Session, write_all
 from controlkit.generate_plan import Plan, check_preview
+from controlkit.limits import check_count
 from controlkit.picture_files import DEEP, DEPTH_SUFFIXES, SUFFIXES, find_pictures, unread_below, unread_lines
 from controlkit.startup import nothing_collected
 
@@ -67,6 +68,7 @@ def requests(whole: Request, report: Report, *, usual: str = "", count: int = 1)
     folders = [place for place in dict.fromkeys(map(at_home, places)) if os.path.isdir(place)]
     if not folders:
         return []
+    check_count(count)
     whole = replace(whole, output=usual or whole.output)
     if not whole.output:
         raise ValueError("-o is empty: name the folder where the pictures are to be")
@@ -82,8 +84,7 @@ def requests(whole: Request, report: Report, *, usual: str = "", count: int = 1)
         _check_partners(folder, found[folder], folders[0], names, report)
     asked = [_of_picture(whole, {folder: str(found[folder][n]) for folder in folders}, n) for n in names]
     followed = [path for pictures in found.values() for path in pictures.values()]
-    for made in (path for one in asked for path in numbered_outputs(one.output, count)):
-        check_not_input(made, followed)
+    check_not_inputs((path for one in asked for path in numbered_outputs(one.output, count)), followed)
     return asked
 
 
@@ -104,7 +105,7 @@ def _pictures(folder: str, output: Path, report: Report, *, is_map: bool) -> dic
     return {
         picture.name: picture.path
         for picture in found
-        if picture.name.removesuffix(DEEP) not in names - {picture.name}
+        if not (picture.name.endswith(DEEP) and picture.name.removesuffix(DEEP) in names)
         and (here.startswith(made) or not os.path.realpath(picture.path).startswith(made))
     }
 
@@ -147,14 +148,16 @@ def run(
     report: Report,
     *,
     preview: str | None = None,
+    count: int = 1,
     notes: Callable[[Plan], Sequence[str]] = lambda job: job.notes,
 ) -> Result:
-    """Make a picture for each request, one after the other.
+    """Make `count` pictures for each request, one request after the other.
 
     plan: checks a request. Faults of a picture are told, and the job goes on; those of the request are
     raised, and so is a full disk. notes: what is to be known of a plan; each line is told once.
     """
-    if preview is not None and os.path.realpath(preview) in {os.path.realpath(one.output) for one in asked}:
+    outputs = (path for one in asked for path in numbered_outputs(one.output, count))
+    if preview is not None and os.path.realpath(at_home(preview)) in map(os.path.realpath, outputs):
         raise ValueError(f"the preview {preview} is one of the pictures that are made: choose another file")
     result, session, told = Result(), None, set[str]()
     faults: list[ValueError] = []

@@ -319,8 +319,8 @@ def adapted(source: Source, adapter: str) -> Source:
 
 def check_outputs(outputs: Sequence[Path], inputs: Sequence[Path]) -> None:
     """Raise ValueError for a file that is made from itself, or cannot be written."""
+    arguments.check_not_inputs(outputs, inputs)
     for output in outputs:
-        arguments.check_not_input(output, inputs)
         files.check_writable(output)
 
 

@@ -1,12 +1,15 @@
 """`controlkit generate` with folders: a picture for each one there, as if it had been asked for alone."""
 
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from outcomes import Run
 
+from controlkit import terminal
+from controlkit.generate_folder import Request, requests
 from controlkit.images import load_picture, write_png
 from controlkit.preprocessors import get
 
@@ -112,6 +115,21 @@ def test_what_is_made_within_the_folder_is_not_followed(of_base: Run, photos: Pa
     assert of_base(*asked).done().startswith("wrote 0 pictures")
 
 
+def test_large_folders_are_read_at_once_and_for_as_many_pictures_as_there_may_be(tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number in range(500):
+        (photos / f"{number}-16bit.png").touch()
+    followed = f"canny={photos}"
+    before = time.process_time()
+    with terminal.opened() as told:
+        asked = requests(Request((), (followed,), None, None, str(tmp_path / "out")), told)
+        assert len(asked) == 500
+        assert time.process_time() - before < 1.5
+        with pytest.raises(ValueError, match="the number of pictures must be from 1 to 1000, not 1001"):
+            requests(Request((followed,), (), None, None, str(tmp_path / "out")), told, count=1001)
+
+
 def test_notes_are_told_once(of_base: Run, photos: Path) -> None:
     outcome = of_base("--control", f"canny={photos}", "--guidance", 1, "--negative", "blue")
     assert outcome.done()
@@ -173,6 +191,8 @@ def test_nothing_that_is_followed_is_written_over(of_base: Run, photos: Path) ->
     assert "-o is empty" in of_base("--control", f"canny={photos}", "-o", "").refused()
     message = of_base("--control", f"canny={photos}", "--preview", "out/cat.png").refused()
     assert "the preview out/cat.png is one of the pictures" in message
+    message = of_base("--control", f"canny={photos}", "-n", 2, "--preview", "out/more/cat-2.png").refused()
+    assert "the preview out/more/cat-2.png is one of the pictures" in message
     Path("link").symlink_to(photos, target_is_directory=True)
     asked = ("--control", f"canny={photos}", "-o", Path("link") / "made")
     assert of_base(*asked).done().startswith("wrote 4 pictures")
