@@ -19,7 +19,7 @@ from controlkit import generate_notes, images, infotext, known_adapters, notices
 from controlkit.base_structure import check_fits_at_hand
 from controlkit.devices import multiplies_bfloat16, pick_device
 from controlkit.families import BUNDLED
-from controlkit.formats.finding import mark_of_base, mark_of_vae
+from controlkit.formats.finding import mark_of_vae
 from controlkit.generate_controls import REGION_CURE, Controls, start_of
 from controlkit.generate_models import Models
 from controlkit.generate_plan import Options, Plan, Source, adapted, versions
@@ -110,9 +110,10 @@ class Session:
         check_names(job, also)
         device, dtype = pick_device(job.options.device, job.options.dtype, base=job.options.base)
         self.job, self.report = job, report
-        self._marks = _marks(job)  # before it is read: what is written meanwhile is another one
+        vae_mark = mark_of_vae(job.options.vae) if job.options.vae else ""  # before it is read
         rests = bool(job.options.memory) or job.options.memory_limit is not None
         base = models.base(job.options.base, device=device, dtype=dtype, rests=rests)
+        self._marks = {"base_mark": models.base_mark, "vae_mark": vae_mark}
         self.base = job.additions.onto(base)
         self._taught = [word for word in self.base.words if word not in base.words]
         self.picture_prompts = job.additions.picture_prompts(self.base)
@@ -134,7 +135,7 @@ class Session:
     def turned_to(self, job: Plan) -> Session:
         """The same models for another plan, which differs in its pictures alone."""
         other = copy.copy(self)
-        other.job = job
+        other.job = job = self._as_read(job)
         other.first, other.sources = _decided(job, self.base, self._marks)
         of = [[source.record.adapter for source in one.sources] for one in (self, other)]
         assert of[0] == of[1], f"other adapters: {of}"
@@ -142,6 +143,14 @@ class Session:
         other._warn_of_pictures()
         other.first = other._within_memory(other.first)
         return other
+
+    def _as_read(self, job: Plan) -> Plan:
+        """Another plan, with what tells files that may have changed since from what was read."""
+        sources = tuple(
+            replace(source, record=replace(source.record, adapter_mark=read.record.adapter_mark))
+            for source, read in zip(job.sources, self.sources, strict=True)
+        )
+        return replace(job, sources=sources, additions=self.job.additions)
 
     def decided(self, job: Plan) -> PictureRecord:
         """The record of the first picture of another plan, for which the same is loaded.
@@ -369,12 +378,6 @@ def could_be_lower(job: Plan, record: PictureRecord) -> bool:
     """
     is_open = job.options.dtype is None and record.device == "cpu" and record.base not in BUNDLED
     return is_open and multiplies_bfloat16()
-
-
-def _marks(job: Plan) -> dict[str, Any]:
-    """What tells the base and the autoencoder from what these places held before, as it is recorded."""
-    vae = job.options.vae
-    return {"base_mark": mark_of_base(job.options.base), "vae_mark": mark_of_vae(vae) if vae else ""}
 
 
 def _decided(job: Plan, base: Base, marks: Mapping[str, Any]) -> tuple[PictureRecord, list[Source]]:

@@ -9,8 +9,12 @@ import pytest
 from outcomes import Run
 
 from controlkit import terminal
+from controlkit.formats.finding import mark_of
 from controlkit.generate_folder import Request, requests
-from controlkit.images import load_picture, write_png
+from controlkit.generate_folder import run as run_requests
+from controlkit.generate_plan import Plan, plan
+from controlkit.images import load_picture, read_png_text, write_png
+from controlkit.infotext import parse
 from controlkit.preprocessors import get
 
 
@@ -135,6 +139,25 @@ def test_notes_are_told_once(of_base: Run, photos: Path) -> None:
     assert outcome.done()
     assert outcome.err.count("loading the libraries and the base") == 1
     assert outcome.err.count("has no effect") == 1
+
+
+def test_a_record_is_of_the_adapter_that_was_read(photos: Path, models: Path) -> None:
+    adapter = Path(shutil.copytree(models / "canny-sd1", "adapter"))
+    followed = [f"canny={photos / name}.png" for name in ("cat", "dog: 0.5")]
+    made = [Request((one,), (), None, None, f"{k}.png") for k, one in enumerate(followed)]
+
+    def planned(one: Request) -> Plan:
+        if one is made[1]:
+            weights = next(adapter.glob("*.safetensors"))
+            weights.write_bytes(weights.read_bytes()[:-4] + bytes(4))
+        given = {"prompt": "a cube", "base": str(models / "sd1"), "steps": 1}
+        return plan(given, **vars(one), adapters=[f"canny={adapter}"])
+
+    with terminal.opened() as told:
+        assert len(run_requests(made, planned, told).made) == 2
+    records = [parse(read_png_text(one.output), source=one.output) for one in made]
+    marks = [control.adapter_mark for record in records for control in record.controls]
+    assert marks[0] == marks[1] != mark_of(str(adapter))
 
 
 def test_what_draws_maps_is_loaded_once(of_base: Run, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:

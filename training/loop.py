@@ -28,7 +28,7 @@ from controlkit.training.optimizers import (
     make_optimizer,
     set_rates,
 )
-from controlkit.training.reporting.measured import scores_of
+from controlkit.training.reporting.measured import forget_others, scores_of
 from controlkit.training.saving import Saver, check_folder, restore, stopped_by, write_recipe
 from controlkit.training.stepping import Taken, can_read_late, is_finite, update
 from controlkit.training.task import Losses, Part, Task
@@ -137,6 +137,7 @@ def _export(run: Run, result: Path) -> None:
         if run.machine.processes.is_first:
             with files.replace_folder(result) as target:
                 run.task.export(target, weights)
+            forget_others(run.folder, result)  # of a shorter run: nothing may be measured now, or fail
     if run.machine.processes.is_first and not run.machine.sharded:
         _write_facts(run, result)
 

@@ -31,6 +31,13 @@ def scores_of(
     return scores
 
 
+def forget_others(folder: Path, result: Path) -> None:
+    """Remove the scores in a run's folder where they are of other weights than its result has."""
+    of = json_of(folder / FILE).get("of")
+    if not (isinstance(of, dict) and of.get("weights") == _digest(result)):
+        (folder / FILE).unlink(missing_ok=True)
+
+
 def _digest(result: Path) -> str:
     """SHA-256 over the weights of a result, by the digests of its files."""
     found = sorted(path for path in result.rglob("*.safetensors") if path.is_file())
