@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from controlkit.base import Base
     from controlkit.class_labels import Told
     from controlkit.clip_guidance import Clip
+    from controlkit.memory import Memory
+    from controlkit.memory_plan import Request
     from controlkit.preprocessors import Preprocessor
     from controlkit.sampling import Start
 
@@ -128,6 +130,7 @@ class Session:
         self._warn_of_pictures()
         self._doubted: set[str] = set()  # of a grid's pictures, each said once
         self._told_memory = ""
+        self._fitting: dict[object, tuple[Memory, str]] = {}
         self._extractors: dict[str, Preprocessor] | None = {} if many and not rests else None
         self._controls = self._of_sources()
         self.first = self._within_memory(self.first)
@@ -233,32 +236,47 @@ class Session:
         )
 
     def _within_memory(self, first: PictureRecord) -> PictureRecord:
-        """The record with the measures under which both stages stay within the memory that is allowed."""
-        options = self.job.options
-        if options.memory_limit is None:
+        """The record with the measures under which both stages stay within the memory that is allowed.
+
+        They are reckoned once for all pictures that need the same: that takes seconds.
+        """
+        limit = self.job.options.memory_limit
+        if limit is None:
             return first
-        from controlkit import cascade, memory_plan, prompts, sampling
+        from controlkit import cascade, memory_plan, sampling
 
         size = first.width, first.height
         if first.hires != 1:
             size = cascade.larger_size(*size, first.hires)
+        request = self._memory_request(first, *size)
+        key = (
+            request,
+            tuple(replace(one, path="", sha256="", mask="", mask_sha256="") for one in first.controls),
+        )
+        if key not in self._fitting:
+            estimate = memory_plan.Estimate(self.base, self._controls.of(first, *size), request, self.clip)
+            batch_size = sampling.default_batch(self.base)
+            self._fitting[key] = memory_plan.fit(estimate, limit=limit, batch_size=batch_size)
+        memory, told = self._fitting[key]
+        if told != self._told_memory:  # of a grid's pictures, where it is another
+            self._told_memory = told
+            self.report.status(told)
+        return replace(first, memory=memory.measures)
+
+    def _memory_request(self, first: PictureRecord, width: int, height: int) -> Request:
+        from controlkit import memory_plan, prompts
+
         texts = [first.prompt, first.negative_prompt or ""] if first.prompt_syntax == "a1111" else [""]
-        request = memory_plan.Request(
-            *size,
-            pictures=options.count,
+        return memory_plan.Request(
+            width,
+            height,
+            pictures=self.job.options.count,
             guided=first.guidance > 1,
             tile=first.tile,
             tokens=prompts.tokens_of(self.base, texts),
             starts=first.start is not None or first.hires != 1,
             merge_tokens=first.merge_tokens,
         )
-        estimate = memory_plan.Estimate(self.base, self._controls.of(first, *size), request, self.clip)
-        batch_size = sampling.default_batch(self.base)
-        memory, told = memory_plan.fit(estimate, limit=options.memory_limit, batch_size=batch_size)
-        if told != self._told_memory:  # of a grid's pictures, where it is another
-            self._told_memory = told
-            self.report.status(told)
-        return replace(first, memory=memory.measures)
 
     def make(self, records: Sequence[PictureRecord], finished: Callable[[int, np.ndarray], None]) -> None:
         """Generate pictures that differ by their seeds alone; each is handed over as soon as it is made."""
