@@ -114,6 +114,23 @@ def test_like_says_that_an_adapter_has_changed(run: Run, photo: Path, models: Pa
     run("generate", "--like", "out.png", "-o", "again.png").done()
 
 
+def test_advice_for_an_adapter_that_has_changed_leaves_another_one_of_its_kind(
+    generate: Run, run: Run, models: Path, photo: Path
+) -> None:
+    mine = Path(shutil.copytree(models / "canny-sd1", "mine"))
+    generate("--control", f"canny={photo}:adapter={mine}", "-o", "out.png").done()
+    change(next(mine.glob("*.safetensors")))
+    told = run("generate", "--like", "out.png", "-o", "again.png").refused()
+    advice = shlex.split(told.partition("to use it as it is now, add ")[2])
+    assert advice == [
+        *("--control", f"canny={photo}:1", "--control", f"canny={photo}:1:adapter={mine}"),
+        *("--adapter", f"canny={models / 'canny-sd1'}"),
+    ]
+    shutil.copytree(models / "canny-sd1", mine, dirs_exist_ok=True)
+    run("generate", "--like", "out.png", *advice, "-o", "again.png").done()
+    assert Path("again.png").read_bytes() == Path("out.png").read_bytes()
+
+
 def change(weights: Path) -> None:
     """One bit of the last number."""
     changed = bytearray(weights.read_bytes())
@@ -144,6 +161,8 @@ def test_like_says_that_what_a_base_is_made_of_has_changed(
     run(*again).done()
     assert Path("again.png").read_bytes() == Path("out/a.png").read_bytes()
 
+    (base / "unet" / ".DS_Store").write_bytes(b"somebody has looked into the folder")
+    assert "1 made in the same way was there" in run(*made).done()
     place, title = {"base": (base / "unet", "base"), "vae": (vae, "autoencoder"), "lora": (lora, "LoRA")}[
         kind
     ]
