@@ -359,9 +359,9 @@ def numbered_outputs(output: str, count: int) -> list[Path]:
 
 def check_not_inputs(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
     """Raise ValueError if one of `outputs` is a file that they are made from."""
-    read = {path.resolve() for path in inputs}
+    read = set(map(os.path.realpath, inputs))  # which takes links that lead nowhere, too
     for output in outputs:
-        if output.resolve() in read:
+        if os.path.realpath(output) in read:
             raise ValueError(f"the output {output} would overwrite what it is made from: choose another -o")
 
 

@@ -336,7 +336,7 @@ def check_preview(preview: str, job: Plan, others: Sequence[Path] = ()) -> Path:
     path = Path(files.at_home(preview))
     if path.suffix.lower() != ".png":
         raise ValueError(f"the preview {preview} must end in .png")
-    taken = path.resolve() in {file.resolve() for file in (*job.outputs, *others, *job.read)}
+    taken = os.path.realpath(path) in map(os.path.realpath, (*job.outputs, *others, *job.read))
     if taken or (path.exists() and PREVIEW_CHUNK not in images.read_png_text(path)):
         raise ValueError(
             f"the preview {preview} would replace a file: name another, which is removed at the end"

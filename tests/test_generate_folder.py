@@ -220,6 +220,14 @@ def test_nothing_that_is_followed_is_written_over(of_base: Run, photos: Path) ->
     asked = ("--control", f"canny={photos}", "-o", Path("link") / "made")
     assert of_base(*asked).done().startswith("wrote 4 pictures")
     assert of_base(*asked).done().startswith("wrote 0 pictures")
+    Path("round").symlink_to("about")
+    Path("about").symlink_to("round")
+    assert (
+        "the folder about cannot be made" in of_base("--control", f"canny={photos}", "-o", "about").refused()
+    )
+    alone = ("--control", f"canny={photos / 'cat.png'}")
+    assert "cannot write about/a.png" in of_base(*alone, "-o", "about/a.png").refused()
+    assert "cannot write about/b.png" in of_base(*alone, "--preview", "about/b.png").refused()
 
 
 @pytest.mark.filterwarnings("ignore:adapter .* learned to follow canny maps")
