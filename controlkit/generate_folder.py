@@ -24,7 +24,7 @@ from controlkit.startup import nothing_collected
 
 USUAL_FOLDER = "out"
 _NAMED = 3  # names in a message
-_TRIED = 3  # pictures, after which it is the request that is wrong
+_TRIED = 3  # faults that begin with no picture's name, after which it is the request that is wrong
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,12 @@ class Request:
     start: str | None
     mask: str | None
     output: str
+
+    @property
+    def files(self) -> list[str]:
+        """The pictures, maps and masks that are named."""
+        followed = [split_control(text)[1] for text in (*self.controls, *self.maps) if not is_none(text)]
+        return followed + [text for text in (self.start, self.mask) if text and not is_none(text)]
 
 
 @dataclass
@@ -63,9 +69,7 @@ def requests(whole: Request, report: Report, *, usual: str = "", count: int = 1)
     has no picture, another one lacks one of its names, the output is no folder, or one of these, or a
     picture there would be written over.
     """
-    places = [split_control(text)[1] for text in (*whole.controls, *whole.maps) if not is_none(text)]
-    places += [text for text in (whole.start, whole.mask) if text and not is_none(text)]
-    folders = [place for place in dict.fromkeys(map(at_home, places)) if os.path.isdir(place)]
+    folders = [place for place in dict.fromkeys(map(at_home, whole.files)) if os.path.isdir(place)]
     if not folders:
         return []
     check_count(count)
@@ -160,7 +164,7 @@ def run(
     if preview is not None and os.path.realpath(at_home(preview)) in map(os.path.realpath, outputs):
         raise ValueError(f"the preview {preview} is one of the pictures that are made: choose another file")
     result, session, told = Result(), None, set[str]()
-    faults: list[ValueError] = []
+    faults, doubts = list[ValueError](), 0
     for number, request in enumerate(asked):
         created = _with_folders(Path(request.output).parent)
         try:
@@ -176,8 +180,9 @@ def run(
             for folder in created:
                 with suppress(OSError):
                     folder.rmdir()  # only where nothing was put into it
-            begun = bool(result.made or result.kept)
-            if _is_of_request(error, faults, begun=begun, is_last=number == len(asked) - 1):
+            begun, is_last = bool(result.made or result.kept), number == len(asked) - 1
+            doubts += not str(error).startswith(tuple(request.files))  # else it says which file is wrong
+            if _is_of_request(error, faults, doubts, begun=begun, is_last=is_last):
                 raise (error if begun or not faults else faults[0]) from None
             faults.append(error)
             result.failed.append(request.output)
@@ -192,12 +197,17 @@ def run(
     return result
 
 
-def _is_of_request(error: ValueError, before: Sequence[ValueError], *, begun: bool, is_last: bool) -> bool:
-    """Whether a fault is more than one picture's: the disk is full, or nothing at all can be made."""
+def _is_of_request(
+    error: ValueError, before: Sequence[ValueError], doubts: int, *, begun: bool, is_last: bool
+) -> bool:
+    """Whether a fault is more than one picture's: the disk is full, or nothing at all can be made.
+
+    doubts: how many faults, with this one, do not say that a picture is wrong.
+    """
     if getattr(error.__cause__, "errno", None) in FULL_DISK:
         return True
     again = any(str(error) == str(one) for one in before)
-    return not begun and (again or is_last or len(before) + 1 >= _TRIED)
+    return not begun and (again or is_last or doubts >= _TRIED)
 
 
 def _session(job: Plan, before: Session | None, report: Report, preview: str | None) -> Session:

@@ -183,6 +183,17 @@ def test_the_first_picture_may_be_the_broken_one(of_base: Run, photos: Path) -> 
     shutil.rmtree("out")
     assert "my photos/cat.png is not a picture" in of_base("--control", f"canny={photos}").refused()
     assert not Path("out").exists()
+    write_png(photos / "zebra.png", np.eye(64, dtype=np.uint8)[..., None].repeat(3, axis=-1) * 255)
+    (photos / "more" / "cat.png").rename(photos / "eel.png")
+    outcome = of_base("--control", f"canny={photos}")
+    assert outcome.code == 1
+    assert outcome.out.startswith("wrote 1 picture into out")
+    assert outcome.out.endswith("; 3 left out\n")
+    shutil.copy(photos / "eel.png", "start.png")
+    shutil.copy(photos / "zebra.png", photos / "ape.png")
+    shutil.copy(photos / "zebra.png", photos / "bee.png")
+    told = of_base("--control", f"canny={photos}", "--from", "start.png", "-o", "new").refused()
+    assert told.startswith("start.png is not a picture")
 
 
 @pytest.mark.filterwarnings("ignore:my photos/dog")
