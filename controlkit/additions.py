@@ -6,6 +6,7 @@ Read from the command line, or again from a picture, and checked before the mode
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,11 +137,11 @@ def asked(
     """
     before = Additions()
     if earlier is not None and earlier.record.base == base:
-        had = earlier.record
+        had, (for_loras, for_words, for_told) = earlier.record, _words(earlier)
         before = Additions(
-            () if loras else tuple(_lora_again(lora, earlier) for lora in had.loras),
-            () if embeddings else tuple(_word_again(word, earlier) for word in had.embeddings),
-            () if ip_adapters else tuple(_told_again(told, earlier) for told in had.ip_adapters),
+            () if loras else tuple(_lora_again(one, earlier, for_loras) for one in had.loras),
+            () if embeddings else tuple(_word_again(one, earlier, for_words) for one in had.embeddings),
+            () if ip_adapters else tuple(_told_again(one, earlier, for_told) for one in had.ip_adapters),
         )
     loras, embeddings, ip_adapters = map(arguments.without_none, (loras, embeddings, ip_adapters))
     if image_encoder is not None and not ip_adapters:
@@ -200,23 +201,40 @@ def _sha256(source: str) -> str:
     return files.sha256_file(source) if os.path.isfile(source) else ""
 
 
-def _lora_again(lora: LoraRecord, earlier: Earlier) -> tuple[LoraRecord, str]:
+def _words(earlier: Earlier) -> list[str]:
+    """What asks for all LoRAs, words and IP-Adapters of an earlier picture, with files where they are now."""
+    had, place, number = earlier.record, earlier.place, arguments.number_text
+    loras = [("--lora", f"{place(lora.source)}:{number(lora.weight)}") for lora in had.loras]
+    embeddings = [
+        ("--embedding", f"{word.token}={place(word.file)}" if word.token else place(word.file))
+        for word in had.embeddings
+    ]
+    told = [
+        ("--ip-adapter", f"{place(one.source)}={','.join(map(place, one.pictures))}:{number(one.scale)}")
+        for one in had.ip_adapters
+    ]
+    encoders = [("--image-encoder", one) for one in {one.encoder for one in had.ip_adapters} if one]
+    kinds = (loras, embeddings, [*told, *encoders])
+    return [shlex.join(word for pair in pairs for word in pair) for pairs in kinds]
+
+
+def _lora_again(lora: LoraRecord, earlier: Earlier, words: str) -> tuple[LoraRecord, str]:
+    """words: what asks for all LoRAs anew, and so below."""
     if lora.mark:
-        how = f":{arguments.number_text(lora.weight)}"
-        earlier.check_mark(lora.mark, mark_of_lora(lora.source), "lora", lora.source, how)
-    place = str(earlier.find(lora.source, lora.sha256, option="--lora")) if lora.sha256 else lora.source
-    return lora, place
+        earlier.check_mark(lora.mark, mark_of_lora(lora.source), "LoRA", lora.source, words=words)
+    if not lora.sha256:
+        return lora, lora.source
+    return lora, str(earlier.find(lora.source, lora.sha256, option="--lora", words=words))
 
 
-def _word_again(word: EmbeddingRecord, earlier: Earlier) -> tuple[EmbeddingRecord, str]:
-    return word, str(earlier.find(word.file, word.sha256, option="--embedding"))
+def _word_again(word: EmbeddingRecord, earlier: Earlier, words: str) -> tuple[EmbeddingRecord, str]:
+    return word, str(earlier.find(word.file, word.sha256, option="--embedding", words=words))
 
 
-def _told_again(told: PromptPictureRecord, earlier: Earlier) -> PromptPictures:
-    option = f"--ip-adapter {told.source}="
-    source = (
-        str(earlier.find(told.source, told.sha256, option="--ip-adapter")) if told.sha256 else told.source
-    )
-    sums = zip(told.pictures, told.pictures_sha256, strict=True)
-    places = tuple(str(earlier.find(name, sha256, option=option)) for name, sha256 in sums)
+def _told_again(told: PromptPictureRecord, earlier: Earlier, words: str) -> PromptPictures:
+    def found(name: str, sha256: str) -> str:
+        return str(earlier.find(name, sha256, option="--ip-adapter", words=words))
+
+    source = found(told.source, told.sha256) if told.sha256 else told.source
+    places = tuple(map(found, told.pictures, told.pictures_sha256))
     return PromptPictures(told, source, places, tuple(map(images.load_picture, places)))

@@ -6,7 +6,7 @@ import difflib
 import glob
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -357,10 +357,12 @@ def numbered_outputs(output: str, count: int) -> list[Path]:
     return [path.with_name(f"{path.stem}-{k}{path.suffix}") for k in range(1, count + 1)]
 
 
-def check_not_input(output: Path, inputs: Sequence[Path]) -> None:
-    """Raise ValueError if `output` is one of the files that it is made from."""
-    if output.resolve() in {path.resolve() for path in inputs}:
-        raise ValueError(f"the output {output} would overwrite what it is made from: choose another -o")
+def check_not_inputs(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
+    """Raise ValueError if one of `outputs` is a file that they are made from."""
+    read = set(map(os.path.realpath, inputs))  # which takes links that lead nowhere, too
+    for output in outputs:
+        if os.path.realpath(output) in read:
+            raise ValueError(f"the output {output} would overwrite what it is made from: choose another -o")
 
 
 def _split_scale(rest: str) -> tuple[str, Scale]:

@@ -200,11 +200,11 @@ def generate(
 
     with terminal.opened() as told:
         usual = generate_folder.USUAL_FOLDER if is_usual else ""
-        each = generate_folder.requests(request, told, usual=usual, count=given.get("count") or 1)
+        each = generate_folder.requests(request, told, usual=usual, count=count)
         if each:
             if axes or keep:
                 raise ValueError("a grid is of one picture: name a file, and not its folder")
-            _make_each(each, planned, told, preview, started)
+            _make_each(each, planned, told, preview, count, started)
             return
         plan = planned(request)
         if axes:
@@ -235,6 +235,7 @@ def _make_each(
     planned: Callable[[Request], Plan],
     told: terminal.Terminal,
     preview: str | None,
+    count: int,
     started: float,
 ) -> None:
     """A picture for each of a folder; exit code 1 where some are left out."""
@@ -247,6 +248,7 @@ def _make_each(
             planned,
             told,
             preview=preview,
+            count=count,
             notes=lambda plan: [*plan.notes, *without_effect(plan, grid_job.variants(plan, []), [])],
         )
     except KeyboardInterrupt:

@@ -128,8 +128,8 @@ def _of_pooling(file: AdapterFile, written: AdapterFile) -> list[str]:
     lines = [f"{file.path.name} {POOLED_BY_NAME}"] if pooled and is_pooled_by_name(file) else []
     if pooled != pools:
         lines.append(
-            f"{written.path.name} {'does so' if pools else 'does not'}, by its name, unlike {file.path.name}:"
-            f" name it {'without' if pools else 'with'} the word shuffle, or give --base"
+            f"{written.path.name} {'pools' if pools else 'does not pool'} what it adds, by its name, unlike"
+            f" {file.path.name}: name it {'without' if pools else 'with'} the word shuffle, or give --base"
         )
     return lines
 

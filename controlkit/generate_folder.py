@@ -13,17 +13,18 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from controlkit.arguments import check_not_input, is_none, numbered_outputs, split_control
+from controlkit.arguments import check_not_inputs, is_none, numbered_outputs, split_control
 from controlkit.files import FULL_DISK, at_home
 from controlkit.folder_job import FolderReport as Report
 from controlkit.generate_job import Session, write_all
 from controlkit.generate_plan import Plan, check_preview
+from controlkit.limits import check_count
 from controlkit.picture_files import DEEP, DEPTH_SUFFIXES, SUFFIXES, find_pictures, unread_below, unread_lines
 from controlkit.startup import nothing_collected
 
 USUAL_FOLDER = "out"
 _NAMED = 3  # names in a message
-_TRIED = 3  # pictures, after which it is the request that is wrong
+_TRIED = 3  # faults that begin with no picture's name, after which it is the request that is wrong
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,12 @@ class Request:
     start: str | None
     mask: str | None
     output: str
+
+    @property
+    def files(self) -> list[str]:
+        """The pictures, maps and masks that are named."""
+        followed = [split_control(text)[1] for text in (*self.controls, *self.maps) if not is_none(text)]
+        return followed + [text for text in (self.start, self.mask) if text and not is_none(text)]
 
 
 @dataclass
@@ -62,11 +69,10 @@ def requests(whole: Request, report: Report, *, usual: str = "", count: int = 1)
     has no picture, another one lacks one of its names, the output is no folder, or one of these, or a
     picture there would be written over.
     """
-    places = [split_control(text)[1] for text in (*whole.controls, *whole.maps) if not is_none(text)]
-    places += [text for text in (whole.start, whole.mask) if text and not is_none(text)]
-    folders = [place for place in dict.fromkeys(map(at_home, places)) if os.path.isdir(place)]
+    folders = [place for place in dict.fromkeys(map(at_home, whole.files)) if os.path.isdir(place)]
     if not folders:
         return []
+    check_count(count)
     whole = replace(whole, output=usual or whole.output)
     if not whole.output:
         raise ValueError("-o is empty: name the folder where the pictures are to be")
@@ -82,8 +88,7 @@ def requests(whole: Request, report: Report, *, usual: str = "", count: int = 1)
         _check_partners(folder, found[folder], folders[0], names, report)
     asked = [_of_picture(whole, {folder: str(found[folder][n]) for folder in folders}, n) for n in names]
     followed = [path for pictures in found.values() for path in pictures.values()]
-    for made in (path for one in asked for path in numbered_outputs(one.output, count)):
-        check_not_input(made, followed)
+    check_not_inputs((path for one in asked for path in numbered_outputs(one.output, count)), followed)
     return asked
 
 
@@ -104,7 +109,7 @@ def _pictures(folder: str, output: Path, report: Report, *, is_map: bool) -> dic
     return {
         picture.name: picture.path
         for picture in found
-        if picture.name.removesuffix(DEEP) not in names - {picture.name}
+        if not (picture.name.endswith(DEEP) and picture.name.removesuffix(DEEP) in names)
         and (here.startswith(made) or not os.path.realpath(picture.path).startswith(made))
     }
 
@@ -147,17 +152,19 @@ def run(
     report: Report,
     *,
     preview: str | None = None,
+    count: int = 1,
     notes: Callable[[Plan], Sequence[str]] = lambda job: job.notes,
 ) -> Result:
-    """Make a picture for each request, one after the other.
+    """Make `count` pictures for each request, one request after the other.
 
     plan: checks a request. Faults of a picture are told, and the job goes on; those of the request are
     raised, and so is a full disk. notes: what is to be known of a plan; each line is told once.
     """
-    if preview is not None and os.path.realpath(preview) in {os.path.realpath(one.output) for one in asked}:
+    outputs = (path for one in asked for path in numbered_outputs(one.output, count))
+    if preview is not None and os.path.realpath(at_home(preview)) in map(os.path.realpath, outputs):
         raise ValueError(f"the preview {preview} is one of the pictures that are made: choose another file")
     result, session, told = Result(), None, set[str]()
-    faults: list[ValueError] = []
+    faults, doubts = list[ValueError](), 0
     for number, request in enumerate(asked):
         created = _with_folders(Path(request.output).parent)
         try:
@@ -173,8 +180,9 @@ def run(
             for folder in created:
                 with suppress(OSError):
                     folder.rmdir()  # only where nothing was put into it
-            begun = bool(result.made or result.kept)
-            if _is_of_request(error, faults, begun=begun, is_last=number == len(asked) - 1):
+            begun, is_last = bool(result.made or result.kept), number == len(asked) - 1
+            doubts += not str(error).startswith(tuple(request.files))  # else it says which file is wrong
+            if _is_of_request(error, faults, doubts, begun=begun, is_last=is_last):
                 raise (error if begun or not faults else faults[0]) from None
             faults.append(error)
             result.failed.append(request.output)
@@ -189,12 +197,17 @@ def run(
     return result
 
 
-def _is_of_request(error: ValueError, before: Sequence[ValueError], *, begun: bool, is_last: bool) -> bool:
-    """Whether a fault is more than one picture's: the disk is full, or nothing at all can be made."""
+def _is_of_request(
+    error: ValueError, before: Sequence[ValueError], doubts: int, *, begun: bool, is_last: bool
+) -> bool:
+    """Whether a fault is more than one picture's: the disk is full, or nothing at all can be made.
+
+    doubts: how many faults, with this one, do not say that a picture is wrong.
+    """
     if getattr(error.__cause__, "errno", None) in FULL_DISK:
         return True
     again = any(str(error) == str(one) for one in before)
-    return not begun and (again or is_last or len(before) + 1 >= _TRIED)
+    return not begun and (again or is_last or doubts >= _TRIED)
 
 
 def _session(job: Plan, before: Session | None, report: Report, preview: str | None) -> Session:

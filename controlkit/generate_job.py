@@ -19,7 +19,7 @@ from controlkit import generate_notes, images, infotext, known_adapters, notices
 from controlkit.base_structure import check_fits_at_hand
 from controlkit.devices import multiplies_bfloat16, pick_device
 from controlkit.families import BUNDLED
-from controlkit.formats.finding import mark_of_base, mark_of_vae
+from controlkit.formats.finding import mark_of_vae
 from controlkit.generate_controls import REGION_CURE, Controls, start_of
 from controlkit.generate_models import Models
 from controlkit.generate_plan import Options, Plan, Source, adapted, versions
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from controlkit.base import Base
     from controlkit.class_labels import Told
     from controlkit.clip_guidance import Clip
+    from controlkit.memory import Memory
+    from controlkit.memory_plan import Request
     from controlkit.preprocessors import Preprocessor
     from controlkit.sampling import Start
 
@@ -110,9 +112,10 @@ class Session:
         check_names(job, also)
         device, dtype = pick_device(job.options.device, job.options.dtype, base=job.options.base)
         self.job, self.report = job, report
-        self._marks = _marks(job)  # before it is read: what is written meanwhile is another one
+        vae_mark = mark_of_vae(job.options.vae) if job.options.vae else ""  # before it is read
         rests = bool(job.options.memory) or job.options.memory_limit is not None
         base = models.base(job.options.base, device=device, dtype=dtype, rests=rests)
+        self._marks = {"base_mark": models.base_mark, "vae_mark": vae_mark}
         self.base = job.additions.onto(base)
         self._taught = [word for word in self.base.words if word not in base.words]
         self.picture_prompts = job.additions.picture_prompts(self.base)
@@ -127,6 +130,7 @@ class Session:
         self._warn_of_pictures()
         self._doubted: set[str] = set()  # of a grid's pictures, each said once
         self._told_memory = ""
+        self._fitting: dict[object, tuple[Memory, str]] = {}
         self._extractors: dict[str, Preprocessor] | None = {} if many and not rests else None
         self._controls = self._of_sources()
         self.first = self._within_memory(self.first)
@@ -134,7 +138,7 @@ class Session:
     def turned_to(self, job: Plan) -> Session:
         """The same models for another plan, which differs in its pictures alone."""
         other = copy.copy(self)
-        other.job = job
+        other.job = job = self._as_read(job)
         other.first, other.sources = _decided(job, self.base, self._marks)
         of = [[source.record.adapter for source in one.sources] for one in (self, other)]
         assert of[0] == of[1], f"other adapters: {of}"
@@ -142,6 +146,14 @@ class Session:
         other._warn_of_pictures()
         other.first = other._within_memory(other.first)
         return other
+
+    def _as_read(self, job: Plan) -> Plan:
+        """Another plan, with what tells files that may have changed since from what was read."""
+        sources = tuple(
+            replace(source, record=replace(source.record, adapter_mark=read.record.adapter_mark))
+            for source, read in zip(job.sources, self.sources, strict=True)
+        )
+        return replace(job, sources=sources, additions=self.job.additions)
 
     def decided(self, job: Plan) -> PictureRecord:
         """The record of the first picture of another plan, for which the same is loaded.
@@ -224,32 +236,47 @@ class Session:
         )
 
     def _within_memory(self, first: PictureRecord) -> PictureRecord:
-        """The record with the measures under which both stages stay within the memory that is allowed."""
-        options = self.job.options
-        if options.memory_limit is None:
+        """The record with the measures under which both stages stay within the memory that is allowed.
+
+        They are reckoned once for all pictures that need the same: that takes seconds.
+        """
+        limit = self.job.options.memory_limit
+        if limit is None:
             return first
-        from controlkit import cascade, memory_plan, prompts, sampling
+        from controlkit import cascade, memory_plan, sampling
 
         size = first.width, first.height
         if first.hires != 1:
             size = cascade.larger_size(*size, first.hires)
+        request = self._memory_request(first, *size)
+        key = (
+            request,
+            tuple(replace(one, path="", sha256="", mask="", mask_sha256="") for one in first.controls),
+        )
+        if key not in self._fitting:
+            estimate = memory_plan.Estimate(self.base, self._controls.of(first, *size), request, self.clip)
+            batch_size = sampling.default_batch(self.base)
+            self._fitting[key] = memory_plan.fit(estimate, limit=limit, batch_size=batch_size)
+        memory, told = self._fitting[key]
+        if told != self._told_memory:  # of a grid's pictures, where it is another
+            self._told_memory = told
+            self.report.status(told)
+        return replace(first, memory=memory.measures)
+
+    def _memory_request(self, first: PictureRecord, width: int, height: int) -> Request:
+        from controlkit import memory_plan, prompts
+
         texts = [first.prompt, first.negative_prompt or ""] if first.prompt_syntax == "a1111" else [""]
-        request = memory_plan.Request(
-            *size,
-            pictures=options.count,
+        return memory_plan.Request(
+            width,
+            height,
+            pictures=self.job.options.count,
             guided=first.guidance > 1,
             tile=first.tile,
             tokens=prompts.tokens_of(self.base, texts),
             starts=first.start is not None or first.hires != 1,
             merge_tokens=first.merge_tokens,
         )
-        estimate = memory_plan.Estimate(self.base, self._controls.of(first, *size), request, self.clip)
-        batch_size = sampling.default_batch(self.base)
-        memory, told = memory_plan.fit(estimate, limit=options.memory_limit, batch_size=batch_size)
-        if told != self._told_memory:  # of a grid's pictures, where it is another
-            self._told_memory = told
-            self.report.status(told)
-        return replace(first, memory=memory.measures)
 
     def make(self, records: Sequence[PictureRecord], finished: Callable[[int, np.ndarray], None]) -> None:
         """Generate pictures that differ by their seeds alone; each is handed over as soon as it is made."""
@@ -369,12 +396,6 @@ def could_be_lower(job: Plan, record: PictureRecord) -> bool:
     """
     is_open = job.options.dtype is None and record.device == "cpu" and record.base not in BUNDLED
     return is_open and multiplies_bfloat16()
-
-
-def _marks(job: Plan) -> dict[str, Any]:
-    """What tells the base and the autoencoder from what these places held before, as it is recorded."""
-    vae = job.options.vae
-    return {"base_mark": mark_of_base(job.options.base), "vae_mark": mark_of_vae(vae) if vae else ""}
 
 
 def _decided(job: Plan, base: Base, marks: Mapping[str, Any]) -> tuple[PictureRecord, list[Source]]:

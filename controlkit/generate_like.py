@@ -58,13 +58,10 @@ class Earlier:
         if found is not None:
             return found
         if not there:
-            raise ValueError(
-                f"{self.file} was made from {path}, which is gone: put it back, or use"
-                f" {option.partition(' ')[0]}"
-            )
+            raise ValueError(f"{self.file} was made from {path}, which is gone: put it back, or use {option}")
         raise ValueError(
             f"{self.file} was made from {there[0]}, which has changed since; to use it as it is now, add"
-            f" {words or f'{option} {there[0]}'}"
+            f" {words or shlex.join([option, str(there[0])])}"
         )
 
     def check_models(self, given: Collection[str], *, vae: str) -> None:
@@ -74,20 +71,21 @@ class Earlier:
         """
         record = self.record
         if "base" not in given and record.base_mark:
-            self.check_mark(record.base_mark, mark_of_base(record.base), "base", record.base)
+            name, words = record.base, shlex.join(["--base", record.base])
+            self.check_mark(record.base_mark, mark_of_base(name), "base", name, words=words)
         if "vae" not in given and record.vae_mark and vae == record.vae:
-            self.check_mark(record.vae_mark, mark_of_vae(record.vae), "vae", record.vae)
+            name, words = record.vae, shlex.join(["--vae", record.vae])
+            self.check_mark(record.vae_mark, mark_of_vae(name), "autoencoder", name, words=words)
 
-    def check_mark(self, before: str, mark: str, option: str, name: str, how: str = "") -> None:
+    def check_mark(self, before: str, mark: str, title: str, name: str, *, words: str) -> None:
         """Raise ValueError for a model that is another one by now, as far as can be told.
 
-        option: of that model, without its hyphens; how: what is added to its name there.
+        title: what it is. words: what asks for it as it is now.
         """
         if mark not in ("", before):
-            title = {"vae": "autoencoder", "lora": "LoRA"}.get(option, option)
             raise ValueError(
                 f"{self.file} was made with the {title} {name}, which has changed since; to use it as it is"
-                f" now, add --{option} {shlex.quote(name + how)}"
+                f" now, add {words}"
             )
 
     def left_out(self, given: Mapping[str, Any], kinds: Collection[str]) -> Iterator[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from controlkit.formats.adapter_file import is_shuffle
+from controlkit.formats.finding import mark_of_base
 
 if TYPE_CHECKING:
     import torch
@@ -26,10 +27,12 @@ class Models:
     """What was loaded. One base is kept at a time, with the adapters that were used last: another base takes
     their place.
 
-    Networks that rest stay on the processor until they work, where memory is scarce.
+    Networks that rest stay on the processor until they work, where memory is scarce. base_mark: of the base's
+    files as they were when they were read.
     """
 
     def __init__(self) -> None:
+        self.base_mark = ""
         self._base: tuple[Key, Base] | None = None
         self._adapters: dict[AdapterKey, _Kept] = {}  # the last one was used last
 
@@ -38,6 +41,7 @@ class Models:
         key = (name, device, str(dtype), rests)
         if self._base is None or self._base[0] != key:
             self._base, self._adapters = None, {}
+            self.base_mark = mark_of_base(name)  # before: what is written meanwhile is another one
             self._base = key, _load_base(name, device=device, dtype=dtype, rests=rests)
         return self._base[1]
 

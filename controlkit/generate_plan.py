@@ -215,7 +215,7 @@ def _sources(
     decided = base != earlier.record.base  # by the new one, which adapters are usual
     for record in earlier.record.controls:
         if not decided and record.kind not in adapters:
-            _check_unchanged(record, earlier)
+            _check_unchanged(record, earlier, words)
     return [
         adapted(source, adapters.get(source.record.kind, "" if decided else source.record.adapter))
         for source in sources
@@ -268,13 +268,17 @@ def _asked(earlier: Earlier) -> list[str]:
     return words + [word for kind, name in adapters.items() for word in ("--adapter", f"{kind}={name}")]
 
 
-def _check_unchanged(record: ControlRecord, earlier: Earlier) -> None:
-    """Raise ValueError where an earlier picture's adapter is another one by now."""
-    if record.adapter_mark and mark_of(record.adapter) not in ("", record.adapter_mark):
-        raise ValueError(
-            f"{earlier.file} was made with the adapter {record.adapter}, which has changed since; to use it"
-            f" as it is now, add --adapter {shlex.quote(f'{record.kind}={record.adapter}')}"
-        )
+def _check_unchanged(record: ControlRecord, earlier: Earlier, words: str) -> None:
+    """Raise ValueError where an earlier picture's adapter is another one by now. words: what asks for all of
+    its controls anew.
+    """
+    if not record.adapter_mark:
+        return
+    kinds = [one.kind for one in earlier.record.controls if one.adapter != record.adapter]
+    if record.kind not in kinds:  # where --adapter names no other control's
+        words = shlex.join(["--adapter", f"{record.kind}={record.adapter}"])
+    mark = mark_of(record.adapter)
+    earlier.check_mark(record.adapter_mark, mark, "adapter", record.adapter, words=words)
 
 
 def _source_again(record: ControlRecord, earlier: Earlier, words: str) -> Source:
@@ -319,8 +323,8 @@ def adapted(source: Source, adapter: str) -> Source:
 
 def check_outputs(outputs: Sequence[Path], inputs: Sequence[Path]) -> None:
     """Raise ValueError for a file that is made from itself, or cannot be written."""
+    arguments.check_not_inputs(outputs, inputs)
     for output in outputs:
-        arguments.check_not_input(output, inputs)
         files.check_writable(output)
 
 
@@ -332,7 +336,7 @@ def check_preview(preview: str, job: Plan, others: Sequence[Path] = ()) -> Path:
     path = Path(files.at_home(preview))
     if path.suffix.lower() != ".png":
         raise ValueError(f"the preview {preview} must end in .png")
-    taken = path.resolve() in {file.resolve() for file in (*job.outputs, *others, *job.read)}
+    taken = os.path.realpath(path) in map(os.path.realpath, (*job.outputs, *others, *job.read))
     if taken or (path.exists() and PREVIEW_CHUNK not in images.read_png_text(path)):
         raise ValueError(
             f"the preview {preview} would replace a file: name another, which is removed at the end"

@@ -59,8 +59,9 @@ def plan(
     (path,) = arguments.numbered_outputs(output, 1)
     if not reads_depth(settings):
         images.stored_size(picture)  # which says what is wrong with the file
-    for written in _outputs(kind, path, beside):
-        arguments.check_not_input(written, [Path(picture)])
+    outputs = _outputs(kind, path, beside)
+    arguments.check_not_inputs(outputs, [Path(picture)])
+    for written in outputs:
         files.check_writable(written)
     joints = path.with_suffix(".json")
     if kind == "openpose" and joints.exists():

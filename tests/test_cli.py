@@ -20,7 +20,7 @@ from outcomes import Run
 from safetensors.torch import save_file
 
 import controlkit
-from controlkit import base_parts, generate_job, infotext
+from controlkit import base_parts, generate_job, infotext, terminal
 from controlkit.arguments import (
     numbered_outputs,
     parse_control,
@@ -28,6 +28,8 @@ from controlkit.arguments import (
     parse_weighted,
     parse_word,
 )
+from controlkit.formats.finding import mark_of_base
+from controlkit.generate_models import Models
 from controlkit.images import load_picture, read_png_text, write_png
 from controlkit.preprocessors import draw_poses, read_poses
 from controlkit.training.config import load_recipe
@@ -112,6 +114,23 @@ def test_like_says_that_an_adapter_has_changed(run: Run, photo: Path, models: Pa
     run("generate", "--like", "out.png", "-o", "again.png").done()
 
 
+def test_advice_for_an_adapter_that_has_changed_leaves_another_one_of_its_kind(
+    generate: Run, run: Run, models: Path, photo: Path
+) -> None:
+    mine = Path(shutil.copytree(models / "canny-sd1", "mine"))
+    generate("--control", f"canny={photo}:adapter={mine}", "-o", "out.png").done()
+    change(next(mine.glob("*.safetensors")))
+    told = run("generate", "--like", "out.png", "-o", "again.png").refused()
+    advice = shlex.split(told.partition("to use it as it is now, add ")[2])
+    assert advice == [
+        *("--control", f"canny={photo}:1", "--control", f"canny={photo}:1:adapter={mine}"),
+        *("--adapter", f"canny={models / 'canny-sd1'}"),
+    ]
+    shutil.copytree(models / "canny-sd1", mine, dirs_exist_ok=True)
+    run("generate", "--like", "out.png", *advice, "-o", "again.png").done()
+    assert Path("again.png").read_bytes() == Path("out.png").read_bytes()
+
+
 def change(weights: Path) -> None:
     """One bit of the last number."""
     changed = bytearray(weights.read_bytes())
@@ -142,6 +161,8 @@ def test_like_says_that_what_a_base_is_made_of_has_changed(
     run(*again).done()
     assert Path("again.png").read_bytes() == Path("out/a.png").read_bytes()
 
+    (base / "unet" / ".DS_Store").write_bytes(b"somebody has looked into the folder")
+    assert "1 made in the same way was there" in run(*made).done()
     place, title = {"base": (base / "unet", "base"), "vae": (vae, "autoencoder"), "lora": (lora, "LoRA")}[
         kind
     ]
@@ -153,6 +174,19 @@ def test_like_says_that_what_a_base_is_made_of_has_changed(
     run(*again, f"--{kind}", value).done()
     assert "wrote 1 picture into out" in run(*made).done()
     assert "made in the same way" not in run(*made[:-2], "-o", "out2").done()
+
+
+def test_a_picture_by_a_base_that_is_kept_does_not_say_that_it_is_by_the_one_there_now(
+    models: Path, tmp_path: Path
+) -> None:
+    base, kept = shutil.copytree(models / "sd1", tmp_path / "mine"), Models()
+    job = generate_job.plan({"prompt": "x", "base": str(base), "steps": 1}, output=str(tmp_path / "a.png"))
+    with terminal.opened() as told:
+        (first,) = generate_job.run(job, told, models=kept)
+        change(next((base / "unet").glob("*.safetensors")))
+        (second,) = generate_job.run(job, told, models=kept)
+    assert first == second
+    assert first.base_mark != mark_of_base(str(base))
 
 
 def test_a_picture_of_before_there_were_marks_is_taken_as_it_was(run: Run, models: Path) -> None:

@@ -298,7 +298,10 @@ def test_words_on_the_command_line(generate: Run, run: Run) -> None:
     assert Path("again.png").read_bytes() == Path("out.png").read_bytes()
     assert "there is no embedding nowhere.pt" in generate("--embedding", "nowhere.pt").refused()
     save_file({"emb_params": vectors(1)}, "styl.safetensors")
-    assert "which has changed since" in run("generate", "--like", "out.png").refused()
+    changed = run("generate", "--like", "out.png").refused()
+    assert changed.endswith(
+        "which has changed since; to use it as it is now, add --embedding cube=styl.safetensors"
+    )
 
 
 @pytest.mark.filterwarnings("default")  # the command shows them as notes

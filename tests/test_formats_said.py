@@ -67,6 +67,11 @@ def test_a_conversion_says_where_a_name_decided(network: Any, models: Path, run:
     assert "b.safetensors does not" not in said  # its header says it
     saved(original_controlnet(network), tmp_path / "a.safetensors")
     assert "its name" not in run("convert", "a.safetensors", *asked[2:]).done()
+    said = run("convert", "a.safetensors", "c_shuffle.safetensors", "--to", "original").done()
+    assert (
+        "\nc_shuffle.safetensors pools what it adds, by its name, unlike a.safetensors: name it without"
+        in said
+    )
 
 
 def test_what_was_loaded_for_one_kind_is_not_taken_for_another(

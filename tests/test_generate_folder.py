@@ -1,13 +1,20 @@
 """`controlkit generate` with folders: a picture for each one there, as if it had been asked for alone."""
 
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from outcomes import Run
 
-from controlkit.images import load_picture, write_png
+from controlkit import terminal
+from controlkit.formats.finding import mark_of
+from controlkit.generate_folder import Request, requests
+from controlkit.generate_folder import run as run_requests
+from controlkit.generate_plan import Plan, plan
+from controlkit.images import load_picture, read_png_text, write_png
+from controlkit.infotext import parse
 from controlkit.preprocessors import get
 
 
@@ -112,11 +119,45 @@ def test_what_is_made_within_the_folder_is_not_followed(of_base: Run, photos: Pa
     assert of_base(*asked).done().startswith("wrote 0 pictures")
 
 
+def test_large_folders_are_read_at_once_and_for_as_many_pictures_as_there_may_be(tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number in range(500):
+        (photos / f"{number}-16bit.png").touch()
+    followed = f"canny={photos}"
+    before = time.process_time()
+    with terminal.opened() as told:
+        asked = requests(Request((), (followed,), None, None, str(tmp_path / "out")), told)
+        assert len(asked) == 500
+        assert time.process_time() - before < 1.5
+        with pytest.raises(ValueError, match="the number of pictures must be from 1 to 1000, not 1001"):
+            requests(Request((followed,), (), None, None, str(tmp_path / "out")), told, count=1001)
+
+
 def test_notes_are_told_once(of_base: Run, photos: Path) -> None:
     outcome = of_base("--control", f"canny={photos}", "--guidance", 1, "--negative", "blue")
     assert outcome.done()
     assert outcome.err.count("loading the libraries and the base") == 1
     assert outcome.err.count("has no effect") == 1
+
+
+def test_a_record_is_of_the_adapter_that_was_read(photos: Path, models: Path) -> None:
+    adapter = Path(shutil.copytree(models / "canny-sd1", "adapter"))
+    followed = [f"canny={photos / name}.png" for name in ("cat", "dog: 0.5")]
+    made = [Request((one,), (), None, None, f"{k}.png") for k, one in enumerate(followed)]
+
+    def planned(one: Request) -> Plan:
+        if one is made[1]:
+            weights = next(adapter.glob("*.safetensors"))
+            weights.write_bytes(weights.read_bytes()[:-4] + bytes(4))
+        given = {"prompt": "a cube", "base": str(models / "sd1"), "steps": 1}
+        return plan(given, **vars(one), adapters=[f"canny={adapter}"])
+
+    with terminal.opened() as told:
+        assert len(run_requests(made, planned, told).made) == 2
+    records = [parse(read_png_text(one.output), source=one.output) for one in made]
+    marks = [control.adapter_mark for record in records for control in record.controls]
+    assert marks[0] == marks[1] != mark_of(str(adapter))
 
 
 def test_what_draws_maps_is_loaded_once(of_base: Run, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,6 +183,17 @@ def test_the_first_picture_may_be_the_broken_one(of_base: Run, photos: Path) -> 
     shutil.rmtree("out")
     assert "my photos/cat.png is not a picture" in of_base("--control", f"canny={photos}").refused()
     assert not Path("out").exists()
+    write_png(photos / "zebra.png", np.eye(64, dtype=np.uint8)[..., None].repeat(3, axis=-1) * 255)
+    (photos / "more" / "cat.png").rename(photos / "eel.png")
+    outcome = of_base("--control", f"canny={photos}")
+    assert outcome.code == 1
+    assert outcome.out.startswith("wrote 1 picture into out")
+    assert outcome.out.endswith("; 3 left out\n")
+    shutil.copy(photos / "eel.png", "start.png")
+    shutil.copy(photos / "zebra.png", photos / "ape.png")
+    shutil.copy(photos / "zebra.png", photos / "bee.png")
+    told = of_base("--control", f"canny={photos}", "--from", "start.png", "-o", "new").refused()
+    assert told.startswith("start.png is not a picture")
 
 
 @pytest.mark.filterwarnings("ignore:my photos/dog")
@@ -173,10 +225,20 @@ def test_nothing_that_is_followed_is_written_over(of_base: Run, photos: Path) ->
     assert "-o is empty" in of_base("--control", f"canny={photos}", "-o", "").refused()
     message = of_base("--control", f"canny={photos}", "--preview", "out/cat.png").refused()
     assert "the preview out/cat.png is one of the pictures" in message
+    message = of_base("--control", f"canny={photos}", "-n", 2, "--preview", "out/more/cat-2.png").refused()
+    assert "the preview out/more/cat-2.png is one of the pictures" in message
     Path("link").symlink_to(photos, target_is_directory=True)
     asked = ("--control", f"canny={photos}", "-o", Path("link") / "made")
     assert of_base(*asked).done().startswith("wrote 4 pictures")
     assert of_base(*asked).done().startswith("wrote 0 pictures")
+    Path("round").symlink_to("about")
+    Path("about").symlink_to("round")
+    assert (
+        "the folder about cannot be made" in of_base("--control", f"canny={photos}", "-o", "about").refused()
+    )
+    alone = ("--control", f"canny={photos / 'cat.png'}")
+    assert "cannot write about/a.png" in of_base(*alone, "-o", "about/a.png").refused()
+    assert "cannot write about/b.png" in of_base(*alone, "--preview", "about/b.png").refused()
 
 
 @pytest.mark.filterwarnings("ignore:adapter .* learned to follow canny maps")

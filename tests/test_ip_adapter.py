@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -341,7 +342,11 @@ def test_the_command_records_and_repeats(
     run("generate", "--like", "out.png", "-o", "again.png").done()
     assert Path("again.png").read_bytes() == Path("out.png").read_bytes()
     Image.fromarray(photo(3)).save("one.png")
-    assert "one.png, which has changed since" in run("generate", "--like", "out.png").refused()
+    changed = run("generate", "--like", "out.png").refused()
+    assert "one.png, which has changed since" in changed
+    advice = shlex.split(changed.partition("to use it as it is now, add ")[2])
+    assert advice == [*told, more[0], f"{more[1]}:1"]
+    run("generate", "--like", "out.png", *advice, "-o", "anew.png").done()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shlex
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -469,5 +470,10 @@ def test_loras_on_the_command_line(generate: Run, run: Run, models: Path) -> Non
     assert np.array_equal(load_picture("off.png"), load_picture("plain.png"))
     assert "from -10 to 10, not 11" in generate("--lora", f"{file}:11").refused()
     assert "there is no LoRA nowhere" in generate("--lora", "nowhere").refused()
+    shutil.copy(file, "second.safetensors")
+    generate("--lora", f"{file}:0.5", "--lora", "second.safetensors:0.25", "-o", "out.png").done()
     write(file, base, "sd1", "peft")
-    assert "which has changed since" in run("generate", "--like", "out.png").refused()
+    changed = run("generate", "--like", "out.png").refused()
+    assert f"was made from {file}, which has changed since" in changed
+    advice = shlex.split(changed.partition("to use it as it is now, add ")[2])
+    assert advice == ["--lora", f"{file}:0.5", "--lora", "second.safetensors:0.25"]

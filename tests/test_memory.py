@@ -232,6 +232,20 @@ def test_the_command_chooses_and_says_so(generate: Run, run: Run) -> None:
     assert "an amount of memory is written as in 4GB" in generate("--memory", "lots").refused()
 
 
+def test_measures_are_reckoned_once_for_all_pictures_that_need_the_same(
+    generate: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reckoned = []
+
+    def counted(estimate: Estimate, **how: Any) -> tuple[Memory, str]:
+        reckoned.append(estimate.request)
+        return fit(estimate, **how)
+
+    monkeypatch.setattr("controlkit.memory_plan.fit", counted)
+    generate("--memory", "4GB", "--steps", 1, "--grid", "seed=1..3", "guidance=1,5", "-o", "grid.png").done()
+    assert [request.guided for request in reckoned] == [False, True]
+
+
 @pytest.mark.slow
 def test_each_picture_of_a_grid_has_the_measures_that_it_needs(run: Run, models: Path) -> None:
     base = load_base(str(models / "sd1"))

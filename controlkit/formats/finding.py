@@ -94,11 +94,12 @@ def mark_of(name: str) -> str:
 
 
 def mark_of_base(name: str) -> str:
-    """The same of a base: of all files of its parts, or of its checkpoint."""
+    """The same of a base: of all files of its parts that are not hidden, or of its checkpoint."""
 
     def found(place: Path) -> list[Path]:
         parts = [place / part for part in read_json(place / "model_index.json")]
-        return sorted(file for part in parts if part.is_dir() for file in part.iterdir() if file.is_file())
+        found = (file for part in parts if part.is_dir() for file in part.iterdir() if file.is_file())
+        return sorted(file for file in found if not file.name.startswith("."))  # as .DS_Store
 
     return _mark(name, BUNDLED, found)
 
