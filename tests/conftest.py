@@ -53,7 +53,6 @@ def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
     """Give back what a slow test took: some take half of the memory, and another process runs beside."""
     yield
     if item.get_closest_marker("slow") is not None:
-        gc.collect()
         with contextlib.suppress(OSError, AttributeError):  # of glibc alone, which keeps what was let go
             ctypes.CDLL(None).malloc_trim(0)
 

@@ -422,7 +422,7 @@ def test_the_keyboard_is_enough(visit: Callable[..., Page]) -> None:
     assert [name for name in wanted if name not in reached] == []
     page.locator("#generate").focus()
     page.keyboard.press("Enter")
-    expect(page.locator("#strip button.thumbnail-item")).to_have_count(4)
+    expect(page.locator("#strip button.thumbnail-item")).to_have_count(4, timeout=PATIENCE)
 
 
 @pytest.mark.slow
