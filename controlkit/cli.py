@@ -25,6 +25,7 @@ from controlkit.cli_options import (
     option,
 )
 from controlkit.command_group import Commands, Grouped
+from controlkit.startup import wait_briefly
 
 if TYPE_CHECKING:
     from controlkit.preprocess_job import Beside
@@ -303,4 +304,5 @@ app.add_typer(cli_files.app)
 
 def main() -> None:
     """The `controlkit` command."""
+    wait_briefly()
     app()

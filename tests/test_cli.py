@@ -20,7 +20,7 @@ from outcomes import Run
 from safetensors.torch import save_file
 
 import controlkit
-from controlkit import base_parts, generate_job, infotext, terminal
+from controlkit import base_parts, cli, generate_job, infotext, terminal
 from controlkit.arguments import (
     numbered_outputs,
     parse_control,
@@ -592,3 +592,21 @@ def test_a_closed_stdout_is_no_traceback(photo: Path, tmp_path: Path) -> None:
     assert "BrokenPipe" not in done.stderr
     assert "Traceback" not in done.stderr
     assert load_picture(tmp_path / "map.png").shape == (64, 64, 3)
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+)
+def test_threads_wait_briefly_unless_the_environment_says_else(
+    said: dict[str, str], expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "")  # so that what the command sets is taken back, too
+        monkeypatch.delenv(name)
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["controlkit", "--version"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert os.environ.get("GOMP_SPINCOUNT") == expected
