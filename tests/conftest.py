@@ -1,5 +1,6 @@
 """What all tests share: no network, no model cache of the developer's, quiet libraries."""
 
+import asyncio
 import atexit
 import contextlib
 import ctypes
@@ -164,10 +165,17 @@ def page_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def blocks(page_dir: Path) -> Iterator[Any]:
+def loops() -> Iterator[None]:
+    """The event loops that a page never closes end with it, where that is no error."""
+    yield
+    asyncio.set_event_loop(None)  # which would keep the last one
+    gc.collect()
+
+
+@pytest.fixture(scope="module")
+def blocks(page_dir: Path, loops: None) -> Any:
     """The studio's page, not served; its runs are in `runs`."""
     from controlkit.studio import page
     from controlkit.studio.engine import Engine
 
-    yield page.build(Engine("tiny"), page_dir.with_name("runs"))
-    gc.collect()  # here, where the event loops that it leaves open are no error
+    return page.build(Engine("tiny"), page_dir.with_name("runs"))

@@ -1,6 +1,5 @@
 """The studio page, driven as a program drives it: what comes of it is what the command line makes."""
 
-import gc
 import json
 import re
 import runpy
@@ -62,13 +61,12 @@ class Quiet:
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+def page(tmp_path_factory: pytest.TempPathFactory, loops: None) -> Iterator[Page]:
     folder = tmp_path_factory.mktemp("studio")
     write_png(folder / "photo.png", render(1).picture)
     runs = folder / "my runs"
     with server.opened("tiny", port=None, runs=str(runs), report=Quiet()) as address:
         yield Page(address, runs, folder / "photo.png")
-    gc.collect()  # here, where what the server leaves open is no error
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """The studio page in a browser: every way through it by mouse and keyboard, on a desk and on a phone."""
 
 import base64
-import gc
 import json
 import os
 import re
@@ -66,13 +65,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def address(runs: Path) -> Iterator[str]:
+def address(runs: Path, loops: None) -> Iterator[str]:
     with server.opened("tiny", port=None, runs=str(runs), report=Quiet()) as address:
         yield address
     for run in run_folders.found(runs):  # of a test that failed
         if run.pid is not None:
             os.kill(run.pid, signal.SIGKILL)
-    gc.collect()  # here, where what the server leaves open is no error
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """What of the studio page is there again after a reload: the fields, the pictures, what is in the making."""
 
-import gc
 import json
 import threading
 import time
@@ -362,7 +361,7 @@ class Quiet:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:starlette")
-def test_at_the_end_nothing_is_in_the_making_and_no_file_is_left(tmp_path: Path) -> None:
+def test_at_the_end_nothing_is_in_the_making_and_no_file_is_left(tmp_path: Path, loops: None) -> None:
     """Also of a page that has gone."""
     from gradio_client import Client
 
@@ -381,7 +380,6 @@ def test_at_the_end_nothing_is_in_the_making_and_no_file_is_left(tmp_path: Path)
         assert not list((tmp_path / "temporary").glob("controlkit-studio-*"))
     assert WORKER not in [thread.name for thread in threading.enumerate()]
     threading.Thread(target=client.close).start()  # which takes a second
-    gc.collect()
 
 
 def test_a_map_is_made_once_however_many_ask(page_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
