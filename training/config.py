@@ -8,6 +8,7 @@ nowhere else.
 from __future__ import annotations
 
 import json
+import os
 import tomllib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from controlkit.files import at_home
 from controlkit.naming import did_you_mean, unknown
 from controlkit.training.config_adapter import ControlNetRecipe as ControlNetRecipe
 from controlkit.training.config_adapter import DataRecipe as DataRecipe
@@ -103,6 +105,8 @@ def overridden_keys(overrides: Sequence[str]) -> set[str]:
 def given_keys(name_or_path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """What a recipe's file and the overrides give, and nothing else: no defaults, and nothing checked.
 
+    The recipe that a run has written is of the folder that it lies in, wherever that was moved or copied to.
+
     Raises ValueError, one line, for a missing file, broken TOML, and an override that cannot be read.
     """
     path = find_recipe(name_or_path)
@@ -114,7 +118,18 @@ def given_keys(name_or_path: str, overrides: Sequence[str] = ()) -> dict[str, An
         raise ValueError(f"cannot read the recipe {path}: {error.strerror}") from error
     for override in overrides:
         _override(table, override)
+    if "out" not in overridden_keys(overrides) and _was_moved(path, table.get("out")):
+        table["out"] = str(path.parent)
     return table
+
+
+def _was_moved(path: Path, out: object) -> bool:
+    """Whether a recipe is of the run in whose folder it lies, and names another: where that was before."""
+    from controlkit.training.data.source_files import is_run
+
+    if path.name != "config.toml" or not isinstance(out, str) or not is_run(path.parent):
+        return False
+    return os.path.realpath(at_home(out)) != os.path.realpath(path.parent)
 
 
 def _override(table: dict[str, Any], override: str) -> None:
