@@ -26,6 +26,7 @@ from controlkit.formats.description import MapSpec
 from controlkit.metrics import edge_f1
 from controlkit.preprocessors import get
 from controlkit.sampling import generate
+from controlkit.training.config import load_recipe
 from controlkit.training.evaluation.arms import noise_of
 from controlkit.training.evaluation.estimating import stated_options
 from controlkit.training.evaluation.held_out import Held, WorldScenes
@@ -34,6 +35,7 @@ from controlkit.training.evaluation.request import Compared, Request, _labelled,
 from controlkit.training.evaluation.rows import Row, Rows
 from controlkit.training.lock import locked
 from controlkit.training.reporting.measures import black_and_white
+from controlkit.training.saving import write_recipe
 
 QUICK = ("--steps", 3, "--clip", "none", "--features", "none")
 QUICKEST = ("--steps", 1, *QUICK[2:])  # where nobody looks at the pictures
@@ -554,6 +556,22 @@ def test_what_a_run_held_out(run: Run, pairs, tmp_path, monkeypatch):
     assert warning in html.unescape(page)
     assert "held-out pairs" not in page
     assert "<h1>run on 1 of 6 pairs of pairs</h1>" in page
+
+
+def test_what_was_held_out_of_other_data_is_not_measured(run: Run, pairs, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    settings = [f"data.source={pairs}", "data.holdout=1", f"out={folder}"]
+    write_recipe(load_recipe("tiny-canny", settings), folder)
+    facts = {"data_pairs": 5, "data_held_out": 1}
+    asked = ("evaluate", folder, "--adapter", "canny", *QUICKEST)
+    (folder / "facts.json").write_text(json.dumps(facts | {"data_held_out_sha256": "0" * 64}))
+    assert f"the data set {pairs} has changed since {folder} was trained on it" in refusal(run(*asked))
+    (folder / "facts.json").write_text(json.dumps(facts))  # of a run without a cache
+    run(*asked).done()
+    with (pairs / "metadata.jsonl").open("a") as rows:
+        rows.write("\n" + json.dumps({"file_name": "images/0.png", "canny_file_name": "canny/0.png"}))
+    assert "which pairs were held out is not known any more" in refusal(run(*asked))
 
 
 def test_an_adapter_of_another_kind_is_told(run: Run):
