@@ -781,6 +781,8 @@ def test_no_picture_is_held_out_and_trained_on_in_another_pair(tmp_path, same, h
     assert len(shown) == len(found.held_out) == held
     assert shown.isdisjoint(pictures[index].read_bytes() for index in found.trained)
     assert len(found.trained) == 32 - held - apart
+    if not held:
+        assert len({pictures[index].read_bytes() for index in found.shown}) == len(found.shown) == 2
     said = f"{apart} more pairs, which show the pictures of those that are held out, are not trained on"
     assert (said in lines) == bool(held), lines
 

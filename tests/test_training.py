@@ -496,6 +496,7 @@ def test_the_recipe_of_a_run_that_was_moved_is_of_the_place_where_it_lies(tmp_pa
     train_recipe(
         str(moved / "config.toml"), ["steps=14"], progress=lambda step: lines.append(str(step.message))
     )
+    assert lines[0].startswith(f"{moved} goes on where it lies, and not in {before}, which its config.toml")
     assert any("resumed at step" in line for line in lines), lines
     assert not before.exists()
     assert (moved / "checkpoints/step-000014").is_dir()

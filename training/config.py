@@ -110,26 +110,34 @@ def given_keys(name_or_path: str, overrides: Sequence[str] = ()) -> dict[str, An
     Raises ValueError, one line, for a missing file, broken TOML, and an override that cannot be read.
     """
     path = find_recipe(name_or_path)
+    table = _read(path)
+    if moved_from(name_or_path, overrides):
+        table["out"] = str(path.parent)
+    for override in overrides:
+        _override(table, override)
+    return table
+
+
+def moved_from(name_or_path: str, overrides: Sequence[str] = ()) -> str:
+    """Where a run lay before, by its own recipe, which lies in its folder; "" where that is there still,
+    where an override says where to train, and of recipes of no run.
+    """
+    from controlkit.training.data.source_files import is_run
+
+    path = find_recipe(name_or_path)
+    if path.name != "config.toml" or "out" in overridden_keys(overrides) or not is_run(path.parent):
+        return ""
+    out = str(_read(path).get("out", path.parent))
+    return "" if os.path.realpath(at_home(out)) == os.path.realpath(path.parent) else out
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not valid TOML: {error}") from error
     except OSError as error:
         raise ValueError(f"cannot read the recipe {path}: {error.strerror}") from error
-    for override in overrides:
-        _override(table, override)
-    if "out" not in overridden_keys(overrides) and _was_moved(path, table.get("out")):
-        table["out"] = str(path.parent)
-    return table
-
-
-def _was_moved(path: Path, out: object) -> bool:
-    """Whether a recipe is of the run in whose folder it lies, and names another: where that was before."""
-    from controlkit.training.data.source_files import is_run
-
-    if path.name != "config.toml" or not isinstance(out, str) or not is_run(path.parent):
-        return False
-    return os.path.realpath(at_home(out)) != os.path.realpath(path.parent)
 
 
 def _override(table: dict[str, Any], override: str) -> None:

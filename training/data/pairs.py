@@ -109,12 +109,16 @@ def _divided(
     random = np.random.default_rng(derived_seed(seed, "holdout")).permutation(len(usable))
     order = [usable[k] for k in random]
     held = held_of(data.holdout, len(usable), report)
-    chosen, apart = _held_apart(order, digests, held)
+    same: dict[str | int, list[int]] = {}
+    for index in order:
+        same.setdefault(digests[index] or index, []).append(index)
+    chosen, apart = _held_apart(list(same.values()), len(order) // _LEAST_PER_SHOWN, held)
     if len(chosen) < min(held, _LEAST_COMPARED):
         report("too few pairs have a picture of their own to hold some out: what is shown is trained on")
         chosen, apart = [], set()
     if not chosen:
-        return list(usable), sorted(order[:SHOWN_TRAINED])
+        first_of_each = [twins[0] for twins in same.values()]  # the monitor compares pictures with others
+        return list(usable), sorted(first_of_each[:SHOWN_TRAINED])
     if len(chosen) < held:
         report(f"of these {held} pairs {len(chosen)} are held out: too many others show the pictures of more")
     if more := len(apart) - len(chosen):
@@ -122,20 +126,15 @@ def _divided(
     return sorted(set(usable) - apart), sorted(chosen)
 
 
-def _held_apart(order: Sequence[int], digests: Sequence[str | None], held: int) -> tuple[list[int], set[int]]:
-    """The first so many pairs that can be held out; and they with all others of the same pictures, at most a
-    quarter of all: what is measured on a picture that was trained on says nothing of others.
+def _held_apart(same: Sequence[list[int]], most: int, held: int) -> tuple[list[int], set[int]]:
+    """So many pairs to hold out; and they with all others of the same pictures, at most so many: what is
+    measured on a picture that was trained on says nothing of others. same: the pairs of each picture.
     """
-    same: dict[str | int, list[int]] = {}
-    for index in order:
-        same.setdefault(digests[index] or index, []).append(index)
     chosen: list[int] = []
     apart: set[int] = set()
-    for index in order:
-        twins = same[digests[index] or index]
-        fit = len(apart) + len(twins) <= len(order) // _LEAST_PER_SHOWN
-        if fit and index not in apart and len(chosen) < held:
-            chosen.append(index)
+    for twins in same:
+        if len(chosen) < held and len(apart) + len(twins) <= most:
+            chosen.append(twins[0])
             apart.update(twins)
     return chosen, apart
 
