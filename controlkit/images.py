@@ -108,7 +108,8 @@ def stored_size(
         return source.shape[1], source.shape[0]
     with opened(source, max_pixels=max_pixels) as (image, name):
         width, height = image.size
-        return (height, width) if orientation(image, name) in (5, 6, 7, 8) else (width, height)
+        is_turned = orientation(image, name) in (5, 6, 7, 8) and image.format != "TIFF"  # Pillow turned it
+        return (height, width) if is_turned else (width, height)
 
 
 def load_pictures(

@@ -767,6 +767,26 @@ def test_of_few_pairs_a_quarter_is_held_out(tmp_path: Path, pairs, wanted, held,
     assert lines[1:] == ([said] if said else [])
 
 
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize(("same", "held", "apart"), [(2, 4, 4), (4, 2, 6), (20, 0, 0)])
+def test_no_picture_is_held_out_and_trained_on_in_another_pair(tmp_path, same, held, apart, check) -> None:
+    root, lines = make_set(tmp_path / "set", 32), []
+    pictures = [root / f"images/{number}.jpg" for number in range(32)]
+    for number, picture in enumerate(pictures):  # as with several captions of one picture
+        picture.write_bytes(pictures[number - number % same].read_bytes())
+    table = {"task": "controlnet", "map": "canny", "out": "-", "steps": 100, "batch_size": 1}
+    table |= {"learning_rate": 1e-4, "data": {"source": str(root), "holdout": 8, "check": check}}
+    found = load_pairs(adapters(table), report=lines.append)
+    shown = {pictures[index].read_bytes() for index in found.held_out}
+    assert len(shown) == len(found.held_out) == held
+    assert shown.isdisjoint(pictures[index].read_bytes() for index in found.trained)
+    assert len(found.trained) == 32 - held - apart
+    if not held:
+        assert len({pictures[index].read_bytes() for index in found.shown}) == len(found.shown) == 2
+    said = f"{apart} more pairs, which show the pictures of those that are held out, are not trained on"
+    assert (said in lines) == bool(held), lines
+
+
 # --- the command ---
 
 

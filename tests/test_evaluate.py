@@ -17,7 +17,7 @@ from outcomes import Outcome, Run
 from typer.testing import CliRunner
 
 from controlkit import images
-from controlkit.adapters import load_adapter
+from controlkit.adapters import MAPS, AdapterInfo, load_adapter
 from controlkit.base import load_base
 from controlkit.cli import app
 from controlkit.control import Control
@@ -26,14 +26,17 @@ from controlkit.formats.description import MapSpec
 from controlkit.metrics import edge_f1
 from controlkit.preprocessors import get
 from controlkit.sampling import generate
+from controlkit.training.config import load_recipe
 from controlkit.training.evaluation.arms import noise_of
 from controlkit.training.evaluation.estimating import stated_options
 from controlkit.training.evaluation.held_out import Held, WorldScenes
 from controlkit.training.evaluation.map_scores import score_map
 from controlkit.training.evaluation.request import Compared, Request, _labelled, earlier, identity
 from controlkit.training.evaluation.rows import Row, Rows
+from controlkit.training.evaluation.trained_on import trained_there
 from controlkit.training.lock import locked
 from controlkit.training.reporting.measures import black_and_white
+from controlkit.training.saving import write_recipe
 
 QUICK = ("--steps", 3, "--clip", "none", "--features", "none")
 QUICKEST = ("--steps", 1, *QUICK[2:])  # where nobody looks at the pictures
@@ -554,6 +557,67 @@ def test_what_a_run_held_out(run: Run, pairs, tmp_path, monkeypatch):
     assert warning in html.unescape(page)
     assert "held-out pairs" not in page
     assert "<h1>run on 1 of 6 pairs of pairs</h1>" in page
+
+
+def test_what_was_held_out_of_other_data_is_not_measured(run: Run, pairs, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    settings = [f"data.source={pairs}", "data.holdout=1", f"out={folder}"]
+    write_recipe(load_recipe("tiny-canny", settings), folder)
+    facts = {"data_pairs": 5, "data_held_out": 1}
+    asked = ("evaluate", folder, "--adapter", "canny", *QUICKEST)
+    (folder / "facts.json").write_text(json.dumps(facts | {"data_held_out_sha256": "0" * 64}))
+    assert f"the data set {pairs} has changed since {folder} was trained on it" in refusal(run(*asked))
+    (folder / "facts.json").write_text(json.dumps(facts))  # of a run without a cache
+    run(*asked).done()
+    with (pairs / "metadata.jsonl").open("a") as rows:
+        rows.write("\n" + json.dumps({"file_name": "images/0.png", "canny_file_name": "canny/0.png"}))
+    assert "which pairs were held out is not known any more" in refusal(run(*asked))
+
+
+def test_adapters_that_may_know_the_pairs_are_told_wherever_these_lie(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    infos = {}
+    for name, source, seed, digest in [
+        ("first", "below/photos", 1, "a"),
+        ("again", "below/photos", 1, "a"),
+        ("second", "below/photos", 2, "b"),
+        ("uncached", "below/photos", 1, ""),
+        ("other", "photos", 1, "c"),
+    ]:
+        result = tmp_path / name / "controlnet"
+        (tmp_path / name / "checkpoints/step-000001").mkdir(parents=True)
+        result.mkdir()
+        recipe = load_recipe("tiny-canny", [f"data.source={source}", f"seed={seed}", f"out={name}"])
+        write_recipe(recipe, tmp_path / name)
+        (tmp_path / name / "facts.json").write_text(json.dumps({"data_sha256": digest}))
+        header = {"recipe": {"seed": seed, "data": {"source": "photos"}}, "data_sha256": digest}
+        infos[name] = AdapterInfo(map=MAPS["canny"], training=header)
+    (tmp_path / "copied").mkdir()
+    infos |= {"copied": infos["first"], "canny": AdapterInfo(map=MAPS["canny"])}
+
+    def said(data: str, *adapters: str) -> list[str]:
+        compared = [Compared(name, "canny", {}, label=name) for name in adapters]
+        request = Request(data, "tiny", tuple(compared), tmp_path / "report")
+        return trained_there(request, [infos[name.partition("/")[0]] for name in adapters])
+
+    photos = str(tmp_path / "below" / "photos")
+    (known, guessed) = said(photos, "first/controlnet", "copied", "other/controlnet", "canny")
+    assert f"first/controlnet was trained on pairs of {photos}, which are among those" in known
+    assert "copied was trained on pairs of a data set that is called photos, too, which may be" in guessed
+    (other, checkpoint) = said("first", "second/controlnet", "second/checkpoints/step-000001")
+    assert "was trained on pairs of below/photos, and not on the same ones as the run" in other
+    assert checkpoint.startswith("second/checkpoints/step-000001 was trained on pairs of below/photos")
+    same = (
+        "first/controlnet",
+        "again/controlnet",
+        "uncached/controlnet",
+        "other/controlnet",
+        "copied",
+        "canny",
+    )
+    assert said("first", *same) == []
+    assert said("world", "first/controlnet", "canny") == []
 
 
 def test_an_adapter_of_another_kind_is_told(run: Run):

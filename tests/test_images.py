@@ -482,6 +482,20 @@ def test_the_size_is_that_of_the_upright_picture(place: str) -> None:
     assert images.load_picture(data).shape == (30, 20, 3)
 
 
+@pytest.mark.parametrize("orientation", [1, 3, 5, 6, 7, 8])
+@pytest.mark.parametrize(
+    ("format", "options"),
+    [("JPEG", {}), ("PNG", {}), ("WEBP", {}), ("TIFF", {}), ("TIFF", {"compression": "tiff_lzw"})],
+)
+def test_the_size_of_a_turned_picture_is_that_of_its_pixels(format, options, orientation) -> None:
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation
+    Image.new("RGB", (30, 20)).save(file, format, exif=exif, **options)
+    height, width, _ = images.load_picture(file.getvalue()).shape
+    assert (width, height) == ((20, 30) if orientation > 4 else (30, 20))
+    assert images.stored_size(file.getvalue()) == (width, height)
+
+
 def test_the_size_of_a_damaged_png_is_told_without_its_pixels() -> None:
     data = encoded(Image.effect_noise((64, 48), 50).convert("RGB"))
     for part in (data[: len(data) // 2], data[:60]):

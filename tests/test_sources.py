@@ -386,6 +386,14 @@ def put_pairs(folder: Path, pictures: str, maps: str, *, captions: bool = False)
     return folder
 
 
+def test_a_column_of_captions_is_refused_where_captions_lie_beside_pictures(tmp_path: Path) -> None:
+    folder = put_pairs(tmp_path, "images/{}.png", "conditioning/{}.png", captions=True)
+    (folder / "captions").mkdir()
+    with pytest.raises(ValueError, match=r"^data.caption_column=captions: .*beside them \(NAME.txt"):
+        opened(folder, caption_column="captions")
+    assert opened(folder)[0].caption == sorted(NAMES)[0]
+
+
 def has_pairs(examples: Examples) -> bool:
     """Whether the examples are the photographs with their edges."""
     assert sorted(Path(example.name).stem for example in examples) == sorted(NAMES)

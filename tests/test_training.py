@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import tomllib
 from pathlib import Path
 
@@ -485,6 +486,22 @@ def test_losses_that_were_not_yet_logged_survive_a_stop(tmp_path, text_recipe):
     train_recipe(str(text_recipe), [f"out={parts}", "log_every=4"])  # goes on at step 3
     assert losses(parts) == losses(whole.folder)
     assert len(losses(parts)) == 2
+
+
+def test_the_recipe_of_a_run_that_was_moved_is_of_the_place_where_it_lies(tmp_path, text_recipe):
+    before = train_recipe(str(text_recipe), [f"out={tmp_path / 'before'}", "schedule=constant"]).folder
+    moved = before.rename(tmp_path / "moved")
+    shutil.copy(moved / "config.toml", tmp_path / "config.toml")
+    lines = []
+    train_recipe(
+        str(moved / "config.toml"), ["steps=14"], progress=lambda step: lines.append(str(step.message))
+    )
+    assert lines[0].startswith(f"{moved} goes on where it lies, and not in {before}, which its config.toml")
+    assert any("resumed at step" in line for line in lines), lines
+    assert not before.exists()
+    assert (moved / "checkpoints/step-000014").is_dir()
+    assert load_recipe(str(moved / "config.toml")).out == str(moved)
+    assert load_recipe(str(tmp_path / "config.toml")).out == str(before)  # a recipe, and no run's
 
 
 @pytest.mark.parametrize(

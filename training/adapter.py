@@ -298,10 +298,11 @@ class ControlNetTask:
     def facts(self) -> dict[str, Any]:
         """The digests of the base and of the data, and a caption to try the adapter with."""
         first = self.encoded.examples[self.feed.shown[0]]
-        digest = self.feed.digest()
+        digest, held_out = self.feed.digest(), self.feed.held_out_digest()
         return {
             "base_sha256": self._base_digest or self.base.digest(),
             **({"data_sha256": digest} if digest else {}),
+            **({"data_held_out_sha256": held_out} if held_out else {}),
             "data_pairs": self.feed.pairs,
             "data_held_out": len(self.feed.shown) if self.feed.held_out else 0,
             "caption": first.caption,

@@ -8,6 +8,7 @@ nowhere else.
 from __future__ import annotations
 
 import json
+import os
 import tomllib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from controlkit.files import at_home
 from controlkit.naming import did_you_mean, unknown
 from controlkit.training.config_adapter import ControlNetRecipe as ControlNetRecipe
 from controlkit.training.config_adapter import DataRecipe as DataRecipe
@@ -103,18 +105,39 @@ def overridden_keys(overrides: Sequence[str]) -> set[str]:
 def given_keys(name_or_path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """What a recipe's file and the overrides give, and nothing else: no defaults, and nothing checked.
 
+    The recipe that a run has written is of the folder that it lies in, wherever that was moved or copied to.
+
     Raises ValueError, one line, for a missing file, broken TOML, and an override that cannot be read.
     """
     path = find_recipe(name_or_path)
+    table = _read(path)
+    if moved_from(name_or_path, overrides):
+        table["out"] = str(path.parent)
+    for override in overrides:
+        _override(table, override)
+    return table
+
+
+def moved_from(name_or_path: str, overrides: Sequence[str] = ()) -> str:
+    """Where a run lay before, by its own recipe, which lies in its folder; "" where that is there still,
+    where an override says where to train, and of recipes of no run.
+    """
+    from controlkit.training.data.source_files import is_run
+
+    path = find_recipe(name_or_path)
+    if path.name != "config.toml" or "out" in overridden_keys(overrides) or not is_run(path.parent):
+        return ""
+    out = str(_read(path).get("out", path.parent))
+    return "" if os.path.realpath(at_home(out)) == os.path.realpath(path.parent) else out
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not valid TOML: {error}") from error
     except OSError as error:
         raise ValueError(f"cannot read the recipe {path}: {error.strerror}") from error
-    for override in overrides:
-        _override(table, override)
-    return table
 
 
 def _override(table: dict[str, Any], override: str) -> None:

@@ -88,8 +88,8 @@ class DataRecipe(Table):
     limit: Count = 0
     """Take the first N pairs only; 0 takes all."""
     holdout: Count = 8
-    """Pairs kept back for samples, scores and the monitor, a quarter of all at most; with 0, or of fewer
-    than 8 pairs, those that are trained on are shown.
+    """Pairs kept back for samples, scores and the monitor, a quarter of all at most, others of the same
+    pictures included; with 0, or of fewer than 8 pairs, those that are trained on are shown.
     """
     streaming: bool = False
     """Read a Hugging Face data set from beginning to end, instead of fetching it first."""

@@ -25,6 +25,7 @@ from controlkit.training.config import (
     VaeRecipe,
     given_keys,
     load_recipe,
+    moved_from,
     overridden_keys,
 )
 from controlkit.training.config_adapter import unused
@@ -71,6 +72,7 @@ def train_recipe(
     recipe, note = as_begun(
         load_recipe(name_or_path, overrides), given, overridden=overridden_keys(overrides)
     )
+    before = moved_from(name_or_path, overrides)
     set_threads(recipe)
     folder, name = Path(recipe.out), RESULT.get(recipe.task, "result")
     check_folder(recipe, folder, result=name)
@@ -82,8 +84,9 @@ def train_recipe(
     _make(folder)
     try:
         with locked(folder):
-            if note:
-                progress(Progress(0, recipe.steps, math.nan, 0.0, math.nan, note))
+            moved = f"{folder} goes on where it lies, and not in {before}, which its config.toml names as out"
+            for line in filter(None, [moved if before else "", note]):
+                progress(Progress(0, recipe.steps, math.nan, 0.0, math.nan, line))
             return _trained(recipe, folder, name, machine, progress)
     finally:
         with suppress(OSError):

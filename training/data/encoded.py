@@ -34,7 +34,7 @@ from controlkit.training.data.encoding import (
     picture_encoder_id,
     text_encoder_id,
 )
-from controlkit.training.data.examples import Example
+from controlkit.training.data.examples import Example, digest_of_pairs
 from controlkit.training.data.order import Turn
 from controlkit.training.data.packing import pack, unpack
 from controlkit.training.data.stores import Store
@@ -136,11 +136,7 @@ class Encoded:
         """SHA-256 over these examples' pictures, maps and captions; "" without a cache, which knows them."""
         if any(index not in self._content for index in indices):
             return ""
-        total = hashlib.sha256()
-        for index in indices:
-            captions = "\0".join(self.examples[index].captions)  # several are not one of their words
-            total.update(" ".join([*self._content[index], captions]).encode())
-        return total.hexdigest()
+        return digest_of_pairs((self.examples[index], self._content[index]) for index in indices)
 
     def outline(self, turn: Turn) -> Outline:
         """What a turn is to see."""

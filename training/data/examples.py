@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,9 +102,24 @@ def content_digest(content: bytes | NDArray[Any]) -> bytes:
     return hashlib.sha256(f"{array.dtype} {array.shape}".encode() + array.tobytes()).digest()
 
 
+def digest_of_pairs(pairs: Iterable[tuple[Example, Sequence[str]]]) -> str:
+    """SHA-256 over pairs, in their order: of each the digests of picture and maps, and its captions."""
+    total = hashlib.sha256()
+    for example, content in pairs:
+        captions = "\0".join(example.captions)  # several are not one of their words
+        total.update(" ".join([*content, captions]).encode())
+    return total.hexdigest()
+
+
 def size_of_example(example: Example) -> tuple[int, int]:
     """Width and height of an example's picture, upright, from its header. Raises ValueError that names it."""
+    return size_and_digest(example, hashed=False)[0]
+
+
+def size_and_digest(example: Example, *, hashed: bool = True) -> tuple[tuple[int, int], str]:
+    """The size of an example's picture as `size_of_example` has it, and its digest, "" unless ``hashed``."""
     try:
-        return images.stored_size(example.picture.read())
+        content = example.picture.read()
+        return images.stored_size(content), content_digest(content).hex() if hashed else ""
     except ValueError as error:
         raise ValueError(f"{example.name}: {error}") from error

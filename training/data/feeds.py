@@ -42,6 +42,9 @@ class Feed(Protocol):
     def digest(self) -> str:
         """SHA-256 over everything that is trained on; "" where not all of it is known."""
 
+    def held_out_digest(self) -> str:
+        """The same of the pairs that are held out; "" where there are none."""
+
     def samples(self, number: int) -> list[Sample]:
         """The samples of a batch, prepared; threads may ask."""
 
@@ -83,6 +86,7 @@ class StoredFeed:
         trained = set(pairs.trained)
         self.pairs = len(trained)
         self._all = self.encoded.digest([*pairs.trained, *pairs.shown])
+        self._held_out = self.encoded.digest(pairs.held_out) if pairs.held_out else ""
         self.order = Order(
             [bucket if index in trained else -1 for index, bucket in enumerate(visits.shape_of)],
             batch_size=recipe.batch_size,
@@ -91,7 +95,7 @@ class StoredFeed:
 
     def state(self, number: int) -> dict[str, Any]:
         """What the data are: a run goes on with the same."""
-        return {"pairs": self.pairs, "data_sha256": self._all}
+        return {"pairs": self.pairs, "data_sha256": self._all, "held_out_sha256": self._held_out}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Raises ValueError where the pictures, maps or captions are others than when the run stopped."""
@@ -111,6 +115,10 @@ class StoredFeed:
     def digest(self) -> str:
         """SHA-256 over every trained pair's picture, map and caption, in their order."""
         return self.encoded.digest(self.trained)
+
+    def held_out_digest(self) -> str:
+        """SHA-256 over the held-out pairs' pictures, maps and captions, by which an evaluation knows them."""
+        return self._held_out
 
     def samples(self, number: int) -> list[Sample]:
         """The samples of a batch."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from controlkit.training.config_adapter import ControlNetRecipe, DataRecipe
-from controlkit.training.data.examples import Example, Examples, size_of_example
+from controlkit.training.data.examples import Example, Examples, size_and_digest
 from controlkit.training.data.world_examples import world_examples
 from controlkit.training.draws import derived_seed
 from controlkit.training.world import VALIDATION_SCENES, load_world
@@ -53,11 +53,11 @@ def load_pairs(recipe: ControlNetRecipe, *, report: Report) -> Pairs:
     from controlkit.training.data.sources import open_examples
 
     examples = open_examples(data, kind=recipe.map, report=report)
-    sizes = _looked_at(examples, recipe, report)
+    sizes, digests = _looked_at(examples, recipe, report)
     usable = [index for index, size in enumerate(sizes) if size is not None]
     if not usable:
         raise ValueError(f"{data.source}: none of the {len(examples)} pairs can be used")
-    trained, shown = _divided(usable, data, seed=recipe.seed, report=report)
+    trained, shown = _divided(usable, digests, data, seed=recipe.seed, report=report)
     return Pairs(examples, sizes, trained, shown)
 
 
@@ -74,11 +74,14 @@ def _world(recipe: ControlNetRecipe, report: Report) -> Pairs:
     return Pairs(examples, [(width, height)] * len(examples), list(range(scenes)), shown)
 
 
-def _looked_at(examples: Examples, recipe: ControlNetRecipe, report: Report) -> list[tuple[int, int] | None]:
-    """The size of each picture, None where the pair is left out."""
+def _looked_at(
+    examples: Examples, recipe: ControlNetRecipe, report: Report
+) -> tuple[list[tuple[int, int] | None], Sequence[str | None]]:
+    """The size of each picture, None where the pair is left out; and the digest of each that can be read."""
     data = recipe.data
     if not data.check:
-        return [size_of_example(example) for example in examples]
+        known = [size_and_digest(example) for example in examples]
+        return [size for size, _ in known], [digest for _, digest in known]
     from controlkit.training.data.check import check_examples
 
     check = check_examples(examples, data=data, kind=recipe.map, report=report)
@@ -95,17 +98,45 @@ def _looked_at(examples: Examples, recipe: ControlNetRecipe, report: Report) -> 
             report(f"{count:,} of {len(examples):,} pairs: {code} (controlkit data check names them)")
     if unpaired := check.about_unpaired():
         report(f"{unpaired} (controlkit data check names them)")
-    return [size if index in usable else None for index, size in enumerate(check.sizes)]
+    sizes = [size if index in usable else None for index, size in enumerate(check.sizes)]
+    return sizes, check.digests
 
 
 def _divided(
-    usable: Sequence[int], data: DataRecipe, *, seed: int, report: Report
+    usable: Sequence[int], digests: Sequence[str | None], data: DataRecipe, *, seed: int, report: Report
 ) -> tuple[list[int], list[int]]:
     """The pairs to train on, and those to show."""
-    order = np.random.default_rng(derived_seed(seed, "holdout")).permutation(len(usable))
+    random = np.random.default_rng(derived_seed(seed, "holdout")).permutation(len(usable))
+    order = [usable[k] for k in random]
     held = held_of(data.holdout, len(usable), report)
-    chosen = sorted(usable[k] for k in order[: held or SHOWN_TRAINED])
-    return sorted(set(usable) - set(chosen)) if held else list(usable), chosen
+    same: dict[str | int, list[int]] = {}
+    for index in order:
+        same.setdefault(digests[index] or index, []).append(index)
+    chosen, apart = _held_apart(list(same.values()), len(order) // _LEAST_PER_SHOWN, held)
+    if len(chosen) < min(held, _LEAST_COMPARED):
+        report("too few pairs have a picture of their own to hold some out: what is shown is trained on")
+        chosen, apart = [], set()
+    if not chosen:
+        first_of_each = [twins[0] for twins in same.values()]  # the monitor compares pictures with others
+        return list(usable), sorted(first_of_each[:SHOWN_TRAINED])
+    if len(chosen) < held:
+        report(f"of these {held} pairs {len(chosen)} are held out: too many others show the pictures of more")
+    if more := len(apart) - len(chosen):
+        report(f"{more} more pairs, which show the pictures of those that are held out, are not trained on")
+    return sorted(set(usable) - apart), sorted(chosen)
+
+
+def _held_apart(same: Sequence[list[int]], most: int, held: int) -> tuple[list[int], set[int]]:
+    """So many pairs to hold out; and they with all others of the same pictures, at most so many: what is
+    measured on a picture that was trained on says nothing of others. same: the pairs of each picture.
+    """
+    chosen: list[int] = []
+    apart: set[int] = set()
+    for twins in same:
+        if len(chosen) < held and len(apart) + len(twins) <= most:
+            chosen.append(twins[0])
+            apart.update(twins)
+    return chosen, apart
 
 
 def held_of(asked: int, pairs: int | None, report: Report) -> int:

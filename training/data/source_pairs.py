@@ -71,10 +71,15 @@ def open_pairs(
     (`take_split`). Maps may lie beside their pictures, too, told apart by the end of their names, which
     `map_column` may name (a_canny.png: "_canny"; a.jpg and a.png: ".png").
 
-    Raises ValueError, one line: a folder that is named is not there, maps of several kinds stand side by
-    side and none was named, a folder is a link that leads out, maps are wanted and there are none, or
-    pictures may be the maps of others.
+    Raises ValueError, one line: a folder that is named is not there, a column of captions is named, maps of
+    several kinds stand side by side and none was named, a folder is a link that leads out, maps are wanted
+    and there are none, or pictures may be the maps of others.
     """
+    if data.caption_column:
+        raise ValueError(
+            f"data.caption_column={data.caption_column}: {root} is a folder of pictures, whose captions are"
+            " read from files beside them (NAME.txt, NAME.caption): bring them there, and leave it out"
+        )
     root, is_split = _folder_of_split(root, data, kind)
     folders = _folders(root)
     place = _picture_folder(folders, data, root)

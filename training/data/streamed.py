@@ -62,6 +62,10 @@ class StreamFeed:
         """Not known of a stream."""
         return ""
 
+    def held_out_digest(self) -> str:
+        """Nor is this."""
+        return ""
+
     def samples(self, number: int) -> list[Sample]:
         """The samples of a batch. Raises ValueError, naming it, for a pair that cannot be read."""
         size = self.recipe.batch_size

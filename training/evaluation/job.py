@@ -9,8 +9,7 @@ processes (`accelerate launch -m controlkit evaluate ...`) share the pairs; the 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -40,6 +39,7 @@ from controlkit.training.evaluation.request import TRUE, Compared, Request
 from controlkit.training.evaluation.rows import Rows
 from controlkit.training.evaluation.summary import Summary, summarise
 from controlkit.training.evaluation.telling import sizes_told, table
+from controlkit.training.evaluation.trained_on import trained_there
 from controlkit.training.lock import locked
 from controlkit.training.reporting.measures import EDGE_KINDS
 
@@ -116,7 +116,7 @@ def _evaluate(request: Request, processes: Processes, held: ExitStack, report: R
     compared = f"{_many(len(arms) - 3, 'adapter')} on {held_out.title}, {sizes_told(held_out.sizes())}"
     report.status(f"{compared}, {_many(request.seeds, 'seed')}, on {base.device}")
     warnings += _cut(held_out)
-    warnings += [] if held_out.is_held_out else _trained_there(request, infos)
+    warnings += trained_there(request, infos)
     for line in warnings if processes.is_first else ():
         report.note(line)
     mute = sum(not held_out.caption(place) for place in range(len(held_out)))
@@ -188,22 +188,6 @@ def _cut(held_out: HeldOut) -> list[str]:
         f"{count} of {len(held_out)} pictures are cut to the sizes that are drawn ({cuts[most]:.0%} of"
         f" {held_out.name(most)} lies outside): {cure} keeps more of their shape"
     ]
-
-
-def _trained_there(request: Request, infos: Sequence[AdapterInfo]) -> list[str]:
-    """A line for each adapter that was trained on pairs of the very data set it is to be measured on."""
-    lines = []
-    here = os.path.realpath(os.path.expanduser(request.data))
-    for one, info in zip(request.adapters, infos, strict=True):
-        recipe = info.training.get("recipe")
-        data = recipe.get("data") if isinstance(recipe, Mapping) else None
-        source = data.get("source") if isinstance(data, Mapping) else None
-        if isinstance(source, str) and source and os.path.realpath(os.path.expanduser(source)) == here:
-            lines.append(
-                f"{one.label} was trained on pairs of {request.data}, which are among those that it is"
-                " measured on: evaluate the run's folder to have those that it held out"
-            )
-    return lines
 
 
 def _begin(request: Request, base: Base, held_out: HeldOut, options: dict[str, dict[str, Any]]) -> None:

@@ -9,18 +9,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from controlkit.training.checkpoints import latest_state
 from controlkit.training.config import ControlNetRecipe, load_recipe
 from controlkit.training.config_adapter import DataRecipe
-from controlkit.training.data.examples import size_of_example
+from controlkit.training.data.examples import digest_of_pairs, size_of_example
 from controlkit.training.data.made_maps import range_ends
 from controlkit.training.data.source_recipe import recipe_of
 from controlkit.training.data.visits import Visits
 from controlkit.training.draws import derived_seed
 from controlkit.training.evaluation.held_out import DataSet, HeldOut, Opened, WorldScenes
 from controlkit.training.evaluation.request import WORLD, Request, run_config
+from controlkit.training.reporting.run_record import json_of
 
 if TYPE_CHECKING:
     from controlkit.training.data.examples import Example
+    from controlkit.training.data.pairs import Pairs
 
 Report = Callable[[str], None]
 Options = Mapping[str, Mapping[str, Any]]
@@ -92,6 +95,7 @@ def _of_run(request: Request, config: Path, options: Options, *, resolution: int
     from controlkit.training.data.pairs import load_pairs
 
     pairs = load_pairs(recipe, report=report)
+    _refuse_others(request.data, config.parent, recipe, pairs)
     kept = pairs.held_out
     if not kept:
         raise ValueError(
@@ -103,6 +107,32 @@ def _of_run(request: Request, config: Path, options: Options, *, resolution: int
     chosen = _looked_at(opened, _chosen(kept, request.count), report)
     title = f"{len(chosen)} pairs that the run {config.parent.resolve().name} held out"
     return DataSet(opened, chosen, title=title, is_held_out=True)
+
+
+def _refuse_others(name: str, run: Path, recipe: ControlNetRecipe, pairs: Pairs) -> None:
+    """Refuse pairs that are held out of a data set as it is now, and were not when the run was trained."""
+    state = latest_state(run / "checkpoints").get("task_state") or {}
+    facts = json_of(run / "facts.json")
+    if digest := state.get("held_out_sha256") or facts.get("data_held_out_sha256"):
+        kept, made = [pairs.examples[index] for index in pairs.held_out], recipe.data.maps == "made"
+        is_other = digest != digest_of_pairs((example, _content(example, made=made)) for example in kept)
+    else:  # of older runs, and of those without a cache, the number alone is known
+        trained = state.get("pairs", facts.get("data_pairs"))
+        is_other = trained not in (None, len(pairs.trained))
+    if is_other:
+        raise ValueError(
+            f"the data set {recipe.data.source} has changed since {name} was trained on it, and which pairs"
+            " were held out is not known any more: bring it back as it was, or name the data set in place"
+            " of the run"
+        )
+
+
+def _content(example: Example, *, made: bool) -> list[str]:
+    """The digests of a pair's picture and maps, as a training knows them."""
+    picture = example.picture.digest().hex()
+    if made or not example.maps:
+        return [picture, picture]
+    return [picture, *(piece.digest().hex() for piece in example.maps)]
 
 
 def _opened(
