@@ -13,6 +13,7 @@ from controlkit import images
 from controlkit.training.reporting.charts import Mark, Series, line_chart, number, smoothed, thinned, ticks
 from controlkit.training.reporting.report import verdict, write_report
 from controlkit.training.reporting.run_record import read_run, versions
+from controlkit.training.watch import Watch, read_rows
 
 CONFIG = """task = "controlnet"
 map = "canny"
@@ -291,3 +292,16 @@ def test_ticks_are_round_and_inside(low, high):
 def test_numbers_are_short():
     values = (0, 0.125, 640, 12_345, 1_234_567, 0.00012, -0.5, 1e-5)
     assert [number(v) for v in values] == ["0", "0.125", "640", "12.3k", "1.23M", "1.2e-4", "-0.5", "1e-5"]
+
+
+def test_a_name_may_hold_what_is_a_line_end_elsewhere(tmp_path):
+    watch = Watch(tmp_path, steps=4, batch=1, progress=lambda _: None)
+    watch.open_log(0)
+    watch.say(2, "step 2 skipped: a\u2028cat\x85.png", keep=True)
+    watch.after_step(3, {"loss": 0.5})
+    watch.open_log(2)
+    assert [row["event"] for row in read_rows(tmp_path)] == [
+        "step 2 skipped: a\u2028cat\x85.png",
+        "resumed at step 2",
+    ]
+    assert [step for step, _ in read_run(tmp_path).events] == [2, 2]

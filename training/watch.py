@@ -138,12 +138,17 @@ class Watch:
             file.write(json.dumps(plain, ensure_ascii=False) + "\n")
 
 
+def lines_of(log: Path) -> list[str]:
+    """A file's lines: names of pairs may hold what Python's splitlines, too, takes for the end of one."""
+    return log.read_text(encoding="utf-8", errors="replace").split("\n")
+
+
 def truncate_after(log: Path, step: int) -> None:
     """Drop rows of steps that a resumed run will repeat, and a row that was cut short."""
     if not log.is_file():
         return
     kept = []
-    for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in lines_of(log):
         with suppress(ValueError, KeyError, TypeError):
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
@@ -154,7 +159,7 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
     """The rows of a run's metrics.jsonl, without damaged ones."""
     rows = []
     with suppress(OSError):
-        for line in (folder / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in lines_of(folder / "metrics.jsonl"):
             with suppress(ValueError):
                 row = json.loads(line)
                 if isinstance(row, dict) and "step" in row:

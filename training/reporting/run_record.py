@@ -151,7 +151,7 @@ def _entry(line: str) -> dict[str, Any] | None:
 
 
 def _lines(path: Path) -> list[str]:
-    return _text(path).splitlines()
+    return _text(path).split("\n")  # as training.watch.lines_of
 
 
 def _text(path: Path) -> str:
