@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
@@ -505,6 +506,16 @@ def test_depth_files_become_maps_without_banding(tmp_path: Path, monkeypatch: py
     np.testing.assert_array_equal(images.load_picture("a.png"), images.load_picture("maps/depth/a.png"))
     with Image.open("a-16bit.png") as deep:
         assert len(np.unique(np.asarray(deep))) == 40 * 300
+
+
+def test_captions_are_found_however_umlauts_are_spelt(tmp_path: Path) -> None:
+    composed, apart = (unicodedata.normalize(form, "für") for form in ("NFC", "NFD"))
+    (tmp_path / f"{apart}.TXT").write_text("a cat")
+    assert Captions().of(tmp_path / f"{composed}.png") == "a cat"
+    (tmp_path / f"{apart}.TXT").unlink()
+    row = {"file_name": f"{apart}.png", "text": "a dog"}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(row, ensure_ascii=False))
+    assert Captions().of(tmp_path / f"{composed}.png") == "a dog"
 
 
 def test_a_caption_that_cannot_be_read_is_named(photos: Path, preprocess: Preprocess) -> None:
