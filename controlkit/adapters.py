@@ -8,6 +8,7 @@ for and how it was trained (``formats/description.py``).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -84,7 +85,7 @@ def default_adapter(kind: str, base: Base) -> str:
 
 @alone
 def load_adapter(
-    name_or_path: str,
+    name_or_path: str | os.PathLike[str],
     *,
     base: Base,
     kind: str = "",
@@ -104,6 +105,7 @@ def load_adapter(
     holds something else, damaged or non-finite weights, a network whose sizes are not the base's (both are
     named), or a device that is not there.
     """
+    name_or_path = os.fspath(name_or_path)
     place = base.device if device is None else check_device(device)
     info, controlnet = _load(name_or_path, base, kind=kind, dtype=dtype or base.dtype)
     if info.prediction_type not in ("", base.prediction_type):

@@ -7,6 +7,7 @@ Its parts are loaded by ``base_parts.py``; the pair's forward pass (``controlnet
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -270,7 +271,10 @@ def _wanted(tokens: Mapping[str, Tensor], encoder: CLIPTextModel) -> dict[str, T
 
 @alone
 def load_base(
-    name_or_path: str = "tiny", *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    name_or_path: str | os.PathLike[str] = "tiny",
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> Base:
     """Load a locked base by its bundled name, short name (``ALIASES``), diffusers pipeline folder, or hub id.
 
@@ -281,7 +285,7 @@ def load_base(
     nor reachable, a missing or broken part, a base that is none of SD1, SD2, SDXL, or a device that is not
     there.
     """
-    device = check_device(device)
+    device, name_or_path = check_device(device), os.fspath(name_or_path)
     folder = find_base(name_or_path)
     unet_config = read_json(part_of(folder, "unet") / "config.json")
     family = read_family(folder, unet_config)

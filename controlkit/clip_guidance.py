@@ -22,6 +22,7 @@ averaged by so many, decoded, and the middle square of that is looked at, as in 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -175,7 +176,10 @@ def check_clip(name_or_path: str) -> None:
 
 @alone
 def load_clip(
-    name_or_path: str, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    name_or_path: str | os.PathLike[str],
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> Clip:
     """Load a CLIP by its short name (`ALIASES`), a folder of a transformers CLIPModel, or its hub id.
 
@@ -185,7 +189,7 @@ def load_clip(
     from transformers import CLIPModel
 
     device = check_device(device)
-    folder = find_folder(name_or_path, complete=_is_complete, files=_HUB_FILES, **_PLACES)
+    folder = find_folder(os.fspath(name_or_path), complete=_is_complete, files=_HUB_FILES, **_PLACES)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds no CLIP: it has no config.json")
     kind = read_json(folder / "config.json").get("model_type")

@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -57,7 +58,7 @@ class Lora:
     Raises ValueError for a weight outside its range.
     """
 
-    source: str
+    source: str | os.PathLike[str]
     weight: float = 1.0
 
     def __post_init__(self) -> None:
@@ -112,8 +113,9 @@ def with_loras(base: Base, loras: Sequence[Lora]) -> Base:
     )
 
 
-def read_lora(source: str, base: Base) -> list[Layer]:
+def read_lora(source: str | os.PathLike[str], base: Base) -> list[Layer]:
     """The layers of a LoRA, checked against the base's. Raises ValueError as `with_loras`."""
+    source = os.fspath(source)
     file = find_weight_file(source, what="LoRA", usual=LORA_FILE)
     header = read_header(file)
     told = header.pop("__metadata__", {})
