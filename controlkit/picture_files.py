@@ -102,10 +102,10 @@ def _expand(argument: str, barred: frozenset[str], suffixes: frozenset[str]) -> 
     elif os.path.exists(argument):
         yield Picture(Path(argument), Path(argument).stem)
     else:
-        fixed = _fixed_part(argument)
+        fixed = _fixed_part(argument) or "."
         start = os.path.abspath(fixed)
         closed = [path for path in barred if not _is_within(start, path)]
-        for match in sorted(glob.glob(argument, recursive=True)):
+        for match in matches(argument, recursive=True):
             file = Path(match)
             inside = os.path.abspath(match)
             if (
@@ -116,11 +116,18 @@ def _expand(argument: str, barred: frozenset[str], suffixes: frozenset[str]) -> 
                 yield Picture(file, Path(os.path.relpath(file, fixed)).with_suffix("").as_posix())
 
 
+def matches(pattern: str, *, recursive: bool = False) -> list[str]:
+    """What a pattern stands for, sorted. The folder that it starts in may have brackets in its name."""
+    fixed = _fixed_part(pattern)
+    return sorted(glob.glob(glob.escape(fixed) + pattern[len(fixed) :], recursive=recursive))
+
+
 def _fixed_part(pattern: str) -> str:
-    """The folder that a pattern starts in."""
-    parts = Path(pattern).parts
-    magic = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts))
-    return os.path.join(*parts[:magic]) if magic else "."
+    """The folder that a pattern starts in, as it is written there; "" for the one at hand."""
+    fixed = os.path.dirname(pattern)
+    while glob.has_magic(fixed) and not os.path.isdir(fixed):
+        fixed = os.path.dirname(fixed)
+    return fixed
 
 
 def _files_below(folder: str, barred: frozenset[str], suffixes: frozenset[str]) -> Iterator[Path]:

@@ -217,6 +217,12 @@ def test_files_patterns_and_folders_are_found_once(photos: Path) -> None:
     for nothing, reason in [("no/such", "no such file"), ("photos/*.xyz", "nothing matches")]:
         with pytest.raises(ValueError, match=reason):
             find_pictures([nothing])
+    Path("some [2024]").mkdir()  # brackets in the folder's name are letters
+    shutil.copy("photos/cat.png", "some [2024]/cat.png")
+    assert [picture.name for picture in find_pictures(["some [2024]/*.png"])] == ["cat"]
+    assert [picture.path for picture in find_pictures(["some [[]2024]/c[a]t.png"])] == [
+        Path("some [2024]/cat.png")
+    ]
     Path("bare").mkdir()
     with pytest.raises(ValueError, match=r"bare: no picture is there \(files that end in \.avif"):
         find_pictures(["bare"])
