@@ -498,6 +498,7 @@ def test_loras_on_the_command_line(generate: Run, run: Run, models: Path) -> Non
     assert np.array_equal(load_picture("off.png"), load_picture("plain.png"))
     assert "from -10 to 10, not 11" in generate("--lora", f"{file}:11").refused()
     assert "there is no LoRA nowhere" in generate("--lora", "nowhere").refused()
+    assert f"behind {file} stands '0,5', and not a number" in generate("--lora", f"{file}:0,5").refused()
     shutil.copy(file, "second.safetensors")
     generate("--lora", f"{file}:0.5", "--lora", "second.safetensors:0.25", "-o", "out.png").done()
     write(file, base, "sd1", "peft")
