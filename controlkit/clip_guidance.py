@@ -35,7 +35,7 @@ from torch.nn import functional
 from controlkit import diffusion, latent_scale, limits
 from controlkit.base_parts import load_tokenizer
 from controlkit.controlnet import digest_of_weights, lock
-from controlkit.devices import check_device
+from controlkit.devices import check_device, check_dtype
 from controlkit.folders import alone, load_part, read_json, weight_files
 from controlkit.hub import check_exists, find_folder
 from controlkit.prompt_syntax import parse
@@ -179,7 +179,7 @@ def load_clip(
     name_or_path: str | os.PathLike[str],
     *,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: str | torch.dtype = torch.float32,
 ) -> Clip:
     """Load a CLIP by its short name (`ALIASES`), a folder of a transformers CLIPModel, or its hub id.
 
@@ -188,7 +188,7 @@ def load_clip(
     """
     from transformers import CLIPModel
 
-    device = check_device(device)
+    device, dtype = check_device(device), check_dtype(dtype)
     folder = find_folder(os.fspath(name_or_path), complete=_is_complete, files=_HUB_FILES, **_PLACES)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds no CLIP: it has no config.json")

@@ -222,6 +222,17 @@ def test_a_device_that_is_not_there(bases: dict[str, Base]) -> None:
         load_adapter("canny", base=bases["sd1"], device="gpu")
 
 
+def test_a_precision_may_be_named(folder: Path, bases: dict[str, Base], tmp_path: Path) -> None:
+    for name, dtype in (("fp16", torch.float16), ("bfloat16", torch.bfloat16)):
+        assert load_adapter(str(folder), base=bases["sd1"], dtype=name).controlnet.dtype == dtype
+        assert load_base("tiny", dtype=name).unet.dtype == load_base("tiny", dtype=name).dtype == dtype
+    for wrong, message in (("half", "unknown precision 'half'"), (torch.int8, "dtype is a precision, as")):
+        with pytest.raises(ValueError, match=message):
+            load_adapter(str(folder), base=bases["sd1"], dtype=wrong)
+        with pytest.raises(ValueError, match=message):
+            load_base("tiny", dtype=wrong)
+
+
 def test_models_may_be_named_by_paths(folder: Path, tmp_path: Path) -> None:
     base = load_base(tiny_models.build(tmp_path / "base", "sd1"))
     assert base.name == str(tmp_path / "base")
