@@ -11,6 +11,7 @@ every tensor with it that no LoRA changes. The result equals diffusers' `load_lo
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import math
@@ -211,8 +212,9 @@ def _peft_rules(source: str, file: Path) -> Mapping[str, Any]:
     beside = file.with_name(PEFT_CONFIG)
     if not (beside.is_file() or Path(source).expanduser().exists()):
         owner, name, *rest = PurePosixPath(source).parts
-        place = PurePosixPath(*rest).with_name(PEFT_CONFIG)
-        beside = find_file(f"{owner}/{name}", str(place), hint="name that folder")
+        place = PurePosixPath(*rest[:-1], PEFT_CONFIG)
+        with contextlib.suppress(ValueError):  # not there either, or not to be had
+            beside = find_file(f"{owner}/{name}", str(place), hint="name that folder")
     if not beside.is_file():
         notices.warn(
             f"{file} says nothing of its strength, which peft writes into {PEFT_CONFIG} beside it, and that"
