@@ -8,6 +8,7 @@ for and how it was trained (``formats/description.py``).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from controlkit.base import BUNDLED as BUNDLED_BASES
 from controlkit.base import Base
 from controlkit.class_labels import check_labels_fit
 from controlkit.controlnet import lock
-from controlkit.devices import check_device
+from controlkit.devices import check_device, check_dtype
 from controlkit.folders import (
     alone,
     is_pickle,
@@ -84,12 +85,12 @@ def default_adapter(kind: str, base: Base) -> str:
 
 @alone
 def load_adapter(
-    name_or_path: str,
+    name_or_path: str | os.PathLike[str],
     *,
     base: Base,
     kind: str = "",
     device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: str | torch.dtype | None = None,
 ) -> Adapter:
     """Load an adapter that fits ``base``: a bundled name, a folder, a hub id, or one file. It comes locked.
 
@@ -102,10 +103,11 @@ def load_adapter(
 
     Raises ValueError, one line within about 5 seconds, for a name that leads nowhere, a folder or file that
     holds something else, damaged or non-finite weights, a network whose sizes are not the base's (both are
-    named), or a device that is not there.
+    named), a device that is not there, or an unknown precision.
     """
+    name_or_path = os.fspath(name_or_path)
     place = base.device if device is None else check_device(device)
-    info, controlnet = _load(name_or_path, base, kind=kind, dtype=dtype or base.dtype)
+    info, controlnet = _load(name_or_path, base, kind=kind, dtype=check_dtype(dtype or base.dtype))
     if info.prediction_type not in ("", base.prediction_type):
         notices.warn(
             f"adapter {name_or_path} was trained for {info.prediction_type} and the base {base.name} predicts"

@@ -62,7 +62,7 @@ def parse_control(text: str, *, is_map: bool) -> ControlArgument:
         raise ValueError(f"{option} {text!r} must be KIND=PICTURE or KIND=PICTURE:SCALE, as canny=a.jpg:0.8")
     try:
         rest, settings = _split_control_settings(rest)
-        path, scale = _split_scale(rest)
+        path, scale = _split_scale(rest, what=_BEHIND)
         if path != rest and "scale" in settings:
             raise ValueError("scale is given twice")
         if not path:
@@ -81,7 +81,7 @@ def split_control(text: str) -> tuple[str, str, str]:
     """
     kind, equals, rest = text.partition("=")
     try:
-        path, _ = _split_scale(_split_control_settings(rest)[0])
+        path, _ = _split_scale(_split_control_settings(rest)[0], what=_BEHIND)
     except ValueError as error:
         raise ValueError(f"{text!r}: {error}") from None
     return kind + equals, path, rest[len(path) :]
@@ -176,6 +176,7 @@ def _yes(text: str) -> bool:
     return text == "true"
 
 
+_BEHIND = "a strength, as 0.8 or 1..0.2, or a setting, as mode=prompt"
 _RULE = ("scale", "start", "end", "gate", "mode", "layers")  # in the order of `check_rule`
 _CONTROL_KEYS: dict[str, Callable[[str], Any]] = {
     "scale": parse_scale,
@@ -365,13 +366,19 @@ def check_not_inputs(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
             raise ValueError(f"the output {output} would overwrite what it is made from: choose another -o")
 
 
-def _split_scale(rest: str) -> tuple[str, Scale]:
+def _split_scale(rest: str, *, what: str = "a number, as 0.8") -> tuple[str, Scale]:
+    """The path and the number behind it. Raises ValueError where something else stands behind a file.
+
+    what: may stand there.
+    """
     path, colon, tail = rest.rpartition(":")
     if not colon or os.path.exists(rest):  # Path.exists raises for a name that is too long
         return rest, 1.0
     try:
         return path, parse_scale(tail)
     except ValueError:
+        if os.path.exists(at_home(path)):
+            raise ValueError(f"behind {path} stands {tail!r}, and not {what}") from None
         return rest, 1.0
 
 

@@ -7,6 +7,7 @@ Its parts are loaded by ``base_parts.py``; the pair's forward pass (``controlnet
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -34,7 +35,7 @@ from controlkit.base_parts import (
 )
 from controlkit.class_labels import PictureEncoder
 from controlkit.controlnet import digest_of_weights, lock
-from controlkit.devices import check_device
+from controlkit.devices import check_device, check_dtype
 from controlkit.folders import alone, quiet_libraries, read_json
 from controlkit.told_sizes import Sizes
 from controlkit.usual_guidance import is_told_guidance, is_turbo
@@ -270,7 +271,10 @@ def _wanted(tokens: Mapping[str, Tensor], encoder: CLIPTextModel) -> dict[str, T
 
 @alone
 def load_base(
-    name_or_path: str = "tiny", *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    name_or_path: str | os.PathLike[str] = "tiny",
+    *,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = torch.float32,
 ) -> Base:
     """Load a locked base by its bundled name, short name (``ALIASES``), diffusers pipeline folder, or hub id.
 
@@ -278,10 +282,10 @@ def load_base(
     configuration's ``force_upcast``).
 
     Raises ValueError, one line within about 5 seconds, for an unknown name, a hub id that is neither cached
-    nor reachable, a missing or broken part, a base that is none of SD1, SD2, SDXL, or a device that is not
-    there.
+    nor reachable, a missing or broken part, a base that is none of SD1, SD2, SDXL, a device that is not
+    there, or an unknown precision.
     """
-    device = check_device(device)
+    device, dtype, name_or_path = check_device(device), check_dtype(dtype), os.fspath(name_or_path)
     folder = find_base(name_or_path)
     unet_config = read_json(part_of(folder, "unet") / "config.json")
     family = read_family(folder, unet_config)

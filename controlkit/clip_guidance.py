@@ -22,6 +22,7 @@ averaged by so many, decoded, and the middle square of that is looked at, as in 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ from torch.nn import functional
 from controlkit import diffusion, latent_scale, limits
 from controlkit.base_parts import load_tokenizer
 from controlkit.controlnet import digest_of_weights, lock
-from controlkit.devices import check_device
+from controlkit.devices import check_device, check_dtype
 from controlkit.folders import alone, load_part, read_json, weight_files
 from controlkit.hub import check_exists, find_folder
 from controlkit.prompt_syntax import parse
@@ -175,7 +176,10 @@ def check_clip(name_or_path: str) -> None:
 
 @alone
 def load_clip(
-    name_or_path: str, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    name_or_path: str | os.PathLike[str],
+    *,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = torch.float32,
 ) -> Clip:
     """Load a CLIP by its short name (`ALIASES`), a folder of a transformers CLIPModel, or its hub id.
 
@@ -184,8 +188,8 @@ def load_clip(
     """
     from transformers import CLIPModel
 
-    device = check_device(device)
-    folder = find_folder(name_or_path, complete=_is_complete, files=_HUB_FILES, **_PLACES)
+    device, dtype = check_device(device), check_dtype(dtype)
+    folder = find_folder(os.fspath(name_or_path), complete=_is_complete, files=_HUB_FILES, **_PLACES)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds no CLIP: it has no config.json")
     kind = read_json(folder / "config.json").get("model_type")

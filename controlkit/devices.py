@@ -45,6 +45,18 @@ def multiplies_bfloat16() -> bool:
     return ask is not None and bool(ask().get("amx_bf16", False))
 
 
+def check_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """The precision, also by its name in `precisions.DTYPES` or torch's. Raises ValueError for another."""
+    import torch
+
+    if isinstance(dtype, str):
+        found: torch.dtype = getattr(torch, torch_name(dtype))
+        return found
+    if isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1:
+        return dtype
+    raise ValueError(f"dtype is a precision, as torch.float16 or fp16, not {dtype!r}")
+
+
 def check_device(device: str | torch.device) -> torch.device:
     """The device, if torch can use it here; "auto" is the best here. Raises ValueError in one line if not."""
     import torch

@@ -9,6 +9,7 @@ The base that was given stays as it is. The result equals that of diffusers' `lo
 from __future__ import annotations
 
 import copy
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -41,7 +42,7 @@ class Embedding:
     training writes them.
     """
 
-    file: str
+    file: str | os.PathLike[str]
     token: str = ""
 
 

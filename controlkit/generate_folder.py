@@ -19,7 +19,15 @@ from controlkit.folder_job import FolderReport as Report
 from controlkit.generate_job import Session, write_all
 from controlkit.generate_plan import Plan, check_preview
 from controlkit.limits import check_count
-from controlkit.picture_files import DEEP, DEPTH_SUFFIXES, SUFFIXES, find_pictures, unread_below, unread_lines
+from controlkit.picture_files import (
+    DEEP,
+    DEPTH_SUFFIXES,
+    SUFFIXES,
+    as_spelt,
+    find_pictures,
+    unread_below,
+    unread_lines,
+)
 from controlkit.startup import nothing_collected
 
 USUAL_FOLDER = "out"
@@ -85,7 +93,7 @@ def requests(whole: Request, report: Report, *, usual: str = "", count: int = 1)
     found = {folder: _pictures(folder, output, report, is_map=folder in of_maps) for folder in folders}
     names = list(found[folders[0]])
     for folder in folders[1:]:
-        _check_partners(folder, found[folder], folders[0], names, report)
+        found[folder] = _partners(folder, found[folder], folders[0], names, report)
     asked = [_of_picture(whole, {folder: str(found[folder][n]) for folder in folders}, n) for n in names]
     followed = [path for pictures in found.values() for path in pictures.values()]
     check_not_inputs((path for one in asked for path in numbered_outputs(one.output, count)), followed)
@@ -114,15 +122,21 @@ def _pictures(folder: str, output: Path, report: Report, *, is_map: bool) -> dic
     }
 
 
-def _check_partners(
+def _partners(
     folder: str, found: dict[str, Path], first: str, names: Sequence[str], report: Report
-) -> None:
-    missing = [name for name in names if name not in found]
+) -> dict[str, Path]:
+    """A folder's pictures by the names that those of the first folder have."""
+    found = {as_spelt(name): path for name, path in found.items()} | found
+    partners = {name: found.get(name) or found.get(as_spelt(name)) for name in names}
+    missing = [name for name, path in partners.items() if path is None]
     if missing:
         shown = ", ".join(missing[:_NAMED]) + (f" and {len(missing) - _NAMED} more" * (len(missing) > _NAMED))
         raise ValueError(f"{folder} has no picture of the name that one in {first} has: {shown}")
-    if len(found) > len(names):
-        report.note(f"{len(found) - len(names)} of {folder} are not used: {first} has none of their names")
+    used = {name: path for name, path in partners.items() if path is not None}
+    unused = set(found.values()) - set(used.values())
+    if unused:
+        report.note(f"{len(unused)} of {folder} are not used: {first} has none of their names")
+    return used
 
 
 def _of_picture(whole: Request, places: dict[str, str], name: str) -> Request:

@@ -20,6 +20,7 @@ CONNECT_SECONDS = 3.0  # for the hub to answer; with name resolution never more 
 _GIVE_UP_SECONDS = 4.0
 _WEIGHTS = (".safetensors", ".bin")
 LORA_FILE = "pytorch_lora_weights.safetensors"  # as diffusers' training scripts call it
+PEFT_CONFIG = "adapter_config.json"  # of a LoRA that peft wrote, beside its weights
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 
 

@@ -12,6 +12,7 @@ plain, "light", "plus" and "full" kinds.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -63,11 +64,11 @@ class PicturePrompt:
 
 def picture_prompt(
     base: Base,
-    source: str,
+    source: str | os.PathLike[str],
     pictures: Sequence[np.ndarray],
     *,
     scale: float = 1.0,
-    image_encoder: str | None = None,
+    image_encoder: str | os.PathLike[str] | None = None,
 ) -> PicturePrompt:
     """What an IP-Adapter makes of pictures, uint8 (H, W, 3) RGB each, for `sampling.generate`.
 
@@ -78,6 +79,7 @@ def picture_prompt(
     Raises ValueError, naming the file, for one that leads nowhere, is damaged, none of the kinds that the
     module's text names, or made for a base of another family, and where no encoder of its width is found.
     """
+    source = os.fspath(source)
     file = _find(source)
     state = _split(file, read_state(file, what="IP-Adapter"))
     weights = _attention_weights(file, state["ip_adapter"], base)
@@ -263,7 +265,7 @@ def _wanted(state: Mapping[str, Tensor]) -> _Wanted:
 
 
 def _encoder(
-    source: str, file: Path, state: Mapping[str, Tensor], named: str | None, base: Base
+    source: str, file: Path, state: Mapping[str, Tensor], named: str | os.PathLike[str] | None, base: Base
 ) -> tuple[Any, int]:
     """CLIP's picture encoder, and the side of the pictures that it takes."""
     from transformers import CLIPVisionModelWithProjection
@@ -274,7 +276,7 @@ def _encoder(
     return encoder.to(base.unet.device).requires_grad_(False), int(encoder.config.image_size)
 
 
-def _encoder_folder(source: str, file: Path, wanted: _Wanted, named: str | None) -> Path:
+def _encoder_folder(source: str, file: Path, wanted: _Wanted, named: str | os.PathLike[str] | None) -> Path:
     """The first folder with an encoder of the width that is wanted. Raises ValueError where there is none."""
     if named is not None:
         folder = Path(named).expanduser()

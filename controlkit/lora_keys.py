@@ -29,9 +29,11 @@ _FACTOR = re.compile(
 _ALPHA = re.compile(r"([._]lora(_linear_layer)?)?\.alpha$")
 _PARTS = {"down": "down", "A": "down", "up": "up", "B": "up"}
 _OTHER_PART = {"down": "up", "up": "down", "A": "B", "B": "A"}
+_PEFT = "base_model.model."
 _KOHYA = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
 _BEGINNINGS: Mapping[str, str] = {  # of a layer's name, and what it is replaced by, one after the other
     r"^((unet|text_encoder|text_encoder_2)\.)?base_model\.model\.": r"\1",
+    r"^(?=encoder\.layers\.)": "text_encoder.",  # as transformers has CLIP since 5.6
     r"^lycoris_(?=text_model_)": "lora_te_",
     r"^lycoris_": "lora_unet_",
     r"^lora_unet_add_embedding_linear_1$": "lora_unet_label_emb_0_0",  # which diffusers knows
@@ -61,6 +63,12 @@ class Factors:
 def is_factor(key: str) -> bool:
     """Whether a key is that of one of a LoRA's two factors."""
     return _FACTOR.search(key) is not None
+
+
+def is_peft(keys: Iterable[str]) -> bool:
+    """Whether these are the keys of a file as peft itself writes it, in which no alphas stand."""
+    keys = list(keys)
+    return any(key.startswith(_PEFT) for key in keys) and not any(key.endswith(".alpha") for key in keys)
 
 
 def other_network(keys: Iterable[str]) -> tuple[str, str] | None:

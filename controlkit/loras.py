@@ -11,27 +11,30 @@ every tensor with it that no LoRA changes. The result equals diffusers' `load_lo
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from controlkit import limits
+from controlkit import limits, notices
 from controlkit.base import FAMILY_TITLES
-from controlkit.folders import alone, quiet_libraries, read_header, read_state
-from controlkit.hub import LORA_FILE, find_weight_file
-from controlkit.lora_keys import Factors, by_layer, is_factor, other_network
+from controlkit.folders import alone, quiet_libraries, read_header, read_json, read_state
+from controlkit.hub import LORA_FILE, PEFT_CONFIG, find_file, find_weight_file
+from controlkit.lora_keys import Factors, by_layer, is_factor, is_peft, other_network
 
 if TYPE_CHECKING:
     from controlkit.base import Base
 
+_NETWORKS = ("unet", "text_encoder", "text_encoder_2")
 METADATA_KEY = "lora_adapter_metadata"  # in the header of files that diffusers wrote
 
 _OTHER_KINDS: Mapping[str, str] = {  # part of a key -> what it belongs to
@@ -56,7 +59,7 @@ class Lora:
     Raises ValueError for a weight outside its range.
     """
 
-    source: str
+    source: str | os.PathLike[str]
     weight: float = 1.0
 
     def __post_init__(self) -> None:
@@ -111,8 +114,9 @@ def with_loras(base: Base, loras: Sequence[Lora]) -> Base:
     )
 
 
-def read_lora(source: str, base: Base) -> list[Layer]:
+def read_lora(source: str | os.PathLike[str], base: Base) -> list[Layer]:
     """The layers of a LoRA, checked against the base's. Raises ValueError as `with_loras`."""
+    source = os.fspath(source)
     file = find_weight_file(source, what="LoRA", usual=LORA_FILE)
     header = read_header(file)
     told = header.pop("__metadata__", {})
@@ -121,7 +125,7 @@ def read_lora(source: str, base: Base) -> list[Layer]:
     _check_family(file, header, base)
     with quiet_libraries():
         found = by_layer(file, read_state(file, what="LoRA"), base.unet.config)
-    rules = _rules(file, told)
+    rules = _rules(file, told) or (_peft_rules(source, file) if is_peft(header) else {})
     layers = [_layer(file, base, name, factors, rules) for name, factors in found.items()]
     if not layers:
         raise ValueError(f"{file} is empty: it holds no LoRA")
@@ -129,8 +133,7 @@ def read_lora(source: str, base: Base) -> list[Layer]:
 
 
 def _networks(base: Base) -> dict[str, Any]:
-    names = ("text_encoder", "text_encoder_2")[: len(base.text_encoders)]
-    return {"unet": base.unet, **dict(zip(names, base.text_encoders, strict=True))}
+    return dict(zip(_NETWORKS, [base.unet, *base.text_encoders], strict=False))
 
 
 def _merged(network: Any, layers: Mapping[str, Sequence[tuple[float, Layer]]]) -> Any:
@@ -202,6 +205,24 @@ def _rules(file: Path, told: Mapping[str, str]) -> Mapping[str, Any]:
     except ValueError as error:
         raise ValueError(f"{file}: its {METADATA_KEY} cannot be read: {error}") from error
     return rules
+
+
+def _peft_rules(source: str, file: Path) -> Mapping[str, Any]:
+    """The same from the configuration that peft writes beside a file: its file is of one network."""
+    beside = file.with_name(PEFT_CONFIG)
+    if not (beside.is_file() or Path(source).expanduser().exists()):
+        owner, name, *rest = PurePosixPath(source).parts
+        place = PurePosixPath(*rest[:-1], PEFT_CONFIG)
+        with contextlib.suppress(ValueError):  # not there either, or not to be had
+            beside = find_file(f"{owner}/{name}", str(place), hint="name that folder")
+    if not beside.is_file():
+        notices.warn(
+            f"{file} says nothing of its strength, which peft writes into {PEFT_CONFIG} beside it, and that"
+            " is not there: its rank is taken for its alpha"
+        )
+        return {}
+    config = read_json(beside)
+    return {f"{network}.{key}": value for network in _NETWORKS for key, value in config.items()}
 
 
 def _layer(

@@ -7,10 +7,11 @@ import glob
 import io
 import json
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,16 @@ SUFFIXES = frozenset(f".{name}" for name in _PICTURES.split())
 CAPTION_SUFFIXES = (".txt", ".caption")
 _CAPTION_KEYS = ("text", "caption", "prompt")
 _METADATA = ("metadata.jsonl", "metadata.csv")
+
+
+def as_spelt(name: str) -> str:
+    """A name to be compared: one system writes ü as a letter, another as u and two dots."""
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
+
+
+def stem_of(name: str) -> str:
+    """A name without suffix, to be compared (`as_spelt`)."""
+    return as_spelt(os.path.splitext(name)[0])
 
 
 @dataclass(frozen=True)
@@ -91,10 +102,10 @@ def _expand(argument: str, barred: frozenset[str], suffixes: frozenset[str]) -> 
     elif os.path.exists(argument):
         yield Picture(Path(argument), Path(argument).stem)
     else:
-        fixed = _fixed_part(argument)
+        fixed = _fixed_part(argument) or "."
         start = os.path.abspath(fixed)
         closed = [path for path in barred if not _is_within(start, path)]
-        for match in sorted(glob.glob(argument, recursive=True)):
+        for match in matches(argument, recursive=True):
             file = Path(match)
             inside = os.path.abspath(match)
             if (
@@ -105,11 +116,18 @@ def _expand(argument: str, barred: frozenset[str], suffixes: frozenset[str]) -> 
                 yield Picture(file, Path(os.path.relpath(file, fixed)).with_suffix("").as_posix())
 
 
+def matches(pattern: str, *, recursive: bool = False) -> list[str]:
+    """What a pattern stands for, sorted. The folder that it starts in may have brackets in its name."""
+    fixed = _fixed_part(pattern)
+    return sorted(glob.glob(glob.escape(fixed) + pattern[len(fixed) :], recursive=recursive))
+
+
 def _fixed_part(pattern: str) -> str:
-    """The folder that a pattern starts in."""
-    parts = Path(pattern).parts
-    magic = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts))
-    return os.path.join(*parts[:magic]) if magic else "."
+    """The folder that a pattern starts in, as it is written there; "" for the one at hand."""
+    fixed = os.path.dirname(pattern)
+    while glob.has_magic(fixed) and not os.path.isdir(fixed):
+        fixed = os.path.dirname(fixed)
+    return fixed
 
 
 def _files_below(folder: str, barred: frozenset[str], suffixes: frozenset[str]) -> Iterator[Path]:
@@ -172,6 +190,33 @@ def _shared_names(pictures: Iterable[Picture]) -> dict[str, tuple[Picture, Pictu
     return shared
 
 
+def caption_file(picture: Path) -> Path | None:
+    """The file beside a picture with its caption, whatever its suffix's case and how umlauts are spelt."""
+    for suffix in CAPTION_SUFFIXES:
+        beside = picture.with_suffix(suffix)
+        if os.path.isfile(beside):  # pathlib raises for a name that is too long
+            return beside
+    folder = os.path.dirname(picture)
+    changed = os.stat(folder).st_mtime_ns if os.path.isdir(folder) else 0
+    name = _captions_in(folder, changed).get(stem_of(os.path.basename(picture)))
+    return None if name is None else Path(folder, name)
+
+
+@lru_cache(maxsize=8)
+def _captions_in(folder: str, changed: int) -> dict[str, str]:
+    """A folder's files with captions, by the name without suffix. changed: when the folder was."""
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError:
+        return {}
+    found: dict[str, str] = {}
+    for suffix in CAPTION_SUFFIXES:
+        for name in names:
+            if os.path.splitext(name)[1].lower() == suffix and os.path.isfile(os.path.join(folder, name)):
+                found.setdefault(stem_of(name), name)
+    return found
+
+
 class Captions:
     """Captions of pictures: from a ``.txt`` or ``.caption`` file beside each, or from a metadata file.
 
@@ -190,15 +235,14 @@ class Captions:
 
         Raises ValueError: a caption or metadata file cannot be read; one line with its name.
         """
-        for suffix in CAPTION_SUFFIXES:
-            beside = picture.with_suffix(suffix)
-            if os.path.isfile(beside):  # pathlib raises for a name that is too long
-                return " ".join(read_text(beside).split())
+        beside = caption_file(picture)
+        if beside is not None:
+            return " ".join(read_text(beside).split())
         path = Path(os.path.abspath(picture))
         for folder in path.parents[: self._levels]:
             metadata = self._metadata(folder)
             if metadata is not None:
-                return metadata.captions.get(path.relative_to(folder).as_posix(), "")
+                return metadata.captions.get(as_spelt(path.relative_to(folder).as_posix()), "")
         return ""
 
     def _metadata(self, folder: Path) -> _Metadata | None:
@@ -222,7 +266,7 @@ class _Metadata:
             name = row.get("file_name")
             caption = next((row[key] for key in _CAPTION_KEYS if isinstance(row.get(key), str)), "")
             if isinstance(name, str):
-                captions[Path(name).as_posix()] = " ".join(caption.split())
+                captions[as_spelt(Path(name).as_posix())] = " ".join(caption.split())
         return captions
 
     def _csv(self) -> Iterator[dict[str, Any]]:

@@ -79,6 +79,8 @@ _WAYS: Mapping[str, tuple[type, str]] = {  # what a generation takes as an objec
     "tiles": (Tiles, "Tiles(512)"),
     "memory": (Memory, "Memory(batch_size=1)"),
     "execution": (Execution, "Execution(compiled=True)"),
+    "told": (Told, "Told(class_label=1)"),
+    "clip_guidance": (ClipGuidance, "ClipGuidance(clip, 30)"),
 }
 
 Callback = Callable[[int, int, Tensor], None]
@@ -158,7 +160,8 @@ def generate(
     Raises ValueError for a number outside its range, a control of another family, or latents that stop
     being finite.
     """
-    ways = {"savings": savings, "tiles": tiles, "memory": memory, "execution": execution}
+    ways: dict[str, object] = {"savings": savings, "tiles": tiles, "memory": memory, "execution": execution}
+    ways |= {"told": told, "clip_guidance": clip_guidance}
     _check_kinds(base, prompt, negative_prompt, controls, start=start, **ways)
     guided = Guidance(default_guidance(base) if guidance is None else guidance, guidance_rescale)
     execution, savings, told = execution or Execution(), savings or Savings(), told or Told()

@@ -54,7 +54,7 @@ def check_vae(name: str) -> None:
 
 
 @alone
-def with_vae(base: Base, name: str) -> Base:
+def with_vae(base: Base, name: str | os.PathLike[str]) -> Base:
     """A base with another autoencoder; the given one stays as it is.
 
     name: a short name (`ALIASES`), a hub id, a folder, which holds config.json and the weights, or a
@@ -66,6 +66,7 @@ def with_vae(base: Base, name: str) -> Base:
     """
     from controlkit.controlnet import lock
 
+    name = os.fspath(name)
     file = _file(name)
     vae, where = _in_folder(name, base) if file is None else (_in_file(file, base), file)
     _check_fits(vae, base, where)

@@ -9,6 +9,7 @@ import struct
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny_models
 import torch
@@ -16,7 +17,7 @@ from diffusers import ControlNetModel
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
-from controlkit import adapters
+from controlkit import Lora, adapters, load_clip, picture_prompt, with_loras, with_vae
 from controlkit.adapters import MAPS, AdapterInfo, MapSpec, load_adapter, read_info, save_adapter
 from controlkit.base import Base, load_base
 from controlkit.controlnet import from_base
@@ -219,6 +220,31 @@ def test_folders_that_hold_something_else(folder: Path, bases: dict[str, Base], 
 def test_a_device_that_is_not_there(bases: dict[str, Base]) -> None:
     with pytest.raises(ValueError, match="unknown device 'gpu': use cpu, cuda, cuda:0 or mps"):
         load_adapter("canny", base=bases["sd1"], device="gpu")
+
+
+def test_a_precision_may_be_named(folder: Path, bases: dict[str, Base], tmp_path: Path) -> None:
+    for name, dtype in (("fp16", torch.float16), ("bfloat16", torch.bfloat16)):
+        assert load_adapter(str(folder), base=bases["sd1"], dtype=name).controlnet.dtype == dtype
+        assert load_base("tiny", dtype=name).unet.dtype == load_base("tiny", dtype=name).dtype == dtype
+    for wrong, message in (("half", "unknown precision 'half'"), (torch.int8, "dtype is a precision, as")):
+        with pytest.raises(ValueError, match=message):
+            load_adapter(str(folder), base=bases["sd1"], dtype=wrong)
+        with pytest.raises(ValueError, match=message):
+            load_base("tiny", dtype=wrong)
+
+
+def test_models_may_be_named_by_paths(folder: Path, tmp_path: Path) -> None:
+    base = load_base(tiny_models.build(tmp_path / "base", "sd1"))
+    assert base.name == str(tmp_path / "base")
+    assert load_adapter(folder, base=base).name == str(folder)
+    load_clip(tiny_models.build_clip(tmp_path / "clip"))
+    nowhere, picture = tmp_path / "none.safetensors", np.zeros((8, 8, 3), np.uint8)
+    with pytest.raises(ValueError, match=r"there is no LoRA .*none.safetensors"):
+        with_loras(base, [Lora(nowhere)])
+    with pytest.raises(ValueError, match=r"there is no IP-Adapter .*none.safetensors"):
+        picture_prompt(base, nowhere, [picture])
+    with pytest.raises(ValueError, match=r"none.safetensors"):
+        with_vae(base, nowhere)
 
 
 def test_names_that_lead_nowhere(bases: dict[str, Base]) -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
@@ -216,6 +217,12 @@ def test_files_patterns_and_folders_are_found_once(photos: Path) -> None:
     for nothing, reason in [("no/such", "no such file"), ("photos/*.xyz", "nothing matches")]:
         with pytest.raises(ValueError, match=reason):
             find_pictures([nothing])
+    Path("some [2024]").mkdir()  # brackets in the folder's name are letters
+    shutil.copy("photos/cat.png", "some [2024]/cat.png")
+    assert [picture.name for picture in find_pictures(["some [2024]/*.png"])] == ["cat"]
+    assert [picture.path for picture in find_pictures(["some [[]2024]/c[a]t.png"])] == [
+        Path("some [2024]/cat.png")
+    ]
     Path("bare").mkdir()
     with pytest.raises(ValueError, match=r"bare: no picture is there \(files that end in \.avif"):
         find_pictures(["bare"])
@@ -505,6 +512,16 @@ def test_depth_files_become_maps_without_banding(tmp_path: Path, monkeypatch: py
     np.testing.assert_array_equal(images.load_picture("a.png"), images.load_picture("maps/depth/a.png"))
     with Image.open("a-16bit.png") as deep:
         assert len(np.unique(np.asarray(deep))) == 40 * 300
+
+
+def test_captions_are_found_however_umlauts_are_spelt(tmp_path: Path) -> None:
+    composed, apart = (unicodedata.normalize(form, "für") for form in ("NFC", "NFD"))
+    (tmp_path / f"{apart}.TXT").write_text("a cat")
+    assert Captions().of(tmp_path / f"{composed}.png") == "a cat"
+    (tmp_path / f"{apart}.TXT").unlink()
+    row = {"file_name": f"{apart}.png", "text": "a dog"}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(row, ensure_ascii=False))
+    assert Captions().of(tmp_path / f"{composed}.png") == "a dog"
 
 
 def test_a_caption_that_cannot_be_read_is_named(photos: Path, preprocess: Preprocess) -> None:

@@ -60,6 +60,8 @@ def test_of_several_files_one_is_named(sd1: Base, tmp_path: Path) -> None:
         saved(network.state_dict(), two / f"{name}.safetensors")
     message = f"{two} holds several files of weights (a.safetensors, b.safetensors): name the one"
     refusal(two, sd1, message)
+    network.save_config(two / "controlnet")  # as in the checkpoints of diffusers' training
+    refusal(two, sd1, f"{message} (did you mean {two / 'controlnet'}?)")
     network.save_config(two)
     refusal(two, sd1, message)
     with pytest.raises(ValueError, match="name the one"):

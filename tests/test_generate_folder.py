@@ -2,6 +2,7 @@
 
 import shutil
 import time
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -84,6 +85,16 @@ def test_folders_go_together_by_names(of_base: Run, photos: Path) -> None:
     assert "edges has no picture of the name that one in my photos has: a, b, c and 2 more" in told
     told = of_base("--control", "canny=edges/cat.png", "--map", "canny=edges/cat.png", "--from", photos)
     assert told.done().startswith("wrote 7 pictures")
+
+
+def test_folders_go_together_however_their_umlauts_are_spelt(of_base: Run, tmp_path: Path) -> None:
+    picture = np.full((64, 64, 3), 90, np.uint8)
+    picture[16:48, 16:48] = 220
+    for folder, spelling in (("photos", "NFC"), ("starts", "NFD")):
+        (tmp_path / folder).mkdir()
+        write_png(tmp_path / folder / unicodedata.normalize(spelling, "für.png"), picture)
+    of_base("--control", "canny=photos", "--from", "starts", "-o", "made").done()
+    assert [path.name for path in Path("made").iterdir()] == [unicodedata.normalize("NFC", "für.png")]
 
 
 def test_what_cannot_be_read_is_left_out_and_named(of_base: Run, photos: Path) -> None:

@@ -73,6 +73,8 @@ def test_how_a_control_acts_is_written_behind_its_picture(how: str, expected: di
         ("only-mid=true", "unknown setting of a control 'only-mid'"),
         ("only_mid=yes", "only_mid must be true or false, not 'yes'"),
         ("layers=0,nan", "layers must be finite numbers"),
+        ("0,8", "stands '0,8', and not a strength, as 0.8 or 1..0.2, or a setting, as mode=prompt"),
+        ("prompt:end=0.5", "stands 'prompt', and not a strength"),
     ],
 )
 def test_what_a_control_cannot_be_told(generate: Run, photo: Path, how: str, message: str) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from controlkit.base import Base, load_base
 from controlkit.control import Control
 from controlkit.files import sha256_file
+from controlkit.formats.finding import mark_of_lora
 from controlkit.images import load_picture, read_png_text
 from controlkit.loras import Lora, with_loras
 
@@ -320,6 +321,33 @@ def test_alphas_stand_in_the_header_of_newer_files(sd1: Base, tmp_path: Path) ->
         torch.testing.assert_close(layer(changed, name).weight.data, expected)
 
 
+def test_a_folder_of_peft_says_its_strength_beside_the_weights(sd1: Base, tmp_path: Path) -> None:
+    of_unet, of_text = (
+        "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k",
+        "text_encoder.encoder.layers.2.mlp.fc1",
+    )
+    for name, path in ((of_unet, of_unet[len("unet.") :]), (of_text, of_text[len("text_encoder.") :])):
+        down, up, _ = random_factors(sd1, "sd1", names=[name])[name]
+        stem, file = f"base_model.model.{path}", tmp_path / "adapter_model.safetensors"
+        save_file({f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up}, file)
+        for told, alpha in (
+            ({"lora_alpha": 16, "alpha_pattern": {}}, 16.0),
+            ({"lora_alpha": 16, "use_rslora": True}, 16 * len(down) ** 0.5),
+            ({"lora_alpha": 16, "alpha_pattern": {path: 5}}, 5.0),
+        ):
+            (tmp_path / "adapter_config.json").write_text(json.dumps(told))
+            expected = merged(layer(sd1, name).weight, down, up, alpha)
+            for source in (file, tmp_path):
+                changed = with_loras(sd1, [Lora(str(source), WEIGHT)])
+                torch.testing.assert_close(layer(changed, name).weight.data, expected)
+    before = mark_of_lora(str(tmp_path))
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 7}))
+    assert mark_of_lora(str(tmp_path)) != before
+    (tmp_path / "adapter_config.json").unlink()
+    with pytest.warns(UserWarning, match=r"peft writes into adapter_config\.json beside it, and that"):
+        with_loras(sd1, [Lora(str(tmp_path))])
+
+
 def test_several_loras_add_up_and_a_folder_is_searched(sd1: Base, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     file, factors = write(tmp_path / "folder" / "some.safetensors", sd1, "sd1", "kohya")
@@ -470,6 +498,7 @@ def test_loras_on_the_command_line(generate: Run, run: Run, models: Path) -> Non
     assert np.array_equal(load_picture("off.png"), load_picture("plain.png"))
     assert "from -10 to 10, not 11" in generate("--lora", f"{file}:11").refused()
     assert "there is no LoRA nowhere" in generate("--lora", "nowhere").refused()
+    assert f"behind {file} stands '0,5', and not a number" in generate("--lora", f"{file}:0,5").refused()
     shutil.copy(file, "second.safetensors")
     generate("--lora", f"{file}:0.5", "--lora", "second.safetensors:0.25", "-o", "out.png").done()
     write(file, base, "sd1", "peft")

@@ -274,6 +274,8 @@ def test_as_many_steps_as_were_trained_do_not_fit_behind_an_offset(sd1: Base) ->
         ({"tiles": 64}, r"tiles is a Tiles, as Tiles\(512\), not an int"),
         ({"savings": 3}, r"savings is a Savings, as Savings\(control_every=2\), not an int"),
         ({"memory": "4GB"}, r"memory is a Memory, as Memory\(batch_size=1\), not a str"),
+        ({"told": 1}, r"told is a Told, as Told\(class_label=1\), not an int"),
+        ({"clip_guidance": 30}, r"clip_guidance is a ClipGuidance, as ClipGuidance\(clip, 30\), not an int"),
         ({"execution": True}, r"execution is an Execution, as Execution\(compiled=True\), not a bool"),
     ],
 )

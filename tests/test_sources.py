@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import tarfile
 import unicodedata
 from pathlib import Path
@@ -883,6 +884,8 @@ def test_shards(tmp_path: Path, map_name: str) -> None:
     for number, pair in enumerate((NAMES[:3], NAMES[3:])):
         members = {k: v for name in pair for k, v in members_of(name, map_name=map_name).items()}
         put_shard(tmp_path / "shards" / f"{number:04d}.tar", members)
+    shutil.copytree(tmp_path / "shards", tmp_path / "shards [2]")
+    assert len(opened(tmp_path / "shards [2]/*.tar")) == len(opened(tmp_path / "shards"))
     for source in ("shards", "shards/*.tar", "shards/{0000..0001}.tar", "shards/000{0,1}.tar"):
         examples = opened(tmp_path / source)
         assert is_whole(examples), source

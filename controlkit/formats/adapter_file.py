@@ -273,7 +273,7 @@ def _check_one(folder: Path) -> None:
         _check_undivided(path)
     names = ", ".join(path.name for path in found[:3])
     more = " and more" if len(found) > 3 else ""
-    raise ValueError(f"{folder} holds several files of weights ({names}{more}): name the one")
+    raise ValueError(f"{folder} holds several files of weights ({names}{more}): name the one{_inner(folder)}")
 
 
 def _inner(folder: Path) -> str:

@@ -13,7 +13,7 @@ from controlkit.families import BUNDLED
 from controlkit.files import sampled
 from controlkit.folders import read_json, weight_files
 from controlkit.formats.weight_file import SUFFIXES
-from controlkit.hub import LORA_FILE, check_exists, find_file, find_folder, find_weight_file
+from controlkit.hub import LORA_FILE, PEFT_CONFIG, check_exists, find_file, find_folder, find_weight_file
 from controlkit.known_adapters import revision_of
 
 BUNDLED_ADAPTERS: Mapping[str, Path] = {
@@ -116,7 +116,13 @@ def mark_of_vae(name: str) -> str:
 
 def mark_of_lora(name: str) -> str:
     """The same of a LoRA."""
-    return _mark(name, {}, lambda _: [find_weight_file(name, what="LoRA", usual=LORA_FILE)])
+
+    def found(folder: Path) -> list[Path]:
+        config = folder / PEFT_CONFIG
+        file = find_weight_file(name, what="LoRA", usual=LORA_FILE)
+        return [file, config] if config.is_file() else [file]
+
+    return _mark(name, {}, found)
 
 
 def _mark(name: str, bundled: Collection[str], found: Callable[[Path], list[Path]]) -> str:

@@ -15,10 +15,10 @@ from pathlib import Path
 
 from controlkit import preprocessors
 from controlkit.map_sizes import sense_of
-from controlkit.picture_files import DEPTH_SUFFIXES, SUFFIXES
+from controlkit.picture_files import DEPTH_SUFFIXES, SUFFIXES, caption_file, stem_of
 from controlkit.training.config_adapter import DataRecipe
 from controlkit.training.data.source_columns import MAP_FILES
-from controlkit.training.data.source_files import caption_file, stem_of, walk
+from controlkit.training.data.source_files import walk
 
 PICTURE_FOLDERS = ("images", "image", "pictures", "photos", "img", "imgs", "target", "targets")
 MAP_FOLDERS = (

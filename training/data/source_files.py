@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import os
 import stat
-import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import overload
 
-from controlkit.picture_files import CAPTION_SUFFIXES
 from controlkit.training.data.examples import Example, FilePiece, Piece
 
 _OF_RUN = (".lock", "metrics.jsonl", "checkpoints", "samples", "controlnet")
@@ -194,39 +192,6 @@ def walk(folder: Path, root: Path, *, run: Callable[[str], None] = lambda _: Non
 def is_run(folder: Path) -> bool:
     """Whether a folder is a training's, whose samples and sheets are no pictures to train on."""
     return (folder / "config.toml").is_file() and any((folder / name).exists() for name in _OF_RUN)
-
-
-def stem_of(name: str) -> str:
-    """A name without suffix, to be compared: one system writes ü as a letter, another as u and two dots."""
-    stem = os.path.splitext(name)[0]
-    return stem if stem.isascii() else unicodedata.normalize("NFC", stem)
-
-
-def caption_file(picture: Path) -> Path | None:
-    """The file beside a picture with its caption, whatever its suffix's case and how umlauts are spelt."""
-    for suffix in CAPTION_SUFFIXES:
-        beside = picture.with_suffix(suffix)
-        if os.path.isfile(beside):  # pathlib raises for a name that is too long
-            return beside
-    folder = os.path.dirname(picture)
-    changed = os.stat(folder).st_mtime_ns if os.path.isdir(folder) else 0
-    name = _captions_in(folder, changed).get(stem_of(os.path.basename(picture)))
-    return None if name is None else Path(folder, name)
-
-
-@lru_cache(maxsize=8)
-def _captions_in(folder: str, changed: int) -> dict[str, str]:
-    """A folder's files with captions, by the name without suffix. changed: when the folder was."""
-    try:
-        names = sorted(os.listdir(folder))
-    except OSError:
-        return {}
-    found: dict[str, str] = {}
-    for suffix in CAPTION_SUFFIXES:
-        for name in names:
-            if os.path.splitext(name)[1].lower() == suffix and os.path.isfile(os.path.join(folder, name)):
-                found.setdefault(stem_of(name), name)
-    return found
 
 
 def read_caption(piece: Piece) -> str:

@@ -20,7 +20,7 @@ from pathlib import Path
 from controlkit import preprocessors
 from controlkit.map_sizes import sense_of
 from controlkit.naming import did_you_mean
-from controlkit.picture_files import DEPTH_SUFFIXES, SUFFIXES
+from controlkit.picture_files import DEPTH_SUFFIXES, SUFFIXES, caption_file, stem_of
 from controlkit.training.config_adapter import DataRecipe
 from controlkit.training.data.examples import Example, Piece
 from controlkit.training.data.source_columns import about_maps
@@ -41,11 +41,9 @@ from controlkit.training.data.source_files import (
     LazyExamples,
     Leftover,
     RefusedPiece,
-    caption_file,
     is_run,
     leads_out,
     read_caption,
-    stem_of,
     walk,
 )
 from controlkit.training.data.source_splits import folders_of, is_named, split_named, take_split

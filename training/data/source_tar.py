@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from controlkit.picture_files import matches
 from controlkit.training.data.examples import Piece
 from controlkit.training.data.source_files import MAX_BYTES, RefusedPiece
 
@@ -83,7 +84,7 @@ def find_shards(source: str) -> list[Path]:
     else:
         paths = []
         for part in _braces(source):
-            found = sorted(glob.glob(part)) if glob.has_magic(part) and not os.path.exists(part) else [part]
+            found = matches(part) if glob.has_magic(part) and not os.path.exists(part) else [part]
             paths += map(Path, found)
     if not paths:
         raise ValueError(f"{source}: no tar file is there")
