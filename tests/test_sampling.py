@@ -191,6 +191,14 @@ def test_picture_k_of_several_is_picture_k_alone(sd1: Base) -> None:
     assert difference <= 1, "batched kernels may round differently, no more"
 
 
+def test_residuals_that_are_kept_are_of_the_picture_at_hand(sd1: Base) -> None:
+    """Also in its first step with a control, if that is one of those that take what there is."""
+    late = [Control(controlnet_of(sd1), cond(), start=0.25)]
+    request: dict[str, Any] = {"controls": late, "steps": 4, "savings": sampling.Savings(control_every=2)}
+    several = sampling.generate(sd1, "x", seeds=(11, 12), batch_size=1, **request)
+    assert np.array_equal(several[1], sampling.generate(sd1, "x", seeds=(12,), **request)[0])
+
+
 def test_pictures_have_the_size_of_the_map(sd1: Base) -> None:
     image = np.zeros((72, 56, 3), np.uint8)
     (picture,) = sampling.generate(sd1, "x", controls=[Control(controlnet_of(sd1), image)], steps=1)
@@ -315,8 +323,10 @@ def test_a_map_may_be_given_in_any_way(sd1: Base, tmp_path: Path) -> None:
     Image.fromarray(edges).save(tmp_path / "edges.png")
     expected = torch.from_numpy(edges / 255).float().expand(1, 3, -1, -1)
     opaque = np.dstack([coloured, np.full_like(edges, 255)])
+    drawn = np.dstack([np.full_like(coloured, 255), edges])
     ways = [
         coloured,
+        drawn,
         coloured[None],
         [coloured],
         opaque,
