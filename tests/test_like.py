@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from controlkit import infotext
 from controlkit.files import sha256_file
+from controlkit.generate_like import Earlier
 from controlkit.generate_plan import Plan, plan, versions
 from controlkit.images import load_picture, read_png_text, write_png
 from controlkit.infotext import (
@@ -132,6 +133,25 @@ def test_a_temperature_that_a_scheduler_does_not_take_is_left_out(scheduler: str
     with pytest.raises(ValueError, match="temperature"):
         like(hot, {"scheduler": "dpm++", "temperature": 1.5})
     assert like(hot, {"temperature": None}).options.temperature is None
+
+
+def test_what_a_base_or_a_device_decides_is_decided_anew() -> None:
+    earlier = Earlier(Path("made.png"), replace(RECORD, dtype="bfloat16"))
+    names = {"guidance", "width", "height", "dtype", "memory", "steps", "seed"}
+    for given in ({}, {"device": "cpu"}, {"base": "sd15"}):
+        assert earlier.settings(given, names).keys() == names
+    assert names - earlier.settings({"device": "cuda"}, names).keys() == {"dtype", "memory"}
+    assert earlier.settings({"base": "sdxl", "width": 96}, names).keys() == {"steps", "seed"}
+
+
+def test_a_file_is_where_it_was_or_else_beside_the_picture(tmp_path: Path) -> None:
+    there, here = tmp_path / "there" / "a.png", tmp_path / "here" / "a.png"
+    earlier = Earlier(here.with_name("made.png"), RECORD)
+    assert earlier.place(str(there)) == str(there), "it is nowhere"
+    for file, expected in ((here, here), (there, there)):
+        file.parent.mkdir()
+        file.write_bytes(b"")
+        assert earlier.place(str(there)) == str(expected)
 
 
 def put_on() -> dict[str, Any]:
