@@ -154,6 +154,23 @@ def test_a_file_is_where_it_was_or_else_beside_the_picture(tmp_path: Path) -> No
         assert earlier.place(str(there)) == str(expected)
 
 
+def test_an_autoencoder_that_is_not_used_may_have_changed() -> None:
+    earlier = Earlier(Path("made.png"), replace(RECORD, vae="a.safetensors", vae_mark="another"))
+    with pytest.raises(ValueError, match=r"made.png was made with the autoencoder a.safetensors, which has"):
+        earlier.check_models({"base"}, vae="a.safetensors")
+    earlier.check_models({"base"}, vae="")
+    earlier.check_models({"base", "vae"}, vae="a.safetensors")
+
+
+def test_the_infotext_is_read_by_others() -> None:
+    """With one key for both strengths, where there is one, and quotes where a value would be cut."""
+    told = infotext.infotext(replace(RECORD, hires=1.5, hires_strength=0.4, base="C:models"))
+    assert "Denoising strength: 0.4" in told
+    assert 'Model: "C:models"' in told
+    told = infotext.infotext(replace(RECORD, hires=1.5, hires_strength=0.4, **begun()))
+    assert "Denoising strength: 0.5, Hires upscale: 1.5, Hires strength: 0.4" in told
+
+
 def put_on() -> dict[str, Any]:
     total = sha256_file("a.safetensors")
     told = PromptPictureRecord("a.safetensors", ("photo.png",), (sha256_file("photo.png"),), 0.5, total)
