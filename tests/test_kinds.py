@@ -536,7 +536,7 @@ def test_residuals_that_are_kept_are_those_of_the_maps_that_still_act(sd1: Base)
     rows = Rows(inputs[2], None, 1)
     latents, timestep = inputs[0], inputs[1][0]
     with torch.no_grad():
-        both = summed_residuals(encoded, latents, timestep, rows, step=0, steps=4)
+        both = summed_residuals(encoded, latents, timestep, rows, step=0, steps=4, keep=True)
         later = summed_residuals(encoded, latents, timestep, rows, step=3, steps=4, again=True)
         expected = summed_residuals(encode(0.0), latents, timestep, rows, step=3, steps=4)
     assert both is not None
