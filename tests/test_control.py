@@ -195,6 +195,23 @@ def test_only_the_middle_block(sd1: Base) -> None:
     assert not any(residual.any() for residual in found.down)
 
 
+def test_a_scale_below_zero_turns_the_residuals_round(sd1: Base) -> None:
+    controlnet = controlnet_of(sd1)
+    plain = flat(residuals_of(sd1, Control(controlnet, cond())))
+    found = flat(residuals_of(sd1, Control(controlnet, cond(), scale=-0.5)))
+    for before, after in zip(plain, found, strict=True):
+        assert torch.allclose(after, -0.5 * before, rtol=1e-5)
+
+
+def test_a_network_that_pools_has_a_flat_curve_on_the_prompt_in_every_mode(sd1: Base) -> None:
+    controlnet = controlnet_of(sd1)
+    controlnet.register_to_config(global_pool_conditions=True)
+    plain = flat(residuals_of(sd1, Control(controlnet, cond(), mode="unbalanced")))
+    for mode in MODES:
+        found = flat(residuals_of(sd1, Control(controlnet, cond(), mode=mode)))
+        assert all(torch.equal(one, other) for one, other in zip(found, plain, strict=True)), mode
+
+
 def test_a_region_is_stretched_to_each_residual(sd1: Base) -> None:
     controlnet, mask = controlnet_of(sd1), np.zeros((SIZE, SIZE), np.uint8)
     mask[:, : SIZE // 2] = 255
@@ -362,6 +379,7 @@ def test_guess_mode_of_the_original_equals_a_plain_implementation(sd1: Base) -> 
         ({"mask": np.eye(4, dtype=np.uint8)}, r"is white \(255\) where the control acts, and .* uint8, is 1"),
         ({"mask": np.zeros((4, 4), np.uint8)}, "the largest value of this one, uint8, is 0"),
         ({"mask": torch.full((4, 4), 127, dtype=torch.uint8)}, "uint8, is 127"),
+        ({"mask": np.zeros((4, 4))}, "mask is 0 everywhere: the control would act nowhere"),
         ({"mask": "left"}, "mask is an array or a tensor, not str"),
     ],
 )

@@ -56,6 +56,45 @@ def test_many_comparisons_hold_together():
     assert two.interval == mean_interval(same["a0"] - same["a1"])  # of two there is one comparison
 
 
+def test_what_is_compared_in_one_measure_counts_together():
+    """Adapters of one kind in its measures, and all of them in what every picture has."""
+    random = np.random.default_rng(4)
+    kinds = {"a": "canny", "b": "canny", "c": "canny", "d": "depth", "e": "depth"}
+    arms = [Arm(name, name, kind, Compared(name, kind, {}, name)) for name, kind in kinds.items()]
+    measure = {"canny": "edge F1", "depth": "depth error"}
+    rows = {
+        name: [
+            Row(name, n, 0, {kind: {measure[kind]: random.random()}, "": {"CLIP score": random.random()}})
+            for n in range(20)
+        ]
+        for name, kind in kinds.items()
+    }
+    found = summarise(arms, rows, ["canny", "depth"], PictureScores(), {}).differences
+    assert {(one.measure, one.comparisons) for one in found} == {
+        ("edge F1", 3),
+        ("depth error", 1),
+        ("CLIP score", 4),
+    }
+    assert len(found) == 3 + 1 + 4
+
+
+def test_the_best_pair_comes_first():
+    values = [0.2, 0.9, 0.1, 0.9]
+    assert summary("canny", "edge F1", a=values).order == {"a": [1, 3, 0, 2]}
+    assert summary("depth", "depth error", a=values).order == {"a": [2, 0, 1, 3]}
+
+
+def test_adapters_are_compared_on_the_pairs_that_both_have():
+    arms = [Arm(name, name, "canny", Compared(name, "canny", {}, name)) for name in ("a", "b")]
+    rows = {
+        name: [Row(name, n, 0, {"canny": {"edge F1": n / 100 + (name == "a") / 10}}) for n in numbers]
+        for name, numbers in (("a", range(20)), ("b", range(5, 30)))
+    }
+    (only,) = summarise(arms, rows, ["canny"], PictureScores(), {}).differences
+    assert only.pairs == 15
+    assert only.interval.value == pytest.approx(0.1)
+
+
 def test_few_pairs_are_too_few_for_many_comparisons():
     """Of 8 pairs three adapters can be told apart, four and eight cannot, whatever the work."""
     random = np.random.default_rng(2)

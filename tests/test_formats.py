@@ -12,7 +12,7 @@ from diffusers import ControlNetModel
 
 from controlkit.adapters import Adapter, load_adapter
 from controlkit.base import Base
-from controlkit.formats import keys
+from controlkit.formats import keys, t2i_keys
 from controlkit.formats.adapter_file import open_adapter_file
 from controlkit.formats.structure import Shapes, controlnet_config, with_untold
 from controlkit.formats.weight_file import Stored
@@ -85,11 +85,33 @@ def test_the_map_holds_for_any_number_of_levels_and_layers(levels: int, layers: 
         "time_embed.0.scale",
         "conv_in",
         "a.b",
+        "down_blocks.0.resnets.2.conv1.weight",
+        "down_blocks.0.attentions.2.proj_in.weight",
+        "controlnet_cond_embedding.blocks.6.weight",
     ],
 )
 def test_names_that_no_controlnet_has(name: str) -> None:
     assert keys.to_diffusers(name) is None
     assert keys.to_original(name) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "light"),
+    [
+        ("body.1.in_conv.weight", False),  # only the first block of a level widens
+        ("body.0.out_conv.weight", False),
+        ("body.0.body.0.block1.weight", False),
+        ("body.0.block1.weight", True),
+        ("body.0.body.0.in_conv.weight", True),
+        ("conv_in.weight", True),
+        ("adapter.body.0.resnets.0.in_conv.weight", False),
+        ("adapter.body.0.out_conv.weight", False),
+        ("adapter.conv_in.weight", True),
+    ],
+)
+def test_names_that_no_t2i_adapter_has(name: str, light: bool) -> None:
+    assert t2i_keys.to_diffusers(name, light=light) is None
+    assert t2i_keys.to_original(name, light=light) is None
 
 
 @pytest.mark.parametrize("family", tiny_models.FAMILIES)

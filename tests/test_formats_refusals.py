@@ -463,6 +463,7 @@ def described(header: dict[str, Any], **changes: Any) -> None:
         (lambda header: described(header, map={"thresholds": 5}), "thresholds must be a"),
         (lambda header: described(header, map={"range": ["a", "b"]}), "range must be two numbers"),
         (lambda header: described(header, title=5), "title must be a str"),
+        (lambda header: described(header, resolution=True), "resolution must be a int"),
         (lambda header: described(header, training=None), "training must be a"),
         (lambda header: described(header, structure=[5]), "its controlkit description cannot be read"),
         (

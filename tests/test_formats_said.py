@@ -11,6 +11,7 @@ from safetensors import safe_open
 
 from controlkit.adapters import load_adapter
 from controlkit.base import Base
+from controlkit.formats.description import described_by_others
 from controlkit.generate_models import Models
 from controlkit.images import load_picture
 from controlkit.kinds import kind_of
@@ -212,3 +213,11 @@ def test_a_base_is_no_adapter(models: Path, run: Run) -> None:
     assert (
         "is a whole base, as diffusers saves it: give it as --base" in run("info", models / "sd1").refused()
     )
+
+
+@pytest.mark.parametrize(
+    ("said", "side"), [("512x512", 512), ("768", 768), (" 64x64 ", 64), ("512x768", 0), ("5", 0), ("", 0)]
+)
+def test_a_resolution_is_the_side_of_a_square(said: str, side: int) -> None:
+    found = described_by_others({"modelspec.resolution": said}, channels=3, family="sd1")
+    assert found.resolution == side

@@ -509,3 +509,10 @@ def test_other_names_or_another_precision_need_no_base(load: Load, run: Run, tmp
         "fp16",
     )
     assert "cannot save the adapter as float16" in run(*order).refused()
+
+
+def test_a_file_does_not_tell_where_its_network_lay(sd1: Base, tmp_path: Path) -> None:
+    network = controlnet_of(sd1)
+    network.register_to_config(_name_or_path="/home/somebody/run")
+    write_adapter(network, tmp_path / "one.safetensors", layout="single", info=INFO)
+    assert b"somebody" not in (tmp_path / "one.safetensors").read_bytes()

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny_models
 import torch
@@ -476,6 +477,33 @@ def test_controls_of_several_kinds_add_up(sd1: Base) -> None:
     assert torch.isfinite(our_latents(sd1, [t2i, lite, plain], **request)).all()
 
 
+@pytest.mark.parametrize(
+    "otherwise", [{"mode": "unbalanced"}, {"layers": "soft"}, {"mask": np.eye(SIZE) > 0}, {"only_mid": True}]
+)
+def test_maps_of_a_union_that_act_otherwise_are_a_run_of_their_own(
+    sd1: Base, otherwise: dict[str, Any]
+) -> None:
+    """On other branches, connections or places: nothing of one map acts where only the other does."""
+    network = union_of(sd1)
+    canny = Control(network, cond(1), kind="canny")
+    depth = Control(network, cond(2), kind="depth", **otherwise)
+    inputs, _ = given(sd1)
+    rows = Rows(inputs[2], None, 1)
+
+    def residuals(*controls: Control) -> list[torch.Tensor]:
+        encoded = encode_controls(controls, width=SIZE, height=SIZE, pictures=1)
+        with torch.no_grad():
+            found = summed_residuals(encoded, inputs[0][:1], inputs[1][0], rows, step=0, steps=4)
+        assert found is not None
+        return list(found.tensors)
+
+    for both, one, other in zip(residuals(canny, depth), residuals(canny), residuals(depth), strict=True):
+        assert torch.allclose(both, one + other, atol=1e-5)
+    alike = Control(network, cond(2), kind="depth")
+    together, apart = residuals(canny, alike), residuals(alike)
+    assert not torch.allclose(together[-1], residuals(canny)[-1] + apart[-1], atol=1e-3)
+
+
 def test_lossy_steps_take_the_features_that_they_have(sd1: Base) -> None:
     request: dict[str, Any] = {"seed": 7, "steps": 4, "scheduler": "ddim"}
     for kind in ("t2i-adapter", "lite", "controlnet-union"):
@@ -508,7 +536,7 @@ def test_residuals_that_are_kept_are_those_of_the_maps_that_still_act(sd1: Base)
     rows = Rows(inputs[2], None, 1)
     latents, timestep = inputs[0], inputs[1][0]
     with torch.no_grad():
-        both = summed_residuals(encoded, latents, timestep, rows, step=0, steps=4)
+        both = summed_residuals(encoded, latents, timestep, rows, step=0, steps=4, keep=True)
         later = summed_residuals(encoded, latents, timestep, rows, step=3, steps=4, again=True)
         expected = summed_residuals(encode(0.0), latents, timestep, rows, step=3, steps=4)
     assert both is not None

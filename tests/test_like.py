@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from controlkit import infotext
 from controlkit.files import sha256_file
+from controlkit.generate_like import Earlier
 from controlkit.generate_plan import Plan, plan, versions
 from controlkit.images import load_picture, read_png_text, write_png
 from controlkit.infotext import (
@@ -132,6 +133,42 @@ def test_a_temperature_that_a_scheduler_does_not_take_is_left_out(scheduler: str
     with pytest.raises(ValueError, match="temperature"):
         like(hot, {"scheduler": "dpm++", "temperature": 1.5})
     assert like(hot, {"temperature": None}).options.temperature is None
+
+
+def test_what_a_base_or_a_device_decides_is_decided_anew() -> None:
+    earlier = Earlier(Path("made.png"), replace(RECORD, dtype="bfloat16"))
+    names = {"guidance", "width", "height", "dtype", "memory", "steps", "seed"}
+    for given in ({}, {"device": "cpu"}, {"base": "sd15"}):
+        assert earlier.settings(given, names).keys() == names
+    assert names - earlier.settings({"device": "cuda"}, names).keys() == {"dtype", "memory"}
+    assert earlier.settings({"base": "sdxl", "width": 96}, names).keys() == {"steps", "seed"}
+
+
+def test_a_file_is_where_it_was_or_else_beside_the_picture(tmp_path: Path) -> None:
+    there, here = tmp_path / "there" / "a.png", tmp_path / "here" / "a.png"
+    earlier = Earlier(here.with_name("made.png"), RECORD)
+    assert earlier.place(str(there)) == str(there), "it is nowhere"
+    for file, expected in ((here, here), (there, there)):
+        file.parent.mkdir()
+        file.write_bytes(b"")
+        assert earlier.place(str(there)) == str(expected)
+
+
+def test_an_autoencoder_that_is_not_used_may_have_changed() -> None:
+    earlier = Earlier(Path("made.png"), replace(RECORD, vae="a.safetensors", vae_mark="another"))
+    with pytest.raises(ValueError, match=r"made.png was made with the autoencoder a.safetensors, which has"):
+        earlier.check_models({"base"}, vae="a.safetensors")
+    earlier.check_models({"base"}, vae="")
+    earlier.check_models({"base", "vae"}, vae="a.safetensors")
+
+
+def test_the_infotext_is_read_by_others() -> None:
+    """With one key for both strengths, where there is one, and quotes where a value would be cut."""
+    told = infotext.infotext(replace(RECORD, hires=1.5, hires_strength=0.4, base="C:models"))
+    assert "Denoising strength: 0.4" in told
+    assert 'Model: "C:models"' in told
+    told = infotext.infotext(replace(RECORD, hires=1.5, hires_strength=0.4, **begun()))
+    assert "Denoising strength: 0.5, Hires upscale: 1.5, Hires strength: 0.4" in told
 
 
 def put_on() -> dict[str, Any]:

@@ -312,6 +312,7 @@ def test_alphas_stand_in_the_header_of_newer_files(sd1: Base, tmp_path: Path) ->
     rules = {"unet.lora_alpha": 1, "unet.alpha_pattern": {"attn2.to_k": 5}}
     for told, alpha in (
         (rules, 5.0),
+        ({"unet.lora_alpha": 2, "unet.alpha_pattern": {"2.to_k": 5, "attn2": 5, "attn.": 5}}, 2.0),
         ({"unet.lora_alpha": 7, "unet.use_rslora": True}, 7 * len(down) ** 0.5),
     ):
         file = tmp_path / "lora.safetensors"

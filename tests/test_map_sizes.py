@@ -10,7 +10,7 @@ from outcomes import Run
 from controlkit.control import Control
 from controlkit.generate_plan import _pixels
 from controlkit.images import load_map, write_png
-from controlkit.map_sizes import cover_map, sense_of
+from controlkit.map_sizes import cover_map, right_sampling, sense_of
 from controlkit.training.config_adapter import DataRecipe
 from controlkit.training.data.map_files import read_levels
 from controlkit.training.data.views import look, make_views
@@ -50,9 +50,56 @@ def test_maps_are_resized_as_in_training(kind: str, quality: int | None) -> None
     assert np.array_equal(cover_map(image, 64, 48, kind=kind), trained)
 
 
+@pytest.mark.parametrize("rare", [98, 99])
+@pytest.mark.parametrize(("count", "sampling"), [(199, "nearest"), (200, "smooth")])
+def test_labels_have_at_most_199_colours(count: int, sampling: str, rare: int) -> None:
+    """Those of a single pixel count, too, also of one that a sample misses, and black that comes first."""
+    image = np.zeros((100, 100, 3), np.uint8)
+    image[..., 1] = np.minimum(np.arange(10_000) // 50, count - 2).reshape(100, 100)
+    image[99, rare, 1] = count - 1
+    assert right_sampling(image, "") == sampling
+    assert right_sampling(image[..., 1], "") == sampling
+    image[..., 2] = image[..., 1] % 2  # blue tells as many apart
+    image[..., 1] //= 2
+    assert right_sampling(image, "") == sampling
+
+
+def test_lines_have_equal_channels_and_either_colour() -> None:
+    lines = np.zeros((64, 64, 3), np.uint8)
+    lines[::8] = 255
+    blue = lines * np.array([0, 0, 1], np.uint8)
+    assert [right_sampling(image, "") for image in (lines, 255 - lines, blue)] == [
+        "lines",
+        "lines",
+        "nearest",
+    ]
+    for side in (32, 48, 96):
+        drawn = cover_map(lines, side, side, kind="canny")
+        assert np.array_equal(cover_map(255 - lines, side, side, kind="canny"), 255 - drawn)
+
+
+@pytest.mark.parametrize(
+    ("name", "sense"),
+    [
+        ("openpose", "pose"),
+        ("dw_poses", "pose"),
+        ("depth_anything", "depth"),
+        ("MiDaS", "depth"),
+        ("normalbae", "normals"),
+        ("softedge", "soft"),
+        ("lineart_anime", "soft"),
+        ("canny", ""),
+        ("", ""),
+    ],
+)
+def test_names_of_maps_say_what_their_values_are(name: str, sense: str) -> None:
+    assert sense_of(name) == sense
+
+
 def test_depth_of_few_levels_is_still_resampled_smoothly() -> None:
     ramp = np.repeat(np.linspace(0, 255, 12).astype(np.uint8)[None, :, None], 12, axis=0).repeat(3, axis=2)
-    assert len(np.unique(cover_map(ramp, 48, 48, kind="depth"))) > 12
+    for kind in ("depth", "normal", "softedge"):
+        assert len(np.unique(cover_map(ramp, 48, 48, kind=kind))) > 12
     assert len(np.unique(cover_map(ramp, 48, 48, kind="seg"))) == 12
 
 

@@ -49,6 +49,8 @@ class TestEdges:
     def test_three_channels_are_one_map(self) -> None:
         a, b = vertical_line(5, slice(0, 10)), vertical_line(6)
         assert edge_f1(np.dstack([a] * 3), np.dstack([b] * 3)) == edge_f1(a, b)
+        none = np.zeros_like(a)
+        assert edge_f1(np.dstack([none, a, none]), np.dstack([none, none, b])) == edge_f1(a, b)
 
     @pytest.mark.parametrize("tolerance", [-1, float("nan")])
     def test_a_bad_tolerance_is_refused(self, tolerance: float) -> None:
@@ -180,6 +182,16 @@ class TestColours:
         top[:4] = True
         assert nearest_colour(picture, top, np.ones((8, 8)), PALETTE) == "red"
         assert nearest_colour(picture, ~top, np.ones((8, 8)), PALETTE) == "blue"
+
+    def test_the_colour_is_the_median_of_what_is_lit(self) -> None:
+        palette = {**PALETTE, "brown": (175, 70, 45), "grey": (120, 120, 120)}
+        picture = np.full((8, 8, 3), PALETTE["red"], np.uint8)
+        picture[:2] = PALETTE["green"]  # a quarter: their mean is brown
+        assert nearest_colour(picture, self.everywhere, np.ones((8, 8)), palette) == "red"
+        shade = np.where(np.arange(8)[:, None] < 3, 1.0, 0.1) * np.ones((8, 8))
+        picture = np.full((8, 8, 3), 12, np.uint8)  # five rows so dark that nothing tells their colour
+        picture[:3] = PALETTE["red"]
+        assert nearest_colour(picture, self.everywhere, shade, palette) == "red"
 
     def test_a_region_in_deep_shadow_is_still_named(self) -> None:
         picture = np.rint(0.1 * np.full((8, 8, 3), PALETTE["red"])).astype(np.uint8)

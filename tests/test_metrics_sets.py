@@ -69,6 +69,10 @@ def test_a_map_too_small_for_five_scales_is_refused():
     assert ms_ssim(np.zeros((176, 176)), np.zeros((176, 176))) == pytest.approx(1)
 
 
+def test_a_picture_and_its_negative_have_nothing_in_common(greys):
+    assert ms_ssim(greys[0], 1 - greys[0]) == 0
+
+
 def people(random, count, *, sure=True):
     """Poses in COCO's order, (count, 17, 3), within 400 x 400 pixels."""
     poses = np.zeros((count, 17, 3))
@@ -157,6 +161,34 @@ def test_average_precision_by_hand():
     assert math.isnan(average_precision([one_too_many]))
     half_like = Matches(np.array([[0.72]]), np.array([0.9]))
     assert average_precision([half_like]) == pytest.approx(0.5)  # of ten thresholds, .50 to .70
+    at_a_threshold = Matches(np.array([[0.5]]), np.array([0.9]))
+    assert average_precision([at_a_threshold]) == pytest.approx(0.1)
+    crowd = Matches(np.array([[0.0]] * 20 + [[0.97]]), np.linspace(0.9, 0.1, 21))
+    assert average_precision([crowd]) == 0  # 20 of a picture count, the surest
+    alike = Matches(np.array([[0.97, 0.97], [0.97, 0.2]]), np.array([0.9, 0.8]))
+    assert average_precision([alike]) == pytest.approx(1)  # the first takes the last of equals
+
+
+def test_joints_that_are_not_there_count_for_nothing():
+    """Neither in how sure a pose is nor in its area, which one joint alone has, too."""
+    true, found = np.zeros((1, 17, 3)), np.zeros((1, 17, 3))
+    true[0, 3] = 40, 50, 1
+    found[0, 3], found[0, 4] = (40, 50, 0.9), (10, 10, 0.5)
+    compared = matches(found, true)
+    assert compared.scores.tolist() == pytest.approx([0.7])
+    assert compared.similarity.tolist() == [[1.0]]
+    assert person_area(true[0]) == 1
+    assert person_area(found[0]) == pytest.approx(0.53 * 30 * 40)
+
+
+def test_intervals_of_few_values_are_students():
+    """Hesterberg 2015, section 4.2: the share of resamples left out at either end, of eight values."""
+    values = np.random.default_rng(3).normal(size=8)
+    tail = scipy.stats.norm.cdf(math.sqrt(8 / 7) * scipy.stats.t.ppf(0.025, 7))
+    means = values[np.random.default_rng(9).integers(8, size=(500_000, 8))].mean(axis=1)
+    low, high = np.quantile(means, [tail, 1 - tail])
+    found = mean_interval(values, resamples=500_000)
+    assert (found.low, found.high) == pytest.approx((low, high), abs=0.025 * means.std())
 
 
 def test_intervals_are_scipys():
@@ -205,6 +237,14 @@ def test_what_has_no_interval():
         mean_interval(np.zeros(0))
     with pytest.raises(ValueError, match="between 0 and 1"):
         mean_interval(np.ones(3), level=95)
+
+
+def test_resamples_without_a_number_are_left_out():
+    values = np.random.default_rng(2).normal(size=20)
+    some = interval(lambda chosen: values[chosen].mean() if chosen[0] else math.nan, 20)
+    assert math.isfinite(some.low)
+    assert some.low < some.high
+    assert 0.9 * RESAMPLES < some.resamples < RESAMPLES
 
 
 def test_an_interval_too_far_out_is_none_and_costs_nothing():

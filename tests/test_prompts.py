@@ -70,6 +70,10 @@ def test_what_goes_unheard_is_said() -> None:
     assert not notes("a (red) cube", "plain")
     assert not notes("a (red:1.3) [cube] AN AND2", "a1111")
     assert len(notes("<lora:x:1> [a:b:0.5] [a|b] x AND y", "a1111")) == 4
+    for syntax in ("plain", "a1111"):
+        (of_lora,), (of_other,) = notes("<lora:x:1>", syntax), notes("<hypernet:x:1>", syntax)
+        assert of_lora == "'<lora:x:1>' is read as text: a LoRA is given as --lora FILE:WEIGHT"
+        assert of_other == "'<hypernet:x:1>' is read as text: it is not supported"
 
 
 def test_chunks_end_at_commas(sd1: Base) -> None:
@@ -84,7 +88,9 @@ def test_chunks_end_at_commas(sd1: Base) -> None:
     assert sizes("x" * 80) == [75, 5]
     assert sizes("x" * 60 + "," + "y" * 20) == [61, 20]
     assert sizes("x" * 75 + "," + "y" * 20) == [75, 21], "a comma that is cut off itself stays where it is"
+    assert sizes("x" * 60 + "," + "x" * 14 + "," + "y" * 20) == [75, 21], "nor does one before it count"
     assert sizes("x" * (74 - COMMA_WITHIN) + "," + "y" * 30) == [75, 10]
+    assert sizes("x" * (75 - COMMA_WITHIN) + "," + "y" * 30) == [76 - COMMA_WITHIN, 30]
     assert sizes("x BREAK y BREAK") == [1, 1]
     assert sizes("BREAK y") == [0, 1]
     assert sizes("x BREAK BREAK " + "y" * 76) == [1, 0, 75, 1]

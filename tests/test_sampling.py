@@ -21,7 +21,7 @@ from controlkit.base import Base
 from controlkit.control import Control
 from controlkit.controlnet import from_base
 from controlkit.infotext import SAMPLER_NAMES
-from controlkit.schedulers import NOT_OF_PICTURES, scaled_noise
+from controlkit.schedulers import NOT_OF_PICTURES, make_schedule, scaled_noise
 
 # diffusers' Euler schedulers hand torch tensors to numpy in a way that numpy 2 will drop (diffusers 0.42.1).
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:diffusers")
@@ -191,6 +191,14 @@ def test_picture_k_of_several_is_picture_k_alone(sd1: Base) -> None:
     assert difference <= 1, "batched kernels may round differently, no more"
 
 
+def test_residuals_that_are_kept_are_of_the_picture_at_hand(sd1: Base) -> None:
+    """Also in its first step with a control, if that is one of those that take what there is."""
+    late = [Control(controlnet_of(sd1), cond(), start=0.25)]
+    request: dict[str, Any] = {"controls": late, "steps": 4, "savings": sampling.Savings(control_every=2)}
+    several = sampling.generate(sd1, "x", seeds=(11, 12), batch_size=1, **request)
+    assert np.array_equal(several[1], sampling.generate(sd1, "x", seeds=(12,), **request)[0])
+
+
 def test_pictures_have_the_size_of_the_map(sd1: Base) -> None:
     image = np.zeros((72, 56, 3), np.uint8)
     (picture,) = sampling.generate(sd1, "x", controls=[Control(controlnet_of(sd1), image)], steps=1)
@@ -230,6 +238,24 @@ def test_damaged_weights_are_an_error_that_names_the_step(sd1: Base) -> None:
     control = Control(controlnet, cond(), start=0.5)
     with pytest.raises(ValueError, match=r"stopped being finite at step 3 of 4: .*damaged weights"):
         sampling.generate(sd1, "x", controls=[control], steps=4)
+
+
+@pytest.mark.parametrize("scheduler", ["lcm", "tcd"])
+def test_all_steps_of_a_distillation_can_be_taken(sd1: Base, scheduler: str) -> None:
+    assert make_schedule(scheduler, sd1, steps=50).steps == 50
+    with pytest.raises(ValueError, match=f"scheduler '{scheduler}' takes at most 50 steps, not 51"):
+        make_schedule(scheduler, sd1, steps=51)
+
+
+def test_the_spread_of_a_guided_prediction_is_each_pictures_own() -> None:
+    """Lin et al. 2023, equations 15 and 16."""
+    uncond, cond = torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    cond[1] *= 3
+    together = sampling.Guidance(5.0, 0.7).apply(uncond, cond)
+    for k in range(2):
+        guided = uncond[k] + 5 * (cond[k] - uncond[k])
+        expected = 0.7 * guided * cond[k].std() / guided.std() + 0.3 * guided
+        torch.testing.assert_close(together[k], expected)
 
 
 def test_as_many_steps_as_were_trained_do_not_fit_behind_an_offset(sd1: Base) -> None:
@@ -317,8 +343,10 @@ def test_a_map_may_be_given_in_any_way(sd1: Base, tmp_path: Path) -> None:
     Image.fromarray(edges).save(tmp_path / "edges.png")
     expected = torch.from_numpy(edges / 255).float().expand(1, 3, -1, -1)
     opaque = np.dstack([coloured, np.full_like(edges, 255)])
+    drawn = np.dstack([np.full_like(coloured, 255), edges])
     ways = [
         coloured,
+        drawn,
         coloured[None],
         [coloured],
         opaque,

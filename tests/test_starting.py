@@ -71,15 +71,18 @@ IMG2IMG = {
 }
 
 
-@pytest.mark.parametrize("family", IMG2IMG)
-def test_from_a_picture_equals_the_pipeline(load: Callable[[str], Base], family: str) -> None:
+@pytest.mark.parametrize(("family", "strength"), [*((family, 0.6) for family in IMG2IMG), ("sd1", 1.0)])
+def test_from_a_picture_equals_the_pipeline(
+    load: Callable[[str], Base], family: str, strength: float
+) -> None:
+    """At a strength of 1, too, something of the picture shines through the noisiest step."""
     base = load(family)
     control = Control(controlnet_of(base), cond(), scale=0.8, end=0.75)
     request: dict[str, Any] = {"seed": 7, "steps": 5, "scheduler": "ddim"}
-    start = Start(picture(), strength=0.6)
+    start = Start(picture(), strength)
     ours = our_latents(base, [control], start=start, **request)
     assert_same(ours, theirs(IMG2IMG[family], base, control, start, **request))
-    other = our_latents(base, [control], start=Start(picture(1), strength=0.6), **request)
+    other = our_latents(base, [control], start=Start(picture(1), strength), **request)
     assert (ours - other).abs().max() > 1e-2, "the picture does nothing"
 
 
@@ -127,6 +130,16 @@ def test_a_hole_is_filled_as_by_the_pipeline_with_every_scheduler(sd1: Base, sch
     start = Start(picture(), strength=0.6, mask=mask())
     ours = our_latents(sd1, [control], start=start, **request)
     assert_same(ours, theirs(INPAINT["sd1"], sd1, control, start, **request))
+
+
+@pytest.mark.parametrize("middle", [np.uint8(128), np.float32(0.5), np.float64(0.5)])
+def test_from_the_middle_value_up_it_is_redrawn(middle: np.generic) -> None:
+    """As diffusers binarizes a mask."""
+    grey = np.full((SIZE, SIZE), middle)
+    grey[:, 0] -= 1 if grey.dtype == np.uint8 else 0.01
+    start = Start(picture(), mask=grey)
+    assert start.hole().mean() == 1 - 1 / SIZE
+    assert np.array_equal(start.fitted(SIZE, SIZE).hole(), start.hole())
 
 
 def test_a_hole_that_is_cropped_away(sd1: Base) -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import controlkit
 from controlkit.figures import render
 from controlkit.training import runs, train_recipe, world
-from controlkit.training.checkpoints import load_latest, save_checkpoint
+from controlkit.training.checkpoints import clear, latest_state, load_latest, save_checkpoint
 from controlkit.training.config import (
     TextRecipe,
     VaeRecipe,
@@ -243,6 +243,34 @@ def test_a_manifest_that_says_nothing_is_a_fault(tmp_path, manifest):
 
 def test_no_checkpoint_at_all(tmp_path):
     assert load_latest(tmp_path / "none") == (None, [])
+    assert latest_state(tmp_path / "none") == {}
+
+
+@pytest.mark.parametrize("state", ["[]", "3", "{", None])
+def test_what_the_newest_says_of_itself_is_that_of_the_newest_that_can_be_read(tmp_path, state):
+    checkpoint(tmp_path, 5)
+    path = checkpoint(tmp_path, 10) / "state.json"
+    assert latest_state(tmp_path) == {"step": 10}
+    path.unlink() if state is None else path.write_text(state)
+    assert latest_state(tmp_path) == {"step": 5}
+
+
+def test_a_state_that_is_no_json_is_not_written(tmp_path):
+    checkpoint(tmp_path, 5)
+    with pytest.raises(ValueError, match="JSON compliant"):
+        save_checkpoint(tmp_path, 10, weights={}, optimizer={}, state={"loss": math.nan})
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000005"]
+
+
+def test_only_what_was_left_half_written_is_cleared(tmp_path):
+    left = f".{'0f' * 16}.tmp"
+    kept = [f"{left}.mine", ".0f.tmp", "step-000005.tmp", f"a{left}"]
+    for name in (left, *kept):
+        (tmp_path / name).mkdir()
+    (tmp_path / left.replace("0f0f", "abcd")).write_text("cut short")
+    clear(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
+    clear(tmp_path / "none")
 
 
 # --- the loop ----

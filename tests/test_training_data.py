@@ -25,7 +25,17 @@ from controlkit.training.data.packing import pack, unpack
 from controlkit.training.data.source_tar import TarPiece, read_index
 from controlkit.training.data.stores import Store
 from controlkit.training.data.visits import Visits
-from controlkit.training.noising import Noisy, draw, draw_batch, noised, timesteps_of, weighted_loss
+from controlkit.training.noising import (
+    Noisy,
+    draw,
+    draw_batch,
+    drawn_of,
+    noised,
+    schedule,
+    timesteps_of,
+    used,
+    weighted_loss,
+)
 
 # --- order ----
 
@@ -58,6 +68,13 @@ def test_buckets_never_mix_and_their_pairs_come_equally_often():
         assert max(counts) - min(counts) <= 1
     first = [tuple({buckets[t.index] for t in order.batch(k)}) for k in range(12)]
     assert first[:6] != first[6:]
+
+
+def test_buckets_of_one_size_have_orders_of_their_own():
+    order = Order([0] * 30 + [1] * 30, batch_size=30, seed=1)
+    one, other = ([turn.index % 30 for turn in order.batch(k)] for k in range(2))
+    assert sorted(one) == sorted(other) == list(range(30))
+    assert one != other
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 16])
@@ -279,6 +296,28 @@ def batch(settings, seeds=(1, 2, 3), mean=None, std=None):
     return noised(mean, std, drawn, timesteps_of(drawn.place, settings, 999, 1000), settings, ALPHAS)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [(), ("noise_offset=0.1",), ("input_perturbation=0.1",), ("noise_offset=0.1", "min_snr_gamma=5")],
+)
+def test_what_is_used_of_a_draw_is_all_that_counts(settings):
+    wanted, drawn = recipe(*settings), draw_batch((1, 2, 3), SHAPE)
+    mean, times = torch.zeros(3, *SHAPE), torch.tensor([3, 400, 900])
+    whole, part = (
+        noised(mean, mean + 1, d, times, wanted, ALPHAS) for d in (drawn, drawn_of(used(drawn, wanted)))
+    )
+    assert all(torch.equal(a, b) for a, b in zip(whole, part, strict=True))
+
+
+def test_pure_noise_at_the_last_step_is_for_bases_that_can_learn_there(load):
+    asked = recipe("zero_terminal_snr=true")
+    of_v, of_noise = load("sd2"), load("sd1")
+    assert torch.equal(schedule(recipe(), of_v), of_v.alphas_cumprod)
+    assert schedule(asked, of_v)[-1] == 0
+    with pytest.raises(ValueError, match="'tiny' predicts the noise, which would be all it sees at the last"):
+        schedule(asked, of_noise)
+
+
 def test_a_pair_draws_the_same_in_any_batch():
     together, alone = draw_batch([5, 6, 7], SHAPE), draw(6, SHAPE)
     assert all(torch.equal(a[1], b) for a, b in zip(together, alone, strict=True))
@@ -299,6 +338,7 @@ def test_noise_offset_shifts_channels_and_perturbation_spares_the_target():
     difference = shifted.noise - plain.noise
     torch.testing.assert_close(difference, difference[..., :1, :1].expand_as(difference), atol=1e-6, rtol=0)
     assert difference.abs().max() > 0.01
+    assert len(difference[:, :, 0, 0].unique()) == difference.shape[0] * difference.shape[1]
     perturbed = batch(recipe("input_perturbation=0.1"))
     assert torch.equal(perturbed.noise, plain.noise)
     assert not torch.equal(perturbed.noisy_latents, plain.noisy_latents)
@@ -315,6 +355,19 @@ def test_objectives_differ_from_each_other_by_the_papers_factors(prediction, obj
     own = weighted_loss(pred, noisy, recipe(), prediction, ALPHAS)
     other = weighted_loss(pred, noisy, recipe(f"objective={objective}"), prediction, ALPHAS)
     torch.testing.assert_close(other, own * factor[objective] / factor[prediction], rtol=2e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("prediction", diffusion.PREDICTION_TYPES)
+def test_min_snr_weighs_every_objective_alike(prediction):
+    """min(SNR, 5) |x_0 error|², whatever the loss is measured in (Hang et al. 2023, section 3.4)."""
+    noisy = batch(recipe(), mean=torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(1)))
+    pred = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(2))
+    of_x0 = weighted_loss(pred, noisy, recipe("objective=sample"), prediction, ALPHAS)
+    expected = of_x0 * diffusion.snr(ALPHAS, noisy.timesteps).clamp(max=5)
+    for objective in diffusion.PREDICTION_TYPES:
+        wanted = recipe(f"objective={objective}", "min_snr_gamma=5")
+        found = weighted_loss(pred, noisy, wanted, prediction, ALPHAS)
+        torch.testing.assert_close(found, expected, rtol=2e-3, atol=1e-6)
 
 
 def test_a_perfect_prediction_has_no_loss_and_min_snr_weighs():

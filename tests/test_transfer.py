@@ -169,6 +169,14 @@ def test_the_command_adds_what_the_bases_differ_by(
     assert adapter.info.training == {"steps": 7, "transfers": history, ENCODER: encoder_digest(second)}
 
 
+def test_a_base_is_known_by_its_files_of_either_precision(sd1: Base) -> None:
+    state = sd1.unet.state_dict()
+    known = encoder_digest(state)
+    assert encoder_digest({key: state[key].half() for key in reversed(state)}) == known
+    assert encoder_digest({**state, "conv_out.weight": state["conv_out.weight"] + 1}) == known
+    assert encoder_digest({**state, "conv_in.bias": state["conv_in.bias"] + 1}) != known
+
+
 def test_there_and_back_returns_the_weights(run: Run, pair: Callable[[str], Bases], tmp_path: Path) -> None:
     old, new = pair("sd1")
     source = trained(old, tmp_path / "mine")

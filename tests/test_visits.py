@@ -211,6 +211,8 @@ def test_a_map_of_another_size_than_its_picture_fills_the_same_frame() -> None:
 def test_a_map_of_another_shape_than_its_picture_is_refused() -> None:
     with pytest.raises(ValueError, match=r"map0.bin has 400 x 200 pixels, its picture 400 x 343"):
         seen(visits_of(PICTURE[:200], kind="tile"))
+    with pytest.raises(ValueError, match=r"map0.bin has 200 x 343 pixels, its picture 400 x 343"):
+        seen(visits_of(np.ascontiguousarray(PICTURE[:, :200]), kind="tile"))
     seen(visits_of(cv2.resize(PICTURE, (384, 320)), kind="tile"))  # stretched to multiples of 64
 
 
@@ -388,8 +390,14 @@ def test_a_mirrored_drawing_means_what_the_mirrored_joints_mean() -> None:
     assert (expected != poses_to_map(poses).image[:, ::-1]).any(axis=2).sum() > 3000
 
 
-def test_twice_mirrored_is_unchanged() -> None:
-    drawing = poses_to_map(standing()).image
+@pytest.mark.parametrize("apart", [None, 8])
+def test_twice_mirrored_is_unchanged(apart: int | None) -> None:
+    """Also of two people so near that their left knees are one spot, larger than a joint."""
+    poses = standing()
+    if apart is not None:
+        beside = np.add(poses.people, (apart, 0, 0))
+        poses = Poses(np.concatenate([poses.people, beside]), *SIZE)
+    drawing = poses_to_map(poses).image
     turned = visits_of(drawing, kind="openpose", flip=1.0).map(0, replace(WHOLE, mirrored=True), seed=0)
     again = visits_of(turned, kind="openpose", flip=1.0).map(0, replace(WHOLE, mirrored=True), seed=0)
     assert np.array_equal(again, drawing)
@@ -420,6 +428,13 @@ def test_drawings_that_cannot_be_mirrored_are_refused_before_any_visit() -> None
 
 
 # --- normals ---
+
+
+@pytest.mark.parametrize("kind", ["normal", "openpose"])
+def test_grey_maps_say_nothing_of_left_and_right(kind: str) -> None:
+    grey = cv2.merge([PICTURE[..., 1]] * 3)
+    visits = visits_of(grey, kind=kind, map_mode="grey")
+    assert np.array_equal(visits.map(0, replace(WHOLE, mirrored=True), seed=0)[..., 0], grey[:, ::-1, 0])
 
 
 @pytest.mark.parametrize("kind", ["normal", "normalbae"])
