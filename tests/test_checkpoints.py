@@ -129,7 +129,7 @@ def test_a_file_is_the_same_base_as_its_folder(wholes: Callable[[str], Whole], f
     assert family != "sdxl" or torch.equal(*(told.pooled for told in (ours, theirs)))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["sd1", pytest.param("sd2", marks=pytest.mark.slow), "sdxl"])
 def test_it_is_what_diffusers_reads_in_it(wholes: Callable[[str], Whole], family: str) -> None:
     whole = wholes(family)
     base = load_base(str(whole.file))

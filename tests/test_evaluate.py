@@ -485,6 +485,7 @@ def test_black_maps_are_counted(run: Run, pairs):
     assert canny["measures"]["edge F1"]["arms"]["pictures"]["value"] == 0
 
 
+@pytest.mark.slow
 def test_a_pair_that_changes_is_named(run: Run, pairs):
     asked = ("evaluate", pairs, "--adapter", "canny", "-n", 0, *QUICKEST)
     run(*asked).done()
@@ -620,6 +621,7 @@ def test_adapters_that_may_know_the_pairs_are_told_wherever_these_lie(tmp_path, 
     assert said("world", "first/controlnet", "canny") == []
 
 
+@pytest.mark.slow
 def test_an_adapter_of_another_kind_is_told(run: Run):
     asked = ("--adapter", "depth=canny", "--adapter", "depth=canny:0.5", "--adapter", "depth")
     outcome = run("evaluate", *asked, "-n", 1, *QUICKEST)

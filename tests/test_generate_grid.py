@@ -200,6 +200,7 @@ def test_an_adapter_that_is_changes_to_its_base_follows_a_lora_on_it(run: Run, m
         assert all(torch.equal(tensor, ours[key]) for key, tensor in fresh.items())
 
 
+@pytest.mark.slow
 def test_bases_sizes_and_stages_as_axes(run: Run, models: Path) -> None:
     bases = [models / "sd1", models / "sdxl"]
     fixed = ["generate", "a cube", "--steps", 1]

@@ -2,7 +2,6 @@
 
 import re
 
-import nbformat
 import pytest
 from notebook_runs import FOLDER, names
 
@@ -12,6 +11,8 @@ _PLACES = re.compile(r"/(work|root|home|tmp|Users)/")
 
 @pytest.fixture(params=names())
 def notebook(request):
+    import nbformat  # takes seconds
+
     return nbformat.read(FOLDER / f"{request.param}.ipynb", as_version=4)
 
 
@@ -28,6 +29,8 @@ def test_there_are_six():
 
 
 def test_it_was_executed_from_top_to_bottom(notebook):
+    import nbformat
+
     nbformat.validate(notebook)
     counts = [cell.execution_count for cell in code_of(notebook)]
     assert counts == list(range(1, len(counts) + 1))
@@ -41,6 +44,8 @@ def test_nothing_went_wrong(notebook):
 
 
 def test_it_is_small_and_speaks_of_no_machine(notebook):
+    import nbformat
+
     text = nbformat.writes(notebook)
     assert len(text) < LARGEST
     told = [cell.source for cell in notebook.cells]

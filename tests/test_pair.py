@@ -311,7 +311,9 @@ SHAPES = {
     ("name", "config", "unet_count", "controlnet_count", "size"),
     [
         ("sd15", tiny_models.SD15_UNET, 859_520_964, 361_279_120, 64),
-        ("sdxl", tiny_models.SDXL_UNET, 2_567_463_684, 1_251_014_160, 128),
+        pytest.param(
+            "sdxl", tiny_models.SDXL_UNET, 2_567_463_684, 1_251_014_160, 128, marks=pytest.mark.slow
+        ),
     ],
 )
 @torch.no_grad()

@@ -350,6 +350,7 @@ def test_without_weight_nothing_changes(place, plain):
     assert not any("map_missed" in row for row in rows(off))
 
 
+@pytest.mark.slow
 def test_the_reward_is_added_once_it_begins_and_is_told(place, plain):
     folder = run(place, "late", reward=0.5, reward_below=1.0, reward_from=2)
     assert rows(folder)[:2] == rows(plain)[:2]
