@@ -160,9 +160,9 @@ def generate(
     Raises ValueError for a number outside its range, a control of another family, or latents that stop
     being finite.
     """
-    ways: dict[str, object] = {"savings": savings, "tiles": tiles, "memory": memory, "execution": execution}
-    ways |= {"told": told, "clip_guidance": clip_guidance}
-    _check_kinds(base, prompt, negative_prompt, controls, start=start, **ways)
+    ways = {"savings": savings, "tiles": tiles, "memory": memory, "execution": execution}
+    also = {"told": told, "clip_guidance": clip_guidance}
+    _check_kinds(base, prompt, negative_prompt, controls, start=start, **ways, **also)
     guided = Guidance(default_guidance(base) if guidance is None else guidance, guidance_rescale)
     execution, savings, told = execution or Execution(), savings or Savings(), told or Told()
     seeds = limits.check_seeds(seeds)

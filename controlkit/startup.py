@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 WAITS = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")  # what a user may have said about it
-TURNS = 10_000  # a third of a millisecond or so; the library's own 300,000 are longer than a core's turn
+TURNS = 10_000  # of the library's own 300,000: tests/benchmarks/busy.py shows what they cost
 
 
 def wait_briefly() -> None:
