@@ -1,6 +1,13 @@
-"""`python -m controlkit`: the same as the `controlkit` command."""
+"""The process of the `controlkit` command, which is also `python -m controlkit`."""
 
-from controlkit.cli import main
+from controlkit import cli
+from controlkit.startup import run_to_the_end
+
+
+def main() -> None:
+    """Run the command, and end the process."""
+    run_to_the_end(cli.main)
+
 
 if __name__ == "__main__":
     main()

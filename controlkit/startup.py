@@ -1,10 +1,13 @@
-"""What a command does before anything heavy is imported: starting quickly, and waiting with manners."""
+"""How a command's process begins and ends: quickly, and waiting with manners in between."""
 
 from __future__ import annotations
 
+import atexit
+import functools
 import gc
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 WAITS = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")  # what a user may have said about it
@@ -23,15 +26,55 @@ def wait_briefly() -> None:
 
 @contextmanager
 def nothing_collected() -> Iterator[None]:
-    """Within the block Python's garbage collector rests.
+    """Within the block, which begins by importing the model libraries, Python's garbage collector rests.
 
-    Importing the model libraries makes very many objects that stay, and it would look through them again and
-    again: with it `tests/benchmarks/cold.py` gave 0.99, without 1.04.
+    Loading makes very many objects that stay, and it would look through them again and again.
     """
     was_on = gc.isenabled()
     gc.disable()
     try:
+        _import_libraries()
         yield
     finally:
         if was_on:
             gc.enable()
+
+
+@functools.cache
+def _import_libraries() -> None:
+    """Import what generations run, and leave it out of all later collections: it is much, and it stays."""
+    import diffusers
+    import transformers
+
+    for name in ("AutoencoderKL", "ControlNetModel", "DDIMScheduler", "UNet2DConditionModel"):
+        getattr(diffusers, name)  # imported when it is asked for
+    for name in ("CLIPTextModel", "CLIPTokenizer"):
+        getattr(transformers, name)
+    gc.freeze()
+
+
+def run_to_the_end(command: Callable[[], None]) -> None:
+    """Run a command, which raises SystemExit, and end the process without taking apart what it holds.
+
+    Freeing the model libraries piece by piece would take as long as some short generations (mypy ends the
+    same way). What others registered for the end is done, and what was written is flushed.
+    """
+    codes: list[int] = []
+
+    def leave() -> None:
+        try:
+            for stream in (sys.stdout, sys.stderr):
+                if stream is not None:
+                    stream.flush()
+        except (OSError, ValueError):
+            return  # Python says so, and chooses the status
+        for code in codes:
+            os._exit(code & 0xFF)
+
+    atexit.register(leave)  # as the first one, which is called last
+    try:
+        command()
+    except SystemExit as ended:
+        if ended.code is None or isinstance(ended.code, int):  # else Python prints it
+            codes.append(ended.code or 0)
+        raise

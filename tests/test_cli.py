@@ -610,3 +610,57 @@ def test_threads_wait_briefly_unless_the_environment_says_else(
     with pytest.raises(SystemExit):
         cli.main()
     assert os.environ.get("GOMP_SPINCOUNT") == expected
+
+
+@pytest.mark.parametrize(
+    ("ending", "code", "said"),
+    [
+        ("sys.exit()", 0, "done closed"),
+        ("sys.exit(130)", 130, "done closed"),
+        ("sys.exit('no')", 1, "done closed freed"),  # Python's own end, as of all that is no command's
+        ("raise RuntimeError('no')", 1, "done closed freed"),
+    ],
+)
+def test_a_process_ends_without_taking_apart_what_it_holds(ending: str, code: int, said: str) -> None:
+    script = f"""
+import atexit, os, sys
+from controlkit.startup import run_to_the_end
+
+class Freed:
+    def __del__(self):
+        os.write(1, b"freed")
+
+def command():
+    atexit.register(lambda: print("closed", end=" "))
+    print("done", end=" ")
+    {ending}
+
+held = Freed()
+held.itself = held
+run_to_the_end(command)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == code
+    assert done.stdout.split() == said.split()
+    assert ("no" in done.stderr) == ("no" in ending)
+
+
+def test_what_libraries_are_made_of_is_left_out_of_collections() -> None:
+    import gc
+
+    from controlkit import startup
+
+    def is_looked_through(made: object) -> bool:
+        return any(one is made for one in gc.get_objects())
+
+    early: list[int] = []
+    startup._import_libraries.cache_clear()  # as in a process that has not imported them
+    with startup.nothing_collected():
+        assert not gc.isenabled()
+        assert {"diffusers.models.unets.unet_2d_condition", "transformers.models.clip"} <= sys.modules.keys()
+    assert gc.isenabled()
+    assert not is_looked_through(early)  # nor at the end of the program
+    later: list[int] = []
+    with startup.nothing_collected():
+        pass
+    assert is_looked_through(later)
