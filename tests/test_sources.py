@@ -912,6 +912,17 @@ def test_members_by_name(tmp_path: Path) -> None:
     put_shard(tmp_path / "y.tar", {"1.jpg": b"p", "1.json": b'{"t": ["x", "y"]}', "2.png": b"q"})
     examples = opened(tmp_path / "y.tar", caption_column="t")
     assert [(example.picture.read(), example.caption) for example in examples] == [(b"p", "x"), (b"q", "")]
+    with pytest.raises(
+        ValueError, match=r"caption_column: .* no member 'txt'; .* json, png, and .* key \(t\)"
+    ):
+        opened(tmp_path / "y.tar", caption_column="txt")
+    put_shard(tmp_path / "z.tar", {"1.jpg": b"p", "1.caption": b"x"})
+    with pytest.raises(ValueError, match=r"no member 'captoin' \(did you mean 'caption'\?\); members: jpg"):
+        opened(tmp_path / "z.tar", caption_column="captoin")
+    put_shard(tmp_path / "broken.tar", {"1.jpg": b"p", "1.json": b"{"})
+    assert (
+        len(opened(tmp_path / "broken.tar", caption_column="t")) == 1
+    )  # the example is named when it is read
 
 
 def test_shards_with_pictures_that_may_be_maps(tmp_path: Path) -> None:

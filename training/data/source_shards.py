@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,7 @@ _MAP_NAMES = (
     "source",
 )
 _CAPTIONS = ("txt", "caption", "text", "prompt")
+_LOOKED_AT = 100  # examples whose JSON is read for its keys before all others are
 
 
 def open_shards(
@@ -46,7 +48,8 @@ def open_shards(
 
     `caption_column` names a member ("txt") or a key in the JSON member.
 
-    Raises ValueError, one line: as `find_shards` and `read_index`, or no member is a picture.
+    Raises ValueError, one line: as `find_shards` and `read_index`, no member is a picture, or what a column
+    names is not there.
     """
     shards = [read_index(path) for path in find_shards(source)]
     members = list(dict.fromkeys(itertools.chain.from_iterable(shard.members for shard in shards)))
@@ -61,6 +64,8 @@ def open_shards(
         _refuse_twins(shards, picture, kind)
         _refuse_maps_apart(shards[0])
     caption = _caption_member(members, data)
+    if data.caption_column and data.caption_column.lower() not in members:
+        _check_key(data.caption_column, shards[0], members, source)
     shown = ["/".join(names) for names in maps]
     unused = ["/".join(_usual_maps(members, kind))] if data.maps == "made" else []
     about = about_maps(shown, kind, [name for name in unused if name])
@@ -201,6 +206,24 @@ def _caption_member(members: Sequence[str], data: DataRecipe) -> list[str]:
     if data.caption_column.lower() in members:
         return [data.caption_column.lower()]
     return [name for name in (*_CAPTIONS, "json") if name in members]
+
+
+def _check_key(key: str, shard: Shard, members: Sequence[str], source: str) -> None:
+    """Raise ValueError unless a first example's JSON has a key for captions, where there is any JSON."""
+    keys: dict[str, None] = {}
+    for row in range(min(len(shard.keys), _LOOKED_AT)):
+        piece = shard.piece(row, "json")
+        if isinstance(piece, RefusedPiece):
+            continue
+        with suppress(ValueError):  # it is named when the example is read
+            keys.update(dict.fromkeys(_json(piece)))
+    if key in keys or ("json" in members and not keys):
+        return
+    nor = f", and the .json of its first examples no such key ({', '.join(keys)})" if keys else ""
+    hint = did_you_mean(key, [*members, *keys])
+    raise ValueError(
+        f"data.caption_column: {source} has no member {key!r}{hint}; members: {', '.join(members)}{nor}"
+    )
 
 
 def _captions(shard: Shard, row: int, names: Sequence[str], key: str) -> tuple[str, ...]:
