@@ -18,6 +18,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from controlkit.files import FULL_DISK
+from controlkit.notices import is_out_of_memory
 
 GROUPS = {  # of the options of `generate`, in its help
     "What the picture follows": (
@@ -77,8 +78,8 @@ class Commands(TyperGroup):
                 raise
             name = "" if error.filename is None else f"{str(error.filename)[:_LONGEST]}: "
             _fail(f"{name}{_USERS_ERRORS[error.errno]}")
-        except RuntimeError as error:
-            if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
                 raise
             _fail(
                 "the device's memory is full: ask for smaller pictures or batches (generate: --memory 6GB;"

@@ -18,7 +18,7 @@ from torch import Tensor
 from controlkit import notices
 from controlkit.applying import EAGER, Networks, Rows
 from controlkit.predicting import Predictor
-from controlkit.recording import CudaRecorder, Recorder, apart
+from controlkit.recording import CudaRecorder, Recorder, apart, fault
 from controlkit.reuse import kept_text
 
 TOLERANCE = 0.02
@@ -152,7 +152,7 @@ def _record(
         known.replay, known.model_pred = recorder.record(lambda: predict(shown, told))
         found = _computed(known, *given)
     except RuntimeError as error:
-        return str(error).splitlines()[0] if str(error) else type(error).__name__
+        return fault(error)
     if not bool(torch.isfinite(expected).all()):
         return ""  # the loop will say so
     off = apart([(found, expected)])

@@ -17,6 +17,7 @@ import numpy as np
 
 from controlkit import images, preprocessors
 from controlkit.map_folder import MapFolder
+from controlkit.notices import is_out_of_memory
 from controlkit.picture_files import Picture
 from controlkit.preprocess_job import Beside, reads_depth, write_map
 
@@ -158,7 +159,7 @@ def _extract(extractor: Preprocessor, pixels: Sequence[np.ndarray]) -> Sequence[
     try:
         return extractor.extract(pixels) if pixels else []
     except (ValueError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and type(error).__name__ != "OutOfMemoryError":  # torch's
+        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
             raise
         if len(pixels) == 1:
             if isinstance(error, ValueError):

@@ -179,7 +179,7 @@ class Estimate:
         added = self._added(branches * batch)
         taken, channels = base.unet.config.in_channels, base.vae.config.latent_channels
         predictor = Predictor(
-            replace(base, unet=self.unet, vae=self.vae),
+            replace(base, unet=self.unet, vae=self.vae, device=self.unet.device),  # what it makes meets them
             Rows(text, added, batch, class_labels=self._labels(batch)),
             encoded,
             Guidance(5.0 if request.guided else 1.0),

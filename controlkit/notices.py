@@ -8,6 +8,14 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Protocol
 
+_FULL = (  # what libraries say of a memory that is full, where it is not torch's OutOfMemoryError
+    "can't allocate memory",
+    "not enough memory",
+    "DefaultCPUAllocator",
+    "out of memory",  # "CUDA error: out of memory" of what allocates past torch, and other devices' own
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
 _listener: ContextVar[Callable[[str], None] | None] = ContextVar("listener", default=None)
 
 
@@ -24,6 +32,13 @@ class Report(Protocol):
 def reason(error: Exception) -> str:
     """The first line of what an error says, or else what it is called."""
     return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device's memory is full. Needs no torch, which raises most of them."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _FULL)
 
 
 def warn(line: str, *, stacklevel: int = 1) -> None:

@@ -8,14 +8,18 @@ fixed addresses.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from controlkit.notices import reason
+
 _WARM_UPS = 3  # as torch's documentation of whole-network capture has it
 Work = Callable[[], Tensor]
+_capturing = threading.Lock()  # of a process's threads one may capture at a time
 
 
 class Recorder(Protocol):
@@ -26,30 +30,43 @@ class Recorder(Protocol):
 
 
 class CudaRecorder:
-    """CUDA graphs, by the pattern of torch.cuda.graph's documentation; all share one pool of memory."""
+    """CUDA graphs, by the pattern of torch.cuda.graph's documentation; all share one pool of memory and one
+    stream, for each stream takes memory for cuBLAS that it keeps.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool: Any = None
+        self._stream: Any = None
 
     def record(self, work: Work) -> tuple[Callable[[], None], Tensor]:
-        """Warm up on a stream of its own, then capture. Nothing in the work may wait for the device."""
-        with torch.cuda.device(self._device):  # streams are made on the current one
+        """Warm up on the stream, then capture. Nothing in the work may wait for the device."""
+        with _capturing, torch.cuda.device(self._device):  # streams are made on the current one
             return self._record(work)
 
     def _record(self, work: Work) -> tuple[Callable[[], None], Tensor]:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(_WARM_UPS):
-                work()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads, which read data and write checkpoints, may go on using the device.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            result = work()
+        here, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
+        self._stream = stream = self._stream or torch.cuda.Stream()
+        stream.wait_stream(here)
+        try:
+            with torch.cuda.stream(stream):  # left also where a capture fails, as torch 2.11's own is not
+                for _ in range(_WARM_UPS):
+                    work()
+                # Other threads, which read data and write checkpoints, may go on using the device.
+                mode = "thread_local"
+                with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode=mode):
+                    result = work()
+        finally:
+            here.wait_stream(stream)  # what failed may still be writing to memory that is free from now on
         self._pool = graph.pool()
         return graph.replay, result
+
+
+def fault(error: RuntimeError) -> str:
+    """What went wrong first, in a line: ending a capture that failed fails, too, and says no more than so."""
+    while isinstance(error.__context__, RuntimeError):
+        error = error.__context__
+    return reason(error)
 
 
 def apart(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:

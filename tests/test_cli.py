@@ -542,9 +542,18 @@ def test_a_depth_map_is_extracted_for_a_control(run: Run, models: Path, photo: P
     assert depth.max() == 255
 
 
-def test_a_full_device_is_one_plain_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        MemoryError("Unable to allocate 2.00 GiB for an array"),
+    ],
+)
+def test_a_full_device_is_one_plain_line(run: Run, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     def plan(*_: object, **__: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        raise error
 
     monkeypatch.setattr(generate_job, "plan", plan)
     assert "memory is full" in run("generate", "x").refused()

@@ -1,6 +1,7 @@
 """Recorded graphs, on a device without any, and compiled networks: the same pictures; when they are made."""
 
 import gc
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ import tiny_models
 import torch
 from cases import seldom
 from outcomes import Run
-from recorders import Counting, Deaf, Failing
+from recorders import Counting, Deaf, Driver, Failing
 from sampling_peers import cond, controlnet_of
 from torch import Tensor
 
@@ -21,7 +22,7 @@ from controlkit.applying import EAGER, Networks
 from controlkit.base import Base
 from controlkit.control import Control
 from controlkit.execution import Execution
-from controlkit.recording import Work
+from controlkit.recording import CudaRecorder, Work, fault
 from controlkit.reuse import cross_attentions
 from controlkit.sampling import Memory, Savings, Tiles, generate
 
@@ -120,6 +121,61 @@ def test_a_graph_that_is_wrong_is_dropped(
         found = generate(sd1, "x", execution=GRAPHS, **request)
     assert len(told) == 1
     assert all(np.array_equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def test_recordings_share_a_stream_and_a_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver, recorder, seen = Driver(monkeypatch), CudaRecorder(torch.device("cuda", 1)), []
+
+    def work() -> Tensor:
+        seen.append(driver.now)
+        return torch.zeros(1)
+
+    for _ in range(2):
+        recorder.record(work)
+    (stream, pool), (again, shared) = driver.captures
+    assert driver.made == 2  # that which was there, and one for warming up and capturing
+    assert all(one is stream for one in (*seen, again))
+    assert (pool, shared) == (None, "the pool")
+    assert driver.now is driver.first
+
+
+def test_a_capture_that_fails_leaves_the_stream_and_says_what_was_wrong(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    driver, recorder = Driver(monkeypatch), CudaRecorder(torch.device("cuda"))
+
+    def work() -> Tensor:
+        if driver.capturing:
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nand more")
+        return torch.zeros(1)
+
+    with pytest.raises(RuntimeError, match="due to a previous error") as failed:
+        recorder.record(work)
+    assert fault(failed.value) == "CUDA error: operation not permitted when stream is capturing"
+    ((stream, _),) = driver.captures
+    assert driver.now is driver.first  # what follows would not wait for what others do there
+    assert driver.first.waited_for == [stream]
+
+
+def test_one_thread_captures_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver, done = Driver(monkeypatch), []
+
+    def record(number: int, work: Work) -> None:
+        CudaRecorder(torch.device("cuda")).record(work)
+        done.append(number)
+
+    other = threading.Thread(target=record, args=(2, lambda: torch.zeros(1)))
+
+    def work() -> Tensor:
+        if driver.capturing:
+            other.start()
+            other.join(0.05)
+        return torch.zeros(1)
+
+    record(1, work)
+    other.join()
+    assert sorted(done) == [1, 2]
+    assert len(driver.captures) == 2
 
 
 class Careless:

@@ -116,6 +116,12 @@ def test_a_base_that_fills_holes_is_reckoned_under_a_control(sd1: Base) -> None:
     assert larger > plain
 
 
+def test_a_base_that_is_told_the_guidance_is_reckoned_on_a_gpu(sd1: Base) -> None:
+    base = replace(tiny_models.told_guidance(sd1), device=torch.device("cuda"))
+    estimate = Estimate(base, [], Request(64, 64, guided=False))
+    assert estimate.phases(Memory(1))["denoising"] > sum(p.nbytes for p in base.unet.parameters())
+
+
 @pytest.mark.slow
 def test_the_least_costly_measures_are_taken(sd1: Base) -> None:
     base = replace(sd1, device=torch.device("cuda"))

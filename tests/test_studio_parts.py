@@ -38,7 +38,7 @@ from controlkit.studio import (
 )
 from controlkit.studio.engine import Engine, Stopped
 from controlkit.studio.pose_editor import on_another_part
-from controlkit.studio.toasts import readable
+from controlkit.studio.toasts import readable, toast
 from controlkit.studio.uploads import Shown
 
 # gradio (6.31) and what it is built on use what Starlette is about to drop.
@@ -617,3 +617,8 @@ def test_a_page_of_another_precision(run: Run, tmp_path: Path) -> None:
     run(*words[1:]).done()
     assert Path(commands.OUTPUT).read_bytes() == plan.outputs[0].read_bytes()
     assert run("ui", "--dtype", "half").refused().startswith("unknown precision 'half'")
+
+
+@pytest.mark.parametrize("said", ["CUDA error: out of memory", "[enforce fail] DefaultCPUAllocator"])
+def test_a_full_memory_is_told_whoever_finds_it(said: str) -> None:
+    assert "memory is full: ask for smaller" in str(toast(RuntimeError(said)))

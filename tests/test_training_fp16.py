@@ -109,6 +109,32 @@ def test_trying_batches_in_fp16_leaves_the_weights_as_they_are(place, fp16, monk
     assert all(torch.equal(before[name], master) for name, master in run.weights.masters.items())
 
 
+def test_a_batch_is_tried_as_it_is_trained_and_leaves_no_gradients_where_it_does_not_fit(
+    place, fp16, monkeypatch
+):
+    real, update, tried, networks = ControlNetTask.losses, torch.optim.AdamW.step, [], []
+
+    def losses(self, whole, part):
+        networks.append(self.controlnet)
+        tried.append((len(part), torch.is_autocast_enabled("cpu")))
+        return real(self, whole, part)
+
+    def step(self):
+        if tried[-1][0] == 2:  # a first step makes room for the moments, beside all gradients
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return update(self)
+
+    monkeypatch.setattr(ControlNetTask, "losses", losses)
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    monkeypatch.setattr(planning, "batch_need", lambda *_, **__: lambda size: 0)
+    monkeypatch.setattr(previews, "_LARGEST_ON_CPU", 2)
+    settings = {"precision": "fp16", "data_workers": 0, "data_buckets": False}
+    path = recipe(place / "too large", place / "pictures", **settings)
+    assert any("largest: 1" in line for line in previews.find_batch_for(str(path)))
+    assert tried == [(1, True), (1, True), (2, True)]
+    assert all(p.grad is None for p in networks[-1].parameters())
+
+
 class Drawn(DrawnTask):
     """A task whose loss is what its network gives."""
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from controlkit.recording import CudaRecorder, Recorder, apart
+from controlkit.recording import CudaRecorder, Recorder, apart, fault
 from controlkit.training.task import Losses
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ class Graphs:
                 gradient.zero_()
             found = _computed(self._recorded[key], given)
         except RuntimeError as error:
-            return str(error).splitlines()[0] if str(error) else type(error).__name__
+            return fault(error)
         gradients = [(p.grad, e) for p, e in zip(parameters, expected, strict=True)]
         pairs = [(one, other) for one, other in gradients if one is not None and other is not None]
         if not all(bool(torch.isfinite(other).all()) for _, other in [(found, each), *pairs]):

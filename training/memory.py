@@ -11,24 +11,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-_MESSAGES = (
-    "can't allocate memory",
-    "not enough memory",
-    "DefaultCPUAllocator",
-    "out of memory",  # "CUDA error: out of memory" of what allocates past torch, and other devices' own
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_NOT_SUPPORTED",  # no algorithm of cuDNN has the workspace that it needs
-)
+from controlkit import notices
 
 _PEAKS: dict[torch.device, int] = {}  # in bytes, before what `uncounted` passed over
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that a device's memory is full."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in _MESSAGES)
+    """Whether an error says that a device's memory is full, or may say so: less at once is worth a try."""
+    no_workspace = isinstance(error, RuntimeError) and "CUDNN_STATUS_NOT_SUPPORTED" in str(error)
+    return no_workspace or notices.is_out_of_memory(error)  # cuDNN: no algorithm has what it needs
 
 
 def put(tensor: Tensor, device: torch.device) -> Tensor:

@@ -66,14 +66,18 @@ def find_batch_for(
 
         def step(pairs: int) -> None:
             report(f"trying {pairs} pairs at once")
-            losses = task.losses(run.whole, task.part_of(pairs))
-            machine.backward(losses.each.mean())
-            run.weights.take_gradients()
-            if machine.scaler is not None:  # they may be infinite, of which even a rate of 0 makes no number
-                torch._foreach_zero_([m.grad for m in run.weights.masters.values() if m.grad is not None])
-            run.optimizer.step()
-            run.optimizer.zero_grad(set_to_none=True)
-            losses.each.sum().item()  # the device has done it all
+            try:
+                with machine.autocast():
+                    losses = task.losses(run.whole, task.part_of(pairs))
+                machine.backward(losses.each.mean())
+                run.weights.take_gradients()
+                if machine.scaler is not None:  # infinite ones make no numbers, even at a rate of 0
+                    masters = run.weights.masters.values()
+                    torch._foreach_zero_([m.grad for m in masters if m.grad is not None])
+                run.optimizer.step()
+                losses.each.sum().item()  # the device has done it all
+            finally:  # gradients of what did not fit, too: the next size would have less room
+                run.weights.drop_gradients()
 
         on_cpu = machine.device.type == "cpu"
         need = batch_need(recipe, size=size, device=str(machine.device)) if on_cpu else None

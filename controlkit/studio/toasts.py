@@ -11,6 +11,7 @@ from typing import Any
 
 import gradio as gr
 
+from controlkit.notices import is_out_of_memory
 from controlkit.studio.wording import line_of
 
 SECONDS = 12.0  # that a toast stays
@@ -46,7 +47,7 @@ def toast(error: Exception) -> gr.Error:
         return error
     if isinstance(error, ValueError):
         text = line_of(error)
-    elif type(error).__name__ == "OutOfMemoryError":
+    elif is_out_of_memory(error):
         text = FULL
     else:
         logging.getLogger("controlkit").error("the studio page", exc_info=error)
