@@ -186,6 +186,7 @@ def memory(device: str) -> str:
 
 
 GRAPH, COMPILED = sampling.Execution(cuda_graph=True), sampling.Execution(compiled=True)
+BOTH = sampling.Execution(compiled=True, cuda_graph=True)
 CHECKS: dict[str, Callable[[str], str]] = {
     "steps wait for nothing": steps_wait_for_nothing,
     "cuda_graph": lambda device: trained(device, "cuda_graph=true"),
@@ -197,6 +198,9 @@ CHECKS: dict[str, Callable[[str], str]] = {
     "sampling cuda_graph": lambda device: made(device, execution=GRAPH),
     "sampling cuda_graph dpm++": lambda device: made(device, execution=GRAPH, scheduler="dpm++"),
     "sampling compile": lambda device: made(device, execution=COMPILED),
+    "sampling compile cuda_graph": lambda device: made(device, execution=BOTH),
+    "compile": lambda device: trained(device, "compile=true"),
+    "compile cuda_graph": lambda device: trained(device, "compile=true", "cuda_graph=true"),
     "sampling offload": lambda device: made(device, memory=Memory(1, offload=True)),
     "a capture that fails": a_capture_that_fails,
     "find-batch": find_batch,
