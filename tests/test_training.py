@@ -1,5 +1,6 @@
 """Training: recipes, draws, checkpoints and the loop, on real tasks at a few steps."""
 
+import copy
 import json
 import math
 import re
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import controlkit
 from controlkit.figures import render
@@ -30,9 +31,11 @@ from controlkit.training.config import (
 from controlkit.training.data import pairs
 from controlkit.training.draws import Draws
 from controlkit.training.going_on import as_begun
+from controlkit.training.loop import train
 from controlkit.training.optimizers import learning_rate
 from controlkit.training.reporting.run_record import read_run
 from controlkit.training.saving import write_recipe
+from controlkit.training.task import DrawnTask
 from controlkit.training.text import ATTRIBUTES, attributes, build_tokenizer
 from controlkit.training.world import load_world
 
@@ -327,6 +330,59 @@ def test_a_stopped_run_equals_an_uninterrupted_one(tmp_path, text_recipe):
     assert all(torch.equal(mine[key], theirs[key]) for key in mine)
     optimizer = "checkpoints/step-000008/optimizer.safetensors"
     assert (parts / optimizer).read_bytes() == (whole.folder / optimizer).read_bytes()
+
+
+class Line(DrawnTask):
+    """A task that is one matrix and its bias, which learns at another rate."""
+
+    def __init__(self, recipe):
+        self.recipe, self.net = recipe, torch.nn.Linear(3, 2)
+
+    def modules(self):
+        return {"net": self.net}
+
+    def parameter_groups(self):
+        return [{"params": [self.net.weight], "rate": 1.0}, {"params": [self.net.bias], "rate": 6.0}]
+
+    def loss(self, draws):
+        return (self.net(3 * draws.normal(4, 3)) - 5).square().mean()
+
+    def sample(self):
+        return None
+
+    def export(self, folder, weights):
+        save_file(dict(weights), folder / "line.safetensors")
+
+
+def test_a_run_is_the_plain_loop_that_its_recipe_says(tmp_path, text_recipe):
+    recipe = load_recipe(str(text_recipe), ["betas=[0.8, 0.9]", "weight_decay=0.3", "clip=20.0"])
+    task = Line(recipe)
+    theirs, run = copy.deepcopy(task), tmp_path / "line"
+    parameters = [theirs.net.weight, theirs.net.bias]
+    optimizer = torch.optim.AdamW([{"params": [p]} for p in parameters], betas=(0.8, 0.9), weight_decay=0.3)
+    averages, rows = [p.detach().clone() for p in parameters], []
+    for step, rate in enumerate(learning_rate(recipe, step) for step in range(8)):
+        optimizer.param_groups[0]["lr"], optimizer.param_groups[1]["lr"] = rate, 6 * rate
+        optimizer.zero_grad()
+        theirs.loss(Draws(recipe.seed, step)).backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 20.0)
+        optimizer.step()
+        decay = min(0.9, 1 - 1 / (1 + 0.3 * (step + 1)))  # a young average reaches back over a quarter
+        for average, p in zip(averages, parameters, strict=True):
+            average.lerp_(p.detach(), 1 - decay)
+        rows.append((rate, pytest.approx(float(norm))))
+    assert 0 < sum(norm.expected > 20 for _, norm in rows) < 8  # some are clipped
+
+    train(task, recipe, run)
+    found = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    assert [(row["learning_rate"], row["grad_norm"]) for row in found] == rows
+    result = load_file(run / "result" / "line.safetensors")
+    checkpoint = load_file(run / "checkpoints/step-000008/weights.safetensors")
+    for name, average, p in zip(("net.weight", "net.bias"), averages, parameters, strict=True):
+        torch.testing.assert_close(result[name], average)
+        torch.testing.assert_close(checkpoint[f"average.{name}"], average)
+        torch.testing.assert_close(checkpoint[f"model.{name}"], p.detach())
+        torch.testing.assert_close(dict(task.net.named_parameters())[name[4:]], p)
 
 
 def test_the_run_folder_is_complete_and_repeats_itself(text_recipe, tmp_path):
