@@ -3,8 +3,10 @@
 import copy
 import json
 import math
+import os
 import re
 import shutil
+import threading
 import tomllib
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import controlkit
 from controlkit.figures import render
-from controlkit.training import runs, train_recipe, world
+from controlkit.training import runs, saving, train_recipe, world
 from controlkit.training.checkpoints import clear, latest_state, load_latest, save_checkpoint
 from controlkit.training.config import (
     TextRecipe,
@@ -31,10 +33,11 @@ from controlkit.training.config import (
 from controlkit.training.data import pairs
 from controlkit.training.draws import Draws
 from controlkit.training.going_on import as_begun
-from controlkit.training.loop import train
+from controlkit.training.loop import open_run, train, train_step
+from controlkit.training.machine import Machine
 from controlkit.training.optimizers import learning_rate
 from controlkit.training.reporting.run_record import read_run
-from controlkit.training.saving import write_recipe
+from controlkit.training.saving import Saver, write_recipe
 from controlkit.training.task import DrawnTask
 from controlkit.training.text import ATTRIBUTES, attributes, build_tokenizer
 from controlkit.training.world import load_world
@@ -183,6 +186,8 @@ def test_learning_rate_warms_up_and_falls():
     )
     assert learning_rate(constant, 109) == 1e-3
     assert learning_rate(line, 60) == pytest.approx(1e-3 * 0.51)
+    assert learning_rate(line, 35) == pytest.approx(1e-3 * (0.02 + 0.98 * 0.75))  # a cosine falls later
+    assert learning_rate(recipe, 35) == pytest.approx(1e-3 * (0.02 + 0.98 * (0.5 + 8**-0.5)))
     assert learning_rate(root, 19) == 1e-3  # twice the warmup
     assert learning_rate(root, 79) == pytest.approx(5e-4)
 
@@ -236,6 +241,22 @@ def test_the_checkpoint_just_written_outlives_damaged_later_ones(tmp_path):
     checkpoint(tmp_path, 6)
     checkpoint(tmp_path, 9)
     assert sorted(path.name[-2:] for path in tmp_path.iterdir()) == ["06", "09", "10", "15"]
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_counts(tmp_path, monkeypatch):
+    """Its files and their list before it has its name, and that name before older ones are removed."""
+    for step in (5, 10):
+        checkpoint(tmp_path, step)
+    done, fsync, replace, rmtree = [], os.fsync, os.replace, shutil.rmtree
+    monkeypatch.setattr(os, "fsync", lambda file: done.append(os.fstat(file).st_ino) or fsync(file))
+    monkeypatch.setattr(os, "replace", lambda *paths: done.append("named") or replace(*paths))
+    monkeypatch.setattr(shutil, "rmtree", lambda *a, **k: done.append("removed") or rmtree(*a, **k))
+    path = checkpoint(tmp_path, 1_000_000)
+    named, removed = done.index("named"), done.index("removed")
+    assert {file.stat().st_ino for file in [path, *path.iterdir()]} <= set(done[:named])
+    assert tmp_path.stat().st_ino in done[named:removed]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["step-000010", "step-1000000"]
+    assert load_latest(tmp_path)[0][2]["step"] == 1_000_000
 
 
 @pytest.mark.parametrize("manifest", ["[]", "3", '{"weights.safetensors": 5}', "null"])
@@ -383,6 +404,49 @@ def test_a_run_is_the_plain_loop_that_its_recipe_says(tmp_path, text_recipe):
         torch.testing.assert_close(checkpoint[f"average.{name}"], average)
         torch.testing.assert_close(checkpoint[f"model.{name}"], p.detach())
         torch.testing.assert_close(dict(task.net.named_parameters())[name[4:]], p)
+
+
+def opened(text_recipe, folder):
+    recipe = load_recipe(str(text_recipe))
+    return open_run(Line(recipe), recipe, folder, Machine(recipe), lambda _: None)
+
+
+def test_what_a_run_knows_of_itself_is_there_when_it_goes_on(tmp_path, text_recipe):
+    run = opened(text_recipe, tmp_path / "line")
+    train_step(run)
+    train_step(run)
+    run.bad_steps = 2
+    run.cut(4)
+    with Saver(run) as saver:
+        saver.save()
+    left = [run.folder / place / f".{'0f' * 16}.tmp" for place in ("", "checkpoints")]
+    for path in left:
+        path.mkdir()
+    again = opened(text_recipe, run.folder)
+    assert (again.step, again.bad_steps, again.pieces) == (2, 2, 4)
+    assert (again.window, again.window.steps) == (run.read_losses(), 2)
+    assert not any(path.exists() for path in left)
+
+
+def test_a_checkpoint_that_cannot_be_written_is_never_passed_over(tmp_path, text_recipe, monkeypatch):
+    """Not by the one after it either, nor by the end of the training."""
+    run, may_go = opened(text_recipe, tmp_path / "line"), threading.Event()
+
+    def fail(*_, **__):
+        may_go.wait(10)
+        raise OSError("no disk")
+
+    monkeypatch.setattr(saving, "save_checkpoint", fail)
+    with Saver(run) as saver:
+        saver.save()
+        saver.check()  # it is not done, and nothing is known of it
+        may_go.set()
+        with pytest.raises(OSError, match="no disk"):
+            saver.save()
+    last = Saver(run)
+    last.save()
+    with pytest.raises(OSError, match="no disk"):
+        last.__exit__(None, None, None)
 
 
 def test_the_run_folder_is_complete_and_repeats_itself(text_recipe, tmp_path):
