@@ -223,10 +223,12 @@ def test_what_was_told_another_base_is_refused(load: Callable[[str], Base], sd1:
 def test_what_a_pickle_says_and_both_layouts(sd1: Base, home: Path, tmp_path: Path) -> None:
     torch.save(adapter(sd1, "plain"), tmp_path / "nested.bin")
     write_encoder(tmp_path / "image_encoder")
+    drawn_before = torch.get_rng_state()
     ours, theirs = (
         picture_prompt(sd1, str(file), [photo(1)])
         for file in (home / "sd1-plain.safetensors", tmp_path / "nested.bin")
     )
+    assert torch.equal(torch.get_rng_state(), drawn_before)  # which are the caller's numbers
     assert torch.equal(ours.tokens, theirs.tokens)
     assert all(torch.equal(a, b) for a, b in zip(sum(ours.weights, ()), sum(theirs.weights, ()), strict=True))
 

@@ -203,7 +203,7 @@ def test_a_union_gives_its_own_forward_for_one_map_and_for_two(
 
 
 def test_a_stack_of_maps_is_those_of_it_that_are_there(sd1: Base) -> None:
-    network, maps = union_of(sd1, 3), [cond(k) for k in range(3)]
+    network, maps = union_of(sd1, 3), [cond(k) * (cond(k + 9) > 0.5) for k in range(3)]  # black in places
     present = torch.tensor([[True, False, True]])
     with torch.no_grad():
         stack = union.absent_marked(torch.cat(maps, dim=1), present)
@@ -573,6 +573,9 @@ def test_a_union_wants_to_know_the_kind(sd1: Base) -> None:
         generate(sd1, "", controls=[Control(network, cond())], **rest)
     with pytest.raises(ValueError, match=r"no maps of kind 'tile': give the kind, one of openpose, depth"):
         generate(sd1, "", controls=[Control(network, cond(), kind="tile")], **rest)
+    for wrong in ("canny", "canny + depth + tile"):  # not one for each of its places
+        other = Adapter(network, AdapterInfo(map=MapSpec(wrong)), "other")
+        assert Control(other, cond(), kind="canny").number == 3
     own = Adapter(union_of(sd1, 2), AdapterInfo(map=MapSpec("canny + depth")), "own")
     assert [Control(own, cond(), kind=kind).number for kind in ("canny", "depth")] == [0, 1]
     assert [Control(network, cond(), kind=kind).number for kind in ("canny", "depth", "hed")] == [3, 1, 2]

@@ -21,7 +21,7 @@ from controlkit.base import Base
 from controlkit.control import Control
 from controlkit.controlnet import from_base
 from controlkit.infotext import SAMPLER_NAMES
-from controlkit.schedulers import NOT_OF_PICTURES, make_schedule, scaled_noise
+from controlkit.schedulers import NOT_OF_PICTURES, make_schedule, scaled_noise, step_options
 
 # diffusers' Euler schedulers hand torch tensors to numpy in a way that numpy 2 will drop (diffusers 0.42.1).
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:diffusers")
@@ -84,7 +84,9 @@ SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "u
 def test_a_schedulers_name_holds_whatever_the_bases_file_says(sd1: Base, name: str, spacing: str) -> None:
     """The solver and the spacing of noise levels are the name's; all else that the file says stays."""
     stays = {"timestep_spacing": "trailing", "steps_offset": 0}
-    says = {"algorithm_type": "dpmsolver", "solver_order": 3} if name.startswith("dpm++") else {}
+    says: dict[str, Any] = {"clip_sample": True}  # latents are no pixels
+    if name.startswith("dpm++"):
+        says |= {"algorithm_type": "dpmsolver", "solver_order": 3}
     told = replace(sd1, scheduler_config={**sd1.scheduler_config, **stays, **says, spacing: True})
     made = sampling.make_scheduler(name, told)
     known = inspect.signature(type(made).__init__).parameters
@@ -467,6 +469,38 @@ def test_threads_that_share_networks_take_turns(sd1: Base) -> None:
     assert steps == ["first"] * 3 + ["second"] * 3
     assert all(np.array_equal(picture, alone[0]) for picture in made)
     assert [type(processor) for processor in sd1.unet.attn_processors.values()] == processors
+
+
+@pytest.mark.parametrize("name", ["ddim", "heun", "euler"])
+def test_a_part_of_the_steps_is_the_last_of_them(sd1: Base, name: str) -> None:
+    whole, part = (make_schedule(name, sd1, steps=10, strength=strength) for strength in (1.0, 0.55))
+    order = part.scheduler.order
+    assert part.first == 5 * order
+    assert torch.equal(part.timesteps, whole.timesteps[5 * order :])
+    if name != "ddim":
+        assert part.scheduler.begin_index == 5 * order
+    assert make_schedule(name, sd1, steps=10, strength=0.01).first == 9 * order  # one is left
+    latents, noise = torch.zeros(1, 4, 8, 8), torch.ones(1, 4, 8, 8)
+    assert part.add_noise(latents, noise, part.steps) is latents
+    assert part.add_noise(latents, noise, part.steps - 1).any()
+
+
+def test_a_temperature_of_0_draws_nothing_and_what_fails_leaves_the_draws(sd1: Base) -> None:
+    scheduler = sampling.make_scheduler("ddpm", sd1)
+    module = sys.modules[type(scheduler).__module__]
+    drawn = module.randn_tensor  # type: ignore[attr-defined]
+
+    def failing() -> None:
+        with scaled_noise(scheduler, 0.0):
+            assert not module.randn_tensor((2, 2)).any()  # type: ignore[attr-defined]
+            raise ValueError("it fails")
+
+    with pytest.raises(ValueError, match="it fails"):
+        failing()
+    assert module.randn_tensor is drawn  # type: ignore[attr-defined]
+    for name in ("ddim", "tcd"):  # which are told
+        options = step_options(sampling.make_scheduler(name, sd1), temperature=0.3, generators=None)
+        assert options == {"eta": 0.3}
 
 
 def test_threads_do_not_scale_each_others_noise(sd1: Base) -> None:
