@@ -100,6 +100,15 @@ def test_what_training_left_beside_the_weights(
         check(tmp_path / "out.safetensors", network, sd1)
 
 
+def test_what_stands_beside_a_control_network_is_of_its_base_or_named(
+    network: Any, sd1: Base, tmp_path: Path
+) -> None:
+    state = original_controlnet(network, prefix="control_model.")
+    for other in ("some.a", "time_embed.0.weight"):
+        file = saved({**state, other: torch.zeros(2)}, tmp_path / "a.safetensors")
+        refusal(file, sd1, f"holds {other}, which a ControlNet does not have")
+
+
 def test_counts_and_optimizers_are_no_weights(network: Any, sd1: Base, tmp_path: Path) -> None:
     beside = {"global_step": torch.tensor(5), "optimizer.state.0.exp_avg": torch.zeros(2)}
     check(saved({**network.state_dict(), **beside}, tmp_path / "a.safetensors"), network, sd1)

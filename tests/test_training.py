@@ -35,9 +35,9 @@ from controlkit.training.draws import Draws
 from controlkit.training.going_on import as_begun
 from controlkit.training.loop import open_run, train, train_step
 from controlkit.training.machine import Machine
-from controlkit.training.optimizers import learning_rate
+from controlkit.training.optimizers import learning_rate, restore_state, state_of
 from controlkit.training.reporting.run_record import read_run
-from controlkit.training.saving import Saver, write_recipe
+from controlkit.training.saving import Saver, refuse_changes, write_recipe
 from controlkit.training.task import DrawnTask
 from controlkit.training.text import ATTRIBUTES, attributes, build_tokenizer
 from controlkit.training.world import load_world
@@ -372,6 +372,7 @@ class Line(DrawnTask):
         return None
 
     def export(self, folder, weights):
+        assert not self.net.training
         save_file(dict(weights), folder / "line.safetensors")
 
 
@@ -385,18 +386,19 @@ def test_a_run_is_the_plain_loop_that_its_recipe_says(tmp_path, text_recipe):
     for step, rate in enumerate(learning_rate(recipe, step) for step in range(8)):
         optimizer.param_groups[0]["lr"], optimizer.param_groups[1]["lr"] = rate, 6 * rate
         optimizer.zero_grad()
-        theirs.loss(Draws(recipe.seed, step)).backward()
+        loss = theirs.loss(Draws(recipe.seed, step))
+        loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, 20.0)
         optimizer.step()
         decay = min(0.9, 1 - 1 / (1 + 0.3 * (step + 1)))  # a young average reaches back over a quarter
         for average, p in zip(averages, parameters, strict=True):
             average.lerp_(p.detach(), 1 - decay)
-        rows.append((rate, pytest.approx(float(norm))))
-    assert 0 < sum(norm.expected > 20 for _, norm in rows) < 8  # some are clipped
+        rows.append((rate, pytest.approx(float(norm)), pytest.approx(float(loss.detach()))))
+    assert 0 < sum(norm.expected > 20 for _, norm, _ in rows) < 8  # some are clipped
 
     train(task, recipe, run)
     found = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    assert [(row["learning_rate"], row["grad_norm"]) for row in found] == rows
+    assert [(row["learning_rate"], row["grad_norm"], row["loss"]) for row in found] == rows
     result = load_file(run / "result" / "line.safetensors")
     checkpoint = load_file(run / "checkpoints/step-000008/weights.safetensors")
     for name, average, p in zip(("net.weight", "net.bias"), averages, parameters, strict=True):
@@ -488,6 +490,52 @@ def test_a_run_that_is_made_longer_equals_one_that_was_long_from_the_start(tmp_p
         ValueError, match=r"another recipe \(steps 8 -> 6\): .*steps can become more, not fewer"
     ):
         train_recipe(str(text_recipe), ["steps=6", f"schedule={schedule}"])
+
+
+def test_what_a_result_depends_on_may_not_change(tmp_path):
+    begun = {("steps",): 10, ("schedule",): "cosine", ("optimizer",): "adamw", ("data", "cache"): True}
+
+    def refuses(key, value, **more):
+        before = begun | {(name,): other for name, other in more.items()}
+        try:
+            refuse_changes({key: "old"} | before, before | {key: value}, [key], tmp_path)
+        except ValueError as error:
+            return f"another recipe ({'.'.join(key)} " in str(error)
+        return False
+
+    decides = "seed batch_size learning_rate betas weight_decay clip ema warmup schedule optimizer precision"
+    assert all(refuses((name,), "new") for name in (*decides.split(), "base", "init", "map", "accumulation"))
+    assert all(refuses(("data", name), "new") for name in ("source", "resolution", "flip", "crop", "holdout"))
+    assert not any(refuses((name,), "new") for name in ("out", "checkpoint_every", "device", "threads"))
+    assert not refuses(("data", "workers"), 9)
+    # More steps, where none before depends on how many there are.
+    assert [refuses(("steps",), 20, **how) for how in ({}, {"schedule": "rsqrt"})] == [True, False]
+    free = {"optimizer": "schedule-free"}
+    assert [refuses(("steps",), steps, **free) for steps in (20, 5)] == [False, True]
+
+
+def test_the_numbers_of_an_optimizer_come_back_and_no_infinity_among_them():
+    net = torch.nn.Linear(2, 2)
+    names = {id(p): name for name, p in net.named_parameters()}
+
+    def optimizer(**numbers):
+        return torch.optim.AdamW([{"params": [p], **numbers} for p in net.parameters()], lr=1e-3)
+
+    before, after = (
+        optimizer(k=5, weight_sum=0.25, lr_max=math.inf),
+        optimizer(k=0, weight_sum=0.0, lr_max=1.0),
+    )
+    net(torch.ones(1, 2)).sum().backward()
+    before.step()
+    tensors, groups = state_of(before, names)
+    assert all("lr_max" not in group for group in json.loads(json.dumps(groups, allow_nan=False)))
+    restore_state(after, names, tensors, groups)
+    assert [(group["k"], group["weight_sum"], group["lr_max"]) for group in after.param_groups] == [
+        (5, 0.25, 1)
+    ] * 2
+    assert {key: value.tolist() for key, value in state_of(after, names)[0].items()} == {
+        key: value.tolist() for key, value in tensors.items()
+    }
 
 
 def test_a_rate_that_falls_until_the_last_step_keeps_their_number(text_recipe):

@@ -17,12 +17,14 @@ from controlkit import diffusion, images
 from controlkit.processes import Processes
 from controlkit.training.config import load_recipe
 from controlkit.training.config_adapter import DataRecipe
+from controlkit.training.data import feeds
 from controlkit.training.data.digests import Digests
 from controlkit.training.data.encoded import Encoded
 from controlkit.training.data.examples import ArrayPiece, Example, FilePiece
 from controlkit.training.data.loader import Loader
 from controlkit.training.data.order import Order, Turn
 from controlkit.training.data.packing import pack, unpack
+from controlkit.training.data.pairs import Pairs
 from controlkit.training.data.source_tar import TarPiece, read_index
 from controlkit.training.data.stores import Store
 from controlkit.training.data.visits import Visits
@@ -282,6 +284,40 @@ def test_a_piece_is_looked_through_once_whatever_it_is_for(tmp_path, monkeypatch
     (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes())
     Digests(tmp_path / "memory").of([FilePiece(tmp_path / "b.png")] * 3)
     assert looks == ["a.png", "b.png"]
+
+
+def test_held_out_pairs_are_shown_and_never_trained_on(tmp_path, monkeypatch, sd1):
+    monkeypatch.setenv("CONTROLKIT_CACHE", str(tmp_path / "cache"))
+    recipe = load_recipe(
+        "sd15-canny", ["data.maps=made", "data.resolution=64", "data.buckets=true", "batch_size=2"]
+    )
+
+    def feed(sizes, *, changed=0, cache=True):
+        pictures = [
+            ArrayPiece(some_levels(k + 99 * (k == changed), *size)) for k, size in enumerate(sizes, 1)
+        ]
+        examples = [Example(f"pair {k}", piece, f"caption {k}") for k, piece in enumerate(pictures)]
+        found = Pairs(examples, list(sizes), trained=[0, 2, 3, 5], shown=[1, 4])
+        monkeypatch.setattr(feeds, "load_pairs", lambda *_, **__: found)
+        data = recipe.data.model_copy(update={"cache": cache})
+        told = recipe.model_copy(update={"data": data})
+        return feeds.StoredFeed(told, sd1, Processes(), report=lambda _: None)
+
+    sizes = [(64, 64), (64, 64), (128, 64)] * 2
+    whole = feed(sizes)
+    seen = Counter(turn.index for number in range(40) for turn in whole.order.batch(number))
+    assert (set(seen), whole.pairs, whole.held_out, whole.shown) == ({0, 2, 3, 5}, 4, True, [1, 4])
+    assert whole.encoded.text(["caption 4"])  # they are kept, too
+    state = json.loads(json.dumps(whole.state(0)))
+    feed(sizes).restore(state)
+    for number in (1, 2):  # one that is trained on, and one that is shown
+        with pytest.raises(
+            ValueError, match=r"has changed since this run stopped \(there are 4 pairs as before"
+        ):
+            feed(sizes, changed=number).restore(state)
+    feed(sizes, changed=1, cache=False).restore(state)  # nothing is known of their content
+    with pytest.raises(ValueError, match="then 3 pairs to train on, now 4"):
+        feed(sizes, cache=False).restore(state | {"pairs": 3})
 
 
 def some_levels(seed, width, height):
