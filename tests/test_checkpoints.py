@@ -25,7 +25,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from controlkit.base import Base, check_base, load_base
 from controlkit.base_parts import load_unet
 from controlkit.base_structure import read_base
-from controlkit.checkpoints.kept import kept_folder
+from controlkit.checkpoints import writing
+from controlkit.checkpoints.kept import check_checkpoint, kept_folder
 from controlkit.checkpoints.reading import open_checkpoint
 from controlkit.folders import quiet_libraries, read_json
 from controlkit.formats.weight_file import Stored, WeightFile
@@ -457,6 +458,17 @@ def test_the_parts_are_written_once(wholes: Callable[[str], Whole], tmp_path: Pa
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     assert kept_folder(file) == folder
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    beside = file.with_suffix(".yaml")  # which may say otherwise what it predicts
+    beside.write_text("model: {params: {parameterization: v}}")
+    with pytest.warns(UserWarning, match="predicts v_prediction .by its .yaml"):
+        assert kept_folder(file) != folder
+    beside.unlink()
+    damaged = tmp_path / "damaged.safetensors"
+    damaged.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(ValueError, match=r"damaged.safetensors is cut short"):
+        check_checkpoint(damaged)
+    whole = sum(tensor.nbytes for tensor in wholes("sd1").tensors.values())
+    assert open_checkpoint(file).size == pytest.approx(whole, rel=1e-3)  # some is not needed
     moved = tmp_path / "elsewhere" / file.name
     moved.parent.mkdir()
     file.rename(moved)
@@ -478,12 +490,16 @@ def test_what_a_killed_process_left_is_removed(
     assert not left.exists()
 
 
-def test_processes_that_need_it_at_once_write_it_once(wholes: Callable[[str], Whole], tmp_path: Path) -> None:
+def test_processes_that_need_it_at_once_write_it_once(
+    wholes: Callable[[str], Whole], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
-    file = wholes("sd1").to(tmp_path)
+    file, written, write = wholes("sd1").to(tmp_path), [], writing.write_folder
+    monkeypatch.setattr(writing, "write_folder", lambda *given: written.append(1) or write(*given))
     with ThreadPoolExecutor(3) as pool:
         (folder,) = set(pool.map(kept_folder, 3 * [file]))
+    assert written == [1]
     assert load_base(str(folder)).digest() == load_base(str(wholes("sd1").folder)).digest()
 
 

@@ -356,8 +356,8 @@ def test_a_stopped_run_equals_an_uninterrupted_one(tmp_path, text_recipe):
 class Line(DrawnTask):
     """A task that is one matrix and its bias, which learns at another rate."""
 
-    def __init__(self, recipe):
-        self.recipe, self.net = recipe, torch.nn.Linear(3, 2)
+    def __init__(self, recipe, half=None):
+        self.recipe, self.half, self.net = recipe, half, torch.nn.Linear(3, 2)
 
     def modules(self):
         return {"net": self.net}
@@ -366,32 +366,43 @@ class Line(DrawnTask):
         return [{"params": [self.net.weight], "rate": 1.0}, {"params": [self.net.bias], "rate": 6.0}]
 
     def loss(self, draws):
-        return (self.net(3 * draws.normal(4, 3)) - 5).square().mean()
+        assert self.net.training
+        return (self.net(3 * draws.normal(4, 3).to(self.net.weight.dtype)).float() - 5).square().mean()
 
     def sample(self):
-        return None
+        assert not self.net.training
 
     def export(self, folder, weights):
         assert not self.net.training
         save_file(dict(weights), folder / "line.safetensors")
 
 
-def test_a_run_is_the_plain_loop_that_its_recipe_says(tmp_path, text_recipe):
-    recipe = load_recipe(str(text_recipe), ["betas=[0.8, 0.9]", "weight_decay=0.3", "clip=20.0"])
-    task = Line(recipe)
-    theirs, run = copy.deepcopy(task), tmp_path / "line"
-    parameters = [theirs.net.weight, theirs.net.bias]
-    optimizer = torch.optim.AdamW([{"params": [p]} for p in parameters], betas=(0.8, 0.9), weight_decay=0.3)
-    averages, rows = [p.detach().clone() for p in parameters], []
+@pytest.mark.parametrize("half", [None, torch.bfloat16])
+def test_a_run_is_the_plain_loop_that_its_recipe_says(tmp_path, text_recipe, half):
+    """In half precision of weights that are moved in fp32, and rounded for every step."""
+    changes = ["betas=[0.8, 0.9]", "weight_decay=0.3", "clip=20.0", "sample_every=3"]
+    recipe, run = load_recipe(str(text_recipe), changes), tmp_path / "line"
+    task = Line(recipe, half)
+    theirs = copy.deepcopy(task)
+    used = list(theirs.net.parameters())
+    masters = [torch.nn.Parameter(p.detach().clone()) for p in used]
+    averages, rows = [p.detach().clone() for p in masters], []
+    theirs.net.to(half)
+    optimizer = torch.optim.AdamW([{"params": [p]} for p in masters], betas=(0.8, 0.9), weight_decay=0.3)
     for step, rate in enumerate(learning_rate(recipe, step) for step in range(8)):
         optimizer.param_groups[0]["lr"], optimizer.param_groups[1]["lr"] = rate, 6 * rate
-        optimizer.zero_grad()
+        theirs.net.zero_grad()
+        with torch.no_grad():
+            for mine, master in zip(used, masters, strict=True):
+                mine.copy_(master)
         loss = theirs.loss(Draws(recipe.seed, step))
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, 20.0)
+        for mine, master in zip(used, masters, strict=True):
+            master.grad = mine.grad.float()
+        norm = torch.nn.utils.clip_grad_norm_(masters, 20.0)
         optimizer.step()
         decay = min(0.9, 1 - 1 / (1 + 0.3 * (step + 1)))  # a young average reaches back over a quarter
-        for average, p in zip(averages, parameters, strict=True):
+        for average, p in zip(averages, masters, strict=True):
             average.lerp_(p.detach(), 1 - decay)
         rows.append((rate, pytest.approx(float(norm)), pytest.approx(float(loss.detach()))))
     assert 0 < sum(norm.expected > 20 for _, norm, _ in rows) < 8  # some are clipped
@@ -401,11 +412,11 @@ def test_a_run_is_the_plain_loop_that_its_recipe_says(tmp_path, text_recipe):
     assert [(row["learning_rate"], row["grad_norm"], row["loss"]) for row in found] == rows
     result = load_file(run / "result" / "line.safetensors")
     checkpoint = load_file(run / "checkpoints/step-000008/weights.safetensors")
-    for name, average, p in zip(("net.weight", "net.bias"), averages, parameters, strict=True):
+    for name, average, p in zip(("net.weight", "net.bias"), averages, masters, strict=True):
         torch.testing.assert_close(result[name], average)
         torch.testing.assert_close(checkpoint[f"average.{name}"], average)
         torch.testing.assert_close(checkpoint[f"model.{name}"], p.detach())
-        torch.testing.assert_close(dict(task.net.named_parameters())[name[4:]], p)
+        torch.testing.assert_close(dict(task.net.named_parameters())[name[4:]].detach(), p.detach().to(half))
 
 
 def opened(text_recipe, folder):
