@@ -35,11 +35,12 @@ from controlkit.training.draws import Draws
 from controlkit.training.going_on import as_begun
 from controlkit.training.loop import open_run, train, train_step
 from controlkit.training.machine import Machine
-from controlkit.training.optimizers import learning_rate, restore_state, state_of
+from controlkit.training.optimizers import averages_of, learning_rate, restore_state, state_of
 from controlkit.training.reporting.run_record import read_run
 from controlkit.training.saving import Saver, refuse_changes, write_recipe
 from controlkit.training.task import DrawnTask
 from controlkit.training.text import ATTRIBUTES, attributes, build_tokenizer
+from controlkit.training.weights import Weights
 from controlkit.training.world import load_world
 
 TEXT = (
@@ -374,13 +375,14 @@ class Line(DrawnTask):
 
     def export(self, folder, weights):
         assert not self.net.training
+        assert torch.equal(self.net.weight, weights["net.weight"].to(self.net.weight.dtype))
         save_file(dict(weights), folder / "line.safetensors")
 
 
 @pytest.mark.parametrize("half", [None, torch.bfloat16])
 def test_a_run_is_the_plain_loop_that_its_recipe_says(tmp_path, text_recipe, half):
     """In half precision of weights that are moved in fp32, and rounded for every step."""
-    changes = ["betas=[0.8, 0.9]", "weight_decay=0.3", "clip=20.0", "sample_every=3"]
+    changes = ["betas=[0.8, 0.9]", "weight_decay=0.3", "clip=20.0", "sample_every=3", "learning_rate=0.1"]
     recipe, run = load_recipe(str(text_recipe), changes), tmp_path / "line"
     task = Line(recipe, half)
     theirs = copy.deepcopy(task)
@@ -419,9 +421,42 @@ def test_a_run_is_the_plain_loop_that_its_recipe_says(tmp_path, text_recipe, hal
         torch.testing.assert_close(dict(task.net.named_parameters())[name[4:]].detach(), p.detach().to(half))
 
 
+def test_gradients_of_micro_batches_add_up_in_full_precision():
+    net = torch.nn.Linear(1, 1, bias=False)
+    weights = Weights({"net": net}, half=torch.bfloat16)
+    for gradient in (256.0, 1.0, 1.0):  # whose sum bf16 does not have
+        net.weight.grad = torch.full((1, 1), gradient, dtype=torch.bfloat16)
+        weights.take_gradients()
+        assert net.weight.grad is None
+    assert weights.masters["net.weight"].grad.item() == 258
+
+
+class Averaging(torch.optim.SGD):
+    """An optimizer with averages of its own, whose way back from them is not to the bit."""
+
+    def eval(self):
+        for p in self.param_groups[0]["params"]:
+            p.data.fill_(7)
+
+    def train(self):
+        for p in self.param_groups[0]["params"]:
+            p.data.add_(1e-3)
+
+
+def test_averages_of_an_optimizer_are_taken_and_left_to_the_bit():
+    net = torch.nn.Linear(2, 2)
+    weights = Weights({"net": net}, half=torch.bfloat16)
+    before = {name: master.detach().clone() for name, master in weights.masters.items()}
+    with averages_of(Averaging(weights.masters.values()), weights):
+        assert all((tensor == 7).all() for tensor in (*weights.masters.values(), *net.parameters()))
+    for name, master in weights.masters.items():
+        assert torch.equal(master, before[name])
+        assert torch.equal(weights.parameters[name], before[name].to(torch.bfloat16))
+
+
 def opened(text_recipe, folder):
     recipe = load_recipe(str(text_recipe))
-    return open_run(Line(recipe), recipe, folder, Machine(recipe), lambda _: None)
+    return open_run(Line(recipe, torch.bfloat16), recipe, folder, Machine(recipe), lambda _: None)
 
 
 def test_what_a_run_knows_of_itself_is_there_when_it_goes_on(tmp_path, text_recipe):
@@ -438,6 +473,13 @@ def test_what_a_run_knows_of_itself_is_there_when_it_goes_on(tmp_path, text_reci
     again = opened(text_recipe, run.folder)
     assert (again.step, again.bad_steps, again.pieces) == (2, 2, 4)
     assert (again.window, again.window.steps) == (run.read_losses(), 2)
+    assert again.weights.average.keys() == run.weights.masters.keys()
+    for mine, theirs in zip(
+        (again.weights.parameters, again.weights.masters, again.weights.average),
+        (run.weights.parameters, run.weights.masters, run.weights.average),
+        strict=True,
+    ):
+        assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
     assert not any(path.exists() for path in left)
 
 
