@@ -6,6 +6,7 @@ import pytest
 import tiny_models
 import torch
 from sampling_peers import controlnet_of
+from tiny_models import nine_channels
 
 from controlkit.base import Base
 from controlkit.controlnet import from_base
@@ -131,6 +132,12 @@ def test_a_damaged_control_lora_is_refused(sd1: Base, load: Callable[[str], Base
         control_lora.expand({k: v for k, v in tensors.items() if "middle_block_out" not in k}, unet)
     with pytest.raises(ValueError, match="no copy of this base's encoder"):
         control_lora.reduce(trained(sd1), {k: torch.cat([v, v]) for k, v in unet.items()}, 2)
+
+
+def test_of_a_base_that_fills_holes_the_latents_channels_count(sd1: Base) -> None:
+    plain, wide = (control_lora.encoder_of(base.unet.state_dict()) for base in (sd1, nine_channels(sd1)))
+    assert plain.keys() == wide.keys()
+    assert all(torch.equal(plain[key], wide[key]) for key in plain)
 
 
 def test_what_was_not_changed_is_left_out_but_norms_and_biases(sd1: Base) -> None:

@@ -33,12 +33,12 @@ from controlkit.training.config import (
 from controlkit.training.data import pairs
 from controlkit.training.draws import Draws
 from controlkit.training.going_on import as_begun
-from controlkit.training.loop import open_run, train, train_step
+from controlkit.training.loop import forward_backward, open_run, train, train_step
 from controlkit.training.machine import Machine
 from controlkit.training.optimizers import averages_of, learning_rate, restore_state, state_of
 from controlkit.training.reporting.run_record import read_run
 from controlkit.training.saving import Saver, refuse_changes, write_recipe
-from controlkit.training.task import DrawnTask
+from controlkit.training.task import DrawnTask, Losses
 from controlkit.training.text import ATTRIBUTES, attributes, build_tokenizer
 from controlkit.training.weights import Weights
 from controlkit.training.world import load_world
@@ -429,6 +429,29 @@ def test_gradients_of_micro_batches_add_up_in_full_precision():
         weights.take_gradients()
         assert net.weight.grad is None
     assert weights.masters["net.weight"].grad.item() == 258
+
+
+class Few(tuple):
+    """A micro-batch of numbers."""
+
+    def halves(self):
+        return [Few(self[:2]), Few(self[2:])] if len(self) > 2 else [self]
+
+
+def test_pieces_of_a_micro_batch_weigh_as_many_pairs_as_they_have(tmp_path, text_recipe, monkeypatch):
+    run = opened(text_recipe, tmp_path / "line")
+    values = torch.tensor([1.0, 5.0, 30.0])
+
+    def losses(whole, part):
+        return Losses(values[list(part)] * run.task.net.bias.float().sum())
+
+    monkeypatch.setattr(run.task, "parts", lambda step: [Few(range(3))])
+    monkeypatch.setattr(run.task, "losses", losses)
+    for pieces in (1, 2):
+        run.cut(pieces)
+        forward_backward(run)
+        assert run.weights.masters["net.bias"].grad.tolist() == [12.0] * 2
+        run.weights.drop_gradients()
 
 
 class Averaging(torch.optim.SGD):
