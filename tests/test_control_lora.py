@@ -6,7 +6,6 @@ import pytest
 import tiny_models
 import torch
 from sampling_peers import controlnet_of
-from tiny_models import nine_channels
 
 from controlkit.base import Base
 from controlkit.controlnet import from_base
@@ -135,7 +134,9 @@ def test_a_damaged_control_lora_is_refused(sd1: Base, load: Callable[[str], Base
 
 
 def test_of_a_base_that_fills_holes_the_latents_channels_count(sd1: Base) -> None:
-    plain, wide = (control_lora.encoder_of(base.unet.state_dict()) for base in (sd1, nine_channels(sd1)))
+    plain, wide = (
+        control_lora.encoder_of(base.unet.state_dict()) for base in (sd1, tiny_models.nine_channels(sd1))
+    )
     assert plain.keys() == wide.keys()
     assert all(torch.equal(plain[key], wide[key]) for key in plain)
 
