@@ -358,7 +358,10 @@ class Line(DrawnTask):
     """A task that is one matrix and its bias, which learns at another rate."""
 
     def __init__(self, recipe, half=None):
-        self.recipe, self.half, self.net = recipe, half, torch.nn.Linear(3, 2)
+        self.recipe, self.half = recipe, half
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(3)
+            self.net = torch.nn.Linear(3, 2)
 
     def modules(self):
         return {"net": self.net}
