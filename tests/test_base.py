@@ -1,5 +1,6 @@
 """The locked base against diffusers' own pipelines, and every way in which loading one can fail."""
 
+import copy
 import json
 import os
 import re
@@ -473,7 +474,13 @@ def test_an_autoencoder_with_statistics_of_its_own(folders: dict[str, Path], tmp
     assert torch.allclose(
         base.decode_latents(latents), base.vae.decode(encoded(base, picture)).sample, atol=1e-4
     )
-    assert torch.allclose(encode_pictures(base, [picture]).mean.float(), latents, atol=2e-3)
+    kept, posterior = (
+        encode_pictures(base, [picture]),
+        base.vae.encode(picture_to_tensor([picture])).latent_dist,
+    )
+    assert torch.allclose(kept.mean.float(), latents, atol=2e-3)
+    spread = posterior.std * 0.5 / torch.tensor(std)[None, :, None, None]
+    assert torch.allclose(kept.std.float(), spread, rtol=2e-3, atol=1e-6)
     assert picture_encoder_id(base) != picture_encoder_id(plain)
 
 
@@ -500,6 +507,18 @@ def test_what_is_kept_of_a_base_is_named_by_all_that_decides_it(
     assert (before == text_encoder_id(plain)) == (changed != "text")
     mine.tokenizers[0]("a red figure", padding="max_length", truncation=True, max_length=20)
     assert text_encoder_id(mine) == before
+
+
+def test_how_a_base_reads_a_caption_names_what_is_kept_of_it(loaded: dict[str, Base]) -> None:
+    from controlkit.training.data.encoding import picture_encoder_id, text_encoder_id
+
+    base = loaded["sd1"]
+    others = [base, replace(base, clip_skip=2), replace(base, words={"<cat>": (5, 6)})]  # type: ignore[dict-item]
+    assert len(set(map(text_encoder_id, others))) == 3
+    vae = copy.deepcopy(base.vae)
+    with torch.no_grad():
+        vae.quant_conv.weight.add_(1)
+    assert picture_encoder_id(replace(base, vae=vae)) != picture_encoder_id(base)
 
 
 def test_the_merges_of_a_tokenizer_name_what_is_kept(loaded: dict[str, Base], tmp_path: Path) -> None:

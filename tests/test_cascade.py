@@ -10,11 +10,13 @@ import tiny_models
 from sampling_peers import cond, controlnet_of
 from test_ip_adapter import adapter, flat, photo, write_encoder
 
+from controlkit import cascade
 from controlkit.base import Base, load_base
 from controlkit.cascade import refine
 from controlkit.class_labels import Told
 from controlkit.control import Control
 from controlkit.execution import Execution
+from controlkit.images import resize
 from controlkit.ip_adapter import picture_prompt
 from controlkit.sampling import Memory, Savings, Start, Tiles, generate
 
@@ -95,6 +97,21 @@ def test_outside_of_a_hole_both_stages_keep_the_picture(sd1: Base, channels: int
     fitted = start.fitted(96, 96)
     assert np.array_equal(second[~fitted.hole()], fitted.picture[~fitted.hole()])
     assert not np.array_equal(second[fitted.hole()], fitted.picture[fitted.hole()])
+
+
+def test_the_second_stage_is_told_what_the_first_was(sd1: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: dict[str, Any] = {}
+    monkeypatch.setattr(cascade, "generate", lambda base, prompt, **given: told.update(given) or ["made"])
+    first = photo(1, 64, 96)
+    for paste in (True, False):
+        start = Start(photo(2, 64, 96), 0.8, np.pad(hole(), ((0, 0), (0, 32))), paste)
+        assert refine(sd1, "x", first, factor=1.5, seed=7, start=start, steps=3) == "made"
+        refined, whole = told["start"], start.fitted(144, 96)
+        assert (told["seeds"], told["width"], told["height"], told["steps"]) == ([7], 144, 96, 3)
+        assert (refined.strength, refined.paste) == (0.5, paste)
+        assert np.array_equal(refined.mask, whole.mask)
+        around = whole.picture if paste else resize(first, 144, 96)
+        assert np.array_equal(refined.picture[~whole.hole()], around[~whole.hole()])
 
 
 def test_what_was_switched_on_before_stays_on(sd1: Base) -> None:

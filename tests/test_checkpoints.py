@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import checkpoint_files
@@ -20,12 +21,14 @@ from checkpoint_files import write
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from outcomes import Run
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from controlkit.base import Base, check_base, load_base
 from controlkit.base_parts import load_unet
 from controlkit.base_structure import read_base
-from controlkit.checkpoints.kept import kept_folder
+from controlkit.checkpoints import writing
+from controlkit.checkpoints.autoencoder import load_autoencoder
+from controlkit.checkpoints.kept import check_checkpoint, kept_folder
 from controlkit.checkpoints.reading import open_checkpoint
 from controlkit.folders import quiet_libraries, read_json
 from controlkit.formats.weight_file import Stored, WeightFile
@@ -443,6 +446,27 @@ def test_a_file_that_is_cut_short_or_damaged(wholes: Callable[[str], Whole], tmp
     assert "is cut short" in refusal(file)
     with pytest.raises(ValueError, match="is cut short"):
         check_base(str(file))
+    file.unlink()
+    told = SAID.get("sd1", {}) | {"hash_sha256": f"0x{'1' * 64}"}  # of other weights
+    assert "its weights are not those it was written with" in refusal(wholes("sd1").to(tmp_path, said=told))
+
+
+@pytest.mark.parametrize(("family", "filling"), [("sd1", None), ("sd2", "!"), ("sdxl", None)])
+def test_a_text_is_filled_up_as_by_the_published_tokenizer(
+    wholes: Callable[[str], Whole], tmp_path: Path, family: str, filling: str | None
+) -> None:
+    parts = ["text_encoder", *(["text_encoder_2"] if family == "sdxl" else [])]
+    words = len(CLIPTokenizer.from_pretrained(wholes("sd1").file.parent / "tokenizer"))
+    told: Any = SimpleNamespace(
+        path=wholes("sd1").file, family=family, configs={part: {"vocab_size": words} for part in parts}
+    )
+    writing._write_words(told, tmp_path)
+    found = [
+        CLIPTokenizer.from_pretrained(tmp_path / name.replace("text_encoder", "tokenizer")) for name in parts
+    ]
+    end = found[0].eos_token
+    assert [tokenizer.pad_token for tokenizer in found] == [filling or end, "!"][: len(parts)]
+    assert {tokenizer.model_max_length for tokenizer in found} == {77}
 
 
 # Where its parts are
@@ -457,6 +481,17 @@ def test_the_parts_are_written_once(wholes: Callable[[str], Whole], tmp_path: Pa
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     assert kept_folder(file) == folder
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    beside = file.with_suffix(".yaml")  # which may say otherwise what it predicts
+    beside.write_text("model: {params: {parameterization: v}}")
+    with pytest.warns(UserWarning, match="predicts v_prediction .by its .yaml"):
+        assert kept_folder(file) != folder
+    beside.unlink()
+    damaged = tmp_path / "damaged.safetensors"
+    damaged.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(ValueError, match=r"damaged.safetensors is cut short"):
+        check_checkpoint(damaged)
+    whole = sum(tensor.nbytes for tensor in wholes("sd1").tensors.values())
+    assert open_checkpoint(file).size == pytest.approx(whole, rel=1e-3)  # some is not needed
     moved = tmp_path / "elsewhere" / file.name
     moved.parent.mkdir()
     file.rename(moved)
@@ -478,12 +513,16 @@ def test_what_a_killed_process_left_is_removed(
     assert not left.exists()
 
 
-def test_processes_that_need_it_at_once_write_it_once(wholes: Callable[[str], Whole], tmp_path: Path) -> None:
+def test_processes_that_need_it_at_once_write_it_once(
+    wholes: Callable[[str], Whole], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
-    file = wholes("sd1").to(tmp_path)
+    file, written, write = wholes("sd1").to(tmp_path), [], writing.write_folder
+    monkeypatch.setattr(writing, "write_folder", lambda *given: written.append(1) or write(*given))
     with ThreadPoolExecutor(3) as pool:
         (folder,) = set(pool.map(kept_folder, 3 * [file]))
+    assert written == [1]
     assert load_base(str(folder)).digest() == load_base(str(wholes("sd1").folder)).digest()
 
 
@@ -642,6 +681,8 @@ def test_an_autoencoder_in_a_file(wholes: Callable[[str], Whole], tmp_path: Path
     latents = torch.randn((1, 4, 4, 4), generator=torch.Generator().manual_seed(0))
     assert torch.equal(ours.decode_latents(latents), theirs.decode_latents(latents))
     check_vae(str(file))
+    alone = load_autoencoder(file, scaling_factor=0.5, dtype=torch.float16)  # as it is told: no file says
+    assert (alone.config.scaling_factor, alone.dtype) == (0.5, torch.float16)
 
 
 def test_files_that_are_no_autoencoders(wholes: Callable[[str], Whole], tmp_path: Path, models: Path) -> None:

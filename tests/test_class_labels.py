@@ -18,7 +18,7 @@ from sampling_peers import assert_same, cond, controlnet_of, our_latents, parts_
 from controlkit import sampling
 from controlkit.base import Base, load_base
 from controlkit.base_parts import is_complete
-from controlkit.class_labels import Told
+from controlkit.class_labels import Labels, Told
 from controlkit.control import Control
 from controlkit.controlnet import from_base, lock, predict
 from controlkit.folders import quiet_libraries
@@ -202,6 +202,12 @@ def test_picture_k_of_several_is_picture_k_alone_and_the_picture_is_encoded_once
     for more in ({"batch_size": 3}, {"memory": Memory(3, one_branch=True)}):
         batched = sampling.generate(base, "x", seeds=(4, 5, 6), **request, **more)
         assert np.abs(np.stack(batched).astype(int) - np.stack(several)).max() <= 1
+
+
+def test_the_first_class_is_told_as_any_other(classes: Base) -> None:
+    one = [torch.Generator()]
+    labels = [Labels(classes, Told(class_label=k)).draw(one, branches=2) for k in (0, 4)]
+    assert [label.tolist() for label in labels if label is not None] == [[0], [4]]
 
 
 def test_what_both_branches_are_told_alike_keeps_their_common_start(unclip: Base, classes: Base) -> None:

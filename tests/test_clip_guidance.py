@@ -92,6 +92,19 @@ def test_the_gradient_is_that_of_finite_differences(sd1: Base, clip: Clip, side:
         assert abs(slope) > 1e-5
 
 
+def test_what_is_judged_is_the_picture_that_the_base_would_decode(sd1: Base, clip: Clip) -> None:
+    """Of fewer latents where it is larger than the CLIP's on both sides: here 64 pixels high, not 32."""
+    x_0 = torch.randn((1, 4, 8, 16), generator=torch.Generator().manual_seed(0))
+    guide = ClipGuide(sd1, ClipGuidance(clip, 50.0), PROMPT)
+    with torch.no_grad():
+        pixels = sd1.decode_latents(torch.nn.functional.avg_pool2d(x_0, 2))
+        wanted = spherical_distance(clip.encode_pixels(pixels), clip.encode_prompt(PROMPT))
+        torch.testing.assert_close(guide.distance(x_0), wanted)
+    found = [guide(x_0, x_0, torch.tensor(t)) for t in (399.6, 400.0)]  # as Euler's timesteps are
+    assert torch.equal(*found)
+    assert clip.encode_prompt(" ".join([PROMPT] * 60)).shape == guide.target.shape  # its end is cut off
+
+
 def test_half_precision_has_the_same_gradient(clip: Clip, folder: Path) -> None:
     x_0 = torch.randn((1, 4, 16, 16), generator=torch.Generator().manual_seed(0))
     gradients = [

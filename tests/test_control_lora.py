@@ -58,6 +58,10 @@ def test_the_factors_are_the_singular_value_decompositions() -> None:
         best = (u[:, :3] * s[:3]) @ v[:3]
         assert torch.allclose(up @ down, best, atol=1e-5)
         assert torch.allclose(up.norm(dim=0), down.norm(dim=1), rtol=1e-3)
+    single = torch.zeros(4, 5)  # of lower rank than asked for
+    single[1, 2] = 3
+    up, down = control_lora.factors(single, 2)
+    assert torch.allclose(up @ down, single, atol=1e-6)
 
 
 def test_a_file_written_by_hand_is_the_base_changed_by_its_factors(sd1: Base) -> None:
@@ -114,7 +118,12 @@ def test_a_damaged_control_lora_is_refused(sd1: Base, load: Callable[[str], Base
             ValueError, match=r"to_q.up is of rank 1 and its .*to_q.down of rank 2: it is damaged"
         ):
             check(narrow)
-    for name in ("zero_convs.2.0.bias", "input_hint_block.4.weight", "middle_block_out.0.weight"):
+    for name in (
+        "zero_convs.2.0.bias",
+        "input_hint_block.4.weight",
+        "middle_block_out.0.weight",
+        "zero_convs.11.0.weight",
+    ):
         with pytest.raises(ValueError, match=f"lacks {name}, a ControlNet's own part"):
             control_lora.check_pairs({k: v for k, v in tensors.items() if k != name})
     control_lora.check_pairs(tensors)
@@ -122,6 +131,14 @@ def test_a_damaged_control_lora_is_refused(sd1: Base, load: Callable[[str], Base
         control_lora.expand({k: v for k, v in tensors.items() if "middle_block_out" not in k}, unet)
     with pytest.raises(ValueError, match="no copy of this base's encoder"):
         control_lora.reduce(trained(sd1), {k: torch.cat([v, v]) for k, v in unet.items()}, 2)
+
+
+def test_of_a_base_that_fills_holes_the_latents_channels_count(sd1: Base) -> None:
+    plain, wide = (
+        control_lora.encoder_of(base.unet.state_dict()) for base in (sd1, tiny_models.nine_channels(sd1))
+    )
+    assert plain.keys() == wide.keys()
+    assert all(torch.equal(plain[key], wide[key]) for key in plain)
 
 
 def test_what_was_not_changed_is_left_out_but_norms_and_biases(sd1: Base) -> None:

@@ -78,8 +78,9 @@ def test_a_wrapped_network(prefix: str, suffix: str, network: Any, sd1: Base, tm
 
 def test_a_prefix_of_some_names_alone_is_no_wrapping(network: Any, sd1: Base, tmp_path: Path) -> None:
     state = {f"controlnet.{key}": tensor for key, tensor in network.state_dict().items()}
-    file = saved({**state, "another.a": torch.zeros(2)}, tmp_path / "a.safetensors")
-    refusal(file, sd1, "is no adapter that controlkit knows")
+    for other in ("another.a", "some.a"):  # before and behind them
+        file = saved({**state, other: torch.zeros(2)}, tmp_path / "a.safetensors")
+        refusal(file, sd1, "is no adapter that controlkit knows")
 
 
 @pytest.mark.parametrize("is_original", [True, False])
@@ -97,6 +98,20 @@ def test_what_training_left_beside_the_weights(
         assert ": yes" in run("info", file, "--base", models / "sd1").done()
         run("convert", file, "out.safetensors", "--to", "single", "--base", models / "sd1").done()
         check(tmp_path / "out.safetensors", network, sd1)
+
+
+def test_what_stands_beside_a_control_network_is_of_its_base_or_named(
+    network: Any, sd1: Base, tmp_path: Path
+) -> None:
+    state = original_controlnet(network, prefix="control_model.")
+    for other in ("some.a", "time_embed.0.weight"):
+        file = saved({**state, other: torch.zeros(2)}, tmp_path / "a.safetensors")
+        refusal(file, sd1, f"holds {other}, which a ControlNet does not have")
+
+
+def test_counts_and_optimizers_are_no_weights(network: Any, sd1: Base, tmp_path: Path) -> None:
+    beside = {"global_step": torch.tensor(5), "optimizer.state.0.exp_avg": torch.zeros(2)}
+    check(saved({**network.state_dict(), **beside}, tmp_path / "a.safetensors"), network, sd1)
 
 
 def test_an_optimizer_alone_is_no_adapter(sd1: Base, tmp_path: Path) -> None:

@@ -6,12 +6,15 @@ from typing import Any
 import pytest
 import torch
 from adapter_files import controlnet_of, original_controlnet, residuals, same, saved
+from diffusers import T2IAdapter
 from outcomes import Run
 from safetensors import safe_open
 
-from controlkit.adapters import load_adapter
+from controlkit.adapters import MAPS, AdapterInfo, load_adapter
 from controlkit.base import Base
+from controlkit.formats.adapter_file import open_adapter_file
 from controlkit.formats.description import described_by_others
+from controlkit.formats.writing import write_file
 from controlkit.generate_models import Models
 from controlkit.images import load_picture
 from controlkit.kinds import kind_of
@@ -142,6 +145,21 @@ def test_what_others_say_by_modelspec_is_told_used_and_kept(
         assert run("info", output).done().count("Ada") == 1
 
 
+def test_a_family_is_told_by_the_tensors_or_where_they_cannot_tell_by_the_file(
+    network: Any, tmp_path: Path
+) -> None:
+    def family(of: Any, said: str) -> str:
+        info = AdapterInfo(map=MAPS["canny"], family=said)
+        write_file(of, tmp_path / "a.safetensors", layout="single", info=info)
+        return open_adapter_file(tmp_path / "a.safetensors").family
+
+    true = family(network, "")
+    assert true
+    assert [family(network, said) for said in ("sd1", "sd2", "sdxl")] == [true] * 3
+    t2i = T2IAdapter(3, [8, 16, 16], 1, 16, "full_adapter_xl")  # which reads no text
+    assert [family(t2i, said) for said in ("", "sd1", "sdxl")] == ["sdxl", "sd1", "sdxl"]
+
+
 def test_a_word_of_others_that_is_no_kind_of_map_is_kept_as_it_is(
     network: Any, sd1: Base, tmp_path: Path
 ) -> None:
@@ -177,7 +195,6 @@ def test_an_address_of_the_hub_is_told_as_the_name_to_give(run: Run) -> None:
 
 
 def test_a_model_of_sd2_that_predicts_v_is_called_so(sd1: Base) -> None:
-    from controlkit.adapters import AdapterInfo
     from controlkit.formats.description import header_entries
 
     def architecture(family: str, prediction: str) -> str:

@@ -1,15 +1,18 @@
 """`controlkit generate` with folders: a picture for each one there, as if it had been asked for alone."""
 
+import errno
 import shutil
 import time
 import unicodedata
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from outcomes import Run
 
-from controlkit import terminal
+from controlkit import generate_folder, terminal
 from controlkit.formats.finding import mark_of
 from controlkit.generate_folder import Request, requests
 from controlkit.generate_folder import run as run_requests
@@ -93,8 +96,83 @@ def test_folders_go_together_however_their_umlauts_are_spelt(of_base: Run, tmp_p
     for folder, spelling in (("photos", "NFC"), ("starts", "NFD")):
         (tmp_path / folder).mkdir()
         write_png(tmp_path / folder / unicodedata.normalize(spelling, "für.png"), picture)
+    for control, start in (("photos", "starts"), ("starts", "photos")):
+        whole = Request((f"canny={control}",), (), start, None, "made")
+        (one,) = requests(whole, Silent())
+        assert [Path(path).parent.name for path in one.files] == [control, start]
     of_base("--control", "canny=photos", "--from", "starts", "-o", "made").done()
     assert [path.name for path in Path("made").iterdir()] == [unicodedata.normalize("NFC", "für.png")]
+
+
+class Silent:
+    """Tells nobody, and keeps what was told."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def status(self, text: str) -> None:
+        pass
+
+    def progress(self, done: int, total: int, text: str = "") -> None:
+        pass
+
+
+A, B, C, FULL = "a", "b", "c", "full"
+OWN = "own"  # a fault of the picture at hand, which begins with its name
+
+
+@pytest.mark.parametrize(
+    ("faults", "ends_with", "made"),
+    [
+        ((A, A, None), A, 0),  # the same again, before anything was made: it is the request
+        ((A, B, C, None), A, 0),  # or three that name no picture
+        ((A, B, None, C), "", 1),
+        ((OWN, OWN, OWN, None), "", 1),
+        ((OWN, OWN), OWN, 0),  # nothing at all can be made
+        ((None, A, A, A, None), "", 2),
+        ((None, FULL, None), FULL, 1),
+    ],
+)
+def test_faults_are_a_pictures_or_the_requests(
+    faults: tuple[str | None, ...],
+    ends_with: str,
+    made: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = [
+        Request((f"canny={k}.jpg",), (), None, None, str(tmp_path / str(k) / "x.png"))
+        for k in range(len(faults))
+    ]
+
+    def planned(request: Request) -> Any:
+        fault, number = faults[asked.index(request)], asked.index(request)
+        if fault is None:
+            return SimpleNamespace(
+                outputs=[Path(request.output), Path(request.output).with_name("kept.png")], notes=[]
+            )
+        error = ValueError(f"{number}.jpg: it is torn" if fault == OWN else fault)
+        raise error from (OSError(errno.ENOSPC, "full") if fault == FULL else None)
+
+    monkeypatch.setattr(generate_folder, "_session", lambda job, *_: job)
+    monkeypatch.setattr(generate_folder, "_written", lambda job: job.outputs[:1])
+    report = Silent()
+    if ends_with:
+        with pytest.raises(ValueError, match="0.jpg: it is torn" if ends_with == OWN else f"^{ends_with}$"):
+            run_requests(asked, planned, report)  # type: ignore[arg-type]
+    else:
+        result = run_requests(asked, planned, report)  # type: ignore[arg-type]
+        left = [request.output for request, fault in zip(asked, faults, strict=True) if fault]
+        assert result.failed == left
+        assert [note.split(": ")[1] for note in report.notes] == left  # each is told once
+        there = [request.output for request, fault in zip(asked, faults, strict=True) if not fault]
+        assert [str(path) for path in result.made] == there
+        assert [path.name for path in result.kept] == ["kept.png"] * made
+    done = {k for k, fault in enumerate(faults) if not fault} - ({2, 3} if ends_with else set())
+    assert {int(path.name) for path in tmp_path.iterdir()} == done  # no folder of what failed
 
 
 def test_what_cannot_be_read_is_left_out_and_named(of_base: Run, photos: Path) -> None:

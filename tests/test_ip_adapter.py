@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers.models.attention_processor import AttnProcessor2_0
 from outcomes import Run
 from PIL import Image
 from safetensors.torch import save_file
@@ -22,8 +23,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 from controlkit.base import Base
 from controlkit.control import Control
 from controlkit.images import load_picture, read_png_text
-from controlkit.ip_adapter import picture_prompt, pictures_told
-from controlkit.reuse import text_kept
+from controlkit.ip_adapter import PicturePrompt, picture_prompt, pictures_told, with_pictures
+from controlkit.reuse import KeptText, PicturePart, cross_attentions, text_kept
 from controlkit.sampling import Memory, Savings, Tiles, generate
 
 HIDDEN, PROJECTED, SIDE = 48, 40, 32  # of the picture encoder
@@ -166,6 +167,52 @@ def test_several_adapters_and_no_scale(sd1: Base, home: Path) -> None:
     assert np.array_equal(plain[0], again[0])  # nothing is left on the base
 
 
+def test_a_base_that_is_not_guided_is_told_the_picture() -> None:
+    weights = ((torch.zeros(2, 3), torch.zeros(2, 3)),)
+    prompt = PicturePrompt(torch.stack([torch.zeros(4, 3), torch.ones(4, 3)]), weights)
+    both = with_pictures(torch.full((2, 5, 3), 9.0), [prompt])
+    assert both[:, :5].eq(9).all()
+    assert (both[0, 5:].eq(0).all(), both[1, 5:].eq(1).all()) == (True, True)
+    (alone,) = with_pictures(torch.full((1, 5, 3), 9.0, dtype=torch.float16), [prompt, prompt])
+    assert alone.dtype == torch.float16
+    assert alone[5:].eq(1).all()
+
+
+@torch.no_grad()
+def test_a_cross_attention_adds_what_it_reads_of_each_picture(sd1: Base) -> None:
+    """By its own keys, values and scale, which may be below 0; of a text that it knows, and of others."""
+    attention, draw = next(cross_attentions(sd1.unet)), torch.Generator().manual_seed(1)
+    inner, width = attention.to_k.weight.shape
+    shape = (inner, width)
+    parts = [PicturePart(n, drawn(shape, draw), drawn(shape, draw), s) for n, s in ((3, -0.5), (2, 1.5))]
+    x, told = torch.randn(2, 6, attention.to_q.in_features, generator=draw), drawn((2, 12, width), draw)
+
+    def read(rows: Tensor, to_k: Tensor, to_v: Tensor) -> Tensor:
+        split = (
+            part.unflatten(-1, (attention.heads, -1)).transpose(1, 2)
+            for part in (rows @ to_k.T, rows @ to_v.T)
+        )
+        query = attention.to_q(x).unflatten(-1, (attention.heads, -1)).transpose(1, 2)
+        return torch.nn.functional.scaled_dot_product_attention(query, *split).transpose(1, 2).flatten(2)
+
+    def whole(told: Tensor) -> Tensor:
+        text = read(told[:, :7], attention.to_k.weight, attention.to_v.weight)
+        first, second = (
+            read(rows, p.to_k, p.to_v) for rows, p in zip(told[:, 7:].split([3, 2], 1), parts, strict=True)
+        )
+        return attention.to_out[0](text - 0.5 * first + 1.5 * second)
+
+    kept, other = KeptText(parts), told.flip(0).clone()
+    for text in (told, other, told):
+        torch.testing.assert_close(kept(attention, x, text), whole(text), atol=1e-5, rtol=1e-4)
+    kept.fix(attention, told)
+    torch.testing.assert_close(kept(attention, x, other), whole(told), atol=1e-5, rtol=1e-4)
+    kept.read([])
+    for text in (told, other):
+        wanted = AttnProcessor2_0()(attention, x, encoder_hidden_states=text)
+        torch.testing.assert_close(kept(attention, x, text), wanted, atol=1e-5, rtol=1e-4)
+
+
 def test_what_was_told_another_base_is_refused(load: Callable[[str], Base], sd1: Base, home: Path) -> None:
     prompt = picture_prompt(sd1, str(home / "sd1-plain.safetensors"), [photo(1)])
     with pytest.raises(ValueError, match="a PicturePrompt was made for another base"):
@@ -176,10 +223,12 @@ def test_what_was_told_another_base_is_refused(load: Callable[[str], Base], sd1:
 def test_what_a_pickle_says_and_both_layouts(sd1: Base, home: Path, tmp_path: Path) -> None:
     torch.save(adapter(sd1, "plain"), tmp_path / "nested.bin")
     write_encoder(tmp_path / "image_encoder")
+    drawn_before = torch.get_rng_state()
     ours, theirs = (
         picture_prompt(sd1, str(file), [photo(1)])
         for file in (home / "sd1-plain.safetensors", tmp_path / "nested.bin")
     )
+    assert torch.equal(torch.get_rng_state(), drawn_before)  # which are the caller's numbers
     assert torch.equal(ours.tokens, theirs.tokens)
     assert all(torch.equal(a, b) for a, b in zip(sum(ours.weights, ()), sum(theirs.weights, ()), strict=True))
 

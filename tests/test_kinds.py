@@ -22,7 +22,7 @@ from diffusers import (
 from safetensors.torch import save_file
 from sampling_peers import SIZE, assert_same, cond, controlnet_of, our_latents, parts_of
 
-from controlkit import cross, kinds, light, lllite, union
+from controlkit import cross, kinds, light, lllite, map_stacks, union
 from controlkit.adapters import MAPS, Adapter, AdapterInfo, MapSpec, check_fits, load_adapter, save_adapter
 from controlkit.applying import EncodedControl, Rows, encode_controls, summed_residuals
 from controlkit.base import Base
@@ -203,7 +203,7 @@ def test_a_union_gives_its_own_forward_for_one_map_and_for_two(
 
 
 def test_a_stack_of_maps_is_those_of_it_that_are_there(sd1: Base) -> None:
-    network, maps = union_of(sd1, 3), [cond(k) for k in range(3)]
+    network, maps = union_of(sd1, 3), [cond(k) * (cond(k + 9) > 0.5) for k in range(3)]  # black in places
     present = torch.tensor([[True, False, True]])
     with torch.no_grad():
         stack = union.absent_marked(torch.cat(maps, dim=1), present)
@@ -566,6 +566,46 @@ def test_what_does_not_go_together_is_said(sd1: Base) -> None:
         Control(torch.nn.Linear(1, 1), cond()).weights()
 
 
+def stacked(channels: int) -> Adapter:
+    network = ControlNetModel(block_out_channels=(8,), down_block_types=("DownBlock2D",), norm_num_groups=4)
+    return Adapter(network, AdapterInfo(map=MapSpec("canny + depth", channels=channels)), "both")
+
+
+@pytest.mark.parametrize("each", [1, 3])
+def test_several_maps_are_one_input_in_the_networks_order(each: int) -> None:
+    adapter, draw = stacked(2 * each), np.random.default_rng(0)
+    grey = {kind: np.repeat(draw.integers(0, 256, (8, 8, 1), np.uint8), 3, 2) for kind in ("depth", "canny")}
+    assert map_stacks.kinds_in(adapter) == ["canny", "depth"]
+    given = np.concatenate([grey["canny"][..., :each], grey["depth"][..., :each]], axis=2)
+    wanted = torch.from_numpy(given).permute(2, 0, 1)[None] / 255
+    assert torch.equal(map_stacks.stack(adapter, grey), wanted)
+    coloured = grey | {"depth": draw.integers(0, 256, (8, 8, 3), np.uint8)}
+    if each == 1:
+        with pytest.raises(ValueError, match="takes grey maps, and the depth map is coloured"):
+            map_stacks.stack(adapter, coloured)
+    else:
+        assert map_stacks.stack(adapter, coloured).shape == (1, 6, 8, 8)
+    with pytest.raises(ValueError, match="the depth map is made of the picture to start from"):
+        map_stacks.stack(adapter, grey | {"depth": wanted})
+
+
+def test_maps_of_one_input_are_given_once_and_alike() -> None:
+    adapter, alike = stacked(2), [(1.0, "both")] * 2
+    map_stacks.check_given(adapter, ["depth", "canny"], alike)
+    for kinds_given, settings, message in (
+        (["canny"], alike[:1], "as one input, each once: depth is missing"),
+        (["canny", "depth", "depth"], alike, "depth is given twice"),
+        (["canny", "depth", "mask"], alike, "and mask is none of them"),
+        (["canny", "depth"], [(1.0, "both"), (0.5, "both")], "the same scale, window, mode and mask"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            map_stacks.check_given(adapter, kinds_given, settings)
+    # A picture with a grey map in each channel is an input as it is.
+    three = Adapter(adapter.controlnet, AdapterInfo(map=MapSpec("a + b + c", channels=3)), "three")
+    assert [map_stacks.is_whole(one, ["a"]) for one in (three, adapter)] == [True, False]
+    assert not map_stacks.is_whole(three, ["a", "b", "c"])
+
+
 def test_a_union_wants_to_know_the_kind(sd1: Base) -> None:
     network = union_of(sd1)
     rest: dict[str, Any] = {"steps": 2, "height": SIZE, "width": SIZE}
@@ -573,6 +613,9 @@ def test_a_union_wants_to_know_the_kind(sd1: Base) -> None:
         generate(sd1, "", controls=[Control(network, cond())], **rest)
     with pytest.raises(ValueError, match=r"no maps of kind 'tile': give the kind, one of openpose, depth"):
         generate(sd1, "", controls=[Control(network, cond(), kind="tile")], **rest)
+    for wrong in ("canny", "canny + depth + tile"):  # not one for each of its places
+        other = Adapter(network, AdapterInfo(map=MapSpec(wrong)), "other")
+        assert Control(other, cond(), kind="canny").number == 3
     own = Adapter(union_of(sd1, 2), AdapterInfo(map=MapSpec("canny + depth")), "own")
     assert [Control(own, cond(), kind=kind).number for kind in ("canny", "depth")] == [0, 1]
     assert [Control(network, cond(), kind=kind).number for kind in ("canny", "depth", "hed")] == [3, 1, 2]

@@ -292,6 +292,20 @@ def test_names_of_other_programs_are_read(
     assert_merged(sd1, with_loras(sd1, [Lora(str(tmp_path / "lora.safetensors"), WEIGHT)]), factors)
 
 
+@pytest.mark.parametrize(
+    "stem",
+    [
+        "text_encoders.clip_h.transformer.text_model.encoder.layers.2.mlp.fc1",  # of an SD2
+        "lycoris_text_model_encoder_layers_2_mlp_fc1",
+    ],
+)
+def test_names_of_the_text_encoder_are_read(sd1: Base, tmp_path: Path, stem: str) -> None:
+    name = "text_encoder.encoder.layers.2.mlp.fc1"
+    factors = random_factors(sd1, "sd1", names=[name])
+    save_file(named(factors, {name: stem}), tmp_path / "lora.safetensors")
+    assert_merged(sd1, with_loras(sd1, [Lora(str(tmp_path / "lora.safetensors"), WEIGHT)]), factors)
+
+
 def test_a_file_may_mix_names(load: Callable[[str], Base], tmp_path: Path) -> None:
     base, file = load("sdxl"), tmp_path / "lora.safetensors"
     first = "unet.add_embedding.linear_2"
@@ -312,6 +326,7 @@ def test_alphas_stand_in_the_header_of_newer_files(sd1: Base, tmp_path: Path) ->
     rules = {"unet.lora_alpha": 1, "unet.alpha_pattern": {"attn2.to_k": 5}}
     for told, alpha in (
         (rules, 5.0),
+        ({"unet.lora_alpha": 1, "unet.alpha_pattern": {"attn2.to_k": 5, "to_k": 9}}, 5.0),  # the first counts
         ({"unet.lora_alpha": 2, "unet.alpha_pattern": {"2.to_k": 5, "attn2": 5, "attn.": 5}}, 2.0),
         ({"unet.lora_alpha": 7, "unet.use_rslora": True}, 7 * len(down) ** 0.5),
     ):
@@ -358,6 +373,19 @@ def test_several_loras_add_up_and_a_folder_is_searched(sd1: Base, tmp_path: Path
         torch.testing.assert_close(layer(twice, name).weight.data, expected, rtol=1e-5, atol=1e-6)
     assert with_loras(sd1, []).digest() == sd1.digest()
     assert with_loras(sd1, [Lora(str(file), 0)]).digest() == sd1.digest()
+    save_file({k: t * (not k.endswith("alpha")) for k, t in load_file(file).items()}, file)  # alphas of 0
+    assert with_loras(sd1, [Lora(str(file))]).digest() == sd1.digest()
+
+
+def test_a_half_precision_base_is_rounded_once(sd1: Base, tmp_path: Path) -> None:
+    name = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+    base = replace(sd1, unet=copy.deepcopy(sd1.unet).to(torch.bfloat16), dtype=torch.bfloat16)
+    factors, file = random_factors(sd1, "sd1", names=[name]), tmp_path / "lora.safetensors"
+    save_file(kohya(factors, "sd1"), file)
+    changed = with_loras(base, [Lora(str(file), 0.01 * WEIGHT)] * 100)  # each is about a rounding
+    expected = merged(layer(base, name).weight.float(), *factors[name]).to(torch.bfloat16)
+    assert layer(changed, name).weight.dtype == torch.bfloat16
+    torch.testing.assert_close(layer(changed, name).weight.data, expected, rtol=2**-8, atol=1e-3)
 
 
 def refusal(base: Base, source: object, weight: float = 1.0) -> str:
@@ -458,6 +486,13 @@ def test_damaged_files(sd1: Base, tmp_path: Path) -> None:
         ({first: torch.ones(5, state[first].shape[1])}, "which no product fits"),
     ):
         save_file({**state, **changes}, file)
+        assert message in refusal(sd1, file)
+    conv = "unet.down_blocks.0.resnets.0.conv1"
+    for part, shape, message in (
+        ("lora_A", (3, 16, 1, 1), f"{conv} is 16x16 in it and 16x16x3x3 in the base"),
+        ("lora_B", (16, 3, 3, 3), "which no product fits"),
+    ):
+        save_file({**state, f"{conv}.{part}.weight": torch.ones(shape)}, file)
         assert message in refusal(sd1, file)
     save_file({key: tensor for key, tensor in state.items() if key != first}, file)
     assert "has not both factors" in refusal(sd1, file)

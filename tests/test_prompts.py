@@ -1,5 +1,6 @@
 """Weights, breaks and long prompts, in A1111's syntax."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from controlkit.base import Base
 from controlkit.control import Control
 from controlkit.images import read_png_text
 from controlkit.prompt_syntax import check_syntax, notes, parse
-from controlkit.prompts import COMMA_WITHIN, chunks_of, encode_weighted
+from controlkit.prompts import COMMA_WITHIN, chunks_of, encode_weighted, tokens_of
 
 LONG = "a red cube on a blue floor, " * 4  # the tiny tokenizer has a token for each letter
 
@@ -111,6 +112,21 @@ def test_a_prompt_without_weights_is_the_plain_one(
     assert torch.equal(ours.encoder_hidden_states, plain.encoder_hidden_states)
     assert (ours.pooled is None) == (plain.pooled is None)
     assert ours.pooled is None or torch.equal(ours.pooled, plain.pooled)  # type: ignore[arg-type]
+
+
+def test_what_fills_up_is_each_tokenizers_own(load: Callable[[str], Base]) -> None:
+    """As SDXL's second one, which fills up with "!"."""
+    first, second = load("sdxl").tokenizers
+    filling = copy.deepcopy(second)
+    filling.pad_token = "!"
+    base = replace(load("sdxl"), tokenizers=[first, filling])
+    plain, ours = base.encode_prompts(["a cube"]), encode_weighted(base, ["a cube"])
+    assert torch.equal(ours.encoder_hidden_states, plain.encoder_hidden_states)
+    assert not torch.equal(plain.encoder_hidden_states, load("sdxl").encode_prompts(["a cube"])[0])
+    assert tokens_of(base, ["a cube"]) == 77
+    assert (
+        tokens_of(base, ["a cube", LONG]) == encode_weighted(base, [LONG]).encoder_hidden_states.shape[1] > 77
+    )
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])

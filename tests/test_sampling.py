@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from PIL import Image
 from sampling_peers import SIZE, assert_same, cond, controlnet_of, our_latents, their_latents
 
@@ -21,7 +22,8 @@ from controlkit.base import Base
 from controlkit.control import Control
 from controlkit.controlnet import from_base
 from controlkit.infotext import SAMPLER_NAMES
-from controlkit.schedulers import NOT_OF_PICTURES, make_schedule, scaled_noise
+from controlkit.reuse import KeptText, repeat_rows, shared_start, text_kept
+from controlkit.schedulers import NOT_OF_PICTURES, make_schedule, scaled_noise, step_options
 
 # diffusers' Euler schedulers hand torch tensors to numpy in a way that numpy 2 will drop (diffusers 0.42.1).
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:diffusers")
@@ -84,7 +86,9 @@ SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "u
 def test_a_schedulers_name_holds_whatever_the_bases_file_says(sd1: Base, name: str, spacing: str) -> None:
     """The solver and the spacing of noise levels are the name's; all else that the file says stays."""
     stays = {"timestep_spacing": "trailing", "steps_offset": 0}
-    says = {"algorithm_type": "dpmsolver", "solver_order": 3} if name.startswith("dpm++") else {}
+    says: dict[str, Any] = {"clip_sample": True}  # latents are no pixels
+    if name.startswith("dpm++"):
+        says |= {"algorithm_type": "dpmsolver", "solver_order": 3}
     told = replace(sd1, scheduler_config={**sd1.scheduler_config, **stays, **says, spacing: True})
     made = sampling.make_scheduler(name, told)
     known = inspect.signature(type(made).__init__).parameters
@@ -157,6 +161,62 @@ def test_the_window_is_the_pipelines_gate() -> None:
     assert sum(half.active(i, 20) for i in range(20)) == 10
     off = Control(torch.nn.Identity(), cond(), scale=0.0)
     assert not any(off.active(i, 20) for i in range(20))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])  # whose transformers begin with a convolution, a matrix
+@pytest.mark.parametrize("rows_added", [0, 1, 2])
+def test_the_start_that_branches_share_is_what_the_block_makes_of_both(
+    load: Callable[[str], Base], family: str, rows_added: int
+) -> None:
+    unet, draw = load(family).unet, torch.Generator().manual_seed(1)
+    for block in unet.down_blocks:
+        channels = block.resnets[0].in_channels
+        x = torch.randn(1, channels, 4, 6, generator=draw)
+        emb = torch.randn(1, unet.time_embedding.linear_2.out_features, generator=draw)
+        text = torch.randn(2, 7, unet.config.cross_attention_dim, generator=draw)
+        inner = block.resnets[-1].out_channels
+        # A T2I-Adapter's features enter behind a level's last layer, where diffusers adds them.
+        added = torch.randn(rows_added, inner, 4, 6, generator=draw) if rows_added else None
+        attends = getattr(block, "has_cross_attention", False)
+        if added is not None and not attends and block.downsamplers:
+            added = torch.nn.functional.avg_pool2d(added, 2)
+        told: dict[str, Any] = {"encoder_hidden_states": text} if attends else {}
+        if attends and added is not None:
+            told["additional_residuals"] = repeat_rows(added, 2)
+        wanted, skips = block(x.repeat(2, 1, 1, 1), emb.repeat(2, 1), **told)
+        if added is not None and not attends:
+            wanted = wanted + repeat_rows(added, 2)
+            skips = (*skips[:-1], wanted)
+        for beginning in (x, x.repeat(2, 1, 1, 1)):
+            found, outputs = shared_start(block, beginning, repeat_rows(emb, len(beginning)), text, added)
+            torch.testing.assert_close(repeat_rows(found, 2), wanted, atol=2e-5, rtol=1e-4)
+            for ours, theirs in zip(outputs, skips, strict=True):
+                torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_attentions_that_are_not_plain_are_left_as_they_are() -> None:
+    draw, plain = torch.Generator().manual_seed(1), {"query_dim": 32, "cross_attention_dim": 32, "heads": 2}
+    special: list[dict[str, Any]] = [
+        {"residual_connection": True},
+        {"norm_num_groups": 4},
+        {"qk_norm": "layer_norm"},
+    ]
+    special += [{"cross_attention_norm": "layer_norm"}, {"spatial_norm_dim": 32}]
+    for options in special:
+        network = torch.nn.Module()
+        network.attn2 = Attention(**plain, **options)
+        with text_kept(network):
+            assert type(network.attn2.processor) is AttnProcessor2_0
+    network.attn2 = Attention(**plain, dim_head=4, rescale_output_factor=2.0)
+    before = network.attn2.processor
+    x, text = torch.randn(2, 6, 32, generator=draw), torch.randn(2, 7, 32, generator=draw)
+    wanted = network.attn2(x, encoder_hidden_states=text)
+    with text_kept(network):
+        assert type(network.attn2.processor) is KeptText
+        torch.testing.assert_close(network.attn2(x, encoder_hidden_states=text), wanted)
+    assert network.attn2.processor is before
 
 
 def test_what_is_not_needed_is_not_run(sd1: Base) -> None:
@@ -467,6 +527,38 @@ def test_threads_that_share_networks_take_turns(sd1: Base) -> None:
     assert steps == ["first"] * 3 + ["second"] * 3
     assert all(np.array_equal(picture, alone[0]) for picture in made)
     assert [type(processor) for processor in sd1.unet.attn_processors.values()] == processors
+
+
+@pytest.mark.parametrize("name", ["ddim", "heun", "euler"])
+def test_a_part_of_the_steps_is_the_last_of_them(sd1: Base, name: str) -> None:
+    whole, part = (make_schedule(name, sd1, steps=10, strength=strength) for strength in (1.0, 0.55))
+    order = part.scheduler.order
+    assert part.first == 5 * order
+    assert torch.equal(part.timesteps, whole.timesteps[5 * order :])
+    if name != "ddim":
+        assert part.scheduler.begin_index == 5 * order
+    assert make_schedule(name, sd1, steps=10, strength=0.01).first == 9 * order  # one is left
+    latents, noise = torch.zeros(1, 4, 8, 8), torch.ones(1, 4, 8, 8)
+    assert part.add_noise(latents, noise, part.steps) is latents
+    assert part.add_noise(latents, noise, part.steps - 1).any()
+
+
+def test_a_temperature_of_0_draws_nothing_and_what_fails_leaves_the_draws(sd1: Base) -> None:
+    scheduler = sampling.make_scheduler("ddpm", sd1)
+    module = sys.modules[type(scheduler).__module__]
+    drawn = module.randn_tensor  # type: ignore[attr-defined]
+
+    def failing() -> None:
+        with scaled_noise(scheduler, 0.0):
+            assert not module.randn_tensor((2, 2)).any()  # type: ignore[attr-defined]
+            raise ValueError("it fails")
+
+    with pytest.raises(ValueError, match="it fails"):
+        failing()
+    assert module.randn_tensor is drawn  # type: ignore[attr-defined]
+    for name in ("ddim", "tcd"):  # which are told
+        options = step_options(sampling.make_scheduler(name, sd1), temperature=0.3, generators=None)
+        assert options == {"eta": 0.3}
 
 
 def test_threads_do_not_scale_each_others_noise(sd1: Base) -> None:

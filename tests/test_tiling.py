@@ -8,20 +8,23 @@ import numpy as np
 import pytest
 import torch
 from sampling_peers import SIZE, controlnet_of
+from tiny_models import nine_channels
 
 from controlkit import sampling
 from controlkit.adapters import load_adapter
-from controlkit.applying import encode_controls
+from controlkit.applying import EncodedControl, Rows, encode_controls
 from controlkit.base import Base, load_base
 from controlkit.cascade import larger_size, refine
 from controlkit.control import Control
 from controlkit.figures import render
 from controlkit.images import cover, resize
 from controlkit.memory import Memory
+from controlkit.predicting import Predictor
 from controlkit.preprocessors import get
 from controlkit.reuse import cross_attentions
+from controlkit.sampling import Guidance, Savings
 from controlkit.starting import Start
-from controlkit.tiling import Tiles, window_weights, windows
+from controlkit.tiling import TiledPredictor, Tiles, tiled_vae, window_weights, windows
 
 
 def test_tiles_cover_everything_and_overlap() -> None:
@@ -39,6 +42,12 @@ def test_tiles_cover_everything_and_overlap() -> None:
     weights = window_weights(16, 8)
     assert bool((weights > 0).all())
     assert weights.argmax() in (7 * 8 + 3, 7 * 8 + 4, 8 * 8 + 3, 8 * 8 + 4)
+    assert torch.allclose(weights, weights.flip(0, 1), atol=1e-6)  # no corner counts more than another
+    assert [w.left for w in windows(64, 160, size=64, overlap=0.25)] == [
+        0,
+        48,
+        96,
+    ]  # and no tile more than needed
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
@@ -110,6 +119,56 @@ def test_what_the_networks_see_is_bounded(sd1: Base) -> None:
     hook.remove()
     assert picture.shape == (128, 192, 3)
     assert set(seen) == {(1, 4, 8, 8)}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("family", "savings"),
+    [("sdxl", Savings()), ("sd1", Savings(control_every=2)), ("sd1", Savings(features_every=2))],
+)
+def test_each_tile_is_predicted_as_a_picture_alone(
+    load: Callable[[str], Base], family: str, savings: Savings
+) -> None:
+    """Under its part of the hint, the mask and what a hole is shown, with features of its own."""
+    base, draw = nine_channels(load(family)), torch.Generator().manual_seed(1)
+    control = Control(controlnet_of(load(family)), torch.rand(1, 3, 64, 96, generator=draw))
+    width = base.unet.config.block_out_channels[0]
+    hint, shown = torch.randn(1, width, 8, 12, generator=draw), torch.randn(1, 5, 8, 12, generator=draw)
+    mask = torch.rand(1, 1, 64, 96, generator=draw)
+    at_latents = torch.nn.functional.interpolate(mask, size=(8, 12), mode="bilinear")
+    text = base.encode_prompts(["", "a red cube"])
+
+    def predictor(cut: Callable[[torch.Tensor], torch.Tensor], region: torch.Tensor, left: int) -> Predictor:
+        added = base.added_cond(text.pooled, height=64, width=96)
+        if added is not None and left >= 0:
+            added["time_ids"] = torch.tensor([[64.0, 96.0, 0.0, 8.0 * left, 64.0, 64.0]] * 2)
+        encoded = EncodedControl(control, (cut(hint),), control.weights(), cut(region))
+        rows = Rows(text.encoder_hidden_states, added, 1)
+        return Predictor(base, rows, [encoded], Guidance(5.0), 4, savings, cut(shown))
+
+    # The mask of the whole is brought to the latents' size, and of that each tile has its part.
+    tiled = TiledPredictor(predictor(lambda x: x, mask, -1), Tiles(64), height=8, width=12)
+    assert [(w.left, w.width) for w in tiled.windows] == [(0, 8), (4, 8)]
+    tiles = [predictor(lambda x, left=left: x[..., left : left + 8], at_latents, left) for left in (0, 4)]
+    weights = torch.sin(torch.pi * (torch.arange(8) + 0.5) / 8).square()
+    weights = weights[:, None] * weights + 1e-4
+    for step in range(2):
+        latents, t = torch.randn(1, 4, 8, 12, generator=draw), torch.tensor(700 - 100 * step)
+        wanted, total = torch.zeros(1, 4, 8, 12), torch.zeros(8, 12)
+        for left, tile in zip((0, 4), tiles, strict=True):
+            wanted[..., left : left + 8] += tile(latents[..., left : left + 8], t, step) * weights
+            total[:, left : left + 8] += weights
+        torch.testing.assert_close(tiled(latents, t, step), wanted / total, atol=1e-5, rtol=1e-4)
+
+
+def test_an_autoencoder_that_worked_in_tiles_before_goes_on_so(load: Callable[[str], Base]) -> None:
+    vae = load("sd1").vae
+    for before in (False, True):
+        vae.use_tiling = before
+        with tiled_vae(load("sd1"), True):
+            assert vae.use_tiling
+        assert vae.use_tiling is before
+    vae.use_tiling = False
 
 
 @pytest.mark.slow

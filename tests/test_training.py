@@ -1,20 +1,23 @@
 """Training: recipes, draws, checkpoints and the loop, on real tasks at a few steps."""
 
+import copy
 import json
 import math
+import os
 import re
 import shutil
+import threading
 import tomllib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import controlkit
 from controlkit.figures import render
-from controlkit.training import runs, train_recipe, world
+from controlkit.training import runs, saving, train_recipe, world
 from controlkit.training.checkpoints import clear, latest_state, load_latest, save_checkpoint
 from controlkit.training.config import (
     TextRecipe,
@@ -30,10 +33,14 @@ from controlkit.training.config import (
 from controlkit.training.data import pairs
 from controlkit.training.draws import Draws
 from controlkit.training.going_on import as_begun
-from controlkit.training.optimizers import learning_rate
+from controlkit.training.loop import forward_backward, open_run, train, train_step
+from controlkit.training.machine import Machine
+from controlkit.training.optimizers import averages_of, learning_rate, restore_state, state_of
 from controlkit.training.reporting.run_record import read_run
-from controlkit.training.saving import write_recipe
+from controlkit.training.saving import Saver, refuse_changes, write_recipe
+from controlkit.training.task import DrawnTask, Losses
 from controlkit.training.text import ATTRIBUTES, attributes, build_tokenizer
+from controlkit.training.weights import Weights
 from controlkit.training.world import load_world
 
 TEXT = (
@@ -180,6 +187,8 @@ def test_learning_rate_warms_up_and_falls():
     )
     assert learning_rate(constant, 109) == 1e-3
     assert learning_rate(line, 60) == pytest.approx(1e-3 * 0.51)
+    assert learning_rate(line, 35) == pytest.approx(1e-3 * (0.02 + 0.98 * 0.75))  # a cosine falls later
+    assert learning_rate(recipe, 35) == pytest.approx(1e-3 * (0.02 + 0.98 * (0.5 + 8**-0.5)))
     assert learning_rate(root, 19) == 1e-3  # twice the warmup
     assert learning_rate(root, 79) == pytest.approx(5e-4)
 
@@ -233,6 +242,22 @@ def test_the_checkpoint_just_written_outlives_damaged_later_ones(tmp_path):
     checkpoint(tmp_path, 6)
     checkpoint(tmp_path, 9)
     assert sorted(path.name[-2:] for path in tmp_path.iterdir()) == ["06", "09", "10", "15"]
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_counts(tmp_path, monkeypatch):
+    """Its files and their list before it has its name, and that name before older ones are removed."""
+    for step in (5, 10):
+        checkpoint(tmp_path, step)
+    done, fsync, replace, rmtree = [], os.fsync, os.replace, shutil.rmtree
+    monkeypatch.setattr(os, "fsync", lambda file: done.append(os.fstat(file).st_ino) or fsync(file))
+    monkeypatch.setattr(os, "replace", lambda *paths: done.append("named") or replace(*paths))
+    monkeypatch.setattr(shutil, "rmtree", lambda *a, **k: done.append("removed") or rmtree(*a, **k))
+    path = checkpoint(tmp_path, 1_000_000)
+    named, removed = done.index("named"), done.index("removed")
+    assert {file.stat().st_ino for file in [path, *path.iterdir()]} <= set(done[:named])
+    assert tmp_path.stat().st_ino in done[named:removed]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["step-000010", "step-1000000"]
+    assert load_latest(tmp_path)[0][2]["step"] == 1_000_000
 
 
 @pytest.mark.parametrize("manifest", ["[]", "3", '{"weights.safetensors": 5}', "null"])
@@ -329,6 +354,182 @@ def test_a_stopped_run_equals_an_uninterrupted_one(tmp_path, text_recipe):
     assert (parts / optimizer).read_bytes() == (whole.folder / optimizer).read_bytes()
 
 
+class Line(DrawnTask):
+    """A task that is one matrix and its bias, which learns at another rate."""
+
+    def __init__(self, recipe, half=None):
+        self.recipe, self.half = recipe, half
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(3)
+            self.net = torch.nn.Linear(3, 2)
+
+    def modules(self):
+        return {"net": self.net}
+
+    def parameter_groups(self):
+        return [{"params": [self.net.weight], "rate": 1.0}, {"params": [self.net.bias], "rate": 6.0}]
+
+    def loss(self, draws):
+        assert self.net.training
+        return (self.net(3 * draws.normal(4, 3).to(self.net.weight.dtype)).float() - 5).square().mean()
+
+    def sample(self):
+        assert not self.net.training
+
+    def export(self, folder, weights):
+        assert not self.net.training
+        assert torch.equal(self.net.weight, weights["net.weight"].to(self.net.weight.dtype))
+        save_file(dict(weights), folder / "line.safetensors")
+
+
+@pytest.mark.parametrize("half", [None, torch.bfloat16])
+def test_a_run_is_the_plain_loop_that_its_recipe_says(tmp_path, text_recipe, half):
+    """In half precision of weights that are moved in fp32, and rounded for every step."""
+    changes = ["betas=[0.8, 0.9]", "weight_decay=0.3", "clip=20.0", "sample_every=3", "learning_rate=0.1"]
+    recipe, run = load_recipe(str(text_recipe), changes), tmp_path / "line"
+    task = Line(recipe, half)
+    theirs = copy.deepcopy(task)
+    used = list(theirs.net.parameters())
+    masters = [torch.nn.Parameter(p.detach().clone()) for p in used]
+    averages, rows = [p.detach().clone() for p in masters], []
+    theirs.net.to(half)
+    optimizer = torch.optim.AdamW([{"params": [p]} for p in masters], betas=(0.8, 0.9), weight_decay=0.3)
+    for step, rate in enumerate(learning_rate(recipe, step) for step in range(8)):
+        optimizer.param_groups[0]["lr"], optimizer.param_groups[1]["lr"] = rate, 6 * rate
+        theirs.net.zero_grad()
+        with torch.no_grad():
+            for mine, master in zip(used, masters, strict=True):
+                mine.copy_(master)
+        loss = theirs.loss(Draws(recipe.seed, step))
+        loss.backward()
+        for mine, master in zip(used, masters, strict=True):
+            master.grad = mine.grad.float()
+        norm = torch.nn.utils.clip_grad_norm_(masters, 20.0)
+        optimizer.step()
+        decay = min(0.9, 1 - 1 / (1 + 0.3 * (step + 1)))  # a young average reaches back over a quarter
+        for average, p in zip(averages, masters, strict=True):
+            average.lerp_(p.detach(), 1 - decay)
+        rows.append((rate, pytest.approx(float(norm)), pytest.approx(float(loss.detach()))))
+    assert 0 < sum(norm.expected > 20 for _, norm, _ in rows) < 8  # some are clipped
+
+    train(task, recipe, run)
+    found = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    assert [(row["learning_rate"], row["grad_norm"], row["loss"]) for row in found] == rows
+    result = load_file(run / "result" / "line.safetensors")
+    checkpoint = load_file(run / "checkpoints/step-000008/weights.safetensors")
+    for name, average, p in zip(("net.weight", "net.bias"), averages, masters, strict=True):
+        torch.testing.assert_close(result[name], average)
+        torch.testing.assert_close(checkpoint[f"average.{name}"], average)
+        torch.testing.assert_close(checkpoint[f"model.{name}"], p.detach())
+        torch.testing.assert_close(dict(task.net.named_parameters())[name[4:]].detach(), p.detach().to(half))
+
+
+def test_gradients_of_micro_batches_add_up_in_full_precision():
+    net = torch.nn.Linear(1, 1, bias=False)
+    weights = Weights({"net": net}, half=torch.bfloat16)
+    for gradient in (256.0, 1.0, 1.0):  # whose sum bf16 does not have
+        net.weight.grad = torch.full((1, 1), gradient, dtype=torch.bfloat16)
+        weights.take_gradients()
+        assert net.weight.grad is None
+    assert weights.masters["net.weight"].grad.item() == 258
+
+
+class Few(tuple):
+    """A micro-batch of numbers."""
+
+    def halves(self):
+        return [Few(self[:2]), Few(self[2:])] if len(self) > 2 else [self]
+
+
+def test_pieces_of_a_micro_batch_weigh_as_many_pairs_as_they_have(tmp_path, text_recipe, monkeypatch):
+    run = opened(text_recipe, tmp_path / "line")
+    values = torch.tensor([1.0, 5.0, 30.0])
+
+    def losses(whole, part):
+        return Losses(values[list(part)] * run.task.net.bias.float().sum())
+
+    monkeypatch.setattr(run.task, "parts", lambda step: [Few(range(3))])
+    monkeypatch.setattr(run.task, "losses", losses)
+    for pieces in (1, 2):
+        run.cut(pieces)
+        forward_backward(run)
+        assert run.weights.masters["net.bias"].grad.tolist() == [12.0] * 2
+        run.weights.drop_gradients()
+
+
+class Averaging(torch.optim.SGD):
+    """An optimizer with averages of its own, whose way back from them is not to the bit."""
+
+    def eval(self):
+        for p in self.param_groups[0]["params"]:
+            p.data.fill_(7)
+
+    def train(self):
+        for p in self.param_groups[0]["params"]:
+            p.data.add_(1e-3)
+
+
+def test_averages_of_an_optimizer_are_taken_and_left_to_the_bit():
+    net = torch.nn.Linear(2, 2)
+    weights = Weights({"net": net}, half=torch.bfloat16)
+    before = {name: master.detach().clone() for name, master in weights.masters.items()}
+    with averages_of(Averaging(weights.masters.values()), weights):
+        assert all((tensor == 7).all() for tensor in (*weights.masters.values(), *net.parameters()))
+    for name, master in weights.masters.items():
+        assert torch.equal(master, before[name])
+        assert torch.equal(weights.parameters[name], before[name].to(torch.bfloat16))
+
+
+def opened(text_recipe, folder):
+    recipe = load_recipe(str(text_recipe))
+    return open_run(Line(recipe, torch.bfloat16), recipe, folder, Machine(recipe), lambda _: None)
+
+
+def test_what_a_run_knows_of_itself_is_there_when_it_goes_on(tmp_path, text_recipe):
+    run = opened(text_recipe, tmp_path / "line")
+    train_step(run)
+    train_step(run)
+    run.bad_steps = 2
+    run.cut(4)
+    with Saver(run) as saver:
+        saver.save()
+    left = [run.folder / place / f".{'0f' * 16}.tmp" for place in ("", "checkpoints")]
+    for path in left:
+        path.mkdir()
+    again = opened(text_recipe, run.folder)
+    assert (again.step, again.bad_steps, again.pieces) == (2, 2, 4)
+    assert (again.window, again.window.steps) == (run.read_losses(), 2)
+    assert again.weights.average.keys() == run.weights.masters.keys()
+    for mine, theirs in zip(
+        (again.weights.parameters, again.weights.masters, again.weights.average),
+        (run.weights.parameters, run.weights.masters, run.weights.average),
+        strict=True,
+    ):
+        assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    assert not any(path.exists() for path in left)
+
+
+def test_a_checkpoint_that_cannot_be_written_is_never_passed_over(tmp_path, text_recipe, monkeypatch):
+    """Not by the one after it either, nor by the end of the training."""
+    run, may_go = opened(text_recipe, tmp_path / "line"), threading.Event()
+
+    def fail(*_, **__):
+        may_go.wait(10)
+        raise OSError("no disk")
+
+    monkeypatch.setattr(saving, "save_checkpoint", fail)
+    with Saver(run) as saver:
+        saver.save()
+        saver.check()  # it is not done, and nothing is known of it
+        may_go.set()
+        with pytest.raises(OSError, match="no disk"):
+            saver.save()
+    last = Saver(run)
+    last.save()
+    with pytest.raises(OSError, match="no disk"):
+        last.__exit__(None, None, None)
+
+
 def test_the_run_folder_is_complete_and_repeats_itself(text_recipe, tmp_path):
     run = train_recipe(str(text_recipe)).folder
     assert sorted(path.name for path in run.iterdir()) == [
@@ -368,6 +569,52 @@ def test_a_run_that_is_made_longer_equals_one_that_was_long_from_the_start(tmp_p
         ValueError, match=r"another recipe \(steps 8 -> 6\): .*steps can become more, not fewer"
     ):
         train_recipe(str(text_recipe), ["steps=6", f"schedule={schedule}"])
+
+
+def test_what_a_result_depends_on_may_not_change(tmp_path):
+    begun = {("steps",): 10, ("schedule",): "cosine", ("optimizer",): "adamw", ("data", "cache"): True}
+
+    def refuses(key, value, **more):
+        before = begun | {(name,): other for name, other in more.items()}
+        try:
+            refuse_changes({key: "old"} | before, before | {key: value}, [key], tmp_path)
+        except ValueError as error:
+            return f"another recipe ({'.'.join(key)} " in str(error)
+        return False
+
+    decides = "seed batch_size learning_rate betas weight_decay clip ema warmup schedule optimizer precision"
+    assert all(refuses((name,), "new") for name in (*decides.split(), "base", "init", "map", "accumulation"))
+    assert all(refuses(("data", name), "new") for name in ("source", "resolution", "flip", "crop", "holdout"))
+    assert not any(refuses((name,), "new") for name in ("out", "checkpoint_every", "device", "threads"))
+    assert not refuses(("data", "workers"), 9)
+    # More steps, where none before depends on how many there are.
+    assert [refuses(("steps",), 20, **how) for how in ({}, {"schedule": "rsqrt"})] == [True, False]
+    free = {"optimizer": "schedule-free"}
+    assert [refuses(("steps",), steps, **free) for steps in (20, 5)] == [False, True]
+
+
+def test_the_numbers_of_an_optimizer_come_back_and_no_infinity_among_them():
+    net = torch.nn.Linear(2, 2)
+    names = {id(p): name for name, p in net.named_parameters()}
+
+    def optimizer(**numbers):
+        return torch.optim.AdamW([{"params": [p], **numbers} for p in net.parameters()], lr=1e-3)
+
+    before, after = (
+        optimizer(k=5, weight_sum=0.25, lr_max=math.inf),
+        optimizer(k=0, weight_sum=0.0, lr_max=1.0),
+    )
+    net(torch.ones(1, 2)).sum().backward()
+    before.step()
+    tensors, groups = state_of(before, names)
+    assert all("lr_max" not in group for group in json.loads(json.dumps(groups, allow_nan=False)))
+    restore_state(after, names, tensors, groups)
+    assert [(group["k"], group["weight_sum"], group["lr_max"]) for group in after.param_groups] == [
+        (5, 0.25, 1)
+    ] * 2
+    assert {key: value.tolist() for key, value in state_of(after, names)[0].items()} == {
+        key: value.tolist() for key, value in tensors.items()
+    }
 
 
 def test_a_rate_that_falls_until_the_last_step_keeps_their_number(text_recipe):

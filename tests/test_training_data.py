@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 import os
 import tarfile
 import threading
@@ -16,12 +17,14 @@ from controlkit import diffusion, images
 from controlkit.processes import Processes
 from controlkit.training.config import load_recipe
 from controlkit.training.config_adapter import DataRecipe
+from controlkit.training.data import feeds
 from controlkit.training.data.digests import Digests
 from controlkit.training.data.encoded import Encoded
 from controlkit.training.data.examples import ArrayPiece, Example, FilePiece
 from controlkit.training.data.loader import Loader
-from controlkit.training.data.order import Order
+from controlkit.training.data.order import Order, Turn
 from controlkit.training.data.packing import pack, unpack
+from controlkit.training.data.pairs import Pairs
 from controlkit.training.data.source_tar import TarPiece, read_index
 from controlkit.training.data.stores import Store
 from controlkit.training.data.visits import Visits
@@ -68,6 +71,9 @@ def test_buckets_never_mix_and_their_pairs_come_equally_often():
         assert max(counts) - min(counts) <= 1
     first = [tuple({buckets[t.index] for t in order.batch(k)}) for k in range(12)]
     assert first[:6] != first[6:]
+    alike = Order([0] * 6 + [1] * 6, batch_size=3, seed=1)  # four batches in every epoch
+    mixed = [tuple(alike.batch(4 * epoch + k)[0].index // 6 for k in range(4)) for epoch in range(8)]
+    assert len(set(mixed)) > 1
 
 
 def test_buckets_of_one_size_have_orders_of_their_own():
@@ -175,6 +181,7 @@ def test_a_store_holds_what_was_written_and_finds_what_others_wrote(tmp_path):
     mine.refresh()
     assert mine.missing(["a", "b", "c"]) == ["c"]
     assert mine.missing("abcde", (1, 2)) == ["d"]  # b is there, and the other process's share stays its own
+    assert [mine.missing("bcde", (k, 2)) for k in range(2)] == [["d"], ["c", "e"]]
     assert mine.read("b").dtype == torch.float16
 
 
@@ -277,6 +284,86 @@ def test_a_piece_is_looked_through_once_whatever_it_is_for(tmp_path, monkeypatch
     (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes())
     Digests(tmp_path / "memory").of([FilePiece(tmp_path / "b.png")] * 3)
     assert looks == ["a.png", "b.png"]
+
+
+def test_held_out_pairs_are_shown_and_never_trained_on(tmp_path, monkeypatch, sd1):
+    monkeypatch.setenv("CONTROLKIT_CACHE", str(tmp_path / "cache"))
+    recipe = load_recipe(
+        "sd15-canny", ["data.maps=made", "data.resolution=64", "data.buckets=true", "batch_size=2"]
+    )
+
+    def feed(sizes, *, changed=0, cache=True):
+        pictures = [
+            ArrayPiece(some_levels(k + 99 * (k == changed), *size)) for k, size in enumerate(sizes, 1)
+        ]
+        examples = [Example(f"pair {k}", piece, f"caption {k}") for k, piece in enumerate(pictures)]
+        found = Pairs(examples, list(sizes), trained=[0, 2, 3, 5], shown=[1, 4])
+        monkeypatch.setattr(feeds, "load_pairs", lambda *_, **__: found)
+        data = recipe.data.model_copy(update={"cache": cache})
+        told = recipe.model_copy(update={"data": data})
+        return feeds.StoredFeed(told, sd1, Processes(), report=lambda _: None)
+
+    sizes = [(64, 64), (64, 64), (128, 64)] * 2
+    whole = feed(sizes)
+    seen = Counter(turn.index for number in range(40) for turn in whole.order.batch(number))
+    assert (set(seen), whole.pairs, whole.held_out, whole.shown) == ({0, 2, 3, 5}, 4, True, [1, 4])
+    assert whole.encoded.text(["caption 4"])  # they are kept, too
+    state = json.loads(json.dumps(whole.state(0)))
+    feed(sizes).restore(state)
+    for number in (1, 2):  # one that is trained on, and one that is shown
+        with pytest.raises(
+            ValueError, match=r"has changed since this run stopped \(there are 4 pairs as before"
+        ):
+            feed(sizes, changed=number).restore(state)
+    feed(sizes, changed=1, cache=False).restore(state)  # nothing is known of their content
+    with pytest.raises(ValueError, match="then 3 pairs to train on, now 4"):
+        feed(sizes, cache=False).restore(state | {"pairs": 3})
+
+
+def some_levels(seed, width, height):
+    """A picture of large squares, so that edges are found in it, and other ones with each seed."""
+    small = np.random.default_rng(seed).integers(0, 256, (height // 8, width // 8, 3), np.uint8)
+    return np.repeat(np.repeat(small, 8, axis=0), 8, axis=1)
+
+
+def test_what_is_kept_is_what_is_made_otherwise_and_never_that_of_other_data(tmp_path, monkeypatch, sd1):
+    """Data sets of the same pictures, or the same maps, share a cache, and nothing that they do not share."""
+    monkeypatch.setenv("CONTROLKIT_CACHE", str(tmp_path / "cache"))
+    sizes = [(64, 64), (96, 64), (64, 64), (48, 32)]
+    pictures = [ArrayPiece(some_levels(k, *size)) for k, size in enumerate(sizes)]
+    greys = [some_levels(9 + k, *size)[..., :1] for k, size in enumerate(sizes)]
+    maps = [ArrayPiece(np.repeat(grey, 3, axis=2)) for grey in greys]
+    pose = FilePiece(tmp_path / "pose.json")
+    pose.path.write_text(json.dumps({"people": [{"pose_keypoints_2d": [8.0 * k for k in range(54)]}]}))
+    files, shape = {"maps": "files"}, {"buckets": True, "bucket_step": 16, "resolution": 64, "flip": 0.5}
+    one = [(piece,) for piece in maps]
+    two = [(maps[0], other) for other in (maps[0], maps[2])]
+    asked = [
+        ("canny", {"maps": "made"}, [()] * 4),
+        ("canny", {"maps": "made", "options": {"low": 20, "high": 30}}, [()] * 4),
+        ("depth", files, one),
+        ("depth", files | {"options": {"metric": True}}, one),
+        ("canny", files | {"map_mode": "grey", "map_column": ("a_depth", "b")}, [two[0]]),
+        ("canny", files | {"map_mode": "grey", "map_column": ("a_depth", "b")}, [two[1]]),
+        ("openpose", files, [(pose,)] * 4),
+        ("canny", files | {"map_blur": 0.9}, one),
+    ]
+    for kind, settings, of_pairs in asked:
+        examples = [
+            Example(f"pair {k}", pictures[k], f"caption {k}", found) for k, found in enumerate(of_pairs)
+        ]
+        data = DataRecipe(**settings, **shape)
+        visits = Visits(examples, sizes[: len(examples)], data=data, kind=kind, resolution=64, seed=1)
+        live = Encoded(sd1, examples, visits, data=DataRecipe(cache=False), report=lambda _: None)
+        kept = Encoded(sd1, examples, visits, data=data, report=lambda _: None)
+        kept.fill(range(len(examples)), Processes())
+        for turn in [Turn(index, lap) for index in range(len(examples)) for lap in range(3)]:
+            mine, theirs = kept.sample(turn), live.sample(turn)
+            assert np.array_equal(mine.levels, theirs.levels), (kind, settings, turn)
+            for ours, made in zip(kept.moments([mine]), live.moments([theirs]), strict=True):
+                assert torch.equal(ours, made), (kind, settings, turn)
+            for caption in (mine.example.caption, ""):  # and what is told where a caption is dropped
+                assert torch.equal(kept.text([caption])[0], live.text([caption])[0])
 
 
 # --- noise and loss ----
