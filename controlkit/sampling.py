@@ -266,11 +266,12 @@ def _prepared(base: Base, controls: Sequence[Control], *, packs: bool = False) -
     """Within the block the networks are this thread's, and build no graphs; they are laid out as they compute
     fastest.
 
-    packs: with packed weights, too, where that can be done.
+    packs: with packed weights, too, where that can be done. The caller's inference mode is left: weights that
+    are laid out or moved in it would let no gradient pass ever after, and CLIP's guidance needs one.
     """
     given = [base.unet, *(control.controlnet for control in controls)]
     networks = [*{id(network): network for network in given}.values()]
-    with _in_turn([*networks, base.vae]):
+    with _in_turn([*networks, base.vae]), torch.inference_mode(False):
         lay_out(*networks, base.vae)
         with torch.no_grad(), text_kept(*networks), packed(networks if packs else []):
             yield
