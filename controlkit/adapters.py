@@ -18,7 +18,7 @@ import torch
 
 from controlkit import files, known_adapters, notices
 from controlkit.base import BUNDLED as BUNDLED_BASES
-from controlkit.base import Base
+from controlkit.base import Base, check_base_given
 from controlkit.class_labels import check_labels_fit
 from controlkit.controlnet import lock
 from controlkit.devices import check_device, check_dtype
@@ -105,6 +105,7 @@ def load_adapter(
     holds something else, damaged or non-finite weights, a network whose sizes are not the base's (both are
     named), a device that is not there, or an unknown precision.
     """
+    check_base_given(base)
     name_or_path = os.fspath(name_or_path)
     place = base.device if device is None else check_device(device)
     info, controlnet = _load(name_or_path, base, kind=kind, dtype=check_dtype(dtype or base.dtype))
