@@ -42,6 +42,7 @@ from controlkit.execution import Execution as Execution
 from controlkit.execution import Runner
 from controlkit.ip_adapter import PicturePrompt as PicturePrompt
 from controlkit.ip_adapter import pictures_told, with_pictures
+from controlkit.kinds import kind_of
 from controlkit.layouts import lay_out
 from controlkit.memory import Memory as Memory
 from controlkit.memory import at_work, kept_small
@@ -474,10 +475,25 @@ def _check_kinds(
             )
 
 
+def _check_precisions(base: Base, controlnets: Sequence[nn.Module]) -> None:
+    """Raise ValueError for networks that cannot compute on the base's latents and text, outside autocast."""
+    read_both = [one for one in controlnets if kind_of(one).name in ("controlnet", "controlnet-union")]
+    if torch.is_autocast_enabled(base.device.type):
+        return
+    for name, network in [("the U-Net", base.unet), *(("a control network", one) for one in read_both)]:
+        own: torch.dtype = network.dtype
+        if own != base.dtype:
+            raise ValueError(
+                f"{name} computes in {own} and its base in {base.dtype}: load both in one precision"
+                ' (dtype="bf16"), or generate within torch.autocast'
+            )
+
+
 def _check_controls(base: Base, controls: Sequence[Control], savings: Savings) -> None:
     """Raise ValueError for an adapter of another base, or adapters that cannot be run together."""
     for control in controls:
         check_fits(control.controlnet, base)
+    _check_precisions(base, [control.controlnet for control in controls])
     check_together([control.controlnet for control in controls], savings)
 
 

@@ -409,6 +409,8 @@ def test_controls_outside_their_range(sd1: Base) -> None:
         Control(controlnet, 255 * torch.eye(8)[None, None])
     with pytest.raises(ValueError, match="no map given"):
         Control(controlnet, [])
+    with pytest.raises(ValueError, match=r"a map given as a tensor is empty: \(1, 3, 64, 0\)"):
+        Control(controlnet, cond()[..., :0])
     with pytest.raises(ValueError, match=r"picture 1 of the batch: gone.png"):
         Control(controlnet, [np.zeros((8, 8), np.uint8), "gone.png"])
     with pytest.raises(ValueError, match="must have the size of the picture, 64x64, not 32x64"):
