@@ -28,6 +28,7 @@ from controlkit import (
     with_embeddings,
     with_loras,
     with_vae,
+    write_adapter,
 )
 from controlkit.adapters import MAPS, AdapterInfo, MapSpec, load_adapter, read_info, save_adapter
 from controlkit.base import Base, load_base
@@ -242,6 +243,11 @@ def test_a_precision_may_be_named(folder: Path, bases: dict[str, Base], tmp_path
             load_adapter(str(folder), base=bases["sd1"], dtype=wrong)
         with pytest.raises(ValueError, match=message):
             load_base("tiny", dtype=wrong)
+        with pytest.raises(ValueError, match=message):  # whole numbers would be an adapter of almost nothing
+            write_adapter(load_adapter(folder, base=bases["sd1"]), tmp_path / "none", dtype=wrong)
+    write_adapter(load_adapter(folder, base=bases["sd1"]), tmp_path / "half", dtype="fp16")
+    assert {t.dtype for t in load_file(tmp_path / "half" / WEIGHTS).values()} == {torch.float16}
+    assert not (tmp_path / "none").exists()
 
 
 def test_models_may_be_named_by_paths(folder: Path, tmp_path: Path) -> None:
