@@ -232,6 +232,8 @@ def test_folders_that_hold_something_else(folder: Path, bases: dict[str, Base], 
 def test_a_device_that_is_not_there(bases: dict[str, Base]) -> None:
     with pytest.raises(ValueError, match="unknown device 'gpu': use cpu, cuda, cuda:0 or mps"):
         load_adapter("canny", base=bases["sd1"], device="gpu")
+    with pytest.raises(ValueError, match="unknown device None: use cpu, cuda, cuda:0 or mps"):
+        load_base("tiny", device=None)  # type: ignore[arg-type]
 
 
 def test_a_precision_may_be_named(folder: Path, bases: dict[str, Base], tmp_path: Path) -> None:
