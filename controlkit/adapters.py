@@ -18,7 +18,7 @@ import torch
 
 from controlkit import files, known_adapters, notices
 from controlkit.base import BUNDLED as BUNDLED_BASES
-from controlkit.base import Base
+from controlkit.base import Base, check_base_given
 from controlkit.class_labels import check_labels_fit
 from controlkit.controlnet import lock
 from controlkit.devices import check_device, check_dtype
@@ -105,6 +105,7 @@ def load_adapter(
     holds something else, damaged or non-finite weights, a network whose sizes are not the base's (both are
     named), a device that is not there, or an unknown precision.
     """
+    check_base_given(base)
     name_or_path = os.fspath(name_or_path)
     place = base.device if device is None else check_device(device)
     info, controlnet = _load(name_or_path, base, kind=kind, dtype=check_dtype(dtype or base.dtype))
@@ -211,7 +212,7 @@ def write_adapter(
     path: str | Path,
     *,
     layout: str = "diffusers",
-    dtype: torch.dtype | None = None,
+    dtype: str | torch.dtype | None = None,
     info: AdapterInfo | None = None,
     date: str = "",
 ) -> None:
@@ -220,14 +221,16 @@ def write_adapter(
     ``layout``: "diffusers" is the folder of `save_adapter`; "single" one .safetensors file with diffusers'
     names, which ComfyUI and diffusers' ``from_single_file`` read; "original" one with the names of the
     original project (of ControlNets and T2I-Adapters), which its own code, ComfyUI, sd-webui-controlnet and,
-    of SD1 and SD2 alone, ``from_single_file`` read. ``dtype``: of the file; None keeps the network's.
-    ``info``: what it says of itself; None takes the adapter's own. ``date``: ISO 8601, for the header; none
-    is written unless given.
+    of SD1 and SD2 alone, ``from_single_file`` read. ``dtype``: of the file, also by its name; None keeps the
+    network's. ``info``: what it says of itself; None takes the adapter's own. ``date``: ISO 8601, for the
+    header; none is written unless given.
 
-    Raises ValueError for an unknown layout, one that the kind of network does not have, or as `save_adapter`.
+    Raises ValueError for an unknown layout or precision, a layout that the kind of network does not have, or
+    as `save_adapter`.
     """
     if layout not in writing.LAYOUTS:
         raise unknown("layout", layout, writing.LAYOUTS)
+    dtype = None if dtype is None else check_dtype(dtype)
     network: Any = adapter_or_network
     if isinstance(network, Adapter):
         network, info = network.controlnet, info or network.info

@@ -37,6 +37,7 @@ from controlkit.class_labels import PictureEncoder
 from controlkit.controlnet import digest_of_weights, lock
 from controlkit.devices import check_device, check_dtype
 from controlkit.folders import alone, quiet_libraries, read_json
+from controlkit.naming import kind_of_value
 from controlkit.told_sizes import Sizes
 from controlkit.usual_guidance import is_told_guidance, is_turbo
 from controlkit.words import Words, saved_by_diffusers, with_all_vectors
@@ -238,6 +239,12 @@ class Base:
             "input_ids": torch.tensor([ids + filling * [tokenizer.pad_token_id]]),
             "attention_mask": torch.tensor([len(ids) * [1] + filling * [0]]),
         }
+
+
+def check_base_given(base: object) -> None:
+    """Raise ValueError where a base is something else, as the name of one."""
+    if not isinstance(base, Base):
+        raise ValueError(f'base is a Base, as load_base("tiny"), not {kind_of_value(base)}')
 
 
 @contextmanager

@@ -173,7 +173,7 @@ class Control:
         """
         if self.mask is None:
             return None
-        mask = torch.as_tensor(self.mask)
+        mask = _as_tensor(self.mask)
         scaled = mask.float() / 255 if mask.dtype == torch.uint8 else mask.float()
         if not isinstance(self.maps, torch.Tensor) and _same_shape(mask, self.maps[0]):
             covered = images.cover(scaled.detach().cpu().numpy(), width, height)
@@ -183,6 +183,8 @@ class Control:
 
 def _read(given: MapSource) -> torch.Tensor | list[np.ndarray]:
     if isinstance(given, torch.Tensor) and given.ndim == 4 and given.is_floating_point():
+        if 0 in given.shape:
+            raise ValueError(f"a map given as a tensor is empty: {tuple(given.shape)}")
         here = type(given) is torch.Tensor and given.device.type == "cpu"  # elsewhere one would have to wait
         if here and not bool(((given >= -1) & (given <= 1)).all()):
             raise ValueError(
@@ -199,7 +201,9 @@ def _read(given: MapSource) -> torch.Tensor | list[np.ndarray]:
 def _check_mask(mask: np.ndarray | torch.Tensor) -> None:
     if not isinstance(mask, np.ndarray | torch.Tensor):
         raise ValueError(f"a control's mask is an array or a tensor, not {type(mask).__name__}")
-    tensor = torch.as_tensor(mask)
+    if isinstance(mask, np.ndarray) and mask.dtype.kind not in "biuf":
+        raise ValueError(f"a control's mask must be uint8, or float, or bool, not {mask.dtype}")
+    tensor = _as_tensor(mask)
     if tensor.ndim != 2 or 0 in tensor.shape:
         raise ValueError(f"a control's mask must be (H, W), not {tuple(tensor.shape)}")
     if tensor.dtype == torch.uint8:
@@ -214,6 +218,13 @@ def _check_mask(mask: np.ndarray | torch.Tensor) -> None:
         raise ValueError("a control's mask must be uint8, or float with values in [0, 1], or bool")
     if not bool(tensor.any()):
         raise ValueError("a control's mask is 0 everywhere: the control would act nowhere")
+
+
+def _as_tensor(mask: np.ndarray | torch.Tensor) -> torch.Tensor:
+    """A mask as a tensor; an array may be turned round, protected, or in another byte order."""
+    if isinstance(mask, torch.Tensor):
+        return mask
+    return torch.from_numpy(np.array(mask, mask.dtype.newbyteorder("="), order="C"))
 
 
 def _same_shape(mask: torch.Tensor, picture: np.ndarray) -> bool:

@@ -166,6 +166,8 @@ class _PictureRefused(ValueError):
 
 
 def _upright_to_rgb(image: Image.Image, name: str, behind: int) -> np.ndarray:
+    if 0 in image.size:
+        raise _PictureRefused(f"{name} is empty: {image.width} x {image.height} pixels")
     if image.mode.startswith("I"):  # I;16 and its byte orders; I is 32 bits, used by 16-bit PGM and TIFF
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:

@@ -67,7 +67,7 @@ def check_device(device: str | torch.device) -> torch.device:
         )
     try:
         found = torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:  # the latter of what is neither a name nor a number
         raise ValueError(f"unknown device {device!r}: use cpu, cuda, cuda:0 or mps") from error
     available = {
         "cpu": True,

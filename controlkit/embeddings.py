@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from controlkit.base import FAMILY_TITLES
+from controlkit.base import FAMILY_TITLES, check_base_given
 from controlkit.folders import read_state
 from controlkit.loras import shallow_copy
+from controlkit.naming import check_list_of
 from controlkit.words import known_as, tokens_for
 
 if TYPE_CHECKING:
@@ -60,6 +61,8 @@ def with_embeddings(base: Base, embeddings: Sequence[Embedding]) -> Base:
     Raises ValueError, naming the file, for one that is missing, damaged or no embedding, was made for another
     family (the sizes are named), or whose word the base knows already, in whatever case.
     """
+    check_base_given(base)
+    check_list_of("embeddings", embeddings, Embedding, 'Embedding("file.safetensors")')
     for word in _words(embeddings, len(base.text_encoders)):
         vectors = _fitting(word, base)
         tokenizers = [copy.deepcopy(tokenizer) for tokenizer in base.tokenizers]

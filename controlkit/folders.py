@@ -15,7 +15,7 @@ import threading
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
@@ -54,11 +54,17 @@ _ALIGNED = 64  # bytes: what torch's own memory begins at a multiple of
 
 
 def alone(load: Callable[P, T]) -> Callable[P, T]:
-    """What makes networks, so that no other thread does at the same time."""
+    """What makes networks, so that no other thread does at the same time.
+
+    The caller's inference mode is left meanwhile: through weights made in it no gradient ever passes.
+    """
 
     @functools.wraps(load)
     def loaded(*args: P.args, **kwargs: P.kwargs) -> T:
-        with _loading:
+        import torch
+
+        inferring = torch.is_inference_mode_enabled()
+        with _loading, torch.inference_mode(False) if inferring else nullcontext():
             return load(*args, **kwargs)
 
     return loaded

@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from controlkit import limits
-from controlkit.base import FAMILY_TITLES
+from controlkit import images, limits
+from controlkit.base import FAMILY_TITLES, check_base_given
 from controlkit.folders import load_part, quiet_libraries, read_json, read_state
 from controlkit.formats.structure import by
 from controlkit.hub import PICKLES, find_file, find_weight_file, first_sentence
@@ -34,6 +34,7 @@ from controlkit.reuse import KeptText, PicturePart, cross_attentions
 
 if TYPE_CHECKING:
     from controlkit.base import Base
+    from controlkit.images import Source
 
 USUAL_FILE = "ip-adapter_sd15.safetensors"  # in a folder that holds several
 ENCODER = "image_encoder"  # the folder of the picture encoder, beside the file's or in a folder beside that
@@ -65,13 +66,14 @@ class PicturePrompt:
 def picture_prompt(
     base: Base,
     source: str | os.PathLike[str],
-    pictures: Sequence[np.ndarray],
+    pictures: Source | Sequence[Source],
     *,
     scale: float = 1.0,
     image_encoder: str | os.PathLike[str] | None = None,
 ) -> PicturePrompt:
-    """What an IP-Adapter makes of pictures, uint8 (H, W, 3) RGB each, for `sampling.generate`.
+    """What an IP-Adapter makes of one picture or several, for `sampling.generate`.
 
+    pictures: whatever `images.load_pictures` takes, as a path, a PIL image or an array (H, W, 3).
     source: a file, a folder that holds one, or a hub id, ``owner/name/folder/file.safetensors``.
     scale: -10 to 10. image_encoder: the folder of CLIP's picture encoder; by default it is looked for beside
     the file, as in h94/IP-Adapter.
@@ -79,13 +81,17 @@ def picture_prompt(
     Raises ValueError, naming the file, for one that leads nowhere, is damaged, none of the kinds that the
     module's text names, or made for a base of another family, and where no encoder of its width is found.
     """
+    check_base_given(base)
+    shown, _ = images.load_pictures(pictures)
+    if not shown:
+        raise ValueError("no picture given: an IP-Adapter tells of one or more")
     source = os.fspath(source)
     file = _find(source)
     state = _split(file, read_state(file, what="IP-Adapter"))
     weights = _attention_weights(file, state["ip_adapter"], base)
     projection = _projection(file, state["image_proj"], base)
     encoder, size = _encoder(source, file, state["image_proj"], image_encoder, base)
-    tokens = _tokens(projection, encoder, _pixels(pictures, size), base)
+    tokens = _tokens(projection, encoder, _pixels(shown, size), base)
     return PicturePrompt(tokens, weights, scale)
 
 

@@ -26,10 +26,11 @@ import torch
 from torch import Tensor, nn
 
 from controlkit import limits, notices
-from controlkit.base import FAMILY_TITLES
+from controlkit.base import FAMILY_TITLES, check_base_given
 from controlkit.folders import alone, quiet_libraries, read_header, read_json, read_state
 from controlkit.hub import LORA_FILE, PEFT_CONFIG, find_file, find_weight_file
 from controlkit.lora_keys import Factors, by_layer, is_factor, is_peft, other_network
+from controlkit.naming import check_list_of
 
 if TYPE_CHECKING:
     from controlkit.base import Base
@@ -99,6 +100,8 @@ def with_loras(base: Base, loras: Sequence[Lora]) -> Base:
     else than a LoRA of linear and convolution layers (DoRA, LoHa ...), numbers that are not finite, or was
     made for a base of another family (the sizes are named).
     """
+    check_base_given(base)
+    check_list_of("loras", loras, Lora, 'Lora("file.safetensors")')
     networks = _networks(base)
     changes: dict[str, dict[str, list[tuple[float, Layer]]]] = {}
     for lora in loras:

@@ -19,6 +19,25 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
     return f" (did you mean {by_folded[close[0]]!r}?)" if close else ""
 
 
+def kind_of_value(value: object) -> str:
+    """What a value is, with its article: "a list", "an int"."""
+    return with_article(type(value).__name__)
+
+
+def with_article(name: str) -> str:
+    """A name of a kind, with its article."""
+    return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
+
+
+def check_list_of(name: str, given: object, kind: type, example: str) -> None:
+    """Raise ValueError unless it is a list of things of a kind, as ``example`` is one."""
+    if not isinstance(given, Sequence) or isinstance(given, str):
+        raise ValueError(f"{name} is a list, as [{example}], not {kind_of_value(given)}")
+    for one in given:
+        if not isinstance(one, kind):
+            raise ValueError(f"{name} is a list of {kind.__name__}, and {kind_of_value(one)} is in it")
+
+
 def unknown(what: str, name: object, choices: Iterable[str]) -> ValueError:
     """Build (not raise) the error for a ``name`` that is none of ``choices``; ``what`` says what was named.
 

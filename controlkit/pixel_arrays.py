@@ -8,6 +8,7 @@ def array_to_rgb(array: np.ndarray, name: str, *, behind: int = 255) -> np.ndarr
 
     Raises ValueError, beginning with ``name``, for another shape, type or range.
     """
+    array = np.asarray(array)  # of a masked one what lies beneath, which its own minimum would leave out
     if array.ndim == 2:
         array = array[:, :, None]
     if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or array.size == 0:

@@ -42,11 +42,11 @@ curve; `layers` takes the place of a mode's curve there, and does so here, but i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import NamedTuple
 
 from controlkit.limits import check_scale, check_window, number
-from controlkit.naming import unknown
+from controlkit.naming import kind_of_value, unknown
 
 CURVES = ("flat", "soft", "soft-webui", "logspace", "resolution")
 GATES = ("diffusers", "webui", "invoke")
@@ -82,6 +82,9 @@ def check_rule(
     layers: str | Sequence[float] | None,
 ) -> None:
     """Raise ValueError for a control's number or name that is not allowed (see `control.Control`)."""
+    for name, given in (("a schedule of scales", scale), ("layers", layers)):
+        if isinstance(given, Iterator | Mapping | Set):  # which are read once alone, or have no order
+            raise ValueError(f"{name} is a list of numbers, as [1.0, 0.5], not {kind_of_value(given)}")
     numbers = numbers_of(scale)
     if not numbers:
         raise ValueError("a schedule of scales needs a number for each point, and it has none")

@@ -18,7 +18,6 @@ noise on every device, alone or in a batch.
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -33,7 +32,7 @@ from torch import Tensor, nn
 from controlkit import diffusion, images, limits
 from controlkit.adapters import check_fits
 from controlkit.applying import EncodedControl, Rows, encode_controls
-from controlkit.base import Conditioning
+from controlkit.base import Conditioning, check_base_given
 from controlkit.class_labels import Labels
 from controlkit.class_labels import Told as Told
 from controlkit.clip_guidance import ClipGuidance as ClipGuidance
@@ -43,9 +42,11 @@ from controlkit.execution import Execution as Execution
 from controlkit.execution import Runner
 from controlkit.ip_adapter import PicturePrompt as PicturePrompt
 from controlkit.ip_adapter import pictures_told, with_pictures
+from controlkit.kinds import kind_of
 from controlkit.layouts import lay_out
 from controlkit.memory import Memory as Memory
 from controlkit.memory import at_work, kept_small
+from controlkit.naming import check_list_of, kind_of_value, with_article
 from controlkit.packing import LEAST_STEPS, packed
 from controlkit.picture_sizes import natural_size
 from controlkit.picture_sizes import picture_size as picture_size
@@ -162,7 +163,7 @@ def generate(
     """
     ways = {"savings": savings, "tiles": tiles, "memory": memory, "execution": execution}
     also = {"told": told, "clip_guidance": clip_guidance}
-    _check_kinds(base, prompt, negative_prompt, controls, start=start, **ways, **also)
+    _check_kinds(base, prompt, negative_prompt, controls, picture_prompts, start=start, **ways, **also)
     guided = Guidance(default_guidance(base) if guidance is None else guidance, guidance_rescale)
     execution, savings, told = execution or Execution(), savings or Savings(), told or Told()
     seeds = limits.check_seeds(seeds)
@@ -266,11 +267,12 @@ def _prepared(base: Base, controls: Sequence[Control], *, packs: bool = False) -
     """Within the block the networks are this thread's, and build no graphs; they are laid out as they compute
     fastest.
 
-    packs: with packed weights, too, where that can be done.
+    packs: with packed weights, too, where that can be done. The caller's inference mode is left: weights that
+    are laid out or moved in it would let no gradient pass ever after, and CLIP's guidance needs one.
     """
     given = [base.unet, *(control.controlnet for control in controls)]
     networks = [*{id(network): network for network in given}.values()]
-    with _in_turn([*networks, base.vae]):
+    with _in_turn([*networks, base.vae]), torch.inference_mode(False):
         lay_out(*networks, base.vae)
         with torch.no_grad(), text_kept(*networks), packed(networks if packs else []):
             yield
@@ -448,40 +450,51 @@ def _likely_cause(
 
 
 def _check_kinds(
-    base: object, prompt: object, negative_prompt: object, controls: object, **given: object
+    base: object,
+    prompt: object,
+    negative_prompt: object,
+    controls: object,
+    picture_prompts: object,
+    **given: object,
 ) -> None:
-    """Raise ValueError where a base, one text, a list of controls, or one of `_WAYS` is something else."""
-    if isinstance(base, (str, os.PathLike)):
-        raise ValueError(f'base is a Base, as load_base("tiny"), not {_article(base)}')
+    """Raise ValueError where a base, one text, a list of controls or of picture prompts, or one of `_WAYS` is
+    something else."""
+    check_base_given(base)
     for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
         if not isinstance(text, str) and not (text is None and name == "negative_prompt"):
-            raise ValueError(f"{name} is one text for all pictures, not {_article(text)}")
+            raise ValueError(f"{name} is one text for all pictures, not {kind_of_value(text)}")
         if isinstance(text, str) and any("\ud800" <= letter <= "\udfff" for letter in text):
             raise ValueError(f"{name} is not valid Unicode, which tokenizers want: {text!r}")
-    if not isinstance(controls, Sequence):
-        raise ValueError(f"controls is a list, as [Control(...)], not {_article(controls)}")
-    for control in controls:
-        if not isinstance(control, Control):
-            raise ValueError(f"controls is a list of Control, and {_article(control)} is in it")
+    check_list_of("controls", controls, Control, "Control(...)")
+    check_list_of("picture_prompts", picture_prompts, PicturePrompt, "picture_prompt(...)")
     for name, value in given.items():
         kind, example = _WAYS[name]
         if value is not None and not isinstance(value, kind):
-            raise ValueError(f"{name} is {_a(kind.__name__)}, as {example}, not {_article(value)}")
+            raise ValueError(
+                f"{name} is {with_article(kind.__name__)}, as {example}, not {kind_of_value(value)}"
+            )
+
+
+def _check_precisions(base: Base, controlnets: Sequence[nn.Module]) -> None:
+    """Raise ValueError for networks that cannot compute on the base's latents and text, outside autocast."""
+    read_both = [one for one in controlnets if kind_of(one).name in ("controlnet", "controlnet-union")]
+    if torch.is_autocast_enabled(base.device.type):
+        return
+    for name, network in [("the U-Net", base.unet), *(("a control network", one) for one in read_both)]:
+        own: torch.dtype = network.dtype
+        if own != base.dtype:
+            raise ValueError(
+                f"{name} computes in {own} and its base in {base.dtype}: load both in one precision"
+                ' (dtype="bf16"), or generate within torch.autocast'
+            )
 
 
 def _check_controls(base: Base, controls: Sequence[Control], savings: Savings) -> None:
     """Raise ValueError for an adapter of another base, or adapters that cannot be run together."""
     for control in controls:
         check_fits(control.controlnet, base)
+    _check_precisions(base, [control.controlnet for control in controls])
     check_together([control.controlnet for control in controls], savings)
-
-
-def _article(value: object) -> str:
-    return _a(type(value).__name__)
-
-
-def _a(name: str) -> str:
-    return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
 
 
 def _counting(callback: Callback | None, *, batch: int, batches: int) -> Callback | None:

@@ -64,8 +64,10 @@ def with_vae(base: Base, name: str | os.PathLike[str]) -> Base:
     Raises ValueError, one line, for a name that leads nowhere, a missing or damaged file, and an autoencoder
     of another class or whose latents are not like the base's. Warns of one that scales them otherwise.
     """
+    from controlkit.base import check_base_given
     from controlkit.controlnet import lock
 
+    check_base_given(base)
     name = os.fspath(name)
     file = _file(name)
     vae, where = _in_folder(name, base) if file is None else (_in_file(file, base), file)

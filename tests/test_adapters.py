@@ -6,8 +6,10 @@ import re
 import shutil
 import stat
 import struct
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +19,17 @@ from diffusers import ControlNetModel
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
-from controlkit import Lora, adapters, load_clip, picture_prompt, with_loras, with_vae
+from controlkit import (
+    Embedding,
+    Lora,
+    adapters,
+    load_clip,
+    picture_prompt,
+    with_embeddings,
+    with_loras,
+    with_vae,
+    write_adapter,
+)
 from controlkit.adapters import MAPS, AdapterInfo, MapSpec, load_adapter, read_info, save_adapter
 from controlkit.base import Base, load_base
 from controlkit.controlnet import from_base
@@ -220,6 +232,8 @@ def test_folders_that_hold_something_else(folder: Path, bases: dict[str, Base], 
 def test_a_device_that_is_not_there(bases: dict[str, Base]) -> None:
     with pytest.raises(ValueError, match="unknown device 'gpu': use cpu, cuda, cuda:0 or mps"):
         load_adapter("canny", base=bases["sd1"], device="gpu")
+    with pytest.raises(ValueError, match="unknown device None: use cpu, cuda, cuda:0 or mps"):
+        load_base("tiny", device=None)  # type: ignore[arg-type]
 
 
 def test_a_precision_may_be_named(folder: Path, bases: dict[str, Base], tmp_path: Path) -> None:
@@ -231,6 +245,11 @@ def test_a_precision_may_be_named(folder: Path, bases: dict[str, Base], tmp_path
             load_adapter(str(folder), base=bases["sd1"], dtype=wrong)
         with pytest.raises(ValueError, match=message):
             load_base("tiny", dtype=wrong)
+        with pytest.raises(ValueError, match=message):  # whole numbers would be an adapter of almost nothing
+            write_adapter(load_adapter(folder, base=bases["sd1"]), tmp_path / "none", dtype=wrong)
+    write_adapter(load_adapter(folder, base=bases["sd1"]), tmp_path / "half", dtype="fp16")
+    assert {t.dtype for t in load_file(tmp_path / "half" / WEIGHTS).values()} == {torch.float16}
+    assert not (tmp_path / "none").exists()
 
 
 def test_models_may_be_named_by_paths(folder: Path, tmp_path: Path) -> None:
@@ -245,6 +264,30 @@ def test_models_may_be_named_by_paths(folder: Path, tmp_path: Path) -> None:
         picture_prompt(base, nowhere, [picture])
     with pytest.raises(ValueError, match=r"none.safetensors"):
         with_vae(base, nowhere)
+
+
+def test_what_is_no_base_or_no_list_is_told_in_a_line(bases: dict[str, Base], tmp_path: Path) -> None:
+    base, name, word = bases["sd1"], str(tmp_path / "none.safetensors"), Embedding("none.safetensors")
+    no_base: list[Callable[[Any], object]] = [
+        lambda base: load_adapter("canny", base=base),
+        lambda base: with_loras(base, []),
+        lambda base: with_embeddings(base, []),
+        lambda base: with_vae(base, name),
+        lambda base: picture_prompt(base, name, []),
+    ]
+    for make in no_base:
+        with pytest.raises(ValueError, match=r'^base is a Base, as load_base\("tiny"\), not a str$'):
+            make("tiny")
+    no_list: list[tuple[Callable[[Any, Any], object], object, str]] = [
+        (with_loras, Lora(name), r'loras is a list, as \[Lora\("file.safetensors"\)\], not a Lora'),
+        (with_loras, [name], "loras is a list of Lora, and a str is in it"),
+        (with_embeddings, word, r"embeddings is a list, as \[Embedding\(.*\)\], not an Embedding"),
+        (with_embeddings, name, r"embeddings is a list, as .*, not a str"),
+        (with_embeddings, [name], "embeddings is a list of Embedding, and a str is in it"),
+    ]
+    for change, given, message in no_list:
+        with pytest.raises(ValueError, match=f"^{message}$"):
+            change(base, given)
 
 
 def test_names_that_lead_nowhere(bases: dict[str, Base]) -> None:

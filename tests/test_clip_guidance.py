@@ -271,6 +271,20 @@ def test_it_goes_with_starts_holes_and_tiles_and_keeps_no_graph(sd1: Base, clip:
     assert all(parameter.grad is None for parameter in (*sd1.vae.parameters(), *clip.model.parameters()))
 
 
+def test_inference_mode_is_no_hindrance_within_it_or_after_it(folder: Path) -> None:
+    """Weights that are laid out in it would let no gradient pass, neither CLIP's nor a training's."""
+    with torch.inference_mode():
+        base, clip = load_base("tiny"), load_clip(str(folder))
+        network = controlnet_of(base)
+        request: dict[str, Any] = {"steps": 2, "clip_guidance": ClipGuidance(clip, 30.0)}
+        (within,) = sampling.generate(base, PROMPT, controls=[Control(network, cond())], width=64, height=64)
+        (guided,) = sampling.generate(base, PROMPT, **request)
+    assert not any(weight.is_inference() for part in (base.unet, base.vae) for weight in part.parameters())
+    (after,) = sampling.generate(base, PROMPT, controls=[Control(network, cond())], width=64, height=64)
+    assert np.array_equal(within, after)
+    assert np.array_equal(guided, sampling.generate(base, PROMPT, **request)[0])
+
+
 @pytest.mark.parametrize("scale", [-1.0, float("nan"), float("inf"), 1000.5])
 def test_scales_outside_their_range(clip: Clip, scale: float) -> None:
     with pytest.raises(ValueError, match="clip_guidance must be a number from 0 to 1000, not"):

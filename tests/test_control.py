@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -240,6 +241,17 @@ def test_a_region_is_given_in_any_type(sd1: Base, as_type: Any) -> None:
     assert torch.equal(region[0, 0], torch.from_numpy(white).float())
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_region_may_be_turned_round_and_protected(sd1: Base) -> None:
+    mask = np.triu(np.ones((SIZE, SIZE), np.float32))
+    protected, plain = mask.copy(), Control(controlnet_of(sd1), cond(), mask=mask)
+    protected.flags.writeable = False
+    for given in (mask[::-1].copy()[::-1], protected, mask.astype(">f4"), np.asfortranarray(mask)):
+        region = replace(plain, mask=given).region(SIZE, SIZE)
+        assert region is not None
+        assert torch.equal(region, plain.region(SIZE, SIZE))
+
+
 @pytest.mark.parametrize("factor", [1, 4])
 @pytest.mark.parametrize("as_type", [np.uint8, bool])
 def test_a_region_stays_on_its_map(sd1: Base, factor: int, as_type: type) -> None:
@@ -381,6 +393,14 @@ def test_guess_mode_of_the_original_equals_a_plain_implementation(sd1: Base) -> 
         ({"mask": torch.full((4, 4), 127, dtype=torch.uint8)}, "uint8, is 127"),
         ({"mask": np.zeros((4, 4))}, "mask is 0 everywhere: the control would act nowhere"),
         ({"mask": "left"}, "mask is an array or a tensor, not str"),
+        ({"mask": np.array([["a"]])}, "mask must be uint8, or float, or bool, not <U1"),
+        ({"mask": np.ones((4, 4), object)}, "mask must be uint8, or float, or bool, not object"),
+        (
+            {"scale": iter([1.0, 0.5])},
+            r"a schedule of scales is a list of numbers, as \[.*, not a list_iterator",
+        ),
+        ({"scale": {0: 1.0}}, "a schedule of scales is a list of numbers, .*, not a dict"),
+        ({"layers": (1.0 for _ in range(13))}, "layers is a list of numbers, .*, not a generator"),
     ],
 )
 def test_settings_that_are_not_allowed(settings: dict[str, Any], message: str) -> None:

@@ -251,6 +251,9 @@ def test_the_limit_is_the_callers() -> None:
         (torch.zeros(1, 3, 4, 4), "shape"),
         (Image.fromarray(np.full((2, 2), 300.0, np.float32)), "from 300 to 300"),
         (Image.fromarray(np.full((2, 2), -5, np.int32)), "outside 0 to 65535"),
+        (Image.new("RGB", (0, 4)), "^the picture is empty: 0 x 4 pixels$"),
+        (np.ma.masked_invalid(np.array([[0.5, np.nan]])), "from nan to nan"),
+        (np.ma.masked_greater(np.array([[0.5, 300.0]]), 1), "from 0.5 to 300"),
     ],
 )
 def test_arrays_without_a_meaning_are_refused(array: Any, message: str) -> None:

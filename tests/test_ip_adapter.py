@@ -213,6 +213,20 @@ def test_a_cross_attention_adds_what_it_reads_of_each_picture(sd1: Base) -> None
         torch.testing.assert_close(kept(attention, x, text), wanted, atol=1e-5, rtol=1e-4)
 
 
+def test_a_picture_may_be_given_in_any_way(sd1: Base, home: Path, tmp_path: Path) -> None:
+    """One by itself is one picture, and not as many as it has rows."""
+    file, picture = home / "sd1-plain.safetensors", photo(1)
+    Image.fromarray(picture).save(tmp_path / "photo.png")
+    expected = picture_prompt(sd1, file, [picture]).tokens
+    opaque = Image.fromarray(picture).convert("RGBA")
+    for given in (picture, picture[None], [picture / 255], opaque, [opaque], tmp_path / "photo.png"):
+        assert torch.equal(picture_prompt(sd1, file, given).tokens, expected)
+    with pytest.raises(ValueError, match=r"^no picture given: an IP-Adapter tells of one or more$"):
+        picture_prompt(sd1, file, [])
+    with pytest.raises(ValueError, match=r"picture 0 of the batch: nowhere.png does not exist"):
+        picture_prompt(sd1, file, ["nowhere.png"])
+
+
 def test_what_was_told_another_base_is_refused(load: Callable[[str], Base], sd1: Base, home: Path) -> None:
     prompt = picture_prompt(sd1, str(home / "sd1-plain.safetensors"), [photo(1)])
     with pytest.raises(ValueError, match="a PicturePrompt was made for another base"):

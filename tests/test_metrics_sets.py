@@ -66,6 +66,10 @@ def test_a_map_too_small_for_five_scales_is_refused():
     small = np.zeros((MS_SSIM_LEAST - 1, 400))
     with pytest.raises(ValueError, match="sides of 176 or more"):
         ms_ssim(small, small)
+    levels = np.zeros((176, 176), np.uint8)
+    for measure in (ssim, ms_ssim):
+        with pytest.raises(ValueError, match=r"ssim: wanted are floats in \[0, 1\], not uint8$"):
+            measure(levels, 255 - levels)
     assert ms_ssim(np.zeros((176, 176)), np.zeros((176, 176))) == pytest.approx(1)
 
 

@@ -21,6 +21,24 @@ def dtype_of(path: str) -> str:
     return infotext.parse(read_png_text(path), source=path).dtype
 
 
+def test_networks_in_two_precisions_are_told_from_each_other(models: Path, photo: Path) -> None:
+    base, half = (load_base(str(models / "sd1"), dtype=dtype) for dtype in ("fp32", "bf16"))
+    adapter = load_adapter(str(models / "canny-sd1"), base=base, dtype="bf16")
+    control = Control(adapter, photo)
+    message = (
+        r"^a control network computes in torch.bfloat16 and its base in torch.float32: load both in one"
+        r' precision \(dtype="bf16"\), or generate within torch.autocast$'
+    )
+    with pytest.raises(ValueError, match=message):
+        generate_pictures(base, "a cube", controls=[control], steps=1)
+    assert generate_pictures(half, "a cube", controls=[control], steps=1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert generate_pictures(base, "a cube", controls=[control], steps=1)
+    half.unet.float()
+    with pytest.raises(ValueError, match=r"^the U-Net computes in torch.float32 and its base in torch.bfl"):
+        generate_pictures(half, "a cube", steps=1)
+
+
 def test_a_precision_is_used_recorded_and_repeated(
     generate: Run, run: Run, models: Path, photo: Path
 ) -> None:

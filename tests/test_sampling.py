@@ -353,6 +353,9 @@ def test_as_many_steps_as_were_trained_do_not_fit_behind_an_offset(sd1: Base) ->
         ({"prompt": None}, "prompt is one text for all pictures, not a NoneType"),
         ({"prompt": "a \udcff"}, "prompt is not valid Unicode"),
         ({"base": "tiny"}, r"base is a Base, as load_base\(.tiny.\), not a str"),
+        ({"base": torch.nn.Identity()}, r"base is a Base, as .*, not an Identity"),
+        ({"picture_prompts": ["x"]}, "picture_prompts is a list of PicturePrompt, and a str is in it"),
+        ({"picture_prompts": "x"}, r"picture_prompts is a list, as \[picture_prompt\(...\)\], not a str"),
         ({"negative_prompt": ["a"]}, "negative_prompt is one text for all pictures, not a list"),
         ({"controls": Control(torch.nn.Identity(), cond())}, r"controls is a list, as .*, not a Control"),
         ({"controls": [None]}, "controls is a list of Control, and a NoneType is in it"),
@@ -466,6 +469,8 @@ def test_controls_outside_their_range(sd1: Base) -> None:
         Control(controlnet, 255 * torch.eye(8)[None, None])
     with pytest.raises(ValueError, match="no map given"):
         Control(controlnet, [])
+    with pytest.raises(ValueError, match=r"a map given as a tensor is empty: \(1, 3, 64, 0\)"):
+        Control(controlnet, cond()[..., :0])
     with pytest.raises(ValueError, match=r"picture 1 of the batch: gone.png"):
         Control(controlnet, [np.zeros((8, 8), np.uint8), "gone.png"])
     with pytest.raises(ValueError, match="must have the size of the picture, 64x64, not 32x64"):

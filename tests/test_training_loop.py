@@ -89,6 +89,12 @@ def test_threads_change_nothing(place, plain, workers):
     assert distance(weights(other), weights(plain)) == 0
 
 
+def test_a_script_that_builds_no_graphs_trains_all_the_same(place, plain):
+    with torch.inference_mode():
+        within, _ = run(place, "within")
+    assert distance(weights(within), weights(plain)) == 0
+
+
 def test_accumulation_is_a_larger_batch(place):
     one_size = {"data_buckets": False, "data_crop": "centre"}
     many, _ = run(place, "many", accumulation=4, batch_size=1, **one_size)

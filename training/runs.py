@@ -118,9 +118,12 @@ def _make(folder: Path) -> None:
 def _trained(
     recipe: Recipe, folder: Path, name: str, machine: Machine, progress: Callable[[Progress], None]
 ) -> Result:
-    with quiet_libraries():
-        task = build_task(recipe, machine, progress)
-    run = train(task, recipe, folder, machine=machine, progress=progress, result=name)
+    import torch
+
+    with torch.inference_mode(False), torch.enable_grad():  # whatever block of the caller's this is in
+        with quiet_libraries():
+            task = build_task(recipe, machine, progress)
+        run = train(task, recipe, folder, machine=machine, progress=progress, result=name)
     if not run.finished:
         return Result(folder, None, stopped_at=run.step, signal=run.stopped_by)
     if not machine.processes.is_first:

@@ -22,7 +22,7 @@ def ssim(a: NDArray[Any], b: NDArray[Any]) -> float:
     """Structural similarity of two pictures (H, W) in [0, 1], at most 1: Wang, Bovik, Sheikh & Simoncelli
     2004, equation 13, with their Gaussian window (spread 1.5) and constants, over windows that fit inside.
 
-    Raises ValueError: the shapes differ, or a side is shorter than the window, 11 pixels.
+    Raises ValueError: the shapes differ, a side is shorter than the window, 11 pixels, or numbers are whole.
     """
     _check("ssim", a, b, least=WINDOW)
     luminance, structure = _parts(a.astype(np.float64), b.astype(np.float64))
@@ -35,7 +35,7 @@ def ms_ssim(a: NDArray[Any], b: NDArray[Any]) -> float:
 
     A negative mean counts as 0, so that its power exists. As in the paper, windows lie inside the picture at
     every scale; torchmetrics 1.9 reflects the borders of the coarsest one, and differs where that is small.
-    Raises ValueError: the shapes differ, or a side is shorter than `MS_SSIM_LEAST`.
+    Raises ValueError: the shapes differ, a side is shorter than `MS_SSIM_LEAST`, or numbers are whole.
     """
     _check("ms_ssim", a, b, least=MS_SSIM_LEAST)
     x, y, product = a.astype(np.float64), b.astype(np.float64), 1.0
@@ -73,3 +73,6 @@ def _check(what: str, a: NDArray[Any], b: NDArray[Any], *, least: int) -> None:
     check_same_shape(what, a, b)
     if a.ndim != 2 or min(a.shape) < least:
         raise ValueError(f"{what}: wanted are pictures (H, W) with sides of {least} or more, not {a.shape}")
+    whole = next((one.dtype for one in (a, b) if np.issubdtype(one.dtype, np.integer)), None)
+    if whole is not None:  # the constants are those of [0, 1]: of 0 to 255 they would stand for nothing
+        raise ValueError(f"{what}: wanted are floats in [0, 1], not {whole}")
