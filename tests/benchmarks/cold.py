@@ -1,10 +1,10 @@
-"""From the command to the first picture: `controlkit generate` beside a plain diffusers script, each cold.
+"""A command from start to end: `controlkit generate` beside a plain diffusers script, each cold, one picture.
 
 `uv run python tests/benchmarks/cold.py` starts both as processes of their own, in random order, on the
 bundled base, a map and ten steps, after one start of each that is not counted (it fills the system's file
 cache). The script is what diffusers' documentation shows: a ControlNet and a pipeline from folders, one call,
-one file. Reported are seconds of the clock until the command says what it does, and until the picture is
-there; the latter also of the CPU, which other work on the machine moves less.
+one file. Reported are seconds of the clock until the command says what it does, and until its process has
+ended; the latter also of the CPU, which other work on the machine moves less.
 """
 
 import argparse
