@@ -42,7 +42,7 @@ def poses_from_json(
     picture: int | None = None,
 ) -> Poses:
     """Return the poses of a JSON object in OpenPose's format, or of one of a list of such objects, or of a
-    picture in one of COCO's formats (see `cocojson.pictures_of`).
+    picture in one of COCO's formats (see `cocojson.pictures_of`), or as A1111's OpenPose editor saves them.
 
     Read are bodies of 18 joints and of 25 (BODY_25, what OpenPose itself writes; its middle hip and feet are
     dropped), hands of 21 points and faces of 70 or 68; null, an empty list or no key means that a part is
@@ -110,7 +110,7 @@ def read_poses(
 
 def _one_picture(obj: Any, picture: int | None, name: str) -> dict[str, Any]:
     """Return the object that holds the people of one picture."""
-    objects = pictures_of(obj) or (obj if isinstance(obj, list) else [obj])
+    objects = pictures_of(obj) or _of_editor(obj) or (obj if isinstance(obj, list) else [obj])
     first = objects[0] if objects else None
     if not isinstance(first, dict) or not isinstance(first.get("people"), list):
         raise ValueError(
@@ -129,6 +129,18 @@ def _one_picture(obj: Any, picture: int | None, name: str) -> dict[str, Any]:
     if not isinstance(found, dict) or not isinstance(found.get("people"), list):
         raise ValueError(f"{name}, picture {picture}, has no list 'people'")
     return found
+
+
+def _of_editor(obj: Any) -> list[dict[str, Any]] | None:
+    """What A1111's OpenPose editor saves: the canvas, and x and y of the 18 joints of each person in turn."""
+    points = obj.get("keypoints") if isinstance(obj, dict) else None
+    if not isinstance(points, list) or len(points) % 18 or not points:
+        return None
+    if not all(isinstance(point, list) and len(point) == 2 for point in points):
+        return None
+    people = [points[k : k + 18] for k in range(0, len(points), 18)]
+    bodies = [{_BODY: [number for x, y in person for number in (x, y, 1)]} for person in people]
+    return [{"people": bodies, "canvas_width": obj.get("width"), "canvas_height": obj.get("height")}]
 
 
 def _body(person: dict[str, Any], where: str) -> np.ndarray:

@@ -114,6 +114,15 @@ def test_what_the_a1111_extension_writes(tmp_path: Path) -> None:
     assert read(tmp_path, obj, width=5, height=5).width == 768  # what the file says comes first
 
 
+def test_what_the_a1111_openpose_editor_saves(tmp_path: Path) -> None:
+    """Its size, and the joints of everybody in one list, without a score."""
+    points = np.random.default_rng(1).integers(0, 500, (36, 2))
+    poses = read(tmp_path, {"width": 512, "height": 768, "keypoints": points.tolist()})
+    assert (poses.width, poses.height) == (512, 768)
+    np.testing.assert_array_equal(poses.people[..., :2], points.reshape(2, 18, 2))
+    assert (poses.people[..., 2] == 1).all()
+
+
 def test_fractions_of_the_canvas_are_recognised(tmp_path: Path) -> None:
     """ComfyUI's nodes keep coordinates in [0, 1]."""
     person = {
@@ -243,6 +252,8 @@ def test_whole_bodies_of_coco_have_hands_and_faces(tmp_path: Path) -> None:
         ([{"keypoints": [None] * 51}], "has a number that is not finite"),
         ([{"keypoints": [10**400] * 51}], "is not x, y and a score for each joint"),
         ({"annotations": []}, "nor in COCO's"),
+        ({"width": 9, "height": 9, "keypoints": [[1, 1]] * 17}, "nor in COCO's"),
+        ({"width": 9, "height": 9, "keypoints": [["a", 1]] * 18}, "not a finite number"),
         ({"people": [{"face_keypoints_2d": [1] * 210}]}, "no list 'pose_keypoints_2d'"),
         ({"people": [{"pose_keypoints_2d": None, "hand_left_keypoints_2d": [1] * 60}]}, "has 20 points"),
         ({"people": [{"pose_keypoints_2d": [], "face_keypoints_2d": [None] * 210}]}, "not a finite number"),
