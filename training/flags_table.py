@@ -32,7 +32,7 @@ FLAGS: dict[str, Flag] = {
         "data.resolution",
         "whole number",
         512,
-        "the same square is cut out; scaled by averages and cubically, in the script bilinearly",
+        "scaled by averages and cubically, there bilinearly; what is transparent is white, in maps black",
     ),
     "train_batch_size": Flag(
         "batch_size",

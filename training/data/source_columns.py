@@ -40,6 +40,8 @@ MAP_NAMES = (
     "map",
     "source",
 )
+_PICTURE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+"""What a table calls the pictures of tar shards, where no column has a usual name."""
 LOOKED_AT = 8
 """Rows that show what a column holds."""
 MAP_FILES = DEPTH_SUFFIXES | {".json"}
@@ -47,7 +49,7 @@ MAP_FILES = DEPTH_SUFFIXES | {".json"}
 _MAP_KEYS = {"bytes", "path", "people"}  # of a picture, and of a pose
 _UNREAD = ("http://", "https://")  # addresses that are not followed
 _LEAST_ROWS = 8  # of numbers that are a picture, and as many in each
-CAPTION_NAMES = ("text", "caption", "prompt", "captions", "prompts", "texts")
+CAPTION_NAMES = ("text", "caption", "prompt", "captions", "prompts", "texts", "txt")
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,8 @@ def choose_columns(
     picture = data.picture_column
     if picture == "image" and picture not in columns and "file_name" in columns:
         picture = "file_name"  # as the library datasets calls an imagefolder's pictures
-    picture = _named(columns, picture, "picture_column", where) or _first(PICTURE_NAMES, columns)
+    usual = _first((*PICTURE_NAMES, *_PICTURE_SUFFIXES), columns)
+    picture = _named(columns, picture, "picture_column", where) or usual
     if not picture:
         raise ValueError(
             f"{where} has no column with pictures that is known by its name: name it with "
