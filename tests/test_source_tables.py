@@ -277,6 +277,15 @@ def test_columns_of_a_stream_that_may_be_maps_are_asked_about(tmp_path: Path) ->
     assert said[-1] == "data.options: low is not used, for the maps are read from files, not made"
 
 
+def test_a_column_of_several_pictures_is_asked_about(tmp_path: Path) -> None:
+    pairs = [[{"bytes": png(n), "path": None}] * 2 for n in range(COUNT)]
+    several = table(edges=(pairs, datasets.List(datasets.Image())))
+    several.remove_columns("conditioning_image").save_to_disk(str(tmp_path))
+    with pytest.raises(ValueError, match=r"pictures in edges, too: .*data.map_column=edges; to have"):
+        opened(tmp_path)
+    assert opened(tmp_path, maps="made")[0].picture.read() == jpeg(0)
+
+
 def test_an_empty_stream(tmp_path: Path) -> None:
     os.makedirs(tmp_path / "set")
     table(0).to_parquet(str(tmp_path / "set" / "train.parquet"))

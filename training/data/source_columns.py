@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from PIL import Image
+
 from controlkit import preprocessors
 from controlkit.naming import did_you_mean
 from controlkit.picture_files import DEPTH_SUFFIXES
@@ -155,9 +157,11 @@ def _refuse_unknown(columns: Sequence[str], *, kind: str, where: str) -> None:
 
 
 def _may_be_map(value: object) -> bool:
-    """Whether what a row holds can be a map: a file's name, a picture, numbers in rows, a pose."""
+    """Whether what a row holds can be a map: a file's name, a picture or several, numbers in rows, a pose."""
     if isinstance(value, str):
         return os.path.splitext(value)[1].lower() in MAP_FILES and not value.startswith(_UNREAD)
+    if isinstance(value, list) and any(isinstance(one, Image.Image) for one in value):
+        return True  # which cannot be read, and is not passed over
     if isinstance(value, list):  # few numbers in a row are boxes and points
         return len(value) >= _LEAST_ROWS and isinstance(value[0], list) and len(value[0]) >= _LEAST_ROWS
     return isinstance(value, bytes) or (isinstance(value, dict) and not _MAP_KEYS.isdisjoint(value))
