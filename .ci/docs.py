@@ -2,6 +2,7 @@
 
 import importlib
 import pkgutil
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -11,6 +12,22 @@ import pdoc
 import controlkit
 
 WITHOUT = ("__main__",)
+# "name: what it is", at the start of a paragraph and behind each sentence in it.
+_NAMED = re.compile(r"(?:^|(?<=[.;] ))(?=[a-z_]\w*(?:, [a-z_]\w*)*: )")
+_PARAGRAPHS = re.compile(r"\n\n|(?<=\.)\n(?=[A-Z])")
+
+
+def listed(docstring: str) -> str:
+    """The docstring with its paragraphs of "name: what it is" as lists."""
+    return "\n\n".join(_as_list(paragraph) for paragraph in _PARAGRAPHS.split(docstring))
+
+
+def _as_list(paragraph: str) -> str:
+    flat = " ".join(paragraph.split())
+    if not _NAMED.match(flat):
+        return paragraph
+    items = [item.strip(" ;").partition(": ") for item in _NAMED.split(flat) if item]
+    return "\n".join(f"* **{names}**: {what}" for names, _, what in items)
 
 
 def modules() -> list[str]:
@@ -33,6 +50,8 @@ def main(folder: str) -> None:
     """Write the pages into a folder."""
     count = len(modules())
     pdoc.render.configure(docformat="google", show_source=True)
+    google = pdoc.docstrings.google
+    pdoc.docstrings.google = lambda docstring: google(listed(docstring))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", "Error parsing type annotation")  # imported for type checkers only

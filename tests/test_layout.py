@@ -289,3 +289,15 @@ except SystemExit as stop:
 def _python_of(home: Path) -> Path:
     scripts = sysconfig.get_path("scripts", "venv", {"base": str(home), "platbase": str(home)})
     return Path(scripts) / ("python.exe" if os.name == "nt" else "python")
+
+
+def test_the_reference_lists_what_docstrings_name():
+    pytest.importorskip("pdoc")
+    from importlib.util import module_from_spec, spec_from_file_location
+
+    spec = spec_from_file_location("docs", ROOT / ".ci" / "docs.py")
+    docs = module_from_spec(spec)
+    spec.loader.exec_module(docs)
+    told = "Two: this.\n\nlow, high: numbers, of a\n    range. kind: a name; by: whom.\nRaises ValueError."
+    wanted = "* **low, high**: numbers, of a range.\n* **kind**: a name\n* **by**: whom."
+    assert docs.listed(told) == f"Two: this.\n\n{wanted}\n\nRaises ValueError."

@@ -42,6 +42,21 @@ NAMELESS = """() => [...document.querySelectorAll("button, input, textarea, circ
   return box.width && box.height && !name.trim();
 }).map((node) => node.outerHTML.slice(0, 200))"""
 
+FAINT = """(least) => {
+  const light = (colour) => {
+    const parts = colour.match(/[0-9.]+/g).slice(0, 3).map((part) => part / 255);
+    const [r, g, b] = parts.map((c) => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const behind = (node) => {
+    const colour = getComputedStyle(node).backgroundColor;
+    return colour === "rgba(0, 0, 0, 0)" ? behind(node.parentElement) : colour;
+  };
+  return [...document.querySelectorAll(".cm-line span")].filter((node) => {
+    const [a, b] = [light(getComputedStyle(node).color), light(behind(node))].sort((x, y) => y - x);
+    return (a + 0.05) / (b + 0.05) < least;
+  }).map((node) => node.innerText);
+}"""
 THREE_RIGHT = """(node) => { for (let k = 0; k < 3; k++)
   node.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowRight", bubbles: true })); }"""
 LATE = """() => { const plain = window.fetch; window.fetch = async (to, ...rest) => {
@@ -389,6 +404,39 @@ def test_errors_are_lines_and_the_page_stays_usable(visit: Callable[..., Page], 
     expect(page.locator("#status")).to_contain_text("must be a multiple of 8")
     page.get_by_label("Width").fill("")
     generate(page)
+
+
+def test_what_the_browser_refuses_is_told(visit: Callable[..., Page]) -> None:
+    page = visit()  # of a browser without a camera
+    photo, told = page.locator("#photo"), page.locator(".toast-body")
+    photo.get_by_label("Remove Image").click()
+    photo.get_by_label("Capture from camera").click()
+    photo.get_by_text("Click to Access Webcam").click()
+    expect(told).to_contain_text("The browser finds no camera: upload a photo", timeout=PATIENCE)
+    page.evaluate("navigator.clipboard.writeText('words')")
+    photo.get_by_label("Paste from clipboard").click()
+    expect(told).to_contain_text("There is no picture in the clipboard", timeout=PATIENCE)
+    page.context.clear_permissions()
+    photo.get_by_text("Paste from Clipboard").click()
+    expect(told).to_contain_text("does not let this page read the clipboard", timeout=PATIENCE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_can_be_seen(visit: Callable[..., Page], scheme: str) -> None:
+    page = visit(color_scheme=scheme)
+    generate(page)
+    number(page, "Steps", "1")  # where the handle stands on the part of its line that is empty
+    page.get_by_label("range slider for Steps").scroll_into_view_if_needed()
+    line = np.int16(load_picture(page.get_by_label("range slider for Steps").screenshot()))
+    coloured = np.ptp(line, axis=2) > 60
+    assert coloured.any(), "the handle has the colour of what is around it"
+    right = line[len(line) // 2, -20].mean()
+    assert (right > 127) == (scheme == "light"), "the empty part of the line is the brightest"
+    page.get_by_role("button", name="As a command").click()
+    page.locator(".cm-line span").first.wait_for()
+    assert page.evaluate(FAINT, 4.5) == []
+    assert page.locator(".cm-scroller[tabindex='-1']").count() == 0, "the keyboard cannot scroll it"
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -508,6 +509,13 @@ def test_how_a_training_ended_is_told(tmp_path: Path, log: str, begun: bool, tol
     assert told[2] in head
 
 
+def test_what_a_training_does_is_told_once_and_as_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    run = replace(run_folders.look(tmp_path / "mine"), state="starting", error="")
+    head = run_view.details(run, ["loading the libraries ..."]).head
+    assert ">Starting. Loading the libraries ...</p>" in head
+
+
 def test_an_error_after_checkpoints_is_told(tmp_path: Path) -> None:
     folder = finished(tmp_path, "mine")
     (folder / "controlnet").rmdir()
@@ -587,6 +595,8 @@ def test_lines_of_the_command_line_are_told_in_the_pages_words() -> None:
     assert wording.sentence(told).startswith("The control by Edges has no effect")
     assert wording.sentence(told).endswith("in its window, from 0.41 until 0.42")
     assert wording.line_of(ValueError("a seed\n must be whole")) == "A seed must be whole"
+    told = "for weights, add --prompt-syntax a1111"
+    assert wording.sentence(told).endswith("choose them under More maps and settings, Parentheses")
 
 
 def test_a_wrong_number_is_not_repeated_whole() -> None:

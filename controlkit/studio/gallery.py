@@ -75,10 +75,11 @@ class Gallery:
         with gr.Accordion(
             "As a command, as Python", open=False, visible=False, elem_classes="plain"
         ) as self.fold:
+            code: dict[str, Any] = {"interactive": False, "show_line_numbers": False}
             self.command = gr.Code(
-                language="shell", label="Command", interactive=False, wrap_lines=True, lines=3, max_lines=8
+                language="shell", label="Command", wrap_lines=True, lines=3, max_lines=8, **code
             )
-            self.script = gr.Code(language="python", label="Python", interactive=False, max_lines=20)
+            self.script = gr.Code(language="python", label="Python", max_lines=20, **code)
         self.made = gr.State([])
         self.strip.select(
             self._select, self.made, self.shown, show_progress="hidden", api_visibility="private"

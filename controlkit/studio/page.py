@@ -14,6 +14,7 @@ from controlkit.studio.components import NOT_PUT_IN
 from controlkit.studio.create_tab import CreateTab
 from controlkit.studio.engine import Engine
 from controlkit.studio.server import KEPT
+from controlkit.studio.toasts import of_the_browser
 from controlkit.studio.train_tab import NAME, TrainTab
 
 TITLE = "ControlKit studio"
@@ -24,6 +25,7 @@ def build(engine: Engine, runs: Path, data: Sequence[Path] | None = None) -> Any
     """The page for a loaded engine. runs: the folder of the trainings. data: as in `TrainTab`."""
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(60 * 60, SHOWN)) as page:
         gr.HTML(_head(engine.name))
+        of_the_browser()
         with gr.Tabs() as tabs:
             with gr.Tab("Create", id="create") as first:
                 create = CreateTab(engine, runs / KEPT, page)

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from html import escape
 
 from controlkit.studio.run_folders import ALIVE, Run
-from controlkit.studio.wording import about_settings, title
+from controlkit.studio.wording import about_settings, sentence, title
 
 NOTHING = '<p class="faint">No training yet. Start one, and it appears here.</p>'
 STATES = {
-    "starting": "Loading the libraries.",
+    "starting": "Starting.",
     "running": "Running.",
     "stopped": "Stopped; it can be gone on with.",
     "failed": "It could not begin.",
@@ -80,7 +80,7 @@ def _head(run: Run, words: str, log: list[str]) -> str:
 
 def _doing(run: Run, log: list[str]) -> str:
     """What a training that is alive does, in its own words."""
-    return f" {escape(log[-1].strip())}" if run.state in ALIVE and log else ""
+    return f" {escape(sentence(log[-1].strip()))}" if run.state in ALIVE and log else ""
 
 
 def _state(run: Run) -> str:

@@ -81,6 +81,11 @@ class Slot:
         self.scale = Slider(0, MOST_SCALE, 1, step=0.05, label="Strength")
         self.is_map = is_map or gr.Checkbox(label=IS_MAP)
         self.own = None
+        if number > 1:
+            with gr.Accordion("Another picture than the photo", open=False, elem_classes="plain"):
+                self.own = Picture(
+                    type="filepath", sources=["upload"], label="Another picture", show_label=False, height=160
+                )
         with gr.Accordion("When and how", open=False, elem_classes="plain"):
             with gr.Row():
                 self.start = Slider(0, 1, 0, step=0.05, label="From", min_width=120)
@@ -89,8 +94,6 @@ class Slot:
                 [(MODE_NAMES.get(mode, mode), mode) for mode in MODES], value=USUAL_MODE, label="Mode"
             )
             self.adapter = gr.Dropdown([(OWN, "")], value="", label="Adapter")
-            if number > 1:
-                self.own = Picture(type="filepath", sources=["upload"], label="Another picture", height=160)
         self.adapters = gr.State({})  # what was chosen for each kind of map
         self.drawn = gr.State(None)
         self.wanted = gr.State(None)  # changes when the device has to draw

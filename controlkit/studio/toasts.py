@@ -15,6 +15,7 @@ from controlkit.notices import is_out_of_memory
 from controlkit.studio.wording import line_of
 
 SECONDS = 12.0  # that a toast stays
+REFUSED = "() => window.controlkitRefused ?? ''"  # comes in the place of the button's own text
 FULL = "The device's memory is full: ask for smaller or fewer pictures, or wait while a training runs."
 
 
@@ -39,6 +40,17 @@ def readable(work: Callable[..., Any]) -> Callable[..., Any]:
             raise toast(error) from None
 
     return whole
+
+
+def of_the_browser() -> None:
+    """A button that nobody sees: the page's script clicks it to tell what the browser refused."""
+    button = gr.Button("", visible="hidden", elem_id="refused")
+    button.click(_refused, button, None, js=REFUSED, show_progress="hidden", api_visibility="private")
+
+
+@readable
+def _refused(text: str) -> None:
+    raise ValueError(text)
 
 
 def toast(error: Exception) -> gr.Error:

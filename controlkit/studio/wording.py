@@ -17,7 +17,7 @@ TITLES = {
     "softedge": "Soft edges",
 }
 MODE_NAMES = {
-    "balanced": "balanced: prompt and map alike",
+    "balanced": "balanced: both alike",
     "prompt": "prompt: it is more important (A1111)",
     "control": "control: the map is more important (A1111)",
     "guess": "guess: the map without a prompt (the original)",
@@ -30,7 +30,7 @@ MODE_NAMES = {
 SYNTAX_NAMES = {"plain": "letters, as in diffusers", "a1111": "weights, as in A1111: (red:1.3)"}
 SCHEDULER_INFO = "How the noise is taken away; lcm and tcd are for bases that are distilled to few steps"
 _OPTIONS = {
-    "add --prompt-syntax a1111": "choose them under More, Parentheses",
+    "add --prompt-syntax a1111": "choose them under More maps and settings, Parentheses",
     "--negative": "the negative prompt",
     "--guidance": "Guidance",
     "--device": "the device",
