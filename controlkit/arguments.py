@@ -17,6 +17,7 @@ from controlkit.picture_files import SUFFIXES
 from controlkit.rules import USUAL_GATE, USUAL_MODE, check_rule
 
 _SETTING = re.compile(r"[a-z][a-z_0-9]*(\.[a-z][a-z_0-9]*)?=")
+_CONTROL_SETTING = re.compile(r":([^\W\d][\w-]*)=")
 
 
 NONE = "none"
@@ -87,23 +88,48 @@ def split_control(text: str) -> tuple[str, str, str]:
     return kind + equals, path, rest[len(path) :]
 
 
+def split_mask(how: str) -> tuple[str, str, str]:
+    """What stands before the mask's file in the how of a control (see `split_control`), the file as it was
+    written, "" where there is none, and what stands behind it.
+    """
+    before, key, rest = how.partition(":mask=")
+    path = _split_strength(_split_control_settings(rest)[0])[0]
+    return before + key, path, rest[len(path) :]
+
+
 def _split_control_settings(rest: str) -> tuple[str, dict[str, Any]]:
-    """Take KEY=VALUE parts off the end."""
+    """Take KEY=VALUE parts off the end, and a strength behind one; a file's name in them may have colons."""
     settings: dict[str, Any] = {}
-    while not os.path.exists(rest):
-        before, colon, tail = rest.rpartition(":")
-        key, equals, value = tail.partition("=")
-        if not (colon and equals and key.replace("-", "_").isidentifier()):
-            break
-        if key not in _CONTROL_KEYS:
-            if difflib.get_close_matches(key, ("strength", "weight"), n=1):  # as A1111 and ComfyUI call it
-                raise ValueError(f"unknown setting of a control {key!r} (did you mean 'scale'?)")
-            raise unknown("setting of a control", key, _CONTROL_KEYS)
-        if key in settings:
-            raise ValueError(f"{key} is given twice")
-        settings[key] = parse_control_setting(key, value)
-        rest = before
+    while not os.path.exists(rest) and (found := [*_CONTROL_SETTING.finditer(rest)]):
+        value, strength = _split_strength(rest[found[-1].end() :])
+        rest = rest[: found[-1].start()]
+        for key, text in ((found[-1][1], value), ("scale", strength)):
+            if text is None:
+                continue
+            if key in settings:
+                raise ValueError(f"{key} is given twice")
+            settings[key] = _checked_setting(key, text)
     return rest, settings
+
+
+def _split_strength(value: str) -> tuple[str, str | None]:
+    """The value of a setting, and the strength that stands behind it."""
+    before, colon, tail = value.rpartition(":")
+    if not colon or os.path.exists(at_home(value)):
+        return value, None
+    try:
+        parse_scale(tail)
+    except ValueError:
+        return value, None
+    return before, tail
+
+
+def _checked_setting(key: str, text: str) -> Any:
+    if key in _CONTROL_KEYS:
+        return parse_control_setting(key, text)
+    if difflib.get_close_matches(key, ("strength", "weight"), n=1):  # as A1111 and ComfyUI call it
+        raise ValueError(f"unknown setting of a control {key!r} (did you mean 'scale'?)")
+    raise unknown("setting of a control", key, _CONTROL_KEYS)
 
 
 def parse_control_setting(key: str, text: str) -> Any:

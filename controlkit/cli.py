@@ -205,7 +205,7 @@ def _tell_how_to_follow(kind: str, path: Path) -> None:
 
 @app.command(epilog="Example:  controlkit draw pose.json -o pose.png --size 768x512 --mirror")
 def draw(
-    pose: Annotated[str, typer.Argument(metavar="POSE.json", help="Joints in OpenPose's format.")],
+    pose: Annotated[str, typer.Argument(metavar="POSE.json", help="Joints in OpenPose's format, or COCO's.")],
     output: Output = "drawn.png",
     size: Annotated[Text, option("WxH", "The map's size.  [default: the canvas's]")] = None,
     canvas: Annotated[Text, option("WxH", "What the joints refer to, if the file does not say.")] = None,

@@ -1,6 +1,6 @@
 """`controlkit generate` for folders: a picture for each one there, by one request, with models loaded once.
 
-Where a control's picture, a map, the picture to start from or its mask is a folder, each of its pictures has
+Where a control's picture, a map, the picture to start from or a mask is a folder, each of its pictures has
 its turn; several folders go together by their pictures' names. What is there already, made in the very same
 way, stays, so that a job that was stopped goes on.
 """
@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from controlkit.arguments import check_not_inputs, is_none, numbered_outputs, split_control
+from controlkit.arguments import check_not_inputs, is_none, numbered_outputs, split_control, split_mask
 from controlkit.files import FULL_DISK, at_home
 from controlkit.folder_job import FolderReport as Report
 from controlkit.generate_job import Session, write_all
@@ -48,8 +48,9 @@ class Request:
     @property
     def files(self) -> list[str]:
         """The pictures, maps and masks that are named."""
-        followed = [split_control(text)[1] for text in (*self.controls, *self.maps) if not is_none(text)]
-        return followed + [text for text in (self.start, self.mask) if text and not is_none(text)]
+        split = [split_control(text) for text in (*self.controls, *self.maps) if not is_none(text)]
+        others = (self.start, self.mask, *(split_mask(how)[1] for _, _, how in split))
+        return [path for _, path, _ in split] + [path for path in others if path and not is_none(path)]
 
 
 @dataclass
@@ -145,17 +146,18 @@ def _of_picture(whole: Request, places: dict[str, str], name: str) -> Request:
     def control(text: str) -> str:
         if is_none(text):
             return text
-        before, path, after = split_control(text)
-        return f"{before}{places.get(at_home(path), path)}{after}"
+        before, path, how = split_control(text)
+        between, mask, after = split_mask(how)
+        return f"{before}{picture(path)}{between}{picture(mask)}{after}"
 
-    def picture(text: str | None) -> str | None:
-        return text if text is None else places.get(at_home(text), text)
+    def picture(path: str) -> str:
+        return places.get(at_home(path), path)
 
     return Request(
         tuple(map(control, whole.controls)),
         tuple(map(control, whole.maps)),
-        picture(whole.start),
-        picture(whole.mask),
+        None if whole.start is None else picture(whole.start),
+        None if whole.mask is None else picture(whole.mask),
         str(Path(at_home(whole.output)) / f"{name}.png"),
     )
 

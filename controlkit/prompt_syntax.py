@@ -1,8 +1,9 @@
 """How a prompt's letters are read: as they are, or with A1111's weights and breaks.
 
     plain    every letter is text, as in diffusers; what is beyond 77 tokens is cut off, with a warning
-    a1111    (word) x 1.1, [word] / 1.1, (word:1.3) x 1.3, also nested; a backslash makes brackets letters;
-             BREAK begins a new chunk of 75 tokens, as does running out of one: nothing is cut off
+    a1111    (word) x 1.1, [word] / 1.1, (word:1.3) x 1.3, also nested; a backslash makes a bracket or another
+             backslash a letter, and is none itself; BREAK begins a new chunk of 75 tokens, also within
+             brackets, as does running out of one: nothing is cut off
 
 What is left open goes on to the end, what closes nothing is text, and so is everything that A1111 has
 besides: prompts that change between the steps, `AND`, files in angle brackets (`notes` names them).
@@ -23,7 +24,7 @@ SYNTAXES = ("plain", "a1111")
 
 _MARK = re.compile(
     r"""
-      \\(?P<letter>[()\[\]\\])
+      \\(?P<letter>[()\[\]\\]?)
     | :\s*(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+))\s*\)
     | (?P<bracket>[()\[\]])
     | (?P<break>\bBREAK\b)
@@ -102,7 +103,7 @@ def _read(prompt: str) -> tuple[list[str], list[float], list[int]]:
             factor = float(mark["weight"]) if mark["weight"] else _FACTORS[closing]
             weigh(open_at[_OPENED_BY[closing]].pop(), factor)
         else:
-            add(mark["letter"] or mark[0])
+            add(mark[0] if mark["letter"] is None else mark["letter"])
     add(prompt[end:])
     for closing, opening in _OPENED_BY.items():
         for first in open_at[opening]:

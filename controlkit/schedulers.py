@@ -132,7 +132,7 @@ def make_schedule(name: str, base: Base, *, steps: int, strength: float = 1.0) -
         raise ValueError(f"{steps} steps do not fit into the base's {trained} timesteps: take fewer")
     taken = max(min(int(steps * strength), steps), 1)
     first = (steps - taken) * scheduler.order
-    if strength < 1 and hasattr(scheduler, "set_begin_index"):
+    if hasattr(scheduler, "set_begin_index"):  # else it looks the first timestep up, which may be there twice
         scheduler.set_begin_index(first)
     return Schedule(scheduler, scheduler.timesteps[first:], first)
 

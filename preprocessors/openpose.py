@@ -12,15 +12,13 @@ from controlkit.preprocessors.maps import Map, Preprocessor
 from controlkit.preprocessors.openposenet import OpenPoseNet, is_openpose
 from controlkit.preprocessors.people import DETECTOR, PersonDetector
 from controlkit.preprocessors.poseedit import scale_poses
-from controlkit.preprocessors.skeleton import Poses, coco17_to_openpose18, coco133_to_openpose
+from controlkit.preprocessors.skeleton import LEAST_SCORE, Poses, coco17_to_openpose18, coco133_to_openpose
 from controlkit.preprocessors.vitpose import VitPose
 from controlkit.preprocessors.weights import find_model
 
 MODELS = {"vitpose": "usyd-community/vitpose-base-simple", "openpose": "lllyasviel/Annotators"}
 """Short names of pose models on the hub. ViTPose-B has 75.8 AP on COCO and an Apache-2.0 licence; OpenPose
 knows hands and faces, too, and is for non-commercial use only."""
-
-_VITPOSE_THRESHOLD = 0.3
 
 
 class OpenPose(Preprocessor):
@@ -58,7 +56,7 @@ class OpenPose(Preprocessor):
         of_openpose = is_openpose(model)
         if of_openpose and detector != DETECTOR:
             raise _needs_no_detector(model)
-        self.threshold = _checked_threshold(threshold, 0.0 if of_openpose else _VITPOSE_THRESHOLD)
+        self.threshold = _checked_threshold(threshold, 0.0 if of_openpose else LEAST_SCORE)
         if style not in STYLES:
             raise unknown("draw style", style, STYLES)
         self.model, self.style, self.hands, self.face = model, style, hands, face

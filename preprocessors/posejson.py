@@ -1,4 +1,4 @@
-"""Poses as JSON in OpenPose's format, which pose editors read and write: people[].pose_keypoints_2d."""
+"""Poses as JSON in OpenPose's format, which pose editors read and write, and read in COCO's, too."""
 
 import json
 import math
@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from controlkit.files import PathLike, write_json
+from controlkit.preprocessors.cocojson import as_openpose, pictures_of
 from controlkit.preprocessors.skeleton import Poses
 
 _BODY, _FACE = "pose_keypoints_2d", "face_keypoints_2d"
@@ -40,7 +41,8 @@ def poses_from_json(
     height: int | None = None,
     picture: int | None = None,
 ) -> Poses:
-    """Return the poses of a JSON object in OpenPose's format, or of one of a list of such objects.
+    """Return the poses of a JSON object in OpenPose's format, or of one of a list of such objects, or of a
+    picture in one of COCO's formats (see `cocojson.pictures_of`), or as A1111's OpenPose editor saves them.
 
     Read are bodies of 18 joints and of 25 (BODY_25, what OpenPose itself writes; its middle hip and feet are
     dropped), hands of 21 points and faces of 70 or 68; null, an empty list or no key means that a part is
@@ -58,6 +60,7 @@ def poses_from_json(
     bodies, hands, faces = [], [], []
     for i, person in enumerate(obj["people"]):
         where = f"{name}, people[{i}]"
+        person = as_openpose(person, where)
         if not isinstance(person, dict) or not isinstance(person.get(_BODY, 0), (list, type(None))):
             raise ValueError(f"{where} has no list '{_BODY}'")
         bodies.append(_body(person, where))
@@ -89,10 +92,11 @@ def write_poses(path: PathLike, poses: Poses) -> None:
 def read_poses(
     path: PathLike, *, width: int | None = None, height: int | None = None, picture: int | None = None
 ) -> Poses:
-    """Read poses from a JSON file in OpenPose's format, whoever wrote it; see :func:`poses_from_json`.
+    """Read poses from a JSON file in OpenPose's format or COCO's, whoever wrote it; see
+    :func:`poses_from_json`.
 
     Raises:
-        ValueError: one line with the file's name: it cannot be read, is not JSON, or not in that format.
+        ValueError: one line with the file's name: it cannot be read, is not JSON, or in neither format.
     """
     try:
         with open(path, encoding="utf-8-sig") as file:
@@ -106,12 +110,12 @@ def read_poses(
 
 def _one_picture(obj: Any, picture: int | None, name: str) -> dict[str, Any]:
     """Return the object that holds the people of one picture."""
-    objects = obj if isinstance(obj, list) else [obj]
+    objects = pictures_of(obj) or _of_editor(obj) or (obj if isinstance(obj, list) else [obj])
     first = objects[0] if objects else None
     if not isinstance(first, dict) or not isinstance(first.get("people"), list):
-        coco = " (these are COCO's 'keypoints')" * (isinstance(first, dict) and "keypoints" in first)
         raise ValueError(
-            f"{name} is not in OpenPose's format{coco}: an object with a list 'people' is wanted"
+            f"{name} is not in OpenPose's format, nor in COCO's: an object with a list 'people' is wanted, or"
+            " a list of people with 'keypoints'"
         )
     count = len(objects)
     if picture is None and count > 1:
@@ -125,6 +129,18 @@ def _one_picture(obj: Any, picture: int | None, name: str) -> dict[str, Any]:
     if not isinstance(found, dict) or not isinstance(found.get("people"), list):
         raise ValueError(f"{name}, picture {picture}, has no list 'people'")
     return found
+
+
+def _of_editor(obj: Any) -> list[dict[str, Any]] | None:
+    """What A1111's OpenPose editor saves: the canvas, and x and y of the 18 joints of each person in turn."""
+    points = obj.get("keypoints") if isinstance(obj, dict) else None
+    if not isinstance(points, list) or len(points) % 18 or not points:
+        return None
+    if not all(isinstance(point, list) and len(point) == 2 for point in points):
+        return None
+    people = [points[k : k + 18] for k in range(0, len(points), 18)]
+    bodies = [{_BODY: [number for x, y in person for number in (x, y, 1)]} for person in people]
+    return [{"people": bodies, "canvas_width": obj.get("width"), "canvas_height": obj.get("height")}]
 
 
 def _body(person: dict[str, Any], where: str) -> np.ndarray:

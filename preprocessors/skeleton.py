@@ -44,6 +44,9 @@ FACE_MIRROR = (
 )  # fmt: skip
 """Which point of a face each point is in a mirror."""
 
+LEAST_SCORE = 0.3
+"""Keypoints of COCO's that score less are absent, unless another threshold is asked for."""
+
 # COCO's order: nose, eyes, ears, shoulders, elbows, wrists, hips, knees, ankles, left before right.
 _COCO_OF_JOINT = (0, None, 6, 8, 10, 5, 7, 9, 12, 14, 16, 11, 13, 15, 2, 1, 4, 3)
 _LEFT_SHOULDER, _RIGHT_SHOULDER = 5, 6

@@ -29,6 +29,7 @@ MAPPED = [
     ("--checkpointing_steps=200", "checkpoint_every", 200),
     ("--checkpoints_total_limit=5", "checkpoints_kept", 5),
     ("--checkpoints_total_limit=1", "checkpoints_kept", 2),
+    ("--checkpoints_total_limit=0", "checkpoints_kept", 2),  # of which the script keeps one, too
     ("--gradient_accumulation_steps=4", "accumulation", 4),
     ("--gradient_checkpointing", "gradient_checkpointing", True),
     ("--learning_rate=1e-5", "learning_rate", 1e-5),
@@ -65,6 +66,9 @@ MAPPED = [
     ("--validation_prompt 'a red circle' --validation_image a.png --validation_steps=50", "sample_every", 50),
     ("--validation_prompt one two --validation_image a.png b.png", "sample_every", 100),
     ("--tracker_project_name=circles", "project", "circles"),
+    # argparse takes the beginning of a name that is no other's, too
+    ("--learning 1e-5", "learning_rate", 1e-5),
+    ("--gradient_a=4", "accumulation", 4),
 ]
 
 # Flags that change no key, beside SHORT.
@@ -96,9 +100,18 @@ EXPLAINED = [
 REFUSED = [
     ("--learning_rte=1", "train_controlnet.py has no flag --learning_rte (did you mean '--learning_rate'?)"),
     ("--train-batch-size=1", "no flag --train-batch-size (did you mean '--train_batch_size'?)"),
+    ("--lr 1e-5", "--lr may be --lr_scheduler or --lr_warmup_steps or --lr_num_cycles or --lr_power: write"),
+    ("-- --seed=1", "train_controlnet.py has no flag --"),
     ("--seed", "--seed has no value"),
     ("--seed --allow_tf32", "--seed has no value"),
     ("--output_dir=", "--output_dir has no value"),
+    ("--output_dir -x", "--output_dir has no value"),
+    ("--seed -1", "--seed is not below 0, as in -1"),
+    ("--adam_beta1=nan", "--adam_beta1 is a finite number, not nan"),
+    (
+        "--image_interpolation_mode=foo",
+        "unknown --image_interpolation_mode 'foo'; choose from: bicubic",
+    ),
     ("--seed=one", "--seed is a whole number, not 'one'"),
     ("--learning_rate=1e-5x", "--learning_rate is a number, not '1e-5x'"),
     ("--learning_rate=0", "--learning_rate or --scale_lr: input should be greater than 0, not 0"),
@@ -106,6 +119,8 @@ REFUSED = [
     ("--gradient_checkpointing=true", "--gradient_checkpointing is a switch and takes no value"),
     ("--gradient_checkpointing true", "cannot read 'true': a flag begins with --"),
     ("--output_dir=$OUTPUT_DIR", "--output_dir=$OUTPUT_DIR names a variable of the shell: write its value"),
+    ("--output_dir=runs/$NAME", "--output_dir=runs/$NAME names a variable of the shell: write its value"),
+    ("--output_dir=`pwd`", "--output_dir=`pwd` names a variable of the shell: write its value"),
     ("--mixed_precision=fp8", "unknown --mixed_precision 'fp8'"),
     ("--lr_scheduler=cosin", "unknown --lr_scheduler 'cosin' (did you mean 'cosine'?)"),
     ("--lr_scheduler=linear --lr_warmup_steps=2000", "--lr_warmup_steps=2000 is longer than the training"),
@@ -113,6 +128,13 @@ REFUSED = [
     ("--lr_scheduler=polynomial --lr_power=2", "--lr_power=2.0: the rate falls in a line"),
     ("--adam_epsilon=1e-6", "--adam_epsilon=1e-06: the optimizer's epsilon is 1e-8"),
     ("--adam_beta2=1.5", "--adam_beta1 or --adam_beta2: input should be less than 1, not 1.5"),
+    ("--resolution=0", "--resolution is 16 or more, a multiple of 8, not 0"),  # which would be the base's
+    ("--validation_prompt 'a red circle'", "--validation_prompt wants a --validation_image beside it"),
+    ("--validation_image a.png", "--validation_image wants a --validation_prompt beside it"),
+    (
+        "--validation_prompt a b --validation_image a b c",
+        "--validation_prompt has 2 and --validation_image 3",
+    ),
     ("--resolution=500", "--resolution: input should be a multiple of 8, not 500"),
     ("--proportion_empty_prompts=2", "--proportion_empty_prompts: input should be less than or equal to 1"),
     ("--train_batch_size=0", "--train_batch_size: input should be greater than 0, not 0"),
@@ -138,6 +160,7 @@ def recipe(text: str, **options: int) -> ControlNetRecipe:
 def test_no_flag_is_forgotten():
     known = {word.split("=")[0] for flags in [*MAPPED, *EXPLAINED] for word in _words(flags)}
     known |= {"--dataset_name", "--num_train_epochs"}
+    known -= {"--learning", "--gradient_a"}  # beginnings of names
     assert known == {f"--{name}" for name in FLAGS}
     assert (len(FLAGS), len(SDXL_ONLY)) == (52 + 5, 5)  # as the scripts have, in August 2026
 
@@ -180,6 +203,10 @@ def test_what_nothing_stands_for_is_refused_in_a_line(flags, message):
         ("train_controlnet.py", "no flags given"),
         ("hello", "cannot read 'hello'"),
         ("python train_controlnet_flux.py --seed=1", "train_controlnet_flux.py is another script"),
+        (
+            f"python train_controlnet.py {SHORT} --crops_coords_top_left_h=0",
+            "no flag --crops_coords_top_left_h, which is one of train_controlnet_sdxl.py",
+        ),
         ("--train_data_dir=data --max_train_steps=1", "--pretrained_model_name_or_path is missing"),
         (
             "--pretrained_model_name_or_path=a --max_train_steps=1",
@@ -294,6 +321,33 @@ def test_the_launcher_keeps_variables_to_itself():
     assert tomllib.loads(odd)["steps"] == 1000
 
 
+@pytest.mark.parametrize(
+    ("launcher", "processes", "told"),
+    [
+        ("python", 1, False),
+        ("accelerate launch --num_processes=2", 2, False),
+        ("accelerate launch --multi_gpu", 1, True),  # how many stands in accelerate's configuration
+        ("torchrun --nnodes 3 --nproc-per-node=2", 6, False),
+        ("torchrun --nproc_per_node=2", 2, False),
+    ],
+)
+def test_a_rate_for_all_processes_says_for_how_many_where_that_is_unknown(launcher, processes, told):
+    text = f"{launcher} train_controlnet.py {SHORT}"
+    assert recipe(f"{text} --scale_lr").learning_rate == pytest.approx(5e-6 * 4 * processes)
+    words = "for one process: accelerate's configuration, which may start more, is not read here"
+    assert (words in from_diffusers_flags(f"{text} --scale_lr")) == told
+    epochs = f"{launcher} train_controlnet.py {NEEDED} --max_train_samples=8"
+    assert (words in from_diffusers_flags(epochs)) == told
+    assert words not in from_diffusers_flags(text)
+
+
+def test_a_warmup_says_how_it_differs_from_the_scripts():
+    words = "a step ahead of the script, whose first step has the rate 0"
+    assert words in from_diffusers_flags(f"{SHORT} --lr_scheduler=linear")
+    assert words not in from_diffusers_flags(f"{SHORT} --lr_scheduler=linear --lr_warmup_steps=0")
+    assert words not in from_diffusers_flags(SHORT)
+
+
 def test_epochs_become_steps_where_the_number_of_pairs_is_known():
     # 103 pairs: 26 batches of 4, 13 for each of two processes, 7 steps of two batches.
     text = f"accelerate launch --num_processes 2 train_controlnet.py {NEEDED} --num_train_epochs 3"
@@ -372,6 +426,10 @@ def test_a_default_column_that_the_data_lacks_is_told_by_its_flag(tmp_path):
 def test_values_with_quotes_and_signs_survive():
     name = 'a "quoted" \\ name # not a comment\t= [x]\x7f'
     assert recipe(f"{SHORT} --output_dir {shlex.quote(name)}").out == name
+
+
+def test_a_sentence_that_begins_with_a_dash_is_a_value():
+    assert recipe(f"{SHORT} --output_dir '-5 degrees = cold'").out == "-5 degrees = cold"
 
 
 def test_the_table_has_a_row_for_every_flag():

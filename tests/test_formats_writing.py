@@ -22,11 +22,14 @@ from diffusers import ControlNetModel
 from outcomes import Run
 from safetensors.torch import load_file, save_file
 
+from controlkit import convert_job
 from controlkit.adapters import MAPS, Adapter, AdapterInfo, MapSpec, load_adapter, write_adapter
 from controlkit.base import Base
 from controlkit.folders import quiet_libraries, read_header
 from controlkit.formats.adapter_file import open_adapter_file
+from controlkit.formats.building import build_network, heads_are_known
 from controlkit.formats.hashing import HASH_KEY, tensor_hash
+from controlkit.silence import Silent
 
 Load = Callable[[str], Base]
 INFO = AdapterInfo(
@@ -93,6 +96,29 @@ def test_a_file_that_stands_alone_needs_no_base_to_be_whole(load: Load, run: Run
     saved(network.state_dict(), tmp_path / "bare.safetensors")
     told = run("convert", "bare.safetensors", "other", "--to", "diffusers").refused()
     assert "does not say how many attention heads it has: name the base" in told
+
+
+@pytest.mark.parametrize(("width", "linear", "heads"), [(768, False, 2), (1024, True, (2, 4, 4))])
+def test_heads_are_not_guessed_of_a_small_network_by_its_texts_width(
+    width: int, linear: bool, heads: Any, tmp_path: Path
+) -> None:
+    """The published models' heads are those of the published widths alone."""
+    network = ControlNetModel(
+        block_out_channels=(16, 32, 32),
+        down_block_types=("CrossAttnDownBlock2D",) * 3,
+        cross_attention_dim=width,
+        use_linear_projection=linear,
+        attention_head_dim=heads,
+        norm_num_groups=8,
+    )
+    saved(network.state_dict(), tmp_path / "bare.safetensors")
+    file = open_adapter_file(str(tmp_path / "bare.safetensors"))
+    assert not heads_are_known(file)
+    convert_job.run(convert_job.plan(str(file.path), f"{tmp_path}/a.safetensors", to="original"), Silent())
+    written = open_adapter_file(str(tmp_path / "a.safetensors"))
+    assert not written.is_told  # so that the base says it
+    with pytest.raises(ValueError, match="does not say how many attention heads it has: name the base"):
+        build_network(file)
 
 
 def from_single_file(network: Any, folder: Path, layout: str) -> Any:

@@ -41,12 +41,37 @@ def of_base(run: Run, models: Path) -> Run:
     return lambda *more: run(*fixed, "--steps", 2, *more)
 
 
+def write_masks(photos: Path) -> None:
+    """A mask of the left side for each of the photos, in a folder `masks`."""
+    for path in photos.rglob("*.png"):
+        mask = np.zeros(load_picture(path).shape, np.uint8)
+        mask[:, :32] = 255
+        kept = Path("masks") / path.relative_to(photos)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_png(kept, mask)
+
+
 def test_each_picture_is_as_it_is_alone(of_base: Run, photos: Path) -> None:
     outcome = of_base("--control", f"canny={photos}:0.7:end=0.5")
     assert outcome.done().startswith("wrote 3 pictures into out, in ")
     for name in ("cat", "dog: 0.5", "more/cat"):
         of_base("--control", f"canny={photos / name}.png:0.7:end=0.5", "-o", "alone.png").done()
         assert np.array_equal(load_picture("alone.png"), load_picture(f"out/{name}.png"))
+
+
+def test_each_picture_may_have_a_region_of_its_own(of_base: Run, photos: Path) -> None:
+    write_masks(photos)
+    write_png(Path("masks") / "cat.png", np.full((64, 64, 3), 255, np.uint8))
+    of_base("--control", f"canny={photos}:0.7:mask=masks:end=0.5").done()
+    for name in ("cat", "more/cat"):
+        alone = f"canny={photos / name}.png:0.7:mask=masks/{name}.png:end=0.5"
+        of_base("--control", alone, "-o", "alone.png").done()
+        assert np.array_equal(load_picture("alone.png"), load_picture(f"out/{name}.png"))
+    one = f"canny={photos / 'cat.png'}:mask=masks"  # the masks decide how many there are
+    assert of_base("--control", one, "-o", "regions").done().startswith("wrote 3 pictures into regions")
+    (Path("masks") / "cat.png").unlink()
+    told = of_base("--control", f"canny={photos}:mask=masks").refused()
+    assert told.startswith("masks has no picture of the name that one in my photos has: cat")
 
 
 def test_a_job_that_was_stopped_goes_on(of_base: Run, photos: Path) -> None:
@@ -290,12 +315,7 @@ def test_what_fails_while_a_picture_is_made_is_its_own(of_base: Run, photos: Pat
     wide = np.full((64, 256, 3), 90, np.uint8)
     wide[16:48, 110:140] = 200
     write_png(photos / "dog: 0.5.png", wide)
-    for path in photos.rglob("*.png"):
-        mask = np.zeros(load_picture(path).shape, np.uint8)
-        mask[:, :32] = 255
-        kept = Path("masks") / path.relative_to(photos)
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        write_png(kept, mask)
+    write_masks(photos)
     asked = ("--control", f"canny={photos}", "--from", photos, "--mask", "masks")
     outcome = of_base(*asked, "--width", 64, "--height", 64)
     assert outcome.code == 1

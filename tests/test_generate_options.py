@@ -47,6 +47,13 @@ def region(tmp_path: Path) -> str:
         ("layers=0,0.5,1", {"layers": (0.0, 0.5, 1.0)}),
         ("layers=0.5", {"layers": (0.5,)}),
         ("only_mid=true:mask=left.png", {"only_mid": True, "mask": "left.png"}),
+        ("mask=C:\\l r.png:end=0.5", {"mask": "C:\\l r.png", "end": 0.5}),
+        (
+            "0.7:adapter=C:\\a.pth:mask=take: 2.png",
+            {"scale": 0.7, "adapter": "C:\\a.pth", "mask": "take: 2.png"},
+        ),
+        ("mode=prompt:0.7", {"scale": 0.7, "mode": "prompt"}),
+        ("mask=D:a.png:1..0.2:end=0.5", {"scale": (1.0, 0.2), "mask": "D:a.png", "end": 0.5}),
     ],
 )
 def test_how_a_control_acts_is_written_behind_its_picture(how: str, expected: dict[str, object]) -> None:
@@ -68,6 +75,9 @@ def test_how_a_control_acts_is_written_behind_its_picture(how: str, expected: di
         ("start=0.6:end=0.5", "0 <= start < end <= 1"),
         ("scale=11", "scale must be a number from -10 to 10, not 11.0"),
         ("0.5:end=0.5:end=0.7", "end is given twice"),
+        ("0.5:end=0.5:0.7", "scale is given twice"),
+        ("scale=0.5:0.7", "scale is given twice"),
+        ("mode=prompt:guess", "unknown mode 'prompt:guess'"),
         ("mask=", "mask must be a file, not ''"),
         ("0.7:scale=0.5", "scale is given twice"),
         ("only-mid=true", "unknown setting of a control 'only-mid'"),

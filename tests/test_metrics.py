@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from controlkit.metrics import depth_rmse, depth_rmse_255, edge_f1, iou, nearest_colour, oks, pck
 
@@ -16,6 +17,17 @@ def vertical_line(column: int, rows: slice = slice(None)) -> np.ndarray:
 
 def pose(joints: int = 18) -> np.ndarray:
     return np.stack([np.arange(joints) * 5.0, np.arange(joints) * 3.0, np.ones(joints)], axis=1)
+
+
+def test_lists_and_pil_images_are_what_their_arrays_are() -> None:
+    a, b = vertical_line(5), vertical_line(7)
+    assert edge_f1(a.tolist(), Image.fromarray(b)) == edge_f1(a, b)
+    assert iou(a.tolist(), Image.fromarray(b).convert("1")) == iou(a, b)
+    assert depth_rmse_255(Image.fromarray(a), b.tolist()) == depth_rmse_255(a, b)
+    assert depth_rmse(a.tolist(), b.tolist(), mask=(a > 0).tolist()) == depth_rmse(a, b, mask=a > 0)
+    moved = pose() + np.array([3, 0, 0])
+    assert pck(moved.tolist(), pose().tolist(), size=20) == pck(moved, pose(), size=20)
+    assert oks(moved.tolist(), pose().tolist(), area=400) == oks(moved, pose(), area=400)
 
 
 class TestEdges:

@@ -237,6 +237,15 @@ def test_what_has_no_interval():
         assert math.isnan(found.low)
         assert math.isnan(found.high)
     assert math.isfinite(mean_interval(np.arange(8.0)).low)
+    assert mean_interval(list(range(8))) == mean_interval(np.arange(8.0))
+    for missing in (math.nan, math.inf):
+        unsure = mean_interval([*range(8), missing])
+        assert not math.isfinite(unsure.value)
+        assert math.isnan(unsure.low)
+        assert math.isnan(unsure.high)
+        assert unsure.resamples == 0
+    with pytest.raises(ValueError, match=r"one value per pair, \(N,\), not \(4, 2\)"):
+        mean_interval(np.zeros((4, 2)))
     with pytest.raises(ValueError, match="at least one value"):
         mean_interval(np.zeros(0))
     with pytest.raises(ValueError, match="between 0 and 1"):

@@ -133,3 +133,11 @@ def test_a_second_run_in_the_folder_is_refused(place):
     finally:
         kill(process)
     assert not process.is_alive()
+
+
+def test_what_is_no_lock_in_its_place_is_told(tmp_path):
+    from controlkit.training.lock import locked
+
+    (tmp_path / ".lock").mkdir()
+    with pytest.raises(ValueError, match=r"^cannot write \S+/\.lock: Is a directory$"), locked(tmp_path):
+        pass

@@ -25,7 +25,7 @@ from controlkit.preprocessors import (
     scale_poses,
     write_poses,
 )
-from controlkit.preprocessors.skeleton import FACE_MIRROR, coco133_to_openpose
+from controlkit.preprocessors.skeleton import FACE_MIRROR, coco17_to_openpose18, coco133_to_openpose
 
 R_SHOULDER, R_ELBOW, R_WRIST, L_SHOULDER, L_ELBOW, L_WRIST = 2, 3, 4, 5, 6, 7
 _LIMBS = "Shoulder", "Elbow", "Wrist"
@@ -114,6 +114,15 @@ def test_what_the_a1111_extension_writes(tmp_path: Path) -> None:
     assert read(tmp_path, obj, width=5, height=5).width == 768  # what the file says comes first
 
 
+def test_what_the_a1111_openpose_editor_saves(tmp_path: Path) -> None:
+    """Its size, and the joints of everybody in one list, without a score."""
+    points = np.random.default_rng(1).integers(0, 500, (36, 2))
+    poses = read(tmp_path, {"width": 512, "height": 768, "keypoints": points.tolist()})
+    assert (poses.width, poses.height) == (512, 768)
+    np.testing.assert_array_equal(poses.people[..., :2], points.reshape(2, 18, 2))
+    assert (poses.people[..., 2] == 1).all()
+
+
 def test_fractions_of_the_canvas_are_recognised(tmp_path: Path) -> None:
     """ComfyUI's nodes keep coordinates in [0, 1]."""
     person = {
@@ -166,11 +175,85 @@ def test_one_of_several_pictures_is_read(tmp_path: Path) -> None:
         read(tmp_path, [*batch[:1], 3], picture=2)
 
 
+def coco_person(seed: int, joints: int = 17) -> np.ndarray:
+    """Points (joints, 3) of x, y and a score of at least 0.4, that of the left wrist 0.25."""
+    points = np.random.default_rng(seed).uniform(0.4, 1, (joints, 3)) * [200, 200, 1]
+    points[9, 2] = 0.25
+    return points
+
+
+def test_what_writes_cocos_keypoints_is_read(tmp_path: Path) -> None:
+    """COCO's results, MMPose's and Sapiens' predictions, a video's frames: the same joints from each."""
+    points = coco_person(1)
+    wanted = coco17_to_openpose18(np.where(points[:, 2:] < 0.3, 0, points))
+    assert not wanted[7].any()  # the left wrist
+    apart = {"keypoints": points[:, :2].tolist(), "keypoint_scores": points[:, 2].tolist(), "bbox": [[0] * 4]}
+    result = {"image_id": 7, "category_id": 1, "keypoints": points.ravel().tolist(), "score": 2.1}
+    rows = {"keypoints": points.tolist()}
+    for obj in ([result], [apart], [rows], {"meta_info": {}, "instance_info": [apart]}):
+        poses = read(tmp_path, obj, width=300, height=200)
+        np.testing.assert_array_equal(poses.people, wanted[None])
+        assert (poses.width, poses.height) == (300, 200)
+    both = [result, {**result, "keypoints": coco_person(2).ravel().tolist()}]
+    assert len(read(tmp_path, both, width=300, height=200).people) == 2
+    frames = [{"frame_id": n, "instances": [apart] * n} for n in range(3)]
+    video = {"instance_info": frames}
+    assert len(read(tmp_path, video, width=300, height=200, picture=3).people) == 2
+    assert len(read(tmp_path, video, width=300, height=200, picture=1).people) == 0
+    found = read(tmp_path, [{"keypoints": [[0, 0], *points[1:, :2].tolist()]}], width=300, height=200)
+    assert not found.people[0, 0].any()  # what was not found lies at 0, 0, where nothing else says so
+    assert (found.people[0, 1:, 2] == 1).all()
+
+
+def test_cocos_annotations_are_read_by_picture(tmp_path: Path) -> None:
+    """Hidden joints have a place, those not annotated have none; people without joints are left out."""
+    points = coco_person(1)
+    points[:, 2] = [0, 1, *[2] * 15]
+    points[0] = 0
+    person = {"image_id": 9, "keypoints": points.ravel().tolist(), "num_keypoints": 16}
+    images = [{"id": 4, "width": 640, "height": 480}, {"id": 9, "width": 300, "height": 200}]
+    others = [{"image_id": 9, "keypoints": [0] * 51, "iscrowd": 1}, {"image_id": 4, "bbox": [0] * 4}]
+    obj = {"images": images, "annotations": [person, *others]}
+    poses = read(tmp_path, obj, picture=2)
+    assert (poses.width, poses.height) == (300, 200)
+    np.testing.assert_array_equal(poses.people, coco17_to_openpose18(np.minimum(points, [999, 999, 1]))[None])
+    assert len(read(tmp_path, obj, picture=1).people) == 0
+    with pytest.raises(ValueError, match="holds 2 pictures; one is wanted"):
+        read(tmp_path, obj)
+
+
+def test_whole_bodies_of_coco_have_hands_and_faces(tmp_path: Path) -> None:
+    points = coco_person(3, 133)
+    points[:, 2] = np.where(points[:, 2] < 0.3, 0, 1)
+    body, hands, face = coco133_to_openpose(points)
+    parts = np.split(points, [17, 23, 91, 112])
+    names = ("keypoints", "foot_kpts", "face_kpts", "lefthand_kpts", "righthand_kpts")
+    annotation = {name: part.ravel().tolist() for name, part in zip(names, parts, strict=True)}
+    for person in ({"keypoints": points.ravel().tolist()}, annotation):
+        poses = read(tmp_path, [person], width=300, height=200)
+        np.testing.assert_array_equal(poses.people[0], body)
+        np.testing.assert_array_equal(poses.hands[0], hands)
+        np.testing.assert_array_equal(poses.faces[0], face)
+    one_hand = read(tmp_path, [{**annotation, "righthand_kpts": []}], width=300, height=200)
+    np.testing.assert_array_equal(one_hand.hands[0, 0], hands[0])
+    assert not one_hand.hands[0, 1].any()
+
+
 @pytest.mark.parametrize(
     ("obj", "message"),
     [
         ([{"people": []}] * 3, "holds 3 pictures; one"),
-        ([{"image_id": 1, "keypoints": [1] * 51}] * 118, r"not in OpenPose's format \(these are COCO's"),
+        ([{"image_id": n, "keypoints": [1] * 51} for n in range(118)], "holds 118 pictures; one is wanted"),
+        ([{"keypoints": [1] * 51}, {"bbox": [1] * 4}], "nor in COCO's"),
+        ([{"keypoints": [1] * 78}], r"people\[0\] has 26 joints in 'keypoints'; 17 \(COCO\) and 133"),
+        ([{"keypoints": [1] * 50}], "is not x, y and a score for each joint"),
+        ([{"keypoints": [[1, 1]] * 17, "keypoint_scores": [1] * 16}], "is not x, y and a score"),
+        ([{"keypoints": ["left"] * 51}], "is not x, y and a score for each joint"),
+        ([{"keypoints": [None] * 51}], "has a number that is not finite"),
+        ([{"keypoints": [10**400] * 51}], "is not x, y and a score for each joint"),
+        ({"annotations": []}, "nor in COCO's"),
+        ({"width": 9, "height": 9, "keypoints": [[1, 1]] * 17}, "nor in COCO's"),
+        ({"width": 9, "height": 9, "keypoints": [["a", 1]] * 18}, "not a finite number"),
         ({"people": [{"face_keypoints_2d": [1] * 210}]}, "no list 'pose_keypoints_2d'"),
         ({"people": [{"pose_keypoints_2d": None, "hand_left_keypoints_2d": [1] * 60}]}, "has 20 points"),
         ({"people": [{"pose_keypoints_2d": [], "face_keypoints_2d": [None] * 210}]}, "not a finite number"),

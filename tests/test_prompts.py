@@ -41,6 +41,8 @@ LONG = "a red cube on a blue floor, " * 4  # the tiny tokenizer has a token for 
         ("red) cube] :1.3) :)", [[("red) cube] :1.3) :)", 1.0)]]),
         ("(a:b:1.2) 10:30", [[("a:b", 1.2), (" 10:30", 1.0)]]),
         ("(a:1.2.3)", [[("a:1.2.3", 1.1)]]),
+        (r"a\b \\c\\\(d \:e", [[(r"ab \c\(d :e", 1.0)]]),
+        ("a\\", [[("a", 1.0)]]),
         ("a BREAK b", [[("a ", 1.0)], [(" b", 1.0)]]),
         ("(a BREAK b:1.2)BREAK", [[("a ", 1.2)], [(" b", 1.2)], []]),
         ("BREAKFAST", [[("BREAKFAST", 1.0)]]),

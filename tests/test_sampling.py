@@ -548,6 +548,19 @@ def test_a_part_of_the_steps_is_the_last_of_them(sd1: Base, name: str) -> None:
     assert part.add_noise(latents, noise, part.steps - 1).any()
 
 
+def test_noise_levels_that_share_a_timestep_are_each_taken(sd1: Base) -> None:
+    """As the first ones of dpm++-karras do where the schedule goes down to pure noise."""
+    zero = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+    base = replace(sd1, scheduler_config={**sd1.scheduler_config, **zero})
+    schedule = make_schedule("dpm++-karras", base, steps=30)
+    assert schedule.timesteps[0] == schedule.timesteps[1]
+    latents = torch.ones(1, 4, 2, 2)
+    for done, t in enumerate(schedule.timesteps, start=1):
+        latents = schedule.scheduler.step(torch.zeros_like(latents), t, latents, return_dict=False)[0]
+        assert schedule.scheduler.step_index == done
+    assert torch.isfinite(latents).all()
+
+
 def test_a_temperature_of_0_draws_nothing_and_what_fails_leaves_the_draws(sd1: Base) -> None:
     scheduler = sampling.make_scheduler("ddpm", sd1)
     module = sys.modules[type(scheduler).__module__]

@@ -1,5 +1,6 @@
 """Splits that are folders of pictures: what is tested on is not trained on."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,21 @@ def test_a_split_that_is_named_is_not_taken_of_another(tmp_path: Path) -> None:
     assert opened(tmp_path)[0] == ["images/a.png"]
     with pytest.raises(ValueError, match=r"data.split: \S+ has no folder 'test'"):
         opened(tmp_path, split="test")
+
+
+def test_a_listing_of_several_splits(tmp_path: Path) -> None:
+    names = [str(tmp_path / "train" / "a.png"), "train\\b.png", "test/c.png", None]
+    (tmp_path / "train").mkdir()
+    rows = [json.dumps({"file_name": name, "text": "x"}) for name in names]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
+    found, said, _ = opened(tmp_path, maps="made")
+    assert found == [*names[:2], f"{tmp_path}/metadata.jsonl, line 4"]  # which is told when read
+    assert said[-1] == f"{tmp_path}: of the split train; 1 pictures in test/ are left out"
+    assert opened(tmp_path, maps="made", split="test")[0] == ["test/c.png"]
+    with pytest.raises(ValueError, match=r"^data.split: \S+ has no folder 'validation' with pictures; "):
+        opened(tmp_path, maps="made", split="validation")
+    (tmp_path / "metadata.jsonl").rename(tmp_path / "train" / "metadata.jsonl")
+    assert opened(tmp_path, maps="made")[0] == [*names[:3], f"{tmp_path}/train/metadata.jsonl, line 4"]
 
 
 def test_pictures_beside_their_folder_are_named(tmp_path: Path) -> None:

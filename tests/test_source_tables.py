@@ -104,6 +104,32 @@ def test_parquet_files(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_table_of_tar_shards_pictures(tmp_path: Path) -> None:
+    """As the library, and img2dataset, name the members of shards."""
+    columns = {"jpg": "image", "txt": "text", "conditioning_image": "conditioning_image"}
+    named = table().rename_columns({old: new for new, old in columns.items() if new != old})
+    named.to_parquet(str(tmp_path / "00000.parquet"))
+    assert is_whole(opened(tmp_path))
+
+
+def test_pictures_beside_tables_that_hold_none(tmp_path: Path) -> None:
+    """img2dataset's files, with a table of where they came from."""
+    datasets.Dataset.from_dict({"url": ["x"], "caption": ["y"]}).to_parquet(str(tmp_path / "00000.parquet"))
+    (tmp_path / "00000").mkdir()
+    (tmp_path / "00000" / "1.jpg").write_bytes(jpeg(1))
+    with pytest.raises(ValueError, match=r"the pictures in files there are read with data.format=paired$"):
+        opened(tmp_path)
+    assert len(opened(tmp_path, format="paired")) == 1
+
+
+def test_a_readme_that_is_no_card_is_one_line(tmp_path: Path) -> None:
+    table().to_parquet(str(tmp_path / "0.parquet"))
+    for text in ("---\ndataset_info: [x]\n---\n", "---\na: [\n---\n"):
+        (tmp_path / "README.md").write_text(text)
+        with pytest.raises(ValueError, match=r"^the data set \S+ cannot be read: [^\n]+$"):
+            opened(tmp_path)
+
+
 def test_columns_of_other_sorts(tmp_path: Path) -> None:
     pose = {"people": [{"pose_keypoints_2d": [1.0, 2.0, 3.0] * 18}]}
     array = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
@@ -249,6 +275,15 @@ def test_columns_of_a_stream_that_may_be_maps_are_asked_about(tmp_path: Path) ->
     assert said[-1].endswith("are made of the pictures (data.maps=made): conditioning_image is not used")
     stream(options={"low": "50..150"})
     assert said[-1] == "data.options: low is not used, for the maps are read from files, not made"
+
+
+def test_a_column_of_several_pictures_is_asked_about(tmp_path: Path) -> None:
+    pairs = [[{"bytes": png(n), "path": None}] * 2 for n in range(COUNT)]
+    several = table(edges=(pairs, datasets.List(datasets.Image())))
+    several.remove_columns("conditioning_image").save_to_disk(str(tmp_path))
+    with pytest.raises(ValueError, match=r"pictures in edges, too: .*data.map_column=edges; to have"):
+        opened(tmp_path)
+    assert opened(tmp_path, maps="made")[0].picture.read() == jpeg(0)
 
 
 def test_an_empty_stream(tmp_path: Path) -> None:

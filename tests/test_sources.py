@@ -1,5 +1,6 @@
 """Where examples come from: every layout, read in its order; what leads out of a data set is never read."""
 
+import csv
 import functools
 import io
 import json
@@ -134,6 +135,24 @@ def test_fill50k(tmp_path: Path, as_array: bool) -> None:
     assert recognise(DataRecipe(source=str(tmp_path))) == ("fill50k", str(tmp_path / "prompt.json"))
     assert is_whole(opened(tmp_path))
     assert is_whole(opened(tmp_path / "prompt.json"))
+
+
+def test_a_caption_in_a_table_may_have_any_length(tmp_path: Path) -> None:
+    longest = csv.field_size_limit()
+    caption = "w" * (longest + 1)
+    put(tmp_path / "metadata.csv", f"file_name,text\n1.png,{caption}\n")
+    (example,) = opened(tmp_path, maps="made")
+    assert example.caption == caption
+    assert csv.field_size_limit() == longest
+
+
+def test_a_listing_that_is_not_read_is_told(tmp_path: Path) -> None:
+    folder = imagefolder(tmp_path)
+    said: list[str] = []
+    put(folder / "metadata.csv", "file_name,text\nimages/cat.png,another\n")
+    assert is_whole(opened(folder))
+    open_examples(DataRecipe(source=str(folder)), kind="canny", report=said.append)
+    assert said[1] == f"{folder}: metadata.csv is not read, for metadata.jsonl lies beside it"
 
 
 def test_bom_crlf_and_blank_lines(tmp_path: Path) -> None:
@@ -825,6 +844,7 @@ def test_names_within_may_be_absolute(tmp_path: Path) -> None:
         {"file_name": f"{tmp_path}/set/../set2/a.png", "text": "x", "hint": "a.png"},
     )
     assert pixels(absolute.picture).shape == pixels(absolute.maps[0]).shape == (96, 128, 3)
+    assert opened(tmp_path / "set").leftovers() == []
     with pytest.raises(ValueError, match="leads out"):
         climbing.picture.read()
 
@@ -979,6 +999,23 @@ def test_links_beside_the_pictures_are_not_followed(tmp_path: Path) -> None:
     assert len(opened(tmp_path / "set", format="paired")) == 1
 
 
+def test_captions_of_shards_may_have_a_name_and_a_suffix(tmp_path: Path) -> None:
+    put_shard(tmp_path / "x.tar", {"1.image.jpg": b"p", "1.canny.png": b"m", "1.caption.txt": b"x"})
+    (example,) = opened(tmp_path / "x.tar")
+    assert example.caption == "x"
+
+
+def test_a_shard_that_ends_too_soon_is_told(tmp_path: Path) -> None:
+    members = members_of("cat") | members_of("coffee")
+    whole = put_shard(tmp_path / "a.tar", members).read_bytes()
+    cut = put(tmp_path / "b.tar", whole[: whole.index(b"./coffee.png\0")])  # where a file ends
+    for path, told in ((tmp_path / "a.tar", False), (cut, True)):
+        said: list[str] = []
+        open_examples(DataRecipe(source=str(path)), kind="canny", report=said.append)
+        line = f"{path} ends without the mark of a tar file's end: if it was cut off, files are missing"
+        assert (line in said) == told
+
+
 def test_shards_with_faults(tmp_path: Path) -> None:
     whole = put_shard(tmp_path / "a.tar", members_of("cat") | members_of("coffee")).read_bytes()
     cases = {
@@ -1074,6 +1111,12 @@ def test_what_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     put(tmp_path / "photos" / "metadata.jsonl", "\n\n")
     with pytest.raises(ValueError, match=r"metadata.jsonl lists no pictures: it is empty"):
         opened("photos")
+
+
+def test_archives_in_place_of_a_data_set_are_named(tmp_path: Path) -> None:
+    put(tmp_path / "set" / "train.zip", b"PK")
+    with pytest.raises(ValueError, match=r"set holds no data set; unpack train.zip; wanted: "):
+        opened(tmp_path / "set")
 
 
 def test_a_file_that_is_missing_shows_when_it_is_read(tmp_path: Path) -> None:

@@ -109,13 +109,17 @@ def _training(command: Command, pairs: int | None) -> _Values:
     falls = "" if _SCHEDULES[scheduler] == "constant" else ", but down to a fiftieth of the rate, not to 0"
     if scheduler == "constant":
         warmup, why = 0, "with --lr_scheduler=constant the script does not warm up"
+    elif warmup:
+        why += ", a step ahead of the script, whose first step has the rate 0"
+    scaled = _origin(command, "learning_rate", "scale_lr")
     if command.get("scale_lr"):
+        scaled += _for_processes(command)
         rate *= command.get("gradient_accumulation_steps") * command.get("train_batch_size")
         rate *= command.processes
     eight_bit = command.get("use_8bit_adam")
     return {
         "steps": _steps(command, pairs),
-        "learning_rate": (rate, _origin(command, "learning_rate", "scale_lr")),
+        "learning_rate": (rate, scaled),
         "schedule": (_SCHEDULES[scheduler], _origin(command, "lr_scheduler") + falls),
         "warmup": (warmup, why),
         "betas": (
@@ -138,7 +142,15 @@ def _steps(command: Command, pairs: int | None) -> tuple[int, str]:
     micro, accumulation = command.get("train_batch_size"), command.get("gradient_accumulation_steps")
     batches = math.ceil(math.ceil(pairs / max(micro, 1)) / command.processes)
     steps = command.get("num_train_epochs") * math.ceil(batches / max(accumulation, 1))
-    return steps, f"{_origin(command, 'num_train_epochs')}, over {pairs} pairs"
+    why = f"{_origin(command, 'num_train_epochs')}, over {pairs} pairs"
+    return steps, why + _for_processes(command)
+
+
+def _for_processes(command: Command) -> str:
+    """What is to be known of a number that counts the processes, where the command does not say how many."""
+    if command.processes_known:
+        return ""
+    return ", for one process: accelerate's configuration, which may start more, is not read here"
 
 
 def _pairs(command: Command, pairs: int | None) -> int:
@@ -203,7 +215,8 @@ def _result(command: Command) -> _Values:
 
 def _kept(command: Command, steps: int) -> tuple[int, str]:
     """How many checkpoints stay: without a limit the script keeps every one."""
-    if kept := command.get("checkpoints_total_limit"):
+    kept = command.get("checkpoints_total_limit")
+    if kept is not None:
         return max(kept, 2), "--checkpoints_total_limit, 2 at least"
     every = math.ceil(steps / max(command.get("checkpointing_steps"), 1))
     why = "without --checkpoints_total_limit the script keeps all: fewer take less of the disk"

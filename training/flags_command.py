@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any
 
-from controlkit.naming import did_you_mean
+from controlkit.naming import did_you_mean, unknown
 from controlkit.training.flags_table import FLAGS, SDXL_ONLY
 
 SCRIPTS = ("train_controlnet.py", "train_controlnet_sdxl.py")
-_PROCESSES = ("num_processes", "nproc_per_node", "nproc-per-node")
+_PER_NODE = ("nproc_per_node", "nproc-per-node")
+_INTERPOLATIONS = ("lanczos", "nearest", "nearest_exact", "bilinear", "bicubic", "box", "hamming")
+_NUMBER = re.compile(r"-\d+|-\d*\.\d+")  # below 0, as argparse knows them
+_OF_THE_SHELL = re.compile(r"\$[A-Za-z_{(]|`")  # what a shell would have put something else for
 
 
 @dataclass
@@ -37,11 +41,24 @@ class Command:
 
     @property
     def processes(self) -> int:
-        """How many processes the launcher was told to start."""
-        for name in _PROCESSES:
-            if (count := self.launch_option(name)).isdecimal():
-                return int(count)
-        return 1
+        """How many processes the launcher was told to start, on all machines together."""
+        return self._processes or 1
+
+    @property
+    def processes_known(self) -> bool:
+        """Whether that stands in the command: accelerate has a configuration beside it."""
+        return self._processes > 0 or not any("accelerate" in word for word in self.launcher)
+
+    @property
+    def _processes(self) -> int:
+        """The processes that the launcher was told of, 0 where it was not told."""
+        nodes = self._launch_count("nnodes") or 1
+        per_node = next(filter(None, map(self._launch_count, _PER_NODE)), 0)
+        return self._launch_count("num_processes") or per_node * nodes
+
+    def _launch_count(self, name: str) -> int:
+        text = self.launch_option(name)
+        return int(text) if text.isdecimal() else 0
 
     def launch_option(self, name: str) -> str:
         """The value of a launcher's option, "" where it was not given."""
@@ -85,12 +102,9 @@ def _launch(command: Command, words: list[str]) -> list[str]:
 def _flag(command: Command, words: list[str]) -> list[str]:
     """Read the first flag and its value into ``command``, and return the other words."""
     word, separator, value = words[0].partition("=")
-    name = word.removeprefix("--")
-    if not word.startswith("--") or name not in FLAGS:
-        if not word.startswith("-"):
-            raise ValueError(f"cannot read {words[0]!r}: a flag begins with --, as in --learning_rate=1e-5")
-        close = did_you_mean(word.replace("-", "_").replace("__", "--", 1), [f"--{flag}" for flag in FLAGS])
-        raise ValueError(f"{SCRIPTS[0]} has no flag {word}{close}")
+    if not word.startswith("-"):
+        raise ValueError(f"cannot read {words[0]!r}: a flag begins with --, as in --learning_rate=1e-5")
+    name = _name(command, word)
     kind, rest = FLAGS[name].values, words[1:]
     if kind == "switch":
         if separator:
@@ -106,22 +120,47 @@ def _flag(command: Command, words: list[str]) -> list[str]:
     return rest if separator else rest[len(taken) :]
 
 
+def _name(command: Command, word: str) -> str:
+    """The flag that a word is: its name, or, as argparse takes it, the beginning of one name alone."""
+    script, begun = command.script or SCRIPTS[0], word.removeprefix("--")
+    known = [flag for flag in FLAGS if command.script != SCRIPTS[0] or flag not in SDXL_ONLY]
+    if begun in known:
+        return begun
+    meant = [flag for flag in known if begun and word.startswith("--") and flag.startswith(begun)]
+    if len(meant) == 1:
+        return meant[0]
+    if meant:
+        raise ValueError(f"{word} may be {' or '.join(f'--{flag}' for flag in meant)}: write the whole name")
+    if begun in SDXL_ONLY:
+        raise ValueError(f"{script} has no flag {word}, which is one of {SCRIPTS[1]}")
+    close = did_you_mean(word.replace("-", "_").replace("__", "--", 1), [f"--{flag}" for flag in known])
+    raise ValueError(f"{script} has no flag {word}{close}")
+
+
 def _count(words: Sequence[str], kind: str) -> int:
     """How many of the words belong to a flag: those up to the next flag, one at most but for texts."""
-    until = next((i for i, word in enumerate(words) if word.startswith("--")), len(words))
+    until = next((i for i, word in enumerate(words) if _is_flag(word)), len(words))
     return until if kind == "texts" else min(until, 1)
+
+
+def _is_flag(word: str) -> bool:
+    """Whether argparse takes a word for a flag: it begins with -, and is no number and no sentence."""
+    is_sentence = " " in word.partition("=")[0]
+    return word.startswith("-") and len(word) > 1 and not is_sentence and not _NUMBER.fullmatch(word)
 
 
 def _value(name: str, text: str) -> Any:
     kind = FLAGS[name].values
     if kind in ("text", "texts"):
-        if text.startswith("$"):
+        if _OF_THE_SHELL.search(text):
             raise ValueError(f"--{name}={text} names a variable of the shell: write its value")
         return text
     try:
         number = float(text) if kind == "number" else int(text)
     except ValueError as error:
         raise ValueError(f"--{name} is a {kind}, not {text!r}") from error
+    if not math.isfinite(number):
+        raise ValueError(f"--{name} is a finite number, not {text}")
     if number < 0:
         raise ValueError(f"--{name} is not below 0, as in {text}")
     return number
@@ -138,9 +177,27 @@ def refuse_unsupported(command: Command) -> None:
         raise ValueError("--train_data_dir beside --dataset_name chooses a subfolder: give its path alone")
     if given.get("max_train_samples") == 0:
         raise ValueError("--max_train_samples is 1 or more, not 0")
+    if given.get("resolution") == 0:
+        raise ValueError("--resolution is 16 or more, a multiple of 8, not 0")
+    if given.get("image_interpolation_mode", _INTERPOLATIONS[0]) not in _INTERPOLATIONS:
+        raise unknown("--image_interpolation_mode", given["image_interpolation_mode"], _INTERPOLATIONS)
+    _check_validation(given)
     for name, allowed, advice in _unsupported(command):
         if given.get(name, allowed) != allowed:
             raise ValueError(f"--{name}={given[name]}: {advice}")
+
+
+def _check_validation(given: Mapping[str, Any]) -> None:
+    """Raise ValueError for prompts and pictures to look at that the scripts refuse, too."""
+    prompts, pictures = (len(given.get(f"validation_{name}", ())) for name in ("prompt", "image"))
+    if bool(prompts) != bool(pictures):
+        there, missing = ("prompt", "image") if prompts else ("image", "prompt")
+        raise ValueError(f"--validation_{there} wants a --validation_{missing} beside it, as in the script")
+    if prompts != pictures and min(prompts, pictures) > 1:
+        raise ValueError(
+            f"--validation_prompt has {prompts} and --validation_image {pictures}: give as many, or one of"
+            " either, as in the script"
+        )
 
 
 def _unsupported(command: Command) -> Iterator[tuple[str, Any, str]]:

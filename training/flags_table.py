@@ -28,8 +28,18 @@ FLAGS: dict[str, Flag] = {
     "output_dir": Flag("out", default="controlnet-model", note="the result lies in OUT/controlnet"),
     "cache_dir": Flag("", note="downloads lie where the environment variable HF_HOME says"),
     "seed": Flag("seed", "whole number", note="never left to chance"),
-    "resolution": Flag("data.resolution", "whole number", 512),
-    "train_batch_size": Flag("batch_size", "whole number", 4, "for each process, as in the script"),
+    "resolution": Flag(
+        "data.resolution",
+        "whole number",
+        512,
+        "scaled by averages and cubically, there bilinearly; what is transparent is white, in maps black",
+    ),
+    "train_batch_size": Flag(
+        "batch_size",
+        "whole number",
+        4,
+        "for each process, as in the script; an epoch's last batch is filled from the next epoch",
+    ),
     "num_train_epochs": Flag(
         "steps", "whole number", 1, "a recipe counts steps: pairs that are here are counted"
     ),
@@ -41,12 +51,23 @@ FLAGS: dict[str, Flag] = {
         note="2 at least, so one is whole; all without it, as in the script",
     ),
     "resume_from_checkpoint": Flag("", note="the same command goes on with a run that stopped"),
-    "gradient_accumulation_steps": Flag("accumulation", "whole number", 1),
+    "gradient_accumulation_steps": Flag(
+        "accumulation", "whole number", 1, "an epoch's last step is as large as the others"
+    ),
     "gradient_checkpointing": Flag("gradient_checkpointing", "switch", False),
     "learning_rate": Flag("learning_rate", "number", 5e-6),
     "scale_lr": Flag("learning_rate", "switch", False, "worked out: times accumulation, batch and processes"),
-    "lr_scheduler": Flag("schedule", default="constant", note="constant, linear and cosine, with warmup"),
-    "lr_warmup_steps": Flag("warmup", "whole number", 500, "0 with constant, as in the script"),
+    "lr_scheduler": Flag(
+        "schedule",
+        default="constant",
+        note="constant, linear and cosine, with warmup; down to a fiftieth, in the script to 0",
+    ),
+    "lr_warmup_steps": Flag(
+        "warmup",
+        "whole number",
+        500,
+        "0 with constant, as in the script; its warmup begins at a rate of 0, here at the first share",
+    ),
     "lr_num_cycles": Flag("", "whole number", 1, "the rate falls once; more cycles are refused"),
     "lr_power": Flag("", "number", 1.0, "polynomial of power 1 is linear; other powers are refused"),
     "use_8bit_adam": Flag("optimizer", "switch", False, '"adamw8bit"; else "adamw"'),
@@ -83,7 +104,9 @@ FLAGS: dict[str, Flag] = {
     ),
     "caption_column": Flag("data.caption_column", default="text", note="as --image_column"),
     "max_train_samples": Flag("data.limit", "whole number", note="the first N; the script takes any N"),
-    "proportion_empty_prompts": Flag("caption_dropout", "number", 0.0, "drawn anew at each visit"),
+    "proportion_empty_prompts": Flag(
+        "caption_dropout", "number", 0.0, "drawn anew at each visit; the SDXL script draws once"
+    ),
     "validation_prompt": Flag(
         "",
         "texts",

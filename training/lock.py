@@ -20,11 +20,11 @@ def locked(
 
     what: is going on in the folder. instead: what else may be chosen.
 
-    Raises ValueError where another process, which is named, holds it, and where the disk is full. On a disk
-    without locks there is none.
+    Raises ValueError where another process, which is named, holds it, where the disk is full, and where the
+    lock cannot be opened. On a disk without locks there is none.
     """
     path = folder / NAME
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    descriptor = _opened(path)
     with open(descriptor, "r+", encoding="utf-8") as file:
         # a lock on a file that its last holder has removed meanwhile is worth nothing
         if not _take(file.fileno()) or not _is_at(path, file.fileno()):
@@ -53,14 +53,25 @@ def holder(folder: Path) -> int | None:
     return int(written) if written.isdecimal() else None
 
 
+def _opened(path: Path) -> int:
+    """The lock's file, open. Raises ValueError where something else is there, or it may not be written."""
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+
+
+def _cannot_write(path: Path, error: OSError) -> ValueError:
+    return ValueError(f"cannot write {path}: {FULL_DISK.get(error.errno or 0, error.strerror)}")
+
+
 def _sign(path: Path, descriptor: int) -> None:
     """Write into the lock whose it is. Raises ValueError where that cannot be."""
     try:
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f"{os.getpid()}\n".encode())
     except OSError as error:
-        reason = FULL_DISK.get(error.errno or 0, error.strerror)
-        raise ValueError(f"cannot write {path}: {reason}") from error
+        raise _cannot_write(path, error) from error
 
 
 def _is_at(path: Path, descriptor: int) -> bool:

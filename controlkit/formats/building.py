@@ -21,7 +21,9 @@ from controlkit.formats.recognise import KINDS, OF_BASE
 from controlkit.formats.structure import (
     IN_NO_SHAPE,
     MODULES,
+    PUBLISHED_WIDTHS,
     TEXT_FAMILIES,
+    UNTOLD,
     Shapes,
     by,
     controlnet_config,
@@ -120,7 +122,11 @@ def heads_are_known(file: AdapterFile) -> bool:
     """Whether a file's attention heads are known without its base: it says so, or is of a published size."""
     if file.is_told or file.kind not in ("controlnet", "controlnet-union", "controlnet-xs"):
         return True
-    return file.config.get("cross_attention_dim") in TEXT_FAMILIES and file.kind != "controlnet-xs"
+    family = TEXT_FAMILIES.get(file.config.get("cross_attention_dim", 0))
+    if family is None or file.kind == "controlnet-xs":
+        return False
+    heads, widths = UNTOLD[family]["attention_head_dim"], file.config["block_out_channels"]
+    return {*widths} <= PUBLISHED_WIDTHS and (isinstance(heads, int) or len(heads) == len(widths))
 
 
 def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:

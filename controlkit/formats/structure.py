@@ -31,6 +31,8 @@ UNTOLD: Mapping[str, Mapping[str, Any]] = {
     "sdxl": {"attention_head_dim": (5, 10, 20), "addition_time_embed_dim": 256},
 }
 """What shapes do not tell, of the published models of each family; for the rest diffusers' defaults hold."""
+PUBLISHED_WIDTHS = frozenset({320, 640, 1280})
+"""Channels of the published models' levels: `UNTOLD` holds for these alone."""
 TEXT_FAMILIES: Mapping[int, str] = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
 
 IN_NO_SHAPE = ("global_pool_conditions", "controlnet_conditioning_channel_order")

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import cv2
 import numpy as np
 
-from controlkit.metrics.arrays import as_mask, check_same_shape
+from controlkit.metrics.arrays import as_mask, same_shaped
 
 _DARKEST = 0.2  # below this share of light, rounding to 8 bits and decoding errors outweigh the colour
 
@@ -33,7 +33,7 @@ def nearest_colour(
         ValueError: the shapes differ, the mask selects nothing, or the palette is empty.
     """
     region = as_mask("nearest_colour", mask, picture.shape[:2])
-    check_same_shape("nearest_colour", shade, region)
+    same_shaped("nearest_colour", shade, region)
     if not palette:
         raise ValueError("nearest_colour: the palette is empty")
     lit = region & (shade >= _DARKEST)

@@ -1,11 +1,12 @@
 """Is the depth of a generated picture the depth that was asked for?"""
 
 import numpy as np
+from numpy.typing import ArrayLike
 
-from controlkit.metrics.arrays import as_mask, check_same_shape
+from controlkit.metrics.arrays import as_mask, same_shaped
 
 
-def depth_rmse(pred: np.ndarray, true: np.ndarray, *, mask: np.ndarray | None = None) -> float:
+def depth_rmse(pred: ArrayLike, true: ArrayLike, *, mask: ArrayLike | None = None) -> float:
     """Root mean square error after the best scale and shift of `pred`, in the unit of `true`.
 
     Monocular estimators predict inverse depth up to an unknown scale and shift; both are fitted by least
@@ -21,9 +22,9 @@ def depth_rmse(pred: np.ndarray, true: np.ndarray, *, mask: np.ndarray | None = 
     Raises:
         ValueError: the shapes differ, the mask is empty, or a value that counts is not finite.
     """
-    check_same_shape("depth_rmse", pred, true)
-    keep = np.ones(true.shape, dtype=bool) if mask is None else as_mask("depth_rmse", mask, true.shape)
-    x, y = pred[keep].astype(np.float64), true[keep].astype(np.float64)
+    found, wanted = same_shaped("depth_rmse", pred, true)
+    keep = np.ones(wanted.shape, bool) if mask is None else as_mask("depth_rmse", mask, wanted.shape)
+    x, y = found[keep].astype(np.float64), wanted[keep].astype(np.float64)
     for name, values in (("pred", x), ("true", y)):
         if not np.isfinite(values).all():
             raise ValueError(f"depth_rmse: {name} has values that are not finite; mask them out")
@@ -33,7 +34,7 @@ def depth_rmse(pred: np.ndarray, true: np.ndarray, *, mask: np.ndarray | None = 
     return float(np.sqrt(np.mean((scale * x - y) ** 2)))
 
 
-def depth_rmse_255(pred_map: np.ndarray, true_map: np.ndarray) -> float:
+def depth_rmse_255(pred_map: ArrayLike, true_map: ArrayLike) -> float:
     """Root mean square difference of two depth maps in grey levels (0 to 255), as in ControlNet++.
 
     Nothing is fitted: both are maps as the depth preprocessor makes them, (H, W) or (H, W, 3) with values in
@@ -42,6 +43,6 @@ def depth_rmse_255(pred_map: np.ndarray, true_map: np.ndarray) -> float:
     Raises:
         ValueError: the shapes differ.
     """
-    check_same_shape("depth_rmse_255", pred_map, true_map)
-    difference = pred_map.astype(np.float64) - true_map.astype(np.float64)
+    found, wanted = same_shaped("depth_rmse_255", pred_map, true_map)
+    difference = found.astype(np.float64) - wanted.astype(np.float64)
     return float(np.sqrt(np.mean(difference**2)))

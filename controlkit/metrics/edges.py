@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
+from numpy.typing import ArrayLike
 
-from controlkit.metrics.arrays import check_same_shape
+from controlkit.metrics.arrays import same_shaped
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class EdgeScore:
     """Share of the true edge pixels that were predicted."""
 
 
-def edge_f1(pred_map: np.ndarray, true_map: np.ndarray, *, tolerance: float = 2) -> EdgeScore:
+def edge_f1(pred_map: ArrayLike, true_map: ArrayLike, *, tolerance: float = 2) -> EdgeScore:
     """Compare two binary edge maps, allowing edges to be `tolerance` pixels (Euclidean) out of place.
 
     A pixel counts as matched if the other map has an edge within `tolerance`. This is the boundary measure
@@ -38,10 +39,10 @@ def edge_f1(pred_map: np.ndarray, true_map: np.ndarray, *, tolerance: float = 2)
     Raises:
         ValueError: the shapes differ, or the tolerance is negative or not a number.
     """
-    check_same_shape("edge_f1", pred_map, true_map)
+    maps = same_shaped("edge_f1", pred_map, true_map)
     if not tolerance >= 0:
         raise ValueError(f"edge_f1: tolerance is {tolerance}, allowed is 0 or more pixels")
-    pred, true = _is_edge(pred_map), _is_edge(true_map)
+    pred, true = (_is_edge(one) for one in maps)
     if not pred.any() and not true.any():
         return EdgeScore(f1=1.0, precision=1.0, recall=1.0)
     precision = _share_near(pred, true, tolerance)
@@ -52,7 +53,7 @@ def edge_f1(pred_map: np.ndarray, true_map: np.ndarray, *, tolerance: float = 2)
 
 def _is_edge(edge_map: np.ndarray) -> np.ndarray:
     """(H, W) or (H, W, C) -> bool (H, W)."""
-    edge = np.asarray(edge_map) > 0
+    edge = edge_map > 0
     return np.any(edge, axis=2) if edge.ndim == 3 else edge
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 RESAMPLES, LEVEL = 2000, 0.95
 LEAST = 8
@@ -34,27 +34,28 @@ class Interval:
 
 
 def mean_interval(
-    values: NDArray[np.float64], *, resamples: int = RESAMPLES, level: float = LEVEL, seed: int = 0
+    values: ArrayLike, *, resamples: int = RESAMPLES, level: float = LEVEL, seed: int = 0
 ) -> Interval:
     """The mean of one value per pair (N,), with its expanded percentile bootstrap interval (Hesterberg 2015,
     section 4.2): Efron's percentiles, moved outwards by what makes them Student's t interval for normal
     values; without it, those of 8 pairs miss at least twice as often as they say (a test counts).
 
     Pairs are drawn with replacement. What several pictures of one pair gave is to be averaged first: they are
-    not independent. Fewer pairs than LEAST have no interval: low and high are then not numbers. Nor has a
-    level so high that its ends lie beyond what a bounded number of resamples tells, which it does the sooner
-    the fewer pairs there are.
+    not independent. Fewer pairs than LEAST have no interval: low and high are then not numbers. Nor have
+    values of which one is not finite, nor a level so high that its ends lie beyond what a bounded number of
+    resamples tells, which it does the sooner the fewer pairs there are.
     Raises ValueError where there is no value, or the level is not between 0 and 1.
     """
-    count = _checked(len(values), level)
+    each = _one_per_pair(values)
+    count = _checked(len(each), level)
     tail = _tail(count, level)
-    wanted = _wanted(tail, count, resamples, beyond=_BEYOND, most=_MOST)
+    wanted = _wanted(tail, count, resamples, beyond=_BEYOND, most=_MOST) if np.isfinite(each).all() else 0
     random = np.random.default_rng(seed)
     draws = [
-        values[random.integers(count, size=(rows, count))].mean(axis=1)
+        each[random.integers(count, size=(rows, count))].mean(axis=1)
         for rows in _chunks(wanted, max(1, _CHUNK // count))
     ]
-    return _interval(float(values.mean()), draws, tail)
+    return _interval(float(each.mean()), draws, tail)
 
 
 def interval(
@@ -108,6 +109,13 @@ def _interval(value: float, draws: Sequence[NDArray[np.float64]], tail: float) -
 def _chunks(resamples: int, rows: int) -> list[int]:
     """How many resamples are drawn at a time."""
     return [min(rows, resamples - start) for start in range(0, resamples, rows)]
+
+
+def _one_per_pair(values: ArrayLike) -> NDArray[np.float64]:
+    each = np.asarray(values, dtype=np.float64)
+    if each.ndim != 1:
+        raise ValueError(f"an interval is of one value per pair, (N,), not {each.shape}")
+    return each
 
 
 def _checked(count: int, level: float) -> int:

@@ -4,8 +4,9 @@ Poses are (18, 3) in OpenPose order or (17, 3) in COCO order: x px, y px, score;
 """
 
 import numpy as np
+from numpy.typing import ArrayLike
 
-from controlkit.metrics.arrays import check_same_shape
+from controlkit.metrics.arrays import same_shaped
 
 # Per-joint spread of human annotations relative to the object's scale: the COCO evaluation's constants.
 _SIGMA = {
@@ -28,7 +29,7 @@ _ORDER = {
 }
 
 
-def pck(pred: np.ndarray, true: np.ndarray, *, size: float, threshold: float = 0.1) -> float:
+def pck(pred: ArrayLike, true: ArrayLike, *, size: float, threshold: float = 0.1) -> float:
     """Percentage of correct keypoints, as a share in [0, 1] (Yang and Ramanan 2013).
 
     A truly visible joint is correct if it was predicted within `threshold * size` of its place; a joint that
@@ -43,14 +44,14 @@ def pck(pred: np.ndarray, true: np.ndarray, *, size: float, threshold: float = 0
     Raises:
         ValueError: the poses differ in shape, `size` is not positive, or `true` has no visible joint.
     """
-    visible = _visible("pck", pred, true)
+    found, wanted, visible = _visible("pck", pred, true)
     if not size > 0:
         raise ValueError(f"pck: size is {size}, allowed is a positive number of pixels")
-    found = pred[visible, 2] > 0
-    return float(np.mean(found & (_distance(pred, true)[visible] <= threshold * size)))
+    near = _distance(found, wanted)[visible] <= threshold * size
+    return float(np.mean((found[visible, 2] > 0) & near))
 
 
-def oks(pred: np.ndarray, true: np.ndarray, *, area: float) -> float:
+def oks(pred: ArrayLike, true: ArrayLike, *, area: float) -> float:
     """Object keypoint similarity in [0, 1], as the COCO keypoint evaluation computes it.
 
     The mean over the truly visible joints of exp(-d^2 / (2 area k^2)) with k twice the joint's sigma; a joint
@@ -64,23 +65,23 @@ def oks(pred: np.ndarray, true: np.ndarray, *, area: float) -> float:
     Raises:
         ValueError: the poses differ in shape, `area` is not positive, or `true` has no visible joint.
     """
-    visible = _visible("oks", pred, true)
+    found, wanted, visible = _visible("oks", pred, true)
     if not area > 0:
         raise ValueError(f"oks: area is {area}, allowed is a positive number of square pixels")
-    k = 2 * np.array([_SIGMA[joint] for joint in _ORDER[len(true)]])
-    similarity = np.exp(-(_distance(pred, true) ** 2) / (2 * area * k**2))
-    return float(np.mean(np.where(pred[visible, 2] > 0, similarity[visible], 0.0)))
+    k = 2 * np.array([_SIGMA[joint] for joint in _ORDER[len(wanted)]])
+    similarity = np.exp(-(_distance(found, wanted) ** 2) / (2 * area * k**2))
+    return float(np.mean(np.where(found[visible, 2] > 0, similarity[visible], 0.0)))
 
 
-def _visible(what: str, pred: np.ndarray, true: np.ndarray) -> np.ndarray:
-    """Check both poses and return which joints of `true` are visible, bool (K,)."""
-    check_same_shape(what, pred, true)
-    if true.shape not in ((17, 3), (18, 3)):
-        raise ValueError(f"{what}: a pose is (18, 3) in OpenPose or (17, 3) in COCO order, not {true.shape}")
-    visible = true[:, 2] > 0
+def _visible(what: str, pred: ArrayLike, true: ArrayLike) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Check both poses; return them as arrays, and which joints of `true` are visible, bool (K,)."""
+    found, wanted = same_shaped(what, pred, true)
+    if found.shape not in ((17, 3), (18, 3)):
+        raise ValueError(f"{what}: a pose is (18, 3) in OpenPose or (17, 3) in COCO order, not {found.shape}")
+    visible = wanted[:, 2] > 0
     if not visible.any():
         raise ValueError(f"{what}: the true pose has no visible joint, so there is nothing to score")
-    return np.asarray(visible)
+    return found, wanted, visible
 
 
 def _distance(pred: np.ndarray, true: np.ndarray) -> np.ndarray:

@@ -6,9 +6,9 @@ from typing import Any
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-from controlkit.metrics.arrays import check_same_shape
+from controlkit.metrics.arrays import same_shaped
 
 WINDOW = 11  # pixels, of a Gaussian of spread 1.5
 _SPREAD = 1.5
@@ -18,18 +18,17 @@ MS_SSIM_LEAST = WINDOW * 2 ** (len(SCALE_WEIGHTS) - 1)
 """The shortest side, in pixels, whose smallest scale still holds a window."""
 
 
-def ssim(a: NDArray[Any], b: NDArray[Any]) -> float:
+def ssim(a: ArrayLike, b: ArrayLike) -> float:
     """Structural similarity of two pictures (H, W) in [0, 1], at most 1: Wang, Bovik, Sheikh & Simoncelli
     2004, equation 13, with their Gaussian window (spread 1.5) and constants, over windows that fit inside.
 
     Raises ValueError: the shapes differ, a side is shorter than the window, 11 pixels, or numbers are whole.
     """
-    _check("ssim", a, b, least=WINDOW)
-    luminance, structure = _parts(a.astype(np.float64), b.astype(np.float64))
+    luminance, structure = _parts(*_checked("ssim", a, b, least=WINDOW))
     return float((luminance * structure).mean())
 
 
-def ms_ssim(a: NDArray[Any], b: NDArray[Any]) -> float:
+def ms_ssim(a: ArrayLike, b: ArrayLike) -> float:
     """Structural similarity over five scales of two pictures (H, W) in [0, 1]: Wang, Simoncelli & Bovik 2003,
     equation 7, with their weights; each scale is the mean of 2 x 2 pixels of the one before.
 
@@ -37,8 +36,8 @@ def ms_ssim(a: NDArray[Any], b: NDArray[Any]) -> float:
     every scale; torchmetrics 1.9 reflects the borders of the coarsest one, and differs where that is small.
     Raises ValueError: the shapes differ, a side is shorter than `MS_SSIM_LEAST`, or numbers are whole.
     """
-    _check("ms_ssim", a, b, least=MS_SSIM_LEAST)
-    x, y, product = a.astype(np.float64), b.astype(np.float64), 1.0
+    x, y = _checked("ms_ssim", a, b, least=MS_SSIM_LEAST)
+    product = 1.0
     for scale, weight in enumerate(SCALE_WEIGHTS):
         luminance, structure = _parts(x, y)
         is_last = scale == len(SCALE_WEIGHTS) - 1
@@ -69,10 +68,13 @@ def _halved(image: NDArray[np.float64]) -> NDArray[np.float64]:
     )
 
 
-def _check(what: str, a: NDArray[Any], b: NDArray[Any], *, least: int) -> None:
-    check_same_shape(what, a, b)
-    if a.ndim != 2 or min(a.shape) < least:
-        raise ValueError(f"{what}: wanted are pictures (H, W) with sides of {least} or more, not {a.shape}")
-    whole = next((one.dtype for one in (a, b) if np.issubdtype(one.dtype, np.integer)), None)
+def _checked(
+    what: str, a: ArrayLike, b: ArrayLike, *, least: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    x, y = same_shaped(what, a, b)
+    if x.ndim != 2 or min(x.shape) < least:
+        raise ValueError(f"{what}: wanted are pictures (H, W) with sides of {least} or more, not {x.shape}")
+    whole = next((one.dtype for one in (x, y) if np.issubdtype(one.dtype, np.integer)), None)
     if whole is not None:  # the constants are those of [0, 1]: of 0 to 255 they would stand for nothing
         raise ValueError(f"{what}: wanted are floats in [0, 1], not {whole}")
+    return x.astype(np.float64), y.astype(np.float64)

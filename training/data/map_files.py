@@ -48,10 +48,10 @@ def grey_pose(name: str) -> str:
 
 
 def read_joints(content: bytes, name: str, *, width: int | None, height: int | None) -> Poses:
-    """The poses of a JSON file in OpenPose's format; the canvas has the size given where it names none.
+    """The poses of a JSON file (see `poses_from_json`); the canvas has the size given where it names none.
 
     Raises:
-        ValueError: one line with ``name``: it is not JSON, or not in that format.
+        ValueError: one line with ``name``: it is not JSON, or in neither format.
     """
     from controlkit.preprocessors.posejson import poses_from_json
 

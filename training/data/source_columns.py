@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from PIL import Image
+
 from controlkit import preprocessors
 from controlkit.naming import did_you_mean
 from controlkit.picture_files import DEPTH_SUFFIXES
@@ -40,6 +42,8 @@ MAP_NAMES = (
     "map",
     "source",
 )
+_PICTURE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+"""What a table calls the pictures of tar shards, where no column has a usual name."""
 LOOKED_AT = 8
 """Rows that show what a column holds."""
 MAP_FILES = DEPTH_SUFFIXES | {".json"}
@@ -47,7 +51,7 @@ MAP_FILES = DEPTH_SUFFIXES | {".json"}
 _MAP_KEYS = {"bytes", "path", "people"}  # of a picture, and of a pose
 _UNREAD = ("http://", "https://")  # addresses that are not followed
 _LEAST_ROWS = 8  # of numbers that are a picture, and as many in each
-CAPTION_NAMES = ("text", "caption", "prompt", "captions", "prompts", "texts")
+CAPTION_NAMES = ("text", "caption", "prompt", "captions", "prompts", "texts", "txt")
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,8 @@ def choose_columns(
     picture = data.picture_column
     if picture == "image" and picture not in columns and "file_name" in columns:
         picture = "file_name"  # as the library datasets calls an imagefolder's pictures
-    picture = _named(columns, picture, "picture_column", where) or _first(PICTURE_NAMES, columns)
+    usual = _first((*PICTURE_NAMES, *_PICTURE_SUFFIXES), columns)
+    picture = _named(columns, picture, "picture_column", where) or usual
     if not picture:
         raise ValueError(
             f"{where} has no column with pictures that is known by its name: name it with "
@@ -152,9 +157,11 @@ def _refuse_unknown(columns: Sequence[str], *, kind: str, where: str) -> None:
 
 
 def _may_be_map(value: object) -> bool:
-    """Whether what a row holds can be a map: a file's name, a picture, numbers in rows, a pose."""
+    """Whether what a row holds can be a map: a file's name, a picture or several, numbers in rows, a pose."""
     if isinstance(value, str):
         return os.path.splitext(value)[1].lower() in MAP_FILES and not value.startswith(_UNREAD)
+    if isinstance(value, list) and any(isinstance(one, Image.Image) for one in value):
+        return True  # which cannot be read, and is not passed over
     if isinstance(value, list):  # few numbers in a row are boxes and points
         return len(value) >= _LEAST_ROWS and isinstance(value[0], list) and len(value[0]) >= _LEAST_ROWS
     return isinstance(value, bytes) or (isinstance(value, dict) and not _MAP_KEYS.isdisjoint(value))

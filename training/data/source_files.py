@@ -103,14 +103,22 @@ def named_file(name: object, root: Path, *, where: str) -> Piece:
     """
     if not isinstance(name, str) or not name.strip() or "\0" in name:
         return RefusedPiece(where, f"{where}: a file's name is wanted, not {name!r:.60}")
-    path = name.replace("\\", "/")
+    path = name_within(name, root)
     drive = len(path) > 1 and path[1] == ":"
-    if path.startswith("/") and _is_within(os.path.normpath(path), os.path.abspath(root)):
-        path = os.path.relpath(path, root)
     if path.startswith("/") or drive or ".." in path.split("/"):
         problem = f"{where}: {name!r} leads out of the data set and is not read; names are relative to {root}"
         return RefusedPiece(where, problem)
     return InsideFile(root / path, root)
+
+
+def name_within(name: str, root: Path) -> str:
+    """A file's name as a data set writes it, on whatever system, with "/" and relative to its folder, if it
+    lies there.
+    """
+    path = name.replace("\\", "/")
+    if path.startswith("/") and _is_within(os.path.normpath(path), os.path.abspath(root)):
+        return os.path.relpath(path, root)
+    return path
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,12 @@ from controlkit.training.data.source_files import (
     Leftover,
     RefusedPiece,
     captions_of,
+    name_within,
     named_file,
     walk,
 )
 from controlkit.training.data.source_pairs import POSES, SHEET
+from controlkit.training.data.source_splits import folders_of, take_split
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 """Hugging Face's imagefolder."""
@@ -43,9 +45,11 @@ def open_rows(
     """Open a data set by the file that lists it: a JSON object on each line, a JSON array, or a CSV table.
 
     Names in it are relative to its folder. Nothing but this file is read. A row that lacks a key, or names a
-    file outside of the folder, becomes an example that says so when it is read.
+    file outside of the folder, becomes an example that says so when it is read. Of pictures in folders of
+    several splits those of `data.split` are taken (`take_split`), unless the file lies in a split's own.
 
-    Raises ValueError, one line: the file cannot be read, a line of it is broken, or no column holds pictures.
+    Raises ValueError, one line: the file cannot be read, a line of it is broken, no column holds pictures, or
+    a split is named that has none.
     """
     rows = list(_rows_of(file))
     names = list(dict.fromkeys(key for _, row in rows for key in row))
@@ -54,6 +58,8 @@ def open_rows(
     first = [row for _, row in rows[:LOOKED_AT]]
     columns = choose_columns(names, data=data, kind=kind, where=str(file), rows=first)
     report(f"{file}: {len(rows):,} rows, {about_maps(columns.maps, kind, columns.unused)}")
+    _say_others(file, report)
+    rows = _of_split(rows, columns.picture, file, data, report)
     wanted = [columns.picture, *columns.maps, *([columns.caption] if columns.caption else [])]
     kept = [(place, [row.get(key, _ABSENT) for key in wanted]) for place, row in rows]
     root, count = file.parent, len(columns.maps)
@@ -75,6 +81,26 @@ def open_rows(
         return Example(name, picture, captions[0] or data.caption, tuple(maps), captions[1:])
 
     return LazyExamples(len(kept), make, lambda: _unlisted(file, columns.picture))
+
+
+def _say_others(file: Path, report: Callable[[str], None]) -> None:
+    """Say that another listing lies beside the one that is read."""
+    for name in METADATA:
+        if file.name in METADATA and name != file.name and (file.parent / name).is_file():
+            report(f"{file.parent}: {name} is not read, for {file.name} lies beside it")
+
+
+def _of_split(
+    rows: list[Row], picture: str, file: Path, data: DataRecipe, report: Callable[[str], None]
+) -> list[Row]:
+    """The rows of the split that is wanted."""
+    root = file.parent
+    if folders_of(data.split, [root.resolve().name]):
+        return rows
+    values = (row.get(picture) for _, row in rows)
+    names = [posixpath.normpath(name_within(name, root)) if isinstance(name, str) else "" for name in values]
+    taken = set(take_split(names, data, root, report))
+    return [row for row, name in zip(rows, names, strict=True) if name in taken]
 
 
 def _unlisted(file: Path, picture_key: str) -> list[Leftover]:
@@ -101,7 +127,7 @@ def _named_by(file: Path, picture_key: str) -> tuple[set[str], set[str]]:
     for _, row in _rows_of(file):  # read again: what is asked for once need not be kept
         for key, value in row.items():
             if isinstance(value, str) and os.path.splitext(value)[1].lower() in _FILES:
-                name = posixpath.normpath(value.replace("\\", "/"))
+                name = posixpath.normpath(name_within(value, file.parent))
                 (pictures if key == picture_key else others).add(name)
     return pictures, others
 
@@ -167,6 +193,7 @@ def _array_rows(file: Path, text: str) -> Iterator[Row]:
 
 def _csv_rows(file: Path, text: str) -> Iterator[Row]:
     reader = csv.DictReader(io.StringIO(text, newline=""))
+    longest = csv.field_size_limit(len(text) + 1)  # a caption may have any length
     try:
         for row in reader:
             if None in row:
@@ -175,3 +202,5 @@ def _csv_rows(file: Path, text: str) -> Iterator[Row]:
             yield f"line {reader.line_num}", values
     except csv.Error as error:
         raise ValueError(f"{file}, line {reader.line_num}: this is not CSV ({error})") from error
+    finally:
+        csv.field_size_limit(longest)

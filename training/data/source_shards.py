@@ -37,7 +37,7 @@ _MAP_NAMES = (
     "control_image",
     "source",
 )
-_CAPTIONS = ("txt", "caption", "text", "prompt")
+_CAPTIONS = ("txt", "caption", "text", "prompt", "caption.txt", "text.txt", "prompt.txt")
 _LOOKED_AT = 100  # examples whose JSON is read for its keys before all others are
 
 
@@ -51,7 +51,7 @@ def open_shards(
     Raises ValueError, one line: as `find_shards` and `read_index`, no member is a picture, or what a column
     names is not there.
     """
-    shards = [read_index(path) for path in find_shards(source)]
+    shards = [read_index(path, report) for path in find_shards(source)]
     members = list(dict.fromkeys(itertools.chain.from_iterable(shard.members for shard in shards)))
     ends = np.cumsum([len(shard.keys) for shard in shards])
     count = int(ends[-1])

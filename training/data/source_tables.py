@@ -79,10 +79,10 @@ def plain_errors(source: str) -> Iterator[None]:
         ) from error
     except ConnectionError as error:
         raise ValueError(f"the data set {source} cannot be fetched: {first_sentence(error)}") from error
-    except (datasets.exceptions.DatasetsError, OSError, RuntimeError, LookupError, TypeError) as error:
-        raise ValueError(f"the data set {source} cannot be read: {first_sentence(error)}") from error
     except ValueError as error:  # pyarrow's errors are among them
         raise ValueError(f"the data set {source}: {' '.join(str(error).split())}") from error
+    except Exception as error:  # of a README.md that is no card, what reading its YAML meets
+        raise ValueError(f"the data set {source} cannot be read: {first_sentence(error)}") from error
 
 
 def load(source: str, data: DataRecipe, *, streaming: bool = False) -> Any:

@@ -6,7 +6,7 @@ import glob
 import os
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,12 +112,15 @@ def _braces(pattern: str) -> Iterator[str]:
         yield from _braces(pattern[: match.start()] + part + pattern[match.end() :])
 
 
-def read_index(path: Path) -> Shard:
-    """Read the headers of a tar file. Raises ValueError, one line: missing, damaged, cut off, compressed."""
+def read_index(path: Path, report: Callable[[str], None] = lambda _: None) -> Shard:
+    """Read the headers of a tar file. report: called with a line where its end may be missing.
+
+    Raises ValueError, one line: missing, damaged, cut off, compressed.
+    """
     keys: dict[str, int] = {}
     members: dict[str, int] = {}
     found: list[tuple[int, int, int, int]] = []
-    for name, offset, size in _tar_members(path):
+    for name, offset, size in _tar_members(path, report):
         folder, _, base = name.rpartition("/")
         stem, dot, member = base.partition(".")
         if not stem or not dot or base.startswith("__"):
@@ -136,7 +139,7 @@ def read_index(path: Path) -> Shard:
     return Shard(path, list(keys), list(members), spans)
 
 
-def _tar_members(path: Path) -> Iterator[tuple[str, int, int]]:
+def _tar_members(path: Path, report: Callable[[str], None]) -> Iterator[tuple[str, int, int]]:
     try:
         length = os.path.getsize(path)
         with tarfile.open(path, "r:") as archive:
@@ -150,8 +153,11 @@ def _tar_members(path: Path) -> Iterator[tuple[str, int, int]]:
             end = archive.offset
         with open(path, "rb") as file:  # tarfile takes a damaged header for the end
             file.seek(end)
-            if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
-                raise ValueError(f"{path} is damaged {end:,} bytes from its start")
+            block = file.read(tarfile.BLOCKSIZE)
+        if block.strip(b"\0"):
+            raise ValueError(f"{path} is damaged {end:,} bytes from its start")
+        if not block:  # some write none, so this may be all
+            report(f"{path} ends without the mark of a tar file's end: if it was cut off, files are missing")
     except tarfile.TarError as error:
         raise ValueError(f"{path} cannot be read as a tar file: {_one_line(error)}") from error
     except OSError as error:

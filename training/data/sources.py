@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from controlkit import preprocessors
+from controlkit.naming import first_of
 from controlkit.picture_files import DEPTH_SUFFIXES, SUFFIXES, unread_below, unread_lines
 from controlkit.preprocessors.linting import KINDS
 from controlkit.training.config_adapter import DataRecipe
@@ -41,6 +42,7 @@ LAYOUTS = (
 )
 """What a folder may hold, for messages."""
 _NAMED = 5  # data sets in a message
+_PACKED = (".zip", ".7z", ".rar")
 
 
 def open_examples(
@@ -61,7 +63,7 @@ def open_examples(
     layout, source = recognise(data)
     match layout:
         case "huggingface":
-            examples = open_table(source, data=data, kind=kind, report=report)
+            examples = _open_table(source, data, kind, report)
         case "webdataset":
             examples = open_shards(source, data=data, kind=kind, report=report)
         case "paired":
@@ -79,6 +81,21 @@ def open_examples(
     if 0 < data.limit < len(examples):
         return LazyExamples(data.limit, examples.__getitem__, examples.leftovers)
     return examples
+
+
+def _open_table(source: str, data: DataRecipe, kind: str, report: Callable[[str], None]) -> LazyExamples:
+    """Open what the library reads; of a folder where that has no pictures, say how those in files are taken,
+    beside which img2dataset and others leave tables of their own.
+    """
+    try:
+        return open_table(source, data=data, kind=kind, report=report)
+    except ValueError as error:
+        if data.format != "auto" or not os.path.isdir(source):
+            raise
+        files = walk(Path(source), Path(source))
+        if not any(os.path.splitext(name)[1].lower() in SUFFIXES for name in files):
+            raise
+        raise ValueError(f"{error}; the pictures in files there are read with data.format=paired") from error
 
 
 def _refuse_poses(examples: LazyExamples, data: DataRecipe, kind: str) -> None:
@@ -164,7 +181,9 @@ def _recognise_folder(folder: Path, data: DataRecipe) -> tuple[str, str]:
         return ("fill50k" if listed.name == PROMPTS else "imagefolder"), str(listed)
     if suffixes & SUFFIXES and not _other_splits(folder, data):
         return "paired", str(folder)
+    packed = sorted(name for name in files if name.lower().endswith(_PACKED))
     but = "".join(f"; {line}" for line in _unread(str(folder)))
+    but += f"; unpack {first_of(packed)}" if packed else ""
     raise ValueError(f"{folder} holds no data set{_other_splits(folder, data)}{but}; wanted: {LAYOUTS}")
 
 
