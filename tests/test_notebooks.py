@@ -71,3 +71,12 @@ def test_it_is_written_for_a_person(notebook):
     assert sum("$$" in text for text in texts) >= (1 if "05" not in texts[0] else 0)
     assert max(len(cell.source.splitlines()) for cell in code_of(notebook)) <= 30
     assert "results = {" in code_of(notebook)[-1].source
+
+
+def test_no_label_of_a_bundled_adapter_is_written_out():
+    """With another base adapters are called otherwise, in reports and in their files' names."""
+    import nbformat
+
+    kept = nbformat.read(FOLDER / "06_compare_and_choose.ipynb", as_version=4)
+    written = re.compile(r"""== "canny"|plan\("canny"|"canny \(|f"canny |(best|worst)-openpose""")
+    assert not [cell.source for cell in code_of(kept)[1:] if written.search(cell.source)]

@@ -1,6 +1,7 @@
 """The studio page, driven as a program drives it: what comes of it is what the command line makes."""
 
 import json
+import os
 import re
 import runpy
 import subprocess
@@ -382,7 +383,7 @@ def test_no_file_of_the_machine_is_served(page: Page, client: Client, tmp_path: 
 
 @pytest.mark.parametrize("marked", [True, False], ids=["marked as a file", "not marked"])
 @pytest.mark.parametrize(
-    "place", ["/etc/hostname", "{photo}", "/nowhere/at/all.png", "https://nowhere.invalid/x.png"]
+    "place", ["/etc/hostname", "{photo}", "/nowhere/at/all.png", "a/b.png", "https://nowhere.invalid/x.png"]
 )
 def test_no_picture_of_the_machine_is_opened(page: Page, place: str, marked: bool) -> None:
     """Whether or not the request says that it holds a file, and whether or not there is one."""
@@ -397,8 +398,10 @@ def test_no_picture_of_the_machine_is_opened(page: Page, place: str, marked: boo
     assert b"event: error" in answer
     assert b"event: complete" not in answer
     assert b"does not exist" not in answer
-    if "://" in place:  # gradio would ask that host
-        assert b"no picture that was put into this page" in answer
+    assert (
+        b"no picture that was put into this page" in answer
+    )  # gradio would ask a host, or tell a whole path
+    assert os.getcwd().encode() not in answer
 
 
 def test_no_picture_of_the_machine_is_opened_after_the_page_was_changed(page: Page, client: Client) -> None:

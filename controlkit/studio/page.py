@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from gradio_client.utils import is_file_obj_with_meta, is_http_url_like, traverse
+from gradio_client.utils import is_file_obj_with_meta, traverse
 
 from controlkit.studio.components import NOT_PUT_IN
 from controlkit.studio.create_tab import CreateTab
@@ -16,6 +16,7 @@ from controlkit.studio.engine import Engine
 from controlkit.studio.server import KEPT
 from controlkit.studio.toasts import of_the_browser
 from controlkit.studio.train_tab import NAME, TrainTab
+from controlkit.studio.uploads import is_shown
 
 TITLE = "ControlKit studio"
 SHOWN = 24 * 60 * 60  # seconds for which the page's copies of pictures are there; looked at hourly
@@ -34,15 +35,18 @@ def build(engine: Engine, runs: Path, data: Sequence[Path] | None = None) -> Any
         create.remember(train.fields)
         train.wire(tabs, second, first, create)
     page.queue(default_concurrency_limit=8)
-    page.preprocess_data = _without_addresses(page.preprocess_data)
+    page.preprocess_data = _own_files_alone(page.preprocess_data)
     return page
 
 
-def _without_addresses(preprocess: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
-    """Refuse the files of a request that are addresses: gradio would fetch them from other hosts."""
+def _own_files_alone(preprocess: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    """Refuse the files of a request that did not come through the page.
+
+    Addresses gradio would fetch from other hosts, and of places on this machine it would tell the whole path.
+    """
 
     def refuse(file: Any) -> Any:
-        if is_http_url_like(file["path"]):
+        if not is_shown(file["path"]):
             raise gr.Error(NOT_PUT_IN, print_exception=False)
         return file
 
