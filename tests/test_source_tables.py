@@ -286,6 +286,12 @@ def test_a_column_of_several_pictures_is_asked_about(tmp_path: Path) -> None:
     assert opened(tmp_path, maps="made")[0].picture.read() == jpeg(0)
 
 
+def test_a_saved_data_set_of_no_rows(tmp_path: Path) -> None:
+    datasets.Dataset.from_dict({}).save_to_disk(str(tmp_path / "none"))
+    with pytest.raises(ValueError, match=r"^the data set \S+ cannot be read: it is empty, or not whole \("):
+        opened(tmp_path / "none")
+
+
 def test_an_empty_stream(tmp_path: Path) -> None:
     os.makedirs(tmp_path / "set")
     table(0).to_parquet(str(tmp_path / "set" / "train.parquet"))

@@ -81,6 +81,10 @@ def plain_errors(source: str) -> Iterator[None]:
         raise ValueError(f"the data set {source} cannot be fetched: {first_sentence(error)}") from error
     except ValueError as error:  # pyarrow's errors are among them
         raise ValueError(f"the data set {source}: {' '.join(str(error).split())}") from error
+    except LookupError as error:  # of files that are none, or that lack a key
+        raise ValueError(
+            f"the data set {source} cannot be read: it is empty, or not whole ({first_sentence(error)})"
+        ) from error
     except Exception as error:  # of a README.md that is no card, what reading its YAML meets
         raise ValueError(f"the data set {source} cannot be read: {first_sentence(error)}") from error
 
