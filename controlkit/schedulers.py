@@ -117,7 +117,7 @@ def make_schedule(name: str, base: Base, *, steps: int, strength: float = 1.0) -
     """The named scheduler set to `steps`, or to the last `strength` of them, rounded down, at least one.
 
     A part of the steps is what diffusers' pipelines take that start from a picture. Raises ValueError where
-    the scheduler's spacing runs past the trained timesteps.
+    the scheduler's spacing runs past the trained timesteps, or takes one of them twice.
     """
     scheduler = make_scheduler(name, base)
     most = scheduler.config.get("original_inference_steps")  # of lcm and tcd: those of the distillation
@@ -128,13 +128,23 @@ def make_schedule(name: str, base: Base, *, steps: int, strength: float = 1.0) -
     except (ValueError, IndexError) as error:  # limits of its own
         raise ValueError(f"scheduler {name!r} does not take {steps} steps: {_first_line(error)}") from error
     trained = scheduler.config.num_train_timesteps
-    if float(scheduler.timesteps.max()) > trained - 1:  # "leading" spacing plus an offset of 1
+    too_far = float(scheduler.timesteps.max()) > trained - 1  # "leading" spacing plus an offset of 1
+    if too_far or _stands_still(scheduler):
         raise ValueError(f"{steps} steps do not fit into the base's {trained} timesteps: take fewer")
     taken = max(min(int(steps * strength), steps), 1)
     first = (steps - taken) * scheduler.order
     if hasattr(scheduler, "set_begin_index"):  # else it looks the first timestep up, which may be there twice
         scheduler.set_begin_index(first)
     return Schedule(scheduler, scheduler.timesteps[first:], first)
+
+
+def _stands_still(scheduler: Any) -> bool:
+    """Whether two steps have one noise level, by whose distance solvers with a memory divide.
+
+    The last one may be the end's; heun has each twice, and takes both into account.
+    """
+    levels = getattr(scheduler, "sigmas", None)
+    return levels is not None and scheduler.order == 1 and bool((levels[1:-1] == levels[:-2]).any())
 
 
 def step_options(

@@ -324,6 +324,17 @@ def test_as_many_steps_as_were_trained_do_not_fit_behind_an_offset(sd1: Base) ->
         sampling.generate(sd1, "x", steps=1000)
 
 
+@pytest.mark.parametrize("scheduler", ["dpm++", "dpm++-sde", "unipc"])
+def test_a_timestep_is_not_taken_twice_by_solvers_that_divide_by_the_distance(
+    sd1: Base, scheduler: str
+) -> None:
+    """They space one step more than they take, and rounding makes one of two."""
+    base = replace(sd1, scheduler_config={**sd1.scheduler_config, "timestep_spacing": "linspace"})
+    assert make_schedule(scheduler, base, steps=999).steps == 999
+    with pytest.raises(ValueError, match="1000 steps do not fit into the base's 1000 timesteps"):
+        make_schedule(scheduler, base, steps=1000)
+
+
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
