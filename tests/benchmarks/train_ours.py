@@ -4,7 +4,7 @@ import tomllib
 from pathlib import Path
 
 import torch
-from train_models import base_of
+from train_models import SIZES, base_of
 from train_script import Given, Pairs, Script, Setting, collate
 
 from controlkit import diffusion
@@ -24,7 +24,7 @@ def recipe_for(name: str, folder: Path, data: Path, setting: Setting) -> Control
         f"--controlnet_model_name_or_path='{folder / 'controlnet'}'",
         f"--train_data_dir='{data}' --train_batch_size={setting.batch} --max_train_steps=1000000",
         f"--mixed_precision={'no' if setting.precision == 'fp32' else setting.precision} --seed=0",
-        "--resolution=0 --report_to=none",
+        f"--resolution={SIZES[name].resolution} --report_to=none",
     ]
     table = tomllib.loads(from_diffusers_flags(" ".join(flags)))
     table |= {"map": "canny", "device": setting.device, "monitor_every": 0}
