@@ -98,7 +98,7 @@ class StoredFeed:
         return {"pairs": self.pairs, "data_sha256": self._all, "held_out_sha256": self._held_out}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Raises ValueError where the pictures, maps or captions are others than when the run stopped."""
+        """Raises ValueError where pictures, maps, captions or their order have changed since the run stopped."""
         before, pairs = state.get("data_sha256", ""), state.get("pairs", self.pairs)
         is_other = before and self._all and before != self._all  # without a cache their number alone is known
         if is_other or pairs != self.pairs:
@@ -110,7 +110,7 @@ class StoredFeed:
     def _changed(self, before: int) -> str:
         if before != self.pairs:
             return f"then {before:,} pairs to train on, now {self.pairs:,}"
-        return f"there are {before:,} pairs as before, and pictures, maps or captions of them are others"
+        return f"there are {before:,} pairs as before; pictures, maps, captions or their order are others"
 
     def digest(self) -> str:
         """SHA-256 over every trained pair's picture, map and caption, in their order."""
