@@ -98,7 +98,7 @@ class StoredFeed:
         return {"pairs": self.pairs, "data_sha256": self._all, "held_out_sha256": self._held_out}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Raises ValueError where pictures, maps, captions or their order have changed since the run stopped."""
+        """Raises ValueError where pictures, maps, captions or their order are others than they were."""
         before, pairs = state.get("data_sha256", ""), state.get("pairs", self.pairs)
         is_other = before and self._all and before != self._all  # without a cache their number alone is known
         if is_other or pairs != self.pairs:
