@@ -113,9 +113,9 @@ def _split_control_settings(rest: str) -> tuple[str, dict[str, Any]]:
 
 
 def _split_strength(value: str) -> tuple[str, str | None]:
-    """The value of a setting, and the strength that stands behind it."""
+    """A file or another value, and the strength that stands behind it, None where there is none."""
     before, colon, tail = value.rpartition(":")
-    if not colon or os.path.exists(at_home(value)):
+    if not colon or os.path.exists(at_home(value)):  # Path.exists raises for a name that is too long
         return value, None
     try:
         parse_scale(tail)
@@ -397,15 +397,13 @@ def _split_scale(rest: str, *, what: str = "a number, as 0.8") -> tuple[str, Sca
 
     what: may stand there.
     """
+    path, strength = _split_strength(rest)
+    if strength is not None:
+        return path, parse_scale(strength)
     path, colon, tail = rest.rpartition(":")
-    if not colon or os.path.exists(rest):  # Path.exists raises for a name that is too long
-        return rest, 1.0
-    try:
-        return path, parse_scale(tail)
-    except ValueError:
-        if os.path.exists(at_home(path)):
-            raise ValueError(f"behind {path} stands {tail!r}, and not {what}") from None
-        return rest, 1.0
+    if colon and not os.path.exists(at_home(rest)) and os.path.exists(at_home(path)):
+        raise ValueError(f"behind {path} stands {tail!r}, and not {what}")
+    return rest, 1.0
 
 
 def parse_bytes(text: str) -> int:

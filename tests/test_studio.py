@@ -398,9 +398,8 @@ def test_no_picture_of_the_machine_is_opened(page: Page, place: str, marked: boo
     assert b"event: error" in answer
     assert b"event: complete" not in answer
     assert b"does not exist" not in answer
-    assert (
-        b"no picture that was put into this page" in answer
-    )  # gradio would ask a host, or tell a whole path
+    # gradio would ask a host, or tell a whole path
+    assert b"no picture that was put into this page" in answer
     assert os.getcwd().encode() not in answer
 
 
