@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -159,29 +159,14 @@ def generate(
     """Make pictures that follow a prompt and the edges, pose or depth of another picture."""
     started = time.monotonic()
     typer.echo("reading what is asked for ...", err=True)  # before anything that takes time
-    from controlkit import arguments, generate_folder, generate_job, grid_axes, grid_job
+    from controlkit import generate_folder, generate_job, grid_axes, grid_job
     from controlkit.generate_notes import without_effect
-    from controlkit.generate_plan import Options, check_preview
+    from controlkit.generate_plan import check_preview
 
     words = [word for word in (prompt, *context.args) if word is not None]
     prompt, axes_texts = grid_axes.split_words(words, grid or ())
     axes = grid_axes.parse_axes(axes_texts) if axes_texts else []
-    asked = {name: value for name, value in context.params.items() if value is not None}
-    asked["prompt"] = grid_job.first_prompt(axes, prompt)
-    given = {
-        name.rstrip("_"): value
-        for name, value in asked.items()
-        if name.rstrip("_") in Options.__dataclass_fields__ and value is not None
-    }
-    if memory is not None:
-        taken_away = arguments.is_none(given.pop("memory"))
-        given |= {"memory": ()} if taken_away else {"memory_limit": arguments.parse_bytes(memory)}
-    for name, whole in _MAY_BE_NONE.items():
-        if name in given:
-            flag = f"--{name.removesuffix('_label')}"
-            given[name] = arguments.parse_number(given[name], flag, whole=whole)
-    if given.get("hires", 1) is None:
-        given["hires"] = 1.0
+    given = _given({**context.params, "prompt": grid_job.first_prompt(axes, prompt)})
     is_usual = context.get_parameter_source("output").name == "DEFAULT"  # type: ignore[union-attr]
     request = generate_folder.Request(tuple(control or ()), tuple(map_ or ()), start, mask, output)
 
@@ -218,16 +203,32 @@ def generate(
             *without_effect(plan, grid_job.variants(plan, axes), [axis.key for axis in axes]),
         ):
             told.note(f"note: {note}")
-        if axes:
-            made = _made_grid(plan, axes, told, shown, kept)
-            print(f"wrote {plan.outputs[0]}, {len(made)} pictures, in {time.monotonic() - started:.0f} s")
-            if kept:
-                print(f"and each by itself, from {kept[0]} to {kept[-1]}; --like repeats one")
-            return
-        records = _made(plan, told, shown)
-    _tell_pictures(plan.outputs, records, time.monotonic() - started)
-    if generate_job.could_be_lower(plan, records[0]):
-        print("this processor computes in bfloat16 by itself: --dtype bf16 takes a part of the time")
+        records = _made_grid(plan, axes, told, shown, kept) if axes else _made(plan, told, shown)
+    seconds = time.monotonic() - started
+    if axes:
+        _tell_grid(plan, records, seconds, kept)
+    else:
+        _tell_pictures(plan, records, seconds)
+
+
+def _given(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `Options` that the command's parameters give: numbers read, "none" taken away."""
+    from controlkit import arguments
+    from controlkit.generate_plan import Options
+
+    named = {name.rstrip("_"): value for name, value in params.items() if value is not None}
+    given = {name: value for name, value in named.items() if name in Options.__dataclass_fields__}
+    if "memory" in given:
+        memory = given.pop("memory")
+        taken_away = arguments.is_none(memory)
+        given |= {"memory": ()} if taken_away else {"memory_limit": arguments.parse_bytes(memory)}
+    for name, whole in _MAY_BE_NONE.items():
+        if name in given:
+            flag = f"--{name.removesuffix('_label')}"
+            given[name] = arguments.parse_number(given[name], flag, whole=whole)
+    if given.get("hires", 1) is None:
+        given["hires"] = 1.0
+    return given
 
 
 def _make_each(
@@ -290,16 +291,26 @@ def _made_grid(
         raise
 
 
-def _tell_pictures(outputs: Sequence[Path], records: Sequence[PictureRecord], seconds: float) -> None:
+def _tell_grid(plan: Plan, records: Sequence[PictureRecord], seconds: float, kept: Sequence[Path]) -> None:
+    """Which sheet was made, and of what."""
+    print(f"wrote {plan.outputs[0]}, {len(records)} pictures, in {seconds:.0f} s")
+    if kept:
+        print(f"and each by itself, from {kept[0]} to {kept[-1]}; --like repeats one")
+
+
+def _tell_pictures(plan: Plan, records: Sequence[PictureRecord], seconds: float) -> None:
     """What was made, and how to make more of it."""
+    from controlkit.generate_job import could_be_lower
     from controlkit.limits import MAX_SEED, enlarged
 
-    for path, record in zip(outputs, records, strict=True):
+    for path, record in zip(plan.outputs, records, strict=True):
         size: tuple[int | None, int | None] = record.width, record.height
         if record.hires != 1:
             size = enlarged(*size, record.hires)
         print(f"wrote {path} ({size[0]}x{size[1]}, seed {record.seed})")
     print(f"in {seconds:.0f} s; the same with other seeds:")
-    first = shlex.quote(str(outputs[0]))
+    first = shlex.quote(str(plan.outputs[0]))
     seed = min(records[-1].seed + 1, MAX_SEED - 3)
     print(f"  controlkit generate --like {first} --seed {seed} -n 4 -o more.png")
+    if could_be_lower(plan, records[0]):
+        print("this processor computes in bfloat16 by itself: --dtype bf16 takes a part of the time")

@@ -170,10 +170,8 @@ def generate(
     limits.check_steps(steps)
     limits.check_batch(batch_size)
     limits.check_temperature(temperature, scheduler)
-    limits.check_compiled(execution.compiled, savings.features_every, savings.merge_tokens)
-    if told.of_branches(1):
-        limits.check_told_whole(tiles)
     check_syntax(prompt_syntax)
+    _check_together(execution, savings, told, tiles)
     _check_controls(base, controls, savings)
     reader = base if clip_skip is None else replace(base, clip_skip=clip_skip)
     limits.check_clip_skip(reader.clip_skip)
@@ -200,14 +198,15 @@ def generate(
             encoded = encode_controls(
                 controls, width=width, height=height, pictures=len(seeds), in_bands=tiles is not None
             )
-        denoise_batch = partial(
+        branches = len(text.encoder_hidden_states)
+        denoised = partial(
             denoise,
             base,
             text,
             guidance=guided,
             guide=guide,
             picture_prompts=picture_prompts,
-            sizes=told.of_branches(len(text.encoder_hidden_states)),
+            sizes=told.of_branches(branches),
             temperature=temperature,
             savings=savings,
             tiles=tiles,
@@ -220,13 +219,12 @@ def generate(
         for batch in range(batches):
             first, last = batch * batch_size, min((batch + 1) * batch_size, len(seeds))
             generators = [torch.Generator("cpu").manual_seed(int(seed)) for seed in seeds[first:last]]
-            class_labels = labels.draw(generators, branches=len(text.encoder_hidden_states))
-            strength = 1.0 if start is None else start.strength
-            schedule = make_schedule(scheduler, base, steps=steps, strength=strength)
-            with at_work(memory, base, *([] if start is None else [base.vae])):
+            class_labels = labels.draw(generators, branches=branches)  # before the noise, as in diffusers
+            schedule = make_schedule(scheduler, base, steps=steps, strength=start.strength if start else 1.0)
+            with at_work(memory, base, *([base.vae] if start else [])):
                 begun = begin(base, schedule, generators, width=width, height=height, start=start)
             with at_work(memory, base, base.unet, *networks, *judges, *([base.vae] if judges else [])):
-                latents = denoise_batch(
+                latents = denoised(
                     begun,
                     controls=[control.rows(first, last) for control in encoded],
                     schedule=schedule,
@@ -487,6 +485,13 @@ def _check_precisions(base: Base, controlnets: Sequence[nn.Module]) -> None:
                 f"{name} computes in {own} and its base in {base.dtype}: load both in one precision"
                 ' (dtype="bf16"), or generate within torch.autocast'
             )
+
+
+def _check_together(execution: Execution, savings: Savings, told: Told, tiles: Tiles | None) -> None:
+    """Raise ValueError for ways to compute that exclude each other."""
+    limits.check_compiled(execution.compiled, savings.features_every, savings.merge_tokens)
+    if told.of_branches(1):
+        limits.check_told_whole(tiles)
 
 
 def _check_controls(base: Base, controls: Sequence[Control], savings: Savings) -> None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from controlkit.base import Base
     from controlkit.training.evaluation.held_out import HeldOut
     from controlkit.training.evaluation.request import Request
-    from controlkit.training.evaluation.summary import Group, Summary
+    from controlkit.training.evaluation.summary import Difference, Group, Summary
 
 VERSION = 1
 _LIBRARIES = (  # beside those of every run, what maps and measures are made by
@@ -53,21 +53,7 @@ def record(
         "base": {"name": request.base, "family": base.family, "sha256": base.digest()},
         "device": str(base.device),
         "dtype": str(base.dtype).removeprefix("torch."),
-        "adapters": [
-            {
-                "label": arm.label,
-                "name": arm.compared.name,
-                "kind": arm.kind,
-                "how": arm.compared.how,
-                "sha256": digest_of(arm.compared.name),
-                "pictures": f"pictures/{arm.folder}",
-                "measure": principal(arm.kind),
-                "reach": interval_json(summary.reach.get(arm.label)),
-                "seconds_per_picture": summary.seconds.get(arm.label),
-            }
-            for arm in summary.arms
-            if arm.compared
-        ],
+        "adapters": _adapters_json(summary),
         "beside": {"floor": FLOOR, "ceiling": CEILING, "true": TRUE},
         "maps_made_by": {
             kind: {key: str(value) for key, value in given.items()} for kind, given in options.items()
@@ -83,19 +69,7 @@ def record(
             if any(name in group.intervals for group in summary.groups)
         },
         "results": [_group_json(group) for group in summary.groups],
-        "differences": [
-            {
-                "measure": one.measure,
-                "first": one.first,
-                "second": one.second,
-                "pairs": one.pairs,
-                "comparisons": one.comparisons,
-                "level": one.level,
-                **(interval_json(one.interval) or {}),
-                "verdict": one.verdict,
-            }
-            for one in summary.differences
-        ],
+        "differences": [_difference_json(one) for one in summary.differences],
         "warnings": list(warnings),
         "skipped": summary.skipped,
         "examples": examples(summary, pairs),
@@ -124,6 +98,37 @@ def interval_json(found: Interval | None) -> dict[str, float | None] | None:
     told = {"value": found.value, "low": found.low, "high": found.high}
     ends = {name: value if math.isfinite(value) else None for name, value in told.items()}
     return {**ends, "resamples": found.resamples}
+
+
+def _adapters_json(summary: Summary) -> list[dict[str, Any]]:
+    return [
+        {
+            "label": arm.label,
+            "name": arm.compared.name,
+            "kind": arm.kind,
+            "how": arm.compared.how,
+            "sha256": digest_of(arm.compared.name),
+            "pictures": f"pictures/{arm.folder}",
+            "measure": principal(arm.kind),
+            "reach": interval_json(summary.reach.get(arm.label)),
+            "seconds_per_picture": summary.seconds.get(arm.label),
+        }
+        for arm in summary.arms
+        if arm.compared
+    ]
+
+
+def _difference_json(one: Difference) -> dict[str, Any]:
+    return {
+        "measure": one.measure,
+        "first": one.first,
+        "second": one.second,
+        "pairs": one.pairs,
+        "comparisons": one.comparisons,
+        "level": one.level,
+        **(interval_json(one.interval) or {}),
+        "verdict": one.verdict,
+    }
 
 
 def _group_json(group: Group) -> dict[str, Any]:
