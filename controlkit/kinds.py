@@ -132,14 +132,13 @@ class _T2I(Kind):
         return f"{count} connections, the largest features first"
 
     def encode(self, network: Any, controlnet_cond: Tensor, number: int = 0) -> Hint:
+        """SDXL's adapters halve the U-Net's cells: a map that ends within a pair of them is continued at its
+        edge, as the U-Net rounds up, too. (diffusers' pipeline makes a smaller picture instead.)
+        """
         check_channels(self.channels(network), controlnet_cond)
-        factor = network.downscale_factor
-        height, width = controlnet_cond.shape[-2:]
-        if height % factor or width % factor:
-            raise ValueError(
-                f"this T2I-Adapter takes maps whose sides are multiples of {factor}, not {width}x{height}"
-            )
-        return tuple(network(controlnet_cond.to(network.device, network.dtype)))
+        height, width = (-side % network.downscale_factor for side in controlnet_cond.shape[-2:])
+        whole = nn.functional.pad(controlnet_cond, (0, width, 0, height), mode="replicate")
+        return tuple(network(whole.to(network.device, network.dtype)))
 
     def residuals(self, network: Any, *_: Any, hint: Hint, **__: Any) -> Residuals:
         return Residuals(inner=hint)

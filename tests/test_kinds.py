@@ -282,6 +282,36 @@ def test_a_damaged_lllite_is_refused(load: Callable[[str], Base], change: Any, m
         lllite.from_tensors(change(lllite_tensors(load("sdxl"))))
 
 
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_a_t2i_adapter_follows_a_map_of_every_size_that_the_u_net_takes(
+    load: Callable[[str], Base], family: str
+) -> None:
+    base = load(family)
+    network, factor = t2i_of(base), base.vae_factor
+    generator = torch.Generator().manual_seed(5)
+    for cells in ((7, 9), (8, 5), (9, 8)):
+        maps = torch.rand((1, 3, *(factor * side for side in cells)), generator=generator)
+        sizes = [tuple(feature.shape[-2:]) for feature in kinds.encode_hint(network, maps)]
+        halvings = kinds.kind_of(network).levels(network)
+        assert sizes == [tuple(-(-side // 2**n) for side in cells) for n in halvings], "as the U-Net rounds"
+        (picture,) = generate(base, "a red cube", controls=[Control(network, maps)], steps=2)
+        (alone,) = generate(base, "a red cube", steps=2, width=picture.shape[1], height=picture.shape[0])
+        assert picture.shape[:2] == maps.shape[2:]
+        assert not np.array_equal(picture, alone)
+
+
+def test_a_map_that_ends_within_a_cell_of_a_t2i_adapter_is_continued_at_its_edge(
+    load: Callable[[str], Base],
+) -> None:
+    network = t2i_of(load("sdxl"))
+    maps = torch.rand((1, 3, 56, 40), generator=torch.Generator().manual_seed(6))
+    assert network.downscale_factor == 16
+    continued = torch.cat([maps, maps[:, :, -1:].expand(-1, -1, 8, -1)], dim=2)
+    continued = torch.cat([continued, continued[..., -1:].expand(-1, -1, -1, 8)], dim=3)
+    found, expected = (kinds.encode_hint(network, one) for one in (maps, continued))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 # --- against diffusers' pipelines ---
 
 

@@ -584,6 +584,20 @@ def test_a_finished_run_tells_its_whole_story(place):
     assert info.base == "base"  # and not where it lies
 
 
+def test_how_many_pairs_were_left_out_is_told_with_the_result(place):
+    pictures = place / "torn" / "pictures"
+    shutil.copytree(place / "pictures", pictures)
+    shutil.copytree(place / "base", place / "torn" / "base")
+    for number in (3, 8):
+        torn = pictures / f"{number:02d}.png"
+        torn.write_bytes(torn.read_bytes()[:-200])
+    settings = {"steps": 1, "warmup": 0, "sample_every": 0, "monitor_every": 0, "data_bad": "skip"}
+    train_recipe(str(recipe(place / "torn" / "run", pictures, **settings)))
+    facts = json.loads((place / "torn" / "run" / "facts.json").read_text())
+    assert (facts["data_left_out"], facts["data_pairs"], facts["data_held_out"]) == (2, 9, 3)
+    assert "| data_left_out | 2 |" in (place / "torn" / "run" / "controlnet" / "README.md").read_text()
+
+
 def test_rates_of_the_parts_are_their_own(place):
     rates = {"zero_convolution_rate": 20.0, "hint_encoder_rate": 3.0, "learning_rate": 1e-4}
     folder, _ = run(place, "rates", schedule="constant", steps=1, **rates)

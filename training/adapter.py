@@ -304,6 +304,7 @@ class ControlNetTask:
             **({"data_sha256": digest} if digest else {}),
             **({"data_held_out_sha256": held_out} if held_out else {}),
             "data_pairs": self.feed.pairs,
+            **({"data_left_out": left_out} if (left_out := self.feed.left_out) else {}),
             "data_held_out": len(self.feed.shown) if self.feed.held_out else 0,
             "caption": first.caption,
         }

@@ -33,6 +33,10 @@ class Feed(Protocol):
     def pairs(self) -> int | None:
         """How many are trained on, where that is known."""
 
+    @property
+    def left_out(self) -> int | None:
+        """How many cannot be used and were left out, where that is known."""
+
     def state(self, number: int) -> dict[str, Any]:
         """What a run that goes on at a batch need not find out again, as JSON has it."""
 
@@ -84,7 +88,7 @@ class StoredFeed:
         with long_prompts_told_together():
             self.encoded.fill([*pairs.trained, *pairs.shown], processes)
         trained = set(pairs.trained)
-        self.pairs = len(trained)
+        self.pairs, self.left_out = len(trained), pairs.sizes.count(None)
         self._all = self.encoded.digest([*pairs.trained, *pairs.shown])
         self._held_out = self.encoded.digest(pairs.held_out) if pairs.held_out else ""
         self.order = Order(

@@ -49,6 +49,10 @@ class StreamFeed:
         """How many there are, once the end was seen."""
         return None if self.stream.length is None else self.stream.length - self._held
 
+    @property
+    def left_out(self) -> None:
+        """Not known: a pair that cannot be used comes by again."""
+
     def state(self, number: int) -> dict[str, Any]:
         """Where the stream is to be read for a batch, and how long it is, if that is known."""
         return self.stream.state(number * self.recipe.batch_size // self._size * self._size)
