@@ -249,7 +249,7 @@ class _Evil:
 def test_pickles_are_not_run(tmp_path: Path) -> None:
     evil = np.array([_Evil(tmp_path / "marker")], object)
     np.save(tmp_path / "evil.npy", evil, allow_pickle=True)
-    np.savez(tmp_path / "evil.npz", evil, allow_pickle=True)
+    np.savez(tmp_path / "evil.npz", evil)
     for name in ("evil.npy", "evil.npz"):
         with pytest.raises(ValueError, match=rf"{name} holds Python objects, which could run code"):
             read_depth(tmp_path / name)
