@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from controlkit.decoding import deep_values
 from controlkit.files import PathLike, write_bytes
 from controlkit.images import DECODE_ERRORS, DEFAULT_MAX_PIXELS, load_picture, orientation
 from controlkit.preprocessors.exr import UnreadKind, read_exr
@@ -235,7 +236,7 @@ def _read_raster(data: bytes, name: str) -> np.ndarray:
             _check_size(*image.size, name)
             turn = orientation(image, name) if image.format == "PNG" else 1  # TIFF is turned as it is decoded
             if image.mode == "F" or image.mode.startswith("I"):
-                return _upright(np.asarray(image), turn)
+                return _upright(deep_values(image), turn)
             is_deep = _is_deep(image, data)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise _Refused(f"{name} is too large: at most {DEFAULT_MAX_PIXELS:,} pixels are read") from error
@@ -282,6 +283,7 @@ _READERS = {
     b"P2": _read_grey,
     b"II*\0": _read_raster,
     b"MM\0*": _read_raster,
+    b"II+\0": _read_raster,  # BigTIFF
     b"\x93NUMPY": _read_npy,
     b"PK\x03\x04": _read_npz,
     b"Pf": _read_pfm,

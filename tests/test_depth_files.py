@@ -103,6 +103,24 @@ def test_arrays_of_any_real_type(dtype: str) -> None:
     np.testing.assert_array_equal(read_depth(_bytes(np.save, values.astype(dtype))), values)
 
 
+@pytest.mark.parametrize("dtype", ["int16", "uint16", "int32", "float32"])
+@pytest.mark.parametrize(
+    "how",
+    [{"byteorder": ">", "compression": "zlib"}, {"byteorder": ">"}, {"byteorder": "<", "bigtiff": True}],
+)
+def test_tiffs_of_either_order_packed_and_large(dtype: str, how: dict[str, Any]) -> None:
+    """Scientific software writes them; Pillow exchanges bytes that libtiff has put in order already."""
+    values = (FLOATS * 3000).astype(dtype)
+    content = _bytes(tifffile.imwrite, values, **how)
+    np.testing.assert_array_equal(read_depth(content), values)
+    if dtype == "float32":
+        np.testing.assert_array_equal(
+            load_picture(_bytes(tifffile.imwrite, FLOATS / 9, **how)), load_picture(FLOATS / 9)
+        )
+    if dtype == "uint16":
+        np.testing.assert_array_equal(read_levels(content, "it", grey=True, depth=False), values)
+
+
 def test_eight_bits_and_channels(tmp_path: Path) -> None:
     grey = data.camera()[::4, ::4]
     Image.fromarray(grey).convert("RGB").save(tmp_path / "grey.jpg", quality=90)
