@@ -23,6 +23,7 @@ from controlkit.picture_files import Captions, Picture, read_jsonl
 from controlkit.preprocess_job import reads_depth
 
 SHEET_ROWS = 12
+_PIECE = 65536  # bytes by which a picture and its copy are compared
 RECORD, METADATA, SHEET = "preprocess.json", "metadata.jsonl", "sheet.png"
 
 
@@ -66,7 +67,8 @@ class MapFolder:
         """Refuse, before any work, what would lose or mix data.
 
         Raises ValueError: the place is a file, a map would replace an input, or (unless ``overwrite``) there
-        are maps made with other settings; or metadata or the record of the settings cannot be read.
+        are maps made with other settings or of other pictures of these names; or metadata or the record of
+        the settings cannot be read.
         """
         if self.place.exists() and not self.place.is_dir():
             raise ValueError(f"{self.place} is a file: for several pictures or kinds, -o names a folder")
@@ -79,6 +81,8 @@ class MapFolder:
         self._earlier_rows()
         if not overwrite:
             self._check_record()
+            for picture in self.pictures:
+                self._check_is_its_own(picture)
 
     def prepare(self) -> None:
         """Make the folders and write down the settings. Raises ValueError where that is not possible."""
@@ -198,6 +202,22 @@ class MapFolder:
                     "or --overwrite"
                 )
 
+    def _check_is_its_own(self, picture: Picture) -> None:
+        """Refuse a picture whose name another one has here: that one's maps would pass for its own.
+
+        What has changed since it was put here takes its place: the maps are older, and nothing else in the
+        file system is a name of what was there.
+        """
+        kept = self.picture_path(picture)
+        with suppress(OSError):  # what is not there or cannot be read is told in its turn
+            if not self.has_pictures or _is_same(kept, picture.path):
+                return
+            if len(self.missing_kinds(picture)) < len(self.kinds) or kept.stat().st_nlink > 1:
+                raise ValueError(
+                    f"{kept} is another picture than {picture.path}: "
+                    "rename it, choose another -o, or --overwrite"
+                )
+
     def _relative(self, path: Path) -> str:
         return Path(os.path.relpath(path, self.place)).as_posix()
 
@@ -217,6 +237,20 @@ def _is_newer(path: Path, time_ns: int) -> bool:
     except OSError:
         return False
     return status.st_mtime_ns >= time_ns and status.st_size > 0  # empty: the power failed
+
+
+def _is_same(path: Path, other: Path) -> bool:
+    """Whether two names are of one file, or of copies, by their sizes and a piece of each."""
+    if os.path.samefile(path, other):
+        return True
+    size = path.stat().st_size
+    return size == other.stat().st_size and _piece(path, size // 2) == _piece(other, size // 2)
+
+
+def _piece(path: Path, start: int) -> bytes:
+    with path.open("rb") as file:
+        file.seek(start)
+        return file.read(_PIECE)
 
 
 def _settings_that_count(settings: Mapping[str, str]) -> dict[str, str]:

@@ -130,6 +130,28 @@ def test_a_second_run_makes_what_is_missing(photos: Path, preprocess: Preprocess
     assert images.load_picture("set/images/cat.png").tobytes() == photograph("rocket").tobytes()
 
 
+@pytest.mark.parametrize("has_links", [True, False])
+def test_another_picture_of_the_same_name_is_not_taken_for_the_first(
+    photos: Path, preprocess: Preprocess, monkeypatch: pytest.MonkeyPatch, has_links: bool
+) -> None:
+    """Of a second folder with the names of the first: its maps are not there, whatever they are called."""
+    if not has_links:  # on another disk pictures are copied
+        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError))
+    Path("more").mkdir()
+    shutil.copy2("photos/coffee.png", "more/cat.png")
+    Path("more/cat.txt").write_text("coffee")
+    assert preprocess("canny", "photos", "-o", "set").code == 0
+    before = {path: path.read_bytes() for path in Path("set").rglob("*") if path.is_file()}
+    outcome = preprocess("canny", "more", "-o", "set")
+    assert outcome.code == 2
+    assert "set/images/cat.png is another picture than more/cat.png: rename it" in outcome.err
+    assert {path: path.read_bytes() for path in Path("set").rglob("*") if path.is_file()} == before
+    assert "4 were there" in preprocess("canny", "photos", "-o", "set").out
+    assert preprocess("canny", "more", "-o", "set", "--overwrite").code == 0
+    np.testing.assert_array_equal(images.load_picture("set/canny/cat.png")[..., 0], edges("coffee"))
+    assert rows_of(Path("set"))["images/cat.png"]["text"] == "coffee"
+
+
 def test_maps_of_other_settings_are_not_mixed(photos: Path, preprocess: Preprocess) -> None:
     assert preprocess("canny", "photos", "-o", "set", "low=50").code == 0
     outcome = preprocess("canny", "photos", "-o", "set")
@@ -214,6 +236,9 @@ def test_files_patterns_and_folders_are_found_once(photos: Path) -> None:
     shutil.copy("photos/cat.png", "other/cat.png")
     with pytest.raises(ValueError, match=r"photos/cat\.png and other/cat\.png would both become cat"):
         find_pictures(["photos/cat.png", "other/cat.png"])
+    shutil.copy("photos/cat.png", "other/CAT.PNG")
+    with pytest.raises(ValueError, match=r"would both become CAT-png: rename one$"):
+        find_pictures(["other"])
     for nothing, reason in [("no/such", "no such file"), ("photos/*.xyz", "nothing matches")]:
         with pytest.raises(ValueError, match=reason):
             find_pictures([nothing])
