@@ -43,7 +43,6 @@ class Plan:
     batch: int
     overwrite: bool
     sheet: bool
-    beside: Beside
     unread: Mapping[str, int] = field(default_factory=dict)
     """Files of the folders that are pictures of formats that are not read, by suffix."""
 
@@ -123,10 +122,10 @@ def plan(
         suffixes=suffixes,
     )
     pictures = without_second_names(pictures, of_maps)
-    folder = MapFolder(place, of_kinds, pictures)
+    folder = MapFolder(place, of_kinds, pictures, beside)
     folder.check(overwrite=overwrite)
     unread = unread_below(sources, suffixes)
-    return Plan(folder, workers or _cores(), batch or DEFAULT_BATCH, overwrite, sheet, beside, unread)
+    return Plan(folder, workers or _cores(), batch or DEFAULT_BATCH, overwrite, sheet, unread)
 
 
 def run(job: Plan, report: FolderReport) -> Result:
@@ -208,7 +207,7 @@ def _make_maps(
             report.note(f"skipped: {outcome.failure}")
         report.progress(done, len(todo), f"{len(result.failed)} failed" if result.failed else "")
 
-    pipeline = MapPipeline(job.folder, extractors, workers=job.workers, batch=job.batch, beside=job.beside)
+    pipeline = MapPipeline(job.folder, extractors, workers=job.workers, batch=job.batch)
     pipeline.run(todo, finished)
 
 

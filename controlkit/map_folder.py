@@ -20,7 +20,7 @@ from typing import Any
 
 from controlkit import files, images, preprocessors
 from controlkit.picture_files import Captions, Picture, read_jsonl
-from controlkit.preprocess_job import reads_depth
+from controlkit.preprocess_job import Beside, outputs_of, reads_depth
 
 SHEET_ROWS = 12
 _PIECE = 65536  # bytes by which a picture and its copy are compared
@@ -35,6 +35,7 @@ class MapFolder:
     settings: Mapping[str, Mapping[str, str]]
     """The kinds of maps, and each kind's options."""
     pictures: Sequence[Picture]
+    beside: Beside
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -57,27 +58,31 @@ class MapFolder:
         return self.place / "images" / f"{picture.name}{picture.path.suffix.lower()}"
 
     def missing_kinds(self, picture: Picture) -> list[str]:
-        """The kinds whose map is not there, or is older than its picture."""
+        """The kinds whose map, or what belongs beside it, is not there or older than its picture."""
         with suppress(OSError):
             changed = picture.path.stat().st_mtime_ns
-            return [kind for kind in self.kinds if not _is_newer(self.map_path(kind, picture), changed)]
+            return [kind for kind in self.kinds if not self._is_made(kind, picture, changed)]
         return list(self.kinds)
+
+    def _is_made(self, kind: str, picture: Picture, changed: int) -> bool:
+        outputs = outputs_of(kind, self.map_path(kind, picture), self.beside)
+        return all(_is_newer(path, changed) for path in outputs)
 
     def check(self, *, overwrite: bool) -> None:
         """Refuse, before any work, what would lose or mix data.
 
-        Raises ValueError: the place is a file, a map would replace an input, or (unless ``overwrite``) there
-        are maps made with other settings or of other pictures of these names; or metadata or the record of
-        the settings cannot be read.
+        Raises ValueError: the place is a file, an output would replace an input, or (unless ``overwrite``)
+        there are maps made with other settings or of other pictures of these names; or metadata or the record
+        of the settings cannot be read.
         """
         if self.place.exists() and not self.place.is_dir():
             raise ValueError(f"{self.place} is a file: for several pictures or kinds, -o names a folder")
         inputs = {os.path.abspath(picture.path) for picture in self.pictures}
         for picture in self.pictures:
             for kind in self.kinds:
-                path = self.map_path(kind, picture)
-                if os.path.abspath(path) in inputs:
-                    raise ValueError(f"{path} is an input: choose another output folder")
+                for path in outputs_of(kind, self.map_path(kind, picture), self.beside):
+                    if os.path.abspath(path) in inputs:
+                        raise ValueError(f"{path} is an input: choose another output folder")
         self._earlier_rows()
         if not overwrite:
             self._check_record()

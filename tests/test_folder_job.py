@@ -579,6 +579,33 @@ def test_depth_beside_a_map_never_replaces_what_it_is_made_of(
     assert Path("z-16bit.png").read_bytes() == before
 
 
+def test_what_belongs_beside_maps_is_made_where_the_maps_are_there(
+    photos: Path, preprocess: Preprocess
+) -> None:
+    Path("depths").mkdir()
+    for name, far in (("a", 5), ("b", 9)):
+        np.save(f"depths/{name}.npy", np.linspace(1, far, 3072).reshape(48, 64))
+    given = ("depth", "depths", "model=file", "-o", "set")
+    assert preprocess(*given).code == 0
+    assert "2 maps made" in preprocess(*given, "--npy").out
+    np.testing.assert_array_equal(np.load("set/depth/b.npy"), np.load("depths/b.npy").astype(np.float32))
+    Path("set/depth/a.npy").unlink()
+    assert "1 maps made, 1 were there" in preprocess(*given, "--npy").out
+    assert "0 maps made, 2 were there" in preprocess(*given).out
+    before = Path("set/depth/a.npy").read_bytes()
+    inside = ("depth", "set/depth/a.npy", "set/depth/b.npy", "model=file", "-o", "set")
+    assert "set/depth/a.npy is an input: choose another output folder" in preprocess(*inside, "--npy").err
+    assert Path("set/depth/a.npy").read_bytes() == before
+
+
+def test_joints_that_are_gone_are_found_again(photos: Path, preprocess: Preprocess) -> None:
+    given = ("openpose", "photos", "model=tiny", "-o", "set")
+    assert preprocess(*given).code == 0
+    Path("set/openpose/cat.json").unlink()
+    assert "1 maps made, 3 were there" in preprocess(*given).out
+    assert Path("set/openpose/cat.json").is_file()
+
+
 @pytest.mark.parametrize(
     ("kind", "command"),
     [
