@@ -266,6 +266,7 @@ def test_whole_bodies_of_coco_have_hands_and_faces(tmp_path: Path) -> None:
         ([{"keypoints": [None] * 51}], "has a number that is not finite"),
         ([{"keypoints": [10**400] * 51}], "is not x, y and a score for each joint"),
         ({"annotations": []}, "nor in COCO's"),
+        ({"annotations": [{"keypoints": [1] * 51}], "images": True}, "no canvas_width"),
         ({"width": 9, "height": 9, "keypoints": [[1, 1]] * 17}, "nor in COCO's"),
         ({"width": 9, "height": 9, "keypoints": [["a", 1]] * 18}, "not a finite number"),
         ({"people": [{"face_keypoints_2d": [1] * 210}]}, "no list 'pose_keypoints_2d'"),
