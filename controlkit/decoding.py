@@ -43,6 +43,7 @@ DECODE_ERRORS = (
     EOFError,
     LookupError,
     TypeError,
+    OverflowError,  # BigTIFF
     RuntimeError,  # AVIF
     struct.error,
 )

@@ -7,6 +7,7 @@ towards the viewer (disparity, and what relative networks estimate). Here everyt
 import io
 import os
 import sys
+import tokenize
 import zipfile
 import zlib
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 _GREY_TOLERANCE = 8  # levels of 255 by which channels may differ: what JPEG does to a grey picture
 _SKY = 1e9  # metres or millimetres; Blender writes 1e10 where its rays hit nothing
 _EXR = b"v/1\x01"
-_DAMAGE = (*DECODE_ERRORS, zipfile.BadZipFile, zlib.error)
+_DAMAGE = (*DECODE_ERRORS, zipfile.BadZipFile, zlib.error, tokenize.TokenError)  # numpy's, of a header
 
 
 def read_depth(source: "DepthSource", *, metric: bool | None = None, fill: bool = False) -> np.ndarray:
