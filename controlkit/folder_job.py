@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import Protocol
 
 from controlkit import limits, preprocessors
-from controlkit.map_folder import METADATA, SHEET, MapFolder, folders_of_maps, without_second_names
+from controlkit.map_folder import (
+    METADATA,
+    SHEET,
+    MapFolder,
+    folders_of_maps,
+    is_sheet,
+    without_second_names,
+)
 from controlkit.map_pipeline import MapPipeline, Outcome
 from controlkit.notices import Report
 from controlkit.picture_files import (
@@ -114,11 +121,17 @@ def plan(
     of_kinds = settings_of_kinds(kinds, settings, device=device)
     of_files = all(reads_depth(options) for options in of_kinds.values())
     suffixes = DEPTH_SUFFIXES if of_files else SUFFIXES
+    own_sheet = [place / SHEET] if is_sheet(place / SHEET) else []
+    if sheet and (place / SHEET).exists() and not own_sheet:
+        raise ValueError(
+            f"{place / SHEET} is there, and no sheet of maps: "
+            "rename it, choose another -o, or leave --sheet out"
+        )
     of_maps = folders_of_maps(sources)
     made = [path for paths in of_maps.values() for path in paths]
     pictures = find_pictures(
         sources,
-        leave_out=[place, place / SHEET, *(place / kind for kind in preprocessors.names()), *made],
+        leave_out=[place, *own_sheet, *(place / kind for kind in preprocessors.names()), *made],
         suffixes=suffixes,
     )
     pictures = without_second_names(pictures, of_maps)

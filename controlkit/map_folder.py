@@ -23,6 +23,7 @@ from controlkit.picture_files import Captions, Picture, read_jsonl
 from controlkit.preprocess_job import Beside, outputs_of, reads_depth
 
 SHEET_ROWS = 12
+_SHEET_NOTE = "controlkit sheet"  # the keyword of a text chunk, which says of what it is
 _PIECE = 65536  # bytes by which a picture and its copy are compared
 RECORD, METADATA, SHEET = "preprocess.json", "metadata.jsonl", "sheet.png"
 
@@ -157,7 +158,7 @@ class MapFolder:
             if self.has_pictures:
                 cells.insert(0, (images.load_picture(picture.path), picture.name))
             rows.append(cells)
-        images.write_png(self.place / SHEET, contact_sheet(rows))
+        images.write_png(self.place / SHEET, contact_sheet(rows), text={_SHEET_NOTE: ", ".join(self.kinds)})
         return self.place / SHEET
 
     def _row(self, picture: Picture, caption: str, earlier: Mapping[str, Any]) -> dict[str, Any]:
@@ -273,8 +274,17 @@ def folders_of_maps(sources: Iterable[str]) -> dict[Path, list[Path]]:
                 kinds: dict[str, Any] = {}
                 with suppress(OSError, ValueError, KeyError, TypeError):
                     kinds = {**json.loads(Path(place, RECORD).read_text(encoding="utf-8"))["maps"]}
-                found[Path(place)] = [Path(place, name) for name in (*kinds, SHEET)]
+                sheets = [SHEET] if is_sheet(Path(place, SHEET)) else []
+                found[Path(place)] = [Path(place, name) for name in (*kinds, *sheets)]
     return found
+
+
+def is_sheet(path: Path) -> bool:
+    """Whether a file is a sheet that was written here, and no picture of that name."""
+    try:
+        return _SHEET_NOTE in images.read_png_text(path)
+    except ValueError:
+        return False
 
 
 def without_second_names(pictures: Sequence[Picture], folders: Iterable[Path]) -> list[Picture]:

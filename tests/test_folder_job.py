@@ -598,6 +598,22 @@ def test_what_belongs_beside_maps_is_made_where_the_maps_are_there(
     assert Path("set/depth/a.npy").read_bytes() == before
 
 
+def test_a_picture_that_is_called_as_the_sheet_is_stays_and_counts(
+    photos: Path, preprocess: Preprocess
+) -> None:
+    shutil.copy("photos/cat.png", "photos/sheet.png")
+    before = Path("photos/sheet.png").read_bytes()
+    for sources in (("photos",), ("photos/sheet.png", "photos/coffee.png")):
+        outcome = preprocess("canny", *sources, "-o", "photos", "--sheet")
+        assert "photos/sheet.png is there, and no sheet of maps: rename it" in outcome.err
+    assert "5 maps made" in preprocess("canny", "photos", "-o", "photos").out
+    assert "5 maps made" in preprocess("canny", "photos", "-o", "set", "--sheet").out
+    assert Path("photos/sheet.png").read_bytes() == before
+    again = preprocess("canny", "set", "-o", "more", "--sheet")  # where the sheet is one
+    assert "5 maps made" in again.out
+    assert preprocess("canny", "set", "-o", "set", "--sheet").code == 0
+
+
 def test_joints_that_are_gone_are_found_again(photos: Path, preprocess: Preprocess) -> None:
     given = ("openpose", "photos", "model=tiny", "-o", "set")
     assert preprocess(*given).code == 0
