@@ -24,6 +24,7 @@ _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 _QUICK_FORMATS = ("PNG", "JPEG", "GIF", "BMP", "PPM")
 ORIENTATION = 0x0112
 """EXIF's tag."""
+_BITS_PER_SAMPLE = 258  # TIFF's
 _PNG_START, _CRC = b"\x89PNG\r\n\x1a\n", 4  # before a PNG's chunks, and bytes behind each
 _LOOKALIKES = {
     b"<svg": "an SVG drawing",
@@ -42,6 +43,7 @@ DECODE_ERRORS = (
     EOFError,
     LookupError,
     TypeError,
+    OverflowError,  # BigTIFF
     RuntimeError,  # AVIF
     struct.error,
 )
@@ -169,18 +171,33 @@ def _upright_to_rgb(image: Image.Image, name: str, behind: int) -> np.ndarray:
     if 0 in image.size:
         raise _PictureRefused(f"{name} is empty: {image.width} x {image.height} pixels")
     if image.mode.startswith("I"):  # I;16 and its byte orders; I is 32 bits, used by 16-bit PGM and TIFF
-        values = np.asarray(image).astype(np.int64)
+        values = deep_values(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
             raise _PictureRefused(f"{name} has integer values outside 0 to 65535")
         return array_to_rgb(values.astype(np.uint16), name)
     if image.mode == "F":
         try:
-            return array_to_rgb(np.asarray(image), name)
+            return array_to_rgb(deep_values(image), name)
         except ValueError as error:
             raise _PictureRefused(str(error)) from error
     if image.has_transparency_data:
         return over(np.asarray(image.convert("RGBA")), behind)
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))  # convert always copies
+
+
+def deep_values(image: Any) -> np.ndarray:
+    """The numbers (H, W) of a picture of 16 or 32 bits, of the modes I and F.
+
+    Of a big-endian TIFF that is packed, libtiff has put the bytes in order, and Pillow exchanges them again.
+    """
+    values = np.asarray(image)
+    if image.format != "TIFF" or image.mode not in ("I", "F") or image.info.get("compression") == "raw":
+        return values
+    tags = image.tag_v2
+    if tags.prefix != b"MM":
+        return values
+    is_short = image.mode == "I" and max(tags[_BITS_PER_SAMPLE]) == 16
+    return (values.astype(np.int16) if is_short else values).byteswap()
 
 
 def one_line(error: BaseException) -> str:

@@ -51,8 +51,8 @@ def draw(
 
     ``canvas`` is the size that the joints refer to, for files that do not say it; ``size`` is the map's;
     ``picture`` is the one of several in the file, counted from 1.
-    Raises ValueError for a file that is no pose, an unknown limb or style, a number out of range, or an
-    output that cannot be written or is the input.
+    Raises ValueError for a file that is no pose, a canvas too large for a map, an unknown limb or style, a
+    number out of range, or an output that cannot be written or is the input.
     """
     changes = changes or Changes()
     (path,) = arguments.numbered_outputs(output, 1)
@@ -63,7 +63,12 @@ def draw(
     width, height = parse_size(canvas) if canvas else (None, None)
     read = preprocessors.read_poses(pose, width=width, height=height, picture=picture)
     poses = _changed(read, changes)
-    map_width, map_height = parse_size(size) if size else (None, None)
+    map_width, map_height = parse_size(size) if size else (poses.width, poses.height)
+    if max(map_width, map_height) > LARGEST_SIDE:
+        raise ValueError(
+            f"{pose} has a canvas of {poses.width} x {poses.height} pixels,"
+            f" and a map at most {LARGEST_SIDE} on a side: give --size"
+        )
     made = preprocessors.poses_to_map(poses, width=map_width, height=map_height, style=style)
     for file in (path, joints):
         files.check_writable(file)

@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import Protocol
 
 from controlkit import limits, preprocessors
-from controlkit.map_folder import METADATA, SHEET, MapFolder, folders_of_maps, without_second_names
+from controlkit.map_folder import (
+    METADATA,
+    SHEET,
+    MapFolder,
+    folders_of_maps,
+    is_sheet,
+    without_second_names,
+)
 from controlkit.map_pipeline import MapPipeline, Outcome
 from controlkit.notices import Report
 from controlkit.picture_files import (
@@ -43,7 +50,6 @@ class Plan:
     batch: int
     overwrite: bool
     sheet: bool
-    beside: Beside
     unread: Mapping[str, int] = field(default_factory=dict)
     """Files of the folders that are pictures of formats that are not read, by suffix."""
 
@@ -115,18 +121,24 @@ def plan(
     of_kinds = settings_of_kinds(kinds, settings, device=device)
     of_files = all(reads_depth(options) for options in of_kinds.values())
     suffixes = DEPTH_SUFFIXES if of_files else SUFFIXES
+    own_sheet = [place / SHEET] if is_sheet(place / SHEET) else []
+    if sheet and (place / SHEET).exists() and not own_sheet:
+        raise ValueError(
+            f"{place / SHEET} is there, and no sheet of maps: "
+            "rename it, choose another -o, or leave --sheet out"
+        )
     of_maps = folders_of_maps(sources)
     made = [path for paths in of_maps.values() for path in paths]
     pictures = find_pictures(
         sources,
-        leave_out=[place, place / SHEET, *(place / kind for kind in preprocessors.names()), *made],
+        leave_out=[place, *own_sheet, *(place / kind for kind in preprocessors.names()), *made],
         suffixes=suffixes,
     )
     pictures = without_second_names(pictures, of_maps)
-    folder = MapFolder(place, of_kinds, pictures)
+    folder = MapFolder(place, of_kinds, pictures, beside)
     folder.check(overwrite=overwrite)
     unread = unread_below(sources, suffixes)
-    return Plan(folder, workers or _cores(), batch or DEFAULT_BATCH, overwrite, sheet, beside, unread)
+    return Plan(folder, workers or _cores(), batch or DEFAULT_BATCH, overwrite, sheet, unread)
 
 
 def run(job: Plan, report: FolderReport) -> Result:
@@ -208,7 +220,7 @@ def _make_maps(
             report.note(f"skipped: {outcome.failure}")
         report.progress(done, len(todo), f"{len(result.failed)} failed" if result.failed else "")
 
-    pipeline = MapPipeline(job.folder, extractors, workers=job.workers, batch=job.batch, beside=job.beside)
+    pipeline = MapPipeline(job.folder, extractors, workers=job.workers, batch=job.batch)
     pipeline.run(todo, finished)
 
 

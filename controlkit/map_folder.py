@@ -20,9 +20,11 @@ from typing import Any
 
 from controlkit import files, images, preprocessors
 from controlkit.picture_files import Captions, Picture, read_jsonl
-from controlkit.preprocess_job import reads_depth
+from controlkit.preprocess_job import Beside, outputs_of, reads_depth
 
 SHEET_ROWS = 12
+_SHEET_NOTE = "controlkit sheet"  # the keyword of a text chunk, which says of what it is
+_PIECE = 65536  # bytes by which a picture and its copy are compared
 RECORD, METADATA, SHEET = "preprocess.json", "metadata.jsonl", "sheet.png"
 
 
@@ -34,6 +36,7 @@ class MapFolder:
     settings: Mapping[str, Mapping[str, str]]
     """The kinds of maps, and each kind's options."""
     pictures: Sequence[Picture]
+    beside: Beside
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -56,29 +59,36 @@ class MapFolder:
         return self.place / "images" / f"{picture.name}{picture.path.suffix.lower()}"
 
     def missing_kinds(self, picture: Picture) -> list[str]:
-        """The kinds whose map is not there, or is older than its picture."""
+        """The kinds whose map, or what belongs beside it, is not there or older than its picture."""
         with suppress(OSError):
             changed = picture.path.stat().st_mtime_ns
-            return [kind for kind in self.kinds if not _is_newer(self.map_path(kind, picture), changed)]
+            return [kind for kind in self.kinds if not self._is_made(kind, picture, changed)]
         return list(self.kinds)
+
+    def _is_made(self, kind: str, picture: Picture, changed: int) -> bool:
+        outputs = outputs_of(kind, self.map_path(kind, picture), self.beside)
+        return all(_is_newer(path, changed) for path in outputs)
 
     def check(self, *, overwrite: bool) -> None:
         """Refuse, before any work, what would lose or mix data.
 
-        Raises ValueError: the place is a file, a map would replace an input, or (unless ``overwrite``) there
-        are maps made with other settings; or metadata or the record of the settings cannot be read.
+        Raises ValueError: the place is a file, an output would replace an input, or (unless ``overwrite``)
+        there are maps made with other settings or of other pictures of these names; or metadata or the record
+        of the settings cannot be read.
         """
         if self.place.exists() and not self.place.is_dir():
             raise ValueError(f"{self.place} is a file: for several pictures or kinds, -o names a folder")
         inputs = {os.path.abspath(picture.path) for picture in self.pictures}
         for picture in self.pictures:
             for kind in self.kinds:
-                path = self.map_path(kind, picture)
-                if os.path.abspath(path) in inputs:
-                    raise ValueError(f"{path} is an input: choose another output folder")
+                for path in outputs_of(kind, self.map_path(kind, picture), self.beside):
+                    if os.path.abspath(path) in inputs:
+                        raise ValueError(f"{path} is an input: choose another output folder")
         self._earlier_rows()
         if not overwrite:
             self._check_record()
+            for picture in self.pictures:
+                self._check_is_its_own(picture)
 
     def prepare(self) -> None:
         """Make the folders and write down the settings. Raises ValueError where that is not possible."""
@@ -148,7 +158,7 @@ class MapFolder:
             if self.has_pictures:
                 cells.insert(0, (images.load_picture(picture.path), picture.name))
             rows.append(cells)
-        images.write_png(self.place / SHEET, contact_sheet(rows))
+        images.write_png(self.place / SHEET, contact_sheet(rows), text={_SHEET_NOTE: ", ".join(self.kinds)})
         return self.place / SHEET
 
     def _row(self, picture: Picture, caption: str, earlier: Mapping[str, Any]) -> dict[str, Any]:
@@ -198,6 +208,22 @@ class MapFolder:
                     "or --overwrite"
                 )
 
+    def _check_is_its_own(self, picture: Picture) -> None:
+        """Refuse a picture whose name another one has here: that one's maps would pass for its own.
+
+        What has changed since it was put here takes its place: the maps are older, and nothing else in the
+        file system is a name of what was there.
+        """
+        kept = self.picture_path(picture)
+        with suppress(OSError):  # what is not there or cannot be read is told in its turn
+            if not self.has_pictures or _is_same(kept, picture.path):
+                return
+            if len(self.missing_kinds(picture)) < len(self.kinds) or kept.stat().st_nlink > 1:
+                raise ValueError(
+                    f"{kept} is another picture than {picture.path}: "
+                    "rename it, choose another -o, or --overwrite"
+                )
+
     def _relative(self, path: Path) -> str:
         return Path(os.path.relpath(path, self.place)).as_posix()
 
@@ -219,6 +245,20 @@ def _is_newer(path: Path, time_ns: int) -> bool:
     return status.st_mtime_ns >= time_ns and status.st_size > 0  # empty: the power failed
 
 
+def _is_same(path: Path, other: Path) -> bool:
+    """Whether two names are of one file, or of copies, by their sizes and a piece of each."""
+    if os.path.samefile(path, other):
+        return True
+    size = path.stat().st_size
+    return size == other.stat().st_size and _piece(path, size // 2) == _piece(other, size // 2)
+
+
+def _piece(path: Path, start: int) -> bytes:
+    with path.open("rb") as file:
+        file.seek(start)
+        return file.read(_PIECE)
+
+
 def _settings_that_count(settings: Mapping[str, str]) -> dict[str, str]:
     """The options that change a map: not where it is computed."""
     return {key: value for key, value in sorted(settings.items()) if key != "device"}
@@ -234,8 +274,17 @@ def folders_of_maps(sources: Iterable[str]) -> dict[Path, list[Path]]:
                 kinds: dict[str, Any] = {}
                 with suppress(OSError, ValueError, KeyError, TypeError):
                     kinds = {**json.loads(Path(place, RECORD).read_text(encoding="utf-8"))["maps"]}
-                found[Path(place)] = [Path(place, name) for name in (*kinds, SHEET)]
+                sheets = [SHEET] if is_sheet(Path(place, SHEET)) else []
+                found[Path(place)] = [Path(place, name) for name in (*kinds, *sheets)]
     return found
+
+
+def is_sheet(path: Path) -> bool:
+    """Whether a file is a sheet that was written here, and no picture of that name."""
+    try:
+        return _SHEET_NOTE in images.read_png_text(path)
+    except ValueError:
+        return False
 
 
 def without_second_names(pictures: Sequence[Picture], folders: Iterable[Path]) -> list[Picture]:

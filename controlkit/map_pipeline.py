@@ -19,7 +19,7 @@ from controlkit import images, preprocessors
 from controlkit.map_folder import MapFolder
 from controlkit.notices import is_out_of_memory
 from controlkit.picture_files import Picture
-from controlkit.preprocess_job import Beside, reads_depth, write_map
+from controlkit.preprocess_job import reads_depth, write_map
 
 if TYPE_CHECKING:
     from controlkit.preprocessors import Map, Preprocessor
@@ -60,10 +60,9 @@ class MapPipeline:
         *,
         workers: int,
         batch: int,
-        beside: Beside,
     ) -> None:
         """Tell the kinds that need a device from those that do not."""
-        self._folder, self._workers, self._batch, self._beside = folder, workers, batch, beside
+        self._folder, self._workers, self._batch = folder, workers, batch
         self._light = {
             kind: extractor
             for kind, extractor in extractors.items()
@@ -151,7 +150,7 @@ class MapPipeline:
 
     def _write(self, picture: Picture, made: Map) -> None:
         # not durable: what a power failure leaves empty is made again
-        write_map(self._folder.map_path(made.kind, picture), made, self._beside, durable=False)
+        write_map(self._folder.map_path(made.kind, picture), made, self._folder.beside, durable=False)
 
 
 def _extract(extractor: Preprocessor, pixels: Sequence[np.ndarray]) -> Sequence[Map | ValueError]:

@@ -173,10 +173,8 @@ def _with_own_names(pictures: list[Picture]) -> list[Picture]:
         for picture in pictures
     ]
     for first, second in _shared_names(named).values():
-        raise ValueError(
-            f"{first.path} and {second.path} would both become {first.name}: give the folder that holds "
-            "both, or one at a time"
-        )
+        whole = "" if first.path.parent == second.path.parent else "give the folder that holds both, or "
+        raise ValueError(f"{first.path} and {second.path} would both become {first.name}: {whole}rename one")
     return named
 
 

@@ -59,7 +59,7 @@ def plan(
     (path,) = arguments.numbered_outputs(output, 1)
     if not reads_depth(settings):
         images.stored_size(picture)  # which says what is wrong with the file
-    outputs = _outputs(kind, path, beside)
+    outputs = outputs_of(kind, path, beside)
     arguments.check_not_inputs(outputs, [Path(picture)])
     for written in outputs:
         files.check_writable(written)
@@ -141,7 +141,8 @@ def write_map(path: Path, made: Map, beside: Beside, *, durable: bool = True) ->
     return written
 
 
-def _outputs(kind: str, path: Path, beside: Beside) -> list[Path]:
+def outputs_of(kind: str, path: Path, beside: Beside) -> list[Path]:
+    """The files that `write_map` writes for a kind of map, the map first."""
     outputs = [path]
     if kind == "openpose":
         outputs.append(path.with_suffix(".json"))

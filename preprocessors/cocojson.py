@@ -23,7 +23,8 @@ def pictures_of(obj: Any) -> list[dict[str, Any]] | None:
     canvas where the file knows that; None for other objects.
     """
     if isinstance(obj, dict) and isinstance(obj.get("annotations"), list):
-        images = [image for image in obj.get("images") or [] if isinstance(image, dict)]
+        listed = obj.get("images")
+        images = [image for image in listed if isinstance(image, dict)] if isinstance(listed, list) else []
         sizes = {repr(image.get("id")): _size_of(image) for image in images}
         shown = [one for one in obj["annotations"] if _has_joints(one) and any(one["keypoints"])]
         return [{"people": here, **sizes.get(key, {})} for key, here in _by_picture(shown, sizes).items()]

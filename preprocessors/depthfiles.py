@@ -7,6 +7,7 @@ towards the viewer (disparity, and what relative networks estimate). Here everyt
 import io
 import os
 import sys
+import tokenize
 import zipfile
 import zlib
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ import cv2
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from controlkit.decoding import deep_values
 from controlkit.files import PathLike, write_bytes
 from controlkit.images import DECODE_ERRORS, DEFAULT_MAX_PIXELS, load_picture, orientation
 from controlkit.preprocessors.exr import UnreadKind, read_exr
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 _GREY_TOLERANCE = 8  # levels of 255 by which channels may differ: what JPEG does to a grey picture
 _SKY = 1e9  # metres or millimetres; Blender writes 1e10 where its rays hit nothing
 _EXR = b"v/1\x01"
-_DAMAGE = (*DECODE_ERRORS, zipfile.BadZipFile, zlib.error)
+_DAMAGE = (*DECODE_ERRORS, zipfile.BadZipFile, zlib.error, tokenize.TokenError)  # numpy's, of a header
 
 
 def read_depth(source: "DepthSource", *, metric: bool | None = None, fill: bool = False) -> np.ndarray:
@@ -235,7 +237,7 @@ def _read_raster(data: bytes, name: str) -> np.ndarray:
             _check_size(*image.size, name)
             turn = orientation(image, name) if image.format == "PNG" else 1  # TIFF is turned as it is decoded
             if image.mode == "F" or image.mode.startswith("I"):
-                return _upright(np.asarray(image), turn)
+                return _upright(deep_values(image), turn)
             is_deep = _is_deep(image, data)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise _Refused(f"{name} is too large: at most {DEFAULT_MAX_PIXELS:,} pixels are read") from error
@@ -282,6 +284,7 @@ _READERS = {
     b"P2": _read_grey,
     b"II*\0": _read_raster,
     b"MM\0*": _read_raster,
+    b"II+\0": _read_raster,  # BigTIFF
     b"\x93NUMPY": _read_npy,
     b"PK\x03\x04": _read_npz,
     b"Pf": _read_pfm,

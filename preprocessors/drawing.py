@@ -14,7 +14,7 @@ from controlkit.preprocessors.skeleton import COLOURS, HAND_COLOURS, HAND_EDGES,
 USUAL_STYLE = "v1.1"
 STYLES = (USUAL_STYLE, "v1.0", "xinsir")
 """v1.1: ControlNet 1.1, controlnet_aux and the A1111 extension; v1.0: the first ControlNet, limbs blended
-over the joints; xinsir: xinsir's SDXL models, v1.1 with limbs that are thicker in large pictures."""
+over the joints; xinsir: xinsir's SDXL models, v1.1 with limbs and joints that grow with the picture."""
 
 _THICKNESS = 4  # half the width of a limb and the radius of a joint, in pixels, whatever the picture's size
 _FACE_RADIUS = 3
@@ -46,7 +46,8 @@ def draw_poses(
       before they are cut to whole pixels.
     - "v1.0" is lllyasviel's first drawing: all joints, then all limbs in full colour, each blended in at 0.6.
       Its hands and faces are those of v1.1.
-    - "xinsir" is v1.1 with limbs 2 to 7 times as thick from 500 pixels (longer side) on.
+    - "xinsir" is v1.1 with limbs and joints 2 to 7 times as thick from 500 pixels (longer side) on, as the
+      model's card draws them (ComfyUI's switch for it leaves the joints small).
 
     Raises:
         ValueError: an unknown style, or a visible joint that is not finite or over a million pixels away.
@@ -59,10 +60,10 @@ def draw_poses(
     canvas = np.zeros((height, width, 3), np.uint8)
     if style == "v1.0":
         _draw_blended(canvas, people)
-    stick = _THICKNESS * (_xinsir_scale(width, height) if style == "xinsir" else 1)
+    thickness = _THICKNESS * (_xinsir_scale(width, height) if style == "xinsir" else 1)
     for i in range(max(len(people), len(both_hands), len(all_faces))):
         if style != "v1.0" and i < len(people):
-            _draw_person(canvas, _there_and_back(people[i], width, height), stick)
+            _draw_person(canvas, _there_and_back(people[i], width, height), thickness)
         for hand in both_hands[i] if i < len(both_hands) else ():
             _draw_hand(canvas, _in_single_precision(hand, width, height))
         if i < len(all_faces):
@@ -125,13 +126,13 @@ def _xinsir_scale(width: int, height: int) -> int:
     return 1 if side < 500 else min(2 + side // 1000, 7)
 
 
-def _draw_person(canvas: np.ndarray, joints: _Points, stick: int) -> None:
+def _draw_person(canvas: np.ndarray, joints: _Points, thickness: int) -> None:
     for (start, end), colour in zip(LIMBS, COLOURS, strict=False):  # 17 limbs, 18 colours
         if start in joints and end in joints:
             dimmed = [int(level * _LIMB_LEVEL) for level in colour]
-            cv2.fillConvexPoly(canvas, _limb(joints[start], joints[end], stick), dimmed)
+            cv2.fillConvexPoly(canvas, _limb(joints[start], joints[end], thickness), dimmed)
     for joint, (x, y) in joints.items():
-        cv2.circle(canvas, (int(x), int(y)), _THICKNESS, COLOURS[joint], thickness=-1)
+        cv2.circle(canvas, (int(x), int(y)), thickness, COLOURS[joint], thickness=-1)
 
 
 def _draw_blended(canvas: np.ndarray, people: Sequence[_Points]) -> None:
@@ -158,7 +159,7 @@ def _blend(canvas: np.ndarray, outline: np.ndarray, colour: Sequence[int]) -> No
         part[:] = cv2.addWeighted(part, 1 - _LIMB_LEVEL, filled, _LIMB_LEVEL, 0)
 
 
-def _limb(start: tuple[float, float], end: tuple[float, float], stick: int) -> np.ndarray:
+def _limb(start: tuple[float, float], end: tuple[float, float], thickness: int) -> np.ndarray:
     """Return the outline of a limb: an ellipse over the two joints, sampled at every degree, (n, 2) int32.
 
     Middle, half length and angle are cut to integers, as in the drawings that ControlNets learned from.
@@ -167,7 +168,7 @@ def _limb(start: tuple[float, float], end: tuple[float, float], stick: int) -> n
     middle = (int((start[0] + end[0]) / 2), int((start[1] + end[1]) / 2))
     length = (dy**2 + dx**2) ** 0.5
     angle = math.degrees(math.atan2(dy, dx))
-    outline = cv2.ellipse2Poly(middle, (int(length / 2), stick), int(angle), 0, 360, 1)
+    outline = cv2.ellipse2Poly(middle, (int(length / 2), thickness), int(angle), 0, 360, 1)
     return np.asarray(outline, np.int32)
 
 

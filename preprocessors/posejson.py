@@ -17,6 +17,7 @@ _BODY_25 = (*range(8), *range(9, 19))
 _FARTHEST = 2  # canvases from its corner that a joint may be; people of fewer pixels there are none
 _MANY = 3  # joints of a person, and a quarter of them
 _PUPILS = (14, 15)
+_NOWHERE = -1  # pixel: where A1111's OpenPose says that points of hands and faces are that it did not find
 
 
 def poses_to_json(poses: Poses) -> dict[str, Any]:
@@ -48,7 +49,8 @@ def poses_from_json(
     dropped), hands of 21 points and faces of 70 or 68; null, an empty list or no key means that a part is
     absent. Coordinates are in pixels of the canvas; where all of a file lie in [-2, 2], and not all are
     whole, they are fractions of it (a joint may lie outside); where all lie in [-1, 1] and many of a person's
-    are negative, they are what OpenPose writes with ``--keypoint_scale 4``. ``width`` and ``height`` say how
+    are negative, they are what OpenPose writes with ``--keypoint_scale 4``. Points of hands and faces a pixel
+    before the canvas are those that A1111 and ComfyUI did not find. ``width`` and ``height`` say how
     large the canvas is where the JSON does not (OpenPose's does not). ``picture`` says which of a list,
     counted from 1, is meant.
 
@@ -74,7 +76,10 @@ def poses_from_json(
     )
     wide = _size(obj, "canvas_width", width, name)
     high = _size(obj, "canvas_height", height, name)
-    if _are_fractions(parts):
+    are_fractions = _are_fractions(parts)
+    side = np.array([wide, high]) if are_fractions else np.ones(2)
+    parts = parts[0], _found(parts[1], side), _found(parts[2], side)
+    if are_fractions:
         is_centred = _are_centred(parts)
         parts = tuple(_on_canvas(points, wide, high, is_centred) for points in parts)  # type: ignore[assignment]
     return Poses(parts[0], wide, high, hands=parts[1], faces=parts[2])
@@ -185,6 +190,16 @@ def _are_fractions(parts: tuple[np.ndarray, ...]) -> bool:
     points = np.concatenate([part.reshape(-1, 3) for part in parts])
     xy = points[points[:, 2] > 0, :2]
     return bool((np.abs(xy) <= _FARTHEST).all() and (xy != np.floor(xy)).any())
+
+
+def _found(points: np.ndarray, side: np.ndarray) -> np.ndarray:
+    """Points of hands or faces, (..., 3), without those that A1111 and ComfyUI keep as not found.
+
+    They stand a pixel before the canvas, in either coordinate, with a score of 1. side: of the canvas (x, y)
+    in the unit of the coordinates.
+    """
+    is_nowhere = np.isclose(points[..., :2] * side, _NOWHERE, rtol=0, atol=1e-4).any(axis=-1)
+    return np.where(is_nowhere[..., None], 0.0, points)
 
 
 def _are_centred(parts: tuple[np.ndarray, ...]) -> bool:

@@ -48,7 +48,9 @@ class Shuffle(Preprocessor):
 def smooth_noise(height: int, width: int, cell: int, random: np.random.Generator) -> np.ndarray:
     """Return noise, float64 (height, width) from 0 to 1, whose features are about ``cell`` pixels large."""
     coarse = random.uniform(size=(height // cell + 2, width // cell + 2, 1))
-    size = (width + 2 * cell, height + 2 * cell)
-    fine = cv2.resize(coarse, size, interpolation=cv2.INTER_CUBIC)[cell : cell + height, cell : cell + width]
+    # An axis at a time, and cut in between: the same numbers, and no large cell makes a huge picture.
+    wide = cv2.resize(coarse, (width + 2 * cell, len(coarse)), interpolation=cv2.INTER_CUBIC)
+    wide = wide[:, cell : cell + width]
+    fine = cv2.resize(wide, (width, height + 2 * cell), interpolation=cv2.INTER_CUBIC)[cell : cell + height]
     low, high = float(fine.min()), float(fine.max())
     return (fine - low) / ((high - low) or 1.0)

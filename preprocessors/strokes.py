@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
+from controlkit.images import at_resolution, resize_lines
 from controlkit.preprocessors.canny import auto_thresholds, canny_edges
 from controlkit.preprocessors.maps import Map, Preprocessor
 
@@ -51,7 +52,8 @@ class Scribble(Preprocessor):
 
     Canny edges of the picture blurred by ``detail`` pixels, without pieces shorter than a few strokes'
     widths, widened to ``width``; both in pixels where the shorter side is 512. ControlNet 1.1's scribble
-    adapter learned from strokes 1 to 24 pixels wide.
+    adapter learned from strokes 1 to 24 pixels wide. With a ``resolution`` outlines are found at that scale,
+    and drawn at full size.
 
     Raises:
         ValueError: ``width`` is not from 1 to 24, or ``detail`` not from 0 to 20.
@@ -69,20 +71,34 @@ class Scribble(Preprocessor):
                 )
         self._width, self._detail = width, detail
 
+    def extract(self, pictures: Sequence[np.ndarray]) -> list[Map]:
+        """Return the map of each picture, uint8 (H, W, 3) of any sizes, with strokes as wide in each."""
+        return self._extract(pictures)
+
     def _extract(self, pictures: Sequence[np.ndarray]) -> list[Map]:
         return [self._map(picture) for picture in pictures]
 
     def _map(self, picture: np.ndarray) -> Map:
-        scale = min(picture.shape[:2]) / _SIDE
-        lines = _edges_at(picture, self._detail * scale)
-        width = max(1, round(self._width * scale))
-        strokes = cv2.dilate(_without_short(lines, 4 * width), _disc(width))
+        height, width = picture.shape[:2]
+        seen = at_resolution(picture, self.resolution) if self.resolution else picture
+        lines = resize_lines(self._outlines(seen), width, height)
+        strokes = cv2.dilate(lines, _disc(self._stroke(picture)))
+        params: dict[str, float | str] = {"width": self._width, "detail": self._detail}
         return Map(
             image=cv2.merge([strokes, strokes, strokes]),
             kind=self.kind,
             polarity="white-on-black",
-            params={"width": self._width, "detail": self._detail},
+            params=params | ({"resolution": self.resolution} if self.resolution else {}),
         )
+
+    def _outlines(self, picture: np.ndarray) -> np.ndarray:
+        """The lines of a picture that are worth a stroke, one pixel wide: uint8 (H, W)."""
+        lines = _edges_at(picture, self._detail * min(picture.shape[:2]) / _SIDE)
+        return _without_short(lines, 4 * self._stroke(picture))
+
+    def _stroke(self, picture: np.ndarray) -> int:
+        """How wide a stroke is in a picture, in pixels."""
+        return max(1, round(self._width * min(picture.shape[:2]) / _SIDE))
 
 
 def soft_edges(picture: np.ndarray) -> np.ndarray:

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,14 @@ def test_shuffling_any_size(size: tuple[int, int]) -> None:
     made = preprocessors.get("shuffle")(photo(*size))
     assert made.image.shape == (size[1], size[0], 3)
     assert made.polarity == "colours"
+
+
+def test_a_large_cell_costs_no_more_memory_than_its_share() -> None:
+    tracemalloc.start()
+    preprocessors.get("shuffle", cell=8192)(photo(64, 64))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 64e6  # enlarged as a whole, its noise would take 2 GB
 
 
 # --- expensive networks ---

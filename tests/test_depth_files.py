@@ -103,6 +103,32 @@ def test_arrays_of_any_real_type(dtype: str) -> None:
     np.testing.assert_array_equal(read_depth(_bytes(np.save, values.astype(dtype))), values)
 
 
+@pytest.mark.parametrize("dtype", ["int16", "uint16", "int32", "float32"])
+@pytest.mark.parametrize(
+    "how",
+    [{"byteorder": ">", "compression": "zlib"}, {"byteorder": ">"}, {"byteorder": "<", "bigtiff": True}],
+)
+def test_tiffs_of_either_order_packed_and_large(dtype: str, how: dict[str, Any]) -> None:
+    """Scientific software writes them; Pillow exchanges bytes that libtiff has put in order already."""
+    values = (FLOATS * 3000).astype(dtype)
+    content = _bytes(tifffile.imwrite, values, **how)
+    np.testing.assert_array_equal(read_depth(content), values)
+    if dtype == "float32":
+        np.testing.assert_array_equal(
+            load_picture(_bytes(tifffile.imwrite, FLOATS / 9, **how)), load_picture(FLOATS / 9)
+        )
+    if dtype == "uint16":
+        np.testing.assert_array_equal(read_levels(content, "it", grey=True, depth=False), values)
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
+def test_no_damaged_byte_of_a_bigtiff_is_a_traceback() -> None:
+    whole = _bytes(tifffile.imwrite, (FLOATS * 20).astype(np.uint8), bigtiff=True)
+    for at in range(8, 360):  # its header and its table of tags
+        with suppress(ValueError):
+            read_depth(whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :])
+
+
 def test_eight_bits_and_channels(tmp_path: Path) -> None:
     grey = data.camera()[::4, ::4]
     Image.fromarray(grey).convert("RGB").save(tmp_path / "grey.jpg", quality=90)
@@ -286,6 +312,7 @@ def _png_header(width: int, height: int) -> bytes:
         (_pfm(FLOATS)[:200], "damaged"),
         (b"Pf\n17", "damaged"),
         (b"\x93NUMPY\x01\x00", "damaged"),
+        (_bytes(np.save, FLOATS).replace(b"{", b"e"), "damaged"),
         (_npy_header((10**6, 10**6)), "at most 89,478,485"),
         (b"Pf\n1000000 1000000\n-1\n", "at most 89,478,485"),
         (_png_header(20000, 20000), "at most 89,478,485"),

@@ -131,6 +131,16 @@ def test_mistakes_are_one_line(draw: Draw, arguments: tuple[str, ...], message: 
     assert not list(Path().glob("*.png"))
 
 
+def test_a_canvas_too_large_for_a_map_needs_a_size(draw: Draw) -> None:
+    preprocessors.write_poses("huge.json", preprocessors.Poses(np.ones((1, 18, 3)), 200_000, 100_000))
+    refusal = (
+        "huge.json has a canvas of 200000 x 100000 pixels, and a map at most 8192 on a side: give --size"
+    )
+    assert refusal in draw("huge.json", "-o", "huge.png")
+    assert "wrote huge.png" not in draw("huge.json", "-o", "huge.png", "--size", "8193x9")
+    assert "wrote small.png" in draw("huge.json", "-o", "small.png", "--size", "200x100")
+
+
 def test_a_map_without_anybody_is_noted(draw: Draw) -> None:
     preprocessors.write_poses("nobody.json", preprocessors.Poses(np.zeros((0, 18, 3)), 64, 64))
     with pytest.warns(UserWarning, match="the openpose map is black"):

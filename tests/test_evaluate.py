@@ -485,6 +485,17 @@ def test_black_maps_are_counted(run: Run, pairs):
     assert canny["measures"]["edge F1"]["arms"]["pictures"]["value"] == 0
 
 
+def test_maps_that_say_something_else_than_is_meant_are_told_of(run: Run, pairs):
+    """Of edges black on white nothing is measured that anybody would ask for: that is said at the start."""
+    for file in sorted((pairs / "canny").iterdir()):
+        images.write_png(file, 255 - images.load_map(file))
+    outcome = run("evaluate", pairs, "--adapter", "canny", "-n", 2, *QUICKEST)
+    outcome.done()
+    (line,) = told(Path("report"))["warnings"]
+    assert line.startswith("2 of the first 2 canny maps: the edges are black on white")
+    assert line in outcome.err
+
+
 @pytest.mark.slow
 def test_a_pair_that_changes_is_named(run: Run, pairs):
     asked = ("evaluate", pairs, "--adapter", "canny", "-n", 0, *QUICKEST)

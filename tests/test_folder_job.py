@@ -130,6 +130,28 @@ def test_a_second_run_makes_what_is_missing(photos: Path, preprocess: Preprocess
     assert images.load_picture("set/images/cat.png").tobytes() == photograph("rocket").tobytes()
 
 
+@pytest.mark.parametrize("has_links", [True, False])
+def test_another_picture_of_the_same_name_is_not_taken_for_the_first(
+    photos: Path, preprocess: Preprocess, monkeypatch: pytest.MonkeyPatch, has_links: bool
+) -> None:
+    """Of a second folder with the names of the first: its maps are not there, whatever they are called."""
+    if not has_links:  # on another disk pictures are copied
+        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError))
+    Path("more").mkdir()
+    shutil.copy2("photos/coffee.png", "more/cat.png")
+    Path("more/cat.txt").write_text("coffee")
+    assert preprocess("canny", "photos", "-o", "set").code == 0
+    before = {path: path.read_bytes() for path in Path("set").rglob("*") if path.is_file()}
+    outcome = preprocess("canny", "more", "-o", "set")
+    assert outcome.code == 2
+    assert "set/images/cat.png is another picture than more/cat.png: rename it" in outcome.err
+    assert {path: path.read_bytes() for path in Path("set").rglob("*") if path.is_file()} == before
+    assert "4 were there" in preprocess("canny", "photos", "-o", "set").out
+    assert preprocess("canny", "more", "-o", "set", "--overwrite").code == 0
+    np.testing.assert_array_equal(images.load_picture("set/canny/cat.png")[..., 0], edges("coffee"))
+    assert rows_of(Path("set"))["images/cat.png"]["text"] == "coffee"
+
+
 def test_maps_of_other_settings_are_not_mixed(photos: Path, preprocess: Preprocess) -> None:
     assert preprocess("canny", "photos", "-o", "set", "low=50").code == 0
     outcome = preprocess("canny", "photos", "-o", "set")
@@ -214,6 +236,9 @@ def test_files_patterns_and_folders_are_found_once(photos: Path) -> None:
     shutil.copy("photos/cat.png", "other/cat.png")
     with pytest.raises(ValueError, match=r"photos/cat\.png and other/cat\.png would both become cat"):
         find_pictures(["photos/cat.png", "other/cat.png"])
+    shutil.copy("photos/cat.png", "other/CAT.PNG")
+    with pytest.raises(ValueError, match=r"would both become CAT-png: rename one$"):
+        find_pictures(["other"])
     for nothing, reason in [("no/such", "no such file"), ("photos/*.xyz", "nothing matches")]:
         with pytest.raises(ValueError, match=reason):
             find_pictures([nothing])
@@ -552,6 +577,49 @@ def test_depth_beside_a_map_never_replaces_what_it_is_made_of(
     given = ("depth", "z-16bit.png", "model=file", "--png16", "-o", "z.png")
     assert "z-16bit.png would overwrite what it is made from" in preprocess(*given).err
     assert Path("z-16bit.png").read_bytes() == before
+
+
+def test_what_belongs_beside_maps_is_made_where_the_maps_are_there(
+    photos: Path, preprocess: Preprocess
+) -> None:
+    Path("depths").mkdir()
+    for name, far in (("a", 5), ("b", 9)):
+        np.save(f"depths/{name}.npy", np.linspace(1, far, 3072).reshape(48, 64))
+    given = ("depth", "depths", "model=file", "-o", "set")
+    assert preprocess(*given).code == 0
+    assert "2 maps made" in preprocess(*given, "--npy").out
+    np.testing.assert_array_equal(np.load("set/depth/b.npy"), np.load("depths/b.npy").astype(np.float32))
+    Path("set/depth/a.npy").unlink()
+    assert "1 maps made, 1 were there" in preprocess(*given, "--npy").out
+    assert "0 maps made, 2 were there" in preprocess(*given).out
+    before = Path("set/depth/a.npy").read_bytes()
+    inside = ("depth", "set/depth/a.npy", "set/depth/b.npy", "model=file", "-o", "set")
+    assert "set/depth/a.npy is an input: choose another output folder" in preprocess(*inside, "--npy").err
+    assert Path("set/depth/a.npy").read_bytes() == before
+
+
+def test_a_picture_that_is_called_as_the_sheet_is_stays_and_counts(
+    photos: Path, preprocess: Preprocess
+) -> None:
+    shutil.copy("photos/cat.png", "photos/sheet.png")
+    before = Path("photos/sheet.png").read_bytes()
+    for sources in (("photos",), ("photos/sheet.png", "photos/coffee.png")):
+        outcome = preprocess("canny", *sources, "-o", "photos", "--sheet")
+        assert "photos/sheet.png is there, and no sheet of maps: rename it" in outcome.err
+    assert "5 maps made" in preprocess("canny", "photos", "-o", "photos").out
+    assert "5 maps made" in preprocess("canny", "photos", "-o", "set", "--sheet").out
+    assert Path("photos/sheet.png").read_bytes() == before
+    again = preprocess("canny", "set", "-o", "more", "--sheet")  # where the sheet is one
+    assert "5 maps made" in again.out
+    assert preprocess("canny", "set", "-o", "set", "--sheet").code == 0
+
+
+def test_joints_that_are_gone_are_found_again(photos: Path, preprocess: Preprocess) -> None:
+    given = ("openpose", "photos", "model=tiny", "-o", "set")
+    assert preprocess(*given).code == 0
+    Path("set/openpose/cat.json").unlink()
+    assert "1 maps made, 3 were there" in preprocess(*given).out
+    assert Path("set/openpose/cat.json").is_file()
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,10 @@ class TestEdges:
         a[2, 2], b[4, 4] = 255, 255  # sqrt(8) = 2.83 apart
         assert edge_f1(a, b, tolerance=2).f1 == 0
         assert edge_f1(a, b, tolerance=2.83).f1 == 1
+        a[:], b[:] = 0, 0
+        a[2, 2], b[4, 3] = 255, 255
+        assert edge_f1(a, b, tolerance=float(np.hypot(2, 1))).f1 == 1
+        assert edge_f1(a, b, tolerance=np.hypot(2, 1)).f1 == 1  # of numpy's type, as exact as the other
 
     def test_half_a_line_has_precision_1_and_recall_a_half(self) -> None:
         score = edge_f1(vertical_line(5, slice(0, 10)), vertical_line(5), tolerance=0)

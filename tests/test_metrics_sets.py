@@ -70,6 +70,11 @@ def test_a_map_too_small_for_five_scales_is_refused():
     for measure in (ssim, ms_ssim):
         with pytest.raises(ValueError, match=r"ssim: wanted are floats in \[0, 1\], not uint8$"):
             measure(levels, 255 - levels)
+        for beyond, ends in ((255.0, "from 0 to 255"), (np.nan, "from nan to nan")):
+            wrong = np.zeros((176, 176))
+            wrong[0, 0] = beyond
+            with pytest.raises(ValueError, match=rf"ssim: wanted are floats in \[0, 1\], not {ends}$"):
+                measure(levels / 255, wrong)
     assert ms_ssim(np.zeros((176, 176)), np.zeros((176, 176))) == pytest.approx(1)
 
 

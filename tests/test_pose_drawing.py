@@ -157,7 +157,7 @@ def test_v1_0_is_the_first_drawing(width: int, height: int) -> None:
     ("width", "height", "times"),
     [(499, 300, 1), (500, 300, 2), (999, 20, 2), (1000, 700, 3), (300, 2048, 4), (5000, 40, 7), (9000, 9, 7)],
 )
-def test_xinsir_thickens_limbs_with_the_longer_side(width: int, height: int, times: int) -> None:
+def test_xinsir_thickens_limbs_and_joints_with_the_longer_side(width: int, height: int, times: int) -> None:
     people = some_poses(width, 2, width, height).people
     expected = np.zeros((height, width, 3), np.uint8)
     for person in people:
@@ -167,13 +167,13 @@ def test_xinsir_thickens_limbs_with_the_longer_side(width: int, height: int, tim
                 cv2.fillConvexPoly(expected, outline(person[a, :2], person[b, :2], 4 * times), dimmed)
         for (x, y, score), colour in zip(person, COLOURS, strict=True):
             if score:
-                cv2.circle(expected, (int(x), int(y)), 4, colour, -1)
+                cv2.circle(expected, (int(x), int(y)), 4 * times, colour, -1)
     np.testing.assert_array_equal(draw_poses(people, width, height, style="xinsir"), expected)
 
 
 @pytest.mark.parametrize(
     ("style", "digest"),
-    [("v1.1", "9db980a24512248f"), ("v1.0", "cc26e7e2437b50d3"), ("xinsir", "c01935a3e0a95d89")],
+    [("v1.1", "9db980a24512248f"), ("v1.0", "cc26e7e2437b50d3"), ("xinsir", "5c2126d9dfbeb60b")],
 )
 def test_styles_are_what_they_were(style: str, digest: str) -> None:
     """Golden pictures: an OpenCV that draws otherwise would change what ControlNets are shown."""

@@ -143,6 +143,20 @@ def test_fractions_of_the_canvas_are_recognised(tmp_path: Path) -> None:
     assert poses.people[0, 0].tolist() == [1, 1, 1]  # a pixel
 
 
+@pytest.mark.parametrize("unit", [(512.0, 300.0), (1.0, 1.0)])
+def test_points_of_hands_that_a1111_did_not_find_are_absent(tmp_path: Path, unit: tuple[float, ...]) -> None:
+    """It writes them with a score, a pixel before the canvas; however many, nothing counts from -1 to 1."""
+    size = np.array([512, 300]) / unit
+    nowhere = [*(np.float32(-1) / np.float32(size)).astype(float).tolist(), 1.0]
+    beside = [nowhere[0], 150.5 / size[1], 1.0]  # in its first column
+    hand = [128 / size[0], 75 / size[1], 1.0] * 3 + beside + nowhere * 17
+    person = {"pose_keypoints_2d": [256 / size[0], 150 / size[1], 1.0] * 18, "hand_left_keypoints_2d": hand}
+    poses = read(tmp_path, {"people": [person], "canvas_width": 512, "canvas_height": 300})
+    np.testing.assert_allclose(poses.people[0], [[256, 150, 1]] * 18)
+    np.testing.assert_allclose(poses.hands[0, 0, :3], [[128, 75, 1]] * 3)
+    assert not poses.hands[0, 0, 3:].any()
+
+
 def test_coordinates_from_minus_one_to_one_are_recognised(tmp_path: Path) -> None:
     """OpenPose with --keypoint_scale 4: (-1, -1) is the corner at the top left, (1, 1) the opposite one."""
     place = np.array([[0.1 * n - 0.8, 0.8 - 0.1 * n] for n in range(18)])
@@ -252,6 +266,7 @@ def test_whole_bodies_of_coco_have_hands_and_faces(tmp_path: Path) -> None:
         ([{"keypoints": [None] * 51}], "has a number that is not finite"),
         ([{"keypoints": [10**400] * 51}], "is not x, y and a score for each joint"),
         ({"annotations": []}, "nor in COCO's"),
+        ({"annotations": [{"keypoints": [1] * 51}], "images": True}, "no canvas_width"),
         ({"width": 9, "height": 9, "keypoints": [[1, 1]] * 17}, "nor in COCO's"),
         ({"width": 9, "height": 9, "keypoints": [["a", 1]] * 18}, "not a finite number"),
         ({"people": [{"face_keypoints_2d": [1] * 210}]}, "no list 'pose_keypoints_2d'"),

@@ -189,6 +189,10 @@ def test_scribbles_are_binary_strokes_of_the_width_asked_for() -> None:
         assert row[256 - 150 - width : 256 - 150 + width].any()
     small = get("scribble", width=8)(cv2.resize(disc, (128, 128), interpolation=cv2.INTER_AREA))
     assert abs((small.image[64, :64, 0] > 0).sum() - 2) <= 1  # widths are given for 512 pixels
+    for resolution in (64, 128, 300, 1024):  # where outlines are found, not how wide they are drawn
+        made = get("scribble", resolution=resolution)(disc)
+        assert abs((made.image[256, :256, 0] > 0).sum() - 6) <= 1
+        assert made.params["resolution"] == resolution
 
 
 def test_importing_the_kinds_without_networks_costs_nothing_heavy() -> None:

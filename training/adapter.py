@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -50,6 +49,7 @@ from controlkit.training.optimizers import keeps_layout
 from controlkit.training.pair import Pair, PairsPart
 from controlkit.training.reporting.scores import ControlScores
 from controlkit.training.reporting.showing import Shown, is_examined
+from controlkit.training.reporting.wrong_maps import LOOKED_AT, wrong_maps
 from controlkit.training.reward import Reward
 from controlkit.training.task import Losses
 from controlkit.training.variants import (
@@ -61,7 +61,6 @@ from controlkit.training.variants import (
 )
 from controlkit.transfer import encoder_digest
 
-_LINTED = 16
 _OTHER_SCHEDULE = (
     "zero_terminal_snr: the base's own schedule does not end in pure noise, and samples, scores and generate"
     " take the base's: set rescale_betas_zero_snr in its scheduler_config.json, or leave this out"
@@ -100,7 +99,9 @@ class ControlNetTask:
         self.encoded = self.feed.encoded
         if self.reward is not None:
             self.reward.check(self.encoded.visits.channels)
-        _report_bad_maps(recipe, self.feed.first_maps(_LINTED), report)
+        meant = {"grey", "jpeg"} if recipe.data.map_blur else set()
+        for line in wrong_maps(recipe.map, self.feed.first_maps(LOOKED_AT), meant=meant):
+            report(line)
         self.controlnet = self._network()  # on the CPU, as the U-Net is, and before that is halved
         self._prepare()
         self.resident = open_resident(recipe, self.feed, machine.device, report)
@@ -440,20 +441,3 @@ class ControlNetTask:
         self._make_room()
         for network in (self.controlnet, unet):
             network.to(self.machine.device)
-
-
-def _report_bad_maps(
-    recipe: ControlNetRecipe, maps: Sequence[NDArray[np.uint8]], report: Callable[[str], None]
-) -> None:
-    """Say before the first step what is wrong with the maps, each thing once."""
-    from controlkit import preprocessors
-
-    kind, meant = recipe.map, {"grey", "jpeg"} if recipe.data.map_blur else set()
-    if kind in preprocessors.names():
-        findings = [one for m in maps for one in preprocessors.lint(m, kind) if one.code not in meant]
-        found = Counter(f"{one.message}; {one.cure}" for one in findings)
-    else:
-        blank = "of one colour: nothing can be learned from them"
-        found = Counter(blank for m in maps if (m == m[:1, :1]).all())
-    for text, count in found.items():
-        report(f"{count} of the first {len(maps)} {kind} maps: {text}")

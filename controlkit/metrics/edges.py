@@ -62,4 +62,4 @@ def _share_near(edge: np.ndarray, other: np.ndarray, tolerance: float) -> float:
     if not edge.any() or not other.any():
         return 0.0
     distance = cv2.distanceTransform((~other).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
-    return float(np.mean(distance[edge] <= tolerance))
+    return float(np.mean(distance[edge] <= np.float32(tolerance)))  # as exact as the distances are

@@ -13,6 +13,7 @@ from controlkit.metrics.arrays import same_shaped
 WINDOW = 11  # pixels, of a Gaussian of spread 1.5
 _SPREAD = 1.5
 _C1, _C2 = 0.01**2, 0.03**2
+_BEYOND = 1e-3  # of [0, 1], by which resampling and rounding may overshoot
 SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 MS_SSIM_LEAST = WINDOW * 2 ** (len(SCALE_WEIGHTS) - 1)
 """The shortest side, in pixels, whose smallest scale still holds a window."""
@@ -22,7 +23,8 @@ def ssim(a: ArrayLike, b: ArrayLike) -> float:
     """Structural similarity of two pictures (H, W) in [0, 1], at most 1: Wang, Bovik, Sheikh & Simoncelli
     2004, equation 13, with their Gaussian window (spread 1.5) and constants, over windows that fit inside.
 
-    Raises ValueError: the shapes differ, a side is shorter than the window, 11 pixels, or numbers are whole.
+    Raises ValueError: the shapes differ, a side is shorter than the window, 11 pixels, or numbers are whole
+    or outside of [0, 1].
     """
     luminance, structure = _parts(*_checked("ssim", a, b, least=WINDOW))
     return float((luminance * structure).mean())
@@ -34,7 +36,7 @@ def ms_ssim(a: ArrayLike, b: ArrayLike) -> float:
 
     A negative mean counts as 0, so that its power exists. As in the paper, windows lie inside the picture at
     every scale; torchmetrics 1.9 reflects the borders of the coarsest one, and differs where that is small.
-    Raises ValueError: the shapes differ, a side is shorter than `MS_SSIM_LEAST`, or numbers are whole.
+    Raises ValueError: as `ssim`, the shortest side being `MS_SSIM_LEAST`.
     """
     x, y = _checked("ms_ssim", a, b, least=MS_SSIM_LEAST)
     product = 1.0
@@ -77,4 +79,8 @@ def _checked(
     whole = next((one.dtype for one in (x, y) if np.issubdtype(one.dtype, np.integer)), None)
     if whole is not None:  # the constants are those of [0, 1]: of 0 to 255 they would stand for nothing
         raise ValueError(f"{what}: wanted are floats in [0, 1], not {whole}")
-    return x.astype(np.float64), y.astype(np.float64)
+    x, y = x.astype(np.float64), y.astype(np.float64)
+    for one in (x, y):
+        if not (one.min() >= -_BEYOND and one.max() <= 1 + _BEYOND):  # also where one is NaN
+            raise ValueError(f"{what}: wanted are floats in [0, 1], not from {one.min():g} to {one.max():g}")
+    return x, y

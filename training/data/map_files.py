@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from controlkit.preprocessors import Poses
 
 _NO_PICTURES = (b"\x93NUMPY", b"PK\x03\x04", b"Pf", b"PF", b"v/1\x01")  # npy, npz, pfm, exr
-_PNG, _TIFFS = b"\x89PNG", (b"II*\0", b"MM\0*")
+_PNG, _TIFFS = b"\x89PNG", (b"II*\0", b"MM\0*", b"II+\0")
 _BIT_DEPTH = 24  # where a PNG says how many bits its channels have
 _BITS_PER_SAMPLE = 258  # tag of TIFF
 _GREY_TOLERANCE = 8  # levels of 255 by which channels may differ: what JPEG does to a grey picture

@@ -42,6 +42,8 @@ from controlkit.training.evaluation.telling import sizes_told, table
 from controlkit.training.evaluation.trained_on import trained_there
 from controlkit.training.lock import locked
 from controlkit.training.reporting.measures import EDGE_KINDS
+from controlkit.training.reporting.showing import visible
+from controlkit.training.reporting.wrong_maps import LOOKED_AT, wrong_maps
 
 if TYPE_CHECKING:
     from controlkit.formats.description import AdapterInfo
@@ -117,6 +119,7 @@ def _evaluate(request: Request, processes: Processes, held: ExitStack, report: R
     report.status(f"{compared}, {_many(request.seeds, 'seed')}, on {base.device}")
     warnings += _cut(held_out)
     warnings += trained_there(request, infos)
+    warnings += _wrong_maps(held_out) if processes.is_first else []
     for line in warnings if processes.is_first else ():
         report.note(line)
     mute = sum(not held_out.caption(place) for place in range(len(held_out)))
@@ -161,6 +164,19 @@ def _with_kinds(request: Request, base: Base) -> tuple[Request, list[AdapterInfo
         known.append(replace(one, kind=kind))
         infos.append(replace(info, map=replace(info.map, kind=kind)))
     return replace(request, adapters=tuple(known)), infos, [line for line in dict.fromkeys(lines) if line]
+
+
+def _wrong_maps(held_out: HeldOut) -> list[str]:
+    """A line for each thing that is wrong with maps from files: pictures are measured against them."""
+    kinds = [kind for kind in held_out.kinds if kind not in held_out.settled]  # and not made of the pictures
+    pairs = [held_out[place] for place in range(min(len(held_out), LOOKED_AT) if kinds else 0)]
+    lines = []
+    for kind in kinds:
+        meant = {"empty"} if kind in (*EDGE_KINDS, *LINES) else set()  # black ones are counted in the end
+        is_drawn = kind == "openpose" and any(pair.joints is not None for pair in pairs)
+        maps = [] if is_drawn else [visible(pair.maps[kind]) for pair in pairs]
+        lines += wrong_maps(kind, maps, meant=meant)
+    return lines
 
 
 def _black_maps(request: Request, held_out: HeldOut, numbers: Sequence[int]) -> list[str]:
