@@ -93,6 +93,11 @@ _MISTAKES: tuple[Mistake, ...] = (
         "the U-Net of a base, without a control network: give an adapter, and the base as --base",
     ),
     Mistake(
+        r"(taesd_(en|de)coder\.)?\d+\.conv\.[024]\.(weight|bias)$",
+        "a taesd, or one half of it, in its author's names, which are not read: give --vae taesd, or the file"
+        " with diffusers' names",
+    ),
+    Mistake(
         r"(first_stage_model\.)?(decoder|quant_conv)\.",
         "a VAE: give it as --vae",
     ),
