@@ -186,6 +186,20 @@ def test_a_pickle_that_would_run_code_does_not(suffix: str, sd1: Base, tmp_path:
         (keys_alone("mlp.0.weight"), "is no adapter that controlkit knows: it holds mlp.0.weight"),
         (keys_alone("scaled_fp8", "input_hint_block.0.weight"), "holds scaled_fp8: numbers of 8 bits with"),
         (
+            keys_alone("input_hint_block.0.weight", "input_hint_block.0.scale_weight"),
+            "holds input_hint_block.0.scale_weight: numbers of 8 bits with scales of their own",
+        ),
+        (
+            keys_alone("brushnet_mid_block.weight", "up_blocks.0.resnets.0.conv1.weight"),
+            "is a BrushNet, which fills holes by a network of another kind: not supported",
+        ),
+        (
+            keys_alone("lllite_conditioning1.conv1.weight", "lllite_dit_blocks_0_q_proj.down.weight"),
+            "is a control network for a transformer (Wan, Z-Image or another)",
+        ),
+        (keys_alone("blocks.0.self_attn.q.weight", "b"), "is a transformer (Flux, SD3 or another)"),
+        (keys_alone("vision_model.embeddings.class_embedding", "b"), "is CLIP's encoder of pictures: give"),
+        (
             keys_alone("image_proj.proj.weight", "ip_adapter.1.to_k_ip.weight"),
             "is an IP-Adapter: give it as --ip",
         ),

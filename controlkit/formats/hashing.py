@@ -13,8 +13,8 @@ NO_HASH = f"0x{'0' * 64}"  # stands in the header until the tensors are written
 
 def check_hash(path: Path, metadata: Mapping[str, str]) -> None:
     """Raise ValueError, naming the file, if ``metadata`` knows its tensors' hash and they have another."""
-    known = metadata.get(HASH_KEY, "").lower()
-    if known and known != tensor_hash(path):
+    known = metadata.get(HASH_KEY, "").lower().removeprefix("0x")
+    if known and f"0x{known}" != tensor_hash(path):
         raise ValueError(
             f"{path} is damaged: its weights are not those it was written with (SHA-256); fetch it again"
             f" (or, if a tool changed it and kept the header, remove the header's {HASH_KEY})"
