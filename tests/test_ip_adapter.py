@@ -247,6 +247,25 @@ def test_what_a_pickle_says_and_both_layouts(sd1: Base, home: Path, tmp_path: Pa
     assert all(torch.equal(a, b) for a, b in zip(sum(ours.weights, ()), sum(theirs.weights, ()), strict=True))
 
 
+def test_a_checkpoint_of_the_authors_training_is_read(
+    sd1: Base, home: Path, tmp_path: Path, run: Run
+) -> None:
+    names = {"image_proj": "image_proj_model", "ip_adapter": "adapter_modules"}
+    state = {
+        f"{names[part]}.{key}": tensor
+        for part, tensors in adapter(sd1, "plain").items()
+        for key, tensor in tensors.items()
+    }
+    file = tmp_path / "pytorch_model.bin"
+    torch.save({"unet.conv_in.bias": torch.zeros(16), **state}, file)
+    write_encoder(tmp_path / "image_encoder")
+    ours = picture_prompt(sd1, str(file), [photo(1)])
+    theirs = picture_prompt(sd1, str(home / "sd1-plain.safetensors"), [photo(1)])
+    assert torch.equal(ours.tokens, theirs.tokens)
+    assert all(torch.equal(a, b) for a, b in zip(sum(ours.weights, ()), sum(theirs.weights, ()), strict=True))
+    assert "is an IP-Adapter: give it as --ip-adapter FILE=PICTURE" in run("info", file).refused()
+
+
 @pytest.mark.parametrize("suffix", [".bin", ".pt", ".pth", ".ckpt"])
 def test_pickles_of_every_name_are_read_alone_or_in_their_folder(
     suffix: str, sd1: Base, tmp_path: Path, run: Run

@@ -72,7 +72,10 @@ _MISTAKES: tuple[Mistake, ...] = (
         r"image_proj\.(perceiver_resampler\.|norm\.weight$)|ip_adapter\..*_lora\.",
         "an IP-Adapter FaceID, which reads faces by another network: not supported",
     ),
-    Mistake(r"(image_proj\.|ip_adapter\.)", "an IP-Adapter: give it as --ip-adapter FILE=PICTURE"),
+    Mistake(
+        r"(image_proj|image_proj_model|ip_adapter|adapter_modules)\.",
+        "an IP-Adapter: give it as --ip-adapter FILE=PICTURE",
+    ),
     Mistake(
         r".*([._](hada_w|lokr_w|oft_|glora|a1\.weight$|b1\.weight$|on_input$)|dora_scale|lora_magnitude_vector)",
         "a LoHa, LoKr, DoRA or another relative of LoRA: only LoRA is supported",
