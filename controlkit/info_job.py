@@ -120,7 +120,8 @@ def _extent(file: AdapterFile) -> str:
     """How many kinds of maps a ControlNet-Union takes, or the rank of a Control-LoRA."""
     if file.kind == "controlnet-union":
         return f" of {file.config['num_control_type']} kinds"
-    ranks = [entry.shape[0] for key, entry in file.entries.items() if key.endswith(".down")]
+    downs = (entry.shape for key, entry in file.entries.items() if key.endswith(".down"))
+    ranks = [shape[0] for shape in downs if shape]
     return f" of rank {max(ranks)}" if file.kind == "control-lora" and ranks else ""
 
 

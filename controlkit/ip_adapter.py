@@ -162,7 +162,12 @@ def _split(file: Path, state: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]
         if not tensors:
             raise ValueError(f"{file} is not an IP-Adapter: it holds no {name}")
         for key, tensor in tensors.items():
-            if not torch.isfinite(tensor).all():
+            if not tensor.is_floating_point():
+                stored = str(tensor.dtype).removeprefix("torch.")
+                raise ValueError(
+                    f"{file} stores {name}.{key} as {stored}, a quantization that is not supported"
+                )
+            if not torch.isfinite(tensor.float()).all():  # 8-bit floats cannot be asked
                 raise ValueError(f"{file} is damaged: {name}.{key} has numbers that are not finite")
     of_faces = {"perceiver_resampler.proj_in.weight", "norm.weight"} & set(parts["image_proj"])
     if of_faces and "proj.weight" not in parts["image_proj"]:

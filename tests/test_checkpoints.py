@@ -464,6 +464,16 @@ def test_8_bits_with_scales_are_told(wholes: Callable[[str], Whole], tmp_path: P
     assert message in refusal(write(tmp_path / "a.safetensors", tensors))
 
 
+def test_whole_numbers_are_no_weights(wholes: Callable[[str], Whole], tmp_path: Path) -> None:
+    tensors, key = wholes("sd1").tensors, "first_stage_model.decoder.conv_in.weight"
+    quantized = {**tensors, key: (100 * tensors[key]).to(torch.int8)}
+    message = f"stores {key} as I8, a quantization that is not supported"
+    assert message in refusal(write(tmp_path / "a.safetensors", quantized))
+    vae = {k: value for k, value in quantized.items() if k.startswith("first_stage_model.")}
+    with pytest.raises(ValueError, match=message):
+        check_vae(str(write(tmp_path / "b.safetensors", vae)))
+
+
 @pytest.mark.parametrize(("family", "filling"), [("sd1", None), ("sd2", "!"), ("sdxl", None)])
 def test_a_text_is_filled_up_as_by_the_published_tokenizer(
     wholes: Callable[[str], Whole], tmp_path: Path, family: str, filling: str | None

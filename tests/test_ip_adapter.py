@@ -318,6 +318,11 @@ def changed(parts: dict[str, dict[str, Tensor]], how: str) -> dict[str, dict[str
         return {**parts, "image_proj": {**parts["image_proj"], how.split()[-1]: torch.zeros(8, 8)}}
     if how == "not finite":
         return {**parts, "image_proj": {**parts["image_proj"], "proj.bias": torch.full((128,), torch.nan)}}
+    if how == "whole numbers":
+        return {
+            **parts,
+            "image_proj": {**parts["image_proj"], "proj.bias": torch.ones(128, dtype=torch.int8)},
+        }
     if how == "no projection":
         return {"image_proj": {}, "ip_adapter": attentions}
     if how == "a face":
@@ -372,6 +377,7 @@ def test_the_tensor_at_fault_in_a_projection_is_named(
         ("another family", "was made for another base: its 1.to_k_ip is (8, 12), and the SD1 base"),
         ("fewer attentions", "was made for a base with 2 cross-attentions; the SD1 base"),
         ("not finite", "is damaged: image_proj.proj.bias has numbers that are not finite"),
+        ("whole numbers", "stores image_proj.proj.bias as int8, a quantization that is not supported"),
         ("no projection", "is not an IP-Adapter: it holds no image_proj"),
         ("a face", "is a FaceID adapter"),
         ("an unknown projection", "is none of the IP-Adapters that are known"),

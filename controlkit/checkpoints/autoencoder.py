@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from controlkit.checkpoints import names, reading, structure
 from controlkit.checkpoints.reading import check_suffix, what_else
 from controlkit.formats.structure import Config, Shapes
-from controlkit.formats.weight_file import WeightFile, open_weights
+from controlkit.formats.weight_file import WeightFile, check_floats, open_weights
 from controlkit.naming import first_of
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ _EARLIER = (("query.", "to_q."), ("key.", "to_k."), ("value.", "to_v."), ("proj_
 
 def check_file(file: Path) -> None:
     """Raise the ValueError of `load_autoencoder` for a file that holds no autoencoder."""
-    _names(_opened(file))
+    _checked_names(_opened(file))
 
 
 def load_autoencoder(file: Path, *, scaling_factor: float, dtype: torch.dtype) -> Any:
@@ -42,7 +42,7 @@ def load_autoencoder(file: Path, *, scaling_factor: float, dtype: torch.dtype) -
 
     weights = _opened(file)
     weights.check_hash()
-    named = _names(weights)
+    named = _checked_names(weights)
     shapes = Shapes({name: weights.entries[key] for key, name in named.items()}, file)
     tiny = _is_tiny(list(named.values()))
     config = _tiny_config(shapes) if tiny else structure.vae_config(shapes, scaling_factor=scaling_factor)
@@ -72,6 +72,13 @@ def _tiny_config(shapes: Shapes) -> Config:
 def _opened(file: Path) -> WeightFile:
     check_suffix(file, "autoencoder")
     return open_weights(file, what="autoencoder")
+
+
+def _checked_names(weights: WeightFile) -> dict[str, str]:
+    """`_names`; raises ValueError for numbers that are no plain floats, too."""
+    found = _names(weights)
+    check_floats({key: weights.entries[key] for key in found}, weights.path)
+    return found
 
 
 def _names(weights: WeightFile) -> dict[str, str]:

@@ -15,7 +15,14 @@ from controlkit.checkpoints import names, structure
 from controlkit.families import FAMILY_TITLES, family_of
 from controlkit.formats import near_misses, recognise
 from controlkit.formats.structure import Config, Shapes, encoder_config
-from controlkit.formats.weight_file import Stored, WeightFile, count_parameters, open_weights, precision
+from controlkit.formats.weight_file import (
+    Stored,
+    WeightFile,
+    check_floats,
+    count_parameters,
+    open_weights,
+    precision,
+)
 from controlkit.naming import first_of
 
 if TYPE_CHECKING:
@@ -164,6 +171,7 @@ def _parts(weights: WeightFile) -> dict[str, dict[str, str]]:
         if part in parts:
             raise ValueError(f"{weights.path} holds its {_TITLES[part]} twice, under two names")
         parts[part] = named(weights, part, prefix, keys)
+        check_floats({key: weights.entries[key] for key in parts[part]}, weights.path)
     if names.TEXT in parts and _is_open_clip(weights.entries):
         parts[names.TEXT] = _without_the_last_layer(parts[names.TEXT])
     return parts
