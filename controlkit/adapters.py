@@ -219,7 +219,8 @@ def write_adapter(
     """Write an adapter in any layout, all of it or nothing. The same arguments give the same bytes.
 
     ``layout``: "diffusers" is the folder of `save_adapter`; "single" one .safetensors file with diffusers'
-    names, which ComfyUI and diffusers' ``from_single_file`` read; "original" one with the names of the
+    names, which ComfyUI, sd-webui-controlnet (neither of light T2I-Adapters) and diffusers'
+    ``from_single_file`` read; "original" one with the names of the
     original project (of ControlNets and T2I-Adapters), which its own code, ComfyUI, sd-webui-controlnet and,
     of SD1 and SD2 alone, ``from_single_file`` read. ``dtype``: of the file, also by its name; None keeps the
     network's. ``info``: what it says of itself; None takes the adapter's own. ``date``: ISO 8601, for the

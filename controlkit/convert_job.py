@@ -115,6 +115,7 @@ def run(plan: Plan, report: Report) -> list[str]:
         *notes,
         *_of_pooling(file, written),
         *_of_size(file, written),
+        *_of_readers(written, plan),
         "use it with:",
         f"  {how_to_use_file(written, place, plan.base)}",
     ]
@@ -141,6 +142,13 @@ def _of_size(file: AdapterFile, written: AdapterFile) -> list[str]:
         return []
     sizes = f"{now / 1e6:.1f} MB, from {before / 1e6:.1f} MB"
     return [f"it is not smaller than what it was made from ({sizes}): a lower --rank makes it so"]
+
+
+def _of_readers(written: AdapterFile, plan: Plan) -> list[str]:
+    """Who cannot read what was written: of a light T2I-Adapter others know the original's keys alone."""
+    if plan.layout != "single" or written.config.get("adapter_type") != "light_adapter":
+        return []
+    return ["ComfyUI and sd-webui-controlnet read a light T2I-Adapter by the original's keys: --to original"]
 
 
 def _write_parts(checkpoint: Checkpoint, plan: Plan, report: Report) -> list[str]:

@@ -13,7 +13,6 @@ import re
 import struct
 import threading
 import warnings
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from math import prod
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from controlkit.config_types import check_like_defaults
-from controlkit.formats.hashing import HASH_KEY, tensor_hash
+from controlkit.formats.hashing import HASH_KEY, archive_names, is_archive, tensor_hash
 from controlkit.hub import first_sentence
 
 if TYPE_CHECKING:
@@ -47,6 +46,25 @@ _BITS: Mapping[str, int] = {  # a bool has 8
 }
 P = ParamSpec("P")
 T = TypeVar("T")
+PICKLE_FAULTS = (  # what torch's reader raises of damaged pickles, besides UnpicklingError
+    *(RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError),
+    *(ArithmeticError, struct.error),
+)
+_ARCHIVES: Mapping[bytes, str] = {  # first bytes of what has to be unpacked first
+    b"7z\xbc\xaf\x27\x1c": "7z",
+    b"Rar!\x1a\x07": "rar",
+    b"\x1f\x8b": "gzip",
+    b"\xfd7zXZ\x00": "xz",
+    b"BZh": "bzip2",
+    b"\x28\xb5\x2f\xfd": "zstandard",
+}
+_OTHER_FORMATS: Mapping[str, str] = {  # by a file's suffix
+    ".onnx": "an ONNX network",
+    ".h5": "weights for Keras",
+    ".msgpack": "weights for Flax",
+    ".npz": "arrays of NumPy",
+}
+_PACKED = "is a packed archive ({}): unpack it, and give the weights that are in it"
 _loading = threading.RLock()  # the libraries change torch for the whole process while they make a network
 _quiet = threading.Lock()
 _silenced: list[list[tuple[int, bool]]] = []  # how loud the libraries were, once for each block that is open
@@ -311,7 +329,7 @@ def read_state(file: Path, *, what: str, pickled: bool | None = None) -> dict[st
             warnings.simplefilter("ignore")  # of what it then refuses
             source: Any = str(file) if mapped else stream
             state = torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError) as error:
+    except (pickle.UnpicklingError, *PICKLE_FAULTS) as error:
         raise ValueError(f"{file} {_pickle_problem(file, start, error)}") from error
     if not isinstance(state, dict):
         raise ValueError(f"{file} is no {what}: it holds a {type(state).__name__}")
@@ -324,8 +342,12 @@ def _pickle_problem(file: Path, start: bytes, error: Exception) -> str:
     if foreign:
         what = f"holds more than tensors ({foreign[1]}), which is refused"
         return f"{what}: it could run code; save the tensors alone"
-    if isinstance(error, EOFError) or (start.startswith(b"PK") and not zipfile.is_zipfile(file)):
+    is_zip = start.startswith(b"PK")
+    ends = isinstance(error, EOFError | struct.error) or "unexpected EOF" in str(error)
+    if ends or (is_zip and not is_archive(file)):
         return "is cut short: fetch it again"
+    if is_zip and (names := archive_names(file)) and not any(name.endswith("data.pkl") for name in names):
+        return _PACKED.format("zip")
     return "is damaged, or holds more than tensors, which is refused"
 
 
@@ -412,8 +434,8 @@ def quiet_libraries() -> Iterator[None]:
 
 
 def refuse_impostor(file: Path, start: bytes) -> None:
-    """Raise ValueError for a file whose first bytes tell that it holds no weights: empty, a pointer, a page,
-    GGUF, a picture, a text.
+    """Raise ValueError for a file whose first bytes tell that it holds no weights that can be read: empty, a
+    pointer, a page, GGUF, an archive, a picture, a text; and for one of another library, by its name.
     """
     if not start:
         raise ValueError(f"{file} is empty (0 bytes); fetch it again")
@@ -421,8 +443,14 @@ def refuse_impostor(file: Path, start: bytes) -> None:
         raise ValueError(f"{file} is a Git LFS pointer, not the weights: run `git lfs pull` in its folder")
     if start.startswith(b"GGUF"):
         raise ValueError(f"{file} is a GGUF file, whose quantized weights are not read: give .safetensors")
+    is_safetensors = start[8:9] == b"{"
+    packed = next((name for sign, name in _ARCHIVES.items() if start.startswith(sign)), "")
+    if packed and not is_safetensors:
+        raise ValueError(f"{file} {_PACKED.format(packed)}")
+    if file.suffix in _OTHER_FORMATS and not is_safetensors:
+        raise ValueError(f"{file} holds {_OTHER_FORMATS[file.suffix]}: give .safetensors or .pth")
     # A header's length, too, can begin with the bytes of a blank and of "<"; its JSON follows it.
-    if start[8:9] != b"{" and start.lstrip().startswith(b"<"):
+    if not is_safetensors and start.lstrip().startswith(b"<"):
         raise ValueError(f"{file} is a web page, not weights: the download needed a login or another address")
     if start.startswith((b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"GIF8")):
         raise ValueError(f"{file} is a picture, not weights")

@@ -35,6 +35,7 @@ from controlkit.formats.weight_file import open_weights
 from controlkit.hub import is_hub_id
 
 _USUAL_BASES = {"sd1": "sd15", "sd2": "sd21", "sdxl": "sdxl"}
+_MOST_SHOWN = 300  # letters of one entry of a header by others
 _NOT_RUN = ("controlnext",)
 POOLED_BY_NAME = "pools what it adds, as ControlNets for shuffle do: its name alone says so"
 _NO_BASE = "BASE"  # stands in a command where it is not known which
@@ -97,7 +98,7 @@ def _describe_checkpoint(checkpoint: Checkpoint, name: str) -> list[str]:
     told = {key: said.get(f"modelspec.{key}", "") for key in ("title", "license")}
     return [
         f"{name}: {checkpoint.summary()}",
-        *(f"{key}: {value}" for key, value in told.items() if value),
+        *(f"{key}: {_printable(_shortened(value))}" for key, value in told.items() if value),
         f"prediction type: {checkpoint.prediction_type} (by {checkpoint.known_by})",
         "use it with:",
         f"  {how_to_use_base(name)}",
@@ -119,7 +120,8 @@ def _extent(file: AdapterFile) -> str:
     """How many kinds of maps a ControlNet-Union takes, or the rank of a Control-LoRA."""
     if file.kind == "controlnet-union":
         return f" of {file.config['num_control_type']} kinds"
-    ranks = [entry.shape[0] for key, entry in file.entries.items() if key.endswith(".down")]
+    downs = (entry.shape for key, entry in file.entries.items() if key.endswith(".down"))
+    ranks = [shape[0] for shape in downs if shape]
     return f" of rank {max(ranks)}" if file.kind == "control-lora" and ranks else ""
 
 
@@ -211,11 +213,21 @@ def _provenance(info: AdapterInfo) -> list[str]:
         "base": info.base,
         "prediction type": info.prediction_type,
         "resolution": f"{info.resolution}x{info.resolution}" if info.resolution else "",
-        **info.about,
+        **{name: _shortened(text) for name, text in info.about.items()},
         **{f"training, {key}": _in_words(value) for key, value in info.training.items()},
     }
-    lines = [f"{key}: {value}" for key, value in told.items() if value != ""]
+    lines = [f"{key}: {_printable(str(value))}" for key, value in told.items() if value != ""]
     return lines or ["the file says nothing of its map, its base or its training"]
+
+
+def _printable(text: str) -> str:
+    """What a header says, as one line without characters that would steer the terminal."""
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
+
+
+def _shortened(text: str) -> str:
+    """An entry of others without its end where it is endless, as a picture in letters."""
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}… ({len(text):,} letters)"
 
 
 def _in_words(value: Any) -> str:

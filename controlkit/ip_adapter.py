@@ -38,6 +38,10 @@ if TYPE_CHECKING:
 
 USUAL_FILE = "ip-adapter_sd15.safetensors"  # in a folder that holds several
 ENCODER = "image_encoder"  # the folder of the picture encoder, beside the file's or in a folder beside that
+_OF_TRAINING = {
+    "image_proj_model": "image_proj",
+    "adapter_modules": "ip_adapter",
+}  # as its authors' code saves it
 _HUB_FOLDERS = ("models", "sdxl_models")  # of h94/IP-Adapter, which hold the two encoders
 
 
@@ -144,8 +148,12 @@ def _find(source: str) -> Path:
 def _split(file: Path, state: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
     """The projection's and the attentions' tensors by their keys. Raises ValueError for another file."""
     parts: dict[str, dict[str, Tensor]] = {"image_proj": {}, "ip_adapter": {}}
+    is_of_training = any(key.partition(".")[0] in _OF_TRAINING for key in state)
     for key, value in state.items():
         name, _, rest = key.partition(".")
+        if is_of_training and name == "unet":  # it lies beside what was trained, unchanged
+            continue
+        name = _OF_TRAINING.get(name, name)
         of_part = value if isinstance(value, Mapping) else {rest: value}
         if name not in parts or not all(isinstance(tensor, Tensor) for tensor in of_part.values()):
             raise ValueError(f"{file} is not an IP-Adapter: it holds {key}")
@@ -154,7 +162,12 @@ def _split(file: Path, state: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]
         if not tensors:
             raise ValueError(f"{file} is not an IP-Adapter: it holds no {name}")
         for key, tensor in tensors.items():
-            if not torch.isfinite(tensor).all():
+            if not tensor.is_floating_point():
+                stored = str(tensor.dtype).removeprefix("torch.")
+                raise ValueError(
+                    f"{file} stores {name}.{key} as {stored}, a quantization that is not supported"
+                )
+            if not torch.isfinite(tensor.float()).all():  # 8-bit floats cannot be asked
                 raise ValueError(f"{file} is damaged: {name}.{key} has numbers that are not finite")
     of_faces = {"perceiver_resampler.proj_in.weight", "norm.weight"} & set(parts["image_proj"])
     if of_faces and "proj.weight" not in parts["image_proj"]:

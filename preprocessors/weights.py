@@ -6,7 +6,14 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from controlkit.folders import load_part, quiet_libraries, read_json, refuse_impostor, weight_files
+from controlkit.folders import (
+    PICKLE_FAULTS,
+    load_part,
+    quiet_libraries,
+    read_json,
+    refuse_impostor,
+    weight_files,
+)
 from controlkit.hub import find_folder, first_sentence
 
 if TYPE_CHECKING:
@@ -104,7 +111,7 @@ def load_tensors(path: Path, *, key: str = "") -> "dict[str, torch.Tensor]":
         raise ValueError(
             f"{path} is not a file of weights, or holds more than tensors (it could run code): not loaded"
         ) from error
-    except (OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, *PICKLE_FAULTS) as error:
         raise ValueError(
             f"{path} is damaged or cut short ({first_sentence(error)}); fetch it again"
         ) from error

@@ -263,6 +263,9 @@ def _damage(file: Path, how: str, marker: Path) -> None:
     name = next(iter(tensors))
     if how == "cut short":
         file.write_bytes(good[: len(good) // 2])
+    elif how == "cut within a number":
+        torch.save(tensors, file, _use_new_zipfile_serialization=False)
+        file.write_bytes(file.read_bytes()[:18])
     elif how == "a web page":
         file.write_bytes(b"<!DOCTYPE html><html>404</html>")
     elif how == "LFS":
@@ -289,6 +292,7 @@ def _damage(file: Path, how: str, marker: Path) -> None:
     ("how", "message"),
     [
         ("cut short", "is damaged or cut short"),
+        ("cut within a number", "is damaged or cut short"),
         ("a web page", "is a web page"),
         ("LFS", "is a Git LFS pointer"),
         ("empty", "is empty"),

@@ -451,6 +451,29 @@ def test_a_file_that_is_cut_short_or_damaged(wholes: Callable[[str], Whole], tmp
     assert "its weights are not those it was written with" in refusal(wholes("sd1").to(tmp_path, said=told))
 
 
+def test_what_comfyui_says_of_its_prediction(wholes: Callable[[str], Whole], tmp_path: Path) -> None:
+    for said, predicted in (("epsilon", "epsilon"), ("v", "v_prediction")):
+        file = write(tmp_path / "a.safetensors", wholes("sd2").tensors, predict_key=said)
+        found = open_checkpoint(file)
+        assert (found.prediction_type, found.known_by) == (predicted, "its header")
+
+
+def test_8_bits_with_scales_are_told(wholes: Callable[[str], Whole], tmp_path: Path) -> None:
+    tensors = wholes("sd1").tensors | {"model.diffusion_model.scaled_fp8": torch.zeros(0)}
+    message = "holds model.diffusion_model.scaled_fp8: numbers of 8 bits with scales of their own"
+    assert message in refusal(write(tmp_path / "a.safetensors", tensors))
+
+
+def test_whole_numbers_are_no_weights(wholes: Callable[[str], Whole], tmp_path: Path) -> None:
+    tensors, key = wholes("sd1").tensors, "first_stage_model.decoder.conv_in.weight"
+    quantized = {**tensors, key: (100 * tensors[key]).to(torch.int8)}
+    message = f"stores {key} as I8, a quantization that is not supported"
+    assert message in refusal(write(tmp_path / "a.safetensors", quantized))
+    vae = {k: value for k, value in quantized.items() if k.startswith("first_stage_model.")}
+    with pytest.raises(ValueError, match=message):
+        check_vae(str(write(tmp_path / "b.safetensors", vae)))
+
+
 @pytest.mark.parametrize(("family", "filling"), [("sd1", None), ("sd2", "!"), ("sdxl", None)])
 def test_a_text_is_filled_up_as_by_the_published_tokenizer(
     wholes: Callable[[str], Whole], tmp_path: Path, family: str, filling: str | None

@@ -225,6 +225,14 @@ def test_t2i_adapters_in_both_layouts(variant: str, load: Load, tmp_path: Path) 
     assert load_file(tmp_path / "original.safetensors").keys() == original_t2i(network).keys()
 
 
+def test_who_reads_a_light_t2i_adapter_is_said(tmp_path: Path, run: Run) -> None:
+    note = "ComfyUI and sd-webui-controlnet read a light T2I-Adapter by the original's keys: --to original"
+    for variant, to, notes in (("light", "single", 1), ("light", "original", 0), ("full", "single", 0)):
+        write_adapter(T2IAdapter(**T2I[variant]), tmp_path / "a.safetensors", layout="original")
+        told = run("convert", tmp_path / "a.safetensors", f"{variant}-{to}.safetensors", "--to", to).done()
+        assert told.splitlines().count(note) == notes
+
+
 def test_nested_and_published_t2i_files(load: Load, tmp_path: Path, run: Run) -> None:
     network = T2IAdapter(channels=[320, 640, 1280, 1280])
     torch.save({"adapter": original_t2i(network)}, tmp_path / "t2i.pth")

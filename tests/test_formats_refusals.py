@@ -2,7 +2,9 @@
 
 import json
 import pickle
+import re
 import struct
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,8 @@ def keys_alone(*names: str) -> dict[str, torch.Tensor]:
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "is a Git LFS pointer"),
         (b"\n<!DOCTYPE html><html>404</html>", "is a web page, not weights"),
         (b"GGUF\x03\x00\x00\x00" + bytes(600), "is a GGUF file, whose quantized weights are not read"),
+        (b"7z\xbc\xaf\x27\x1c" + bytes(600), "is a packed archive (7z): unpack it"),
+        (b"\x1f\x8b\x08" + bytes(600), "is a packed archive (gzip): unpack it"),
         (b"a text", "is a text, not weights"),
         (b'{"_class_name": "ControlNetModel"}', "is a text, not weights"),
         (b"\x89PNG\r\n\x1a\n" + bytes(40), "is a picture, not weights"),
@@ -88,6 +92,42 @@ def test_files_that_are_cut_short(suffix: str, share: float, sd1: Base, tmp_path
     whole = file.read_bytes()
     file.write_bytes(whole[: int(share * len(whole))])
     refusal(file, sd1, "is cut short")
+
+
+def test_a_pickle_of_before_torch_1_6_is_damaged_anywhere(tmp_path: Path) -> None:
+    file = tmp_path / "a.pth"
+    torch.save({"a.weight": torch.ones(4, 4)}, file, _use_new_zipfile_serialization=False)
+    whole = file.read_bytes()
+    for cut in range(3, len(whole), 5):
+        file.write_bytes(whole[:cut])
+        with pytest.raises(ValueError, match=r"a.pth (is cut short|is damaged|holds more)") as caught:
+            open_adapter_file(file)
+        assert "\n" not in str(caught.value)
+    key = re.findall(rb"\d{9,}", whole)[-1]  # in the list of the numbers that follow
+    file.write_bytes((b"1" * len(key)).join(whole.rsplit(key, 1)))
+    with pytest.raises(ValueError, match="is damaged"):
+        open_adapter_file(file)
+
+
+def test_archives_that_are_no_torch_file(tmp_path: Path) -> None:
+    file = tmp_path / "a.pth"
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("control.safetensors", bytes(9))
+    with pytest.raises(ValueError, match=r"is a packed archive \(zip\): unpack it"):
+        open_adapter_file(file)
+    torch.save({"a.weight": torch.ones(2)}, file)
+    whole = bytearray(file.read_bytes())
+    whole[whole.rindex(b"PK\x06\x07") + 16] = 9  # disks
+    file.write_bytes(whole)
+    with pytest.raises(ValueError, match=r"a.pth is (cut short|damaged)|no adapter that controlkit knows"):
+        open_adapter_file(file)
+
+
+def test_weights_of_other_libraries_are_named(tmp_path: Path) -> None:
+    for name, message in (("a.onnx", "holds an ONNX network"), ("a.msgpack", "holds weights for Flax")):
+        (tmp_path / name).write_bytes(b"\x08\x07\x12\x07pytorch" + bytes(99))
+        with pytest.raises(ValueError, match=f"{name} {message}: give .safetensors or .pth"):
+            open_adapter_file(tmp_path / name)
 
 
 class Evil:
@@ -145,6 +185,20 @@ def test_a_pickle_that_would_run_code_does_not(suffix: str, sd1: Base, tmp_path:
         ),
         (keys_alone("mlp.0.weight"), "is no adapter that controlkit knows: it holds mlp.0.weight"),
         (keys_alone("scaled_fp8", "input_hint_block.0.weight"), "holds scaled_fp8: numbers of 8 bits with"),
+        (
+            keys_alone("input_hint_block.0.weight", "input_hint_block.0.scale_weight"),
+            "holds input_hint_block.0.scale_weight: numbers of 8 bits with scales of their own",
+        ),
+        (
+            keys_alone("brushnet_mid_block.weight", "up_blocks.0.resnets.0.conv1.weight"),
+            "is a BrushNet, which fills holes by a network of another kind: not supported",
+        ),
+        (
+            keys_alone("lllite_conditioning1.conv1.weight", "lllite_dit_blocks_0_q_proj.down.weight"),
+            "is a control network for a transformer (Wan, Z-Image or another)",
+        ),
+        (keys_alone("blocks.0.self_attn.q.weight", "b"), "is a transformer (Flux, SD3 or another)"),
+        (keys_alone("vision_model.embeddings.class_embedding", "b"), "is CLIP's encoder of pictures: give"),
         (
             keys_alone("image_proj.proj.weight", "ip_adapter.1.to_k_ip.weight"),
             "is an IP-Adapter: give it as --ip",

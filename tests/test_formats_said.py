@@ -9,11 +9,14 @@ from adapter_files import controlnet_of, original_controlnet, residuals, same, s
 from diffusers import T2IAdapter
 from outcomes import Run
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from controlkit.adapters import MAPS, AdapterInfo, load_adapter
+from controlkit.adapters import MAPS, AdapterInfo, MapSpec, load_adapter
 from controlkit.base import Base
+from controlkit.folders import read_header
 from controlkit.formats.adapter_file import open_adapter_file
 from controlkit.formats.description import described_by_others
+from controlkit.formats.hashing import HASH_KEY, tensor_hash
 from controlkit.formats.writing import write_file
 from controlkit.generate_models import Models
 from controlkit.images import load_picture
@@ -143,6 +146,43 @@ def test_what_others_say_by_modelspec_is_told_used_and_kept(
             "modelspec.usage_hint": "white lines"
         } == SPEC
         assert run("info", output).done().count("Ada") == 1
+
+
+def test_what_a_header_says_cannot_steer_the_terminal(network: Any, run: Run, tmp_path: Path) -> None:
+    said = {
+        "title": "a\x1b[31mb\nc",
+        "author": "d\r\x07e",
+        "thumbnail": "data:image/jpeg;base64," + "A" * 5000,
+    }
+    saved(network.state_dict(), tmp_path / "a.safetensors", {f"modelspec.{k}": v for k, v in said.items()})
+    told = run("info", "a.safetensors").done()
+    assert {"title: a [31mb c", "author: d e"} <= set(told.splitlines())
+    assert f"thumbnail: data:image/jpeg;base64,{'A' * 277}… (5,023 letters)" in told
+    run("convert", "a.safetensors", "b.safetensors", "--to", "single", "--dtype", "fp16").done()
+    with safe_open("b.safetensors", "pt") as file:
+        assert file.metadata()["modelspec.thumbnail"] == said["thumbnail"]
+    info = AdapterInfo(map=MapSpec("canny\x1b[2J"))
+    write_file(network, tmp_path / "c.safetensors", layout="single", info=info)
+    assert (
+        "its controlkit description cannot be read: kind must be a word"
+        in run("info", "c.safetensors").refused()
+    )
+
+
+def test_a_hash_may_stand_without_its_beginning(network: Any, tmp_path: Path) -> None:
+    write_file(network, tmp_path / "a.safetensors", layout="single", info=AdapterInfo())
+    header, state = (
+        read_header(tmp_path / "a.safetensors")["__metadata__"],
+        load_file(tmp_path / "a.safetensors"),
+    )
+    save_file(state, tmp_path / "a.safetensors", {**header, HASH_KEY: ""})
+    right = tensor_hash(tmp_path / "a.safetensors").removeprefix("0x").upper()
+    for told in (right, f"0X{right}"):
+        save_file(state, tmp_path / "a.safetensors", {**header, HASH_KEY: told})
+        open_adapter_file(tmp_path / "a.safetensors").check_numbers()
+    save_file(state, tmp_path / "a.safetensors", {**header, HASH_KEY: right[::-1]})
+    with pytest.raises(ValueError, match="its weights are not those it was written with"):
+        open_adapter_file(tmp_path / "a.safetensors").check_numbers()
 
 
 def test_a_family_is_told_by_the_tensors_or_where_they_cannot_tell_by_the_file(

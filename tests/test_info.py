@@ -178,6 +178,7 @@ def test_a_control_lora_is_held_against_its_base(load: Load, models: Path, run: 
     for name, broken, message in (
         ("alone", {k: v for k, v in tensors.items() if k != up}, "has only one of "),
         ("rank", {**tensors, up: tensors[up][:, :1]}, "to_q.up is of rank 1 and its "),
+        ("flat", {**tensors, up.removesuffix("up") + "down": torch.zeros(())}, "to_q.down are no matrices"),
         ("zero", {k: v for k, v in tensors.items() if k != "zero_convs.2.0.weight"}, "lacks "),
     ):
         file = saved(broken, tmp_path / f"{name}.safetensors")

@@ -247,6 +247,25 @@ def test_what_a_pickle_says_and_both_layouts(sd1: Base, home: Path, tmp_path: Pa
     assert all(torch.equal(a, b) for a, b in zip(sum(ours.weights, ()), sum(theirs.weights, ()), strict=True))
 
 
+def test_a_checkpoint_of_the_authors_training_is_read(
+    sd1: Base, home: Path, tmp_path: Path, run: Run
+) -> None:
+    names = {"image_proj": "image_proj_model", "ip_adapter": "adapter_modules"}
+    state = {
+        f"{names[part]}.{key}": tensor
+        for part, tensors in adapter(sd1, "plain").items()
+        for key, tensor in tensors.items()
+    }
+    file = tmp_path / "pytorch_model.bin"
+    torch.save({"unet.conv_in.bias": torch.zeros(16), **state}, file)
+    write_encoder(tmp_path / "image_encoder")
+    ours = picture_prompt(sd1, str(file), [photo(1)])
+    theirs = picture_prompt(sd1, str(home / "sd1-plain.safetensors"), [photo(1)])
+    assert torch.equal(ours.tokens, theirs.tokens)
+    assert all(torch.equal(a, b) for a, b in zip(sum(ours.weights, ()), sum(theirs.weights, ()), strict=True))
+    assert "is an IP-Adapter: give it as --ip-adapter FILE=PICTURE" in run("info", file).refused()
+
+
 @pytest.mark.parametrize("suffix", [".bin", ".pt", ".pth", ".ckpt"])
 def test_pickles_of_every_name_are_read_alone_or_in_their_folder(
     suffix: str, sd1: Base, tmp_path: Path, run: Run
@@ -299,6 +318,11 @@ def changed(parts: dict[str, dict[str, Tensor]], how: str) -> dict[str, dict[str
         return {**parts, "image_proj": {**parts["image_proj"], how.split()[-1]: torch.zeros(8, 8)}}
     if how == "not finite":
         return {**parts, "image_proj": {**parts["image_proj"], "proj.bias": torch.full((128,), torch.nan)}}
+    if how == "whole numbers":
+        return {
+            **parts,
+            "image_proj": {**parts["image_proj"], "proj.bias": torch.ones(128, dtype=torch.int8)},
+        }
     if how == "no projection":
         return {"image_proj": {}, "ip_adapter": attentions}
     if how == "a face":
@@ -353,6 +377,7 @@ def test_the_tensor_at_fault_in_a_projection_is_named(
         ("another family", "was made for another base: its 1.to_k_ip is (8, 12), and the SD1 base"),
         ("fewer attentions", "was made for a base with 2 cross-attentions; the SD1 base"),
         ("not finite", "is damaged: image_proj.proj.bias has numbers that are not finite"),
+        ("whole numbers", "stores image_proj.proj.bias as int8, a quantization that is not supported"),
         ("no projection", "is not an IP-Adapter: it holds no image_proj"),
         ("a face", "is a FaceID adapter"),
         ("an unknown projection", "is none of the IP-Adapters that are known"),

@@ -16,6 +16,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from fakes import faked
 from outcomes import Run
+from safetensors.torch import load_file, save_file
 from sampling_peers import assert_same, cond, controlnet_of, our_latents, pipeline_of
 from test_starting import IMG2IMG, INPAINT, mask, picture, theirs
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -300,6 +301,27 @@ def test_damaged_files(sd1: Base, tmp_path: Path) -> None:
         assert message in refusal(sd1, folder)
     (folder / "config.json").write_text("{")
     assert "is not valid JSON" in refusal(sd1, folder)
+
+
+def test_a_tiny_autoencoder_in_one_file(sd1: Base, tmp_path: Path) -> None:
+    vae = AutoencoderTiny(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4)
+    vae.save_pretrained(tmp_path / "taesd")
+    file = tmp_path / "taesd" / "diffusion_pytorch_model.safetensors"
+    check_vae(str(file))
+    ours, theirs = (with_vae(sd1, str(place)).vae for place in (file, file.parent))
+    assert type(ours) is AutoencoderTiny
+    assert ours.config.scaling_factor == theirs.config.scaling_factor == 1
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    assert all(torch.equal(ours.state_dict()[key], value) for key, value in theirs.state_dict().items())
+    state = load_file(file)
+    half = {key.removeprefix("encoder.layers."): t for key, t in state.items() if key.startswith("encoder.")}
+    save_file(half, tmp_path / "taesd_encoder.safetensors")
+    message = "is no autoencoder: it is a taesd, or one half of it, in its author's names, which are not read"
+    assert message in refusal(sd1, tmp_path / "taesd_encoder.safetensors")
+    save_file({f"encoder.layers.{key}": tensor for key, tensor in half.items()}, file)
+    assert "is no autoencoder as SD1, SD2 and SDXL have it: it holds encoder.layers" in refusal(sd1, file)
+    save_file({key: tensor for key, tensor in state.items() if "encoder.layers.1." not in key}, file)
+    assert "lacks what is encoder.layers.1.conv.0.weight in AutoencoderTiny" in refusal(sd1, file)
 
 
 def test_latents_that_are_not_like_the_bases(sd1: Base, tmp_path: Path) -> None:

@@ -15,7 +15,14 @@ from controlkit.checkpoints import names, structure
 from controlkit.families import FAMILY_TITLES, family_of
 from controlkit.formats import near_misses, recognise
 from controlkit.formats.structure import Config, Shapes, encoder_config
-from controlkit.formats.weight_file import Stored, WeightFile, count_parameters, open_weights, precision
+from controlkit.formats.weight_file import (
+    Stored,
+    WeightFile,
+    check_floats,
+    count_parameters,
+    open_weights,
+    precision,
+)
 from controlkit.naming import first_of
 
 if TYPE_CHECKING:
@@ -44,6 +51,7 @@ _UNKNOWN_TO_US: Mapping[str, str] = {  # keys by which ComfyUI, too, tells how s
 _V_PREDICTION, _ZERO_SNR = "v_pred", "ztsnr"
 _TELLING = f"{names.UNET_PREFIX}output_blocks.11.1.transformer_blocks.0.norm1.bias"
 _MOST_OF_EPSILON = 0.09  # ComfyUI's bound for the spread of that bias, model_detection of SD2
+_SAYING = ("modelspec.prediction_type", "modelspec.predict_key")  # ModelSpec's entry, and ComfyUI's for it
 _V_WORDS = ("v", "v_prediction", "v-prediction")
 _EPSILON_WORDS = ("epsilon", "eps")
 
@@ -163,6 +171,7 @@ def _parts(weights: WeightFile) -> dict[str, dict[str, str]]:
         if part in parts:
             raise ValueError(f"{weights.path} holds its {_TITLES[part]} twice, under two names")
         parts[part] = named(weights, part, prefix, keys)
+        check_floats({key: weights.entries[key] for key in parts[part]}, weights.path)
     if names.TEXT in parts and _is_open_clip(weights.entries):
         parts[names.TEXT] = _without_the_last_layer(parts[names.TEXT])
     return parts
@@ -180,6 +189,8 @@ def named(weights: WeightFile, part: str, prefix: str, keys: Sequence[str]) -> d
         bare = {key.removeprefix(prefix): weights.entries[key] for key in strange}
         if part == names.UNET and (held := near_misses.transformer_in(bare)) is not None:
             raise ValueError(f"{weights.path} is no base: it is {held}")
+        if (scaled := near_misses.scales_in(strange)) is not None:
+            raise ValueError(f"{weights.path} {scaled}")
         raise ValueError(
             f"{weights.path} holds {first_of(strange)}, which no {_TITLES[part]} of SD1, SD2 or SDXL has"
         )
@@ -228,7 +239,7 @@ def _prediction(path: Path, weights: WeightFile, family: str) -> tuple[str, bool
     zero_snr = _ZERO_SNR in weights.entries
     if (beside := _by_the_yaml(path)) is not None:
         return beside, zero_snr, "its .yaml"
-    said = weights.metadata.get("modelspec.prediction_type", "").lower()
+    said = next((weights.metadata[key].lower() for key in _SAYING if key in weights.metadata), "")
     if said in _V_WORDS + _EPSILON_WORDS:
         return _v_or_epsilon(said in _V_WORDS), zero_snr, "its header"
     if _V_PREDICTION in weights.entries:

@@ -32,10 +32,10 @@ from controlkit.formats.structure import (
 )
 from controlkit.formats.structure_others import check_t2i, light_config, t2i_config, xs_config
 from controlkit.formats.weight_file import (
-    FLOATS,
     SUFFIXES,
     Stored,
     WeightFile,
+    check_floats,
     count_parameters,
     open_weights,
     precision,
@@ -314,13 +314,6 @@ def as_loaded(file: AdapterFile, name: str) -> AdapterFile:
     if config["_class_name"] != "ControlNetModel" or not is_as_saved(folder):
         return file
     return replace(file, config={**DEFAULTS, **config}, is_told=True)
-
-
-def check_floats(entries: Mapping[str, Stored], where: Path) -> None:
-    """Raise ValueError for numbers that are no plain floats: somebody's quantization."""
-    for key, entry in entries.items():
-        if entry.dtype not in FLOATS:
-            raise ValueError(f"{where} stores {key} as {entry.dtype}, a quantization that is not supported")
 
 
 def _parts(folder: Path) -> list[Path]:

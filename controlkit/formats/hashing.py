@@ -2,6 +2,7 @@
 
 import hashlib
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,8 +13,8 @@ NO_HASH = f"0x{'0' * 64}"  # stands in the header until the tensors are written
 
 def check_hash(path: Path, metadata: Mapping[str, str]) -> None:
     """Raise ValueError, naming the file, if ``metadata`` knows its tensors' hash and they have another."""
-    known = metadata.get(HASH_KEY, "").lower()
-    if known and known != tensor_hash(path):
+    known = metadata.get(HASH_KEY, "").lower().removeprefix("0x")
+    if known and f"0x{known}" != tensor_hash(path):
         raise ValueError(
             f"{path} is damaged: its weights are not those it was written with (SHA-256); fetch it again"
             f" (or, if a tool changed it and kept the header, remove the header's {HASH_KEY})"
@@ -24,7 +25,7 @@ def check_records(path: Path) -> None:
     """Raise ValueError, naming the file, if a record of torch's archive has another CRC-32 than is written in
     it. What is no archive, or was written without checksums, which are 0 then, is passed over.
     """
-    if not zipfile.is_zipfile(path):
+    if not is_archive(path):
         return
     try:
         with zipfile.ZipFile(path) as archive:
@@ -33,8 +34,25 @@ def check_records(path: Path) -> None:
                 with archive.open(record) as stream:
                     while stream.read(_PIECE):  # compared at its end
                         pass
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, zlib.error) as error:
         raise ValueError(f"{path} is damaged: {str(error).rstrip('.')}; fetch it again") from error
+
+
+def is_archive(path: Path) -> bool:
+    """Whether a file is a zip archive whose table of contents can be found."""
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # a table that tells of several disks
+        return False
+
+
+def archive_names(path: Path) -> list[str]:
+    """The names in a zip archive; none of one whose table of contents is damaged."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.namelist()
+    except (zipfile.BadZipFile, NotImplementedError):
+        return []
 
 
 def tensor_hash(path: Path) -> str:

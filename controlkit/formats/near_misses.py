@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from controlkit.formats.weight_file import Stored
@@ -20,9 +20,10 @@ class Mistake(NamedTuple):
     alike: bool = False
 
 
+_SCALES = re.compile(r"(.*\.)?(scaled_fp8|scale_weight|weight_scale|scale_input|input_scale|comfy_quant)")
 _LATER_FAMILIES = "which is for another family of models: controlkit runs SD1, SD2 and SDXL"
 _TRANSFORMER = Mistake(
-    r"(.*\.)?(double_blocks|joint_blocks|single_transformer_blocks)\.\d",
+    r"(.*\.)?(double_blocks|joint_blocks|single_transformer_blocks)\.\d|blocks\.\d+\.(self_attn|cross_attn)\.",
     f"a transformer (Flux, SD3 or another), {_LATER_FAMILIES}",
 )
 _MISTAKES: tuple[Mistake, ...] = (
@@ -32,8 +33,13 @@ _MISTAKES: tuple[Mistake, ...] = (
         alike=True,  # XLabs' have the original's hint encoder
     ),
     Mistake(
-        r"(vace_blocks|control_layers)\.\d",
+        r"(vace_blocks|control_layers|after_proj_list)\.\d|lllite_(dit|conditioning)",
         f"a control network for a transformer (Wan, Z-Image or another), {_LATER_FAMILIES}",
+    ),
+    Mistake(
+        r"brushnet_(down|mid|up)_block",
+        "a BrushNet, which fills holes by a network of another kind: not supported",
+        alike=True,
     ),
     Mistake(
         r"(.*\.)?(local_adapter|global_adapter)\.",
@@ -66,7 +72,10 @@ _MISTAKES: tuple[Mistake, ...] = (
         r"image_proj\.(perceiver_resampler\.|norm\.weight$)|ip_adapter\..*_lora\.",
         "an IP-Adapter FaceID, which reads faces by another network: not supported",
     ),
-    Mistake(r"(image_proj\.|ip_adapter\.)", "an IP-Adapter: give it as --ip-adapter FILE=PICTURE"),
+    Mistake(
+        r"(image_proj|image_proj_model|ip_adapter|adapter_modules)\.",
+        "an IP-Adapter: give it as --ip-adapter FILE=PICTURE",
+    ),
     Mistake(
         r".*([._](hada_w|lokr_w|oft_|glora|a1\.weight$|b1\.weight$|on_input$)|dora_scale|lora_magnitude_vector)",
         "a LoHa, LoKr, DoRA or another relative of LoRA: only LoRA is supported",
@@ -93,11 +102,31 @@ _MISTAKES: tuple[Mistake, ...] = (
         "the U-Net of a base, without a control network: give an adapter, and the base as --base",
     ),
     Mistake(
+        r"(taesd_(en|de)coder\.)?\d+\.conv\.[024]\.(weight|bias)$",
+        "a taesd, or one half of it, in its author's names, which are not read: give --vae taesd, or the file"
+        " with diffusers' names",
+    ),
+    Mistake(
         r"(first_stage_model\.)?(decoder|quant_conv)\.",
         "a VAE: give it as --vae",
     ),
-    Mistake(r"(text_model\.|cond_stage_model\.|transformer\.text_model\.)", "a text encoder, not an adapter"),
+    Mistake(
+        r"(vision_model\.|visual\.(conv1|transformer)\.)",
+        "CLIP's encoder of pictures: give the folder that holds it as --image-encoder, beside --ip-adapter",
+    ),
+    Mistake(
+        r"(text_model\.|cond_stage_model\.|transformer\.text_model\.|embeddings\.token_embedding\.)",
+        "a text encoder, not an adapter",
+    ),
 )
+
+
+def scales_in(keys: Iterable[str]) -> str | None:
+    """What is wrong with a file of 8-bit numbers with scales beside them, as ComfyUI writes it; else None."""
+    found = next((key for key in keys if _SCALES.fullmatch(key)), None)
+    if found is None:
+        return None
+    return f"holds {found}: numbers of 8 bits with scales of their own, which are not read; give it in fp16"
 
 
 def transformer_in(entries: Mapping[str, Stored]) -> str | None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from controlkit.formats import keys, t2i_keys
-from controlkit.formats.near_misses import mistake_in
+from controlkit.formats.near_misses import mistake_in, scales_in
 from controlkit.formats.weight_file import DIFFERENCE_KEY, LORA_KEY, MARKERS, Stored
 from controlkit.naming import first_of
 
@@ -27,7 +27,6 @@ OF_BASE = ("controlnet-difference", "control-lora")
 """The kinds that are changes to a base: whichever base is at hand makes them whole."""
 UNION_KEY = "task_embedding"  # a row for each kind of map that a ControlNet-Union knows
 
-_SCALED = "scaled_fp8"  # marks a file whose 8-bit numbers are to be multiplied by scales beside them
 _WRAPPED = re.compile(  # before all names: DataParallel, torch.compile, a module that holds the network
     r"((module|_orig_mod|controlnet|ad|model(?!\.diffusion_model\.))\.)+"
 )
@@ -65,11 +64,8 @@ def recognise(entries: Mapping[str, Stored], where: object) -> Recognised:
     """
     unprefixed = {_as_marker(key): entry for key, entry in entries.items()}
     bare = {key: entry for key, entry in unprefixed.items() if not _ASIDE.match(key)} or unprefixed
-    if _SCALED in bare:
-        raise ValueError(
-            f"{where} holds {_SCALED}: numbers of 8 bits with scales of their own, which are not read;"
-            " give it in fp16"
-        )
+    if (scaled := scales_in(bare)) is not None:
+        raise ValueError(f"{where} {scaled}")
     for prefix in _OF_TRAINING:
         if any(key.startswith(prefix) for key in bare):
             return _recognise_below(prefix, bare, where)

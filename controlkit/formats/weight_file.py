@@ -154,6 +154,13 @@ def precision(entries: Mapping[str, Stored]) -> str:
     return found[0] if len(found) == 1 else f"mixed ({', '.join(found)})"
 
 
+def check_floats(entries: Mapping[str, Stored], where: Path) -> None:
+    """Raise ValueError for numbers that are no plain floats: somebody's quantization."""
+    for key, entry in entries.items():
+        if entry.dtype not in FLOATS:
+            raise ValueError(f"{where} stores {key} as {entry.dtype}, a quantization that is not supported")
+
+
 def _is_pickle(start: bytes) -> bool:
     """Whether a file begins as torch's archive or as a bare pickle; a safetensors header is JSON."""
     return len(start) > 8 and start[8:9] != b"{" and (start.startswith(b"PK\x03\x04") or start[:1] == b"\x80")
