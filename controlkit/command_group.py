@@ -18,7 +18,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from controlkit.files import FULL_DISK
-from controlkit.notices import is_out_of_memory
+from controlkit.notices import is_lost_process, is_out_of_memory
 
 GROUPS = {  # of the options of `generate`, in its help
     "What the picture follows": (
@@ -79,6 +79,8 @@ class Commands(TyperGroup):
             name = "" if error.filename is None else f"{str(error.filename)[:_LONGEST]}: "
             _fail(f"{name}{_USERS_ERRORS[error.errno]}")
         except (RuntimeError, MemoryError) as error:
+            if is_lost_process(error):
+                _fail("another one of the processes that share this job has ended: what it said comes first")
             if not is_out_of_memory(error):
                 raise
             _fail(

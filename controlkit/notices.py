@@ -16,6 +16,14 @@ _FULL = (  # what libraries say of a memory that is full, where it is not torch'
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
 )
+_LOST = (  # what gloo and NCCL say where another process, or its machine, has gone
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Connection refused",
+    "Broken pipe",
+    "remote process exited",
+    "Timed out waiting",
+)
 _listener: ContextVar[Callable[[str], None] | None] = ContextVar("listener", default=None)
 
 
@@ -39,6 +47,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _FULL)
+
+
+def is_lost_process(error: BaseException) -> bool:
+    """Whether an error says that another one of the processes that share a job has ended. Needs no torch."""
+    of_torch = type(error).__name__.startswith("Dist") or "gloo" in str(error)  # DistBackendError: NCCL's
+    return isinstance(error, RuntimeError) and of_torch and any(text in str(error) for text in _LOST)
 
 
 def warn(line: str, *, stacklevel: int = 1) -> None:

@@ -559,6 +559,24 @@ def test_a_full_device_is_one_plain_line(run: Run, monkeypatch: pytest.MonkeyPat
     assert "memory is full" in run("generate", "x").refused()
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[../gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:18326"),
+        RuntimeError("[../gloo/transport/tcp/pair.cc:545] Read error: Connection reset by peer"),
+        torch.distributed.DistBackendError("NCCL error: remote process exited or there was a network error"),
+    ],
+)
+def test_a_process_that_has_gone_is_one_plain_line(
+    run: Run, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def plan(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(generate_job, "plan", plan)
+    assert "another one of the processes" in run("generate", "x").refused()
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_behind_stdout_is_one_plain_line(photo: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "controlkit", "preprocess", "canny", str(photo), "-o", "map.png"]
