@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from controlkit import files, images, preprocessors
-from controlkit.picture_files import Captions, Picture, read_jsonl
+from controlkit.picture_files import Captions, Picture, read_jsonl, walked
 from controlkit.preprocess_job import reads_depth
 
 SHEET_ROWS = 12
@@ -243,7 +243,7 @@ def folders_of_maps(sources: Iterable[str]) -> dict[Path, list[Path]]:
     """The folders among sources, and below them, that hold maps made here, and what is no picture in each."""
     found = {}
     for source in sources:
-        for place, folders, names in os.walk(source):
+        for place, folders, names in walked(source):
             folders[:] = [name for name in folders if not name.startswith(".")]
             if RECORD in names:
                 kinds: dict[str, Any] = {}

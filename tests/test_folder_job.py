@@ -466,6 +466,18 @@ def test_a_folder_that_cannot_be_listed_is_named(
     assert outcome.err == "error: the folder photos/space & co cannot be read: Permission denied\n"
 
 
+def test_folders_that_lie_too_deep_are_one_plain_line(
+    photos: Path, preprocess: Preprocess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def walk(*_: object, **__: object) -> None:  # as Python 3.11 does from a thousand folders on
+        raise RecursionError("maximum recursion depth exceeded")
+
+    monkeypatch.setattr(os, "walk", walk)
+    outcome = preprocess("canny", "photos", "-o", "set")
+    assert outcome.code == 2
+    assert outcome.err == "error: photos has more folders in each other than can be looked into\n"
+
+
 def test_a_picture_that_cannot_be_kept_leaves_nothing_behind(
     photos: Path, preprocess: Preprocess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
