@@ -466,6 +466,25 @@ def test_a_folder_that_cannot_be_listed_is_named(
     assert outcome.err == "error: the folder photos/space & co cannot be read: Permission denied\n"
 
 
+def test_a_picture_that_goes_while_its_maps_are_made_is_left_out(
+    photos: Path, preprocess: Preprocess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link = os.link
+
+    def vanish(source: str, target: Path) -> None:
+        if source.endswith("cat.png"):
+            os.unlink(source)
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", vanish)
+    outcome = preprocess("canny", "photos", "-o", "set")
+    assert outcome.code == 1
+    assert "skipped: photos/cat.png cannot be read: No such file or directory" in outcome.err
+    assert set(rows_of(Path("set"))) == {
+        f"images/{n}.png" for n in ("astronaut", "coffee", "space & co/rocket")
+    }
+
+
 def test_folders_that_lie_too_deep_are_one_plain_line(
     photos: Path, preprocess: Preprocess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
