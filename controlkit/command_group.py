@@ -18,7 +18,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from controlkit.files import FULL_DISK
-from controlkit.notices import is_out_of_memory
+from controlkit.notices import is_lost_process, is_out_of_memory
 
 GROUPS = {  # of the options of `generate`, in its help
     "What the picture follows": (
@@ -45,6 +45,10 @@ _USERS_ERRORS = {  # of the system, wherever nobody has said more of them
     **FULL_DISK,
     errno.ENAMETOOLONG: "the name is too long for this system",
     errno.EACCES: "no permission",
+    errno.EPERM: "no permission",
+    errno.EMFILE: "too many files are open: a limit of this user's (ulimit -n)",
+    errno.ENFILE: "too many files are open on this machine",
+    errno.ENOMEM: "the memory is full",
     errno.EROFS: "it can only be read",
     errno.ELOOP: "its links lead in a circle",
     errno.EIO: "the disk reports an error",
@@ -74,11 +78,15 @@ class Commands(TyperGroup):
         except ValueError as error:
             _fail(str(error))
         except OSError as error:
+            if error.errno == errno.ENOENT and not _is_somewhere():
+                _fail("the folder that you are in has been removed: go to another one")
             if error.errno not in _USERS_ERRORS:
                 raise
             name = "" if error.filename is None else f"{str(error.filename)[:_LONGEST]}: "
             _fail(f"{name}{_USERS_ERRORS[error.errno]}")
-        except (RuntimeError, MemoryError) as error:
+        except (RuntimeError, MemoryError, ImportError) as error:
+            if is_lost_process(error):
+                _fail("another one of the processes that share this job has ended: what it said comes first")
             if not is_out_of_memory(error):
                 raise
             _fail(
@@ -117,6 +125,15 @@ def _ending_tidily() -> Iterator[None]:
     finally:
         for number in numbers:
             signal.signal(number, signal.SIG_DFL)
+
+
+def _is_somewhere() -> bool:
+    """Whether the folder in which the command was started is there."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _fail(message: str) -> NoReturn:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from controlkit.files import PathLike
+from controlkit.files import PathLike, refuse_pipe
 from controlkit.pixel_arrays import array_to_rgb, over
 
 DEFAULT_MAX_PIXELS = 89_478_485
@@ -69,6 +69,7 @@ def opened(
 
 def _open_file(name: str) -> io.BufferedReader:
     try:
+        refuse_pipe(name)
         return open(name, "rb")
     except FileNotFoundError as error:
         raise ValueError(f"{name} does not exist") from error

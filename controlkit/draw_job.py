@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -57,7 +58,7 @@ def draw(
     changes = changes or Changes()
     (path,) = arguments.numbered_outputs(output, 1)
     joints = path.with_suffix(".json")
-    is_beside = joints.resolve() == Path(pose).resolve()
+    is_beside = os.path.realpath(joints) == os.path.realpath(pose)  # pathlib raises for links in a circle
     if is_beside and (changes != Changes() or size):
         raise ValueError(f"the changed joints would overwrite {pose}: choose another -o")
     width, height = parse_size(canvas) if canvas else (None, None)

@@ -9,6 +9,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 import uuid
@@ -19,6 +20,7 @@ from typing import Any
 
 PathLike = str | os.PathLike[str]
 
+_HALF_WRITTEN = re.compile(r"\.[0-9a-f]{32}\.tmp")  # as `_temporary_beside` has it
 _START, _SAMPLES, _SAMPLE = 1 << 20, 64, 1 << 14  # bytes, pieces, and bytes of each: see `sampled`
 FULL_DISK: Mapping[int, str] = {  # what the system says where no more can be written
     errno.ENOSPC: "the disk is full",
@@ -133,6 +135,27 @@ def replace_file(path: PathLike) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def one_at_a_time(folder: PathLike) -> Iterator[None]:
+    """Within the block no other process is in such a block for the same folder: one that reads a file there,
+    and writes it anew with more in it, loses nothing that another has added. On a disk without locks, and on
+    Windows, nobody is waited for.
+    """
+    try:
+        import fcntl
+
+        descriptor = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):
+        yield
+        return
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)  # given back when it is closed, and when the process dies
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def cache_folder() -> Path:
     """What is computed once is kept here: $CONTROLKIT_CACHE, or controlkit/ in the user's cache folder.
 
@@ -145,6 +168,15 @@ def cache_folder() -> Path:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "controlkit"
     except RuntimeError as error:
         raise ValueError("this user has no home folder for a cache: name one in CONTROLKIT_CACHE") from error
+
+
+def refuse_pipe(path: PathLike) -> None:
+    """Raise ValueError for a pipe, a socket or a device: what lies among pictures would be waited for without
+    end. Raises OSError where nothing is there.
+    """
+    mode = os.stat(path).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise ValueError(f"{os.fspath(path)} is a pipe, a socket or a device, and a file is wanted")
 
 
 def sha256_file(path: PathLike) -> str:
@@ -183,6 +215,7 @@ def check_writable(path: PathLike, *, folder: bool = False) -> None:
             _refuse_folder(target)
             if target.exists() and not target.is_file():
                 return
+        _refuse_others(target)
         temporary = _temporary_beside(target)
         try:
             _write_new(temporary, b"", durable=False)
@@ -193,6 +226,22 @@ def check_writable(path: PathLike, *, folder: bool = False) -> None:
 def _refuse_folder(target: Path) -> None:
     if target.is_dir():
         raise IsADirectoryError(errno.EISDIR, "it is a folder, a file name is wanted", str(target))
+
+
+def _refuse_others(target: Path) -> None:
+    """Refuse what is somebody else's in a folder such as /tmp, in which everybody may replace their own."""
+    if not (target.exists() and hasattr(os, "geteuid")):
+        return
+    folder = target.parent.stat()
+    if folder.st_mode & stat.S_ISVTX and os.geteuid() not in {0, folder.st_uid, target.stat().st_uid}:
+        raise PermissionError(errno.EPERM, "it is somebody else's, and in this folder it stays", str(target))
+
+
+def is_half_written(name: str) -> bool:
+    """Whether a file's or folder's name is one that things have here until they are complete: such a one is
+    being written, or was when its process died.
+    """
+    return _HALF_WRITTEN.fullmatch(name) is not None
 
 
 def _temporary_beside(target: Path) -> Path:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from controlkit import files, images, preprocessors
-from controlkit.picture_files import Captions, Picture, read_jsonl
+from controlkit.picture_files import Captions, Picture, read_jsonl, walked
 from controlkit.preprocess_job import Beside, outputs_of, reads_depth
 
 SHEET_ROWS = 12
@@ -100,11 +100,12 @@ class MapFolder:
                 folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"cannot make the folder {error.filename}: {error.strerror}") from error
-        maps: dict[str, Any] = {}
-        with suppress(ValueError):  # a damaged one was refused, or is to be overwritten
-            maps = self._record()
-        maps |= {kind: _settings_that_count(self.settings[kind]) for kind in self.kinds}
-        files.write_json(self.place / RECORD, {"maps": maps})
+        with files.one_at_a_time(self.place):
+            maps: dict[str, Any] = {}
+            with suppress(ValueError):  # a damaged one was refused, or is to be overwritten
+                maps = self._record()
+            maps |= {kind: _settings_that_count(self.settings[kind]) for kind in self.kinds}
+            files.write_json(self.place / RECORD, {"maps": maps})
 
     def keep_picture(self, picture: Picture) -> None:
         """Put a picture into the data set: a second name of the same file, or on another disk a copy."""
@@ -115,13 +116,17 @@ class MapFolder:
         try:
             os.link(os.path.realpath(picture.path), temporary)
         except OSError:  # another disk, or one without links
-            files.write_bytes(target, picture.path.read_bytes())
-        else:
+            files.write_bytes(target, _bytes_of(picture.path))
+            return
+        try:
             os.replace(temporary, target)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise ValueError(f"cannot write {target}: {error.strerror}") from error
 
     def write_metadata(self) -> Counts:
         """Write a row for each picture that has all its maps; rows of other pictures stay."""
-        captions, rows, counts = Captions(), self._earlier_rows(), Counts()
+        captions, told, counts = Captions(), dict[str, tuple[Picture, str]](), Counts()
         for picture in self.pictures:
             kept = self.picture_path(picture)
             if self.missing_kinds(picture):
@@ -139,9 +144,12 @@ class MapFolder:
                 continue
             counts.complete += 1
             counts.without_caption += not caption
-            rows[name] = self._row(picture, caption, rows.get(name, {}))
-        lines = [json.dumps(row, ensure_ascii=False) for row in rows.values()]
-        files.write_text(self.place / METADATA, "".join(f"{line}\n" for line in lines))
+            told[name] = picture, caption
+        with files.one_at_a_time(self.place):  # another job may add its kinds, or its pictures
+            rows = self._earlier_rows()
+            rows |= {name: self._row(*what, rows.get(name, {})) for name, what in told.items()}
+            lines = [json.dumps(row, ensure_ascii=False) for row in rows.values()]
+            files.write_text(self.place / METADATA, "".join(f"{line}\n" for line in lines))
         return counts
 
     def write_sheet(self) -> Path | None:
@@ -237,6 +245,13 @@ class Counts:
         self.failed: list[tuple[Path, str]] = []
 
 
+def _bytes_of(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:  # it has gone since its maps were made
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+
+
 def _is_newer(path: Path, time_ns: int) -> bool:
     try:
         status = path.stat()
@@ -268,7 +283,7 @@ def folders_of_maps(sources: Iterable[str]) -> dict[Path, list[Path]]:
     """The folders among sources, and below them, that hold maps made here, and what is no picture in each."""
     found = {}
     for source in sources:
-        for place, folders, names in os.walk(source):
+        for place, folders, names in walked(source):
             folders[:] = [name for name in folders if not name.startswith(".")]
             if RECORD in names:
                 kinds: dict[str, Any] = {}

@@ -109,7 +109,13 @@ class MapPipeline:
             self._write(picture, made)
             decoded.add(made)
         if self._folder.has_pictures:
-            self._folder.keep_picture(picture)
+            try:
+                self._folder.keep_picture(picture)
+            except ValueError as error:
+                if picture.path.exists():  # so that it is the disk that fails
+                    raise
+                decoded.failure = str(error)
+                return decoded
         if any(kind in self._heavy for kind in kinds):
             decoded.pixels = pixels
         return decoded

@@ -15,6 +15,15 @@ _FULL = (  # what libraries say of a memory that is full, where it is not torch'
     "out of memory",  # "CUDA error: out of memory" of what allocates past torch, and other devices' own
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
+    "failed to map segment from shared object",  # a library that is too large to be loaded
+)
+_LOST = (  # what gloo and NCCL say where another process, or its machine, has gone
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Connection refused",
+    "Broken pipe",
+    "remote process exited",
+    "Timed out waiting",
 )
 _listener: ContextVar[Callable[[str], None] | None] = ContextVar("listener", default=None)
 
@@ -38,7 +47,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that a device's memory is full. Needs no torch, which raises most of them."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in _FULL)
+    return isinstance(error, RuntimeError | ImportError) and any(text in str(error) for text in _FULL)
+
+
+def is_lost_process(error: BaseException) -> bool:
+    """Whether an error says that another one of the processes that share a job has ended. Needs no torch."""
+    of_torch = type(error).__name__.startswith("Dist") or "gloo" in str(error)  # DistBackendError: NCCL's
+    return isinstance(error, RuntimeError) and of_torch and any(text in str(error) for text in _LOST)
 
 
 def warn(line: str, *, stacklevel: int = 1) -> None:

@@ -9,7 +9,7 @@ import json
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -63,7 +63,8 @@ def find_pictures(
     argument leads into it. With ``own_names``, pictures that differ in their suffix only keep it in their
     names, and two that would still share one are refused.
 
-    Raises ValueError: an argument stands for nothing, or two pictures would have the same name.
+    Raises ValueError: an argument stands for nothing, a folder cannot be listed, or two pictures would have
+    the same name.
     """
     barred = frozenset(os.path.abspath(path) for path in leave_out)
     found: dict[str, Picture] = {}
@@ -143,7 +144,7 @@ def _files_below(folder: str, barred: frozenset[str], suffixes: frozenset[str]) 
         linked.add(target)
         return True
 
-    for place, folders, names in os.walk(folder, followlinks=True):
+    for place, folders, names in walked(folder, onerror=_refuse_closed, followlinks=True):
         absolute = os.path.abspath(place)
 
         def is_open(name: str, absolute: str = absolute) -> bool:
@@ -153,6 +154,22 @@ def _files_below(folder: str, barred: frozenset[str], suffixes: frozenset[str]) 
         yield from (
             Path(place, name) for name in sorted(filter(is_open, names)) if _is_picture(name, suffixes)
         )
+
+
+def walked(
+    folder: str, *, onerror: Callable[[OSError], object] | None = None, followlinks: bool = False
+) -> Iterator[tuple[str, list[str], list[str]]]:
+    """As `os.walk`, which before Python 3.12 calls itself for each folder in a folder: ValueError, one line,
+    where that is too deep.
+    """
+    try:
+        yield from os.walk(folder, onerror=onerror, followlinks=followlinks)
+    except RecursionError as error:
+        raise ValueError(f"{folder} has more folders in each other than can be looked into") from error
+
+
+def _refuse_closed(error: OSError) -> None:
+    raise ValueError(f"the folder {error.filename} cannot be read: {error.strerror}") from error
 
 
 def _is_picture(name: str, suffixes: frozenset[str]) -> bool:

@@ -53,6 +53,17 @@ def _import_libraries() -> None:
     gc.freeze()
 
 
+def fill_closed_streams() -> None:
+    """Open the null device in place of each standard stream that was closed (`2>&-`): a file of ours would
+    get its number, and what a library prints would be written into it.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free: this one
+
+
 def run_to_the_end(command: Callable[[], None]) -> None:
     """Run a command, which raises SystemExit, and end the process without taking apart what it holds.
 

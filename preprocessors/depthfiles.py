@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from controlkit.decoding import deep_values
-from controlkit.files import PathLike, write_bytes
+from controlkit.files import PathLike, refuse_pipe, write_bytes
 from controlkit.images import DECODE_ERRORS, DEFAULT_MAX_PIXELS, load_picture, orientation
 from controlkit.preprocessors.exr import UnreadKind, read_exr
 
@@ -178,6 +178,7 @@ class _Refused(ValueError):
 
 def _read_bytes(name: str) -> bytes:
     try:
+        refuse_pipe(name)
         with open(name, "rb") as file:
             return file.read()
     except FileNotFoundError as error:

@@ -549,6 +549,7 @@ def test_a_depth_map_is_extracted_for_a_control(run: Run, models: Path, photo: P
         RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         MemoryError("Unable to allocate 2.00 GiB for an array"),
+        ImportError("cv2.abi3.so: failed to map segment from shared object"),
     ],
 )
 def test_a_full_device_is_one_plain_line(run: Run, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
@@ -557,6 +558,24 @@ def test_a_full_device_is_one_plain_line(run: Run, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(generate_job, "plan", plan)
     assert "memory is full" in run("generate", "x").refused()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[../gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:18326"),
+        RuntimeError("[../gloo/transport/tcp/pair.cc:545] Read error: Connection reset by peer"),
+        torch.distributed.DistBackendError("NCCL error: remote process exited or there was a network error"),
+    ],
+)
+def test_a_process_that_has_gone_is_one_plain_line(
+    run: Run, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def plan(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(generate_job, "plan", plan)
+    assert "another one of the processes" in run("generate", "x").refused()
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
@@ -619,6 +638,28 @@ def test_threads_wait_briefly_unless_the_environment_says_else(
     with pytest.raises(SystemExit):
         cli.main()
     assert os.environ.get("GOMP_SPINCOUNT") == expected
+
+
+def test_a_folder_that_is_gone_is_one_plain_line(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    for command in (("generate", "x"), ("preprocess", "canny", str(tmp_path))):
+        assert "the folder that you are in has been removed" in run(*command).refused()
+
+
+def test_no_file_takes_the_place_of_a_stream_that_was_closed(tmp_path: Path) -> None:
+    program = (
+        "import os; os.close(1); os.close(2)\n"
+        "from controlkit.startup import fill_closed_streams; fill_closed_streams()\n"
+        f"number = os.open({str(tmp_path / 'mine')!r}, os.O_CREAT | os.O_WRONLY)\n"
+        "os.write(2, b'what a library prints')\n"
+        "raise SystemExit(number <= 2)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+    assert (tmp_path / "mine").read_bytes() == b""
 
 
 @pytest.mark.parametrize(

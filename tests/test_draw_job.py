@@ -145,3 +145,8 @@ def test_a_map_without_anybody_is_noted(draw: Draw) -> None:
     preprocessors.write_poses("nobody.json", preprocessors.Poses(np.zeros((0, 18, 3)), 64, 64))
     with pytest.warns(UserWarning, match="the openpose map is black"):
         draw_job.draw("nobody.json", output="none.png")
+
+
+def test_links_in_a_circle_are_one_plain_line(draw: Draw) -> None:
+    Path("round.json").symlink_to("round.json")
+    assert draw("round.json").startswith("error: round.json cannot be read: ")

@@ -296,8 +296,9 @@ def test_one_evaluation_at_a_time(evaluated):
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
-def test_a_lock_that_a_kill_left_behind_is_no_other_thing(tmp_path):
+def test_what_a_kill_left_behind_is_no_other_thing(tmp_path):
     (tmp_path / ".lock").write_text("1\n")
+    (tmp_path / f".{'0a' * 16}.tmp").write_text('{"dec')
     assert earlier(Request("world", "tiny", (), tmp_path)) is None
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import resource
 import stat
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -150,6 +151,40 @@ def test_an_interrupt_while_folders_change_places_loses_neither(
     with files.replace_folder(tmp_path / "out") as folder:
         (folder / "a").write_text("newer")
     assert (tmp_path / "out" / "a").read_text() == "newer"
+
+
+def test_somebody_elses_file_in_a_folder_like_tmp_is_refused_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "theirs.png").write_bytes(b"")
+    me = os.geteuid()
+    for mode, who, refused in ((0o1777, me + 1, True), (0o777, me + 1, False), (0o1777, me, False)):
+        tmp_path.chmod(mode)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "geteuid", lambda who=who: who)
+            files.check_writable(tmp_path / "mine.png")
+            if not refused:
+                files.check_writable(tmp_path / "theirs.png")
+                continue
+            with pytest.raises(ValueError, match=r"^cannot write \S+theirs.png: it is somebody else's"):
+                files.check_writable(tmp_path / "theirs.png")
+
+
+def test_one_at_a_time_waits_for_the_one_before(tmp_path: Path) -> None:
+    told: list[str] = []
+
+    def second() -> None:
+        with files.one_at_a_time(tmp_path):
+            told.append("second")
+
+    with files.one_at_a_time(tmp_path):
+        waiting = threading.Thread(target=second)
+        waiting.start()
+        waiting.join(0.2)
+        told.append("first")
+    waiting.join()
+    assert told == ["first", "second"]
+    assert not os.listdir(tmp_path)
 
 
 def test_json_is_readable_and_refuses_not_a_number(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Folders of pictures into data sets: what is written, what is skipped, what goes on after a stop."""
 
+import errno
 import functools
 import json
 import os
@@ -7,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import unicodedata
 from collections.abc import Callable
@@ -20,10 +22,11 @@ from PIL import Image
 from skimage import data
 from typer.testing import CliRunner
 
-from controlkit import folder_job, images, known_adapters, preprocessors
+from controlkit import files, folder_job, images, known_adapters, preprocessors
 from controlkit.cli import app
 from controlkit.picture_files import Captions, find_pictures, read_jsonl
 from controlkit.preprocessors import write_depth_png16
+from controlkit.silence import Silent
 
 NAMES = ("astronaut", "coffee", "cat", "rocket")
 
@@ -441,6 +444,99 @@ def test_a_kill_between_the_maps_and_their_picture_loses_no_pair(
     assert "4 pictures complete" in outcome.out
     assert Path("set/metadata.jsonl").read_text() == whole
     assert picture.is_file()
+
+
+def test_jobs_that_end_at_once_keep_each_others_rows(photos: Path, preprocess: Preprocess) -> None:
+    preprocess("canny", "photos", "-o", "set")
+    edges_alone = rows_of(Path("set"))
+    job = folder_job.plan(["softedge"], ["photos"], {}, output="set")
+    with files.one_at_a_time("set"):  # another job, that has read what is there, and adds to it
+        other = threading.Thread(target=folder_job.run, args=(job, Silent()))
+        other.start()
+        other.join(1.0)
+        rows = [{**row, "depth_file_name": "depth/a.png"} for row in edges_alone.values()]
+        Path("set/metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    other.join()
+    wanted = {"canny_file_name", "depth_file_name", "softedge_file_name"}
+    assert all(wanted <= row.keys() for row in rows_of(Path("set")).values())
+    record = json.loads(Path("set/preprocess.json").read_text())
+    assert set(record["maps"]) == {"canny", "softedge"}
+
+
+def test_a_pipe_among_pictures_is_named_and_not_waited_for(photos: Path, preprocess: Preprocess) -> None:
+    os.mkfifo("photos/pipe.png")
+    # were it waited for, this lets it go
+    writer = threading.Timer(20, lambda: os.close(os.open("photos/pipe.png", os.O_WRONLY | os.O_NONBLOCK)))
+    writer.start()
+    outcome = preprocess("canny", "photos", "-o", "set")
+    writer.cancel()
+    assert outcome.code == 1
+    assert "skipped: photos/pipe.png is a pipe, a socket or a device, and a file is wanted" in outcome.err
+    assert "4 pictures complete, 1 without a caption, 1 FAILED" in outcome.out
+
+
+def test_a_folder_that_cannot_be_listed_is_named(
+    photos: Path, preprocess: Preprocess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = os.scandir
+
+    def scandir(path: str) -> object:
+        if str(path).endswith("space & co"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    outcome = preprocess("canny", "photos", "-o", "set")
+    assert outcome.code == 2
+    assert outcome.err == "error: the folder photos/space & co cannot be read: Permission denied\n"
+
+
+def test_a_picture_that_goes_while_its_maps_are_made_is_left_out(
+    photos: Path, preprocess: Preprocess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link = os.link
+
+    def vanish(source: str, target: Path) -> None:
+        if source.endswith("cat.png"):
+            os.unlink(source)
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", vanish)
+    outcome = preprocess("canny", "photos", "-o", "set")
+    assert outcome.code == 1
+    assert "skipped: photos/cat.png cannot be read: No such file or directory" in outcome.err
+    assert set(rows_of(Path("set"))) == {
+        f"images/{n}.png" for n in ("astronaut", "coffee", "space & co/rocket")
+    }
+
+
+def test_folders_that_lie_too_deep_are_one_plain_line(
+    photos: Path, preprocess: Preprocess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def walk(*_: object, **__: object) -> None:  # as Python 3.11 does from a thousand folders on
+        raise RecursionError("maximum recursion depth exceeded")
+
+    monkeypatch.setattr(os, "walk", walk)
+    outcome = preprocess("canny", "photos", "-o", "set")
+    assert outcome.code == 2
+    assert outcome.err == "error: photos has more folders in each other than can be looked into\n"
+
+
+def test_a_picture_that_cannot_be_kept_leaves_nothing_behind(
+    photos: Path, preprocess: Preprocess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    renamed = os.replace
+
+    def replace(source: Path, target: Path) -> None:
+        if "images" in Path(target).parts:
+            raise OSError(errno.EIO, "Input/output error", str(source))
+        renamed(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    outcome = preprocess("canny", "photos", "-o", "set")
+    assert outcome.code == 2
+    assert "error: cannot write set/images/" in outcome.err
+    assert not list(Path("set").rglob(".*.tmp"))
 
 
 def test_a_killed_job_goes_on(photos: Path, preprocess: Preprocess) -> None:

@@ -92,8 +92,10 @@ def interrupted(
         kill(process)
         killed += 1
         in_a_save += bool(list((folder / "checkpoints").glob(".*.tmp")))
+    (folder / "samples").mkdir(exist_ok=True)
+    (folder / "samples" / f".{'0a' * 16}.tmp").write_bytes(b"")  # as a kill in the middle of a picture
     until_finished(path, place / "cache", after=killed, sampled_in=sampled_in)
-    assert not list((folder / "checkpoints").glob(".*")), "what was half written is cleared away"
+    assert not list(folder.rglob(".*")), "what was half written is cleared away"
     return killed, in_a_save
 
 

@@ -16,10 +16,9 @@ from typing import Any
 
 import torch
 
-from controlkit.files import replace_folder, sha256_file
+from controlkit.files import is_half_written, replace_folder, sha256_file
 
 _NAME = re.compile(r"step-(\d{6,})")
-_HALF_WRITTEN = re.compile(r"\.[0-9a-f]{32}\.tmp")  # as controlkit.files names them
 _FILES = ("weights.safetensors", "optimizer.safetensors", "state.json")
 Tensors = dict[str, torch.Tensor]
 
@@ -101,7 +100,7 @@ def clear(folder: Path) -> None:
     it.
     """
     for path in folder.iterdir() if folder.is_dir() else ():
-        if not _HALF_WRITTEN.fullmatch(path.name):
+        if not is_half_written(path.name):
             continue
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)

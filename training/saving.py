@@ -126,7 +126,7 @@ def restore(run: Run) -> None:
     Raises ValueError where that one does not fit what the recipe makes now.
     """
     if run.machine.processes.is_first:
-        for place in (run.folder, run.folder / "checkpoints"):
+        for place in (run.folder, run.folder / "checkpoints", run.folder / "samples"):
             clear(place)
     checkpoint, refused = load_latest(run.folder / "checkpoints")
     for line in refused:

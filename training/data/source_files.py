@@ -199,7 +199,8 @@ def walk(folder: Path, root: Path, *, run: Callable[[str], None] = lambda _: Non
 
 def is_run(folder: Path) -> bool:
     """Whether a folder is a training's, whose samples and sheets are no pictures to train on."""
-    return (folder / "config.toml").is_file() and any((folder / name).exists() for name in _OF_RUN)
+    # of a folder that may not be entered pathlib raises, before whoever lists it can say so
+    return os.path.isfile(folder / "config.toml") and any(os.path.exists(folder / name) for name in _OF_RUN)
 
 
 def read_caption(piece: Piece) -> str:

@@ -42,7 +42,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 def is_saved(folder: Path) -> bool:
     """Whether a folder was written by save_to_disk."""
-    return any((folder / name).is_file() for name in _SAVED)
+    return any(os.path.isfile(folder / name) for name in _SAVED)  # pathlib raises where it may not look
 
 
 def is_hub_id(source: str) -> bool:

@@ -22,6 +22,7 @@ from controlkit.base import Base, load_base
 from controlkit.devices import pick_device
 from controlkit.picture_sizes import MOST_CUT
 from controlkit.processes import Processes
+from controlkit.training.checkpoints import clear
 from controlkit.training.evaluation import request as requests
 from controlkit.training.evaluation.arms import Arm, arms_of
 from controlkit.training.evaluation.estimating import (
@@ -111,6 +112,7 @@ def _evaluate(request: Request, processes: Processes, held: ExitStack, report: R
     if processes.is_first:
         request.output.mkdir(exist_ok=True)
         held.enter_context(locked(request.output, what="evaluation", instead="another -o"))
+        clear(request.output)
         _begin(request, base, held_out, options)
     processes.wait()
     rows = Rows(request.output, processes.index)

@@ -152,7 +152,8 @@ def earlier(request: Request) -> dict[str, Any] | None:
     """
     path = request.output / "settings.json"
     if not path.is_file():
-        if request.output.is_dir() and any(file.name != lock.NAME for file in request.output.iterdir()):
+        held_there = os.listdir(request.output) if request.output.is_dir() else []
+        if any(name != lock.NAME and not files.is_half_written(name) for name in held_there):
             raise ValueError(f"{request.output} is there and holds no evaluation: choose another -o")
         return None
     try:
