@@ -26,6 +26,7 @@ from PIL import Image
 from controlkit import png
 from controlkit.decoding import DECODE_ERRORS as DECODE_ERRORS
 from controlkit.decoding import DEFAULT_MAX_PIXELS as DEFAULT_MAX_PIXELS
+from controlkit.decoding import deep_values as deep_values
 from controlkit.decoding import image_to_rgb, one_line, opened, upright
 from controlkit.decoding import orientation as orientation
 from controlkit.files import PathLike, write_bytes

@@ -16,9 +16,8 @@ import cv2
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from controlkit.decoding import deep_values
 from controlkit.files import PathLike, refuse_pipe, write_bytes
-from controlkit.images import DECODE_ERRORS, DEFAULT_MAX_PIXELS, load_picture, orientation
+from controlkit.images import DECODE_ERRORS, DEFAULT_MAX_PIXELS, deep_values, load_picture, orientation
 from controlkit.preprocessors.exr import UnreadKind, read_exr
 
 if TYPE_CHECKING:
