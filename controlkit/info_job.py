@@ -149,7 +149,7 @@ def how_to_use_file(file: AdapterFile, name: str, base: str | None) -> str:
     at_once = bool(kinds_at_once(file.info.map, is_union=file.kind == "controlnet-union"))
     if not at_once and file.info.map.channels not in (1, 3):
         return f"from Python: its maps have {file.info.map.channels} channels"
-    return how_to_use(file.info.map.kind or "KIND", name, where, at_once=at_once)
+    return how_to_use(_printable(file.info.map.kind) or "KIND", name, where, at_once=at_once)
 
 
 def _own_base(file: AdapterFile) -> str:

@@ -217,8 +217,6 @@ def _check_types(info: AdapterInfo) -> None:
             value = getattr(thing, name)
             if not isinstance(value, wanted) or isinstance(value, bool):
                 raise TypeError(f"{name} must be a {wanted.__name__}")
-    if not info.map.kind.isprintable():
-        raise TypeError("kind must be a word")
     if info.map.channels < 1:
         raise TypeError("channels must be 1 or more")
     if not all(isinstance(value, int | float) for value in info.map.range):
