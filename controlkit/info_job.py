@@ -27,7 +27,7 @@ from controlkit.formats.adapter_file import (
     open_adapter_file,
 )
 from controlkit.formats.description import INPAINT, AdapterInfo, kinds_at_once, map_in_words
-from controlkit.formats.expected import is_whole
+from controlkit.formats.expected import count_unchanged, is_whole
 from controlkit.formats.finding import find_adapter_file
 from controlkit.formats.fitting import EITHER, BaseStructure, check_kind_fits
 from controlkit.formats.recognise import KINDS, OF_BASE
@@ -59,6 +59,10 @@ def describe(name: str, *, base: str | None = None) -> list[str]:
         return [*lines, "controlkit does not run this kind"]
     if file.kind in OF_BASE:
         lines.append("its weights are changes to its base's: other software needs that base, too")
+    if file.kind == "controlnet-difference" and (count := count_unchanged(file)):
+        lines.append(
+            f"it leaves out {count} tensor{'s' if count > 1 else ''}, which are the base's unchanged"
+        )
     if is_pooled_by_name(file):
         lines.append(f"{POOLED_BY_NAME}; --control or --map with another kind decides otherwise")
     why_not = _misfit(file, structure, name)

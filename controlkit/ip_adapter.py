@@ -38,10 +38,8 @@ if TYPE_CHECKING:
 
 USUAL_FILE = "ip-adapter_sd15.safetensors"  # in a folder that holds several
 ENCODER = "image_encoder"  # the folder of the picture encoder, beside the file's or in a folder beside that
-_OF_TRAINING = {
-    "image_proj_model": "image_proj",
-    "adapter_modules": "ip_adapter",
-}  # as its authors' code saves it
+# the names that its authors' training gives the two parts
+_OF_TRAINING = {"image_proj_model": "image_proj", "adapter_modules": "ip_adapter"}
 _HUB_FOLDERS = ("models", "sdxl_models")  # of h94/IP-Adapter, which hold the two encoders
 
 

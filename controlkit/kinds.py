@@ -137,8 +137,9 @@ class _T2I(Kind):
         """
         check_channels(self.channels(network), controlnet_cond)
         height, width = (-side % network.downscale_factor for side in controlnet_cond.shape[-2:])
-        whole = nn.functional.pad(controlnet_cond, (0, width, 0, height), mode="replicate")
-        return tuple(network(whole.to(network.device, network.dtype)))
+        if height or width:
+            controlnet_cond = nn.functional.pad(controlnet_cond, (0, width, 0, height), mode="replicate")
+        return tuple(network(controlnet_cond.to(network.device, network.dtype)))
 
     def residuals(self, network: Any, *_: Any, hint: Hint, **__: Any) -> Residuals:
         return Residuals(inner=hint)

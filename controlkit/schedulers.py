@@ -27,6 +27,13 @@ PURE_NOISE = (
 _PLAIN: Mapping[str, Any] = {f"use_{spacing}_sigmas": False for spacing in ("karras", "exponential", "beta")}
 """Noise levels are spaced in another way only where the name says so, whatever a base's file does."""
 _DPM: Mapping[str, Any] = {**_PLAIN, "use_lu_lambdas": False, "solver_order": 2}
+_UNIPC: Mapping[str, Any] = {  # diffusers' own; with others of a base's file some end in NaN
+    **_PLAIN,
+    "predict_x0": True,
+    "solver_type": "bh2",
+    "solver_order": 2,
+    "lower_order_final": True,
+}
 SCHEDULERS: Mapping[str, tuple[str, dict[str, Any]]] = {  # our name -> (diffusers' class, what it is set to)
     "ddim": ("DDIMScheduler", {"clip_sample": False}),
     "ddpm": ("DDPMScheduler", {"clip_sample": False}),
@@ -39,7 +46,7 @@ SCHEDULERS: Mapping[str, tuple[str, dict[str, Any]]] = {  # our name -> (diffuse
         {**_DPM, "algorithm_type": "dpmsolver++", "use_karras_sigmas": True},
     ),
     "dpm++-sde": ("DPMSolverMultistepScheduler", {**_DPM, "algorithm_type": "sde-dpmsolver++"}),
-    "unipc": ("UniPCMultistepScheduler", {**_PLAIN}),
+    "unipc": ("UniPCMultistepScheduler", {**_UNIPC}),
     "heun": ("HeunDiscreteScheduler", {**_PLAIN, "clip_sample": False}),
     "lms": ("LMSDiscreteScheduler", {**_PLAIN}),
     "lcm": ("LCMScheduler", {"clip_sample": False}),

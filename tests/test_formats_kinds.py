@@ -1,6 +1,7 @@
 """The other kinds of adapter files: differences, whole checkpoints, T2I, Union, XS, and what is not run."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,31 @@ def test_a_difference_with_diffusers_keys_is_one(load: Load, tmp_path: Path) -> 
     file = saved({**state, "difference": torch.ones(1)}, tmp_path / "a.safetensors")
     assert open_adapter_file(file).kind == "controlnet-difference"
     assert is_same(load_adapter(str(file), base=base).controlnet, network)
+
+
+def test_a_difference_need_not_hold_what_has_not_changed(
+    load: Load, models: Path, run: Run, tmp_path: Path
+) -> None:
+    """As sd-webui-controlnet's extract_controlnet_diff.py writes them."""
+    base = load("sd1")
+    network = controlnet_of(base, seed=3)  # whose copy has not been trained
+    with torch.no_grad():
+        network.mid_block.resnets[0].conv1.weight.add_(0.1)
+        network.down_blocks[0].resnets[0].norm1.bias.sub_(0.1)
+    held = difference(network, base)
+    same = [key for key, tensor in held.items() if tensor.abs().max() < 1e-6]
+    left_out = {key for key in same if re.search(r"\.bias$|norm|attn1|\.ff\.|to_v|to_out", key)}
+    whole = saved(held, tmp_path / "whole.safetensors")
+    file = saved({k: v for k, v in held.items() if k not in left_out}, tmp_path / "changes.safetensors")
+    assert len(left_out) > 100
+    loaded = load_adapter(str(file), base=base).controlnet
+    assert is_same(loaded, load_adapter(str(whole), base=base).controlnet)
+    own, of_base = loaded.state_dict(), base.unet.state_dict()
+    assert not any(own[key].data_ptr() == of_base[key].data_ptr() for key in own if key in of_base)
+    for base_of in ((), ("--base", models / "sd1")):
+        told = run("info", file, *base_of).done()
+        assert f"it leaves out {len(left_out)} tensors, which are the base's unchanged" in told
+        assert "no, " not in told
 
 
 @pytest.mark.parametrize("wrapped", [False, True])

@@ -89,6 +89,8 @@ def test_a_schedulers_name_holds_whatever_the_bases_file_says(sd1: Base, name: s
     says: dict[str, Any] = {"clip_sample": True}  # latents are no pixels
     if name.startswith("dpm++"):
         says |= {"algorithm_type": "dpmsolver", "solver_order": 3}
+    if name == "unipc":
+        says |= {"predict_x0": False, "solver_type": "bh1", "lower_order_final": False, "solver_order": 3}
     told = replace(sd1, scheduler_config={**sd1.scheduler_config, **stays, **says, spacing: True})
     made = sampling.make_scheduler(name, told)
     known = inspect.signature(type(made).__init__).parameters
@@ -99,6 +101,8 @@ def test_a_schedulers_name_holds_whatever_the_bases_file_says(sd1: Base, name: s
         meant |= {"algorithm_type": solver, "solver_order": 2, "use_karras_sigmas": karras}
     if name == "pndm":
         meant["skip_prk_steps"] = True
+    if name == "unipc":
+        meant |= {"predict_x0": True, "solver_type": "bh2", "lower_order_final": True, "solver_order": 2}
     theirs = type(made).from_config(told.scheduler_config, **meant)
     assert {key: made.config[key] for key in known if key in made.config} == {
         key: theirs.config[key] for key in known if key in theirs.config

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from controlkit.formats import control_lora
 from controlkit.formats.adapter_file import AdapterFile
-from controlkit.formats.recognise import KINDS, OF_BASE
+from controlkit.formats.expected import COPIED
+from controlkit.formats.recognise import KINDS
 from controlkit.formats.structure import (
     IN_NO_SHAPE,
     MODULES,
@@ -47,6 +48,8 @@ _REFUSALS = (
 )
 Made = TypeVar("Made")
 Builder = Callable[[AdapterFile, "UNet2DConditionModel | None"], nn.Module]
+LeftOut = Callable[[str, Tensor], Tensor | None]
+"""What stands for a tensor that a file leaves out, by its name and the network's own; None: nothing does."""
 
 
 def build_network(
@@ -89,7 +92,8 @@ def check_whole(file: AdapterFile, base: Mapping[str, Any] | None, *, name: str 
             _plainly(file, lambda: control_lora.check_pairs(hollow.tensors()))
         else:  # no shape depends on how many heads and groups there are, as long as they divide it
             any_base: Any = SimpleNamespace(config={"attention_head_dim": 1, "norm_num_groups": 1})
-            (_plain if file.kind in OF_BASE else BUILDERS[file.kind])(hollow, any_base)
+            builder = _plain_difference if file.kind == "controlnet-difference" else BUILDERS[file.kind]
+            builder(hollow, any_base)
 
 
 def _hollow_unet(config: Mapping[str, Any], name: str) -> UNet2DConditionModel:
@@ -138,7 +142,12 @@ def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
 
 
 def assemble(
-    class_name: str, config: Mapping[str, Any], state: Mapping[str, Tensor], where: object
+    class_name: str,
+    config: Mapping[str, Any],
+    state: Mapping[str, Tensor],
+    where: object,
+    *,
+    left_out: LeftOut | None = None,
 ) -> nn.Module:
     """A network of diffusers' class with these tensors. Raises ValueError unless they are exactly its own."""
     cls = getattr(importlib.import_module(MODULES.get(class_name, "diffusers")), class_name)
@@ -148,6 +157,8 @@ def assemble(
     except _REFUSALS as error:
         raise ValueError(f"{where}: cannot build {class_name} of its sizes: {error}") from error
     wanted = network.state_dict()
+    given = {key: left_out(key, own) for key, own in wanted.items() if key not in state} if left_out else {}
+    state = {**state, **{key: tensor for key, tensor in given.items() if tensor is not None}}
     state = {key: _projection(tensor, wanted.get(key)) for key, tensor in state.items()}
     check_coverage({key: tuple(tensor.shape) for key, tensor in wanted.items()}, state, class_name, where)
     network.load_state_dict(state, assign=True)
@@ -183,18 +194,28 @@ def _projection(tensor: Tensor, wanted: Tensor | None) -> Tensor:
     return tensor.reshape(wanted.shape) if same and {tensor.ndim, wanted.ndim} == {2, 4} else tensor
 
 
-def _plain(file: AdapterFile, unet: UNet2DConditionModel | None) -> nn.Module:
+def _plain(
+    file: AdapterFile, unet: UNet2DConditionModel | None, *, left_out: LeftOut | None = None
+) -> nn.Module:
     assert file.class_name is not None
     config = full_config(file, None if unet is None else unet.config)
-    return assemble(file.class_name, config, file.tensors(), file.path)
+    return assemble(file.class_name, config, file.tensors(), file.path, left_out=left_out)
+
+
+def _plain_difference(file: AdapterFile, unet: UNet2DConditionModel | None) -> nn.Module:
+    """A difference by itself, whose base is not at hand."""
+    return _plain(file, unet, left_out=lambda key, own: own if key.startswith(COPIED) else None)
 
 
 def _difference(file: AdapterFile, unet: UNet2DConditionModel | None) -> nn.Module:
-    """Values that are added to those of the base's encoder, as sd-webui-controlnet and ComfyUI do."""
+    """Values that are added to those of the base's encoder, as sd-webui-controlnet and ComfyUI do.
+
+    What sd-webui-controlnet's extract_controlnet_diff.py finds unchanged it leaves out.
+    """
     assert file.class_name is not None
-    base = _state_of(unet, file).items()
+    base = _state_of(unet, file)
     state = file.tensors()
-    for key, tensor in base:
+    for key, tensor in base.items():
         if key in state:
             # A base that fills holes sees more besides the latents, which come first.
             own = tensor[:, : state[key].shape[1]] if key == "conv_in.weight" else tensor
@@ -207,7 +228,13 @@ def _difference(file: AdapterFile, unet: UNet2DConditionModel | None) -> nn.Modu
                 state[key].shape
             )
     config = full_config(file, None if unet is None else unet.config)
-    return assemble(file.class_name, config, state, file.path)
+    device = next(iter(state.values())).device
+
+    def unchanged(key: str, _: Tensor) -> Tensor | None:
+        is_copied = key.startswith(COPIED) and key in base
+        return base[key].to(device, torch.float32, copy=True) if is_copied else None
+
+    return assemble(file.class_name, config, state, file.path, left_out=unchanged)
 
 
 def _control_lora(file: AdapterFile, unet: UNet2DConditionModel | None) -> nn.Module:

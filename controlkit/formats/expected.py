@@ -61,6 +61,12 @@ def is_whole(file: AdapterFile, unet: Mapping[str, Any] | None) -> bool:
     return False
 
 
+def count_unchanged(file: AdapterFile) -> int:
+    """How many tensors a difference leaves out since they are its base's; 0 where that is not known."""
+    wanted = controlnet_tensors(_as_told(file)) or {}
+    return sum(key.startswith(COPIED) and key not in file.entries for key in wanted)
+
+
 def _as_told(file: AdapterFile) -> Mapping[str, Any]:
     """A file's configuration: of one that is told, what it leaves out is diffusers' default."""
     return {**_LEFT_OUT, **file.config} if file.is_told else file.config
