@@ -60,9 +60,8 @@ def describe(name: str, *, base: str | None = None) -> list[str]:
     if file.kind in OF_BASE:
         lines.append("its weights are changes to its base's: other software needs that base, too")
     if file.kind == "controlnet-difference" and (count := count_unchanged(file)):
-        lines.append(
-            f"it leaves out {count} tensor{'s' if count > 1 else ''}, which are the base's unchanged"
-        )
+        left_out = "a tensor, which is" if count == 1 else f"{count} tensors, which are"
+        lines.append(f"it leaves out {left_out} the base's unchanged")
     if is_pooled_by_name(file):
         lines.append(f"{POOLED_BY_NAME}; --control or --map with another kind decides otherwise")
     why_not = _misfit(file, structure, name)
