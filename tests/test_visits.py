@@ -343,6 +343,36 @@ def test_a_pose_on_a_canvas_of_another_size_or_of_none() -> None:
         assert (drawn != expected).any(axis=2).mean() < 0.003  # 0.3 pixels apart on the larger canvas
 
 
+def test_joints_are_missing_and_elsewhere_at_each_visit_and_in_what_is_shown_they_are_not() -> None:
+    content = json.dumps(poses_to_json(standing())).encode()
+    expected = draw_poses(standing().people, 400, 343)
+    dropped, jittered = (
+        visits_of(content, kind="openpose", **moved) for moved in ({"pose_drop": 0.3}, {"pose_jitter": 3.0})
+    )
+    wrist, absent, places = COLOURS[4], 0, []
+    for seed in range(200):
+        seen_without, moved = (visits.map(0, WHOLE, seed=seed) for visits in (dropped, jittered))
+        absent += not (seen_without == wrist).all(axis=2).any()
+        places.append(np.argwhere((moved == wrist).all(axis=2)).mean(axis=0)[::-1])
+        assert np.array_equal(moved, jittered.map(0, WHOLE, seed=seed))
+    assert 0.2 < absent / 200 < 0.4
+    off = np.array(places) - standing().people[0, 4, :2]
+    assert np.allclose(off.mean(axis=0), 0, atol=0.8)
+    assert np.allclose(off.std(axis=0), 3, atol=0.6)
+    for visits in (dropped, jittered):
+        assert not visits.fixed
+        assert np.array_equal(visits.map(0, WHOLE, seed=7, whole=True), expected)
+    assert visits_of(content, kind="openpose").fixed
+
+
+def test_only_joints_can_be_missing() -> None:
+    drawn = encoded(Image.fromarray(draw_poses(standing().people, 400, 343)))
+    with pytest.raises(ValueError, match=r"change the joints of poses as JSON; map0\.bin is none"):
+        visits_of(drawn, kind="openpose", pose_drop=0.1)
+    with pytest.raises(ValueError, match="poses as JSON; here the maps are made of the pictures"):
+        visits_of(kind="canny", pose_jitter=1.0)
+
+
 @pytest.mark.parametrize(
     ("columns", "is_used"), [(("keypoints", "edges"), True), (("depth", "normals"), False)]
 )

@@ -71,6 +71,12 @@ class DataRecipe(Table):
     """Share of visits whose map is blurred (spread 0.4 to 2 pixels): estimators draw softer depth than
     renderers.
     """
+    pose_drop: Probability = 0.0
+    """Of poses as JSON: with which probability each head, arm and leg is left out of what a visit sees."""
+    pose_jitter: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)] = 0.0
+    """Of poses as JSON: by how many pixels joints are off at a visit (the standard deviation), a hand with
+    its wrist, a face with its nose. Shown and scored pairs keep every joint in its place.
+    """
     caption: str = ""
     """Caption of pictures that have none."""
     resolution: Side = 0

@@ -153,6 +153,8 @@ FIXED: dict[str, Any] = {
     "data.maps": "files",
     "data.map_mode": "rgb",
     "data.map_blur": 0.0,
+    "data.pose_drop": 0.0,
+    "data.pose_jitter": 0.0,
     "data.buckets": False,
     "data.crop": "centre",
     "data.flip": 0.0,

@@ -144,8 +144,11 @@ class Encoded:
         view = self.visits.views(turn.index)[visit.view]
         return Outline(self.examples[turn.index], visit, view, self.visits.sizes[turn.index])
 
-    def sample(self, turn: Turn) -> Sample:
-        """What a turn sees. Reads and prepares, and computes nothing on a device: threads may call it."""
+    def sample(self, turn: Turn, *, whole: bool = False) -> Sample:
+        """What a turn sees. Reads and prepares, and computes nothing on a device: threads may call it.
+
+        whole: see `Visits.map`.
+        """
         seen = self.outline(turn)
         moments = picture = None
         if self._latents is None:
@@ -153,7 +156,8 @@ class Encoded:
         else:
             moments = self.kept_moments(turn.index, seen.view)
         if self._latents is None or self._maps is None:
-            levels = self.visits.map(turn.index, seen.view, seed=seen.visit.seed, picture=picture)
+            seed = seen.visit.seed
+            levels = self.visits.map(turn.index, seen.view, seed=seed, picture=picture, whole=whole)
         else:
             levels = self.kept_map(turn.index, seen.view)
         return Sample(seen.example, seen.visit, seen.view, seen.size, moments, picture, levels)

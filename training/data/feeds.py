@@ -141,5 +141,5 @@ def maps_of(encoded: Encoded, indices: list[int]) -> list[NDArray[np.uint8]]:
     """The maps of some pairs at their first visit, where they are RGB pictures."""
     if encoded.visits.channels != 3:
         return []
-    maps = [encoded.sample(Turn(index, 0)).levels for index in indices]
+    maps = [encoded.sample(Turn(index, 0), whole=True).levels for index in indices]
     return [cast("NDArray[np.uint8]", levels) for levels in maps if levels.dtype == np.uint8]

@@ -97,8 +97,8 @@ def open_resident(
         if wanted is True:
             raise ValueError(
                 "data.resident=true keeps what the cache holds on the device: it needs data.cache=true, maps"
-                " that do not change from visit to visit (no ranges in data.options, data.map_blur=0) and no"
-                " data.streaming"
+                " that do not change from visit to visit (no ranges in data.options, no data.map_blur,"
+                " pose_drop or pose_jitter) and no data.streaming"
             )
         return None
     if wanted == "auto":

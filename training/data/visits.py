@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 _BLUR = (0.4, 2.0)  # pixels, the ends of the spread of map_blur
 FARTHEST_ASPECT = 1.1
 """Of a map's aspect to its picture's; annotators stretch maps to multiples of 64, which is less than this."""
+_OF_JOINTS = "data.pose_drop and data.pose_jitter change the joints of poses as JSON"
 _COLOURED = {"normal", "normalbae", "openpose", "shuffle"}
 
 
@@ -55,13 +56,14 @@ class Visits:
     bits has its own range as black to white, near is white; ``data.options`` may hold ``metric`` (values grow
     with the distance) and ``fill`` (holes are filled from around them). Poses as JSON are scaled, cut and
     mirrored as joints and drawn at the final size, with limbs running out of the picture; ``data.options``
-    may hold ``style``; those of the kind's preprocessor have no use then. Mirrored normals change red;
+    may hold ``style``; those of the kind's preprocessor have no use then. ``data.pose_drop`` and
+    ``data.pose_jitter`` leave out and move joints, drawn from the visit's seed. Mirrored normals change red;
     mirrored drawings of poses exchange the colours of left and right. Where several maps are stacked, each
     one's column says what it is (a name with "depth", "normal" or "pose" in it); else ``kind`` does.
 
     Raises:
-        ValueError: one line: an unknown kind of map to be made, an unknown option, a map that is missing, or
-            one that cannot be mirrored.
+        ValueError: one line: an unknown kind of map to be made, an unknown option, a map that is missing,
+            one that cannot be mirrored, or joints to be changed where there are none.
     """
 
     channels: int
@@ -103,7 +105,9 @@ class Visits:
         self._uses = uses_of(data, kind=kind, count=self._count)
         self._senses = [use.sense for use in self._uses]
         self.channels = self._count * (1 if self._grey else 3)
-        self.fixed = data.map_blur == 0 and (self._maker is None or self._maker.fixed)
+        self._moves_joints = data.pose_drop > 0 or data.pose_jitter > 0
+        still = data.map_blur == 0 and not self._moves_joints
+        self.fixed = still and (self._maker is None or self._maker.fixed)
         made_of = (self._grey, kind) if is_made else (self._grey, *self._senses)
         idle = [] if is_made else idle_options(data, kind=kind, count=self._count)
         options = {name: value for name, value in data.options.items() if name not in idle}
@@ -111,6 +115,8 @@ class Visits:
         if self._maker is None:
             self._style = _draw_style(options)
             self._check_files()
+        elif self._moves_joints:
+            raise ValueError(f"{_OF_JOINTS}; here the maps are made of the pictures (data.maps)")
 
     def views(self, index: int) -> list[View]:
         """Every view that a visit to an example can have; the same whatever the recipe's seed is.
@@ -148,12 +154,19 @@ class Visits:
         return seen if seen.flags.writeable else seen.copy()  # of arrays that are mapped from disk
 
     def map(
-        self, index: int, view: View, *, seed: int, picture: NDArray[np.uint8] | None = None
+        self,
+        index: int,
+        view: View,
+        *,
+        seed: int,
+        picture: NDArray[np.uint8] | None = None,
+        whole: bool = False,
     ) -> NDArray[Any]:
         """A view's map: uint8, or uint16 where grey maps have 16 bits, (H, W, C), C = ``channels``.
 
         ``seed`` is the visit's; it matters unless ``fixed``. ``picture`` is the view's picture if it is at
-        hand, from which a map is made without reading it again.
+        hand, from which a map is made without reading it again. ``whole``: poses keep all joints in their
+        places.
 
         Raises:
             ValueError: one line: a map is missing, cannot be read, is coloured where it must be grey, has
@@ -164,16 +177,16 @@ class Visits:
             made = self._maker(seen, seed=seed)
             levels: NDArray[Any] = made[..., :1] if self._grey else made
         else:
-            levels = self._stacked(index, view)
+            levels = self._stacked(index, view, None if whole else seed)
         return np.ascontiguousarray(self._blurred(levels, seed))
 
     # --- maps from files ---
 
-    def _stacked(self, index: int, view: View) -> NDArray[Any]:
+    def _stacked(self, index: int, view: View, seed: int | None) -> NDArray[Any]:
         example = self._examples[index]
         self._check_maps(example)
         maps = [
-            self._from_file(piece, use, index, view)
+            self._from_file(piece, use, index, view, seed)
             for piece, use in zip(example.maps, self._uses, strict=True)
         ]
         if len({levels.dtype for levels in maps}) > 1:
@@ -183,11 +196,11 @@ class Visits:
             ]
         return np.dstack(maps)
 
-    def _from_file(self, piece: Piece, use: MapUse, index: int, view: View) -> NDArray[Any]:
+    def _from_file(self, piece: Piece, use: MapUse, index: int, view: View, seed: int | None) -> NDArray[Any]:
         content, sense = piece.read(), use.sense
         if map_files.is_json(content):
             assert isinstance(content, bytes)
-            return self._drawn(content, piece.name, index, view)
+            return self._drawn(content, piece.name, index, view, seed)
         levels = use.levels(content, piece.name)
         self._check_aspect(levels, piece.name, index)
         if view.mirrored and sense == "pose" and not self._grey:
@@ -215,13 +228,25 @@ class Visits:
         poses = crop_poses(poses, view.left, view.top, view.width, view.height, keep_outside=True)
         return mirror_poses(poses) if view.mirrored else poses
 
-    def _drawn(self, content: bytes, name: str, index: int, view: View) -> NDArray[np.uint8]:
+    def _disturbed(self, poses: Poses, seed: int) -> Poses:
+        """Poses as somebody else might have found them: with parts missing, and joints a little elsewhere."""
+        from controlkit.preprocessors import drop_random_limbs, jitter_poses
+
+        random = np.random.default_rng(derived_seed(seed, "pose"))
+        poses = drop_random_limbs(poses, random, self._data.pose_drop)
+        return jitter_poses(poses, random, self._data.pose_jitter)
+
+    def _drawn(
+        self, content: bytes, name: str, index: int, view: View, seed: int | None
+    ) -> NDArray[np.uint8]:
         """The drawing of a view of poses, uint8 (H, W, 3); lines have their usual width."""
         from controlkit.preprocessors import draw_poses
 
         if self._grey:
             raise ValueError(map_files.grey_pose(name))
         poses = self._joints(content, name, index, view)
+        if self._moves_joints and seed is not None:
+            poses = self._disturbed(poses, seed)
         try:
             return draw_poses(
                 poses.people,
@@ -249,6 +274,9 @@ class Visits:
         """Refuse at once what the options and the first example that can be read show."""
         if self._first is not None:
             self._check_maps(self._examples[self._first])
+            pieces = self._examples[self._first].maps
+            if self._moves_joints and not any(map_files.is_json(piece.read()) for piece in pieces):
+                raise ValueError(f"{_OF_JOINTS}; {pieces[0].name} is none")
             if self._data.flip:
                 self.map(self._first, self.views(self._first)[-1], seed=0)  # whether it can be mirrored
 

@@ -29,7 +29,8 @@ Report = Callable[[str], None]
 Options = Mapping[str, Mapping[str, Any]]
 _NAMED = 3  # broken pairs in a message
 _DIVIDING = ("format", "split", "streaming", "picture_column", "limit", "holdout", "bad", "check")
-_STILL = ("data.flip=0", "data.map_blur=0")  # an evaluation sees pictures and maps as they are
+# an evaluation sees pictures and maps as they are
+_STILL = ("data.flip=0", "data.map_blur=0", "data.pose_drop=0", "data.pose_jitter=0")
 
 
 def open_held_out(

@@ -103,7 +103,7 @@ class Shown:
         columns, network = [], as_used(controlnet, self.base)
         with self.on_device():
             for index in self.indices[:_COLUMNS]:
-                sample = self.encoded.sample(Turn(index, 0))
+                sample = self.encoded.sample(Turn(index, 0), whole=True)
                 cond = images.levels_to_cond(images.maps_to_levels([sample.levels]))
                 samples = generate(
                     self.base,
@@ -122,7 +122,7 @@ class Shown:
         """One for each size that at least two of the pictures have: a picture is shown another's map."""
         by_shape: dict[tuple[int, ...], list[Sample]] = {}
         for index in self.indices:
-            sample = self.encoded.sample(Turn(index, 0))
+            sample = self.encoded.sample(Turn(index, 0), whole=True)
             by_shape.setdefault(sample.levels.shape, []).append(sample)
         watched = [alike for alike in by_shape.values() if len(alike) > 1]
         if (count := sum(map(len, watched))) < len(self.indices):
@@ -152,7 +152,7 @@ class Shown:
 
     @cached_property
     def _scorer(self) -> Scorer:
-        samples = [self.encoded.sample(Turn(index, 0)) for index in self.indices]
+        samples = [self.encoded.sample(Turn(index, 0), whole=True) for index in self.indices]
         pairs = [Pair(self._picture(s), s.levels, s.example.caption) for s in samples]
         maker = _preprocessor(self.recipe, made=self.encoded.visits.made)
         return Scorer(self.base, pairs, kind=self.recipe.map, preprocessor=maker, steps=_SCORED_STEPS)
