@@ -22,7 +22,7 @@ from diffusers import ControlNetModel
 from outcomes import Run
 from safetensors.torch import load_file, save_file
 
-from controlkit import convert_job
+from controlkit import convert_job, files
 from controlkit.adapters import MAPS, Adapter, AdapterInfo, MapSpec, load_adapter, write_adapter
 from controlkit.base import Base
 from controlkit.folders import quiet_libraries, read_header
@@ -250,6 +250,7 @@ with files.replace_file(sys.argv[1]) as temporary:
     with temporary.open("wb") as file:
         file.write(b"half")
         file.flush()
+        (temporary.parent / ".tmp0yZJqZ").touch()  # as safetensors does
         print("half", flush=True)
         time.sleep(60)
 """
@@ -272,6 +273,8 @@ def test_killed_while_writing_the_old_file_stays(how: signal.Signals, tmp_path: 
         assert left == []
     else:  # nothing can be removed any more; what is left is hidden and has no model's name
         assert all(name.startswith(".") and name.endswith(".tmp") for name in left)
+        files.write_bytes(tmp_path / "b.txt", b"")  # the next thing that is written there
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "b.txt"]
 
 
 def test_convert_and_info(run: Run, load: Load, models: Path, tmp_path: Path) -> None:
