@@ -9,13 +9,15 @@ What a process that was killed has left half written goes when another one write
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
 import stat
 import threading
+import time
 import uuid
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,8 @@ _HALF_WRITTEN = re.compile(r"\.controlkit-[0-9a-f]{32}\.tmp")  # as `temporary_b
 _OF_BEFORE = re.compile(r"\.[0-9a-f]{32}\.tmp")  # as versions had it that lock nothing meanwhile
 _MOVED_AWAY = re.compile(r"\.controlkit-[0-9a-f]{12}\.(.+)", re.DOTALL)  # as `_kept_beside` has it
 _LONGEST_NAME = 255  # bytes
+_POLL = 0.01  # seconds between two tries for a lock
+_PATIENCE = 10.0  # seconds for one that some other program may have for good, in /tmp for example
 _cleared: set[Path] = set()  # folders in which this process has looked for what others left
 _own = threading.local()  # .folders: those that this thread has for itself
 _START, _SAMPLES, _SAMPLE = 1 << 20, 64, 1 << 14  # bytes, pieces, and bytes of each: see `sampled`
@@ -146,7 +150,7 @@ def one_at_a_time(folder: PathLike) -> Iterator[None]:
     """
     place = Path(os.path.realpath(folder))
     before: frozenset[Path] = getattr(_own, "folders", frozenset())
-    with _locked(place, alone=True) as is_alone:
+    with locked_folder(place, alone=True, patience=math.inf) as is_alone:
         if is_alone:
             _clear(place)
         _own.folders = before | {place}
@@ -167,11 +171,48 @@ def temporary_beside(target: Path) -> Iterator[Path]:
     temporary = place / f".controlkit-{uuid.uuid4().hex}.tmp"
     _clear_once(place)
     is_own = place in getattr(_own, "folders", ())
-    with nullcontext() if is_own else _locked(place, alone=False):
+    with nullcontext() if is_own else locked_folder(place, alone=False, patience=_PATIENCE):
         try:
             yield temporary
         finally:
             _remove(temporary)
+
+
+@contextmanager
+def locked_folder(folder: PathLike, *, alone: bool, patience: float) -> Iterator[bool]:
+    """Within the block this process has a lock on the folder, ``alone`` or among others; yields whether it
+    could be had within ``patience``, in seconds. There is none on a disk without locks, and on Windows.
+
+    The system gives it back when the process dies, however it does.
+    """
+    try:
+        import fcntl
+
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except (ImportError, OSError):
+        yield False
+        return
+    try:
+        how = (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB
+        yield _is_had(lambda: fcntl.flock(descriptor, how), patience)
+    finally:
+        os.close(descriptor)
+
+
+def _is_had(take: Callable[[], None], patience: float) -> bool:
+    """Whether a lock could be taken in time."""
+    until = time.monotonic() + patience
+    while True:
+        try:
+            take()
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                return False
+            time.sleep(_POLL)
+        except OSError:  # there are none here
+            return False
+        else:
+            return True
 
 
 def cache_folder() -> Path:
@@ -259,35 +300,11 @@ def is_half_written(name: str) -> bool:
     return any(pattern.fullmatch(name) for pattern in (_HALF_WRITTEN, _OF_BEFORE))
 
 
-@contextmanager
-def _locked(folder: Path, *, alone: bool, wait: bool = True) -> Iterator[bool]:
-    """Within the block this process has a lock on the folder, ``alone`` or among others; yields whether it
-    could be had. The system gives it back when the process dies, however it does.
-    """
-    try:
-        import fcntl
-
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except (ImportError, OSError):
-        yield False
-        return
-    try:
-        is_had = True
-        try:
-            how = fcntl.LOCK_EX if alone else fcntl.LOCK_SH
-            fcntl.flock(descriptor, how if wait else how | fcntl.LOCK_NB)
-        except OSError:
-            is_had = False
-        yield is_had
-    finally:
-        os.close(descriptor)
-
-
 def _clear_once(folder: Path) -> None:
     """Clear away what processes that died have left in a folder, unless anybody is writing there now."""
     if folder in _cleared:
         return
-    with _locked(folder, alone=True, wait=False) as is_alone:
+    with locked_folder(folder, alone=True, patience=0) as is_alone:
         if is_alone:
             _clear(folder)
             _cleared.add(folder)
