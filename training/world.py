@@ -138,7 +138,9 @@ def _render_missing(
         return
     command = [sys.executable, "-m", "controlkit.training.world", str(root), split, str(size)]
     others = [
-        subprocess.Popen([*command, *map(str, missing[k::shares])], stderr=subprocess.DEVNULL)
+        subprocess.Popen(
+            [*command, *map(str, missing[k::shares])], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         for k in range(1, shares)
     ]
     try:
