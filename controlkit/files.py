@@ -3,7 +3,8 @@
 A file is written under a temporary name in its own folder and renamed when it is complete. Its mode is what
 the umask gives to any new file (``0o666 & ~umask``), because the kernel applies it to the file we create.
 Every failure that a user can cause (no such folder, no permission, full disk) is a one-line ``ValueError``.
-What a process that was killed has left half written goes when another one writes in the same folder.
+What a process that was killed has left half written goes when another one writes in the same folder an hour
+later.
 """
 
 import errno
@@ -28,6 +29,7 @@ _HALF_WRITTEN = re.compile(r"\.controlkit-[0-9a-f]{32}\.tmp")  # as `temporary_b
 _OF_BEFORE = re.compile(r"\.[0-9a-f]{32}\.tmp")  # as versions had it that lock nothing meanwhile
 _MOVED_AWAY = re.compile(r"\.controlkit-[0-9a-f]{12}\.(.+)", re.DOTALL)  # as `_kept_beside` has it
 _LONGEST_NAME = 255  # bytes
+_LEFT_FOR = 3600.0  # seconds: locks of a disk that several machines share may hold on one of them alone
 _POLL = 0.01  # seconds between two tries for a lock
 _PATIENCE = 10.0  # seconds for one that some other program may have for good, in /tmp for example
 _cleared: set[Path] = set()  # folders in which this process has looked for what others left
@@ -312,14 +314,18 @@ def _clear_once(folder: Path) -> None:
 
 def _clear(folder: Path) -> None:
     """Remove what is half written in a folder, and put back what was moved away for something that never
-    came. Only whoever has the folder's lock alone may call it: everybody who writes there shares it.
+    came, where nothing has changed of it for long. Only whoever has the folder's lock alone may call it:
+    everybody who writes there shares it.
     """
     with suppress(OSError):
         for name in os.listdir(folder):
             path, moved = folder / name, _MOVED_AWAY.fullmatch(name)
+            is_ours = moved or _HALF_WRITTEN.fullmatch(name)
+            if not is_ours or time.time() - path.lstat().st_ctime < _LEFT_FOR:
+                continue
             if moved and not os.path.lexists(folder / moved[1]):
                 os.rename(path, folder / moved[1])
-            elif moved or _HALF_WRITTEN.fullmatch(name):
+            else:
                 _remove(path)
 
 

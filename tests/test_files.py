@@ -206,6 +206,20 @@ def _writes(place: Path, how: str) -> None:
         files.check_writable(place / "new")
 
 
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was left goes however new it is."""
+    monkeypatch.setattr(files, "_LEFT_FOR", 0.0)
+
+
+def test_what_is_new_stays_also_where_nobody_has_a_lock(tmp_path: Path) -> None:
+    """Another machine may be writing it, on a disk whose locks hold on each of them alone."""
+    (tmp_path / f".controlkit-{'0f' * 16}.tmp").write_text("half")
+    files.write_text(tmp_path / "new", "")
+    assert len(os.listdir(tmp_path)) == 2
+
+
+@pytest.mark.usefixtures("at_once")
 @pytest.mark.parametrize("how", ["file", "by its path", "folder", "alone", "check"])
 def test_what_a_killed_process_left_goes_with_the_next_thing_written(tmp_path: Path, how: str) -> None:
     left = f".controlkit-{'0f' * 16}.tmp"
@@ -235,6 +249,7 @@ with files.replace_folder(sys.argv[1]) as folder:
 """
 
 
+@pytest.mark.usefixtures("at_once")
 def test_what_somebody_is_writing_stays(tmp_path: Path) -> None:
     child = subprocess.Popen(
         [sys.executable, "-c", _KILLED, str(tmp_path / "out"), "within"],
@@ -254,6 +269,7 @@ def test_what_somebody_is_writing_stays(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["a.txt", "b.txt", "c.txt"]
 
 
+@pytest.mark.usefixtures("at_once")
 def test_a_kill_while_folders_change_places_loses_neither(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "a").write_text("old")

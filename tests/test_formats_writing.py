@@ -257,7 +257,9 @@ with files.replace_file(sys.argv[1]) as temporary:
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_killed_while_writing_the_old_file_stays(how: signal.Signals, tmp_path: Path) -> None:
+def test_killed_while_writing_the_old_file_stays(
+    how: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "a.safetensors"
     file.write_bytes(b"old")
     child = subprocess.Popen(
@@ -273,6 +275,7 @@ def test_killed_while_writing_the_old_file_stays(how: signal.Signals, tmp_path: 
         assert left == []
     else:  # nothing can be removed any more; what is left is hidden and has no model's name
         assert all(name.startswith(".") and name.endswith(".tmp") for name in left)
+        monkeypatch.setattr(files, "_LEFT_FOR", 0.0)  # as if it were of yesterday
         files.write_bytes(tmp_path / "b.txt", b"")  # the next thing that is written there
         assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "b.txt"]
 
