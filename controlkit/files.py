@@ -3,24 +3,37 @@
 A file is written under a temporary name in its own folder and renamed when it is complete. Its mode is what
 the umask gives to any new file (``0o666 & ~umask``), because the kernel applies it to the file we create.
 Every failure that a user can cause (no such folder, no permission, full disk) is a one-line ``ValueError``.
+What a process that was killed has left half written goes when another one writes in the same folder an hour
+later.
 """
 
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
 import stat
+import threading
+import time
 import uuid
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 PathLike = str | os.PathLike[str]
 
-_HALF_WRITTEN = re.compile(r"\.[0-9a-f]{32}\.tmp")  # as `_temporary_beside` has it
+_HALF_WRITTEN = re.compile(r"\.controlkit-[0-9a-f]{32}\.tmp")  # as `temporary_beside` has it
+_OF_BEFORE = re.compile(r"\.[0-9a-f]{32}\.tmp")  # as versions had it that lock nothing meanwhile
+_MOVED_AWAY = re.compile(r"\.controlkit-[0-9a-f]{12}\.(.+)", re.DOTALL)  # as `_kept_beside` has it
+_LONGEST_NAME = 255  # bytes
+_LEFT_FOR = 3600.0  # seconds: locks of a disk that several machines share may hold on one of them alone
+_POLL = 0.01  # seconds between two tries for a lock
+_PATIENCE = 10.0  # seconds for one that some other program may have for good, in /tmp for example
+_cleared: set[Path] = set()  # folders in which this process has looked for what others left
+_own = threading.local()  # .folders: those that this thread has for itself
 _START, _SAMPLES, _SAMPLE = 1 << 20, 64, 1 << 14  # bytes, pieces, and bytes of each: see `sampled`
 FULL_DISK: Mapping[int, str] = {  # what the system says where no more can be written
     errno.ENOSPC: "the disk is full",
@@ -53,13 +66,9 @@ def write_bytes(path: PathLike, data: bytes, *, durable: bool = True) -> None:
         if target.exists() and not target.is_file():
             target.write_bytes(data)
             return
-        temporary = _temporary_beside(target)
-        try:
+        with temporary_beside(target) as temporary:
             _write_new(temporary, data, durable=durable)
             os.replace(temporary, target)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
 
 
 def write_text(path: PathLike, text: str) -> None:
@@ -87,40 +96,41 @@ def replace_folder(path: PathLike) -> Iterator[Path]:
         ValueError: the parent does not exist or is not writable, the disk is full, or ``path`` is a file.
     """
     target = Path(os.path.realpath(path))
-    temporary = _temporary_beside(target)
-    with _plain_errors(path):
-        if target.exists() and not target.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, "there is a file of that name", str(target))
-        temporary.mkdir()
-    try:
-        with _plain_errors(path, only=FULL_DISK):
-            yield temporary
+    with temporary_beside(target) as temporary:
         with _plain_errors(path):
-            _apply_umask(temporary)
-            _swap_in(temporary, target)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, ValueError) and str(temporary) in str(error):
+            if target.exists() and not target.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, "there is a file of that name", str(target))
+            temporary.mkdir()
+        try:
+            with _plain_errors(path, only=FULL_DISK):
+                yield temporary
+            with _plain_errors(path):
+                _apply_umask(temporary)
+                _swap_in(temporary, target)
+        except ValueError as error:
+            if str(temporary) not in str(error):
+                raise
             # said of a file in the folder, whose temporary name tells nobody anything
             raise ValueError(str(error).replace(str(temporary), os.fspath(path))) from error
-        raise
 
 
 @contextmanager
 def replace_file(path: PathLike) -> Iterator[Path]:
-    """Yield an empty file beside ``path`` to write into; when the block succeeds it takes ``path``'s place.
+    """Yield an empty file to write into; when the block succeeds it takes ``path``'s place.
 
-    For writers that want a path, not bytes. When the block fails the new file is removed and the old one is
-    untouched. Its mode is what the umask gives to new files, whatever its writer chose.
+    For writers that want a path, not bytes, and may put files of their own beside it, as safetensors does.
+    When the block fails the new file is removed and the old one is untouched. Its mode is what the umask
+    gives to new files, whatever its writer chose.
 
     Raises:
         ValueError: as :func:`write_bytes`.
     """
     target = Path(os.path.realpath(path))
-    temporary = _temporary_beside(target)
-    try:
+    with temporary_beside(target) as folder:
+        temporary = folder / target.name
         with _plain_errors(path):
             _refuse_folder(target)
+            folder.mkdir()
             _write_new(temporary, b"")
             mode = stat.S_IMODE(temporary.stat().st_mode)
         with _plain_errors(path, only=FULL_DISK):
@@ -130,30 +140,81 @@ def replace_file(path: PathLike) -> Iterator[Path]:
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 @contextmanager
 def one_at_a_time(folder: PathLike) -> Iterator[None]:
-    """Within the block no other process is in such a block for the same folder: one that reads a file there,
-    and writes it anew with more in it, loses nothing that another has added. On a disk without locks, and on
-    Windows, nobody is waited for.
+    """Within the block nobody else writes in the folder, or is in such a block for it: who reads a file
+    there, and writes it anew with more in it, loses nothing that another has added. On a disk without locks,
+    and on Windows, nobody is waited for.
+
+    Not within a block that writes in the same folder: it would wait for itself.
+    """
+    place = Path(os.path.realpath(folder))
+    before: frozenset[Path] = getattr(_own, "folders", frozenset())
+    with locked_folder(place, alone=True, patience=math.inf) as is_alone:
+        if is_alone:
+            _clear(place)
+        _own.folders = before | {place}
+        try:
+            yield
+        finally:
+            _own.folders = before
+
+
+@contextmanager
+def temporary_beside(target: Path) -> Iterator[Path]:
+    """Yield a name in ``target``'s folder for a file or a folder that is to take its place; what is left
+    there at the block's end is removed, and after a kill by whoever writes in the folder next.
+
+    ``target``: without links, as `os.path.realpath` gives it.
+    """
+    place = target.parent
+    temporary = place / f".controlkit-{uuid.uuid4().hex}.tmp"
+    _clear_once(place)
+    is_own = place in getattr(_own, "folders", ())
+    with nullcontext() if is_own else locked_folder(place, alone=False, patience=_PATIENCE):
+        try:
+            yield temporary
+        finally:
+            _remove(temporary)
+
+
+@contextmanager
+def locked_folder(folder: PathLike, *, alone: bool, patience: float) -> Iterator[bool]:
+    """Within the block this process has a lock on the folder, ``alone`` or among others; yields whether it
+    could be had within ``patience``, in seconds. There is none on a disk without locks, and on Windows.
+
+    The system gives it back when the process dies, however it does.
     """
     try:
         import fcntl
 
-        descriptor = os.open(folder, os.O_RDONLY)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except (ImportError, OSError):
-        yield
+        yield False
         return
     try:
-        with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)  # given back when it is closed, and when the process dies
-        yield
+        how = (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB
+        yield _is_had(lambda: fcntl.flock(descriptor, how), patience)
     finally:
         os.close(descriptor)
+
+
+def _is_had(take: Callable[[], None], patience: float) -> bool:
+    """Whether a lock could be taken in time."""
+    until = time.monotonic() + patience
+    while True:
+        try:
+            take()
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                return False
+            time.sleep(_POLL)
+        except OSError:  # there are none here
+            return False
+        else:
+            return True
 
 
 def cache_folder() -> Path:
@@ -216,11 +277,8 @@ def check_writable(path: PathLike, *, folder: bool = False) -> None:
             if target.exists() and not target.is_file():
                 return
         _refuse_others(target)
-        temporary = _temporary_beside(target)
-        try:
+        with temporary_beside(target) as temporary:
             _write_new(temporary, b"", durable=False)
-        finally:  # also where somebody interrupts
-            temporary.unlink(missing_ok=True)
 
 
 def _refuse_folder(target: Path) -> None:
@@ -241,11 +299,51 @@ def is_half_written(name: str) -> bool:
     """Whether a file's or folder's name is one that things have here until they are complete: such a one is
     being written, or was when its process died.
     """
-    return _HALF_WRITTEN.fullmatch(name) is not None
+    return any(pattern.fullmatch(name) for pattern in (_HALF_WRITTEN, _OF_BEFORE))
 
 
-def _temporary_beside(target: Path) -> Path:
-    return target.parent / f".{uuid.uuid4().hex}.tmp"
+def _clear_once(folder: Path) -> None:
+    """Clear away what processes that died have left in a folder, unless anybody is writing there now."""
+    if folder in _cleared:
+        return
+    with locked_folder(folder, alone=True, patience=0) as is_alone:
+        if is_alone:
+            _clear(folder)
+            _cleared.add(folder)
+
+
+def _clear(folder: Path) -> None:
+    """Remove what is half written in a folder, and put back what was moved away for something that never
+    came, where nothing has changed of it for long. Only whoever has the folder's lock alone may call it:
+    everybody who writes there shares it.
+    """
+    with suppress(OSError):
+        for name in os.listdir(folder):
+            path, moved = folder / name, _MOVED_AWAY.fullmatch(name)
+            is_ours = moved or _HALF_WRITTEN.fullmatch(name)
+            if not is_ours or time.time() - path.lstat().st_ctime < _LEFT_FOR:
+                continue
+            if moved and not os.path.lexists(folder / moved[1]):
+                os.rename(path, folder / moved[1])
+            else:
+                _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or a folder, as far as that can be done."""
+    with suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
+
+
+def _kept_beside(target: Path) -> Path:
+    """Where a folder stays until another one has its place; it tells the folder's own name, for `_clear`."""
+    name = f".controlkit-{uuid.uuid4().hex[:12]}.{target.name}"
+    if len(os.fsencode(name)) > _LONGEST_NAME:
+        name = f".controlkit-{uuid.uuid4().hex}.tmp"
+    return target.with_name(name)
 
 
 def _write_new(path: Path, data: bytes, *, durable: bool = True) -> None:
@@ -268,7 +366,7 @@ def _apply_umask(folder: Path) -> None:
 
 
 def _swap_in(temporary: Path, target: Path) -> None:
-    old = _temporary_beside(target)
+    old = _kept_beside(target)
     try:
         if target.exists():
             os.replace(target, old)

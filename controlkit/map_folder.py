@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -112,17 +111,16 @@ class MapFolder:
         target = self.picture_path(picture)
         if target == picture.path or (target.exists() and os.path.samefile(target, picture.path)):
             return
-        temporary = target.with_name(f".{uuid.uuid4().hex}.tmp")
-        try:
-            os.link(os.path.realpath(picture.path), temporary)
-        except OSError:  # another disk, or one without links
-            files.write_bytes(target, _bytes_of(picture.path))
-            return
-        try:
-            os.replace(temporary, target)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise ValueError(f"cannot write {target}: {error.strerror}") from error
+        with files.temporary_beside(target) as temporary:
+            try:
+                os.link(os.path.realpath(picture.path), temporary)
+            except OSError:  # another disk, or one without links
+                files.write_bytes(target, _bytes_of(picture.path))
+                return
+            try:
+                os.replace(temporary, target)
+            except OSError as error:
+                raise ValueError(f"cannot write {target}: {error.strerror}") from error
 
     def write_metadata(self) -> Counts:
         """Write a row for each picture that has all its maps; rows of other pictures stay."""

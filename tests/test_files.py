@@ -5,6 +5,8 @@ import json
 import os
 import resource
 import stat
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -185,6 +187,104 @@ def test_one_at_a_time_waits_for_the_one_before(tmp_path: Path) -> None:
     waiting.join()
     assert told == ["first", "second"]
     assert not os.listdir(tmp_path)
+
+
+def _writes(place: Path, how: str) -> None:
+    """Write something into a folder."""
+    if how == "file":
+        files.write_bytes(place / "new", b"")
+    elif how == "by its path":
+        with files.replace_file(place / "new") as file:
+            file.write_bytes(b"new")
+    elif how == "folder":
+        with files.replace_folder(place / "new"):
+            pass
+    elif how == "alone":
+        with files.one_at_a_time(place):
+            files.write_text(place / "new", "")
+    else:
+        files.check_writable(place / "new")
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was left goes however new it is."""
+    monkeypatch.setattr(files, "_LEFT_FOR", 0.0)
+
+
+def test_what_is_new_stays_also_where_nobody_has_a_lock(tmp_path: Path) -> None:
+    """Another machine may be writing it, on a disk whose locks hold on each of them alone."""
+    (tmp_path / f".controlkit-{'0f' * 16}.tmp").write_text("half")
+    files.write_text(tmp_path / "new", "")
+    assert len(os.listdir(tmp_path)) == 2
+
+
+@pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize("how", ["file", "by its path", "folder", "alone", "check"])
+def test_what_a_killed_process_left_goes_with_the_next_thing_written(tmp_path: Path, how: str) -> None:
+    left = f".controlkit-{'0f' * 16}.tmp"
+    others = [f".{'0f' * 16}.tmp", f"{left}.mine", ".controlkit-0f.tmp", ".tmp0yZJqZ", left[1:]]
+    for name in others:
+        (tmp_path / name).write_text("not ours, or of a version that locks nothing")
+    (tmp_path / left).mkdir()
+    (tmp_path / left / "weights").write_text("half")
+    (tmp_path / left.replace("0f0f", "abcd")).write_text("half")
+    _writes(tmp_path, how)
+    assert set(os.listdir(tmp_path)) - {"new"} == set(others)
+
+
+_KILLED = """
+import os, signal, sys
+from pathlib import Path
+from controlkit import files
+replace = os.replace
+if sys.argv[2] == "between":
+    moves = []
+    os.replace = lambda *names: moves.append(replace(*names)) or os.kill(os.getpid(), signal.SIGKILL)
+with files.replace_folder(sys.argv[1]) as folder:
+    (folder / "a").write_text("new")
+    if sys.argv[2] == "within":
+        print("writing", flush=True)
+        sys.stdin.read()
+"""
+
+
+@pytest.mark.usefixtures("at_once")
+def test_what_somebody_is_writing_stays(tmp_path: Path) -> None:
+    child = subprocess.Popen(
+        [sys.executable, "-c", _KILLED, str(tmp_path / "out"), "within"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    with child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"writing\n"
+        files.write_text(tmp_path / "a.txt", "mine")
+        files.write_text(tmp_path / "b.txt", "mine")
+        (living,) = tmp_path.glob(".*")
+        child.kill()
+        child.wait()
+        files.write_text(tmp_path / "c.txt", "mine")
+    assert not living.exists()
+    assert sorted(os.listdir(tmp_path)) == ["a.txt", "b.txt", "c.txt"]
+
+
+@pytest.mark.usefixtures("at_once")
+def test_a_kill_while_folders_change_places_loses_neither(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a").write_text("old")
+    subprocess.run([sys.executable, "-c", _KILLED, str(tmp_path / "out"), "between"], check=False)
+    assert not (tmp_path / "out").exists()
+    files.write_text(tmp_path / "b", "")
+    assert (tmp_path / "out" / "a").read_text() == "old"
+    assert sorted(os.listdir(tmp_path)) == ["b", "out"]
+
+
+def test_a_folder_of_the_longest_name_is_replaced(tmp_path: Path) -> None:
+    for text in ("old", "new"):
+        with files.replace_folder(tmp_path / ("n" * 255)) as folder:
+            (folder / "a").write_text(text)
+    assert [(path.name, (path / "a").read_text()) for path in tmp_path.iterdir()] == [("n" * 255, "new")]
 
 
 def test_json_is_readable_and_refuses_not_a_number(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from diffusers import ControlNetModel
 from outcomes import Run
 from safetensors.torch import load_file, save_file
 
-from controlkit import convert_job
+from controlkit import convert_job, files
 from controlkit.adapters import MAPS, Adapter, AdapterInfo, MapSpec, load_adapter, write_adapter
 from controlkit.base import Base
 from controlkit.folders import quiet_libraries, read_header
@@ -250,13 +250,16 @@ with files.replace_file(sys.argv[1]) as temporary:
     with temporary.open("wb") as file:
         file.write(b"half")
         file.flush()
+        (temporary.parent / ".tmp0yZJqZ").touch()  # as safetensors does
         print("half", flush=True)
         time.sleep(60)
 """
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_killed_while_writing_the_old_file_stays(how: signal.Signals, tmp_path: Path) -> None:
+def test_killed_while_writing_the_old_file_stays(
+    how: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "a.safetensors"
     file.write_bytes(b"old")
     child = subprocess.Popen(
@@ -272,6 +275,9 @@ def test_killed_while_writing_the_old_file_stays(how: signal.Signals, tmp_path: 
         assert left == []
     else:  # nothing can be removed any more; what is left is hidden and has no model's name
         assert all(name.startswith(".") and name.endswith(".tmp") for name in left)
+        monkeypatch.setattr(files, "_LEFT_FOR", 0.0)  # as if it were of yesterday
+        files.write_bytes(tmp_path / "b.txt", b"")  # the next thing that is written there
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "b.txt"]
 
 
 def test_convert_and_info(run: Run, load: Load, models: Path, tmp_path: Path) -> None:

@@ -584,6 +584,23 @@ def test_joints_that_were_moved_outlive_a_reload(visit: Callable[..., Page]) -> 
 
 
 @pytest.mark.slow
+def test_a_reload_opens_the_tab_that_was_open(visit: Callable[..., Page], runs: Path) -> None:
+    page = visit(expected=LEFT)
+    page.get_by_role("tab", name="Train").click()
+    for _ in range(2):
+        loaded_anew(page)
+        page.get_by_role("tab", name="Train", selected=True).wait_for()
+    (runs / "begun-since").mkdir(parents=True)  # it is looked at, as if it had been opened by hand
+    (runs / "begun-since" / run_folders.LOG).write_text("error: it was not to be\n")
+    expect(page.locator("#runs")).to_contain_text("begun-since: failed")
+    shutil.rmtree(runs / "begun-since")
+    visit(page, expected=LEFT).get_by_role("tab", name="Create", selected=True).wait_for()
+    page.get_by_role("tab", name="Create").click()
+    loaded_anew(page)
+    page.get_by_role("tab", name="Create", selected=True).wait_for()
+
+
+@pytest.mark.slow
 def test_what_is_in_the_making_outlives_a_reload(visit: Callable[..., Page]) -> None:
     page = visit(expected=LEFT)
     page.locator("#more button").first.click()
@@ -633,7 +650,6 @@ def test_a_training_survives_a_reload_and_gives_an_adapter(visit: Callable[..., 
     page.get_by_role("button", name="Start training").click()
     expect(page.locator("#run")).to_contain_text("Running.", timeout=LONG)
     page.reload()
-    page.get_by_role("tab", name="Train").click()
     expect(page.get_by_label("Name")).to_have_value("mine")
     expect(page.get_by_label("Steps")).to_have_value("60")
     expect(page.locator("#run")).to_contain_text("Running.", timeout=PATIENCE)

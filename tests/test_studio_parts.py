@@ -4,8 +4,11 @@ import logging
 import os
 import shlex
 import shutil
+import signal
+import subprocess
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -321,9 +324,46 @@ def test_two_who_begin_at_once_begin_one(
     assert sorted(str(end)[:27] for end in ends) == ["None", "there is a run mine already"]
 
 
-def test_the_name_of_a_training_that_could_not_begin_is_free(tmp_path: Path, begun: list[list[str]]) -> None:
+_BEGINS = """
+import os, sys
+from pathlib import Path
+from controlkit.studio import run_folders
+run_folders.sys.executable = sys.argv[2]
+run_folders._begun(Path(sys.argv[1]), [])
+os.kill(os.getpid(), 9)
+"""
+
+
+def test_a_training_that_a_page_began_which_was_killed_is_seen_before_it_runs(tmp_path: Path) -> None:
+    training = tmp_path / "training"
+    training.write_text(f"#!/bin/sh\necho $$ > {tmp_path / 'pid'}\nexec sleep 600\n")
+    training.chmod(0o755)
+    runs = tmp_path / "runs"
+    subprocess.run([sys.executable, "-c", _BEGINS, str(runs / "mine"), str(training)], check=False)
+    while not (tmp_path / "pid").is_file() or not (tmp_path / "pid").read_text():
+        time.sleep(0.01)
+    try:
+        with ThreadPoolExecutor(4) as pool:  # those who look are in nobody's way
+            assert {run.state for run in pool.map(run_folders.look, 40 * [runs / "mine"])} == {"starting"}
+        with pytest.raises(ValueError, match="the training mine is starting: wait until it has ended"):
+            begin(runs, "other")
+        with pytest.raises(ValueError, match="the run mine is starting: wait until it runs"):
+            run_folders.stop(runs / "mine")
+    finally:
+        os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+    until = time.monotonic() + 30
+    while run_folders.look(runs / "mine").state != "stopped":
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("left", [(), (".lock", f".controlkit-{'0a' * 16}.tmp")], ids=["ended", "killed"])
+def test_the_name_of_a_training_that_could_not_begin_is_free(
+    tmp_path: Path, begun: list[list[str]], left: Sequence[str]
+) -> None:
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / run_folders.LOG).write_text("error: no pictures in photos\n")
+    for name in (run_folders.LOG, *left):
+        (tmp_path / "mine" / name).write_text("error: no pictures in photos\n")
     (tmp_path / "file").write_text("")
     with pytest.raises(FileExistsError):  # of the stand-in, which was reached
         begin(tmp_path)

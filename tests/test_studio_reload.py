@@ -1,6 +1,8 @@
 """What of the studio page is there again after a reload: the fields, the pictures, what is in the making."""
 
 import json
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +19,16 @@ import numpy as np
 
 from controlkit.figures import render
 from controlkit.images import encode_png, write_png
-from controlkit.studio import drawn, gallery, making, remembered, server, uploads, visitors
+from controlkit.studio import (
+    drawn,
+    gallery,
+    making,
+    private_folder,
+    remembered,
+    server,
+    uploads,
+    visitors,
+)
 from controlkit.studio.engine import Engine, Stopped, Telling, Wish
 from controlkit.studio.running import WORKER
 from controlkit.studio.slot import Latest
@@ -377,9 +388,47 @@ def test_at_the_end_nothing_is_in_the_making_and_no_file_is_left(tmp_path: Path,
             while not job.outputs():
                 time.sleep(0.05)
             assert WORKER in [thread.name for thread in threading.enumerate()]
-        assert not list((tmp_path / "temporary").glob("controlkit-studio-*"))
+        assert not list((tmp_path / "temporary").glob("controlkit-*"))
     assert WORKER not in [thread.name for thread in threading.enumerate()]
     threading.Thread(target=client.close).start()  # which takes a second
+
+
+_KILLED = """
+import sys, time
+from controlkit.studio.private_folder import private_folder
+with private_folder() as place:
+    (place / "photo.png").write_text("somebody's")
+    print(place, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_what_a_killed_page_left_goes_when_another_one_opens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    others = [tmp_path / name for name in ("controlkit-page", "controlkit-studio-abc", "other")]
+    for other in others:
+        other.mkdir()
+    (tmp_path / f"{private_folder.PREFIX}link").symlink_to(tmp_path / "other")
+    pages = [
+        subprocess.Popen([sys.executable, "-c", _KILLED], stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    try:
+        places = [Path(page.stdout.readline().strip()) for page in pages if page.stdout is not None]
+        pages[0].kill()
+        pages[0].wait()
+        assert [(place / "photo.png").is_file() for place in places] == [True, True]
+        with private_folder.private_folder() as mine:
+            assert [(place / "photo.png").is_file() for place in places] == [False, True]
+            assert mine.is_dir()
+        assert not mine.exists()
+        assert all(other.is_dir() for other in others)
+    finally:
+        for page in pages:
+            page.kill()
+            page.communicate()
 
 
 def test_a_map_is_made_once_however_many_ask(page_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

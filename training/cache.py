@@ -7,9 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import uuid
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -19,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from controlkit import images
-from controlkit.files import cache_folder
+from controlkit.files import cache_folder, temporary_beside
 from controlkit.training.draws import derived_seed
 from controlkit.training.world import VERSION, World
 
@@ -122,15 +120,13 @@ def _computed(
 
 
 def _write(path: Path, rows: NDArray[Any]) -> None:
-    temporary = path.with_name(f".{uuid.uuid4().hex}.npy")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        np.save(temporary, rows)
-        os.replace(temporary, path)
+        with temporary_beside(Path(os.path.realpath(path))) as temporary:
+            with temporary.open("wb") as file:
+                np.save(file, rows)
+            os.replace(temporary, path)
     except OSError as error:
         raise ValueError(
             f"cannot write {path}: {error.strerror or error} (CONTROLKIT_CACHE names another folder)"
         ) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from controlkit.files import cache_folder
+from controlkit.files import cache_folder, temporary_beside
 
 CHUNK = 250
 VALIDATION_SCENES = CHUNK  # rendered for samples and scores
@@ -140,7 +138,9 @@ def _render_missing(
         return
     command = [sys.executable, "-m", "controlkit.training.world", str(root), split, str(size)]
     others = [
-        subprocess.Popen([*command, *map(str, missing[k::shares])], stderr=subprocess.DEVNULL)
+        subprocess.Popen(
+            [*command, *map(str, missing[k::shares])], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         for k in range(1, shares)
     ]
     try:
@@ -161,17 +161,15 @@ def _render_missing(
 def _render_chunk(root: Path, split: str, number: int, size: int) -> None:
     """Render one chunk into a temporary folder, then move it into place, so that none is half written."""
     root.mkdir(parents=True, exist_ok=True)
-    temporary = root / f".rendering-{uuid.uuid4().hex}"
-    temporary.mkdir()  # before the work, which is for nothing where this fails
-    try:
+    place = Path(os.path.realpath(root)) / f"{number:05d}"
+    with temporary_beside(place) as temporary:
+        temporary.mkdir()  # before the work, which is for nothing where this fails
         _write_scenes(temporary, split, range(number * CHUNK, (number + 1) * CHUNK), size)
         try:
-            os.rename(temporary, root / f"{number:05d}")
+            os.rename(temporary, place)
         except OSError:  # another process rendered the same chunk first
-            if not (root / f"{number:05d}").is_dir():
+            if not place.is_dir():
                 raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _write_scenes(folder: Path, split: str, seeds: range, size: int) -> None:

@@ -12,11 +12,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
+from controlkit.files import is_half_written
 from controlkit.studio.server import KEPT
 from controlkit.studio.wording import about_settings
-from controlkit.training.lock import holder
+from controlkit.training import lock
 from controlkit.training.reporting.run_record import RunRecord, read_run
 
 if TYPE_CHECKING:
@@ -103,13 +104,16 @@ def look(folder: Path) -> Run:
     """The state of one run."""
     _reap()
     record = read_run(folder)
-    pid = holder(folder)
+    pid = lock.holder(folder)
     if pid is not None:
         return Run(record, "running", pid)
     with _listing:
         child = next((child for child in _children if child.args[-1] == _out(folder)), None)  # type: ignore[index]
-    if child is not None and record.result is None:  # else it is about to end
-        return Run(record, "starting", child.pid)
+    if record.result is None:  # else it is about to end
+        if child is not None:
+            return Run(record, "starting", child.pid)
+        if _is_held(folder / LOG):  # by a training that another page began, which has died since
+            return Run(record, "starting")
     if record.result is not None:
         return Run(record, "finished")
     error, saved = _error(folder), (folder / "checkpoints").is_dir()
@@ -218,9 +222,13 @@ def called(folders: Sequence[Path]) -> str:
 
 
 def _never_began(folder: Path) -> bool:
-    """Whether a folder holds nothing but what a training said that could not begin: its name is free."""
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    return names == [LOG] and look(folder).state not in ALIVE
+    """Whether a folder holds nothing but what a training said that could not begin: its name is free.
+
+    One that was killed leaves its lock, too, and what was half written.
+    """
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    others = {name for name in names - {LOG, lock.NAME} if not is_half_written(name)}
+    return LOG in names and not others and look(folder).state not in ALIVE
 
 
 def _check_free(runs: Path) -> None:
@@ -244,7 +252,8 @@ def stop(folder: Path) -> None:
     """Ask a run to save where it is and to end. Raises ValueError where it does not run."""
     run = look(folder)
     if run.pid is None:
-        raise ValueError(f"the run {run.name} is {run.state}: there is nothing to stop")
+        done = "wait until it runs" if run.state in ALIVE else "there is nothing to stop"
+        raise ValueError(f"the run {run.name} is {run.state}: {done}")
     try:
         os.kill(run.pid, signal.SIGTERM)
     except ProcessLookupError:
@@ -273,9 +282,34 @@ def _begun(folder: Path, words: Sequence[str]) -> None:
         {"start_new_session": True} if os.name != "nt" else {}
     )  # Ctrl-C at the page is not for the training
     with log, _listing:
+        _hold(log)
         _children.append(
             subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, **apart)  # type: ignore[call-overload]
         )
+
+
+def _hold(log: BinaryIO) -> None:
+    """Lock a log; whoever has it as its output has the lock, too, as long as it lives: also without the page
+    that began it. There is none on Windows, and on a disk without locks.
+    """
+    with suppress(ImportError, OSError):
+        import fcntl
+
+        fcntl.flock(log, fcntl.LOCK_EX)  # waits only for those who are looking
+
+
+def _is_held(log: Path) -> bool:
+    """Whether a training that was begun by a page has its log."""
+    try:
+        import fcntl
+
+        with log.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except (ImportError, OSError):
+        return False
+    return False
 
 
 def _out(folder: Path) -> str:

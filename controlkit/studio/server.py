@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import ipaddress
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from controlkit.studio.private_folder import private_folder
 from controlkit.studio.uploads import MAX_BYTES
 
 if TYPE_CHECKING:
@@ -75,35 +74,37 @@ def opened(
     if os.path.exists(runs) and not os.path.isdir(runs):
         raise ValueError(f"{runs} is a file: --runs takes a folder for trainings and pictures")
     folders = trainable(host, data)
-    place = _private_folder()
-    before = {name: os.environ.get(name) for name in (*_QUIET, "GRADIO_TEMP_DIR")}
-    os.environ.update({**_QUIET, "GRADIO_TEMP_DIR": str(place)})
     page: Any = None
     engine: Any = None
-    try:
-        report.status(f"loading the libraries and the base {base}")
-        from controlkit.studio.engine import Engine
-        from controlkit.studio.look import css, js, theme
-        from controlkit.studio.page import build
+    with private_folder() as place, _surroundings({**_QUIET, "GRADIO_TEMP_DIR": str(place)}):
+        try:
+            report.status(f"loading the libraries and the base {base}")
+            from controlkit.studio.engine import Engine
+            from controlkit.studio.look import css, js, theme
+            from controlkit.studio.page import build
 
-        engine = Engine(base, device=device, dtype=dtype)
-        engine.load()
-        page = build(engine, Path(os.path.abspath(runs)), folders)
-        _, address, _ = _launch(page, host, port, theme=theme(), css=css(), js=js())
-        yield address
+            engine = Engine(base, device=device, dtype=dtype)
+            engine.load()
+            page = build(engine, Path(os.path.abspath(runs)), folders)
+            _, address, _ = _launch(page, host, port, theme=theme(), css=css(), js=js())
+            yield address
+        finally:
+            if page is not None:
+                page.close(verbose=False)
+            if engine is not None:
+                engine.stop()  # what a page that has gone left in the making
+
+
+@contextmanager
+def _surroundings(variables: Mapping[str, str]) -> Iterator[None]:
+    """Within the block the environment has these variables."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
     finally:
-        if page is not None:
-            page.close(verbose=False)
-        if engine is not None:
-            engine.stop()  # what a page that has gone left in the making
-        shutil.rmtree(place, ignore_errors=True)
         for name, value in before.items():
             os.environ.pop(name, None) if value is None else os.environ.update({name: value})
-
-
-def _private_folder() -> Path:
-    """Where uploads and shown pictures lie: nobody else's files, and removed at the end."""
-    return Path(tempfile.mkdtemp(prefix="controlkit-studio-")).resolve()
 
 
 def _launch(page: Any, host: str, port: int | None, **look: Any) -> Any:

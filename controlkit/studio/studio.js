@@ -56,7 +56,20 @@
     if (box.top > window.innerHeight || box.bottom < 0)
       document.querySelector(".pictures h2")?.scrollIntoView({ behavior: "smooth", block: "start" });
   });
-  const changed = () => { name(); stay(); };
+  // A reload opens the tab that was open, of this page alone: another one of the same browser has its own.
+  const TAB = "controlkit-tab", titleOf = (tab) => tab.innerText.trim();
+  let opened = false;
+  const keepTab = () => {
+    const tabs = [...document.querySelectorAll('button[role="tab"]')];
+    const open = tabs.find((tab) => tab.ariaSelected === "true");
+    if (!open) return;
+    try {
+      if (opened) return sessionStorage.setItem(TAB, titleOf(open));
+      opened = true;
+      tabs.find((tab) => tab !== open && titleOf(tab) === sessionStorage.getItem(TAB))?.click();
+    } catch { opened = true; }  // a browser that keeps nothing
+  };
+  const changed = () => { name(); stay(); keepTab(); };
   changed();
   new MutationObserver(changed).observe(document.body, { childList: true, subtree: true, attributes: true,
     attributeFilter: ["class", "hidden", "style"] });
