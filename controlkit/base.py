@@ -283,7 +283,8 @@ def load_base(
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype = torch.float32,
 ) -> Base:
-    """Load a locked base by its bundled name, short name (``ALIASES``), diffusers pipeline folder, or hub id.
+    """Load a locked base by its bundled name, short name (``ALIASES``), diffusers pipeline folder, hub id, or
+    checkpoint in one file.
 
     SDXL's VAE stays float32 when ``dtype`` is float16, whose range its activations exceed (its
     configuration's ``force_upcast``).

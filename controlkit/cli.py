@@ -260,7 +260,7 @@ def lint(
 
 @app.command(epilog="Example:  controlkit ui --base sd15 --runs runs")
 def ui(
-    base: Annotated[str, option("NAME", "tiny, sd15, sd21, sdxl, folder or hub id.")] = "tiny",
+    base: Annotated[str, option("NAME", "tiny, sd15, sd21, sdxl, file, folder or hub id.")] = "tiny",
     device: Annotated[str, option("NAME", "auto, cpu, cuda, cuda:1 or mps.")] = "auto",
     dtype: Annotated[Text, option("TYPE", DTYPE_HELP)] = None,
     host: Annotated[

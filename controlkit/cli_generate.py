@@ -44,7 +44,7 @@ def generate(
     control: Annotated[Texts, option("KIND=PICTURE[:HOW]", CONTROL_HELP)] = None,
     map_: Annotated[Texts, option("KIND=MAP[:HOW]", "Follow this file, a map already.", "--map")] = None,
     base: Annotated[
-        Text, option("NAME", "tiny, sd15, sd21, sdxl, folder or hub id.  [default: tiny]")
+        Text, option("NAME", "tiny, sd15, sd21, sdxl, file, folder or hub id.  [default: tiny]")
     ] = None,
     adapter: Annotated[
         Texts, option("KIND=NAME", "Another ControlNet: a file, a folder or a hub id.")
@@ -58,7 +58,8 @@ def generate(
         Text, option("FOLDER", "The IP-Adapter's picture encoder.  [default: the one beside it]")
     ] = None,
     vae: Annotated[
-        Text, option("NAME", "Another autoencoder: folder or hub id; taesd and taesdxl are small.")
+        Text,
+        option("NAME", "Another autoencoder: ft-mse, file, folder or hub id; taesd and taesdxl are small."),
     ] = None,
     negative_prompt: Annotated[
         Text, option("TEXT", "What the picture should not show.", "--negative", "--negative-prompt")

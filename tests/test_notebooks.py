@@ -1,6 +1,10 @@
 """The notebooks as they are kept: executed, whole, and readable without executing them."""
 
+import ast
 import re
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
 
 import pytest
 from notebook_runs import FOLDER, names
@@ -22,6 +26,23 @@ def code_of(notebook):
 
 def outputs_of(notebook):
     return [output for cell in code_of(notebook) for output in cell.outputs]
+
+
+def test_the_extra_brings_what_it_imports(notebook):
+    project = tomllib.loads((FOLDER.parent / "pyproject.toml").read_text())["project"]
+    wanted = [
+        *project["dependencies"],
+        *project["optional-dependencies"]["notebooks"],
+        "controlkit",
+        "ipython",
+    ]
+    brought = {re.split(r"[^\w.-]", line)[0].lower() for line in wanted}  # ipykernel brings ipython
+    trees = [ast.walk(ast.parse(cell.source)) for cell in code_of(notebook)]
+    nodes = [node for tree in trees for node in tree]
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
+    for name in {name.partition(".")[0] for name in names} - sys.stdlib_module_names:
+        assert brought & {found.lower() for found in packages_distributions().get(name, [name])}, name
 
 
 def test_there_are_six():

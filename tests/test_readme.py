@@ -63,6 +63,40 @@ def test_the_modules_of_the_table_exist(path: str) -> None:
     assert (ROOT / path).exists()
 
 
+def test_the_table_of_modules_has_every_one_of_the_core() -> None:
+    told = {
+        name
+        for row in re.findall(r"^\| (`.+) \|", TEXT, flags=re.MULTILINE)
+        for name in re.findall(r"\w+\.py", row)
+    }
+    assert {path.name for path in (ROOT / "controlkit").glob("[!_]*.py")} <= told
+
+
+def test_what_is_said_to_stand_above_or_below_does() -> None:
+    for link in re.finditer(r"\[(above|below)\]\(#([^)]+)\)", TEXT):
+        headings = re.finditer(r"^#+ (.+)$", TEXT, flags=re.MULTILINE)
+        (place,) = [heading.start() for heading in headings if anchor(heading[1]) == link[2]]
+        assert (place > link.start()) == (link[1] == "below"), link[0]
+
+
+def test_the_schedulers_and_options_that_replace_others_exist() -> None:
+    from typer.main import get_command
+
+    from controlkit.cli import app
+    from controlkit.schedulers import SCHEDULERS
+
+    section = TEXT[TEXT.index("\n## Which command replaces mine?") : TEXT.index("\n## I want more control")]
+    theirs = {
+        option
+        for row in section.splitlines()
+        for option in re.findall(r"--[a-z][\w-]*", row.partition(" | ")[2])
+    }
+    commands = get_command(app).commands.values()  # type: ignore[attr-defined]
+    assert theirs <= {name for command in commands for option in command.params for name in option.opts}
+    (row,) = [row for row in section.splitlines() if "Euler a" in row]
+    assert {name.removeprefix("--scheduler ") for name in re.findall(r"`([^`]+)`", row)} <= {*SCHEDULERS}
+
+
 @pytest.mark.parametrize("arguments", controlkit_commands(), ids=" ".join)
 def test_the_commands_are_understood(arguments: list[str]) -> None:
     import typer.core
