@@ -41,11 +41,11 @@ def check_list_of(name: str, given: object, kind: type, example: str) -> None:
 def unknown(what: str, name: object, choices: Iterable[str]) -> ValueError:
     """Build (not raise) the error for a ``name`` that is none of ``choices``; ``what`` says what was named.
 
-    A ``name`` that is no text, as None, is told as it reads.
+    A ``name`` that is no text, as None, is told as it reads, and resembles none.
 
     >>> str(unknown("control", "cany", ["canny", "depth"]))
     "unknown control 'cany' (did you mean 'canny'?); choose from: canny, depth"
     """
     given, listed = str(name), sorted(choices)
-    suggestion = did_you_mean(given, listed)
+    suggestion = did_you_mean(given, listed) if isinstance(name, str) else ""
     return ValueError(f"unknown {what} {given!r}{suggestion}; choose from: {', '.join(listed)}")

@@ -139,7 +139,7 @@ def gives_depth(kind: str) -> bool:
 
 
 def _find(kind: str) -> Any:
-    if kind not in _KINDS:
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise unknown("map", kind, _KINDS)
     module, name = _KINDS[kind]
     return getattr(import_module(f"controlkit.preprocessors.{module}"), name)
