@@ -36,6 +36,7 @@ from controlkit.base_parts import (
 from controlkit.class_labels import PictureEncoder
 from controlkit.controlnet import digest_of_weights, lock
 from controlkit.devices import check_device, check_dtype
+from controlkit.files import as_text
 from controlkit.folders import alone, quiet_libraries, read_json
 from controlkit.naming import kind_of_value
 from controlkit.told_sizes import Sizes
@@ -292,7 +293,8 @@ def load_base(
     nor reachable, a missing or broken part, a base that is none of SD1, SD2, SDXL, a device that is not
     there, or an unknown precision.
     """
-    device, dtype, name_or_path = check_device(device), check_dtype(dtype), os.fspath(name_or_path)
+    device, dtype = check_device(device), check_dtype(dtype)
+    name_or_path = as_text("a base", name_or_path)
     folder = find_base(name_or_path)
     unet_config = read_json(part_of(folder, "unet") / "config.json")
     family = read_family(folder, unet_config)

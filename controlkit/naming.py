@@ -38,6 +38,13 @@ def check_list_of(name: str, given: object, kind: type, example: str) -> None:
             raise ValueError(f"{name} is a list of {kind.__name__}, and {kind_of_value(one)} is in it")
 
 
+def check_callables(**given: object) -> None:
+    """Raise ValueError for what is given to be called and cannot be; None is not called."""
+    for name, function in given.items():
+        if function is not None and not callable(function):
+            raise ValueError(f"{name} is a function, not {kind_of_value(function)}")
+
+
 def unknown(what: str, name: object, choices: Iterable[str]) -> ValueError:
     """Build (not raise) the error for a ``name`` that is none of ``choices``; ``what`` says what was named.
 

@@ -428,3 +428,10 @@ def test_every_name_is_explained_where_it_is_defined() -> None:
 
     told = controlkit.rules.__doc__ or ""
     assert all(f"    {name} " in told for name in (*MODES, *CURVES, *GATES))
+
+
+def test_a_formula_of_no_known_name_is_none() -> None:
+    with pytest.raises(ValueError, match="unknown curve of layers 'softer'"):
+        layer_weights("softer", [0, 1])
+    with pytest.raises(ValueError, match="unknown gate 'comfy'"):
+        gate_open("comfy", 0, 2, start=0.0, end=1.0)
