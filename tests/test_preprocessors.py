@@ -127,6 +127,10 @@ def test_the_picture_of_a_resolution_keeps_its_aspect() -> None:
 
 def test_every_kind_is_listed_and_has_options() -> None:
     assert preprocessors.list() == preprocessors.names() == sorted(preprocessors.names())
+    taken: dict[str, object] = {}
+    exec("from controlkit.preprocessors import *", taken)
+    assert {"get", "names"} <= taken.keys()
+    assert not {"list"} & taken.keys()
     assert {"canny", "openpose", "depth", "normal", "scribble", "softedge", "hed"} <= {*preprocessors.list()}
     for kind in preprocessors.list():
         assert "resolution" in preprocessors.options_of(kind), kind
