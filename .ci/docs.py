@@ -14,6 +14,8 @@ import controlkit
 WITHOUT = ("__main__",)
 # "name: what it is", at the start of a paragraph and behind each sentence in it.
 _NAMED = re.compile(r"(?:^|(?<=[.;] ))(?=[a-z_]\w*(?:, [a-z_]\w*)*: )")
+_ANCHOR = re.compile(r'\bid="([^"]+)"')
+_LINK = re.compile(r'<a href="([^":#]*)#([^"]+)">(.*?)</a>', re.DOTALL)
 _PARAGRAPHS = re.compile(r"\n\n|(?<=\.)\n(?=[A-Z])")
 
 
@@ -46,6 +48,19 @@ def modules() -> list[str]:
     return found
 
 
+def unlink_what_is_not_told(folder: Path) -> None:
+    """Leave the text alone of links to names that have no place in the pages: private or foreign ones."""
+    pages = {page.resolve(): page.read_text(encoding="utf-8") for page in folder.rglob("*.html")}
+    places = {page: set(_ANCHOR.findall(text)) for page, text in pages.items()}
+    for page, text in pages.items():
+
+        def kept(link: re.Match[str], page: Path = page) -> str:
+            to = (page.parent / link[1]).resolve() if link[1] else page
+            return link[0] if link[2] in places.get(to, ()) else link[3]
+
+        page.write_text(_LINK.sub(kept, text), encoding="utf-8")
+
+
 def main(folder: str) -> None:
     """Write the pages into a folder."""
     count = len(modules())
@@ -56,6 +71,7 @@ def main(folder: str) -> None:
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", "Error parsing type annotation")  # imported for type checkers only
         pdoc.pdoc("controlkit", output_directory=Path(folder))
+    unlink_what_is_not_told(Path(folder))
     sys.stdout.write(f"{count} modules in {folder}\n")
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +64,7 @@ WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 class Adapter:
     """A loaded adapter: the control network, what it says of itself, and the name it was asked for by."""
 
-    controlnet: Any
+    controlnet: Any = field(repr=False)
     info: AdapterInfo
     name: str
 
@@ -106,7 +106,7 @@ def load_adapter(
     named), a device that is not there, or an unknown precision.
     """
     check_base_given(base)
-    name_or_path = os.fspath(name_or_path)
+    name_or_path = files.as_text("an adapter", name_or_path)
     place = base.device if device is None else check_device(device)
     info, controlnet = _load(name_or_path, base, kind=kind, dtype=check_dtype(dtype or base.dtype))
     if info.prediction_type not in ("", base.prediction_type):
@@ -231,7 +231,7 @@ def write_adapter(
     """
     if layout not in writing.LAYOUTS:
         raise unknown("layout", layout, writing.LAYOUTS)
-    dtype = None if dtype is None else check_dtype(dtype)
+    dtype, path = None if dtype is None else check_dtype(dtype), files.as_text("an adapter's place", path)
     network: Any = adapter_or_network
     if isinstance(network, Adapter):
         network, info = network.controlnet, info or network.info

@@ -36,8 +36,9 @@ from controlkit.base_parts import (
 from controlkit.class_labels import PictureEncoder
 from controlkit.controlnet import digest_of_weights, lock
 from controlkit.devices import check_device, check_dtype
+from controlkit.files import as_text
 from controlkit.folders import alone, quiet_libraries, read_json
-from controlkit.naming import kind_of_value
+from controlkit.naming import check_list_of, kind_of_value
 from controlkit.told_sizes import Sizes
 from controlkit.usual_guidance import is_told_guidance, is_turbo
 from controlkit.words import Words, saved_by_diffusers, with_all_vectors
@@ -132,8 +133,9 @@ class Base:
 
         Each distinct prompt is encoded once, by itself: a batch would round differently.
         Warns, in one line, when prompts are longer than the 77 tokens that the text encoder reads. Raises
-        ValueError for an empty list.
+        ValueError for an empty list, and for anything but a list of texts, as one text by itself.
         """
+        check_list_of("prompts", prompts, str, '"a red figure"')
         if not prompts:
             raise ValueError("no prompts given")
         with long_prompts_told_together():
@@ -293,7 +295,8 @@ def load_base(
     nor reachable, a missing or broken part, a base that is none of SD1, SD2, SDXL, a device that is not
     there, or an unknown precision.
     """
-    device, dtype, name_or_path = check_device(device), check_dtype(dtype), os.fspath(name_or_path)
+    device, dtype = check_device(device), check_dtype(dtype)
+    name_or_path = as_text("a base", name_or_path)
     folder = find_base(name_or_path)
     unet_config = read_json(part_of(folder, "unet") / "config.json")
     family = read_family(folder, unet_config)

@@ -42,11 +42,12 @@ def refine(
 ) -> np.ndarray:
     """The second stage: a picture, uint8 (H, W, 3), `factor` times as large, refined under its controls.
 
-    strength: above 0, up to 1: the share of the steps that are taken. controls: with maps of the larger
-    picture where there are any; others are resized. start: what the first stage started from; outside of its
-    hole the result has its pixels, at the larger size. options: of `sampling.generate`; with `tiles` memory
-    stays bounded.
+    picture: whatever `images.load_picture` takes. strength: above 0, up to 1: the share of the steps that are
+    taken. controls: with maps of the larger picture where there are any; others are resized. start: what the
+    first stage started from; outside of its hole the result has its pixels, at the larger size. options: of
+    `sampling.generate`; with `tiles` memory stays bounded.
     """
+    picture = images.load_picture(picture)
     width, height = larger_size(picture.shape[1], picture.shape[0], factor)
     refined = Start(images.resize(picture, width, height), strength)
     if start is not None and start.mask is not None:

@@ -10,7 +10,7 @@ stabilityai/stable-diffusion-2-1-unclip). Numbers and the order of draws are tho
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -163,11 +163,11 @@ class PictureEncoder:
     schedule, (T,) float64; both on the CPU.
     """
 
-    feature_extractor: CLIPImageProcessor
-    image_encoder: CLIPVisionModelWithProjection
-    mean: Tensor
-    std: Tensor
-    alphas_cumprod: Tensor
+    feature_extractor: CLIPImageProcessor = field(repr=False)
+    image_encoder: CLIPVisionModelWithProjection = field(repr=False)
+    mean: Tensor = field(repr=False)
+    std: Tensor = field(repr=False)
+    alphas_cumprod: Tensor = field(repr=False)
 
     @torch.no_grad()
     def encode(self, picture: np.ndarray) -> Tensor:

@@ -24,7 +24,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,7 @@ from controlkit import diffusion, latent_scale, limits
 from controlkit.base_parts import load_tokenizer
 from controlkit.controlnet import digest_of_weights, lock
 from controlkit.devices import check_device, check_dtype
+from controlkit.files import as_text
 from controlkit.folders import alone, load_part, read_json, weight_files
 from controlkit.hub import check_exists, find_folder
 from controlkit.prompt_syntax import parse
@@ -63,8 +64,8 @@ class Clip:
     mean, std: (1, 3, 1, 1), of the pixels in [0, 1] that it was trained with.
     """
 
-    model: CLIPModel
-    tokenizer: CLIPTokenizer
+    model: CLIPModel = field(repr=False)
+    tokenizer: CLIPTokenizer = field(repr=False)
     mean: Tensor
     std: Tensor
 
@@ -189,7 +190,8 @@ def load_clip(
     from transformers import CLIPModel
 
     device, dtype = check_device(device), check_dtype(dtype)
-    folder = find_folder(os.fspath(name_or_path), complete=_is_complete, files=_HUB_FILES, **_PLACES)
+    name = as_text("a CLIP", name_or_path)
+    folder = find_folder(name, complete=_is_complete, files=_HUB_FILES, **_PLACES)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds no CLIP: it has no config.json")
     kind = read_json(folder / "config.json").get("model_type")

@@ -16,6 +16,7 @@ from controlkit import images, limits
 from controlkit.adapters import Adapter
 from controlkit.kinds import kind_of
 from controlkit.map_sizes import cover_map
+from controlkit.naming import kind_of_value
 from controlkit.rules import CURVES as CURVES
 from controlkit.rules import GATES as GATES
 from controlkit.rules import MODES as MODES
@@ -49,10 +50,11 @@ class Control:
     gate: how the window is read, one of `GATES`. mode: one of `MODES`.
     layers: weights of the connections, shallowest first and the middle block last (13 numbers for SD1 and
         SD2, 10 for SDXL), or one of `CURVES`; None leaves the mode's.
-    mask: where the control acts, (H, W), uint8 (255 is where it acts), bool or float in [0, 1]; it is
-        stretched to each residual bilinearly, as A1111's effective region mask is. One of the shape of a map
-        that is scaled and cropped is so, too, and stays on it (`controlkit generate` crops the mask's file,
-        whatever its shape, and says so). None is everywhere.
+    mask: where the control acts, (H, W), uint8 (255 is where it acts), bool or float in [0, 1], or a path or
+        a PIL image, as `images.load_mask` reads them; it is stretched to each residual bilinearly, as A1111's
+        effective region mask is. One of the shape of a map that is scaled and cropped is so, too, and stays
+        on it (`controlkit generate` crops the mask's file, whatever its shape, and says so). None is
+        everywhere.
     only_mid: leave out all residuals but the middle block's, as the original's `only_mid_control`.
     kind: of the map, for networks that know several (ControlNet-Union); "" is the adapter's own.
 
@@ -78,7 +80,10 @@ class Control:
 
     def __post_init__(self) -> None:
         check_rule(self.scale, self.start, self.end, self.gate, self.mode, self.layers)
+        if not isinstance(self.kind, str):
+            raise ValueError(f"a control's kind is a name, as 'canny', not {kind_of_value(self.kind)}")
         object.__setattr__(self, "maps", _read(self.controlnet_cond))
+        object.__setattr__(self, "mask", images.mask_as_read(self.mask))
         if self.mask is not None:
             _check_mask(self.mask)
 
@@ -200,7 +205,9 @@ def _read(given: MapSource) -> torch.Tensor | list[np.ndarray]:
 
 def _check_mask(mask: np.ndarray | torch.Tensor) -> None:
     if not isinstance(mask, np.ndarray | torch.Tensor):
-        raise ValueError(f"a control's mask is an array or a tensor, not {type(mask).__name__}")
+        raise ValueError(
+            f"a control's mask is a path, a PIL image, an array or a tensor, not {kind_of_value(mask)}"
+        )
     if isinstance(mask, np.ndarray) and mask.dtype.kind not in "biuf":
         raise ValueError(f"a control's mask must be uint8, or float, or bool, not {mask.dtype}")
     tensor = _as_tensor(mask)

@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from controlkit.naming import kind_of_value
 from controlkit.reuse import repeat_rows, shared_start, text_for, whole_block
 
 if TYPE_CHECKING:
@@ -115,12 +116,14 @@ def from_base(
     The copy is float32 whatever the base's precision, because it is there to be trained, and lies on the
     same device.
 
-    Raises ValueError for a U-Net that is none of SD1, SD2, SDXL, one that fills holes or is told the
-    guidance, a class or a picture, or for channel numbers below 1.
+    Raises ValueError for what is neither, a U-Net that is none of SD1, SD2, SDXL, one that fills holes or is
+    told the guidance, a class or a picture, or for channel numbers below 1.
     """
     from diffusers import ControlNetModel
 
     unet: UNet2DConditionModel = getattr(base_or_unet, "unet", base_or_unet)
+    if not hasattr(unet, "config"):
+        raise ValueError(f"a control network is copied from a base or its U-Net, not {kind_of_value(unet)}")
     check_copyable(unet.config)
     if min(conditioning_channels, *hint_channels) < 1:
         raise ValueError(

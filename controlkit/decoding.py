@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from controlkit.files import PathLike, refuse_pipe
+from controlkit.naming import kind_of_value
 from controlkit.pixel_arrays import array_to_rgb, over
 
 DEFAULT_MAX_PIXELS = 89_478_485
@@ -57,6 +58,8 @@ def opened(
     source: PathLike | bytes, *, max_pixels: int, formats: Sequence[str] = _FORMATS
 ) -> Iterator[tuple[Image.Image, str]]:
     """Read a picture file's header, refuse what is no picture or too large; yield picture and name."""
+    if not isinstance(source, (str, os.PathLike, bytes)):
+        raise ValueError(f"a picture's file is a path or bytes, not {kind_of_value(source)}")
     name = "the data given" if isinstance(source, bytes) else os.fspath(source)
     file = io.BytesIO(source) if isinstance(source, bytes) else _open_file(name)
     with file:
@@ -77,6 +80,8 @@ def _open_file(name: str) -> io.BufferedReader:
         raise ValueError(f"{name} is a folder, not a picture") from error
     except OSError as error:
         raise ValueError(f"{name} cannot be read: {error.strerror}") from error
+    except ValueError as error:  # of characters that no name has
+        raise ValueError(f"{name!r} is no file's name: {error}") from error
 
 
 def _read_header(file: io.BytesIO | io.BufferedReader, name: str, formats: Sequence[str]) -> Image.Image:

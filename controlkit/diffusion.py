@@ -20,6 +20,7 @@ import math
 import torch
 from torch import Tensor
 
+from controlkit.limits import is_whole, number
 from controlkit.naming import unknown
 
 SCHEDULES = ("linear", "scaled_linear", "cosine")
@@ -47,9 +48,9 @@ def alphas_cumprod(
 
     Raises ValueError for an unknown schedule, less than two timesteps, or betas not in 0 < start <= end < 1.
     """
-    if num_train_timesteps < 2:
+    if not is_whole(num_train_timesteps) or num_train_timesteps < 2:
         raise ValueError(f"num_train_timesteps is {num_train_timesteps}; a noise schedule needs at least 2")
-    if not 0 < beta_start <= beta_end < 1:
+    if not 0 < number(beta_start) <= number(beta_end) < 1:
         raise ValueError(f"beta_start {beta_start} and beta_end {beta_end} must satisfy 0 < start <= end < 1")
     betas = _betas(schedule, num_train_timesteps, beta_start, beta_end)
     cumulative = torch.cumprod(1 - betas, dim=0)
@@ -94,7 +95,7 @@ def target(
     ``sample``: x_0. Raises ValueError for any other type.
     """
     if prediction_type == "epsilon":
-        return noise
+        return noise.to(x_0.dtype)
     if prediction_type == "sample":
         return x_0
     if prediction_type == "v_prediction":
@@ -112,7 +113,7 @@ def predict_x0(
     ``v_prediction``: √ᾱ_t x_t - √(1 - ᾱ_t) v. Raises ValueError for an unknown type.
     """
     if prediction_type == "sample":
-        return model_pred
+        return model_pred.to(x_t.dtype)
     signal, spread = _coefficients(x_t, timesteps, alphas_cumprod)
     if prediction_type == "epsilon":
         return ((x_t - spread * model_pred) / signal).to(x_t.dtype)
@@ -130,7 +131,7 @@ def prediction_of(
     Raises ValueError for an unknown type.
     """
     if prediction_type == "sample":
-        return x_0
+        return x_0.to(x_t.dtype)
     signal, spread = _coefficients(x_t, timesteps, alphas_cumprod)
     if prediction_type == "epsilon":
         return ((x_t - signal * x_0) / spread).to(x_t.dtype)
@@ -148,7 +149,7 @@ def predict_noise(
     Raises ValueError for an unknown type.
     """
     if prediction_type == "epsilon":
-        return model_pred
+        return model_pred.to(x_t.dtype)
     signal, spread = _coefficients(x_t, timesteps, alphas_cumprod)
     if prediction_type == "sample":
         return ((x_t - signal * model_pred) / spread).to(x_t.dtype)
@@ -174,7 +175,7 @@ def min_snr_weight(snr: Tensor, gamma: float, prediction_type: str) -> Tensor:
 
     Raises ValueError for γ <= 0 or not finite, or an unknown prediction type.
     """
-    if not (gamma > 0 and math.isfinite(gamma)):
+    if not 0 < number(gamma) < math.inf:
         raise ValueError(f"min-SNR gamma is {gamma}; it must be a positive number (the paper uses 5)")
     if prediction_type == "sample":
         return snr.clamp(max=gamma)
@@ -198,7 +199,7 @@ def sample_timesteps(
     around the circle, in random order: still uniform for each element, but a batch covers the whole range
     (Kingma et al. 2021, arXiv:2107.00630, appendix I.1). ``cubic``: t = (1 - u³) T, more often noisy, where
     the layout that a control decides is made (T2I-Adapter's non-uniform sampling, Mou et al. 2023,
-    arXiv:2302.08453).
+    arXiv:2302.08453). ``logit-normal``, ``structure``: see :func:`place_timesteps`.
 
     Raises ValueError for an unknown kind.
     """

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from controlkit.base import FAMILY_TITLES, check_base_given
+from controlkit.files import as_text
 from controlkit.folders import read_state
 from controlkit.loras import shallow_copy
 from controlkit.naming import check_list_of
@@ -108,7 +109,7 @@ def _words(embeddings: Sequence[Embedding], encoders: int) -> list[_Word]:
     """The words of files; files with the same word are one as long as there are text encoders for them."""
     words: list[_Word] = []
     for embedding in embeddings:
-        file = Path(embedding.file).expanduser()
+        file = Path(as_text("an embedding", embedding.file)).expanduser()
         own, parts = _parts(file, read_state(file, what="embedding"))
         new = _Word(embedding.token or own or file.stem, tuple((file, part) for part in parts))
         for k, word in enumerate(words):

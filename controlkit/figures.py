@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from controlkit import mannequin, raycast
+from controlkit.limits import is_whole
 from controlkit.mannequin import JOINTS, Body, Uniform, cosine, sine
 from controlkit.raycast import FLOOR, SKY, Frame, Shape, Vector, add, dot, unit
 
@@ -158,15 +159,16 @@ class _Layout:
 def render(seed: int, *, size: int = 128, split: str = "demo") -> Scene:
     """The scene of a seed in a split, at size×size pixels.
 
-    Raises ValueError for an unknown split, a seed outside 0..2³²-1 or a size outside 16..4096. The layout
-    does not depend on the size: a larger picture shows the same scene, sharper.
+    Raises ValueError for an unknown split, a seed that is no whole number from 0 to 2³²-1, or a size that is
+    none from 16 to 4096. The layout does not depend on the size: a larger picture shows the same scene,
+    sharper.
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r} of the bundled world: use one of {', '.join(SPLITS)}")
-    if not 0 <= seed <= MAX_SEED:
-        raise ValueError(f"seed {seed} of the bundled world is out of range: use 0 to {MAX_SEED}")
-    if not 16 <= size <= 4096:
-        raise ValueError(f"size {size} of the bundled world is out of range: use 16 to 4096 pixels")
+    if not is_whole(seed) or not 0 <= seed <= MAX_SEED:
+        raise ValueError(f"seed {seed!r} of the bundled world is out of range: use 0 to {MAX_SEED}")
+    if not is_whole(size) or not 16 <= size <= 4096:
+        raise ValueError(f"size {size!r} of the bundled world is out of range: use 16 to 4096 pixels")
     layout = _layout(split, seed)
     return _draw(layout, size)
 

@@ -23,6 +23,8 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+from controlkit.naming import kind_of_value
+
 PathLike = str | os.PathLike[str]
 
 _HALF_WRITTEN = re.compile(r"\.controlkit-[0-9a-f]{32}\.tmp")  # as `temporary_beside` has it
@@ -48,6 +50,13 @@ def at_home(path: str) -> str:
     A file that is called so, and the home of an unknown user, stay as they are written.
     """
     return path if os.path.exists(path) else os.path.expanduser(path)
+
+
+def as_text(what: str, given: object) -> str:
+    """A name or a path as text; ``what`` it names. Raises ValueError for anything else, as None."""
+    if not isinstance(given, str | os.PathLike):
+        raise ValueError(f"{what} is a name or a path, not {kind_of_value(given)}")
+    return os.fspath(given)
 
 
 def write_bytes(path: PathLike, data: bytes, *, durable: bool = True) -> None:

@@ -17,7 +17,7 @@ crashes, the control only gets weak.
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -30,6 +30,8 @@ from controlkit.decoding import deep_values as deep_values
 from controlkit.decoding import image_to_rgb, one_line, opened, upright
 from controlkit.decoding import orientation as orientation
 from controlkit.files import PathLike, write_bytes
+from controlkit.limits import is_whole
+from controlkit.naming import kind_of_value
 from controlkit.pixel_arrays import array_to_rgb
 from controlkit.thin_lines import has_thin_lines, redraw_lines
 from controlkit.thin_lines import thin as thin
@@ -44,7 +46,8 @@ def load_picture(source: "Source", *, max_pixels: int = DEFAULT_MAX_PIXELS, behi
     """Return any picture as uint8 RGB of shape (H, W, 3).
 
     ``source`` is a path, the bytes of a file, a PIL image, a numpy array (uint8, uint16, bool, or float in
-    [0, 1]; (H, W) or (H, W, C) with 1, 3 or 4 channels) or a torch tensor of the same types, (C, H, W).
+    [0, 1]; (H, W) or (H, W, C) with 1, 3 or 4 channels), what numpy makes such an array of (a preprocessor's
+    ``Map``), or a torch tensor of the same types, (C, H, W).
     The array returned may share memory with the one given.
 
     Whatever the format, the result is defined: turned upright by its EXIF orientation, 16 bits scaled by
@@ -63,6 +66,8 @@ def load_picture(source: "Source", *, max_pixels: int = DEFAULT_MAX_PIXELS, behi
         return image_to_rgb(source, "the picture", behind=behind)
     if "torch" in sys.modules and isinstance(source, sys.modules["torch"].Tensor):
         return _tensor_to_rgb(source, behind)
+    if hasattr(source, "__array__"):
+        return array_to_rgb(np.asarray(source), "the array", behind=behind)
     if not isinstance(source, (str, os.PathLike, bytes)):
         given = type(source).__name__
         raise ValueError(f"a picture is a path, bytes, a PIL image, an array or a tensor, not {given}")
@@ -75,8 +80,9 @@ def load_map(source: "Source", *, max_pixels: int = DEFAULT_MAX_PIXELS) -> np.nd
     return load_picture(source, max_pixels=max_pixels, behind=0)
 
 
-def load_mask(path: PathLike) -> np.ndarray:
-    """Return a mask's file as uint8 of shape (H, W): 255 where it selects, 0 where it does not.
+def load_mask(source: PathLike | bytes | Image.Image) -> np.ndarray:
+    """Return a mask, a file or a PIL image, as uint8 of shape (H, W): 255 where it selects, 0 where it does
+    not.
 
     White selects, black and what is transparent do not: alpha is composited on black. Where all that is
     visible has one colour, as strokes of a brush on a transparent layer, the alpha alone is the mask: what is
@@ -85,11 +91,22 @@ def load_mask(path: PathLike) -> np.ndarray:
     Raises:
         ValueError: as :func:`load_picture`.
     """
-    with opened(path, max_pixels=DEFAULT_MAX_PIXELS) as (image, name):
-        grey = image_to_rgb(image, name).max(axis=2)
-        if image.mode.startswith(("I", "F")) or not image.has_transparency_data:
-            return grey
-        rgba = np.asarray(upright(image).convert("RGBA"))
+    if isinstance(source, Image.Image):
+        return _mask_of(source, "the mask")
+    with opened(source, max_pixels=DEFAULT_MAX_PIXELS) as (image, name):
+        return _mask_of(image, name)
+
+
+def mask_as_read(mask: Any) -> Any:
+    """Return what :func:`load_mask` makes of a file or a PIL image, and anything else as it is."""
+    return load_mask(mask) if isinstance(mask, (str, os.PathLike, bytes, Image.Image)) else mask
+
+
+def _mask_of(image: Image.Image, name: str) -> np.ndarray:
+    grey = image_to_rgb(image, name).max(axis=2)
+    if image.mode.startswith(("I", "F")) or not image.has_transparency_data:
+        return grey
+    rgba = np.asarray(upright(image).convert("RGBA"))
     colour, alpha = rgba[..., :3], rgba[..., 3]
     visible = colour[alpha > 0]
     if alpha.min() < 255 and len(visible) and (visible == visible[0]).all():
@@ -135,6 +152,9 @@ def load_pictures(
     return pictures, True
 
 
+_SMOOTH = (np.uint8, np.uint16, np.int16, np.float32, np.float64)  # what OpenCV averages
+
+
 def resize(image: np.ndarray, width: int, height: int, *, nearest: bool = False) -> np.ndarray:
     """Return ``image`` (H, W) or (H, W, C), uint8 or float32, as (height, width) or (height, width, C).
 
@@ -143,30 +163,38 @@ def resize(image: np.ndarray, width: int, height: int, *, nearest: bool = False)
     colours. The same size returns ``image`` itself.
 
     Raises:
-        ValueError: ``width`` or ``height`` is below 1.
+        ValueError: ``width`` or ``height`` is no whole number from 1, or ``image`` is no such array.
     """
-    if width < 1 or height < 1:
-        raise ValueError(f"cannot resize to {width} x {height}: width and height must be at least 1")
+    _check_sides("resize", width, height)
+    _check_array(image)
     import cv2
 
     source_height, source_width = image.shape[:2]
     if (source_width, source_height) == (width, height):
         return image
+    if not nearest and image.dtype not in _SMOOTH:
+        raise ValueError(f"an image of {image.dtype} is not resampled smoothly: take uint8 or float32")
+    shape = (height, width, *image.shape[2:])  # OpenCV drops a third axis of one
     if nearest:
-        return cv2.resize(image, (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
+        return cv2.resize(image, (width, height), interpolation=cv2.INTER_NEAREST_EXACT).reshape(shape)
     smaller = (min(width, source_width), min(height, source_height))
     if smaller != (source_width, source_height):
         image = cv2.resize(image, smaller, interpolation=cv2.INTER_AREA)
     if smaller != (width, height):
         image = cv2.resize(image, (width, height), interpolation=cv2.INTER_CUBIC)
-    return image
+    return image.reshape(shape)
 
 
 def at_resolution(image: np.ndarray, resolution: int) -> np.ndarray:
     """Return ``image`` (H, W[, C]) with its shorter side brought to ``resolution`` pixels, its aspect kept.
 
     The longer side grows to eight times the original at most, so that a 3000 x 2 strip stays manageable.
+
+    Raises:
+        ValueError: ``resolution`` is below 1.
     """
+    if not resolution >= 1:
+        raise ValueError(f"the shorter side of a picture must be at least 1 pixel, not {resolution}")
     height, width = image.shape[:2]
     scale = min(resolution / min(height, width), 8.0)
     return resize(image, max(1, round(width * scale)), max(1, round(height * scale)))
@@ -180,14 +208,13 @@ def resize_lines(image: np.ndarray, width: int, height: int) -> np.ndarray:
     """
     if image.shape[:2] == (height, width):
         return image
-    import cv2
 
     mask = image if image.ndim == 2 else np.ascontiguousarray(image[..., 0])
     if has_thin_lines(mask):
         lines = redraw_lines(mask, width, height)
     else:
         lines = (resize(mask, width, height) >= 128).astype(np.uint8) * np.uint8(255)
-    return lines if image.ndim == 2 else cv2.merge([lines] * image.shape[2])
+    return lines if image.ndim == 2 else lines[..., None].repeat(image.shape[2], axis=2)
 
 
 def cover(image: np.ndarray, width: int, height: int, *, nearest: bool = False) -> np.ndarray:
@@ -197,7 +224,7 @@ def cover(image: np.ndarray, width: int, height: int, *, nearest: bool = False) 
     stay aligned. It is cut before it is resized: a 3000 x 2 strip never becomes a huge intermediate picture.
 
     Raises:
-        ValueError: ``width`` or ``height`` is below 1.
+        ValueError: as :func:`resize`.
     """
     return resize(central_part(image, width, height), width, height, nearest=nearest)
 
@@ -206,10 +233,9 @@ def central_part(image: np.ndarray, width: int, height: int) -> np.ndarray:
     """Return the largest central part of ``image`` that has the shape width : height, not resized.
 
     Raises:
-        ValueError: ``width`` or ``height`` is below 1, or ``image`` is empty.
+        ValueError: ``width`` or ``height`` is no whole number from 1, or ``image`` is empty.
     """
-    if width < 1 or height < 1:
-        raise ValueError(f"cannot crop to {width} x {height}: width and height must be at least 1")
+    _check_sides("crop", width, height)
     source_height, source_width = image.shape[:2]
     if not (source_height and source_width):
         raise ValueError(f"a picture of {source_width} x {source_height} pixels is empty")
@@ -253,11 +279,16 @@ def maps_to_levels(maps: Sequence[np.ndarray]) -> "torch.Tensor":
     """
     import torch
 
+    for one in maps:
+        if not isinstance(one, np.ndarray) or one.ndim != 3:
+            raise ValueError(f"a map is uint8 or uint16 (height, width, channels), not {_kind_of(one)}")
     if {m.dtype for m in maps} == {np.dtype(np.uint8), np.dtype(np.uint16)}:
         maps = [m if m.dtype == np.uint16 else m.astype(np.uint16) * np.uint16(257) for m in maps]
     kinds = sorted({f"{m.shape[1]} x {m.shape[0]} x {m.shape[2]} {m.dtype}" for m in maps})
     if len(kinds) != 1:
         raise ValueError(f"the maps of a batch must be alike, found: {', '.join(kinds) or 'no map'}")
+    if maps[0].dtype not in (np.uint8, np.uint16):
+        raise ValueError(f"a map is uint8 or uint16 (height, width, channels), not {_kind_of(maps[0])}")
     return torch.from_numpy(np.ascontiguousarray(np.stack(maps).transpose(0, 3, 1, 2)))
 
 
@@ -347,17 +378,37 @@ def _tensor_to_rgb(tensor: "torch.Tensor", behind: int) -> np.ndarray:
 
 
 def _rgb(image: np.ndarray) -> np.ndarray:
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
-        raise ValueError(f"a picture or map is uint8 (height, width, 3), not {image.dtype} {image.shape}")
+    is_array = isinstance(image, np.ndarray)
+    if not is_array or image.dtype != np.uint8 or image.shape[2:] != (3,) or image.size == 0:
+        raise ValueError(f"a picture or map is uint8 (height, width, 3), not {_kind_of(image)}")
     return image
+
+
+def _kind_of(image: object) -> str:
+    """What an image is, for messages: an array by its type and shape."""
+    return f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else kind_of_value(image)
+
+
+def _check_sides(what: str, width: int, height: int) -> None:
+    """Raise ValueError unless both sides are whole numbers from 1."""
+    if not (is_whole(width) and is_whole(height) and width >= 1 and height >= 1):
+        raise ValueError(
+            f"cannot {what} to {width} x {height}: width and height must be whole and at least 1"
+        )
+
+
+def _check_array(image: np.ndarray) -> None:
+    """Raise ValueError unless it is an array (H, W) or (H, W, C) with pixels."""
+    if not isinstance(image, np.ndarray) or image.ndim not in (2, 3) or image.size == 0:
+        raise ValueError(f"an image is an array (height, width[, channels]), not {_kind_of(image)}")
 
 
 def _to_nchw(images: np.ndarray | Sequence[np.ndarray]) -> "torch.Tensor":
     """Return uint8 (H, W, 3) images of one size as a float32 tensor (N, 3, H, W), still 0..255."""
     import torch
 
-    if isinstance(images, np.ndarray) and images.ndim == 3:
-        images = [images]
+    if not isinstance(images, Iterable) or getattr(images, "ndim", 0) == 3:
+        images = [cast("np.ndarray", images)]
     checked = [_rgb(image) for image in images]
     if len({image.shape for image in checked}) != 1:
         sizes = ", ".join(sorted({f"{image.shape[1]} x {image.shape[0]}" for image in checked}))

@@ -1,7 +1,7 @@
 """Pictures as prompts: IP-Adapters on a base (Ye et al. 2023, arXiv:2308.06721).
 
 A picture becomes a few tokens, by CLIP's picture encoder and a small projection. Every cross-attention of the
-U-Net reads them by keys and values of their own (equation 5):
+U-Net reads them by keys and values of their own (equation 8; 5 where the scale is 1):
 
     Z  =  Attention(Q, K, V)  +  scale * Attention(Q, K', V')
 
@@ -16,7 +16,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from controlkit import images, limits
 from controlkit.base import FAMILY_TITLES, check_base_given
+from controlkit.files import as_text
 from controlkit.folders import load_part, quiet_libraries, read_json, read_state
 from controlkit.formats.structure import by
 from controlkit.hub import PICKLES, find_file, find_weight_file, first_sentence
@@ -52,8 +53,8 @@ class PicturePrompt:
     trained.
     """
 
-    tokens: Tensor
-    weights: tuple[tuple[Tensor, Tensor], ...]
+    tokens: Tensor = field(repr=False)
+    weights: tuple[tuple[Tensor, Tensor], ...] = field(repr=False)
     scale: float = 1.0
 
     def __post_init__(self) -> None:
@@ -87,7 +88,7 @@ def picture_prompt(
     shown, _ = images.load_pictures(pictures)
     if not shown:
         raise ValueError("no picture given: an IP-Adapter tells of one or more")
-    source = os.fspath(source)
+    source = as_text("an IP-Adapter", source)
     file = _find(source)
     state = _split(file, read_state(file, what="IP-Adapter"))
     weights = _attention_weights(file, state["ip_adapter"], base)
@@ -132,9 +133,9 @@ def with_pictures(text: Tensor, prompts: Sequence[PicturePrompt]) -> Tensor:
 def _find(source: str) -> Path:
     """The file, which may be a pickle: tensors and nothing else are read from it."""
     path = Path(source).expanduser()
-    if path.suffix in PICKLES and path.is_file():
+    if path.suffix in PICKLES and os.path.isfile(path):
         return path
-    if path.is_dir() and not any(path.glob("*.safetensors")):
+    if os.path.isdir(path) and not any(path.glob("*.safetensors")):
         found = sorted(file for file in path.iterdir() if file.suffix in PICKLES and file.is_file())
         if len(found) != 1:
             number = len(found) or "no"

@@ -38,7 +38,7 @@ def number(value: object) -> float:
 def check_steps(steps: int) -> None:
     """Raise ValueError unless `steps` is a whole number from 1 to 1000."""
     if not is_whole(steps) or not 1 <= steps <= MAX_STEPS:
-        raise ValueError(f"steps must be a whole number from 1 to {MAX_STEPS}, not {steps}")
+        raise ValueError(f"steps must be a whole number from 1 to {MAX_STEPS}, not {steps!r}")
 
 
 def check_seeds(seeds: Iterable[int]) -> list[int]:
@@ -52,32 +52,36 @@ def check_seeds(seeds: Iterable[int]) -> list[int]:
         raise ValueError("no seed given: one picture is made per seed")
     for seed in listed:
         if not is_whole(seed) or not 0 <= seed <= MAX_SEED:
-            raise ValueError(f"a seed must be a whole number from 0 to {MAX_SEED}, not {seed}")
+            raise ValueError(f"a seed must be a whole number from 0 to {MAX_SEED}, not {seed!r}")
     return listed
 
 
-def check_batch(batch_size: int | None) -> None:
+def check_batch(batch_size: int | None, *, may_be_none: bool = True) -> None:
     """Raise ValueError unless pictures at once, where they are given, are a whole number from 1."""
-    if batch_size is not None and (not is_whole(batch_size) or batch_size < 1):
-        raise ValueError(f"batch_size must be a whole number from 1, not {batch_size}")
+    if batch_size is None and may_be_none:
+        return
+    if not is_whole(batch_size) or batch_size < 1:  # type: ignore[operator]
+        raise ValueError(f"batch_size must be a whole number from 1, not {batch_size!r}")
 
 
 def check_guidance(guidance: float) -> None:
     """Raise ValueError unless the classifier-free guidance scale is a number from 0 to 100 (1 is none)."""
     if not 0 <= number(guidance) <= MAX_GUIDANCE:
-        raise ValueError(f"guidance must be a number from 0 to {MAX_GUIDANCE:g}, not {guidance}")
+        raise ValueError(f"guidance must be a number from 0 to {MAX_GUIDANCE:g}, not {guidance!r}")
 
 
 def check_clip_skip(clip_skip: int) -> None:
     """Raise ValueError unless it is a whole number from 1 (the text encoder's last layer) to 12."""
     if not is_whole(clip_skip) or not 1 <= clip_skip <= 12:
-        raise ValueError(f"clip_skip must be a whole number from 1 (none is skipped) to 12, not {clip_skip}")
+        raise ValueError(
+            f"clip_skip must be a whole number from 1 (none is skipped) to 12, not {clip_skip!r}"
+        )
 
 
 def check_rescale(rescale: float) -> None:
     """Raise ValueError unless guidance's rescaling is a number from 0 (none) to 1 (all)."""
     if not 0 <= number(rescale) <= 1:
-        raise ValueError(f"guidance_rescale must be a number from 0 to 1, not {rescale}")
+        raise ValueError(f"guidance_rescale must be a number from 0 to 1, not {rescale!r}")
 
 
 def check_temperature(temperature: float | None, scheduler: str) -> None:
@@ -92,7 +96,7 @@ def check_temperature(temperature: float | None, scheduler: str) -> None:
     highest = 1 if scheduler in ("ddim", "tcd") else 2
     if not 0 <= number(temperature) <= highest:
         raise ValueError(
-            f"temperature must be a number from 0 to {highest} for {scheduler}, not {temperature}"
+            f"temperature must be a number from 0 to {highest} for {scheduler}, not {temperature!r}"
         )
 
 
@@ -105,31 +109,31 @@ def check_shares(workers: int | None, batch: int | None) -> None:
 def check_strength(strength: float, name: str = "strength") -> None:
     """Raise ValueError unless the strength of a start from a picture is above 0 and at most 1."""
     if not 0 < number(strength) <= 1:
-        raise ValueError(f"{name} must be a number above 0 and at most 1, not {strength}")
+        raise ValueError(f"{name} must be a number above 0 and at most 1, not {strength!r}")
 
 
 def check_share(name: str, share: float) -> None:
     """Raise ValueError unless a share is a number from 0 to 1."""
     if not 0 <= number(share) <= 1:
-        raise ValueError(f"{name} must be a number from 0 to 1, not {share}")
+        raise ValueError(f"{name} must be a number from 0 to 1, not {share!r}")
 
 
 def check_merged(share: float) -> None:
     """Raise ValueError unless the share of tokens to merge is a number from 0 (none) to 0.75."""
     if not 0 <= number(share) <= 0.75:  # one token of every 2x2 stays
-        raise ValueError(f"merge_tokens must be a number from 0 to 0.75, not {share}")
+        raise ValueError(f"merge_tokens must be a number from 0 to 0.75, not {share!r}")
 
 
 def check_tile(size: int) -> None:
     """Raise ValueError unless a tile's side is a multiple of 64 from 64 to 4096 pixels."""
     if not is_whole(size) or size % 64 or not 64 <= size <= 4096:
-        raise ValueError(f"a tile's side must be a multiple of 64 from 64 to 4096 pixels, not {size}")
+        raise ValueError(f"a tile's side must be a multiple of 64 from 64 to 4096 pixels, not {size!r}")
 
 
 def check_factor(factor: float) -> None:
     """Raise ValueError unless a picture is enlarged by a factor above 1 and up to 8."""
     if not 1 < number(factor) <= 8:
-        raise ValueError(f"a picture can be enlarged by a factor above 1 and up to 8, not {factor}")
+        raise ValueError(f"a picture can be enlarged by a factor above 1 and up to 8, not {factor!r}")
 
 
 def enlarged(width: int | None, height: int | None, factor: float) -> tuple[int | None, int | None]:
@@ -150,7 +154,7 @@ def enlarged(width: int | None, height: int | None, factor: float) -> tuple[int 
 def check_every(name: str, every: int) -> None:
     """Raise ValueError unless a number of steps is whole and from 1 to 1000."""
     if not is_whole(every) or not 1 <= every <= MAX_STEPS:
-        raise ValueError(f"{name} must be a whole number from 1 to {MAX_STEPS}, not {every}")
+        raise ValueError(f"{name} must be a whole number from 1 to {MAX_STEPS}, not {every!r}")
 
 
 def check_compiled(compiled: bool, features_every: int, merge_tokens: float) -> None:
@@ -180,31 +184,31 @@ def check_picture_scale(scale: float) -> None:
 def _check_strong(what: str, given: float) -> None:
     low, high = SCALE_RANGE
     if not low <= number(given) <= high:
-        raise ValueError(f"{what} must be a number from {low:g} to {high:g}, not {given}")
+        raise ValueError(f"{what} must be a number from {low:g} to {high:g}, not {given!r}")
 
 
 def check_noise_level(level: int) -> None:
     """Raise ValueError unless the noise on a picture that a base is told is a whole number from 0 to 999."""
     if not is_whole(level) or not 0 <= level <= MAX_NOISE_LEVEL:
-        raise ValueError(f"image_noise must be a whole number from 0 to {MAX_NOISE_LEVEL}, not {level}")
+        raise ValueError(f"image_noise must be a whole number from 0 to {MAX_NOISE_LEVEL}, not {level!r}")
 
 
 def check_class(label: int | None) -> None:
     """Raise ValueError unless a class, where there is one, is a whole number from 0 on."""
     if label is not None and (not is_whole(label) or label < 0):
-        raise ValueError(f"a class must be a whole number from 0, not {label}")
+        raise ValueError(f"a class must be a whole number from 0, not {label!r}")
 
 
 def check_clip_guidance(scale: float) -> None:
     """Raise ValueError unless the scale of CLIP guidance is a number from 0 (off) to 1000."""
     if not 0 <= number(scale) <= MAX_CLIP_GUIDANCE:
-        raise ValueError(f"clip_guidance must be a number from 0 to {MAX_CLIP_GUIDANCE:g}, not {scale}")
+        raise ValueError(f"clip_guidance must be a number from 0 to {MAX_CLIP_GUIDANCE:g}, not {scale!r}")
 
 
 def check_window(start: float, end: float) -> None:
     """Raise ValueError unless 0 <= start < end <= 1 (fractions of the denoising steps)."""
     if not 0 <= number(start) < number(end) <= 1:
-        raise ValueError(f"a control needs 0 <= start < end <= 1, not start {start} and end {end}")
+        raise ValueError(f"a control needs 0 <= start < end <= 1, not start {start!r} and end {end!r}")
 
 
 def check_size(width: int | None, height: int | None) -> None:
@@ -232,7 +236,7 @@ def check_told_whole(tiles: object | None) -> None:
 def check_count(count: int) -> None:
     """Raise ValueError unless the number of pictures is a whole number from 1 to 1000."""
     if not is_whole(count) or not 1 <= count <= MAX_COUNT:
-        raise ValueError(f"the number of pictures must be from 1 to {MAX_COUNT}, not {count}")
+        raise ValueError(f"the number of pictures must be from 1 to {MAX_COUNT}, not {count!r}")
 
 
 def check_weight(weight: float) -> None:
@@ -245,4 +249,4 @@ def check_weight(weight: float) -> None:
 def check_rank(rank: int) -> None:
     """Raise ValueError unless a Control-LoRA's rank is a whole number from 1 to 1024."""
     if not is_whole(rank) or not 1 <= rank <= MAX_RANK:
-        raise ValueError(f"rank must be a whole number from 1 to {MAX_RANK}, not {rank}")
+        raise ValueError(f"rank must be a whole number from 1 to {MAX_RANK}, not {rank!r}")

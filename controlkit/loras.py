@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from controlkit import limits, notices
 from controlkit.base import FAMILY_TITLES, check_base_given
+from controlkit.files import as_text
 from controlkit.folders import alone, quiet_libraries, read_header, read_json, read_state
 from controlkit.hub import LORA_FILE, PEFT_CONFIG, find_file, find_weight_file
 from controlkit.lora_keys import Factors, by_layer, is_factor, is_peft, other_network
@@ -119,7 +120,7 @@ def with_loras(base: Base, loras: Sequence[Lora]) -> Base:
 
 def read_lora(source: str | os.PathLike[str], base: Base) -> list[Layer]:
     """The layers of a LoRA, checked against the base's. Raises ValueError as `with_loras`."""
-    source = os.fspath(source)
+    source = as_text("a LoRA", source)
     file = find_weight_file(source, what="LoRA", usual=LORA_FILE)
     header = read_header(file)
     told = header.pop("__metadata__", {})

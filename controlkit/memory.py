@@ -46,7 +46,7 @@ class Memory:
     tiled_vae: bool = False
 
     def __post_init__(self) -> None:
-        limits.check_batch(self.batch_size)
+        limits.check_batch(self.batch_size, may_be_none=False)
 
     @property
     def measures(self) -> tuple[str, ...]:
@@ -57,10 +57,10 @@ class Memory:
 
     @classmethod
     def of(cls, measures: Iterable[str]) -> Memory:
-        """Measures by their names. Raises ValueError for another name."""
+        """Measures by their names, or one. Raises ValueError for another name."""
         memory = cls(1)
-        for name in measures:
-            batch = _BATCH.fullmatch(name)
+        for name in [measures] if isinstance(measures, str) else measures:
+            batch = _BATCH.fullmatch(str(name))
             if batch is not None:
                 memory = replace(memory, batch_size=int(batch[1]))
             elif name in ("sliced-vae", "offload", "one-branch", "tiled-vae"):

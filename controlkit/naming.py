@@ -38,14 +38,21 @@ def check_list_of(name: str, given: object, kind: type, example: str) -> None:
             raise ValueError(f"{name} is a list of {kind.__name__}, and {kind_of_value(one)} is in it")
 
 
+def check_callables(**given: object) -> None:
+    """Raise ValueError for what is given to be called and cannot be; None is not called."""
+    for name, function in given.items():
+        if function is not None and not callable(function):
+            raise ValueError(f"{name} is a function, not {kind_of_value(function)}")
+
+
 def unknown(what: str, name: object, choices: Iterable[str]) -> ValueError:
     """Build (not raise) the error for a ``name`` that is none of ``choices``; ``what`` says what was named.
 
-    A ``name`` that is no text, as None, is told as it reads.
+    A ``name`` that is no text, as None, is told as it reads, and resembles none.
 
     >>> str(unknown("control", "cany", ["canny", "depth"]))
     "unknown control 'cany' (did you mean 'canny'?); choose from: canny, depth"
     """
     given, listed = str(name), sorted(choices)
-    suggestion = did_you_mean(given, listed)
+    suggestion = did_you_mean(given, listed) if isinstance(name, str) else ""
     return ValueError(f"unknown {what} {given!r}{suggestion}; choose from: {', '.join(listed)}")

@@ -5,7 +5,6 @@ NAME.png has the map; NAME.json a pose's joints; NAME.npy and NAME-16bit.png, on
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,11 +116,7 @@ def run(job: Plan, report: Report) -> list[Path]:
 
 
 def write_map(path: Path, made: Map, beside: Beside, *, durable: bool = True) -> list[Path]:
-    """Write a map and what belongs beside it; returns the files, the map first.
-
-    The map's PNG says what made it in a text chunk "controlkit", JSON with its kind, polarity, parameters and
-    model.
-    """
+    """Write a map and what belongs beside it; returns the files, the map first."""
     written = [path]
     if made.poses is not None:
         written.append(path.with_suffix(".json"))
@@ -132,12 +127,7 @@ def write_map(path: Path, made: Map, beside: Beside, *, durable: bool = True) ->
     if made.depth is not None and beside.png16:
         written.append(_png16(path))
         preprocessors.write_depth_png16(written[-1], made.depth)
-    note = {"kind": made.kind, "polarity": made.polarity, "params": made.params}
-    if made.model is not None:
-        note["model"] = made.model
-    plain = made.poses is not None or made.is_binary
-    text = {"controlkit": json.dumps(note)}
-    images.write_png(path, made.image, text=text, plain=plain, durable=durable)  # last: all is there
+    made.save(path, durable=durable)  # last: all is there
     return written
 
 

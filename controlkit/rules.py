@@ -110,12 +110,17 @@ def numbers_of(scale: float | Sequence[float]) -> tuple[float, ...]:
 
 
 def gate_open(gate: str, i: int, n: int, *, start: float, end: float) -> bool:
-    """Whether step `i` (from 0) of `n` lies in a window, as the system of that name reads it."""
+    """Whether step `i` (from 0) of `n` lies in a window, as the system of that name reads it.
+
+    Raises ValueError for another name than those of `GATES`.
+    """
     if gate == "webui":
         return start <= i / n <= end
     if gate == "invoke":
         return math.floor(start * n) <= i <= math.ceil(end * n)
-    return not (i / n < start or (i + 1) / n > end)
+    if gate == "diffusers":
+        return not (i / n < start or (i + 1) / n > end)
+    raise unknown("gate", gate, GATES)
 
 
 def guided_at(i: int, n: int, until: float) -> bool:
@@ -137,7 +142,10 @@ def scale_at(scale: float | Sequence[float], i: int, n: int) -> float:
 
 
 def layer_weights(curve: str, levels: Sequence[int]) -> tuple[float, ...]:
-    """The weights w(k) of a named curve; `levels`: how often each connection was halved in size."""
+    """The weights w(k) of a named curve; `levels`: how often each connection was halved in size.
+
+    Raises ValueError for another name than those of `CURVES`.
+    """
     last = len(levels) - 1
     if curve == "soft":
         return tuple(0.825 ** (last - k) for k in range(last + 1))
@@ -147,7 +155,9 @@ def layer_weights(curve: str, levels: Sequence[int]) -> tuple[float, ...]:
         return tuple(10 ** (-1 + k / last) for k in range(last + 1))
     if curve == "resolution":
         return tuple(float(2**level) for level in levels)
-    return (1.0,) * (last + 1)
+    if curve == "flat":
+        return (1.0,) * (last + 1)
+    raise unknown("curve of layers", curve, CURVES)
 
 
 def connection_levels(config: Mapping[str, object]) -> list[int]:

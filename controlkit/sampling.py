@@ -46,7 +46,7 @@ from controlkit.kinds import kind_of
 from controlkit.layouts import lay_out
 from controlkit.memory import Memory as Memory
 from controlkit.memory import at_work, kept_small
-from controlkit.naming import check_list_of, kind_of_value, with_article
+from controlkit.naming import check_callables, check_list_of, kind_of_value, with_article
 from controlkit.packing import LEAST_STEPS, packed
 from controlkit.picture_sizes import natural_size
 from controlkit.picture_sizes import picture_size as picture_size
@@ -161,6 +161,7 @@ def generate(
     Raises ValueError for a number outside its range, a control of another family, or latents that stop
     being finite.
     """
+    check_callables(callback=callback, preview=preview, finished=finished)
     ways = {"savings": savings, "tiles": tiles, "memory": memory, "execution": execution}
     also = {"told": told, "clip_guidance": clip_guidance}
     _check_kinds(base, prompt, negative_prompt, controls, picture_prompts, start=start, **ways, **also)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from controlkit import naming
+from controlkit import limits, naming
 
 if TYPE_CHECKING:
     from controlkit.base import Base
@@ -124,8 +124,11 @@ def make_schedule(name: str, base: Base, *, steps: int, strength: float = 1.0) -
     """The named scheduler set to `steps`, or to the last `strength` of them, rounded down, at least one.
 
     A part of the steps is what diffusers' pipelines take that start from a picture. Raises ValueError where
-    the scheduler's spacing runs past the trained timesteps, or takes one of them twice.
+    the scheduler's spacing runs past the trained timesteps, or takes one of them twice, and for steps or a
+    strength outside their ranges.
     """
+    limits.check_steps(steps)
+    limits.check_strength(strength)
     scheduler = make_scheduler(name, base)
     most = scheduler.config.get("original_inference_steps")  # of lcm and tcd: those of the distillation
     if most is not None and steps > most:

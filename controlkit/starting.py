@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from controlkit import images, limits
+from controlkit.naming import kind_of_value
 from controlkit.settings import USUAL_STRENGTH
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class Start:
     strength: above 0, up to 1: the share of the steps that are taken, 1 keeping nothing of the picture but
         what lies outside the mask.
     mask: (H, W) of the picture's size, uint8, bool or float in [0, 1]; from the middle value up it is
-        redrawn. None redraws everything.
+        redrawn. Or a path or a PIL image, as `images.load_mask` reads them. None redraws everything.
     paste: put the picture's own pixels back outside the mask when all is done. The autoencoder would
         otherwise change them a little.
 
@@ -51,11 +52,13 @@ class Start:
     def __post_init__(self) -> None:
         limits.check_strength(self.strength)
         object.__setattr__(self, "picture", images.load_picture(self.picture))
+        object.__setattr__(self, "mask", images.mask_as_read(self.mask))
         if self.mask is None:
             return
         if not isinstance(self.mask, np.ndarray):
             raise ValueError(
-                f"a mask is an array, uint8, bool or float in [0, 1], not {type(self.mask).__name__}"
+                "a mask is a path, a PIL image, or an array, uint8, bool or float in [0, 1], not"
+                f" {kind_of_value(self.mask)}"
             )
         if self.mask.ndim != 2:
             raise ValueError(f"a mask is (H, W), not {self.mask.shape}")

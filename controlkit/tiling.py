@@ -39,7 +39,7 @@ class Tiles:
     def __post_init__(self) -> None:
         limits.check_tile(self.size)
         if not 0.1 <= limits.number(self.overlap) <= 0.75:
-            raise ValueError(f"tiles overlap by a share from 0.1 to 0.75, not {self.overlap}")
+            raise ValueError(f"tiles overlap by a share from 0.1 to 0.75, not {self.overlap!r}")
 
 
 class Window(NamedTuple):

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from controlkit import notices
 from controlkit.checkpoints.autoencoder import check_file, load_autoencoder
+from controlkit.files import as_text
 from controlkit.folders import alone, load_part, read_json, weight_files
 from controlkit.hub import check_exists, find_folder
 
@@ -68,7 +69,7 @@ def with_vae(base: Base, name: str | os.PathLike[str]) -> Base:
     from controlkit.controlnet import lock
 
     check_base_given(base)
-    name = os.fspath(name)
+    name = as_text("an autoencoder", name)
     file = _file(name)
     vae, where = _in_folder(name, base) if file is None else (_in_file(file, base), file)
     _check_fits(vae, base, where)

@@ -89,16 +89,16 @@ _HOME = {
     "write_depth_png16": "depthfiles",
     "write_poses": "posejson",
 }
-__all__ = [*_HOME, "get", "gives_depth", "list", "names", "options_of", "summary"]
+__all__ = [*_HOME, "get", "gives_depth", "names", "options_of", "summary"]
 
 
 def names() -> builtins.list[str]:
-    """Return the kinds of maps that :func:`get` knows, sorted."""
+    """Return the kinds of maps that :func:`get` knows, sorted; ``preprocessors.list()`` is the same."""
     return sorted(_KINDS)
 
 
 def list() -> builtins.list[str]:
-    """Return the kinds of maps that :func:`get` knows, sorted; the same as :func:`names`."""
+    """Return :func:`names`. Not in ``__all__``, or ``import *`` would take Python's own ``list`` away."""
     return names()
 
 
@@ -139,7 +139,7 @@ def gives_depth(kind: str) -> bool:
 
 
 def _find(kind: str) -> Any:
-    if kind not in _KINDS:
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise unknown("map", kind, _KINDS)
     module, name = _KINDS[kind]
     return getattr(import_module(f"controlkit.preprocessors.{module}"), name)

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from controlkit.preprocessors.depthfiles import read_depth
+from controlkit.limits import number
+from controlkit.preprocessors.depthfiles import depth_range, read_depth
 from controlkit.preprocessors.depthnet import USUAL, DepthNetwork
 from controlkit.preprocessors.depthtiles import tiled_depth
 from controlkit.preprocessors.maps import Map, Preprocessor
@@ -59,8 +60,7 @@ class Depth(Preprocessor):
     ) -> None:
         """Load the network."""
         super().__init__(resolution=resolution)
-        if not 0 <= clip < 50:
-            raise ValueError(f"depth's clip is {clip:g}; it must be a percentage from 0 (off) to below 50")
+        check_clip(clip)
         if tile and not 64 <= tile <= 8192:
             raise ValueError(f"depth's tile is {tile}; it must be 0 (off) or 64 to 8192 pixels")
         if metric and model != FROM_FILE:
@@ -133,15 +133,21 @@ def depth_to_map(inverse_depth: np.ndarray, *, clip: float = 0.0) -> np.ndarray:
     value where those two are equal), and what lies outside is cut off.
 
     Raises:
-        ValueError: a value is not finite.
+        ValueError: a value is not finite, it is not (H, W) numbers, or ``clip`` is not from 0 to below 50.
     """
-    low, high = float(inverse_depth.min()), float(inverse_depth.max())
-    if not np.isfinite(high - low):
-        raise ValueError("the depth has values that are not finite (NaN or infinity)")
+    check_clip(clip)
+    depth, low, high = depth_range(inverse_depth)
     if clip:
-        inner_low, inner_high = (float(value) for value in np.percentile(inverse_depth, (clip, 100 - clip)))
+        inner_low, inner_high = (float(value) for value in np.percentile(depth, (clip, 100 - clip)))
         if inner_high > inner_low:
             low, high = inner_low, inner_high
-    share = (inverse_depth.astype(np.float64) - low) / ((high - low) or 1.0)
+    share = (depth.astype(np.float64) - low) / ((high - low) or 1.0)
     levels = np.rint(np.clip(share, 0.0, 1.0) * 255.0).astype(np.uint8)
     return levels[:, :, None].repeat(3, axis=2)
+
+
+def check_clip(clip: float) -> None:
+    """Raise ValueError, one line, unless it is a percentage from 0 to below 50."""
+    if not 0 <= number(clip) < 50:
+        given = f"{clip:g}" if isinstance(clip, int | float) else clip
+        raise ValueError(f"depth's clip is {given}; it must be a percentage from 0 (off) to below 50")

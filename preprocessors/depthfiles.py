@@ -72,11 +72,9 @@ def write_depth_png16(path: PathLike, depth: np.ndarray) -> None:
     Constant depth becomes 0.
 
     Raises:
-        ValueError: a value is not finite, or as :func:`controlkit.files.write_bytes`.
+        ValueError: as :func:`depth_range` or :func:`controlkit.files.write_bytes`.
     """
-    low, high = float(depth.min()), float(depth.max())
-    if not np.isfinite(high - low):
-        raise ValueError("the depth has values that are not finite (NaN or infinity)")
+    depth, low, high = depth_range(depth)
     share = (depth.astype(np.float64) - low) / ((high - low) or 1.0)
     ok, encoded = cv2.imencode(".png", np.rint(share * 65535.0).astype(np.uint16))
     assert ok, "OpenCV encodes every uint16 array"
@@ -87,11 +85,36 @@ def write_depth_npy(path: PathLike, depth: np.ndarray) -> None:
     """Write depth, float (H, W), as a ``.npy`` file of float32, atomically and with nothing lost.
 
     Raises:
-        ValueError: as :func:`controlkit.files.write_bytes`.
+        ValueError: it is not (H, W) numbers, or as :func:`controlkit.files.write_bytes`.
     """
     buffer = io.BytesIO()
-    np.save(buffer, depth.astype(np.float32), allow_pickle=False)
+    np.save(buffer, depth_values(depth).astype(np.float32), allow_pickle=False)
     write_bytes(path, buffer.getvalue())
+
+
+def depth_values(depth: Any) -> np.ndarray:
+    """Return depth, an array or what becomes one (a tensor, a list), as an array (H, W) of numbers.
+
+    Raises:
+        ValueError: another shape or type.
+    """
+    held = _held(depth) if hasattr(depth, "detach") else np.asarray(depth)
+    if held.ndim != 2 or held.size == 0 or held.dtype.kind not in "biuf":
+        raise ValueError(f"depth is (height, width) numbers, not {held.dtype} {held.shape}")
+    return held
+
+
+def depth_range(depth: Any) -> tuple[np.ndarray, float, float]:
+    """Return what :func:`depth_values` does, its smallest and its largest value.
+
+    Raises:
+        ValueError: as there, or a value is not finite.
+    """
+    values = depth_values(depth)
+    low, high = float(values.min()), float(values.max())
+    if not np.isfinite(high - low):
+        raise ValueError("the depth has values that are not finite (NaN or infinity)")
+    return values, low, high
 
 
 def _inverse(values: np.ndarray, *, metric: bool, fill: bool) -> np.ndarray:

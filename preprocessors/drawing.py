@@ -9,7 +9,15 @@ import numpy as np
 from controlkit.naming import unknown
 from controlkit.preprocessors.maps import Map
 from controlkit.preprocessors.poseedit import scale_poses
-from controlkit.preprocessors.skeleton import COLOURS, HAND_COLOURS, HAND_EDGES, LIMBS, Poses
+from controlkit.preprocessors.skeleton import (
+    COLOURS,
+    HAND_COLOURS,
+    HAND_EDGES,
+    LIMBS,
+    Poses,
+    check_canvas,
+    points_of,
+)
 
 USUAL_STYLE = "v1.1"
 STYLES = (USUAL_STYLE, "v1.0", "xinsir")
@@ -50,8 +58,10 @@ def draw_poses(
       model's card draws them (ComfyUI's switch for it leaves the joints small).
 
     Raises:
-        ValueError: an unknown style, or a visible joint that is not finite or over a million pixels away.
+        ValueError: an unknown style, another shape, a size that is not at least 1, or a visible joint that is
+            not finite or over a million pixels away.
     """
+    check_canvas(width, height)
     if style not in STYLES:
         raise unknown("draw style", style, STYLES)
     people = [_visible(pose, 18, "joint") for pose in poses]
@@ -83,6 +93,7 @@ def poses_to_map(
     """
     if width is None and height is None:
         width, height = poses.width, poses.height
+    check_canvas(*(1 if side is None else side for side in (width, height)))
     if width is None:
         assert height is not None
         width = max(1, round(poses.width * height / poses.height))
@@ -94,7 +105,7 @@ def poses_to_map(
 
 
 def _visible(points: np.ndarray, count: int, what: str) -> _Points:
-    assert points.shape == (count, 3), points.shape
+    points = points_of(f"a pose's {what}s", points, (count, 3))
     visible = {i: (float(x), float(y)) for i, (x, y, score) in enumerate(points) if score > 0}
     for i, (x, y) in visible.items():
         if not (abs(x) <= _FARTHEST and abs(y) <= _FARTHEST):  # also when either is NaN

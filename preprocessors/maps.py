@@ -1,13 +1,15 @@
 """What every preprocessor returns, and what it is."""
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, ClassVar, overload
+from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 import numpy as np
 
-from controlkit.images import at_resolution, load_pictures, resize, resize_lines
+from controlkit.files import PathLike
+from controlkit.images import at_resolution, load_pictures, resize, resize_lines, write_png
 from controlkit.preprocessors.skeleton import Poses
 
 if TYPE_CHECKING:
@@ -47,6 +49,25 @@ class Map:
         assert self.image.ndim == 3, self.image.shape
         assert self.image.shape[2] == 3, self.image.shape
         assert self.polarity in POLARITIES, self.polarity
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """Be the image to numpy, and so to whatever takes a picture or map."""
+        return np.array(self.image, dtype=dtype, copy=copy)
+
+    def save(self, path: PathLike, *, durable: bool = True) -> None:
+        """Write the image as a PNG, atomically, the same bytes as ``controlkit preprocess``.
+
+        A text chunk "controlkit" says what made it: JSON with its kind, polarity, parameters and model.
+        Poses and depth are written by ``write_poses`` and ``write_depth_npy``.
+
+        Raises:
+            ValueError: as :func:`controlkit.files.write_bytes`.
+        """
+        note = {"kind": self.kind, "polarity": self.polarity, "params": self.params}
+        if self.model is not None:
+            note["model"] = self.model
+        plain = self.poses is not None or self.is_binary
+        write_png(path, self.image, text={"controlkit": json.dumps(note)}, plain=plain, durable=durable)
 
     @property
     def is_binary(self) -> bool:

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
+from controlkit.limits import number
 from controlkit.preprocessors.depth import Depth
+from controlkit.preprocessors.depthfiles import depth_range
 from controlkit.preprocessors.depthnet import USUAL
 from controlkit.preprocessors.maps import Map, Preprocessor
 
@@ -86,12 +88,12 @@ def normal_from_depth(inverse_depth: np.ndarray, *, a: float = FLAT, bg_threshol
     ``bg_threshold`` of the range, n is (0, 0, 1).
 
     Raises:
-        ValueError: a value is not finite.
+        ValueError: a value is not finite, it is not (H, W) numbers, ``a`` is not above 0, or ``bg_threshold``
+            is no share.
     """
-    low, high = float(inverse_depth.min()), float(inverse_depth.max())
-    if not np.isfinite(high - low):
-        raise ValueError("the depth has values that are not finite (NaN or infinity)")
-    depth = inverse_depth.astype(np.float32, copy=False)
+    check_normal_options("normal", a, bg_threshold)
+    values, low, high = depth_range(inverse_depth)
+    depth = values.astype(np.float32, copy=False)
     x, y = (cv2.Sobel(depth, cv2.CV_32F, dx, 1 - dx, ksize=3) for dx in (1, 0))
     is_background = (depth - low) / ((high - low) or 1.0) < bg_threshold
     x[is_background] = y[is_background] = 0.0
@@ -102,7 +104,7 @@ def normal_from_depth(inverse_depth: np.ndarray, *, a: float = FLAT, bg_threshol
 
 def check_normal_options(kind: str, a: float, bg_threshold: float) -> None:
     """Raise ValueError, one line, unless ``a`` is above 0 and ``bg_threshold`` a share."""
-    if not (0 < a < math.inf):
-        raise ValueError(f"{kind}'s a is {a:g}; it must be a number above 0 (2 pi is usual)")
-    if not 0 <= bg_threshold <= 1:
-        raise ValueError(f"{kind}'s bg_threshold is {bg_threshold:g}; it must be from 0 to 1")
+    if not (0 < number(a) < math.inf):
+        raise ValueError(f"{kind}'s a is {a}; it must be a number above 0 (2 pi is usual)")
+    if not 0 <= number(bg_threshold) <= 1:
+        raise ValueError(f"{kind}'s bg_threshold is {bg_threshold}; it must be from 0 to 1")

@@ -3,13 +3,14 @@
 Every function returns new :class:`Poses`; hands and faces go with their bodies. Absent points stay absent.
 """
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import numpy as np
 
-from controlkit.naming import unknown
-from controlkit.preprocessors.skeleton import BODY_MIRROR, FACE_MIRROR, Poses
+from controlkit.limits import is_whole
+from controlkit.naming import kind_of_value, unknown
+from controlkit.preprocessors.skeleton import BODY_MIRROR, FACE_MIRROR, Poses, check_canvas
 
 _HEAD = (0, 14, 15, 16, 17)
 _WRISTS = {0: 7, 1: 4}  # of the left and right hand
@@ -45,8 +46,7 @@ def scale_poses(poses: Poses, width: int, height: int, *, keep_aspect: bool = Fa
     Raises:
         ValueError: a side that is not at least 1 pixel.
     """
-    if width < 1 or height < 1:
-        raise ValueError(f"a canvas of {width} x {height} pixels has no room for poses; give at least 1 x 1")
+    check_canvas(width, height)
     if (width, height) == (poses.width, poses.height):
         return poses
     scale = np.array([width / poses.width, height / poses.height])
@@ -83,7 +83,7 @@ def move_person(poses: Poses, person: int, *, dx: float = 0.0, dy: float = 0.0, 
     Raises:
         ValueError: there is no such person, or a number is not finite or the scale not positive.
     """
-    _check_people(poses, [person])
+    _known_people(poses, [person])
     if not (np.isfinite([dx, dy, scale]).all() and scale > 0):
         raise ValueError(f"a person cannot be moved by ({dx:g}, {dy:g}) and scaled by {scale:g}")
     one = keep_people(poses, [person])
@@ -116,7 +116,7 @@ def jitter_poses(poses: Poses, generator: np.random.Generator, sd: float) -> Pos
     return replace(poses, people=people, hands=hands, faces=faces)
 
 
-def drop_limbs(poses: Poses, names: Iterable[str], *, people: Collection[int] | None = None) -> Poses:
+def drop_limbs(poses: Poses, names: Iterable[str], *, people: Iterable[int] | None = None) -> Poses:
     """Return poses without some parts, each one of ``LIMB_NAMES``, of all people or of those numbered.
 
     Raises:
@@ -126,8 +126,7 @@ def drop_limbs(poses: Poses, names: Iterable[str], *, people: Collection[int] | 
     for name in wanted:
         if name not in _PARTS:
             raise unknown("limb", name, _PARTS)
-    indices = range(len(poses.people)) if people is None else people
-    _check_people(poses, indices)
+    indices = _known_people(poses, range(len(poses.people)) if people is None else people)
     return _without(poses, [(index, name) for index in indices for name in wanted])
 
 
@@ -143,17 +142,16 @@ def drop_random_limbs(poses: Poses, generator: np.random.Generator, probability:
     return _without(poses, [(int(index), _RANDOM[part]) for index, part in np.argwhere(dropped)])
 
 
-def keep_people(poses: Poses, people: Collection[int]) -> Poses:
+def keep_people(poses: Poses, people: Iterable[int]) -> Poses:
     """Return some of the people, in the order given. Raises ValueError: there is no such person."""
-    _check_people(poses, people)
-    kept = np.array(list(people), dtype=np.int64)
+    kept = np.array(_known_people(poses, people), dtype=np.int64)
     return replace(poses, people=poses.people[kept], hands=poses.hands[kept], faces=poses.faces[kept])
 
 
-def drop_people(poses: Poses, people: Collection[int]) -> Poses:
+def drop_people(poses: Poses, people: Iterable[int]) -> Poses:
     """Return the other people. Raises ValueError: there is no such person."""
-    _check_people(poses, people)
-    return keep_people(poses, [i for i in range(len(poses.people)) if i not in people])
+    dropped = _known_people(poses, people)
+    return keep_people(poses, [i for i in range(len(poses.people)) if i not in dropped])
 
 
 def crop_poses(
@@ -167,8 +165,7 @@ def crop_poses(
     Raises:
         ValueError: a side that is not at least 1 pixel.
     """
-    if width < 1 or height < 1:
-        raise ValueError(f"a part of {width} x {height} pixels has no room for poses; give at least 1 x 1")
+    check_canvas(width, height)
     moved = replace(_changed(poses, lambda xy: xy - [left, top]), width=width, height=height)
     if keep_outside:
         return moved
@@ -210,8 +207,12 @@ def _visible_points(poses: Poses) -> np.ndarray:
     return np.asarray(points[points[:, 2] > 0, :2])
 
 
-def _check_people(poses: Poses, people: Iterable[int]) -> None:
-    count = len(poses.people)
-    for index in people:
-        if not 0 <= index < count:
+def _known_people(poses: Poses, people: Iterable[int]) -> list[int]:
+    """The numbers of people, read once. Raises ValueError unless there is each."""
+    if not isinstance(people, Iterable):
+        raise ValueError(f"people is a list of numbers, as [0], not {kind_of_value(people)}")
+    count, numbers = len(poses.people), list(people)
+    for index in numbers:
+        if not is_whole(index) or not 0 <= index < count:
             raise ValueError(f"there is no person {index}: the poses have {count}, counted from 0")
+    return numbers

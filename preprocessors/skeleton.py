@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from controlkit.limits import is_whole
+
 LIMBS = (
     (1, 2), (1, 5), (2, 3), (3, 4), (5, 6), (6, 7), (1, 8), (8, 9), (9, 10),
     (1, 11), (11, 12), (12, 13), (1, 0), (0, 14), (14, 16), (0, 15), (15, 17),
@@ -69,13 +71,31 @@ class Poses:
     """float64 (N, 70, 3); zeros where absent, and where nothing is passed."""
 
     def __post_init__(self) -> None:
-        """Fill in absent hands and faces, and hold the shapes."""
+        """Fill in absent parts. Raises ValueError for another shape, or a canvas without a pixel."""
+        check_canvas(self.width, self.height)
         count = len(self.people)
-        for name, shape in (("hands", (count, 2, 21, 3)), ("faces", (count, 70, 3))):
-            if getattr(self, name).size == 0:
-                object.__setattr__(self, name, np.zeros(shape))
-            assert getattr(self, name).shape == shape, getattr(self, name).shape
-        assert self.people.shape == (count, 18, 3), self.people.shape
+        for name, each in (("people", (18, 3)), ("hands", (2, 21, 3)), ("faces", (70, 3))):
+            points = np.asarray(getattr(self, name), dtype=np.float64)
+            points = np.zeros((count, *each)) if points.size == 0 else points
+            if points.shape != (count, *each):
+                raise ValueError(f"poses of {count} people have {name} {(count, *each)}, not {points.shape}")
+            object.__setattr__(self, name, points)
+
+
+def check_canvas(width: int, height: int) -> None:
+    """Raise ValueError unless both sides are whole numbers from 1."""
+    if not (is_whole(width) and is_whole(height) and width >= 1 and height >= 1):
+        raise ValueError(
+            f"a canvas of {width} x {height} pixels has no room for poses; give whole ones, at least 1 x 1"
+        )
+
+
+def points_of(what: str, points: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Return points, also those of lists, as an array. Raises ValueError for another shape, by their name."""
+    found = np.asarray(points)
+    if found.shape != shape or found.dtype.kind not in "biuf":
+        raise ValueError(f"{what} are {shape} numbers: x, y, score; not {found.dtype} {found.shape}")
+    return found
 
 
 def coco17_to_openpose18(keypoints: np.ndarray) -> np.ndarray:
@@ -83,8 +103,11 @@ def coco17_to_openpose18(keypoints: np.ndarray) -> np.ndarray:
 
     The neck, which COCO lacks, is the middle of the shoulders with the lower of their scores, and only if
     both are visible (controlnet_aux and DWPose do the same). Absent joints are rows of zeros.
+
+    Raises:
+        ValueError: another shape.
     """
-    assert keypoints.shape == (17, 3), keypoints.shape
+    keypoints = points_of("COCO keypoints", keypoints, (17, 3))
     shoulders = keypoints[[_LEFT_SHOULDER, _RIGHT_SHOULDER]]
     neck = np.array([*shoulders[:, :2].mean(axis=0), shoulders[:, 2].min()])
     pose = np.array([neck if k is None else keypoints[k] for k in _COCO_OF_JOINT], dtype=np.float64)
@@ -97,8 +120,11 @@ def coco133_to_openpose(keypoints: np.ndarray) -> tuple[np.ndarray, np.ndarray, 
 
     All are float64. The feet are dropped. The pupils, which COCO-WholeBody lacks, are the eyes of the body
     (as in the A1111 extension's DWPose).
+
+    Raises:
+        ValueError: another shape.
     """
-    assert keypoints.shape == (133, 3), keypoints.shape
+    keypoints = points_of("COCO-WholeBody keypoints", keypoints, (133, 3))
     pose = coco17_to_openpose18(keypoints[_BODY])
     hands = np.stack([keypoints[_LEFT_HAND], keypoints[_RIGHT_HAND]]).astype(np.float64)
     face = np.concatenate([keypoints[_FACE], pose[[_RIGHT_EYE, _LEFT_EYE]]]).astype(np.float64)

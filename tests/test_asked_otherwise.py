@@ -186,3 +186,63 @@ def test_what_is_not_finite_is_told_by_where_it_began(part: str, words: str, bro
     start = Start(COLOUR, strength=1.0) if part == "encoder" else None
     with pytest.raises(ValueError, match=words):
         sample(broken, "x", steps=2, guidance=4, start=start)
+
+
+def test_what_is_neither_a_name_nor_a_path_is_refused_by_what_it_is_for() -> None:
+    import controlkit
+
+    base = load_base("tiny")
+    wanted = {
+        "a base": lambda given: controlkit.load_base(given),
+        "an adapter": lambda given: controlkit.load_adapter(given, base=base),
+        "an autoencoder": lambda given: controlkit.with_vae(base, given),
+        "a CLIP": lambda given: controlkit.load_clip(given),
+        "a LoRA": lambda given: controlkit.with_loras(base, [controlkit.Lora(given)]),
+        "an embedding": lambda given: controlkit.with_embeddings(base, [controlkit.Embedding(given)]),
+        "an IP-Adapter": lambda given: controlkit.picture_prompt(base, given, COLOUR),
+    }
+    for what, use in wanted.items():
+        for given, kind in ((None, "a NoneType"), (5, "an int")):
+            with pytest.raises(ValueError, match=f"^{what} is a name or a path, not {kind}$"):
+                use(given)
+    with pytest.raises(ValueError, match="an adapter is a name or a path"):
+        controlkit.open_adapter_file(None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="there is no IP-Adapter aaa"):
+        controlkit.picture_prompt(base, 300 * "a", COLOUR)
+
+
+def test_prompts_and_networks_are_asked_for_by_what_they_are() -> None:
+    base = load_base("tiny")
+    for prompts, kind in (
+        ("a red figure", "not a str"),
+        (iter(["a"]), "not a"),
+        ([None], "a NoneType is in it"),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"^prompts is a list.*{kind}"
+        ):  # text is no list of its letters
+            base.encode_prompts(prompts)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="is copied from a base or its U-Net, not a str"):
+        from_base("tiny")  # type: ignore[arg-type]
+
+
+def test_a_recipe_may_be_a_path_and_its_changes_are_a_list(tmp_path: Path) -> None:
+    from controlkit import training
+
+    assert dir(training) == ["Progress", "Result", "train_recipe"]
+    with pytest.raises(ValueError, match=r"no recipe file .*nowhere.toml"):
+        training.train_recipe(tmp_path / "nowhere.toml")
+    with pytest.raises(ValueError, match="a recipe is a name or a path, not a NoneType"):
+        training.train_recipe(None)  # type: ignore[arg-type]
+    for overrides in ("steps=2", {"steps": 2}, None, [2]):
+        with pytest.raises(ValueError, match=r"^overrides is a list"):
+            training.train_recipe("tiny-canny", overrides)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="progress is a function, not an int"):
+        training.train_recipe("tiny-canny", [f"out={tmp_path / 'run'}"], progress=5)  # type: ignore[arg-type]
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_adapter_is_shown_in_a_few_lines() -> None:
+    shown = repr(load_adapter("canny", base=load_base("tiny")))
+    assert "name='canny'" in shown
+    assert "Conv2d" not in shown

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_models
+from PIL import Image
 from sampling_peers import cond, controlnet_of
 from test_ip_adapter import adapter, flat, photo, write_encoder
 
@@ -112,6 +113,8 @@ def test_the_second_stage_is_told_what_the_first_was(sd1: Base, monkeypatch: pyt
         assert np.array_equal(refined.mask, whole.mask)
         around = whole.picture if paste else resize(first, 144, 96)
         assert np.array_equal(refined.picture[~whole.hole()], around[~whole.hole()])
+    assert refine(sd1, "x", Image.fromarray(first), factor=1.5) == "made"
+    assert np.array_equal(told["start"].picture, resize(first, 144, 96))
 
 
 def test_what_was_switched_on_before_stays_on(sd1: Base) -> None:

@@ -392,7 +392,9 @@ def test_guess_mode_of_the_original_equals_a_plain_implementation(sd1: Base) -> 
         ({"mask": np.zeros((4, 4), np.uint8)}, "the largest value of this one, uint8, is 0"),
         ({"mask": torch.full((4, 4), 127, dtype=torch.uint8)}, "uint8, is 127"),
         ({"mask": np.zeros((4, 4))}, "mask is 0 everywhere: the control would act nowhere"),
-        ({"mask": "left"}, "mask is an array or a tensor, not str"),
+        ({"mask": [[1]]}, "mask is a path, a PIL image, an array or a tensor, not a list"),
+        ({"mask": "gone.png"}, "gone.png does not exist"),
+        ({"kind": 5}, "a control's kind is a name, as 'canny', not an int"),
         ({"mask": np.array([["a"]])}, "mask must be uint8, or float, or bool, not <U1"),
         ({"mask": np.ones((4, 4), object)}, "mask must be uint8, or float, or bool, not object"),
         (
@@ -426,3 +428,10 @@ def test_every_name_is_explained_where_it_is_defined() -> None:
 
     told = controlkit.rules.__doc__ or ""
     assert all(f"    {name} " in told for name in (*MODES, *CURVES, *GATES))
+
+
+def test_a_formula_of_no_known_name_is_none() -> None:
+    with pytest.raises(ValueError, match="unknown curve of layers 'softer'"):
+        layer_weights("softer", [0, 1])
+    with pytest.raises(ValueError, match="unknown gate 'comfy'"):
+        gate_open("comfy", 0, 2, start=0.0, end=1.0)

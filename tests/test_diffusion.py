@@ -196,3 +196,19 @@ def test_user_errors_are_one_line(call, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         call()
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", diffusion.PREDICTION_TYPES)
+def test_a_network_in_half_precision_gives_what_the_latents_are_kept_in(kind: str) -> None:
+    x_t, output, timesteps = samples()
+    alphas = diffusion.alphas_cumprod()
+    output = output.half()
+    for implied in (diffusion.predict_x0, diffusion.predict_noise, diffusion.prediction_of):
+        assert implied(kind, output, x_t, timesteps, alphas).dtype == x_t.dtype
+    assert diffusion.target(kind, x_t, output, timesteps, alphas).dtype == x_t.dtype
+
+
+def test_a_schedule_has_a_whole_number_of_steps() -> None:
+    for steps in (10.5, "10", None):
+        with pytest.raises(ValueError, match=r"num_train_timesteps is .*; a noise schedule needs"):
+            diffusion.alphas_cumprod(num_train_timesteps=steps)  # type: ignore[arg-type]

@@ -191,6 +191,9 @@ def test_a_larger_picture_shows_the_same_scene():
         ({"seed": 2**32}, "out of range"),
         ({"seed": 0, "split": "test"}, "unknown split 'test'"),
         ({"seed": 0, "size": 8}, "size 8"),
+        ({"seed": 1.5}, "seed 1.5"),
+        ({"seed": "7"}, "seed '7'"),
+        ({"seed": 0, "size": 64.0}, "size 64.0"),
     ],
 )
 def test_bad_requests_are_one_plain_line(options, message):

@@ -213,6 +213,26 @@ def test_no_damaged_byte_is_a_traceback() -> None:
                 assert images.load_picture(damaged).ndim == 3
 
 
+@pytest.mark.parametrize("read", [images.load_mask, images.stored_size, images.read_png_text])
+def test_what_is_no_file_is_refused(read: Any) -> None:
+    for given in (None, 5, ["a.png"]):
+        with pytest.raises(ValueError, match="a picture's file is a path or bytes, not a"):
+            read(given)
+    with pytest.raises(ValueError, match=r"'a\\x00b' is no file's name"):
+        read("a\0b")
+
+
+def test_a_mask_may_be_a_pil_image() -> None:
+    layer = Image.new("RGBA", (4, 2), (0, 0, 0, 0))
+    layer.putpixel((1, 1), (255, 0, 0, 255))
+    for mask in (layer, Image.fromarray(np.eye(4, dtype=np.uint8) * 255), Image.fromarray(PICTURE)):
+        buffer = io.BytesIO()
+        mask.save(buffer, "PNG")
+        assert np.array_equal(images.load_mask(mask), images.load_mask(buffer.getvalue()))
+        assert np.array_equal(images.mask_as_read(mask), images.load_mask(mask))
+    assert images.mask_as_read(PICTURE) is PICTURE
+
+
 def test_missing_files_and_folders(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no\.png does not exist$"):
         images.load_picture(tmp_path / "no.png")
@@ -317,6 +337,30 @@ def test_sizes_below_one_are_refused() -> None:
     for function in (images.resize, images.cover):
         with pytest.raises(ValueError, match="at least 1"):
             function(PICTURE, 0, 5)
+        for side in (5.5, "5", None, True):
+            with pytest.raises(ValueError, match="whole and at least 1"):
+                function(PICTURE, 5, side)
+        assert function(PICTURE, np.int64(5), 5).shape == (5, 5, 3)
+    with pytest.raises(ValueError, match="at least 1 pixel, not 0"):
+        images.at_resolution(PICTURE, 0)
+
+
+@pytest.mark.parametrize("nearest", [False, True])
+def test_one_channel_stays_an_axis(nearest: bool) -> None:
+    grey = PICTURE[..., :1]
+    for width, height in ((3, 3), (30, 30), (3, 30)):
+        resized = images.resize(grey, width, height, nearest=nearest)
+        assert resized.shape == (height, width, 1)
+        assert np.array_equal(resized[..., 0], images.resize(grey[..., 0], width, height, nearest=nearest))
+    assert images.resize_lines(np.zeros((8, 8, 1), np.uint8), 5, 5).shape == (5, 5, 1)
+
+
+@pytest.mark.parametrize(
+    "image", [PICTURE > 3, PICTURE.astype(np.int64), PICTURE[:0], Image.fromarray(PICTURE), None]
+)
+def test_what_cannot_be_resized_is_refused(image: Any) -> None:
+    with pytest.raises(ValueError, match=r"^an image (of|is)"):
+        images.resize(image, 5, 5)
 
 
 # --- tensors ---
@@ -370,6 +414,12 @@ def test_batches_need_one_size_and_type() -> None:
         images.map_to_cond([])
     with pytest.raises(ValueError, match="uint8"):
         images.map_to_cond(small / 255)
+    for given, name in ((Image.fromarray(small), "an Image"), (None, "a NoneType"), (["a.png"], "a str")):
+        with pytest.raises(ValueError, match=f"not {name}"):
+            images.map_to_cond(given)
+    for levels in (small / 255, small[..., 0], Image.fromarray(small)):
+        with pytest.raises(ValueError, match="a map is uint8 or uint16"):
+            images.maps_to_levels([levels])
     with pytest.raises(ValueError, match=r"\(N, 3, height, width\)"):
         images.tensor_to_pictures(torch.zeros(3, 2, 2))
 
@@ -437,6 +487,13 @@ def test_only_pictures_are_encoded(tmp_path: Path) -> None:
     for image in (PICTURE / 255, PICTURE[..., 0], PICTURE[:0]):
         with pytest.raises(ValueError, match="uint8"):
             images.write_png(tmp_path / "a.png", image)
+    for other, name in (
+        (Image.fromarray(PICTURE), "an Image"),
+        (PICTURE.tolist(), "a list"),
+        (None, "a NoneType"),
+    ):
+        with pytest.raises(ValueError, match=rf"is uint8 \(height, width, 3\), not {name}"):
+            images.write_png(tmp_path / "a.png", other)
     assert list(tmp_path.iterdir()) == []
 
 

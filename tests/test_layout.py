@@ -291,13 +291,31 @@ def _python_of(home: Path) -> Path:
     return Path(scripts) / ("python.exe" if os.name == "nt" else "python")
 
 
-def test_the_reference_lists_what_docstrings_name():
+@pytest.fixture
+def docs():
     pytest.importorskip("pdoc")
     from importlib.util import module_from_spec, spec_from_file_location
 
     spec = spec_from_file_location("docs", ROOT / ".ci" / "docs.py")
-    docs = module_from_spec(spec)
-    spec.loader.exec_module(docs)
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_reference_lists_what_docstrings_name(docs):
     told = "Two: this.\n\nlow, high: numbers, of a\n    range. kind: a name; by: whom.\nRaises ValueError."
     wanted = "* **low, high**: numbers, of a range.\n* **kind**: a name\n* **by**: whom."
     assert docs.listed(told) == f"Two: this.\n\n{wanted}\n\nRaises ValueError."
+
+
+def test_the_reference_links_to_no_name_that_it_does_not_tell(docs, tmp_path):
+    links = '<a href="#Task">Task</a> <a href="#_Task"><b>_Task</b></a> <a class="x" href="#_y">y</a>'
+    away = '<a href="../b.html#B">B</a> <a href="../b.html#_B">_B</a> <a href="https://x.org/#q">q</a>'
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "a.html").write_text(f'<p id="Task">{links} {away}</p>')
+    (tmp_path / "b.html").write_text('<p id="B"></p>')
+    docs.unlink_what_is_not_told(tmp_path)
+    told = (tmp_path / "a" / "a.html").read_text()
+    left = '<a href="#Task">Task</a> <b>_Task</b> <a class="x" href="#_y">y</a>'
+    away = away.replace('<a href="../b.html#_B">_B</a>', "_B")
+    assert told == f'<p id="Task">{left} {away}</p>'

@@ -276,3 +276,11 @@ def test_a_process_holds_what_was_foretold(words: str) -> None:
     done = subprocess.run([sys.executable, trial, *words.split()], capture_output=True, check=True, text=True)
     told = json.loads(done.stdout)
     assert max(told["phases"].values()) == pytest.approx(told["used"], rel=0.15)
+
+
+def test_measures_that_mean_nothing_are_refused() -> None:
+    assert Memory.of("offload") == Memory(1, offload=True)
+    with pytest.raises(ValueError, match="5 is none of the ways to save memory"):
+        Memory.of([5])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="batch_size must be a whole number from 1, not None"):
+        Memory(None)  # type: ignore[arg-type]

@@ -1,7 +1,10 @@
 """Every metric against values worked out by hand."""
 
+from typing import Any
+
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from controlkit.metrics import depth_rmse, depth_rmse_255, edge_f1, iou, nearest_colour, oks, pck
@@ -28,6 +31,22 @@ def test_lists_and_pil_images_are_what_their_arrays_are() -> None:
     moved = pose() + np.array([3, 0, 0])
     assert pck(moved.tolist(), pose().tolist(), size=20) == pck(moved, pose(), size=20)
     assert oks(moved.tolist(), pose().tolist(), area=400) == oks(moved, pose(), area=400)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tensors_are_what_their_arrays_are(dtype: torch.dtype) -> None:
+    a, b = (torch.from_numpy(vertical_line(column) / 255).to(dtype).requires_grad_() for column in (5, 7))
+    same_a, same_b = (one.detach().double().numpy() for one in (a, b))
+    assert edge_f1(a, b) == edge_f1(same_a, same_b)
+    assert depth_rmse(a, b) == depth_rmse(same_a, same_b)
+    assert type(iou(a, b)) is float
+
+
+@pytest.mark.parametrize("given", [None, "map.png", [[1, 2], [3]], [[None]], np.ones((4, 4), complex)])
+def test_what_holds_no_numbers_is_refused_by_name(given: Any) -> None:
+    for metric in (edge_f1, iou, depth_rmse, depth_rmse_255):
+        with pytest.raises(ValueError, match=rf"^{metric.__name__}: (wanted are numbers|the rows)"):
+            metric(given, given)
 
 
 class TestEdges:
@@ -68,10 +87,17 @@ class TestEdges:
         none = np.zeros_like(a)
         assert edge_f1(np.dstack([none, a, none]), np.dstack([none, none, b])) == edge_f1(a, b)
 
-    @pytest.mark.parametrize("tolerance", [-1, float("nan")])
-    def test_a_bad_tolerance_is_refused(self, tolerance: float) -> None:
+    @pytest.mark.parametrize("tolerance", [-1, float("nan"), "2", None])
+    def test_a_bad_tolerance_is_refused(self, tolerance: Any) -> None:
         with pytest.raises(ValueError, match="tolerance"):
             edge_f1(vertical_line(5), vertical_line(5), tolerance=tolerance)
+
+    def test_a_channel_that_is_opaque_everywhere_is_no_edge(self) -> None:
+        a, b = (Image.fromarray(vertical_line(column)).convert("RGBA") for column in (5, 15))
+        with pytest.raises(ValueError, match=r"\(H, W\) or \(H, W, 3\), not \(20, 20, 4\)"):
+            edge_f1(a, b)
+        with pytest.raises(ValueError, match="an edge map is"):
+            edge_f1([1, 0], [1, 0])
 
     def test_maps_of_two_sizes_are_refused(self) -> None:
         with pytest.raises(ValueError, match=r"\(20, 20\) and \(20, 10\)"):
@@ -109,6 +135,13 @@ class TestDepth:
         assert depth_rmse_255(a, b) == 4  # uint8 arithmetic would wrap around
         b[0] = 250
         assert depth_rmse_255(a, b) == pytest.approx(np.sqrt(12))
+
+    def test_no_pixels_and_no_numbers_have_no_error(self) -> None:
+        for metric in (depth_rmse, depth_rmse_255):
+            with pytest.raises(ValueError, match="there is no pixel to compare"):
+                metric(np.zeros((0, 4)), np.zeros((0, 4)))
+        with pytest.raises(ValueError, match=r"depth_rmse_255: true has values that are not finite$"):
+            depth_rmse_255([[1.0]], [[float("nan")]])
 
 
 class TestPose:
@@ -157,6 +190,14 @@ class TestPose:
             pck(pose(17), pose(18), size=100)
         with pytest.raises(ValueError, match="COCO order, not"):
             oks(pose(5), pose(5), area=100)
+        with pytest.raises(ValueError, match="threshold is nan"):
+            pck(pose(), pose(), size=100, threshold=float("nan"))
+        with pytest.raises(ValueError, match="size is 9"):
+            pck(pose(), pose(), size="9")  # type: ignore[arg-type]
+        nowhere = np.where(pose() == 15, np.nan, pose())
+        for name, found, true in (("pred", nowhere, pose()), ("true", pose(), nowhere)):
+            with pytest.raises(ValueError, match=f"oks: {name} has a visible joint that is not finite"):
+                oks(found, true, area=100)
 
 
 class TestMasks:
@@ -219,3 +260,12 @@ class TestColours:
             nearest_colour(picture, ~self.everywhere, self.shade, PALETTE)
         with pytest.raises(ValueError, match="palette is empty"):
             nearest_colour(picture, self.everywhere, self.shade, {})
+        with pytest.raises(ValueError, match=r"a picture is \(H, W, 3\), not \(8, 8\)"):
+            nearest_colour(picture[..., 0], self.everywhere, self.shade, PALETTE)
+        with pytest.raises(ValueError, match="shade has values that are not finite"):
+            nearest_colour(picture, self.everywhere, self.shade * np.nan, PALETTE)
+
+    def test_a_pil_image_and_lists_are_named_alike(self) -> None:
+        picture = Image.new("RGB", (8, 8), PALETTE["red"])
+        region, light = self.everywhere.tolist(), np.ones((8, 8)).tolist()
+        assert nearest_colour(picture, region, light, PALETTE) == "red"

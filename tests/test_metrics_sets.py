@@ -178,6 +178,26 @@ def test_average_precision_by_hand():
     assert average_precision([alike]) == pytest.approx(1)  # the first takes the last of equals
 
 
+def test_average_precision_says_what_it_takes():
+    pose = np.stack([np.arange(18) * 5.0, np.arange(18) * 3.0, np.ones(18)], axis=1)
+    picture = matches([pose.tolist()], [pose.tolist()])  # lists are what their arrays are
+    assert picture.similarity == matches(pose[None], pose[None]).similarity == 1
+    for given in (picture, iter([picture]), [pose]):
+        with pytest.raises(ValueError, match="pictures is a list"):
+            average_precision(given)
+    for thresholds in ([], 0.5):
+        with pytest.raises(ValueError, match="thresholds is a list of numbers"):
+            average_precision([picture], thresholds=thresholds)
+
+
+@pytest.mark.parametrize(
+    ("name", "given"), [("resamples", 0), ("resamples", 9.5), ("seed", -1), ("seed", 0.5), ("level", "0.9")]
+)
+def test_an_interval_takes_whole_numbers(name, given):
+    with pytest.raises(ValueError, match=f"{name} of an interval"):
+        mean_interval(range(9), **{name: given})
+
+
 def test_joints_that_are_not_there_count_for_nothing():
     """Neither in how sure a pose is nor in its area, which one joint alone has, too."""
     true, found = np.zeros((1, 17, 3)), np.zeros((1, 17, 3))

@@ -213,3 +213,18 @@ def test_a_map_of_poses_at_any_size() -> None:
     np.testing.assert_array_equal(poses_to_map(poses).image, drawn(poses))
     with pytest.raises(ValueError, match="0 x 10 pixels has no room"):
         poses_to_map(poses, width=0, height=10)
+
+
+def test_what_is_no_pose_is_not_drawn() -> None:
+    person = np.tile([4.0, 4.0, 1.0], (18, 1))
+    np.testing.assert_array_equal(draw_poses([person.tolist()], 8, 8), draw_poses([person], 8, 8))
+    for poses in (person, [np.ones((17, 3))]):  # one pose in place of a list of them, and COCO's
+        with pytest.raises(ValueError, match=r"a pose's joints are \(18, 3\) numbers: x, y, score; not"):
+            draw_poses(poses, 8, 8)
+    with pytest.raises(ValueError, match=r"a pose's hand points are \(21, 3\) numbers"):
+        draw_poses([person], 8, 8, hands=[np.zeros((21, 3))])
+    for width in (0, -1, 7.5):
+        with pytest.raises(ValueError, match=f"a canvas of {width} x 8 pixels has no room"):
+            draw_poses([], width, 8)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="has no room"):
+            poses_to_map(Poses(person[None], 8, 8), width=width)  # type: ignore[arg-type]

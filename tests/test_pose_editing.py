@@ -456,3 +456,36 @@ def test_a_wholebody_network_gives_hands_and_faces(tmp_path: Path) -> None:
     assert not body.poses.hands.any()
     np.testing.assert_array_equal(whole.poses.people, body.poses.people)
     assert (whole.image != body.image).any()
+
+
+def test_people_may_be_numbered_by_whatever_counts() -> None:
+    poses = Poses(np.arange(3 * 18 * 3, dtype=np.float64).reshape(3, 18, 3) + 1, 64, 64)
+    for numbers in ([2, 0], iter([2, 0]), np.array([2, 0]), (k for k in (2, 0))):
+        np.testing.assert_array_equal(keep_people(poses, numbers).people, poses.people[[2, 0]])
+    np.testing.assert_array_equal(drop_people(poses, iter([1])).people, poses.people[[0, 2]])
+    without = drop_limbs(poses, ["head"], people=iter([1])).people
+    np.testing.assert_array_equal((without != poses.people).any(axis=(1, 2)), [False, True, False])
+    for people in (["0"], [0.0], np.array([True, False, True])):  # which select nobody by number
+        with pytest.raises(ValueError, match="there is no person"):
+            keep_people(poses, people)
+    with pytest.raises(ValueError, match=r"people is a list of numbers, as \[0\], not an int"):
+        drop_people(poses, 0)  # type: ignore[arg-type]
+
+
+def test_poses_are_made_of_lists_and_of_nothing_else_than_poses() -> None:
+    person = np.arange(54.0).reshape(18, 3)
+    poses = Poses([person.tolist()], 8, 8)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(poses.people, person[None])
+    assert poses.people.dtype == np.float64
+    assert Poses([], 8, 8).people.shape == (0, 18, 3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"poses of 1 people have people \(1, 18, 3\), not \(1, 17, 3\)"):
+        Poses(np.zeros((1, 17, 3)), 8, 8)
+    with pytest.raises(ValueError, match=r"have hands \(1, 2, 21, 3\), not \(1, 21, 3\)"):
+        Poses(person[None], 8, 8, hands=np.zeros((1, 21, 3)))
+    for width in (0, 7.5):
+        with pytest.raises(ValueError, match=f"a canvas of {width} x 8 pixels has no room"):
+            Poses(person[None], width, 8)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(coco17_to_openpose18(np.ones((17, 3)).tolist()), np.ones((18, 3)))
+    for convert, count in ((coco17_to_openpose18, 17), (coco133_to_openpose, 133)):
+        with pytest.raises(ValueError, match=rf"keypoints are \({count}, 3\) numbers: x, y, score; not"):
+            convert(np.ones((count + 1, 3)))

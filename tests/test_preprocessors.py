@@ -127,6 +127,10 @@ def test_the_picture_of_a_resolution_keeps_its_aspect() -> None:
 
 def test_every_kind_is_listed_and_has_options() -> None:
     assert preprocessors.list() == preprocessors.names() == sorted(preprocessors.names())
+    taken: dict[str, object] = {}
+    exec("from controlkit.preprocessors import *", taken)
+    assert {"get", "names"} <= taken.keys()
+    assert not {"list"} & taken.keys()
     assert {"canny", "openpose", "depth", "normal", "scribble", "softedge", "hed"} <= {*preprocessors.list()}
     for kind in preprocessors.list():
         assert "resolution" in preprocessors.options_of(kind), kind
@@ -237,6 +241,23 @@ def test_a_cold_start_is_quick_and_light(tmp_path: Path) -> None:
     with Image.open(tmp_path / "map.png") as made:
         assert made.mode == "RGB"
         np.testing.assert_array_equal(np.asarray(made)[..., 0], expected)
+
+
+def test_a_map_is_taken_as_its_image_and_saved_as_the_command_does(tmp_path: Path) -> None:
+    from controlkit.control import Control
+    from controlkit.metrics import edge_f1
+    from controlkit.preprocess_job import Beside, write_map
+
+    made = get("canny")(data.astronaut()[:96, :96])
+    assert np.array_equal(np.asarray(made), made.image)
+    assert np.array_equal(load_picture(made), made.image)
+    assert np.array_equal(Control(torch.nn.Identity(), [made, made.image]).maps, [made.image] * 2)
+    assert edge_f1(made, made.image, tolerance=0).f1 == 1
+    write_map(tmp_path / "command.png", made, Beside())
+    made.save(tmp_path / "saved.png")
+    assert (tmp_path / "saved.png").read_bytes() == (tmp_path / "command.png").read_bytes()
+    with pytest.raises(ValueError, match="does not exist"):
+        made.save(tmp_path / "nowhere" / "map.png")
 
 
 def test_a_map_on_disk_says_what_it_is(tmp_path: Path) -> None:

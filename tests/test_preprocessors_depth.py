@@ -458,3 +458,36 @@ def test_constant_depth_faces_the_viewer() -> None:
     assert (normal_from_depth(np.full((5, 6), 2.0, np.float32)) == (127, 127, 255)).all()
     with pytest.raises(ValueError, match="not finite"):
         normal_from_depth(np.array([[1.0, np.nan]], np.float32))
+
+
+def test_depth_in_numbers_is_taken_in_any_way(tmp_path: Path) -> None:
+    depth = np.arange(12.0).reshape(3, 4)
+    for given in (depth.tolist(), torch.tensor(depth, requires_grad=True), torch.tensor(depth).bfloat16()):
+        np.testing.assert_array_equal(depth_to_map(given), depth_to_map(depth))
+        np.testing.assert_array_equal(normal_from_depth(given), normal_from_depth(depth))
+        preprocessors.write_depth_npy(tmp_path / "depth.npy", given)
+        np.testing.assert_array_equal(preprocessors.read_depth(tmp_path / "depth.npy"), depth)
+
+
+@pytest.mark.parametrize("depth", [np.zeros((0, 4)), np.zeros((4, 4, 3)), np.array([["a"]]), None])
+def test_what_is_no_depth_is_refused(depth: Any, tmp_path: Path) -> None:
+    path = tmp_path / "depth"
+    for use in (
+        lambda: depth_to_map(depth),
+        lambda: normal_from_depth(depth),
+        lambda: preprocessors.write_depth_npy(path, depth),
+        lambda: preprocessors.write_depth_png16(path, depth),
+    ):
+        with pytest.raises(ValueError, match=r"^depth is \(height, width\) numbers, not "):
+            use()
+    assert not path.exists()
+
+
+def test_numbers_beside_depth_that_mean_nothing_are_refused() -> None:
+    depth = np.arange(12.0).reshape(3, 4)
+    for clip in (-1, 50, float("nan"), "2"):
+        with pytest.raises(ValueError, match=r"clip is .*; it must be a percentage from 0"):
+            depth_to_map(depth, clip=clip)
+    for name, given in (("a", 0), ("a", float("nan")), ("bg_threshold", 2)):
+        with pytest.raises(ValueError, match=f"normal's {name} is"):
+            normal_from_depth(depth, **{name: given})

@@ -229,8 +229,8 @@ def test_the_map_of_an_inpainting_adapter_is_minus_one_in_the_hole(sd1: Base) ->
         ({"picture": "gone.png"}, "gone.png does not exist"),
         ({"picture": None}, "a picture is a path, bytes, a PIL image, an array or a tensor, not NoneType"),
         (
-            {"mask": Image.new("L", (SIZE, SIZE), 255)},
-            "a mask is an array, uint8, bool or float .*, not Image",
+            {"mask": torch.ones(SIZE, SIZE)},
+            "a mask is a path, a PIL image, or an array, uint8, bool or float .*, not a Tensor",
         ),
         ({"strength": None}, "strength must be a number above 0 and at most 1, not None"),
     ],
@@ -245,3 +245,13 @@ def test_a_picture_to_start_from_may_be_given_in_any_way(tmp_path: Path) -> None
     images.write_png(tmp_path / "photo.png", before)
     for given in (tmp_path / "photo.png", str(tmp_path / "photo.png"), Image.fromarray(before)):
         assert np.array_equal(Start(given).picture, before)  # type: ignore[arg-type]
+
+
+def test_a_mask_may_be_a_file_or_a_pil_image(tmp_path: Path) -> None:
+    as_image = Image.fromarray(mask()).convert("L")
+    as_image.save(tmp_path / "hole.png")
+    for given in (as_image, tmp_path / "hole.png", str(tmp_path / "hole.png")):
+        start = Start(picture(), mask=given)  # type: ignore[arg-type]
+        assert np.array_equal(start.hole(), Start(picture(), mask=mask()).hole())
+        controls = [Control(torch.nn.Identity(), cond(), mask=one) for one in (given, mask())]
+        assert torch.equal(*(control.region(SIZE, SIZE) for control in controls))

@@ -12,7 +12,9 @@ from typing import Any
 
 from controlkit import known_adapters
 from controlkit.base_structure import check_fits_at_hand
+from controlkit.files import as_text
 from controlkit.folders import check_weights, load_part, quiet_libraries, read_json
+from controlkit.naming import check_callables, check_list_of
 from controlkit.notices import reason
 from controlkit.training.config import (
     BaseRecipe,
@@ -61,13 +63,22 @@ class Result:
 
 
 def train_recipe(
-    name_or_path: str, overrides: Sequence[str] = (), *, progress: Callable[[Progress], None] = lambda _: None
+    name_or_path: str | os.PathLike[str],
+    overrides: Sequence[str] = (),
+    *,
+    progress: Callable[[Progress], None] = lambda _: None,
 ) -> Result:
     """Train what a recipe describes, in its `out` folder; a run that was stopped goes on where it was, by
     its own recipe in everything that is not given.
 
+    name_or_path: of a bundled recipe (`config.recipe_names`), or a recipe's file. overrides: as on the
+    command line, ["steps=200"]. progress: called as the training goes on.
+
     Raises ValueError, one line, for whatever the recipe or the folder makes impossible.
     """
+    name_or_path = as_text("a recipe", name_or_path)
+    check_list_of("overrides", overrides, str, '"steps=200"')
+    check_callables(progress=progress)
     given = given_keys(name_or_path, overrides)
     recipe, note = as_begun(
         load_recipe(name_or_path, overrides), given, overridden=overridden_keys(overrides)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from controlkit.config_types import check_types
 from controlkit.families import FAMILY_TITLES
+from controlkit.files import as_text
 from controlkit.folders import check_weights, is_pickle, read_json, weight_files
 from controlkit.formats.description import AdapterInfo, described_by_others, read_description
 from controlkit.formats.finding import (
@@ -138,7 +139,7 @@ def open_adapter_file(path: str | os.PathLike[str]) -> AdapterFile:
     names the file, for one that is missing or damaged, is no adapter (and what it is instead), or whose
     tensors are not those of its kind.
     """
-    name = os.fspath(path)
+    name = as_text("an adapter", path)
     named = find_adapter_file(name)
     if named is not None:
         _check_undivided(named)

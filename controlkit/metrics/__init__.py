@@ -1,8 +1,8 @@
 """How well a picture follows its map: edges, depth, pose, regions, colours.
 
-Every function takes numpy arrays, or what becomes one (lists, PIL images), and returns plain numbers. What is
-compared is always map against map (or depth against depth, joints against joints): the caller extracts them
-from the pictures with the same preprocessor.
+Every function takes numpy arrays, or what becomes one (lists, PIL images, tensors, a preprocessor's `Map`),
+and returns plain numbers. What is compared is always map against map (or depth against depth, joints against
+joints): the caller extracts them from the pictures with the same preprocessor.
 """
 
 from controlkit.metrics.colours import nearest_colour as nearest_colour

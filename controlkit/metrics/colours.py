@@ -4,16 +4,17 @@ from collections.abc import Mapping
 
 import cv2
 import numpy as np
+from numpy.typing import ArrayLike
 
-from controlkit.metrics.arrays import as_mask, same_shaped
+from controlkit.metrics.arrays import as_mask, as_numbers, same_shaped
 
 _DARKEST = 0.2  # below this share of light, rounding to 8 bits and decoding errors outweigh the colour
 
 
 def nearest_colour(
-    picture: np.ndarray,
-    mask: np.ndarray,
-    shade: np.ndarray,
+    picture: ArrayLike,
+    mask: ArrayLike,
+    shade: ArrayLike,
     palette: Mapping[str, tuple[int, int, int]],
 ) -> str:
     """Return the palette's name for the colour of a shaded region.
@@ -30,16 +31,22 @@ def nearest_colour(
         palette: name -> (R, G, B) in 0 to 255.
 
     Raises:
-        ValueError: the shapes differ, the mask selects nothing, or the palette is empty.
+        ValueError: the shapes differ, the mask selects nothing, the palette is empty, or the light is not
+            finite.
     """
-    region = as_mask("nearest_colour", mask, picture.shape[:2])
-    same_shaped("nearest_colour", shade, region)
+    pixels = as_numbers("nearest_colour", picture)
+    if pixels.ndim != 3 or pixels.shape[2] != 3:
+        raise ValueError(f"nearest_colour: a picture is (H, W, 3), not {pixels.shape}")
+    region = as_mask("nearest_colour", mask, pixels.shape[:2])
+    light_on, _ = same_shaped("nearest_colour", shade, region)
+    if not np.isfinite(light_on[region]).all():
+        raise ValueError("nearest_colour: shade has values that are not finite")
     if not palette:
         raise ValueError("nearest_colour: the palette is empty")
-    lit = region & (shade >= _DARKEST)
+    lit = region & (light_on >= _DARKEST)
     region = lit if lit.any() else region
-    light = np.maximum(shade[region], 1 / 255)[:, None]
-    colour = np.clip(np.median(picture[region] / light, axis=0), 0, 255)
+    light = np.maximum(light_on[region], 1 / 255)[:, None]
+    colour = np.clip(np.median(pixels[region] / light, axis=0), 0, 255)
     names = list(palette)
     lab = _lab(np.array([colour, *(palette[name] for name in names)]))
     return names[int(np.argmin(np.linalg.norm(lab[1:] - lab[0], axis=1)))]

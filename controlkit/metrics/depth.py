@@ -20,14 +20,12 @@ def depth_rmse(pred: ArrayLike, true: ArrayLike, *, mask: ArrayLike | None = Non
         mask: bool (H, W), the pixels that count; all of them by default.
 
     Raises:
-        ValueError: the shapes differ, the mask is empty, or a value that counts is not finite.
+        ValueError: the shapes differ, no pixel counts, or a value that counts is not finite.
     """
     found, wanted = same_shaped("depth_rmse", pred, true)
     keep = np.ones(wanted.shape, bool) if mask is None else as_mask("depth_rmse", mask, wanted.shape)
     x, y = found[keep].astype(np.float64), wanted[keep].astype(np.float64)
-    for name, values in (("pred", x), ("true", y)):
-        if not np.isfinite(values).all():
-            raise ValueError(f"depth_rmse: {name} has values that are not finite; mask them out")
+    _check_finite("depth_rmse", x, y, cure="; mask them out")
     x, y = x - x.mean(), y - y.mean()  # the best shift
     variance = float(x @ x)
     scale = max(float(x @ y) / variance, 0.0) if variance > 0 else 0.0
@@ -41,8 +39,18 @@ def depth_rmse_255(pred_map: ArrayLike, true_map: ArrayLike) -> float:
     [0, 255], so each has its own nearest point at 255 and its farthest at 0.
 
     Raises:
-        ValueError: the shapes differ.
+        ValueError: the shapes differ, there is no pixel, or a value is not finite.
     """
     found, wanted = same_shaped("depth_rmse_255", pred_map, true_map)
+    _check_finite("depth_rmse_255", found, wanted)
     difference = found.astype(np.float64) - wanted.astype(np.float64)
     return float(np.sqrt(np.mean(difference**2)))
+
+
+def _check_finite(what: str, pred: np.ndarray, true: np.ndarray, *, cure: str = "") -> None:
+    """Raise ValueError unless there are values, and all are finite numbers."""
+    if not true.size:
+        raise ValueError(f"{what}: there is no pixel to compare")
+    for name, values in (("pred", pred), ("true", true)):
+        if not np.isfinite(values).all():
+            raise ValueError(f"{what}: {name} has values that are not finite{cure}")

@@ -6,6 +6,7 @@ import cv2
 import numpy as np
 from numpy.typing import ArrayLike
 
+from controlkit.limits import number
 from controlkit.metrics.arrays import same_shaped
 
 
@@ -37,10 +38,15 @@ def edge_f1(pred_map: ArrayLike, true_map: ArrayLike, *, tolerance: float = 2) -
         The score; two maps without any edge agree perfectly (1), one empty map scores 0.
 
     Raises:
-        ValueError: the shapes differ, or the tolerance is negative or not a number.
+        ValueError: the shapes differ or are none of a map's, or the tolerance is negative or not a number.
     """
     maps = same_shaped("edge_f1", pred_map, true_map)
-    if not tolerance >= 0:
+    if maps[0].ndim != 2 and maps[0].shape[2:] not in (
+        (1,),
+        (3,),
+    ):  # alpha is everywhere
+        raise ValueError(f"edge_f1: an edge map is (H, W) or (H, W, 3), not {maps[0].shape}")
+    if not number(tolerance) >= 0:
         raise ValueError(f"edge_f1: tolerance is {tolerance}, allowed is 0 or more pixels")
     pred, true = (_is_edge(one) for one in maps)
     if not pred.any() and not true.any():

@@ -10,6 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from controlkit.limits import is_whole, number
+from controlkit.metrics.arrays import as_numbers
+
 RESAMPLES, LEVEL = 2000, 0.95
 LEAST = 8
 """Values below which there is no interval: resamples of fewer say too little (of two normal values, the true
@@ -44,10 +47,11 @@ def mean_interval(
     not independent. Fewer pairs than LEAST have no interval: low and high are then not numbers. Nor have
     values of which one is not finite, nor a level so high that its ends lie beyond what a bounded number of
     resamples tells, which it does the sooner the fewer pairs there are.
-    Raises ValueError where there is no value, or the level is not between 0 and 1.
+    Raises ValueError where there is no value, the level is not between 0 and 1, or resamples or seed are no
+    whole numbers from 1 and 0.
     """
     each = _one_per_pair(values)
-    count = _checked(len(each), level)
+    count = _checked(len(each), level, resamples, seed)
     tail = _tail(count, level)
     wanted = _wanted(tail, count, resamples, beyond=_BEYOND, most=_MOST) if np.isfinite(each).all() else 0
     random = np.random.default_rng(seed)
@@ -72,7 +76,7 @@ def interval(
 
     Resamples whose statistic is not a number are left out. Raises ValueError as `mean_interval`.
     """
-    count = _checked(count, level)
+    count = _checked(count, level, resamples, seed)
     every = statistic if batched else lambda chosen: np.array([statistic(one) for one in chosen])
     tail = _tail(count, level)
     wanted = _wanted(tail, count, resamples, beyond=_BEYOND_SLOW, most=_MOST_SLOW)
@@ -112,15 +116,18 @@ def _chunks(resamples: int, rows: int) -> list[int]:
 
 
 def _one_per_pair(values: ArrayLike) -> NDArray[np.float64]:
-    each = np.asarray(values, dtype=np.float64)
+    each = as_numbers("an interval", values).astype(np.float64)
     if each.ndim != 1:
         raise ValueError(f"an interval is of one value per pair, (N,), not {each.shape}")
     return each
 
 
-def _checked(count: int, level: float) -> int:
-    if count < 1:
+def _checked(count: int, level: float, resamples: int, seed: int) -> int:
+    if not is_whole(count) or count < 1:
         raise ValueError("an interval needs at least one value")
-    if not 0 < level < 1:
+    for name, given, least in (("resamples", resamples, 1), ("seed", seed, 0)):
+        if not is_whole(given) or given < least:
+            raise ValueError(f"{name} of an interval must be a whole number from {least}, not {given}")
+    if not 0 < number(level) < 1:
         raise ValueError(f"the level of an interval is {level}, allowed is between 0 and 1")
     return count

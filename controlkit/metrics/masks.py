@@ -14,4 +14,4 @@ def iou(a: ArrayLike, b: ArrayLike) -> float:
     """
     one, other = (mask.astype(bool) for mask in same_shaped("iou", a, b))
     union = np.count_nonzero(one | other)
-    return np.count_nonzero(one & other) / union if union else 1.0
+    return float(np.count_nonzero(one & other) / union) if union else 1.0

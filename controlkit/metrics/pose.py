@@ -6,6 +6,7 @@ Poses are (18, 3) in OpenPose order or (17, 3) in COCO order: x px, y px, score;
 import numpy as np
 from numpy.typing import ArrayLike
 
+from controlkit.limits import number
 from controlkit.metrics.arrays import same_shaped
 
 # Per-joint spread of human annotations relative to the object's scale: the COCO evaluation's constants.
@@ -42,11 +43,14 @@ def pck(pred: ArrayLike, true: ArrayLike, *, size: float, threshold: float = 0.1
         threshold: as a share of `size`.
 
     Raises:
-        ValueError: the poses differ in shape, `size` is not positive, or `true` has no visible joint.
+        ValueError: the poses differ in shape, `size` is not positive, `threshold` is negative, `true` has no
+            visible joint, or a visible joint of either is not finite.
     """
     found, wanted, visible = _visible("pck", pred, true)
-    if not size > 0:
+    if not number(size) > 0:
         raise ValueError(f"pck: size is {size}, allowed is a positive number of pixels")
+    if not number(threshold) >= 0:
+        raise ValueError(f"pck: threshold is {threshold}, allowed is 0 or more")
     near = _distance(found, wanted)[visible] <= threshold * size
     return float(np.mean((found[visible, 2] > 0) & near))
 
@@ -63,10 +67,11 @@ def oks(pred: ArrayLike, true: ArrayLike, *, area: float) -> float:
         area: of the figure in square pixels.
 
     Raises:
-        ValueError: the poses differ in shape, `area` is not positive, or `true` has no visible joint.
+        ValueError: the poses differ in shape, `area` is not positive, `true` has no visible joint, or a
+            visible joint of either is not finite.
     """
     found, wanted, visible = _visible("oks", pred, true)
-    if not area > 0:
+    if not number(area) > 0:
         raise ValueError(f"oks: area is {area}, allowed is a positive number of square pixels")
     k = 2 * np.array([_SIGMA[joint] for joint in _ORDER[len(wanted)]])
     similarity = np.exp(-(_distance(found, wanted) ** 2) / (2 * area * k**2))
@@ -81,6 +86,9 @@ def _visible(what: str, pred: ArrayLike, true: ArrayLike) -> tuple[np.ndarray, n
     visible = wanted[:, 2] > 0
     if not visible.any():
         raise ValueError(f"{what}: the true pose has no visible joint, so there is nothing to score")
+    for name, pose in (("pred", found), ("true", wanted)):
+        if not np.isfinite(pose[pose[:, 2] > 0]).all():
+            raise ValueError(f"{what}: {name} has a visible joint that is not finite")
     return found, wanted, visible
 
 

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
+from controlkit.metrics.arrays import as_numbers
 from controlkit.metrics.pose import oks
+from controlkit.naming import check_list_of
 
 THRESHOLDS = tuple(float(t) for t in np.linspace(0.5, 0.95, 10))
 _MOST_FOUND = 20  # detections of a picture that count, as in COCO's evaluation of keypoints
@@ -27,15 +29,16 @@ class Matches:
     scores: NDArray[np.float64]
 
 
-def matches(found: NDArray[np.float64], wanted: NDArray[np.float64]) -> Matches:
+def matches(found: ArrayLike, wanted: ArrayLike) -> Matches:
     """Compare all people who were found (Q, K, 3) with all who were asked for (P, K, 3), K = 17 or 18.
 
     A person's area is 0.53 of the box around the visible joints, and the score of one who was found the mean
     of the visible joints' scores. Raises ValueError as `oks`.
     """
-    similarity = np.array([[oks(pose, true, area=person_area(true)) for true in wanted] for pose in found])
-    scores = [float(pose[pose[:, 2] > 0, 2].mean()) if (pose[:, 2] > 0).any() else 0.0 for pose in found]
-    return Matches(similarity.reshape(len(found), len(wanted)), np.array(scores))
+    people, asked = as_numbers("matches", found), as_numbers("matches", wanted)
+    similarity = np.array([[oks(pose, true, area=person_area(true)) for true in asked] for pose in people])
+    scores = [float(pose[pose[:, 2] > 0, 2].mean()) if (pose[:, 2] > 0).any() else 0.0 for pose in people]
+    return Matches(similarity.reshape(len(people), len(asked)), np.array(scores))
 
 
 def person_area(pose: NDArray[np.float64]) -> float:
@@ -49,8 +52,12 @@ def average_precision(pictures: Sequence[Matches], *, thresholds: Sequence[float
     """OKS-AP in [0, 1]: the mean over thresholds (0.50 to 0.95) of the average precision.
 
     As COCO's evaluation of keypoints does it: those found, surest first, take the person most like them who
-    is still free; precision is interpolated at 101 recalls. Not a number where nobody was asked for.
+    is still free; precision is interpolated at 101 recalls. Not a number where nobody was asked for. Raises
+    ValueError for anything but a list of `matches`, or no threshold.
     """
+    check_list_of("pictures", pictures, Matches, "matches(found, wanted)")
+    if not np.size(thresholds) or np.ndim(thresholds) != 1:
+        raise ValueError(f"average_precision: thresholds is a list of numbers, as [0.5], not {thresholds}")
     ranked = Ranked([[picture] for picture in pictures], thresholds=thresholds)
     return float(ranked.precisions(np.arange(len(pictures))[None])[0])
 
