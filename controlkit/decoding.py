@@ -70,7 +70,18 @@ def opened(
         yield image, name
 
 
+def _check_name(name: str) -> None:
+    """Raise ValueError for a name with characters that none can have."""
+    try:
+        os.stat(name)
+    except OSError:  # whoever opens it says why
+        return
+    except ValueError as error:
+        raise ValueError(f"{name!r} is no file's name: {error}") from error
+
+
 def _open_file(name: str) -> io.BufferedReader:
+    _check_name(name)
     try:
         refuse_pipe(name)
         return open(name, "rb")
@@ -80,8 +91,6 @@ def _open_file(name: str) -> io.BufferedReader:
         raise ValueError(f"{name} is a folder, not a picture") from error
     except OSError as error:
         raise ValueError(f"{name} cannot be read: {error.strerror}") from error
-    except ValueError as error:  # of characters that no name has
-        raise ValueError(f"{name!r} is no file's name: {error}") from error
 
 
 def _read_header(file: io.BytesIO | io.BufferedReader, name: str, formats: Sequence[str]) -> Image.Image:

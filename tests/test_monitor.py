@@ -316,7 +316,7 @@ def shown(base, shapes, said, held_out_pairs=True):
         for k, (levels, mean) in enumerate(zip(maps, means, strict=True))
     ]
     encoded = SimpleNamespace(
-        sample=lambda turn: samples[turn.index],
+        sample=lambda turn, *, whole: samples[turn.index],
         moments=lambda alike: SimpleNamespace(mean=torch.stack([sample.mean for sample in alike])),
         text=base.encode_prompts,
     )
@@ -359,7 +359,7 @@ def test_pictures_of_one_size_are_looked_at_as_one_monitor_does(small):
     base, said = small["sd1"], []
     controlnet = tiny_models.randomize_zero_convs(network(base))
     whole = shown(base, [(64, 96)] * 3, said)
-    samples = [whole.encoded.sample(SimpleNamespace(index=k)) for k in range(3)]
+    samples = [whole.encoded.sample(SimpleNamespace(index=k), whole=True) for k in range(3)]
     text = base.encode_prompts([sample.example.caption for sample in samples])
     latents = torch.stack([sample.mean for sample in samples]).float()
     alone = Monitor(base, latents, [s.levels for s in samples], text.encoder_hidden_states, seed=5)

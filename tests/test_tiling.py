@@ -207,7 +207,7 @@ def test_two_stages_keep_the_composition_and_follow_the_map() -> None:
     [
         (lambda: Tiles(100), "a tile's side must be a multiple of 64 from 64 to 4096 pixels, not 100"),
         (lambda: Tiles(128, overlap=0.9), "tiles overlap by a share from 0.1 to 0.75, not 0.9"),
-        (lambda: Tiles(128, overlap="half"), "tiles overlap by a share from 0.1 to 0.75, not half"),
+        (lambda: Tiles(128, overlap="half"), "tiles overlap by a share from 0.1 to 0.75, not 'half'"),
         (lambda: larger_size(512, 512, 1.0), "a factor above 1 and up to 8, not 1.0"),
         (
             lambda: larger_size(4096, 512, 4.0),
