@@ -9,6 +9,8 @@ from numpy.typing import ArrayLike
 from controlkit.limits import number
 from controlkit.metrics.arrays import same_shaped
 
+_CHANNELS = ((), (1,), (3,))  # no alpha, which is above 0 everywhere
+
 
 @dataclass(frozen=True)
 class EdgeScore:
@@ -41,10 +43,7 @@ def edge_f1(pred_map: ArrayLike, true_map: ArrayLike, *, tolerance: float = 2) -
         ValueError: the shapes differ or are none of a map's, or the tolerance is negative or not a number.
     """
     maps = same_shaped("edge_f1", pred_map, true_map)
-    if maps[0].ndim != 2 and maps[0].shape[2:] not in (
-        (1,),
-        (3,),
-    ):  # alpha is everywhere
+    if maps[0].ndim < 2 or maps[0].shape[2:] not in _CHANNELS:
         raise ValueError(f"edge_f1: an edge map is (H, W) or (H, W, 3), not {maps[0].shape}")
     if not number(tolerance) >= 0:
         raise ValueError(f"edge_f1: tolerance is {tolerance}, allowed is 0 or more pixels")
