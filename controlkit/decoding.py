@@ -70,18 +70,7 @@ def opened(
         yield image, name
 
 
-def _check_name(name: str) -> None:
-    """Raise ValueError for a name with characters that none can have."""
-    try:
-        os.stat(name)
-    except OSError:  # whoever opens it says why
-        return
-    except ValueError as error:
-        raise ValueError(f"{name!r} is no file's name: {error}") from error
-
-
 def _open_file(name: str) -> io.BufferedReader:
-    _check_name(name)
     try:
         refuse_pipe(name)
         return open(name, "rb")

@@ -174,7 +174,7 @@ def one_at_a_time(folder: PathLike) -> Iterator[None]:
 @contextmanager
 def temporary_beside(target: Path) -> Iterator[Path]:
     """Yield a name in ``target``'s folder for a file or a folder that is to take its place; what is left
-    there at the block's end is removed, and after a kill by whoever writes in the folder next.
+    there at the block's end is removed, and after a kill by who writes in the folder an hour later.
 
     ``target``: without links, as `os.path.realpath` gives it.
     """
@@ -242,9 +242,12 @@ def cache_folder() -> Path:
 
 def refuse_pipe(path: PathLike) -> None:
     """Raise ValueError for a pipe, a socket or a device: what lies among pictures would be waited for without
-    end. Raises OSError where nothing is there.
+    end; and for characters that no name has. Raises OSError where nothing is there.
     """
-    mode = os.stat(path).st_mode
+    try:
+        mode = os.stat(path).st_mode
+    except ValueError as error:
+        raise ValueError(f"{os.fspath(path)!r} is no file's name: {error}") from error
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise ValueError(f"{os.fspath(path)} is a pipe, a socket or a device, and a file is wanted")
 
