@@ -61,6 +61,8 @@ def draw_poses(
         ValueError: an unknown style, another shape, a size that is not at least 1, or a visible joint that is
             not finite or over a million pixels away.
     """
+    if isinstance(poses, Poses):
+        raise ValueError("draw_poses takes joints, such as poses.people; poses_to_map draws Poses whole")
     check_canvas(width, height)
     if style not in STYLES:
         raise unknown("draw style", style, STYLES)

@@ -221,6 +221,8 @@ def test_what_is_no_pose_is_not_drawn() -> None:
     for poses in (person, [np.ones((17, 3))]):  # one pose in place of a list of them, and COCO's
         with pytest.raises(ValueError, match=r"a pose's joints are \(18, 3\) numbers: x, y, score; not"):
             draw_poses(poses, 8, 8)
+    with pytest.raises(ValueError, match="poses_to_map draws Poses whole"):
+        draw_poses(Poses(person[None], 8, 8), 8, 8)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"a pose's hand points are \(21, 3\) numbers"):
         draw_poses([person], 8, 8, hands=[np.zeros((21, 3))])
     for width in (0, -1, 7.5):
