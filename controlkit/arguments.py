@@ -14,7 +14,7 @@ from typing import Any
 from controlkit.files import at_home
 from controlkit.naming import unknown
 from controlkit.picture_files import SUFFIXES
-from controlkit.rules import USUAL_GATE, USUAL_MODE, check_rule
+from controlkit.rules import USUAL_FIT, USUAL_GATE, USUAL_MODE, check_rule
 
 _SETTING = re.compile(r"[a-z][a-z_0-9]*(\.[a-z][a-z_0-9]*)?=")
 _CONTROL_SETTING = re.compile(r":([^\W\d][\w-]*)=")
@@ -46,6 +46,7 @@ class ControlArgument:
     layers: str | tuple[float, ...] | None = None
     mask: str = ""
     only_mid: bool = False
+    fit: str = USUAL_FIT
     adapter: str = ""
 
 
@@ -69,7 +70,7 @@ def parse_control(text: str, *, is_map: bool) -> ControlArgument:
         if not path:
             raise ValueError("it names no picture: KIND=PICTURE or KIND=PICTURE:SCALE")
         found = ControlArgument(kind.strip(), at_home(path), **{"scale": scale, **settings}, is_map=is_map)
-        check_rule(found.scale, found.start, found.end, found.gate, found.mode, found.layers)
+        check_rule(*(getattr(found, key) for key in _RULE))
     except ValueError as error:
         raise ValueError(f"{option} {text!r}: {error}") from None
     return found
@@ -154,7 +155,7 @@ def control_text(kind: str, path: str, how: Mapping[str, Any]) -> str:
     """
     usual = ControlArgument(kind, path, 1.0, is_map=True)
     parts = [f"{kind}={path}", _joined(how["scale"], "..")]
-    for key in ("start", "end", "gate", "mode", "layers", "mask"):
+    for key in ("start", "end", "gate", "mode", "layers", "mask", "fit"):
         if how.get(key, own := getattr(usual, key)) != own:
             parts.append(f"{key}={_joined(how[key], ',')}")
     parts += ["only_mid=true"] if how.get("only_mid") else []
@@ -203,7 +204,7 @@ def _yes(text: str) -> bool:
 
 
 _BEHIND = "a strength, as 0.8 or 1..0.2, or a setting, as mode=prompt"
-_RULE = ("scale", "start", "end", "gate", "mode", "layers")  # in the order of `check_rule`
+_RULE = ("scale", "start", "end", "gate", "mode", "layers", "fit")  # in the order of `check_rule`
 _CONTROL_KEYS: dict[str, Callable[[str], Any]] = {
     "scale": parse_scale,
     "start": float,
@@ -213,6 +214,7 @@ _CONTROL_KEYS: dict[str, Callable[[str], Any]] = {
     "layers": _layers,
     "mask": _file,
     "only_mid": _yes,
+    "fit": str,
     "adapter": _file,
 }
 _ALLOWED: Mapping[str, str] = {
@@ -288,6 +290,8 @@ def parse_compared(text: str) -> tuple[str, str, dict[str, Any]]:
             raise ValueError("it names no adapter: NAME, KIND=NAME or KIND=NAME:SCALE")
         if "mask" in settings:
             raise ValueError("mask is of one picture, and many are compared")
+        if "fit" in settings:
+            raise ValueError("fit is of one map: those of the data are cut as their pictures are")
         if "adapter" in settings:
             raise ValueError("adapter is what is named here: each one has an --adapter of its own")
         usual = ControlArgument(kind, name, 1.0, is_map=True)

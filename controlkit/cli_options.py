@@ -34,7 +34,7 @@ LIKE_HELP = "Repeat this picture; other options change it, and none takes away w
 CONTROL_HELP = (
     "Follow this picture's map, or that of each one in a folder. How: :0.8 (strength), :1..0.2 (a schedule),"
     " :start=0.2, :end=0.5, :mode=prompt, :gate=webui, :layers=soft, :mask=region.png, :only_mid=true,"
-    " :adapter=NAME"
+    " :fit=fill, :adapter=NAME"
 )
 Output = Annotated[str, option("FILE", "Where to write it; an older file is replaced.", "-o", "--output")]
 Settings = Annotated[

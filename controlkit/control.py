@@ -15,12 +15,13 @@ import torch
 from controlkit import images, limits
 from controlkit.adapters import Adapter
 from controlkit.kinds import kind_of
-from controlkit.map_sizes import cover_map
+from controlkit.map_sizes import fit_map, fit_region
 from controlkit.naming import kind_of_value
 from controlkit.rules import CURVES as CURVES
+from controlkit.rules import FITS as FITS
 from controlkit.rules import GATES as GATES
 from controlkit.rules import MODES as MODES
-from controlkit.rules import USUAL_GATE, USUAL_MODE, check_rule, gate_open, scale_at
+from controlkit.rules import USUAL_FIT, USUAL_GATE, USUAL_MODE, check_rule, gate_open, scale_at
 
 if TYPE_CHECKING:
     from torch import nn
@@ -36,7 +37,7 @@ class Control:
     adapter: a loaded adapter, or a bare network of one of the kinds in `kinds.py`.
     controlnet_cond: the map, or one for each picture. Either whatever `images.load_pictures` takes (a path, a
         PIL image, an array (H, W[, C]) or (N, H, W, C) of uint8, or of floats in [0, 1], a list of these),
-        which is scaled and centre-cropped to the size that is generated; or a float tensor (1, C, H, W) or
+        which is brought to the size that is generated (see fit); or a float tensor (1, C, H, W) or
         (B, C, H, W) of exactly that size, in [0, 1] (-1 marks the hole of an inpainting map), which the
         network gets as it is.
     scale: factor on the residuals, from -10 to 10; 1 is what the network was trained for, 0 switches it off.
@@ -57,6 +58,7 @@ class Control:
         everywhere.
     only_mid: leave out all residuals but the middle block's, as the original's `only_mid_control`.
     kind: of the map, for networks that know several (ControlNet-Union); "" is the adapter's own.
+    fit: how a map of another shape than the picture's is brought to it, one of `FITS`.
 
     A network that pools its residuals (`global_pool_conditions`, as "shuffle") acts on the conditional branch
     with a flat curve in every mode, as in diffusers' pipelines.
@@ -75,11 +77,12 @@ class Control:
     mask: np.ndarray | torch.Tensor | None = None
     only_mid: bool = False
     kind: str = ""
+    fit: str = USUAL_FIT
     maps: torch.Tensor | list[np.ndarray] = field(init=False, repr=False)
     """The tensor that was given, or the pictures, uint8 (H, W, 3) each."""
 
     def __post_init__(self) -> None:
-        check_rule(self.scale, self.start, self.end, self.gate, self.mode, self.layers)
+        check_rule(self.scale, self.start, self.end, self.gate, self.mode, self.layers, self.fit)
         if not isinstance(self.kind, str):
             raise ValueError(f"a control's kind is a name, as 'canny', not {kind_of_value(self.kind)}")
         object.__setattr__(self, "maps", _read(self.controlnet_cond))
@@ -163,8 +166,8 @@ class Control:
                     f"not {self.size[0]}x{self.size[1]}"
                 )
             return self.maps
-        kind = self.map_kind
-        cond = images.map_to_cond([cover_map(picture, width, height, kind=kind) for picture in self.maps])
+        how = {"kind": self.map_kind, "fit": self.fit}
+        cond = images.map_to_cond([fit_map(picture, width, height, **how) for picture in self.maps])
         if kind_of(self.controlnet).channels(self.controlnet) != 1:
             return cond
         if not torch.equal(cond, cond[:, :1].expand_as(cond)):
@@ -181,8 +184,8 @@ class Control:
         mask = _as_tensor(self.mask)
         scaled = mask.float() / 255 if mask.dtype == torch.uint8 else mask.float()
         if not isinstance(self.maps, torch.Tensor) and _same_shape(mask, self.maps[0]):
-            covered = images.cover(scaled.detach().cpu().numpy(), width, height)
-            scaled = torch.from_numpy(covered).clamp(0, 1)  # what grows overshoots a little
+            fitted = fit_region(scaled.detach().cpu().numpy(), width, height, fit=self.fit)
+            scaled = torch.from_numpy(fitted).clamp(0, 1)  # what grows overshoots a little
         return scaled[None, None]
 
 

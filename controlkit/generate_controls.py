@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from controlkit import images, limits, notices, preprocessors
+from controlkit import images, limits, map_sizes, notices, preprocessors
 from controlkit.families import BUNDLED
 from controlkit.generate_plan import INPAINT
 
@@ -59,10 +59,10 @@ class Controls:
             if not whole:
                 hows = [[getattr(one, name) for name in (*SETTINGS, "mask")] for one, _ in rows]
                 check_given(adapter, kinds, hows)
-            maps = {one.kind: self._map_at(given, width, height) for one, given in rows}
+            maps = {one.kind: self._map_at(given, width, height, one.fit) for one, given in rows}
             kind, cond = (control.kind, maps[control.kind]) if whole else ("", stack(adapter, maps))
             how = {name: getattr(control, name) for name in SETTINGS}
-            mask = None if source.mask is None else _region(source, width, height)
+            mask = None if source.mask is None else _region(source, width, height, control.fit)
             controls.append(Control(adapter, cond, mask=mask, kind=kind, **how))
         return controls
 
@@ -78,11 +78,12 @@ class Controls:
             rows.setdefault(key, (adapter, []))[1].append((control, source))
         return list(rows.values())
 
-    def _map_at(self, source: Source, width: int, height: int) -> Any:
-        key = (source.record.kind, source.record.is_map, source.file, width, height)
+    def _map_at(self, source: Source, width: int, height: int, fit: str) -> Any:
+        key = (source.record.kind, source.record.is_map, source.file, width, height, fit)
         if key not in self._maps:
             is_hole = source.record.kind == INPAINT
-            self._maps[key] = (self._hole if is_hole else self._map)(source, width, height)
+            made = self._hole(source, width, height) if is_hole else self._map(source, width, height, fit)
+            self._maps[key] = made
         return self._maps[key]
 
     def _hole(self, source: Source, width: int, height: int) -> torch.Tensor:
@@ -93,18 +94,18 @@ class Controls:
         start = start_of(self._beginning, self._beginning.record.strength)
         return inpaint_cond(images.cover(source.picture, width, height), start.fitted(width, height).hole())
 
-    def _map(self, source: Source, width: int, height: int) -> np.ndarray:
-        """The map of a source that is one, or a photo."""
-        from controlkit.map_sizes import cover_map
-
+    def _map(self, source: Source, width: int, height: int, fit: str) -> np.ndarray:
+        """The map of a source that is one, or a photo; what is found in a photo is not found at its border's
+        colour around it.
+        """
         record = source.record
         if record.is_map:
-            return cover_map(source.picture, width, height, kind=record.kind)
+            return map_sizes.fit_map(source.picture, width, height, kind=record.kind, fit=fit)
         self._report.status(f"extracting the {record.kind} map from {record.path}")
-        picture = images.cover(source.picture, width, height)
+        picture = map_sizes.fit_picture(source.picture, width, height, fit=fit)
         image = self._extractor(record.kind).extract([picture])[0].image
         warn_if_black(image, f"the {record.kind} map of {record.path}")
-        return image
+        return map_sizes.surround(image, width, height)
 
     def _extractor(self, kind: str) -> Preprocessor:
         kept = {} if self._extractors is None else self._extractors
@@ -134,10 +135,10 @@ def warn_if_black(image: np.ndarray, name: str) -> None:
         notices.warn(f"{name} is black: nothing was found that a picture could follow", stacklevel=2)
 
 
-def _region(source: Source, width: int, height: int) -> np.ndarray:
+def _region(source: Source, width: int, height: int, fit: str) -> np.ndarray:
     """A control's mask for a picture of some size. Raises ValueError where nothing white of it is left."""
     assert source.mask is not None
-    region = images.cover(source.mask, width, height)
+    region = map_sizes.fit_region(source.mask, width, height, fit=fit)
     if region.max() < limits.LEAST_WHITE <= source.mask.max():
         raise ValueError(
             f"{source.record.mask}: at {width}x{height} it is cropped, and all that is white in it with it;"

@@ -28,6 +28,7 @@ from controlkit.generate_preview import Preview, Show
 from controlkit.infotext import PictureRecord
 from controlkit.notices import Report
 from controlkit.picture_sizes import MOST_CUT, share_cut
+from controlkit.rules import USUAL_FIT
 from controlkit.settings import shared
 from controlkit.startup import nothing_collected
 
@@ -202,8 +203,9 @@ class Session:
     def _cut(self) -> Iterator[str]:
         """Of which pictures, maps and regions more than a little lies outside what is generated."""
         width, height = self.first.width, self.first.height
-        seen = {source.record.path: source.picture for source in self.sources}
-        regions = {one.record.mask: one.mask for one in self.sources if one.mask is not None}
+        crops = [source for source in self.sources if source.record.fit == USUAL_FIT]
+        seen = {source.record.path: source.picture for source in crops}
+        regions = {one.record.mask: one.mask for one in crops if one.mask is not None}
         beginning = self.job.beginning
         if beginning is not None:
             seen.setdefault(beginning.record.path, beginning.picture)

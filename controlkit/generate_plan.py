@@ -37,6 +37,7 @@ from controlkit.infotext import ControlRecord
 from controlkit.known_adapters import kinds_known
 from controlkit.map_sizes import sense_of
 from controlkit.precisions import torch_name
+from controlkit.rules import USUAL_FIT
 from controlkit.settings import USUAL_SCHEDULER, USUAL_STEPS, Settings
 
 TAKEN_AWAY = ("vae", "clip", "original_size", "negative_original_size")  # where they are none
@@ -252,8 +253,19 @@ def _source(argument: arguments.ControlArgument) -> Source:
         mask=argument.mask,
         mask_sha256=files.sha256_file(argument.mask) if argument.mask else "",
         only_mid=argument.only_mid,
+        fit=argument.fit,
     )
+    check_fit(record)
     return Source(record, picture, Path(argument.path), mask, Path(argument.mask) if argument.mask else None)
+
+
+def check_fit(record: ControlRecord) -> None:
+    """Raise ValueError where a control's map cannot be fitted in another way than its picture."""
+    if record.kind == INPAINT and record.fit != USUAL_FIT:
+        raise ValueError(
+            f"--control {INPAINT}={record.path}: fit={record.fit} would move it off the picture that is"
+            f" filled, which is cut (fit={USUAL_FIT})"
+        )
 
 
 def _asked(earlier: Earlier) -> list[str]:

@@ -67,7 +67,7 @@ _SESSION_KEYS: Mapping[str, Callable[[str], Any]] = {  # of what is loaded, and 
     "hires": float,
     "tile": int,
 }
-_CONTROL_KEYS = ("scale", "start", "end", "gate", "mode", "layers", "only_mid", "adapter")
+_CONTROL_KEYS = ("scale", "start", "end", "gate", "mode", "layers", "only_mid", "fit", "adapter")
 _TEXTS = ("prompt", "negative_prompt")
 _MOST_SHARED = 12  # letters with which all texts of an axis begin, and that their labels repeat
 _ALSO = {"negative": "negative_prompt"}  # as the option is called, too

@@ -25,6 +25,7 @@ from controlkit.generate_plan import (
     Plan,
     Source,
     adapted,
+    check_fit,
     check_outputs,
     check_text,
 )
@@ -88,7 +89,9 @@ def _check_job(job: Plan) -> None:
     for told in job.additions.ip_adapters:
         check_picture_scale(told.record.scale)
     for control in (source.record for source in job.sources):
-        check_rule(control.scale, control.start, control.end, control.gate, control.mode, control.layers)
+        rule = (control.scale, control.start, control.end, control.gate, control.mode, control.layers)
+        check_rule(*rule, control.fit)
+        check_fit(control)
 
 
 def _check_belongs(job: Plan, name: str, varied: set[str]) -> None:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
-from controlkit.rules import USUAL_GATE, USUAL_MODE
+from controlkit.rules import USUAL_FIT, USUAL_GATE, USUAL_MODE
 from controlkit.settings import Settings
 
 JSON_CHUNK = "controlkit"
@@ -41,6 +41,7 @@ CONTROL_MODES = {  # our mode -> the name that A1111 uses for it
     "prompt": "My prompt is more important",
     "control": "ControlNet is more important",
 }
+RESIZE_MODES = {"crop": "Crop and Resize", "stretch": "Just Resize", "fill": "Resize and Fill"}  # of our fits
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class ControlRecord:
     mask: str = ""
     mask_sha256: str = ""
     only_mid: bool = False
+    fit: str = USUAL_FIT
 
 
 @dataclass(frozen=True)
@@ -221,7 +223,7 @@ def _unit(control: ControlRecord) -> dict[str, object]:
         "Module": "none" if control.is_map else control.kind,
         "Model": control.adapter,
         "Weight": f"{scale:g}",
-        "Resize Mode": "Crop and Resize",
+        "Resize Mode": RESIZE_MODES[control.fit],
         "Guidance Start": f"{control.start:g}",
         "Guidance End": f"{control.end:g}",
         **({"Control Mode": CONTROL_MODES[control.mode]} if control.mode in CONTROL_MODES else {}),

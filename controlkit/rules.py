@@ -35,6 +35,11 @@ Systems disagree about three of these, and every one of their ways is there unde
     webui            start <= i / n <= end
     invoke           floor(start n) <= i <= ceil(end n)
 
+    fit              a map of another shape than the picture's is
+    crop             scaled until it covers the picture, and cut: A1111's and InvokeAI's "Crop and Resize"
+    stretch          stretched: their "Just Resize", and what diffusers' pipelines do
+    fill             scaled until it fits in, its border's colour (the median) around it: "Resize and Fill"
+
 A1111's numbers were read in sd-webui-controlnet (`scripts/hook.py`), where both of its modes have the soft
 curve; `layers` takes the place of a mode's curve there, and does so here, but is multiplied by the scale.
 """
@@ -50,7 +55,8 @@ from controlkit.naming import kind_of_value, unknown
 
 CURVES = ("flat", "soft", "soft-webui", "logspace", "resolution")
 GATES = ("diffusers", "webui", "invoke")
-USUAL_GATE, USUAL_MODE = "diffusers", "balanced"
+FITS = ("crop", "stretch", "fill")
+USUAL_GATE, USUAL_MODE, USUAL_FIT = "diffusers", "balanced", "crop"
 
 
 class Mode(NamedTuple):
@@ -80,6 +86,7 @@ def check_rule(
     gate: str,
     mode: str,
     layers: str | Sequence[float] | None,
+    fit: str = USUAL_FIT,
 ) -> None:
     """Raise ValueError for a control's number or name that is not allowed (see `control.Control`)."""
     for name, given in (("a schedule of scales", scale), ("layers", layers)):
@@ -91,7 +98,7 @@ def check_rule(
     for one in numbers:
         check_scale(one)
     check_window(start, end)
-    for name, value, known in (("gate", gate, GATES), ("mode", mode, tuple(MODES))):
+    for name, value, known in (("gate", gate, GATES), ("mode", mode, tuple(MODES)), ("fit", fit, FITS)):
         if value not in known:
             raise unknown(name, value, known)
     if isinstance(layers, str):

@@ -206,6 +206,8 @@ def test_an_inpainting_adapter_sees_the_picture_and_its_hole(
     changed = (load_picture("other-out.png") != load_picture("out.png")).any(axis=2)
     assert changed[:, :32].any(), "it follows the picture that the control names"
     assert not changed[:, 32:].any()
+    filled = ["--control", f"inpaint={photo}:fit=fill", *control[2:], "--from", photo, "--mask", region]
+    assert "fit=fill would move it off the picture that is filled" in run(*fixed, *filled).refused()
 
 
 @pytest.mark.slow
