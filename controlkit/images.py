@@ -114,6 +114,23 @@ def _mask_of(image: Image.Image, name: str) -> np.ndarray:
     return ((colour.max(axis=2).astype(np.uint32) * alpha + 127) // 255).astype(np.uint8)
 
 
+def load_alpha(source: "PathLike | bytes | np.ndarray") -> np.ndarray | None:
+    """Return how opaque a picture is, uint8 (H, W), upright as :func:`load_picture` has it; None where
+    nothing of it is transparent.
+
+    Raises:
+        ValueError: as :func:`load_picture`.
+    """
+    if isinstance(source, np.ndarray):
+        has_alpha = source.ndim == 3 and source.shape[2] == 4
+        alpha = array_to_rgb(source[..., 3], "the array")[..., 0] if has_alpha else None
+    else:
+        with opened(source, max_pixels=DEFAULT_MAX_PIXELS) as (image, _):
+            has_alpha = image.has_transparency_data
+            alpha = np.asarray(upright(image).convert("RGBA"))[..., 3] if has_alpha else None
+    return None if alpha is None or alpha.min() == 255 else alpha
+
+
 def stored_size(
     source: "PathLike | bytes | np.ndarray", *, max_pixels: int = DEFAULT_MAX_PIXELS
 ) -> tuple[int, int]:

@@ -202,7 +202,7 @@ class ControlNetTask:
         if self.reward is None:
             return Losses(self.errors(whole, given), given["timesteps"], self.levels)
         model_pred, noisy, cond = self._predicted(whole, given)
-        each = self._weighted(model_pred, noisy)
+        each = self._weighted(model_pred, noisy, given)
         rows, missed = self.reward(model_pred, noisy, cond, part.step)
         each = each.index_add(0, rows, self.recipe.reward * missed)
         return Losses(each, noisy.timesteps, self.levels, missed.detach())
@@ -219,10 +219,11 @@ class ControlNetTask:
     def errors(self, whole: nn.Module, given: Mapping[str, Tensor]) -> Tensor:
         """The weighted error of each pair, (B,), of `inputs`. Computes on the device alone."""
         model_pred, noisy, _ = self._predicted(whole, given)
-        return self._weighted(model_pred, noisy)
+        return self._weighted(model_pred, noisy, given)
 
-    def _weighted(self, model_pred: Tensor, noisy: Noisy) -> Tensor:
-        return weighted_loss(model_pred, noisy, self.recipe, self.base.prediction_type, self.alphas_cumprod)
+    def _weighted(self, model_pred: Tensor, noisy: Noisy, given: Mapping[str, Tensor]) -> Tensor:
+        predicted, opaque = self.base.prediction_type, given.get("opaque")
+        return weighted_loss(model_pred, noisy, self.recipe, predicted, self.alphas_cumprod, opaque=opaque)
 
     def _predicted(self, whole: nn.Module, given: Mapping[str, Tensor]) -> tuple[Tensor, Noisy, Tensor]:
         """``model_pred`` of `inputs`, what it was predicted from, and the maps in [0, 1]."""

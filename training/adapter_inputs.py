@@ -41,7 +41,7 @@ class Inputs:
 
         mean, std: of the latents, (B, C, h, w). levels: the maps' pixels. encoder_hidden_states: (B, n, d).
         timesteps: (B,). What is drawn: `noising.used`. present: (B, n) bool, which of several maps each pair
-        is shown. text_embeds, time_ids: of SDXL.
+        is shown. text_embeds, time_ids: of SDXL. opaque: (B, h, w) uint8, with `data.alpha_mask`.
         """
         given, device = self._given(part), self.machine.device
         drawn = draw_batch([sample.visit.seed for sample in part.samples], given.moments.mean.shape[1:])
@@ -53,6 +53,8 @@ class Inputs:
             **{name: put(tensor, device) for name, tensor in used(drawn, self.recipe).items()},
             "timesteps": put(timesteps_of(places, self.recipe, part.step, self.levels), device),
         }
+        if given.opaque is not None:
+            found["opaque"] = given.opaque
         if self.recipe.adapter == "controlnet-union":
             found["present"] = put(self._present(part), device)
         return found | (self.added_cond(given.text.pooled, part.samples) or {})

@@ -77,6 +77,10 @@ class DataRecipe(Table):
     """Of poses as JSON: by how many pixels joints are off at a visit (the standard deviation), a hand with
     its wrist, a face with its nose. Shown and scored pairs keep every joint in its place.
     """
+    alpha_mask: bool = False
+    """Let the loss count where pictures are opaque, and not where they are transparent (kohya's alpha_mask);
+    what is shown and scored is the whole picture, on white.
+    """
     caption: str = ""
     """Caption of pictures that have none."""
     resolution: Side = 0
@@ -249,6 +253,8 @@ class ControlNetRecipe(Recipe):
                 "data.bad=skip leaves out what data.check finds, and data.check=false looks for nothing:"
                 " leave data.check=true, or give data.bad=stop"
             )
+        if self.data.alpha_mask and self.data.source == "world":
+            raise ValueError("data.alpha_mask goes by transparency, which the bundled world has none of")
         if self.data.maps == "made" or self.data.source == "world":
             from controlkit import preprocessors
 

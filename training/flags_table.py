@@ -155,6 +155,7 @@ FIXED: dict[str, Any] = {
     "data.map_blur": 0.0,
     "data.pose_drop": 0.0,
     "data.pose_jitter": 0.0,
+    "data.alpha_mask": False,
     "data.buckets": False,
     "data.crop": "centre",
     "data.flip": 0.0,

@@ -130,12 +130,19 @@ def timesteps_of(places: Tensor, recipe: ControlNetRecipe, step: int, count: int
 
 
 def weighted_loss(
-    model_pred: Tensor, noisy: Noisy, recipe: ControlNetRecipe, prediction_type: str, alphas_cumprod: Tensor
+    model_pred: Tensor,
+    noisy: Noisy,
+    recipe: ControlNetRecipe,
+    prediction_type: str,
+    alphas_cumprod: Tensor,
+    *,
+    opaque: Tensor | None = None,
 ) -> Tensor:
     """Each pair's loss, (B,) float32: the mean square error of the objective, weighted.
 
     Where the objective is not what the base predicts, the prediction is turned into it at the same x_t
-    (Salimans & Ho 2022, section 4). Weight: min-SNR (Hang et al. 2023).
+    (Salimans & Ho 2022, section 4). Weight: min-SNR (Hang et al. 2023). ``opaque``: (B, h, w) uint8, 255
+    where a square counts wholly; the mean is over all places, as kohya's masked loss takes it.
     """
     timesteps, latents, noise = noisy.timesteps, noisy.latents, noisy.noise
     objective = prediction_type if recipe.objective == "base" else recipe.objective
@@ -145,7 +152,10 @@ def weighted_loss(
         eps = diffusion.predict_noise(prediction_type, pred, noisy.noisy_latents, timesteps, alphas_cumprod)
         pred = diffusion.target(objective, x_0, eps, timesteps, alphas_cumprod)
     target = diffusion.target(objective, latents, noise, timesteps, alphas_cumprod)
-    losses = (pred - target).square().flatten(1).mean(dim=1)
+    squares = (pred - target).square()
+    if opaque is not None:
+        squares = squares * (opaque.unsqueeze(1).float() / 255)
+    losses = squares.flatten(1).mean(dim=1)
     if recipe.min_snr_gamma:
         snr = diffusion.snr(alphas_cumprod, timesteps)
         losses = losses * diffusion.min_snr_weight(snr, recipe.min_snr_gamma, objective)

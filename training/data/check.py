@@ -134,8 +134,9 @@ def _look(
     memory: Memory | None,
 ) -> _Seen:
     findings: list[_Found] = []
-    look: _Look = partial(look_at_picture, thorough=thorough)
-    picture = _facts(example.picture, "picture", thorough, look, memory, findings)
+    look: _Look = partial(look_at_picture, thorough=thorough, alpha_mask=data.alpha_mask)
+    role = "picture opaque" if data.alpha_mask else "picture"
+    picture = _facts(example.picture, role, thorough, look, memory, findings)
     size = (picture.width, picture.height) if picture else None
     if picture and size:
         findings += _about_picture(example.name, picture, size, data)

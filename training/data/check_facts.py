@@ -16,7 +16,7 @@ from PIL import Image
 from controlkit import preprocessors
 from controlkit.images import DEFAULT_MAX_PIXELS, load_picture
 from controlkit.training.data.examples import Piece, content_digest
-from controlkit.training.data.map_files import is_json, is_numbers, read_joints
+from controlkit.training.data.map_files import is_json, is_numbers, read_alpha, read_joints
 from controlkit.training.data.map_use import MapUse
 
 LARGE = 16_000_000
@@ -57,15 +57,18 @@ class Facts:
     """Of a map that can be read, why visits would refuse it all the same: see `MapUse.problem`."""
 
 
-def look_at_picture(piece: Piece, *, thorough: bool) -> Facts:
+def look_at_picture(piece: Piece, *, thorough: bool, alpha_mask: bool = False) -> Facts:
     """Read a picture to its end.
 
     thorough: find out whether it is grey, too. Otherwise a PNG is judged by its check sums and unpacked
-    without being decoded, which is faster; damage shows all the same.
+    without being decoded, which is faster; damage shows all the same. alpha_mask: of the recipe's data.
 
-    Raises ValueError, one line with the piece's name: not there, no picture, damaged, cut off, too large.
+    Raises ValueError, one line with the piece's name: not there, no picture, damaged, cut off, too large,
+    or wholly transparent where that leaves nothing to train on.
     """
     content = piece.read()
+    if alpha_mask and (alpha := read_alpha(content, piece.name)) is not None and not alpha.any():
+        raise ValueError(f"{piece.name} is wholly transparent, and with data.alpha_mask nothing of it counts")
     digest = content_digest(content).hex()
     if isinstance(content, bytes) and not thorough and (size := _whole_png(content)):
         return Facts(*size, digest)

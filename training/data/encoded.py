@@ -66,16 +66,19 @@ class Sample(Outline):
     moments: Tensor | None
     picture: NDArray[np.uint8] | None
     levels: NDArray[np.uint8 | np.uint16]
+    opaque: Tensor | None = None
+    """Where `data.alpha_mask` asks for it: `Visits.opaque`."""
 
 
 class Given(NamedTuple):
     """What the data gives a micro-batch of one size, on its device: ``moments`` and ``text`` as they are
-    kept, ``levels`` (B, C, H, W), uint8 or uint16.
+    kept, ``levels`` (B, C, H, W), uint8 or uint16, ``opaque`` (B, h, w), uint8, with `data.alpha_mask`.
     """
 
     moments: Moments
     levels: Tensor
     text: Text
+    opaque: Tensor | None = None
 
 
 class Encoded:
@@ -95,6 +98,7 @@ class Encoded:
             self._latents = Store(root / "latents" / picture_encoder_id(base))
             self._captions = Store(root / "text" / text_encoder_id(base))
             self._maps = Store(root / "maps") if visits.fixed else None
+            self._opaque = Store(root / "opaque") if data.alpha_mask else None
 
     def fill(self, indices: Iterable[int], processes: Processes) -> None:
         """Compute what the cache lacks of these examples, this process its share; a stopped job goes on.
@@ -118,7 +122,7 @@ class Encoded:
             self._say("captions encoded", done, mine)
         self._fill_views(wanted, processes)
         processes.wait()
-        for store in (self._latents, self._captions, self._maps):
+        for store in (self._latents, self._captions, self._maps, self._opaque):
             if store is not None:
                 store.refresh()
 
@@ -160,7 +164,8 @@ class Encoded:
             levels = self.visits.map(turn.index, seen.view, seed=seed, picture=picture, whole=whole)
         else:
             levels = self.kept_map(turn.index, seen.view)
-        return Sample(seen.example, seen.visit, seen.view, seen.size, moments, picture, levels)
+        opaque = self.opaque(turn.index, seen.view)
+        return Sample(seen.example, seen.visit, seen.view, seen.size, moments, picture, levels, opaque)
 
     @property
     def fixed(self) -> bool:
@@ -177,14 +182,24 @@ class Encoded:
         assert self._maps is not None
         return unpack(self._maps.read(self._map_name(index, view)))
 
+    def opaque(self, index: int, view: View) -> Tensor | None:
+        """From the cache, if there is one: `Visits.opaque`; None where nobody asked for it."""
+        if not self.data.alpha_mask:
+            return None
+        if self._latents is None or self._opaque is None:
+            return self._read_opaque((index, view))
+        return self._opaque.read(self._opaque_name(index, view))
+
     def given(self, samples: Sequence[Sample], captions: Sequence[str], device: torch.device) -> Given:
         """What samples of one size give, on a device; ``captions``: what each is told."""
         moments, text = self.moments(samples), self.text(captions)
         pooled = None if text.pooled is None else put(text.pooled, device)
+        opaque = [sample.opaque for sample in samples if sample.opaque is not None]
         return Given(
             Moments(put(moments.mean, device), put(moments.std, device)),
             put(levels_of(samples), device),
             Text(put(text.encoder_hidden_states, device), pooled),
+            put(torch.stack(opaque), device) if opaque else None,
         )
 
     def moments(self, samples: Sequence[Sample]) -> Moments:
@@ -233,10 +248,8 @@ class Encoded:
 
     def _fill_views(self, indices: Sequence[int], processes: Processes) -> None:
         assert self._latents is not None
-        jobs = {self._name(i, view): (i, view) for i in indices for view in self.visits.views(i)}
-        maps = {}
-        if self._maps is not None:
-            maps = {self._map_name(i, view): (i, view) for i in indices for view in self.visits.views(i)}
+        views = [(i, view) for i in indices for view in self.visits.views(i)]
+        jobs = {self._name(*key): key for key in views}
         share = processes.index, processes.count
         mine = self._latents.missing(jobs, share)
         mine.sort(key=lambda name: (jobs[name][1].width, jobs[name][1].height))  # a batch has one size
@@ -247,15 +260,25 @@ class Encoded:
                 self._latents.write(self._encoded_pictures(part, pictures))
                 done += len(part)
                 self._say("pictures encoded", done, mine)
-            if self._maps is None:
-                return
-            done = 0
-            mine = self._maps.missing(maps, share)
-            for part in _parts(mine):
-                made = threads.map(lambda name: pack(self.visits.map(*maps[name], seed=0)), part)
-                self._maps.write(dict(zip(part, made, strict=True)))
-                done += len(part)
-                self._say("maps prepared", done, mine)
+            for what, store, name_of, make in (
+                ("maps prepared", self._maps, self._map_name, self._prepared_map),
+                ("transparency read", self._opaque, self._opaque_name, self._read_opaque),
+            ):
+                if store is None:
+                    continue
+                wanted = {name_of(*key): key for key in views}
+                mine, done = store.missing(wanted, share), 0
+                for part in _parts(mine):
+                    made = threads.map(make, [wanted[name] for name in part])
+                    store.write(dict(zip(part, made, strict=True)))
+                    done += len(part)
+                    self._say(what, done, mine)
+
+    def _prepared_map(self, key: tuple[int, View]) -> Tensor:
+        return pack(self.visits.map(*key, seed=0))
+
+    def _read_opaque(self, key: tuple[int, View]) -> Tensor:
+        return torch.from_numpy(self.visits.opaque(*key, self.base.vae_factor))
 
     def _encoded_pictures(
         self, names: Sequence[str], pictures: Sequence[NDArray[np.uint8]]
@@ -270,6 +293,9 @@ class Encoded:
 
     def _name(self, index: int, view: View) -> str:
         return _hash(f"{self._content[index][0]} {view} {VERSION}")
+
+    def _opaque_name(self, index: int, view: View) -> str:
+        return _hash(f"{self._content[index][0]} {view} opaque {self.base.vae_factor} {VERSION}")
 
     def _map_name(self, index: int, view: View) -> str:
         maps, settings = " ".join(self._content[index][1:]), self.visits.map_settings

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -17,6 +17,7 @@ from controlkit.training.data.pairs import load_pairs
 from controlkit.training.data.visits import Visits
 
 Report = Callable[[str], None]
+_LOOKED_AT = 100  # pictures, of which one should be transparent where that counts
 
 
 class Feed(Protocol):
@@ -87,6 +88,7 @@ class StoredFeed:
         self.encoded = Encoded(base, pairs.examples, visits, data=recipe.data, report=report)
         with long_prompts_told_together():
             self.encoded.fill([*pairs.trained, *pairs.shown], processes)
+        about_opaque(self.encoded, pairs.trained, report)
         trained = set(pairs.trained)
         self.pairs, self.left_out = len(trained), pairs.sizes.count(None)
         self._all = self.encoded.digest([*pairs.trained, *pairs.shown])
@@ -135,6 +137,24 @@ class StoredFeed:
     def first_maps(self, count: int) -> list[NDArray[np.uint8]]:
         """The maps of the first pairs."""
         return maps_of(self.encoded, self.trained[:count])
+
+
+def about_opaque(encoded: Encoded, indices: Sequence[int], report: Report) -> None:
+    """Say so where `data.alpha_mask` is asked for and none of the first pictures is transparent."""
+    looked_at = indices[:_LOOKED_AT] if encoded.data.alpha_mask else []
+    if looked_at and all(_is_opaque(encoded, index) for index in looked_at):
+        report(
+            f"data.alpha_mask has no effect so far: of {len(looked_at)} pictures that were looked at, none is"
+            " transparent where it is seen"
+        )
+
+
+def _is_opaque(encoded: Encoded, index: int) -> bool:
+    try:
+        masks = [encoded.opaque(index, view) for view in encoded.visits.views(index)]
+    except ValueError:  # of a stream: its visit says so
+        return True
+    return all(mask is None or bool((mask == 255).all()) for mask in masks)
 
 
 def maps_of(encoded: Encoded, indices: list[int]) -> list[NDArray[np.uint8]]:

@@ -182,3 +182,9 @@ def read_picture(content: bytes | NDArray[Any], name: str) -> NDArray[np.uint8]:
     """
     with _named(name):
         return images.load_picture(content)
+
+
+def read_alpha(content: bytes | NDArray[Any], name: str) -> NDArray[np.uint8] | None:
+    """How opaque a picture is: :func:`controlkit.images.load_alpha`. Raises as `read_picture`."""
+    with _named(name):
+        return images.load_alpha(content)

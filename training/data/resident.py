@@ -28,11 +28,14 @@ SHARE = 0.25
 
 @dataclass
 class _Table:
-    """All views of one size: ``moments`` (N, 2, 4, h, w), ``levels`` (N, C or 1, H, W)."""
+    """All views of one size: ``moments`` (N, 2, 4, h, w), ``levels`` (N, C or 1, H, W), ``opaque`` (N, h, w)
+    where it is asked for.
+    """
 
     moments: Tensor
     levels: Tensor
     channels: int
+    opaque: Tensor | None
 
 
 class Resident:
@@ -62,6 +65,7 @@ class Resident:
         self.device = device
         for table in self._tables.values():
             table.moments, table.levels = table.moments.to(device), table.levels.to(device)
+            table.opaque = None if table.opaque is None else table.opaque.to(device)
         hidden, pooled = self._text
         self._text = Text(hidden.to(device), None if pooled is None else pooled.to(device))
 
@@ -80,6 +84,7 @@ class Resident:
             Moments(moments[:, 0], moments[:, 1]),
             levels.expand(-1, table.channels, -1, -1),
             Text(hidden.index_select(0, told), None if pooled is None else pooled.index_select(0, told)),
+            None if table.opaque is None else table.opaque.index_select(0, chosen),
         )
 
 
@@ -137,10 +142,12 @@ def _table(encoded: Encoded, views: Sequence[tuple[int, View]], device: torch.de
     first = _levels(encoded.kept_map(*views[0]), deep=deep)
     moments = encoded.kept_moments(*views[0])
     channels = 1 if alike else len(first)
+    opaque = [rows for key in views if (rows := encoded.opaque(*key)) is not None]
     table = _Table(
         torch.empty((len(views), *moments.shape), dtype=moments.dtype, device=device),
         torch.empty((len(views), channels, *first.shape[1:]), dtype=first.dtype, device=device),
         len(first),
+        torch.stack(opaque).to(device) if opaque else None,
     )
     for row, key in enumerate(views):
         rows = _levels(encoded.kept_map(*key), deep=deep)

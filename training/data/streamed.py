@@ -19,7 +19,7 @@ from controlkit.base import Base
 from controlkit.training.config_adapter import ControlNetRecipe
 from controlkit.training.data.encoded import Encoded, Sample
 from controlkit.training.data.examples import Example, size_of_example
-from controlkit.training.data.feeds import maps_of
+from controlkit.training.data.feeds import about_opaque, maps_of
 from controlkit.training.data.order import Turn
 from controlkit.training.data.pairs import SHOWN_TRAINED, held_of
 from controlkit.training.data.source_streams import Stream
@@ -27,6 +27,7 @@ from controlkit.training.data.visits import Visits
 from controlkit.training.draws import derived_seed
 
 Report = Callable[[str], None]
+_LOOKED_AT = 8  # pictures, each decoded, of which one should be transparent where that counts
 
 
 class StreamFeed:
@@ -43,6 +44,7 @@ class StreamFeed:
         self._held = held_of(recipe.data.holdout, stream.length, report)
         self.shown = list(range(self._held or min(SHOWN_TRAINED, stream.length or self._size)))
         self.held_out = bool(self._held)
+        about_opaque(self.encoded, self._first(_LOOKED_AT), report)
 
     @property
     def pairs(self) -> int | None:
@@ -77,8 +79,12 @@ class StreamFeed:
 
     def first_maps(self, count: int) -> list[NDArray[np.uint8]]:
         """The maps of the first pairs that are trained on."""
+        return maps_of(self.encoded, self._first(count))
+
+    def _first(self, count: int) -> list[int]:
+        """The numbers of the first pairs that are trained on."""
         end = min(self._held + count, self._size, self.stream.length or self._size)
-        return maps_of(self.encoded, list(range(self._held, end)))
+        return list(range(self._held, end))
 
     def _sample(self, position: int) -> Sample:
         window, place = divmod(position, self._size)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from controlkit import images
 from controlkit.naming import unknown
 from controlkit.training.data import map_files
 from controlkit.training.data.map_use import STYLE, MapUse, idle_options, uses_of
@@ -152,6 +153,19 @@ class Visits:
             raise ValueError(f"{piece.name} has changed: it had {_times(self._size(index))} pixels before")
         seen = look(picture, view)
         return seen if seen.flags.writeable else seen.copy()  # of arrays that are mapped from disk
+
+    def opaque(self, index: int, view: View, factor: int) -> NDArray[np.uint8]:
+        """How opaque a view of an example's picture is where each of its latents lies: uint8 (H/f, W/f), 255
+        wholly. factor: of the autoencoder.
+
+        Raises ValueError as `picture`.
+        """
+        piece = self._examples[index].picture
+        alpha = map_files.read_alpha(piece.read(), piece.name)
+        height, width = view.height // factor, view.width // factor
+        if alpha is None:
+            return np.full((height, width), 255, np.uint8)
+        return np.ascontiguousarray(images.resize(look(alpha, view), width, height))
 
     def map(
         self,
