@@ -11,8 +11,9 @@ once, to float32 (to float64 for float64 samples). The sample arithmetic runs in
 result has the sample's dtype, so half-precision latents lose nothing to the schedule.
 
 Sources: DDPM, Ho et al. 2020, arXiv:2006.11239. Cosine schedule, Nichol & Dhariwal 2021, arXiv:2102.09672.
-v-prediction, Salimans & Ho 2022, arXiv:2202.00512. Min-SNR, Hang et al. 2023, arXiv:2303.09556.
-Zero terminal SNR, Lin et al. 2023, arXiv:2305.08891. Prediction types and schedules carry diffusers' names.
+v-prediction, Salimans & Ho 2022, arXiv:2202.00512. Min-SNR, Hang et al. 2023, arXiv:2303.09556; soft,
+Crowson et al. 2024, arXiv:2401.11605. Debiased estimation, Yu et al. 2023, arXiv:2310.08442. Zero terminal
+SNR, Lin et al. 2023, arXiv:2305.08891. Prediction types and schedules carry diffusers' names.
 """
 
 import math
@@ -167,23 +168,62 @@ def snr(alphas_cumprod: Tensor, timesteps: Tensor) -> Tensor:
     return ratio.to(timesteps.device)[timesteps]
 
 
-def min_snr_weight(snr: Tensor, gamma: float, prediction_type: str) -> Tensor:
+def min_snr_weight(snr: Tensor, gamma: float, prediction_type: str, *, soft: bool = False) -> Tensor:
     """The loss factor that weighs x_0's error by min(SNR, γ): Hang et al., section 3.4. Shape of ``snr``.
 
     ``sample``: min(SNR, γ). ``epsilon``: min(SNR, γ) / SNR, written as min(1, γ / SNR) so that it is 1, its
     limit, where the SNR is 0. ``v_prediction``: min(SNR, γ) / (SNR + 1). The paper's γ is 5.
+
+    ``soft``: SNR γ / (SNR + γ) in the minimum's place, which has no corner (Crowson et al.).
 
     Raises ValueError for γ <= 0 or not finite, or an unknown prediction type.
     """
     if not 0 < number(gamma) < math.inf:
         raise ValueError(f"min-SNR gamma is {gamma}; it must be a positive number (the paper uses 5)")
     if prediction_type == "sample":
-        return snr.clamp(max=gamma)
+        return snr * gamma / (snr + gamma) if soft else snr.clamp(max=gamma)
     if prediction_type == "epsilon":
-        return (gamma / snr).clamp(max=1)
+        return gamma / (snr + gamma) if soft else (gamma / snr).clamp(max=1)
     if prediction_type == "v_prediction":
-        return snr.clamp(max=gamma) / (snr + 1)
+        return min_snr_weight(snr, gamma, "sample", soft=soft) / (snr + 1)
     raise unknown("prediction type", prediction_type, PREDICTION_TYPES)
+
+
+def debiased_weight(snr: Tensor, prediction_type: str) -> Tensor:
+    """The loss factor that weighs x_0's error by sqrt(SNR): Yu et al. Shape of ``snr``.
+
+    ``epsilon``: 1 / sqrt(SNR), as the paper and kohya's trainers have it, infinite where the SNR is 0.
+    ``sample``: sqrt(SNR). ``v_prediction``: sqrt(SNR) / (SNR + 1), the same weighting; kohya's trainers take
+    1 / (SNR + 1) there.
+
+    Raises ValueError for an unknown prediction type.
+    """
+    if prediction_type == "epsilon":
+        return snr.rsqrt()
+    if prediction_type == "sample":
+        return snr.sqrt()
+    if prediction_type == "v_prediction":
+        return snr.sqrt() / (snr + 1)
+    raise unknown("prediction type", prediction_type, PREDICTION_TYPES)
+
+
+def multires_noise(noise: Tensor, iterations: int, discount: float, generator: torch.Generator) -> Tensor:
+    """One sample's ``noise`` (C, H, W) with coarser noises added, at a spread of 1: J. Whitaker 2023,
+    "Multi-resolution noise for diffusion model training", as kohya's trainers have it.
+
+    Level i of ``iterations``, from 0, is drawn ``r^i`` times smaller, r uniform in [2, 4) at each level,
+    scaled up bilinearly and added ``discount^i`` times; a level of one row or column is the last.
+    """
+    height, width = noise.shape[-2:]
+    for level in range(iterations):
+        smaller = (2 + 2 * float(torch.rand((), generator=generator))) ** level
+        rows, columns = max(1, int(height / smaller)), max(1, int(width / smaller))
+        coarse = torch.randn((1, noise.shape[0], rows, columns), generator=generator)
+        fine = torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear")
+        noise = noise + discount**level * fine[0]
+        if min(rows, columns) == 1:
+            break
+    return noise / noise.std()
 
 
 def sample_timesteps(

@@ -141,6 +141,44 @@ def test_min_snr_weighs_the_same_error_of_x_0_alike(prediction_type: str) -> Non
     torch.testing.assert_close(weight * 0.1**2, (ratio.clamp(max=5) * x_0_error**2).float())
 
 
+def test_soft_min_snr_and_debiased_weights_at_known_ratios() -> None:
+    ratio = torch.tensor([45.0, 5.0, 4.0, 0.0])
+    soft = {
+        kind: diffusion.min_snr_weight(ratio, 5.0, kind, soft=True).tolist()
+        for kind in diffusion.PREDICTION_TYPES
+    }
+    assert soft["sample"] == pytest.approx([4.5, 2.5, 20 / 9, 0])
+    assert soft["epsilon"] == pytest.approx([0.1, 0.5, 5 / 9, 1])
+    assert soft["v_prediction"] == pytest.approx([4.5 / 46, 2.5 / 6, 4 / 9, 0])
+    debiased = {kind: diffusion.debiased_weight(ratio, kind).tolist() for kind in diffusion.PREDICTION_TYPES}
+    assert debiased["epsilon"] == pytest.approx([45**-0.5, 5**-0.5, 0.5, float("inf")])
+    assert debiased["sample"] == pytest.approx([45**0.5, 5**0.5, 2, 0])
+    assert debiased["v_prediction"] == pytest.approx([45**0.5 / 46, 5**0.5 / 6, 0.4, 0])
+
+
+def test_multires_noise_has_a_spread_of_1_and_a_coarse_part() -> None:
+    """Means over quarters of plain noise spread by 1/√(h·w/4); those of coarser noises do not fall so."""
+
+    def noises(levels: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        plain = [torch.randn((4, 32, 32), generator=generator) for _ in range(64)]
+        return torch.stack([diffusion.multires_noise(n, levels, 0.5, generator) for n in plain])
+
+    def coarse(noise: torch.Tensor) -> float:
+        return torch.nn.functional.avg_pool2d(noise, 16).std().item()
+
+    none, six = noises(0), noises(6)
+    torch.testing.assert_close(none.flatten(1).std(dim=1), torch.ones(64))
+    torch.testing.assert_close(six.flatten(1).std(dim=1), torch.ones(64))
+    assert coarse(none) == pytest.approx(1 / 16, rel=0.1)
+    assert coarse(six) > 2 * coarse(none)
+
+
+def test_multires_noise_of_few_rows_ends_where_a_level_has_one() -> None:
+    noise, generator = torch.randn((4, 2, 9)), torch.Generator().manual_seed(0)
+    assert diffusion.multires_noise(noise, 100, 1.0, generator).isfinite().all()
+
+
 @pytest.mark.parametrize("kind", diffusion.TIMESTEP_KINDS)
 def test_timesteps_are_in_range_and_repeatable(kind: str) -> None:
     draws = [
@@ -181,6 +219,8 @@ def test_the_kinds_of_timesteps_have_their_distributions() -> None:
         (lambda: diffusion.sample_timesteps(1, kind="unifrom"), "unknown timestep sampling 'unifrom'"),
         (lambda: diffusion.min_snr_weight(torch.ones(1), 0.0, "epsilon"), "gamma is 0.0"),
         (lambda: diffusion.min_snr_weight(torch.ones(1), 5.0, "eps"), "unknown prediction type 'eps'"),
+        (lambda: diffusion.min_snr_weight(torch.ones(1), 5.0, "eps", soft=True), "unknown prediction type"),
+        (lambda: diffusion.debiased_weight(torch.ones(1), "eps"), "unknown prediction type 'eps'"),
         (lambda: diffusion.target("eps", *samples(), diffusion.alphas_cumprod()), "choose from: epsilon"),
         (
             lambda: diffusion.predict_x0("v", *samples(), diffusion.alphas_cumprod()),

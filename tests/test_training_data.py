@@ -377,7 +377,7 @@ def recipe(*overrides):
 
 
 def batch(settings, seeds=(1, 2, 3), mean=None, std=None):
-    drawn = draw_batch(seeds, SHAPE)
+    drawn = draw_batch(seeds, SHAPE, settings)
     mean = torch.zeros(len(seeds), *SHAPE) if mean is None else mean
     std = torch.zeros_like(mean) if std is None else std
     return noised(mean, std, drawn, timesteps_of(drawn.place, settings, 999, 1000), settings, ALPHAS)
@@ -385,10 +385,17 @@ def batch(settings, seeds=(1, 2, 3), mean=None, std=None):
 
 @pytest.mark.parametrize(
     "settings",
-    [(), ("noise_offset=0.1",), ("input_perturbation=0.1",), ("noise_offset=0.1", "min_snr_gamma=5")],
+    [
+        (),
+        ("noise_offset=0.1",),
+        ("input_perturbation=0.1",),
+        ("noise_offset=0.1", "min_snr_gamma=5"),
+        ("multires_noise_iterations=6",),
+    ],
 )
 def test_what_is_used_of_a_draw_is_all_that_counts(settings):
-    wanted, drawn = recipe(*settings), draw_batch((1, 2, 3), SHAPE)
+    wanted = recipe(*settings)
+    drawn = draw_batch((1, 2, 3), SHAPE, wanted)
     mean, times = torch.zeros(3, *SHAPE), torch.tensor([3, 400, 900])
     whole, part = (
         noised(mean, mean + 1, d, times, wanted, ALPHAS) for d in (drawn, drawn_of(used(drawn, wanted)))
@@ -405,15 +412,17 @@ def test_pure_noise_at_the_last_step_is_for_bases_that_can_learn_there(load):
         schedule(asked, of_noise)
 
 
-def test_a_pair_draws_the_same_in_any_batch():
-    together, alone = draw_batch([5, 6, 7], SHAPE), draw(6, SHAPE)
+@pytest.mark.parametrize("levels", [0, 6])
+def test_a_pair_draws_the_same_in_any_batch(levels):
+    wanted = recipe(f"multires_noise_iterations={levels}")
+    together, alone = draw_batch([5, 6, 7], SHAPE, wanted), draw(6, SHAPE, wanted)
     assert all(torch.equal(a[1], b) for a, b in zip(together, alone, strict=True))
     assert not torch.equal(together.noise[0], together.noise[1])
 
 
 def test_each_visit_draws_from_the_autoencoders_distribution():
     mean, std = torch.full((2000, 1, 1, 1), 3.0), torch.full((2000, 1, 1, 1), 0.5)
-    drawn = draw_batch(range(2000), (1, 1, 1))
+    drawn = draw_batch(range(2000), (1, 1, 1), recipe())
     timesteps = timesteps_of(drawn.place, recipe(), 999, 1000)
     latents = noised(mean, std, drawn, timesteps, recipe(), ALPHAS).latents
     assert latents.mean() == pytest.approx(3.0, abs=0.05)
@@ -429,6 +438,53 @@ def test_noise_offset_shifts_channels_and_perturbation_spares_the_target():
     perturbed = batch(recipe("input_perturbation=0.1"))
     assert torch.equal(perturbed.noise, plain.noise)
     assert not torch.equal(perturbed.noisy_latents, plain.noisy_latents)
+
+
+def test_multires_noise_replaces_the_noise_and_what_else_is_drawn_stays():
+    plain = draw_batch((1, 2), (4, 32, 32), recipe())
+    coarse = draw_batch((1, 2), (4, 32, 32), recipe("multires_noise_iterations=8"))
+    assert not torch.equal(coarse.noise, plain.noise)
+    torch.testing.assert_close(coarse.noise.flatten(1).std(dim=1), torch.ones(2))
+    for name in ("posterior", "offset", "perturbation", "place"):
+        assert torch.equal(getattr(coarse, name), getattr(plain, name))
+
+
+@pytest.mark.parametrize(
+    ("setting", "weight"),
+    [
+        (("min_snr_gamma=5", "min_snr_soft=true"), lambda snr: 5 * snr / (5 + snr)),
+        (("debiased=true",), torch.sqrt),
+    ],
+)
+@pytest.mark.parametrize("prediction", diffusion.PREDICTION_TYPES)
+def test_other_weights_are_of_the_same_error_too(setting, weight, prediction):
+    noisy = batch(recipe(), mean=torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(1)))
+    pred = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(2))
+    of_x0 = weighted_loss(pred, noisy, recipe("objective=sample"), prediction, ALPHAS)
+    expected = of_x0 * weight(diffusion.snr(ALPHAS, noisy.timesteps))
+    for objective in diffusion.PREDICTION_TYPES:
+        found = weighted_loss(pred, noisy, recipe(f"objective={objective}", *setting), prediction, ALPHAS)
+        torch.testing.assert_close(found, expected, rtol=2e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (("min_snr_soft=true",), "min_snr_gamma, which is 0"),
+        (("debiased=true", "min_snr_gamma=5"), "debiased and min_snr_gamma both weight the loss"),
+        (("noise_offset=0.1", "multires_noise_iterations=6"), "both make coarse noise"),
+    ],
+)
+def test_weights_and_noises_that_exclude_each_other_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        recipe(*settings)
+
+
+def test_debiased_needs_some_signal_where_noise_is_compared(load):
+    of_v = load("sd2")
+    schedule(recipe("debiased=true", "zero_terminal_snr=true"), of_v)
+    with pytest.raises(ValueError, match="the last step's SNR is 0: give objective=v_prediction"):
+        schedule(recipe("debiased=true", "zero_terminal_snr=true", "objective=epsilon"), of_v)
 
 
 @pytest.mark.parametrize("prediction", diffusion.PREDICTION_TYPES)

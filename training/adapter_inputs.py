@@ -44,7 +44,8 @@ class Inputs:
         is shown. text_embeds, time_ids: of SDXL. opaque: (B, h, w) uint8, with `data.alpha_mask`.
         """
         given, device = self._given(part), self.machine.device
-        drawn = draw_batch([sample.visit.seed for sample in part.samples], given.moments.mean.shape[1:])
+        seeds = [sample.visit.seed for sample in part.samples]
+        drawn = draw_batch(seeds, given.moments.mean.shape[1:], self.recipe)
         places = self._places(part, drawn.place)
         found = {
             **given.moments._asdict(),

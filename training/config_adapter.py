@@ -164,6 +164,11 @@ class ControlNetRecipe(Recipe):
     """What the loss compares; base: what the base predicts. Another one is computed from the prediction."""
     min_snr_gamma: Weight = 0.0
     """Weight the loss by min(SNR, gamma); 0 does not."""
+    min_snr_soft: bool = False
+    """With min_snr_gamma: SNR * gamma / (SNR + gamma) in the minimum's place, which has no corner."""
+    debiased: bool = False
+    """Weight the loss by 1 / sqrt(SNR) where noise is predicted (debiased estimation), and alike elsewhere.
+    """
     reward: Weight = 0.0
     """Weight, beside the loss, of what the picture misses of its map (canny or depth): ControlNet++. 0: off.
     """
@@ -173,6 +178,10 @@ class ControlNetRecipe(Recipe):
     """Steps before the reward begins; a new adapter has to follow the map somewhat first."""
     noise_offset: Weight = 0.0
     """Spread of a shift of each channel's noise, the same at every pixel."""
+    multires_noise_iterations: Count = 0
+    """How many ever coarser noises are added to the noise (kohya's users give 6 to 10); 0: none."""
+    multires_noise_discount: Probability = 0.3
+    """How strong each of them is in units of the one before."""
     input_perturbation: Weight = 0.0
     """Spread of further noise in what the networks see, not in what they are to predict."""
     timesteps: Literal[TIMESTEPS] = "uniform"  # type: ignore[valid-type]
@@ -244,6 +253,7 @@ class ControlNetRecipe(Recipe):
         self._check_optimizer()
         self._check_variant()
         self._check_columns()
+        self._check_loss()
         if self.reward:
             self._check_reward()
         if self.data.streaming and self.data.buckets:
@@ -276,6 +286,17 @@ class ControlNetRecipe(Recipe):
             raise ValueError("adapter controlnet-union takes maps of three channels, not data.map_mode grey")
         if columns and self.data.maps == "made":
             raise ValueError("data.map_column names maps in files, and data.maps=made makes them")
+
+    def _check_loss(self) -> None:
+        """Refuse weights and noises that exclude each other."""
+        if self.min_snr_soft and not self.min_snr_gamma:
+            raise ValueError("min_snr_soft softens the weight of min_snr_gamma, which is 0: give 5, say")
+        if self.debiased and self.min_snr_gamma:
+            raise ValueError("debiased and min_snr_gamma both weight the loss: give one of them")
+        if self.multires_noise_iterations and self.noise_offset:
+            raise ValueError(
+                "multires_noise_iterations and noise_offset both make coarse noise: give one of them"
+            )
 
     def _check_optimizer(self) -> None:
         """Refuse numbers that mean something else to the optimizer."""

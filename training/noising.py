@@ -22,8 +22,20 @@ from controlkit.training.memory import put
 def schedule(recipe: ControlNetRecipe, base: Base) -> Tensor:
     """ᾱ of every timestep: the base's, rescaled where the recipe asks for it.
 
-    Raises ValueError where a base that predicts the noise is to have a last step of nothing else.
+    Raises ValueError where a base that predicts the noise is to have a last step of nothing else, and where
+    a loss of the noise would have an infinite weight there.
     """
+    alphas_cumprod = _schedule(recipe, base)
+    objective = base.prediction_type if recipe.objective == "base" else recipe.objective
+    if recipe.debiased and objective == "epsilon" and not alphas_cumprod.all():
+        raise ValueError(
+            "debiased weights a loss of the noise by 1 / sqrt(SNR), and the last step's SNR is 0: give"
+            " objective=v_prediction or sample"
+        )
+    return alphas_cumprod
+
+
+def _schedule(recipe: ControlNetRecipe, base: Base) -> Tensor:
     if not recipe.zero_terminal_snr:
         return base.alphas_cumprod
     if base.prediction_type == "epsilon":
@@ -55,18 +67,21 @@ class Noisy(NamedTuple):
     noise: Tensor
 
 
-def draw(visit_seed: int, shape: Sequence[int]) -> Draw:
+def draw(visit_seed: int, shape: Sequence[int], recipe: ControlNetRecipe) -> Draw:
     """A visit's choices for latents of a shape (4, h, w), float32 on the CPU."""
     generator = torch.Generator().manual_seed(derived_seed(visit_seed, "noise"))
     place = torch.rand((), generator=generator, dtype=torch.float64)
     posterior, noise = (torch.randn(tuple(shape), generator=generator) for _ in range(2))
     offset = torch.randn((shape[0], 1, 1), generator=generator)
-    return Draw(posterior, noise, offset, torch.randn(tuple(shape), generator=generator), place)
+    perturbation = torch.randn(tuple(shape), generator=generator)
+    if levels := recipe.multires_noise_iterations:
+        noise = diffusion.multires_noise(noise, levels, recipe.multires_noise_discount, generator)
+    return Draw(posterior, noise, offset, perturbation, place)
 
 
-def draw_batch(visit_seeds: Sequence[int], shape: Sequence[int]) -> Draw:
+def draw_batch(visit_seeds: Sequence[int], shape: Sequence[int], recipe: ControlNetRecipe) -> Draw:
     """The choices of several visits, stacked."""
-    draws = [draw(seed, shape) for seed in visit_seeds]
+    draws = [draw(seed, shape, recipe) for seed in visit_seeds]
     return Draw(*(torch.stack(column) for column in zip(*draws, strict=True)))
 
 
@@ -141,8 +156,9 @@ def weighted_loss(
     """Each pair's loss, (B,) float32: the mean square error of the objective, weighted.
 
     Where the objective is not what the base predicts, the prediction is turned into it at the same x_t
-    (Salimans & Ho 2022, section 4). Weight: min-SNR (Hang et al. 2023). ``opaque``: (B, h, w) uint8, 255
-    where a square counts wholly; the mean is over all places, as kohya's masked loss takes it.
+    (Salimans & Ho 2022, section 4). Weights: min-SNR, soft min-SNR, debiased estimation, of
+    `controlkit.diffusion`. ``opaque``: (B, h, w) uint8, 255 where a square counts wholly; the mean is over
+    all places, as kohya's masked loss takes it.
     """
     timesteps, latents, noise = noisy.timesteps, noisy.latents, noisy.noise
     objective = prediction_type if recipe.objective == "base" else recipe.objective
@@ -156,7 +172,12 @@ def weighted_loss(
     if opaque is not None:
         squares = squares * (opaque.unsqueeze(1).float() / 255)
     losses = squares.flatten(1).mean(dim=1)
-    if recipe.min_snr_gamma:
-        snr = diffusion.snr(alphas_cumprod, timesteps)
-        losses = losses * diffusion.min_snr_weight(snr, recipe.min_snr_gamma, objective)
+    if recipe.min_snr_gamma or recipe.debiased:
+        losses = losses * _weight(diffusion.snr(alphas_cumprod, timesteps), recipe, objective)
     return losses
+
+
+def _weight(snr: Tensor, recipe: ControlNetRecipe, objective: str) -> Tensor:
+    if recipe.debiased:
+        return diffusion.debiased_weight(snr, objective)
+    return diffusion.min_snr_weight(snr, recipe.min_snr_gamma, objective, soft=recipe.min_snr_soft)

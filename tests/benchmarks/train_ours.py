@@ -69,7 +69,7 @@ class Ours:
         view, base = part.samples[0].view, self.task.base  # data on the device has no moments here
         sides = (side // base.vae_factor for side in (view.height, view.width))
         latents = torch.Size((base.vae.config.latent_channels, *sides))
-        drawn = draw_batch([sample.visit.seed for sample in part.samples], latents)
+        drawn = draw_batch([sample.visit.seed for sample in part.samples], latents, self.task.recipe)
         timesteps = diffusion.place_timesteps(drawn.place, "uniform")
         rows = [Path(sample.example.name).stem for sample in part.samples]
         return Given(
