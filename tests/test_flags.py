@@ -257,7 +257,7 @@ NEUTRAL = {
         "threads",
     ),
     *("bad_steps", "monitor_every", "push_to_hub", "sample_every", "scenes", "score_every", "score_scenes"),
-    *("reward_below", "reward_from"),
+    *("multires_noise_discount", "reward_below", "reward_from"),
 }
 NEUTRAL_DATA = {
     *("format", "split", "options", "caption", "limit"),
