@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from controlkit.execution import Execution as Execution
     from controlkit.formats.adapter_file import AdapterFile as AdapterFile
     from controlkit.formats.adapter_file import open_adapter_file as open_adapter_file
+    from controlkit.freeu import FreeU as FreeU
     from controlkit.images import load_picture as load_picture
     from controlkit.ip_adapter import picture_prompt as picture_prompt
     from controlkit.loras import Lora as Lora
@@ -40,6 +41,7 @@ _HOME = {
     "Control": "control",
     "Embedding": "embeddings",
     "Execution": "execution",
+    "FreeU": "freeu",
     "Lora": "loras",
     "Memory": "memory",
     "Savings": "predicting",

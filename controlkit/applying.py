@@ -79,6 +79,11 @@ class Rows:
         """What the U-Net reads."""
         return self.encoder_hidden_states if self.for_unet is None else self.for_unet
 
+    @cached_property
+    def perturbed_states(self) -> Tensor:
+        """What the U-Net reads where the last pictures' rows stand there twice (`controlkit.perturbed`)."""
+        return torch.cat([self.unet_states, self.unet_states[-self.pictures :]])
+
     @property
     def branches(self) -> int:
         """2 under classifier-free guidance, else 1."""

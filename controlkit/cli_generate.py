@@ -83,6 +83,12 @@ def generate(
     guidance_rescale: Annotated[
         Number, option("X", "0 to 1: against washed-out pictures of large guidance.  [default: 0]")
     ] = None,
+    pag: Annotated[
+        Number, option("X", "Away from what is predicted without self-attention: 3, say.  [default: 0]")
+    ] = None,
+    freeu: Annotated[
+        Text, option("B1,B2,S1,S2", "FreeU's weights of the decoder's features: 1.5,1.6,0.9,0.2, say.")
+    ] = None,
     start: Annotated[Text, option("PICTURE", "Start from this picture.", "--from")] = None,
     strength: Annotated[
         Number, option("X", "How much of it is redone.  [default: 0.75; with a mask 1]")

@@ -25,6 +25,7 @@ GROUPS = {  # of the options of `generate`, in its help
         *("control", "map_", "adapter", "ip_adapter", "image", "image_noise", "class_label"),
         *("original_size", "negative_original_size"),
         *("negative_prompt", "prompt_syntax", "clip_skip", "guidance", "guidance_rescale", "clip_guidance"),
+        *("pag", "freeu"),
     ),
     "Models": ("base", "lora", "embedding", "vae", "clip", "image_encoder"),
     "Where it starts, and how it is made": (

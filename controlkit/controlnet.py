@@ -28,12 +28,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from controlkit.naming import kind_of_value
+from controlkit.perturbed import looking_nowhere, twice
 from controlkit.reuse import repeat_rows, shared_start, text_for, whole_block
 
 if TYPE_CHECKING:
@@ -230,6 +232,7 @@ def predict(
     sd_locked: bool = True,
     only_mid_control: bool = False,
     deep: Deep | None = None,
+    perturbed: Tensor | None = None,
 ) -> Tensor:
     """The U-Net's output with the control network's residuals added: ``model_pred`` (B, 4, h, w).
 
@@ -244,7 +247,12 @@ def predict(
 
     ``deep``: remembers what the outermost decoder block is given; where it does already, only the outermost
     blocks of encoder and decoder are run (DeepCache: Ma et al. 2023, arXiv:2312.00858).
+
+    ``perturbed`` (B + P, n, D): ``encoder_hidden_states`` and its last P rows again. Behind the encoder these
+    go on a second time, with no self-attention in the middle block (`controlkit.perturbed`), and stand last
+    in the result. Not together with ``deep``.
     """
+    assert deep is None or perturbed is None
     residuals = residuals or Residuals()
     shallow = deep is not None and deep.x is not None
     no_graph = sd_locked and not residuals.enters_encoder
@@ -256,8 +264,16 @@ def predict(
         x, skips, emb = _encoder(
             unet, x, emb, encoder_hidden_states, blocks=1 if shallow else None, residuals=residuals
         )
+        looking: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if perturbed is not None:
+            rows, tail = len(encoder_hidden_states), len(perturbed) - len(encoder_hidden_states)
+            again = partial(twice, rows=rows, tail=tail)
+            x, emb, skips = again(x), again(emb), [again(skip) for skip in skips]
+            residuals, encoder_hidden_states = residuals.map(again), perturbed
+            looking = looking_nowhere(unet.mid_block, tail)
         if not shallow:
-            x = unet.mid_block(x, emb, encoder_hidden_states=encoder_hidden_states)  # (B, C_last, h/8, w/8)
+            with looking:  # (B, C_last, h/8, w/8)
+                x = unet.mid_block(x, emb, encoder_hidden_states=encoder_hidden_states)
             if len(residuals.inner) > len(unet.down_blocks):
                 x = x + residuals.inner[-1]
 

@@ -278,6 +278,7 @@ class Session:
             tokens=prompts.tokens_of(self.base, texts),
             starts=first.start is not None or first.hires != 1,
             merge_tokens=first.merge_tokens,
+            pag=first.pag,
         )
 
     def make(self, records: Sequence[PictureRecord], finished: Callable[[int, np.ndarray], None]) -> None:
@@ -314,6 +315,7 @@ class Session:
 
     def _options(self, record: PictureRecord) -> dict[str, Any]:
         """What both stages are told in the same words."""
+        from controlkit.freeu import parse_freeu
         from controlkit.sampling import ClipGuidance, Execution, Memory, Savings, Tiles
 
         return {
@@ -326,6 +328,8 @@ class Session:
             "steps": record.steps,
             "guidance": record.guidance,
             "guidance_rescale": record.guidance_rescale,
+            "pag": record.pag,
+            "freeu": parse_freeu(record.freeu) if record.freeu else None,
             "scheduler": record.scheduler,
             "temperature": record.temperature,
             "savings": Savings(

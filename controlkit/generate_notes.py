@@ -86,6 +86,7 @@ def without_effect(job: Plan, variants: Sequence[Variant], varied: Collection[st
     yield from _of_seeds(settings)
     yield from _of_grid(job, settings, varied)
     by_clip = any(one.clip_guidance for one in settings)
+    by_steps = by_clip or any(one.pag for one in settings)
     if "clip" in given and options.clip and not by_clip:
         yield "--clip has no effect without --clip-guidance, as in --clip-guidance 30"
     if "hires_strength" in given and all(one.hires == 1 for one in settings):
@@ -96,7 +97,7 @@ def without_effect(job: Plan, variants: Sequence[Variant], varied: Collection[st
         [
             option
             for name, option in GUIDED.items()
-            if name in given and _differs(name, settings) and not (by_clip and name == "guidance_until")
+            if name in given and _differs(name, settings) and not (by_steps and name == "guidance_until")
         ],
         settings,
     )

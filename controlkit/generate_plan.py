@@ -40,7 +40,7 @@ from controlkit.precisions import torch_name
 from controlkit.rules import USUAL_FIT
 from controlkit.settings import USUAL_SCHEDULER, USUAL_STEPS, Settings
 
-TAKEN_AWAY = ("vae", "clip", "original_size", "negative_original_size")  # where they are none
+TAKEN_AWAY = ("vae", "clip", "freeu", "original_size", "negative_original_size")  # where they are none
 PREVIEW_CHUNK = "controlkit-preview"  # marks a PNG that a later preview may replace
 
 

@@ -41,6 +41,7 @@ _PICTURE_KEYS: Mapping[str, Callable[[str], Any]] = {
     "steps": int,
     "guidance": float,
     "guidance_rescale": float,
+    "pag": float,
     "scheduler": str,
     "temperature": float,
     "strength": float,

@@ -84,6 +84,12 @@ def check_rescale(rescale: float) -> None:
         raise ValueError(f"guidance_rescale must be a number from 0 to 1, not {rescale!r}")
 
 
+def check_pag(pag: float) -> None:
+    """Raise ValueError unless perturbed-attention guidance is a number from 0 (none) to 100."""
+    if not 0 <= number(pag) <= MAX_GUIDANCE:
+        raise ValueError(f"pag must be a number from 0 to {MAX_GUIDANCE:g}, not {pag!r}")
+
+
 def check_temperature(temperature: float | None, scheduler: str) -> None:
     """Raise ValueError unless the scheduler injects noise and the temperature is from 0 to 2, or to 1."""
     if temperature is None:
@@ -157,10 +163,23 @@ def check_every(name: str, every: int) -> None:
         raise ValueError(f"{name} must be a whole number from 1 to {MAX_STEPS}, not {every!r}")
 
 
-def check_compiled(compiled: bool, features_every: int, merge_tokens: float) -> None:
-    """Raise ValueError for a compiled generation whose networks would be changed between its steps."""
-    for name, changes in (("features_every", features_every > 1), ("merge_tokens", merge_tokens > 0)):
-        if compiled and changes:
+def check_every_step(features_every: int, **others: bool) -> None:
+    """Raise ValueError where deep features are used again and something needs them anew in every step.
+
+    others: by the names of what does, whether it is asked for.
+    """
+    for name, asked in others.items():
+        if features_every > 1 and asked:
+            raise ValueError(f"{name} acts on the deep parts in every step: leave features_every out")
+
+
+def check_compiled(compiled: bool, **changes: bool) -> None:
+    """Raise ValueError for a compiled generation whose networks would be changed while it runs.
+
+    changes: by the names of what would do so, whether it is asked for.
+    """
+    for name, asked in changes.items():
+        if compiled and asked:
             raise ValueError(
                 f"compiled networks stay as they are in all steps: compile does not go with {name}"
             )

@@ -83,7 +83,8 @@ def peak_of(call: Callable[[], object]) -> int:
 @dataclass(frozen=True)
 class Request:
     """What is generated: pixels of a picture, how many pictures, whether guided, the tile if there are tiles,
-    the tokens of the text, whether a picture is encoded first, and the share of tokens that are merged."""
+    the tokens of the text, whether a picture is encoded first, the share of tokens that are merged, and the
+    perturbed-attention guidance."""
 
     width: int
     height: int
@@ -93,6 +94,7 @@ class Request:
     tokens: int = _TOKENS
     starts: bool = False
     merge_tokens: float = 0.0
+    pag: float = 0.0
 
 
 @dataclass(eq=False)
@@ -112,7 +114,7 @@ class Estimate:
 
     def __post_init__(self) -> None:
         networks = [control.controlnet for control in self.controls]
-        check_together(networks, Savings(merge_tokens=self.request.merge_tokens))
+        check_together(networks, Savings(merge_tokens=self.request.merge_tokens), pag=self.request.pag)
         with self.mode:
             self.unet, self.vae = _copy(self.base.unet), _copy(self.base.vae)
             nets = {id(network): network for network in networks}
@@ -182,7 +184,7 @@ class Estimate:
             replace(base, unet=self.unet, vae=self.vae, device=self.unet.device),  # what it makes meets them
             Rows(text, added, batch, class_labels=self._labels(batch)),
             encoded,
-            Guidance(5.0 if request.guided else 1.0),
+            Guidance(5.0 if request.guided else 1.0, perturbed=request.pag),
             1,
             Savings(merge_tokens=request.merge_tokens),
             shown=None if taken == channels else torch.empty(batch, taken - channels, h, w),

@@ -26,27 +26,36 @@ from controlkit.token_merging import TokenMerging
 
 @dataclass(frozen=True)
 class Guidance:
-    """Classifier-free guidance: ``eps_u + scale * (eps_c - eps_u)``.
+    """Classifier-free guidance: ``eps_u + scale * (eps_c - eps_u)``, and ``perturbed * (eps_c - eps_p)``.
 
     rescale: 0 to 1, the share of the result whose spread is brought back to that of eps_c (Lin et al. 2023,
-    arXiv:2305.08891, equations 15 and 16), against the washed-out pictures of large scales.
+    arXiv:2305.08891, equations 15 and 16), against the washed-out pictures of large scales. perturbed: 0 to
+    100, how far away from what is predicted without self-attention: see `controlkit.perturbed`.
     """
 
     scale: float
     rescale: float = 0.0
+    perturbed: float = 0.0
 
     def __post_init__(self) -> None:
         limits.check_guidance(self.scale)
         limits.check_rescale(self.rescale)
+        limits.check_pag(self.perturbed)
 
-    def apply(self, uncond: Tensor, cond: Tensor) -> Tensor:
-        """The guided prediction of both branches' (B, C, h, w)."""
+    def apply(self, uncond: Tensor, cond: Tensor, perturbed: Tensor | None = None) -> Tensor:
+        """The guided prediction of the branches' (B, C, h, w)."""
         guided = uncond + self.scale * (cond - uncond)
+        if perturbed is not None:
+            guided = guided + self.perturbed * (cond - perturbed)
         if not self.rescale:
             return guided
         axes = tuple(range(1, cond.ndim))
         rescaled = guided * (cond.std(dim=axes, keepdim=True) / guided.std(dim=axes, keepdim=True))
         return self.rescale * rescaled + (1 - self.rescale) * guided
+
+    def away(self, cond: Tensor, perturbed: Tensor) -> Tensor:
+        """The prediction where there is no unconditional one to move away from."""
+        return cond + self.perturbed * (cond - perturbed)
 
 
 def guidance_embedding(base: Base, scale: float) -> Tensor | None:
@@ -91,12 +100,16 @@ class Savings:
         limits.check_merged(self.merge_tokens)
 
 
-def check_together(networks: Sequence[Any], savings: Savings) -> None:
+def check_together(networks: Sequence[Any], savings: Savings, *, pag: float = 0.0) -> None:
     """Raise ValueError for control networks that cannot act in one generation.
 
     One that works with the U-Net layer by layer needs the encoder as it is, and every layer in every step.
+    pag: of `Guidance`.
     """
     kinds = [kind_of(network) for network in networks]
+    inside = [kind.title for kind in kinds if kind.hooks or kind.crosses]
+    if pag and inside:
+        raise ValueError(f"pag does not go with a {inside[0]}, which acts within the U-Net's layers")
     hooked = [kind.title for kind in kinds if kind.hooks]
     if hooked and savings.merge_tokens:
         raise ValueError(f"merge_tokens does not go with a {hooked[0]}, which knows each token's place")
@@ -150,15 +163,19 @@ class Predictor:
         noisy_latents = noisy_latents.to(self.base.dtype).contiguous(memory_format=torch.channels_last)
         rows = self.rows
         if rows.branches == 1 or not self.guides(step):
-            return self._predict(noisy_latents, timestep, rows.conditional, step)
-        if self.one_branch_at_a_time:
-            uncond, cond = (
-                self._predict(noisy_latents, timestep, part, step)
-                for part in (rows.unconditional, rows.conditional)
-            )
+            parts = [rows.conditional]
         else:
-            uncond, cond = self._predict(noisy_latents, timestep, rows, step).chunk(2)
-        return self.guidance.apply(uncond, cond)
+            parts = [rows.unconditional, rows.conditional] if self.one_branch_at_a_time else [rows]
+        found = [self._predict(noisy_latents, timestep, part, step) for part in parts]
+        branches = [branch for part in found for branch in part.split(rows.pictures)]
+        if len(branches) == 1:
+            return branches[0]
+        if rows.branches == 1:
+            return self.guidance.away(*branches)
+        return self.guidance.apply(*branches)
+
+    def _perturbs(self, step: int) -> bool:
+        return self.guidance.perturbed > 0 and self.guides(step)
 
     def guides(self, step: int) -> bool:
         """Whether a step is one of those that are guided."""
@@ -215,6 +232,7 @@ class Predictor:
         )
         if self.networks.compiled:
             text_fixed(self.base.unet, rows.unet_states)
+        perturbs = rows.is_conditional and self._perturbs(step)
         if inside:
             return self._inside(noisy_latents, timestep, rows, step, inside, residuals, deep)
         model_pred = self.networks.predict(
@@ -227,6 +245,7 @@ class Predictor:
             timestep_cond=self.timestep_cond,
             class_labels=rows.class_labels,
             deep=deep,
+            perturbed=rows.perturbed_states if perturbs else None,
         )
         return model_pred.to(torch.float32, copy=self.networks.graphs)
 

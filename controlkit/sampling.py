@@ -40,6 +40,8 @@ from controlkit.clip_guidance import ClipGuide
 from controlkit.control import Control
 from controlkit.execution import Execution as Execution
 from controlkit.execution import Runner
+from controlkit.freeu import FreeU as FreeU
+from controlkit.freeu import freed
 from controlkit.ip_adapter import PicturePrompt as PicturePrompt
 from controlkit.ip_adapter import pictures_told, with_pictures
 from controlkit.kinds import kind_of
@@ -48,6 +50,7 @@ from controlkit.memory import Memory as Memory
 from controlkit.memory import at_work, kept_small
 from controlkit.naming import check_callables, check_list_of, kind_of_value, with_article
 from controlkit.packing import LEAST_STEPS, packed
+from controlkit.perturbed import check_perturbable
 from controlkit.picture_sizes import natural_size
 from controlkit.picture_sizes import picture_size as picture_size
 from controlkit.predicting import Guidance as Guidance
@@ -82,6 +85,7 @@ _WAYS: Mapping[str, tuple[type, str]] = {  # what a generation takes as an objec
     "execution": (Execution, "Execution(compiled=True)"),
     "told": (Told, "Told(class_label=1)"),
     "clip_guidance": (ClipGuidance, "ClipGuidance(clip, 30)"),
+    "freeu": (FreeU, "FreeU(1.5, 1.6, 0.9, 0.2)"),
 }
 
 Callback = Callable[[int, int, Tensor], None]
@@ -112,6 +116,8 @@ def generate(
     steps: int = USUAL_STEPS,
     guidance: float | None = None,
     guidance_rescale: float = 0.0,
+    pag: float = 0.0,
+    freeu: FreeU | None = None,
     clip_guidance: ClipGuidance | None = None,
     scheduler: str = USUAL_SCHEDULER,
     temperature: float | None = None,
@@ -136,7 +142,8 @@ def generate(
     (`picture_size`). told: the class, the picture or the sizes that the base is told besides the text.
     picture_prompts: what IP-Adapters made of pictures (`ip_adapter.picture_prompt`).
     steps: 1 to 1000. guidance: 0 to 100; at 1 or below, and by bases that are told the guidance, the negative
-    prompt is not used; None is `default_guidance`. guidance_rescale: see `Guidance`. clip_guidance: a CLIP
+    prompt is not used; None is `default_guidance`. guidance_rescale: see `Guidance`. pag: perturbed-attention
+    guidance, 0 to 100 (the paper's usual is 3), see `perturbed`. freeu: see `FreeU`. clip_guidance: a CLIP
     that pulls the picture towards the prompt besides, in the share of the steps that `savings` leaves guided
     (see `clip_guidance.py`). scheduler: one of `SCHEDULERS`.
     temperature: 0 to 2, how much of the noise that the scheduler injects is taken: 0 is deterministic, 1 as
@@ -163,17 +170,17 @@ def generate(
     """
     check_callables(callback=callback, preview=preview, finished=finished)
     ways = {"savings": savings, "tiles": tiles, "memory": memory, "execution": execution}
-    also = {"told": told, "clip_guidance": clip_guidance}
+    also = {"told": told, "clip_guidance": clip_guidance, "freeu": freeu}
     _check_kinds(base, prompt, negative_prompt, controls, picture_prompts, start=start, **ways, **also)
-    guided = Guidance(default_guidance(base) if guidance is None else guidance, guidance_rescale)
+    guided = Guidance(default_guidance(base) if guidance is None else guidance, guidance_rescale, pag)
     execution, savings, told = execution or Execution(), savings or Savings(), told or Told()
     seeds = limits.check_seeds(seeds)
     limits.check_steps(steps)
     limits.check_batch(batch_size)
     limits.check_temperature(temperature, scheduler)
     check_syntax(prompt_syntax)
-    _check_together(execution, savings, told, tiles)
-    _check_controls(base, controls, savings)
+    _check_together(execution, savings, told, tiles, pag, freeu)
+    _check_controls(base, controls, savings, pag)
     reader = base if clip_skip is None else replace(base, clip_skip=clip_skip)
     limits.check_clip_skip(reader.clip_skip)
     size = natural_size(controls, start)
@@ -187,6 +194,7 @@ def generate(
     with (
         _prepared(base, controls, packs=pays and execution.packed and not execution.compiled),
         pictures_told(base.unet, picture_prompts),
+        freed(base.unet, freeu),
         kept_small(memory, base, *networks, *judges),
         tiled_vae(base, tiles is not None or (memory is not None and memory.tiled_vae)),
     ):
@@ -488,19 +496,26 @@ def _check_precisions(base: Base, controlnets: Sequence[nn.Module]) -> None:
             )
 
 
-def _check_together(execution: Execution, savings: Savings, told: Told, tiles: Tiles | None) -> None:
+def _check_together(
+    execution: Execution, savings: Savings, told: Told, tiles: Tiles | None, pag: float, freeu: FreeU | None
+) -> None:
     """Raise ValueError for ways to compute that exclude each other."""
-    limits.check_compiled(execution.compiled, savings.features_every, savings.merge_tokens)
+    added = {"pag": pag > 0, "freeu": freeu is not None}
+    limits.check_every_step(savings.features_every, **added)
+    changes = {"features_every": savings.features_every > 1, "merge_tokens": savings.merge_tokens > 0}
+    limits.check_compiled(execution.compiled, **changes, **added)
     if told.of_branches(1):
         limits.check_told_whole(tiles)
 
 
-def _check_controls(base: Base, controls: Sequence[Control], savings: Savings) -> None:
+def _check_controls(base: Base, controls: Sequence[Control], savings: Savings, pag: float) -> None:
     """Raise ValueError for an adapter of another base, or adapters that cannot be run together."""
+    if pag:
+        check_perturbable(base.unet)
     for control in controls:
         check_fits(control.controlnet, base)
     _check_precisions(base, [control.controlnet for control in controls])
-    check_together([control.controlnet for control in controls], savings)
+    check_together([control.controlnet for control in controls], savings, pag=pag)
 
 
 def _counting(callback: Callback | None, *, batch: int, batches: int) -> Callback | None:

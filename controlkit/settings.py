@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from controlkit import limits, prompt_syntax
+from controlkit.freeu import parse_freeu
 from controlkit.told_sizes import Sizes, parse_sizes
 
 USUAL_STEPS, USUAL_SCHEDULER = 20, "ddim"
@@ -23,8 +24,9 @@ class Settings:
     negative_prompt: None for none, which to an SDXL is not the same as "" (`sampling.encode_text`). vae:
     another autoencoder than the base's own, as in `vaes.with_vae`, or "". memory: the measures of
     `memory.Memory` by name, none where memory is not limited. clip: the name of the CLIP that `clip_guidance`
-    asks, "" for none. original_size: what SDXL is told, as `told_sizes.parse_sizes` reads it, "" for the size
-    that is made; negative_original_size: of the negative prompt's branch, "" for the same.
+    asks, "" for none. freeu: as `freeu.parse_freeu` reads it, "" for none. original_size: what SDXL is told,
+    as `told_sizes.parse_sizes` reads it, "" for the size that is made; negative_original_size: of the
+    negative prompt's branch, "" for the same.
     """
 
     prompt: str
@@ -34,6 +36,7 @@ class Settings:
     scheduler: str
     seed: int
     guidance_rescale: float = 0.0
+    pag: float = 0.0
     temperature: float | None = None
     hires: float = 1.0
     hires_strength: float = 0.5
@@ -42,6 +45,7 @@ class Settings:
     features_every: int = 1
     guidance_until: float = 1.0
     merge_tokens: float = 0.0
+    freeu: str = ""
     prompt_syntax: str = "plain"
     clip_skip: int = 1
     vae: str = ""
@@ -66,6 +70,7 @@ class Settings:
         limits.check_steps(self.steps)
         limits.check_seeds([self.seed])
         limits.check_rescale(self.guidance_rescale)
+        limits.check_pag(self.pag)
         limits.check_clip_skip(self.clip_skip)
         limits.check_temperature(self.temperature, self.scheduler)
         limits.check_strength(self.hires_strength, "hires_strength")
@@ -86,7 +91,16 @@ class Settings:
         limits.check_merged(self.merge_tokens)
         if self.sizes() or self.sizes(negative=True):
             limits.check_told_whole(self.tile)
-        limits.check_compiled(self.compile, self.features_every, self.merge_tokens)
+        if self.freeu:
+            parse_freeu(self.freeu)
+        limits.check_every_step(self.features_every, pag=self.pag > 0, freeu=bool(self.freeu))
+        limits.check_compiled(
+            self.compile,
+            features_every=self.features_every > 1,
+            merge_tokens=self.merge_tokens > 0,
+            pag=self.pag > 0,
+            freeu=bool(self.freeu),
+        )
         prompt_syntax.check_syntax(self.prompt_syntax)
         if self.prompt_syntax == "a1111":
             for text in (self.prompt, self.negative_prompt or ""):

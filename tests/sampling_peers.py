@@ -25,14 +25,15 @@ def controlnet_of(base: Base, *, seed: int = 0) -> Any:
     )
 
 
-def cond(seed: int = 0, *, batch: int = 1) -> torch.Tensor:
-    return torch.rand((batch, 3, SIZE, SIZE), generator=torch.Generator().manual_seed(seed))
+def cond(seed: int = 0, *, batch: int = 1, size: int = SIZE) -> torch.Tensor:
+    return torch.rand((batch, 3, size, size), generator=torch.Generator().manual_seed(seed))
 
 
 def our_latents(
     base: Base, controls: list[Control], *, seed: int, steps: int, scheduler: str, **rest: Any
 ) -> torch.Tensor:
     """What `generate` computes before it decodes."""
+    size = rest.pop("size", SIZE)
     guidance = rest.pop("guidance", 5.0)
     generators = [torch.Generator().manual_seed(seed)]
     start = rest.pop("start", None)
@@ -50,10 +51,10 @@ def our_latents(
         return sampling.denoise(
             base,
             text,
-            begin(base, schedule, generators, width=SIZE, height=SIZE, start=start),
-            controls=encode_controls(controls, width=SIZE, height=SIZE, pictures=1),
+            begin(base, schedule, generators, width=size, height=size, start=start),
+            controls=encode_controls(controls, width=size, height=size, pictures=1),
             schedule=schedule,
-            guidance=Guidance(guidance, rest.pop("rescale", 0.0)),
+            guidance=Guidance(guidance, rest.pop("rescale", 0.0), rest.pop("pag", 0.0)),
             generators=generators,
             class_labels=class_labels,
             **rest,
@@ -76,15 +77,18 @@ def parts_of(base: Base, controls: list[Control], scheduler: str) -> dict[str, A
     return parts
 
 
-def pipeline_of(base: Base, controls: list[Control], scheduler: str) -> Any:
+def pipeline_of(base: Base, controls: list[Control], scheduler: str, *, pag: bool = False) -> Any:
     """diffusers' pipeline on the same weights."""
-    from diffusers import StableDiffusionControlNetPipeline, StableDiffusionXLControlNetPipeline
+    import diffusers
 
     parts = parts_of(base, controls, scheduler)
+    plain, xl = "StableDiffusionControlNetPipeline", "StableDiffusionXLControlNetPipeline"
+    if pag:
+        plain, xl = (name.replace("Pipeline", "PAGPipeline") for name in (plain, xl))
     if base.family == "sdxl":
-        pipeline = StableDiffusionXLControlNetPipeline(**parts, add_watermarker=False)
+        pipeline = getattr(diffusers, xl)(**parts, add_watermarker=False)
     else:
-        pipeline = StableDiffusionControlNetPipeline(
+        pipeline = getattr(diffusers, plain)(
             **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
         )
     pipeline.set_progress_bar_config(disable=True)
@@ -95,7 +99,10 @@ def their_latents(
     base: Base, controls: list[Control], *, seed: int, steps: int, scheduler: str, **rest: Any
 ) -> torch.Tensor:
     """What diffusers' pipeline makes; `prepare` is called with it first."""
-    pipeline = pipeline_of(base, controls, scheduler)
+    rest.pop("size", None)  # the maps' own
+    if pag := rest.pop("pag", 0.0):
+        rest["pag_scale"] = pag
+    pipeline = pipeline_of(base, controls, scheduler, pag=pag > 0)
     rest.pop("prepare", lambda pipeline: None)(pipeline)
     return pipeline(
         rest.pop("prompt", "a red cube"),

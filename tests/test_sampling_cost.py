@@ -43,7 +43,12 @@ def stable_diffusion() -> tuple[Any, Any]:
 
 
 def fake_predictor(
-    networks: tuple[Any, Any], device: str = "cpu", *, savings: Savings | None = None, **settings: Any
+    networks: tuple[Any, Any],
+    device: str = "cpu",
+    *,
+    savings: Savings | None = None,
+    guidance: Guidance | None = None,
+    **settings: Any,
 ) -> Predictor:
     """Stable Diffusion 1.5 at 512 pixels under one control, of tensors without content."""
     unet, controlnet = (faked(network, device) for network in networks)
@@ -52,7 +57,7 @@ def fake_predictor(
     encoded = EncodedControl(control, hint, control.weights())
     rows = Rows(torch.empty(2, 77, 768, device=device), None, 1)
     base = fake_base(unet, None, device)
-    return Predictor(base, rows, [encoded], Guidance(7.5), STEPS, savings or Savings())
+    return Predictor(base, rows, [encoded], guidance or Guidance(7.5), STEPS, savings or Savings())
 
 
 def flops_of(steps: int = STEPS, **settings: Any) -> list[float]:
@@ -117,6 +122,13 @@ def test_flops_of_a_mode_that_controls_one_branch(around: float) -> None:
 @pytest.mark.slow
 def test_flops_of_what_is_left_out(savings: Savings, share: float) -> None:
     assert sum(flops_of(4, savings=savings)) < share * sum(flops_of(4))
+
+
+@pytest.mark.slow
+def test_flops_of_perturbed_attention() -> None:
+    """diffusers runs both networks for a third row of the batch; here the encoders' work serves both."""
+    plain, perturbed = (flops_of(2, guidance=Guidance(7.5, perturbed=pag))[1] for pag in (0.0, 3.0))
+    assert perturbed / plain == pytest.approx(1.269, abs=0.002)
 
 
 @pytest.mark.slow
