@@ -9,6 +9,7 @@ import pytest
 import tiny_models
 import torch
 from sampling_peers import assert_same, cond, controlnet_of, our_latents, their_latents
+from test_kinds import MAKE
 
 from controlkit import sampling
 from controlkit.applying import Rows, encode_controls
@@ -59,6 +60,22 @@ def test_branch_by_branch_is_the_same(sd1: Base, settings: dict[str, Any]) -> No
         controls = [Control(controlnet_of(sd1), cond(size=SIZE), **more)]
         together = predictions(sd1, controls)
         torch.testing.assert_close(predictions(sd1, controls, one_branch_at_a_time=True), together)
+
+
+@pytest.mark.parametrize("kind", ["t2i-adapter", "lite", "controlnet-union"])
+def test_other_kinds_act_on_both_predictions(sd1: Base, kind: str) -> None:
+    controls = [Control(MAKE[kind](sd1), cond(size=SIZE), kind="canny")]
+    together = predictions(sd1, controls, pictures=2)
+    alone = predictions(sd1, controls, pictures=2, one_branch_at_a_time=True)
+    torch.testing.assert_close(alone, together)
+    assert (together - predictions(sd1, [], pictures=2)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["controlnet-xs", "lllite"])
+def test_kinds_that_act_within_layers_are_refused(load: Callable[[str], Base], kind: str) -> None:
+    base = load("sdxl" if kind == "lllite" else "sd1")
+    with pytest.raises(ValueError, match=r"pag does not go with a .*, which acts within the U-Net's layers"):
+        sampling.generate(base, "a cube", controls=[Control(MAKE[kind](base), cond())], pag=1.0, steps=1)
 
 
 def test_pictures_of_a_batch_keep_to_themselves(sd1: Base) -> None:

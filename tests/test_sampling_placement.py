@@ -27,6 +27,7 @@ from controlkit.class_labels import Told
 from controlkit.clip_guidance import ClipGuidance, load_clip
 from controlkit.control import Control
 from controlkit.execution import Execution
+from controlkit.freeu import FreeU
 from controlkit.ip_adapter import picture_prompt
 from controlkit.sampling import Memory, Savings, Start, Tiles, generate
 from controlkit.schedulers import SCHEDULERS
@@ -87,6 +88,8 @@ TRIALS: dict[str, Trial] = {
     "noise": made(temperature=0.5, guidance_rescale=0.7, negative_prompt="blurred"),
     "weighted words": made("sdxl", prompt_syntax="a1111", clip_skip=2),
     "clip": made(clip_guidance=50.0),
+    "perturbed attention": made(pag=3.0),
+    "weighed features": made("sdxl", freeu=FreeU(1.3, 1.4, 0.9, 0.2)),
     **{f"ip-adapter {kind}": made(picture_prompts=[kind]) for kind in IP_ADAPTERS},
 }
 
