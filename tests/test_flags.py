@@ -12,7 +12,7 @@ import pytest
 from controlkit.training.config import ControlNetRecipe, DataRecipe, parse_recipe
 from controlkit.training.data.sources import open_examples
 from controlkit.training.flags import flag_table, from_diffusers_flags
-from controlkit.training.flags_table import FIXED, FLAGS, SDXL_ONLY
+from controlkit.training.flags_table import ELSEWHERE, FIXED, FLAGS, SDXL_ONLY
 
 NEEDED = "--pretrained_model_name_or_path=some/base --train_data_dir=data"
 SHORT = f"{NEEDED} --max_train_steps=1000"
@@ -101,6 +101,8 @@ REFUSED = [
     ("--learning_rte=1", "train_controlnet.py has no flag --learning_rte (did you mean '--learning_rate'?)"),
     ("--train-batch-size=1", "no flag --train-batch-size (did you mean '--train_batch_size'?)"),
     ("--lr 1e-5", "--lr may be --lr_scheduler or --lr_warmup_steps or --lr_num_cycles or --lr_power: write"),
+    ("--snr_gamma=5.0", "has no flag --snr_gamma: leave it out, and give the recipe min_snr_gamma"),
+    ("--alpha_mask", "has no flag --alpha_mask: leave it out, and give the recipe data.alpha_mask"),
     ("-- --seed=1", "train_controlnet.py has no flag --"),
     ("--seed", "--seed has no value"),
     ("--seed --allow_tf32", "--seed has no value"),
@@ -264,6 +266,11 @@ NEUTRAL_DATA = {
     *("bucket_step", "bucket_ratio", "crops", "streaming", "shuffle_window", "bad", "check", "cache"),
     *("resident", "workers"),
 }
+
+
+def test_flags_of_other_scripts_name_keys_that_there_are():
+    keys = {*ControlNetRecipe.model_fields, *(f"data.{name}" for name in DataRecipe.model_fields)}
+    assert set(ELSEWHERE.values()) <= keys
 
 
 def test_a_new_key_of_the_recipe_is_noticed():

@@ -11,7 +11,7 @@ from pathlib import PurePath
 from typing import Any
 
 from controlkit.naming import did_you_mean, unknown
-from controlkit.training.flags_table import FLAGS, SDXL_ONLY
+from controlkit.training.flags_table import ELSEWHERE, FLAGS, SDXL_ONLY
 
 SCRIPTS = ("train_controlnet.py", "train_controlnet_sdxl.py")
 _PER_NODE = ("nproc_per_node", "nproc-per-node")
@@ -133,6 +133,8 @@ def _name(command: Command, word: str) -> str:
         raise ValueError(f"{word} may be {' or '.join(f'--{flag}' for flag in meant)}: write the whole name")
     if begun in SDXL_ONLY:
         raise ValueError(f"{script} has no flag {word}, which is one of {SCRIPTS[1]}")
+    if key := ELSEWHERE.get(word.removeprefix("--")):
+        raise ValueError(f"{script} has no flag {word}: leave it out, and give the recipe {key}")
     close = did_you_mean(word.replace("-", "_").replace("__", "--", 1), [f"--{flag}" for flag in known])
     raise ValueError(f"{script} has no flag {word}{close}")
 

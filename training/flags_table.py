@@ -131,6 +131,22 @@ FLAGS: dict[str, Flag] = {
 
 SDXL_ONLY = tuple(FLAGS)[-5:]
 
+# Flags of diffusers' other scripts and of kohya's, which people give to these, and the keys for them.
+ELSEWHERE = {
+    "snr_gamma": "min_snr_gamma",
+    "min_snr_gamma": "min_snr_gamma",
+    "debiased_estimation_loss": "debiased",
+    "noise_offset": "noise_offset",
+    "input_perturbation": "input_perturbation",
+    "ip_noise_gamma": "input_perturbation",
+    "multires_noise_iterations": "multires_noise_iterations",
+    "multires_noise_discount": "multires_noise_discount",
+    "zero_terminal_snr": "zero_terminal_snr",
+    "alpha_mask": "data.alpha_mask",
+    "use_ema": "ema",
+    "prediction_type": "objective",
+}
+
 # What the scripts do without having a flag for it, so that better defaults here do not change their recipe.
 FIXED: dict[str, Any] = {
     "hint_start": "standard",

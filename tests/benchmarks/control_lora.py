@@ -7,6 +7,7 @@ low-rank by singular value decomposition and whole again, on held-out scenes (`t
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,7 @@ def table(result: dict[str, Any]) -> str:
 
 def main() -> None:
     """Measure, and write both files."""
+    argparse.ArgumentParser(description="What a Control-LoRA keeps of an adapter.").parse_args()
     torch.set_num_threads(1)
     result = {kind: [measure(kind, rank) for rank in (None, *RANKS)] for kind in KINDS}
     (HERE / "control_lora.json").write_text(json.dumps(result, indent=1) + "\n")
