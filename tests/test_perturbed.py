@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from controlkit.memory import Memory
 from controlkit.predicting import Guidance, Predictor, Savings
 
 SIZE = 192  # the middle block sees 3x3 places: of a single one attention has nothing to choose
+assert_close = partial(torch.testing.assert_close, atol=1e-4, rtol=1e-4)  # rounding, of sums up to 10
 
 
 @pytest.mark.parametrize("family", tiny_models.FAMILIES)
@@ -59,7 +61,7 @@ def test_branch_by_branch_is_the_same(sd1: Base, settings: dict[str, Any]) -> No
     for more in (settings, {**settings, "mask": mask}):
         controls = [Control(controlnet_of(sd1), cond(size=SIZE), **more)]
         together = predictions(sd1, controls)
-        torch.testing.assert_close(predictions(sd1, controls, one_branch_at_a_time=True), together)
+        assert_close(predictions(sd1, controls, one_branch_at_a_time=True), together)
 
 
 @pytest.mark.parametrize("kind", ["t2i-adapter", "lite", "controlnet-union"])
@@ -67,7 +69,7 @@ def test_other_kinds_act_on_both_predictions(sd1: Base, kind: str) -> None:
     controls = [Control(MAKE[kind](sd1), cond(size=SIZE), kind="canny")]
     together = predictions(sd1, controls, pictures=2)
     alone = predictions(sd1, controls, pictures=2, one_branch_at_a_time=True)
-    torch.testing.assert_close(alone, together)
+    assert_close(alone, together)
     assert (together - predictions(sd1, [], pictures=2)).abs().max() > 1e-3
 
 
@@ -82,7 +84,7 @@ def test_pictures_of_a_batch_keep_to_themselves(sd1: Base) -> None:
     controls = [Control(controlnet_of(sd1), cond(batch=2, size=SIZE))]
     two = predictions(sd1, controls, pictures=2)
     alone = predictions(sd1, [Control(controls[0].controlnet, cond(batch=2, size=SIZE)[:1])])
-    torch.testing.assert_close(two[:1], alone)
+    assert_close(two[:1], alone)
 
 
 def test_it_is_the_way_away_from_a_prediction_without_self_attention(sd1: Base) -> None:
@@ -101,7 +103,7 @@ def test_it_is_the_way_away_from_a_prediction_without_self_attention(sd1: Base) 
     finally:
         for attention, processor in zip(attentions, before, strict=True):
             attention.processor = processor
-    torch.testing.assert_close(found, plain + cond_alone - perturbed, atol=2e-5, rtol=1e-4)
+    assert_close(found, plain + cond_alone - perturbed)
 
 
 def test_attentions_are_as_before_behind_it_and_unguided_steps_are_plain(sd1: Base) -> None:
@@ -128,8 +130,8 @@ def test_it_goes_with_tiles_merged_tokens_and_little_memory(sd1: Base) -> None:
         return found[-1]
 
     plain = latents()
-    torch.testing.assert_close(latents(memory=Memory(1, one_branch=True)), plain, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(latents(tiles=sampling.Tiles(256)), plain, atol=1e-4, rtol=1e-4)
+    assert_close(latents(memory=Memory(1, one_branch=True)), plain)
+    assert_close(latents(tiles=sampling.Tiles(256)), plain)
     assert (latents(savings=Savings(merge_tokens=0.5)) - plain).abs().max() > 1e-4
 
 
